@@ -1,0 +1,39 @@
+"""Shared fixtures: where the real weights of `real_model` tests come from."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(1234)
+
+
+def _first_existing(*candidates: str | None) -> Path | None:
+    return next((Path(c) for c in candidates if c and Path(c).exists()), None)
+
+
+@pytest.fixture(scope="session")
+def default_gguf() -> Path:
+    """The SmolLM2-135M-Instruct Q4_1 GGUF file: `LITGPT_TEST_GGUF`, or fetched as the commands fetch it."""
+    path = _first_existing(os.environ.get("LITGPT_TEST_GGUF"))
+    if path is None:
+        from litgpt.checkpoint.default_model import fetch_default_gguf
+
+        try:
+            path = fetch_default_gguf()
+        except (OSError, RuntimeError, ValueError) as error:
+            pytest.skip(f"default model not available: {error}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def gemma_gguf() -> Path:
+    """The Gemma-3-270m Q4_K_M GGUF file named by `LITGPT_TEST_GEMMA_GGUF`."""
+    path = _first_existing(os.environ.get("LITGPT_TEST_GEMMA_GGUF"))
+    if path is None:
+        pytest.skip("LITGPT_TEST_GEMMA_GGUF does not name a file")
+    return path
