@@ -1,0 +1,307 @@
+"""What an architecture is: sizes and flags of a model as one dataclass, independent of torch."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+_CHOICES = {
+    "norm_class_name": ("LayerNorm", "RMSNorm"),
+    "norm_qk_type": ("default", "olmo2"),
+    "mlp_class_name": ("GptNeoxMLP", "LLaMAMLP", "GemmaMLP", "LLaMAMoE"),
+    "gelu_approximate": ("none", "tanh"),
+}
+_POSITIVE = ("block_size", "n_layer", "n_embd", "n_head", "vocab_size", "padding_multiple")
+# Written to `model_config.yaml` only where the model's name does not already imply them: LitGPT 0.5.13 refuses
+# fields it does not know.
+_IMPLIED_BY_NAME = ("norm_unit_offset", "norm_affine")
+
+
+@dataclass
+class Config:
+    """Sizes and flags of one model.
+
+    Fields left at `None` are derived from the others: `head_size = n_embd / n_head`, `n_query_groups = n_head`,
+    `intermediate_size = 4 * n_embd`, and `padded_vocab_size`, the rows of the embedding, is `vocab_size` rounded up
+    to a multiple of `padding_multiple`. A field that does not exist and a value that cannot be are a `ValueError`
+    naming it.
+    """
+
+    name: str = ""
+    hf_config: dict = field(default_factory=dict)
+    # sizes
+    block_size: int = 4096
+    n_layer: int = 16
+    n_embd: int = 4096
+    vocab_size: int = 50254
+    padding_multiple: int = 512
+    padded_vocab_size: int | None = None
+    # norms and residual stream
+    norm_class_name: str = "LayerNorm"
+    norm_eps: float = 1e-5
+    norm_qk: bool = False
+    norm_qk_type: str = "default"
+    post_attention_norm: bool = False
+    post_mlp_norm: bool = False
+    parallel_residual: bool = True
+    shared_attention_norm: bool = False
+    # attention: `n_query_groups` key/value heads serve `n_head` query heads
+    n_head: int = 32
+    head_size: int | None = None
+    n_query_groups: int | None = None
+    attn_bias: bool = False
+    attention_scores_scalar: int | None = None
+    sliding_window_size: int | None = None
+    sliding_window_indices: list[int] | None = None
+    attention_logit_softcapping: float | None = None
+    # rotary position embedding
+    rope_base: int = 10000
+    rotary_percentage: float = 0.25
+    rope_condense_ratio: int = 1
+    rope_adjustments: dict | None = None
+    rope_interleave: bool = False
+    # feed-forward
+    intermediate_size: int | None = None
+    moe_intermediate_size: int | None = None
+    bias: bool = True
+    mlp_class_name: str = "GptNeoxMLP"
+    gelu_approximate: str = "none"
+    n_expert: int = 0
+    n_shared_expert: int | None = None
+    n_expert_groups: int | None = None
+    n_topk_groups: int | None = None
+    n_topk_scores_per_group: int | None = None
+    n_expert_per_token: int = 0
+    first_k_dense_replace: int | None = None
+    routed_scaling_factor: float = 1.0
+    norm_topk_prob: bool = False
+    # before and after the blocks
+    scale_embeddings: bool = False
+    lm_head_bias: bool = False
+    final_logit_softcapping: float | None = None
+    norm_1: bool = True
+    norm_2: bool = True
+    latent_attention: dict | None = None
+    rope_local_base_freq: float | None = None
+    rope_indices: list[int] | None = None
+    # fields LitGPT derives from the model's name; None: derive them so
+    norm_unit_offset: bool | None = None
+    norm_affine: bool | None = None
+    # `hook(x, block_idx, input_pos)`, the default of `GPT.set_start_of_layer_hook`; never written to a file
+    start_of_layer_hook: Callable | None = field(default=None, repr=False, compare=False)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Config":
+        unknown = [key for key in kwargs if key not in cls.__dataclass_fields__]
+        if unknown:
+            hints = [f"{key!r}{_did_you_mean(key, cls.__dataclass_fields__)}" for key in unknown]
+            raise ValueError(f"Unknown model config field: {', '.join(hints)}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self.hf_config = dict(self.hf_config or {})
+        self.name = self.name or self.hf_config.get("name", "")
+        self._derive()
+        self._validate()
+
+    def _derive(self) -> None:
+        for key in _POSITIVE:
+            self._require(key, isinstance(getattr(self, key), int) and getattr(self, key) > 0, "a positive integer")
+        if self.head_size is None:
+            self._require("n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head = {self.n_head}")
+            self.head_size = self.n_embd // self.n_head
+        if self.n_query_groups is None:
+            self.n_query_groups = self.n_head
+        if self.padded_vocab_size is None:
+            self.padded_vocab_size = find_multiple(self.vocab_size, self.padding_multiple)
+        self.vocab_size = min(self.vocab_size, self.padded_vocab_size)
+        if self.intermediate_size is None:
+            self._require("intermediate_size", self.mlp_class_name != "LLaMAMLP", "given for LLaMAMLP")
+            self.intermediate_size = 4 * self.n_embd
+        self.rope_n_elem = int(self.rotary_percentage * self.head_size)
+        if self.sliding_window_size is not None:
+            self.sliding_window_indices = check_indicator_and_length(
+                self.sliding_window_indices, "sliding_window_indices", self.n_layer
+            )
+        if self.rope_local_base_freq is not None:
+            self.rope_indices = check_indicator_and_length(self.rope_indices, "rope_indices", self.n_layer)
+        for key in _IMPLIED_BY_NAME:
+            if getattr(self, key) is None:
+                setattr(self, key, self._implied(key))
+        if self.latent_attention is not None:
+            for key in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):
+                self._require("latent_attention", key in self.latent_attention, f"a dict that has {key!r}")
+                setattr(self, key, self.latent_attention[key])
+            self.qk_head_dim = self.qk_rope_head_dim + self.qk_nope_head_dim
+            self.rope_n_elem = self.qk_rope_head_dim
+
+    def _validate(self) -> None:
+        for key, choices in _CHOICES.items():
+            self._require(key, getattr(self, key) in choices, f"one of {', '.join(choices)}")
+        for key in ("head_size", "n_query_groups", "padded_vocab_size", "intermediate_size", "rope_condense_ratio"):
+            self._require(key, getattr(self, key) > 0, "positive")
+        self._require("n_query_groups", self.n_head % self.n_query_groups == 0, f"a divisor of n_head = {self.n_head}")
+        self._require("rotary_percentage", 0 <= self.rotary_percentage <= 1, "between 0 and 1")
+        for key in ("sliding_window_size", "rope_base", "attention_scores_scalar", "moe_intermediate_size"):
+            self._require(key, getattr(self, key) is None or getattr(self, key) > 0, "positive")
+        if self.latent_attention is not None:
+            self._require("n_query_groups", self.n_query_groups == self.n_head, "n_head with latent attention")
+        if self.mlp_class_name == "LLaMAMoE":
+            self._require("n_expert", self.n_expert > 0, "positive with LLaMAMoE")
+            self._require("n_expert_per_token", 0 < self.n_expert_per_token <= self.n_expert, "1 to n_expert")
+        else:
+            self._require("first_k_dense_replace", self.first_k_dense_replace is None, "left out without LLaMAMoE")
+        if self.n_expert_groups is not None:
+            groups = self.n_expert_groups
+            self._require("n_expert_groups", groups > 1 and self.n_expert % groups == 0, "a divisor of n_expert, > 1")
+            self._require("n_topk_groups", self.n_topk_groups is not None, "given with n_expert_groups")
+            scores = self.n_topk_scores_per_group
+            self._require(
+                "n_topk_scores_per_group", scores is not None and scores <= self.n_expert // groups, "a group's size"
+            )
+
+    def _require(self, key: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"Model config {self.name!r}: {key} = {getattr(self, key)!r} must be {expected}")
+
+    def _implied(self, key: str) -> bool:
+        if key == "norm_unit_offset":
+            return self.norm_class_name == "RMSNorm" and "Gemma" in self.name
+        return not (self.norm_class_name == "LayerNorm" and "OLMo" in self.name)
+
+    def window(self, block_idx: int) -> int | None:
+        """The sliding-window size of a layer in tokens, `None` where it attends to everything."""
+        if self.sliding_window_size is None or not self.sliding_window_indices[block_idx]:
+            return None
+        return self.sliding_window_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, as `model_config.yaml` holds them."""
+        values = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "start_of_layer_hook"}
+        return {k: v for k, v in values.items() if k not in _IMPLIED_BY_NAME or v != self._implied(k)}
+
+    @classmethod
+    def from_name(cls, name: str, **kwargs: Any) -> "Config":
+        """The named model `name` or `org/name` with the fields in `kwargs` replaced.
+
+        Raises `ValueError` with the nearest names for a name that is not known.
+        """
+        from litgpt.families import named_models
+
+        models = named_models()
+        match = models.get(name)
+        if match is None:
+            for model in models.values():
+                org, repo = model["hf_config"]["org"], model["hf_config"]["name"]
+                if name in (repo, f"{org}/{repo}", f"{org}/{model['name']}"):
+                    match = model
+                    break
+            else:
+                known = [*models, *(f"{m['hf_config']['org']}/{m['hf_config']['name']}" for m in models.values())]
+                raise ValueError(f"{name!r} is not a known model name{_did_you_mean(name, known)}")
+        return cls(**{**_plain(match), **kwargs})
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any], **kwargs: Any) -> "Config":
+        """The config that a Hugging Face `config.json`, given as a dict, describes.
+
+        Raises `ValueError` for an architecture or a setting that is not supported.
+        """
+        from litgpt.families import fields_from_hf
+
+        return cls(**{**fields_from_hf(hf), **kwargs})
+
+    @classmethod
+    def from_file(cls, path: str | Path, **kwargs: Any) -> "Config":
+        """Reads a `model_config.yaml`."""
+        import yaml
+
+        with open(path, encoding="utf-8") as file:
+            try:
+                values = yaml.safe_load(file)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold the fields of a model config, found {type(values).__name__}")
+        try:
+            return cls(**{**values, **kwargs})
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, **kwargs: Any) -> "Config":
+        """The config of a checkpoint folder: its `model_config.yaml`, else its `config.json`, else its name's."""
+        path = Path(path)
+        if (config_path := path / "model_config.yaml").is_file():
+            return cls.from_file(config_path, **kwargs)
+        if (config_path := path / "config.json").is_file():
+            return cls.from_hf(read_json(config_path), **{"name": path.name, **kwargs})
+        try:
+            return cls.from_name(path.name, **kwargs)
+        except ValueError:
+            raise FileNotFoundError(
+                f"{str(path)!r} holds neither model_config.yaml nor config.json, and its name is no known model's"
+            ) from None
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Reads a JSON object from a file; anything else in it is a `ValueError` naming the file."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, found {type(values).__name__}")
+    return values
+
+
+def find_multiple(n: int, k: int) -> int:
+    """The smallest multiple of `k` that is at least `n`."""
+    if k <= 0:
+        raise ValueError(f"k must be positive, got {k}")
+    return -(-n // k) * k
+
+
+def check_indicator_and_length(
+    params: list[int] | None, name: str, required_length: int, use_initial_part: bool = True, def_val: int = 1
+) -> list[int]:
+    """Per-layer flags as a list of `required_length` zeros and ones; `None` stands for `def_val` everywhere.
+
+    A longer list is cut with `use_initial_part`. Raises `ValueError` for a wrong length or other values.
+    """
+    if params is None:
+        return [def_val] * required_length
+    params = list(params)
+    if use_initial_part:
+        params = params[:required_length]
+    if len(params) != required_length:
+        raise ValueError(f"{name} = {params} must have {required_length} entries, one a layer")
+    if not set(params) <= {0, 1}:
+        raise ValueError(f"{name} = {params} must hold only 0 and 1")
+    return params
+
+
+def _plain(value: Any) -> Any:
+    """A deep copy of nested dicts and lists, tuples turned into lists."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _did_you_mean(name: str, known: Any) -> str:
+    from difflib import get_close_matches
+
+    by_lower = {k.lower(): k for k in known}
+    close = get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
+    return f". Did you mean {' or '.join(repr(by_lower[c]) for c in close)}?" if close else ""
+
+
+def __getattr__(name: str) -> Any:
+    """`name_to_config` and `configs`: the named models as keyword arguments of `Config`, loaded on first use."""
+    if name not in ("configs", "name_to_config"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from litgpt.families import named_models
+
+    return named_models() if name == "name_to_config" else list(named_models().values())

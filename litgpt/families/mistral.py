@@ -1,0 +1,30 @@
+"""Mistral and its mixture of experts, Mixtral."""
+
+from litgpt.families import llama
+from litgpt.families.base import named
+
+_V1 = llama.STRUCTURE | {"padded_vocab_size": 32000, "sliding_window_size": 4096}
+_V2 = llama.STRUCTURE | {"padded_vocab_size": 32000, "block_size": 32768, "rope_base": 1000000}
+_V3 = _V2 | {"padded_vocab_size": 32768}
+_MIXTRAL = _V2 | {"mlp_class_name": "LLaMAMoE", "n_expert": 8, "n_expert_per_token": 2}
+_8X22B = {"padded_vocab_size": 32768, "block_size": 65536}
+
+MODELS = (
+    named(_V1, ("mistralai/Mistral-7B-{,Instruct-}v0.1", 32, 4096, 32, 8, 14336))
+    | named(_V2, ("{unsloth/Mistral-7B,mistralai/Mistral-7B-Instruct}-v0.2", 32, 4096, 32, 8, 14336))
+    | named(
+        _V3,
+        ("mistralai/Mistral-7B-{,Instruct-}v0.3", 32, 4096, 32, 8, 14336),
+        (
+            "mistralai/mathstral-7B-v0.1=Mathstral-7B-v0.1",
+            *(32, 4096, 32, 8, 14336),
+            {"sliding_window_size": 4096},
+        ),
+        ("mistralai/Mistral-Large-Instruct-{2407,2411}", 88, 12288, 96, 8, 28672),
+    )
+    | named(
+        _MIXTRAL,
+        ("mistralai/Mixtral-8x7B-{,Instruct-}v0.1", 32, 4096, 32, 8, 14336),
+        ("mistralai/Mixtral-8x22B-{,Instruct-}v0.1", 56, 6144, 48, 8, 16384, _8X22B),
+    )
+)
