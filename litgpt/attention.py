@@ -1,0 +1,319 @@
+"""Scaled dot-product attention as pure functions of tensors.
+
+Letters: B batch rows, H query heads, G key/value heads ("query groups", H is a multiple of G), D head size, T queries,
+N keys. Queries are (B, H, T, D), keys and values (B, G, N, D). Nothing here knows a cache, a policy or a slot: masks are
+made from positions, and never for all T x N pairs of a long prompt at once.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from litgpt.config import Config
+
+QUERY_BLOCK = 512  # queries per tile where a mask is needed; bounds the mask at QUERY_BLOCK x N
+SCORE_BLOCK_BYTES = 64 << 20  # eager attention keeps at most this many bytes of float32 scores at a time
+
+
+class KeysAndValues(Protocol):
+    """Access to the keys and values that queries attend to, both (B, G, N, D)."""
+
+    def keys(self) -> torch.Tensor: ...
+
+    def values(self) -> torch.Tensor: ...
+
+    def both_in_parallel(self) -> bool:
+        """False if asking for the values may invalidate the keys (a storage that decodes into one shared buffer)."""
+        ...
+
+
+class DefaultKeysAndValues:
+    """Keys and values held as plain tensors."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if keys.ndim != 4 or values.ndim != 4 or keys.shape[:-1] != values.shape[:-1]:
+            raise ValueError(
+                f"keys and values must be (B, G, N, D) and agree in B, G, N; got {tuple(keys.shape)} and "
+                f"{tuple(values.shape)}"
+            )
+        self._keys, self._values = keys, values
+
+    def keys(self) -> torch.Tensor:
+        return self._keys
+
+    def values(self) -> torch.Tensor:
+        return self._values
+
+    def both_in_parallel(self) -> bool:
+        return True
+
+
+def do_softcapping(x: torch.Tensor, thresh: float | None) -> torch.Tensor:
+    """Squash scores smoothly into (-thresh, thresh); `None` leaves them alone (Gemma 2, arXiv:2408.00118)."""
+    return x if thresh is None else torch.tanh(x / thresh) * thresh
+
+
+class Tile(NamedTuple):
+    """One attention call: queries [q0, q1) over keys [k0, k1), with an additive `bias` or the causal flag."""
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    bias: torch.Tensor | None
+    is_causal: bool
+
+
+def position_bias(
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    window: int | None = None,
+    reach: int | None = None,
+    sinks: int = 0,
+) -> torch.Tensor:
+    """Additive mask (..., T, N) from positions (..., T) and (..., N): 0 where a query sees a key, -inf elsewhere.
+
+    A query at p sees keys at 0..p (negative key positions mark empty slots), of those only the last `window`, and, where
+    `reach` is given, only the last `reach` and the first `sinks` of the sequence.
+    """
+    query, key = query_positions.unsqueeze(-1), key_positions.unsqueeze(-2)
+    visible = (key >= 0) & (key <= query)
+    if window is not None:
+        visible &= key > query - window
+    if reach is not None:
+        visible &= (key > query - reach) | (key < sinks)
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
+
+
+def causal_tiles(T: int, N: int, window: int | None, dtype: torch.dtype, device: torch.device) -> list[Tile]:
+    """Tiles for T queries that are the last of N consecutive positions, each seeing the last `window` (None: all) keys.
+
+    Rows and columns of every tile's mask are cut from one band of QUERY_BLOCK x N (or x window), so memory grows with N,
+    not with T x N.
+    """
+    if window is not None and window >= N:
+        window = None
+    if T == 1:
+        return [Tile(0, 1, 0 if window is None else N - window, N, None, False)]
+    if T == N and window is None:
+        return [Tile(0, T, 0, N, None, True)]
+    rows = min(QUERY_BLOCK, T)
+    columns = N if window is None else min(N, rows + window - 1)
+    last = torch.arange(columns, device=device)
+    band = position_bias(last[columns - rows :], last, dtype, window=window)
+    tiles = []
+    for q0 in range(0, T, rows):
+        q1 = min(q0 + rows, T)
+        k1 = N - T + q1
+        k0 = 0 if window is None else max(0, k1 - (q1 - q0) - window + 1)
+        tiles.append(Tile(q0, q1, k0, k1, band[rows - (q1 - q0) :, columns - (k1 - k0) :], False))
+    return tiles
+
+
+def scaled_dot_product_attention(
+    query: torch.Tensor,
+    k_and_v: KeysAndValues,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    attention_logit_softcapping: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out, with every weight returned.
+
+    Args:
+        query: (B, H, T, D).
+        k_and_v: keys and values (B, G, N, D).
+        scale: factor on the query-key products.
+        mask: additive float or boolean (True: attend) mask, broadcastable to (B, H, T, N).
+        attention_logit_softcapping: threshold for `do_softcapping`, applied before the mask.
+
+    Returns:
+        Output (B, H, T, D) in the query's dtype; weights (B, H, T, N), float32.
+    """
+    B, H, T, D = query.shape
+    keys = k_and_v.keys()
+    G, N = keys.shape[1], keys.shape[2]
+    folded = query.reshape(B, G, H // G * T, D)
+    scores = (folded @ keys.mT).float().view(B, H, T, N) * scale
+    scores = do_softcapping(scores, attention_logit_softcapping)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    weights = torch.softmax(scores, dim=-1)
+    values = k_and_v.values()
+    output = weights.to(values.dtype).view(B, G, H // G * T, N) @ values
+    return output.view(B, H, T, values.shape[-1]), weights
+
+
+def attend(
+    query: torch.Tensor,
+    k_and_v: KeysAndValues,
+    *,
+    scale: float,
+    bias: torch.Tensor | None = None,
+    is_causal: bool = False,
+    softcapping: float | None = None,
+    return_weights: bool = False,
+    eager: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention by the fastest way that gives what is asked: fused kernel, or written out in blocks of queries.
+
+    Args:
+        query: (B, H, T, D).
+        k_and_v: keys and values (B, G, N, D).
+        scale: factor on the query-key products.
+        bias: additive mask broadcastable to (B, H, T, N), in the query's dtype.
+        is_causal: query t sees keys 0..t; needs T == N and no bias.
+        softcapping: threshold for `do_softcapping`.
+        return_weights: also return the weights, summed over the T queries.
+        eager: never use the fused kernel.
+
+    Returns:
+        Output (B, H, T, D); weights (B, H, N) in float32, or None.
+    """
+    if not (eager or return_weights) and softcapping is None:
+        keys, values = k_and_v.keys(), k_and_v.values()
+        grouped = query.shape[1] != keys.shape[1]
+        return F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=bias, is_causal=is_causal, scale=scale, enable_gqa=grouped
+        ), None
+    B, H, T, _ = query.shape
+    N = k_and_v.keys().shape[2]
+    if is_causal:
+        positions = torch.arange(T, device=query.device)
+    rows = max(1, min(T, SCORE_BLOCK_BYTES // (4 * B * H * N)))
+    outputs, summed = [], None
+    for start in range(0, T, rows):
+        stop = min(start + rows, T)
+        if is_causal:
+            part = position_bias(positions[start:stop], positions, query.dtype)
+        elif bias is not None and bias.shape[-2] > 1:
+            part = bias[..., start:stop, :]
+        else:
+            part = bias
+        output, weights = scaled_dot_product_attention(query[:, :, start:stop], k_and_v, scale, part, softcapping)
+        outputs.append(output)
+        if return_weights:
+            summed = weights.sum(2) if summed is None else summed + weights.sum(2)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), summed
+
+
+class MultiHeadSelfAttention:
+    """Causal attention as a model's configuration asks for it: scale, soft-capping, sliding windows per layer.
+
+    Args:
+        config: the model's configuration.
+        sdpa_kernels: kernels that torch may choose from (default: all).
+        use_eager_sdpa_always: write attention out instead of calling a fused kernel.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        sdpa_kernels: SDPBackend | Sequence[SDPBackend] | None = None,
+        use_eager_sdpa_always: bool = False,
+    ) -> None:
+        self.config = config
+        self.scale = 1.0 / math.sqrt(config.attention_scores_scalar or config.head_size)
+        self.softcapping = config.attention_logit_softcapping
+        self.sdpa_kernels = [sdpa_kernels] if isinstance(sdpa_kernels, SDPBackend) else sdpa_kernels
+        self.use_eager_sdpa_always = use_eager_sdpa_always
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        k_and_v: KeysAndValues,
+        bias: torch.Tensor | None,
+        is_causal: bool,
+        return_weights: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`attend` with this model's scale and soft-capping. Returns (B, H, T, D) and (B, H, N) or None."""
+        context = nullcontext() if self.sdpa_kernels is None else sdpa_kernel(list(self.sdpa_kernels))
+        with context:
+            return attend(
+                query,
+                k_and_v,
+                scale=self.scale,
+                bias=bias,
+                is_causal=is_causal,
+                softcapping=self.softcapping,
+                return_weights=return_weights,
+                eager=self.use_eager_sdpa_always,
+            )
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        k_and_v: KeysAndValues,
+        block_idx: int,
+        input_pos: int | None = None,
+        return_attn_weights: bool = False,
+        token_positions: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend causally in layer `block_idx`.
+
+        Args:
+            query: (B, H, T, D), the queries of T consecutive tokens.
+            k_and_v: keys and values (B, G, N, D).
+            block_idx: the layer, which decides about a sliding window.
+            input_pos: position of the first query. None or 0: keys are those of the same T tokens.
+            return_attn_weights: also return the weights summed over the T queries.
+            token_positions: position of every key, (B, G, N), negative for none. Default: 0..N-1.
+
+        Returns:
+            Output (B, T, H * D); weights (B, H, N) in float32, or None.
+
+        Raises:
+            ValueError: if shapes and positions do not fit each other.
+        """
+        B, H, T, _ = query.shape
+        G, N = k_and_v.keys().shape[1:3]
+        first = input_pos or 0
+        if H % G:
+            raise ValueError(f"{H} query heads cannot share {G} key/value heads")
+        if token_positions is None and first + T != N:
+            raise ValueError(
+                f"{N} keys for queries at positions {first} to {first + T - 1}: expected {first + T} keys, or token_positions"
+            )
+        window = self.config.window(block_idx)
+        if token_positions is None:
+            tiles = causal_tiles(T, N, window, query.dtype, query.device)
+        else:
+            if tuple(token_positions.shape) != (B, G, N):
+                raise ValueError(f"token_positions must be {(B, G, N)}, got {tuple(token_positions.shape)}")
+            tiles = self._tiles_by_position(query, token_positions, first, window)
+        outputs, summed = [], None
+        for tile in tiles:
+            part = k_and_v
+            if (tile.k0, tile.k1) != (0, N):
+                part = DefaultKeysAndValues(
+                    k_and_v.keys()[:, :, tile.k0 : tile.k1], k_and_v.values()[:, :, tile.k0 : tile.k1]
+                )
+            output, weights = self.attend(
+                query[:, :, tile.q0 : tile.q1], part, tile.bias, tile.is_causal, return_attn_weights
+            )
+            outputs.append(output)
+            if return_attn_weights:
+                summed = torch.zeros(B, H, N, device=query.device) if summed is None else summed
+                summed[:, :, tile.k0 : tile.k1] += weights
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+        return output.transpose(1, 2).flatten(2), summed
+
+    @staticmethod
+    def _tiles_by_position(
+        query: torch.Tensor, token_positions: torch.Tensor, first: int, window: int | None
+    ) -> list[Tile]:
+        H, T = query.shape[1:3]
+        G, N = token_positions.shape[1:]
+        queries = torch.arange(first, first + T, device=query.device)
+        tiles = []
+        for q0 in range(0, T, QUERY_BLOCK):
+            q1 = min(q0 + QUERY_BLOCK, T)
+            bias = position_bias(queries[q0:q1], token_positions, query.dtype, window=window)
+            tiles.append(Tile(q0, q1, 0, N, bias.repeat_interleave(H // G, dim=1), False))
+        return tiles

@@ -1,0 +1,156 @@
+"""What every key-value cache is: its parameters and its contract.
+
+Letters as in `litgpt.attention`; C is the number of slots of a cache (`cache_length`), N the number of slots in use.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from litgpt.attention import KeysAndValues
+from litgpt.config import Config
+
+
+@dataclass(frozen=True)
+class KVCacheParams:
+    """Size and place of a cache: `batch_size` x `n_query_groups` x `cache_length` x `head_size`, twice."""
+
+    batch_size: int
+    n_query_groups: int
+    cache_length: int
+    head_size: int
+    n_head: int
+    device: torch.device | None
+    dtype: torch.dtype | None
+
+    @staticmethod
+    def from_config(
+        config: Config,
+        batch_size: int,
+        cache_length: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        head_size: int | None = None,
+    ) -> "KVCacheParams":
+        return KVCacheParams(
+            batch_size=batch_size,
+            n_query_groups=config.n_query_groups,
+            cache_length=cache_length,
+            head_size=config.head_size if head_size is None else head_size,
+            n_head=config.n_head,
+            device=device,
+            dtype=dtype,
+        )
+
+
+class KVCache(nn.Module, ABC):
+    """Keys and values of the tokens that one layer may still attend to.
+
+    Called once per forward of its layer, with the new tokens' queries, keys and values; it stores what its policy keeps
+    and returns the attention output. `input_pos=0` starts new sequences, `input_pos > 0` continues them.
+
+    Args:
+        config: the model's configuration.
+        batch_size: rows that the buffers hold, the largest batch a prefill may bring.
+        cache_length: slots per row and head.
+        block_idx: the layer that the cache serves.
+        dtype: dtype of keys and values (default: torch's default dtype).
+        head_size: size of keys and values (default: the configuration's).
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        batch_size: int,
+        cache_length: int,
+        block_idx: int,
+        dtype: torch.dtype | None = None,
+        head_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("batch_size", batch_size), ("cache_length", cache_length)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not 0 <= block_idx < config.n_layer:
+            raise ValueError(f"block_idx must be in 0..{config.n_layer - 1}, got {block_idx}")
+        self.config = config
+        self.batch_size = batch_size
+        self.cache_length = cache_length
+        self.block_idx = block_idx
+        self.n_query_groups = config.n_query_groups
+        self.n_head = config.n_head
+        self.head_size = config.head_size if head_size is None else head_size
+        self._dtype = torch.get_default_dtype() if dtype is None else dtype
+
+    @abstractmethod
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, token_idx: torch.Tensor, input_pos: int
+    ) -> torch.Tensor:
+        """Attend from the new tokens and store what stays of them.
+
+        Args:
+            query: (B, H, T, D), after RoPE.
+            key, value: (B, G, T, D), keys after RoPE.
+            token_idx: (B, T), the tokens themselves, for policies that look at them.
+            input_pos: position of the first new token: 0, or `next_token_pos`.
+
+        Returns:
+            Attention output (B, T, H * D).
+
+        Raises:
+            ValueError: a wrong batch size, shape or position.
+            IndexError: more tokens than the cache can take.
+        """
+
+    @property
+    @abstractmethod
+    def next_token_pos(self) -> int:
+        """The `input_pos` that the next call has to give (0: nothing stored)."""
+
+    @property
+    @abstractmethod
+    def max_tokens_forward(self) -> int:
+        """Most tokens that a call with `input_pos > 0` should bring."""
+
+    @property
+    @abstractmethod
+    def max_prefill_length(self) -> int | None:
+        """Most tokens that a call with `input_pos=0` may bring (None: any number)."""
+
+    @abstractmethod
+    def get_keys_values(self) -> KeysAndValues | None:
+        """What is stored, (B, G, N, D), slot by slot (None: nothing)."""
+
+    @abstractmethod
+    def token_positions(self) -> torch.Tensor:
+        """Position of the token in every slot in use, (B, G, N), int64; -1 where a shorter row has none."""
+
+    @abstractmethod
+    def size_estimate(self) -> tuple[int, dict[str, int]]:
+        """Bits allocated, in total and by part."""
+
+    @classmethod
+    @abstractmethod
+    def size_estimate_apriori(cls, params: KVCacheParams) -> tuple[int, dict[str, int]]:
+        """What `size_estimate` of a cache with these parameters will be, without making one."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
+
+    def get_params(self) -> KVCacheParams:
+        return KVCacheParams(
+            batch_size=self.batch_size,
+            n_query_groups=self.n_query_groups,
+            cache_length=self.cache_length,
+            head_size=self.head_size,
+            n_head=self.n_head,
+            device=self.device,
+            dtype=self.dtype,
+        )

@@ -1,0 +1,368 @@
+"""A cache put together from a policy and a storage."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from litgpt.attention import DefaultKeysAndValues, KeysAndValues, MultiHeadSelfAttention
+from litgpt.config import Config
+from litgpt.kvcache.base import KVCache, KVCacheParams
+from litgpt.kvcache.plan import Part, Plan, Step, plan_call
+from litgpt.kvcache.policy import Policy
+from litgpt.kvcache.storage import DefaultStorage, Storage
+
+
+class DefaultKVCache(KVCache):
+    """Attends over what a storage holds, and stores the tokens that a policy keeps.
+
+    Rows are independent: each has its own length, and positions count from the first token of the row. In a ragged batch
+    `next_token_pos` is the length of the longest row, and row b's new tokens stand at its own length.
+
+    Args:
+        config, batch_size, cache_length, block_idx, dtype, head_size: as for `KVCache`.
+        policy: class of the policy.
+        device: where the buffers are (default: CPU).
+        storage: class of the storage.
+        policy_args: further arguments of the policy.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        batch_size: int,
+        cache_length: int,
+        block_idx: int,
+        policy: type[Policy],
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        head_size: int | None = None,
+        storage: type[Storage] = DefaultStorage,
+        **policy_args: Any,
+    ) -> None:
+        super().__init__(config, batch_size, cache_length, block_idx, dtype, head_size)
+        self.policy = policy(cache_length, **policy_args)
+        self.policy_args = policy_args
+        device = torch.device("cpu") if device is None else torch.device(device)
+        self.storage = storage(
+            KVCacheParams.from_config(config, batch_size, cache_length, device, self.dtype, self.head_size)
+        )
+        self.mha = MultiHeadSelfAttention(config)
+        self.window = config.window(block_idx)
+        self._lengths: tuple[int, ...] = ()  # tokens of each row in use
+        self._oldest: tuple[int, ...] = ()  # by row: positions below it (and not among the sinks) are gone
+
+    # -- what is in it
+
+    @property
+    def eff_batch_size(self) -> int | None:
+        """Rows in use, set by the prefill (None: before it)."""
+        return len(self._lengths) or None
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Tokens so far of every row in use."""
+        return self._lengths
+
+    @property
+    def next_token_pos(self) -> int:
+        return max(self._lengths, default=0)
+
+    @property
+    def current_length(self) -> int:
+        """N, slots in use (by the longest row)."""
+        return min(self.next_token_pos, self.cache_length)
+
+    @property
+    def max_tokens_forward(self) -> int:
+        return self.cache_length
+
+    @property
+    def max_prefill_length(self) -> int | None:
+        return None if self.policy.evicts else self.cache_length
+
+    @property
+    def device(self) -> torch.device:
+        return self.storage.device
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether sequences may be longer than the model's context: all that is seen stays within its distances."""
+        return self.policy.evicts and not self.policy.sinks and self.cache_length <= self.config.block_size
+
+    def update_requires_attn_weights(self) -> bool:
+        """Whether the policy reads attention weights, summed over the new tokens."""
+        return self.policy.needs_attn_weights
+
+    def get_keys_values(self) -> KeysAndValues | None:
+        if not self.current_length:
+            return None
+        return self.storage.get(len(self._lengths), slice(0, self.current_length))
+
+    def token_positions(self) -> torch.Tensor:
+        lengths = torch.tensor(self._lengths, device=self.device, dtype=torch.int64)
+        oldest = torch.tensor(self._oldest, device=self.device, dtype=torch.int64)[:, None]
+        positions = self.policy.slot_positions(lengths)[:, : self.current_length]
+        gone = (positions >= self.policy.sinks) & (positions < oldest)
+        return positions.masked_fill(gone, -1)[:, None, :].expand(-1, self.n_query_groups, -1)
+
+    def size_estimate(self) -> tuple[int, dict[str, int]]:
+        parts = self.storage.size_in_bits()
+        return sum(parts.values()), parts
+
+    @classmethod
+    def size_estimate_apriori(
+        cls, params: KVCacheParams, storage: type[Storage] = DefaultStorage
+    ) -> tuple[int, dict[str, int]]:
+        parts = storage.size_in_bits_apriori(params)
+        return sum(parts.values()), parts
+
+    # -- one call
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        token_idx: torch.Tensor,
+        input_pos: int,
+        plan: Plan | None = None,
+    ) -> torch.Tensor:
+        """As `KVCache.forward`. With a `plan` (from `plan`), its tensor code alone: the caller has to `commit` it."""
+        if plan is not None:
+            return self._run(plan, query, key, value)
+        B, G, T, _ = key.shape
+        self._check_shapes(query, key, value)
+        plan = self.plan(input_pos, B, T)
+        try:
+            output = self._run(plan, query, key, value)
+        except BaseException:
+            self.clear()  # slots may be half written: better empty than wrong
+            raise
+        self.commit(plan)
+        return output
+
+    def plan(
+        self, input_pos: int, batch_size: int, T: int, rows: Sequence[int] | None = None, static: bool = False
+    ) -> Plan:
+        """Plan a call with T new tokens for each of `batch_size` rows (`rows` names them; None: the first ones).
+
+        `input_pos=0` empties the rows of the call first; without `rows` it starts a new batch, and all others are gone.
+
+        Raises:
+            ValueError: a wrong batch size, row or position.
+            IndexError: more tokens than there are slots, where the policy does not evict.
+        """
+        lengths = self._check_call(input_pos, batch_size, T, rows)
+        return plan_call(self.policy, self.window, lengths, rows, T, self.dtype, self.device, static)
+
+    def plan_key(self) -> tuple:
+        """Caches with equal keys have equal plans for the same call."""
+        return (
+            type(self.policy),
+            self.cache_length,
+            self.policy.sinks,
+            self.window,
+            self._lengths,
+            self.dtype,
+            self.device,
+        )
+
+    def commit(self, plan: Plan) -> None:
+        """Note that `plan` was run."""
+        oldest = self._oldest + (0,) * (len(plan.after) - len(self._oldest))
+        self._oldest = tuple(
+            max(old if before else 0, after - self.policy.reach)
+            for old, before, after in zip(oldest, plan.before, plan.after, strict=False)
+        )
+        self._lengths = plan.after
+
+    def _run(self, plan: Plan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        if len(plan.parts) == 1:
+            output = self._run_part(plan.parts[0], query, key, value)
+        else:
+            output = query.new_empty(*query.shape[:-1], value.shape[-1])
+            for part in plan.parts:
+                r = part.chunk_rows
+                output[r] = self._run_part(part, query[r], key[r], value[r])
+        return output.transpose(1, 2).flatten(2)
+
+    def _run_part(self, part: Part, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        outputs = []
+        for step in part.steps:
+            if step.write_first and step.write is not None:
+                self._write(step, part.rows, key, value)
+            kv = self._keys_values(step, part.rows, key, value)
+            output, _ = self.mha.attend(query[:, :, step.queries], kv, step.bias, step.is_causal)
+            outputs.append(output)
+            if not step.write_first and step.write is not None:
+                self._write(step, part.rows, key, value)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _write(self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> None:
+        self.storage.set(key[:, :, step.write], value[:, :, step.write], step.slots, rows)
+
+    def _keys_values(
+        self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor
+    ) -> KeysAndValues:
+        if step.read is None:
+            return DefaultKeysAndValues(key[:, :, step.new], value[:, :, step.new])
+        old = self.storage.get(key.shape[0], step.read, rows)
+        if step.new is None:
+            return old
+        return DefaultKeysAndValues(
+            torch.cat((old.keys(), key[:, :, step.new]), dim=2), torch.cat((old.values(), value[:, :, step.new]), dim=2)
+        )
+
+    # -- errors
+
+    def _check_call(self, input_pos: int, batch_size: int, T: int, rows: Sequence[int] | None) -> tuple[int, ...]:
+        """Lengths of all rows as the call finds them."""
+        if T < 1:
+            raise ValueError(f"a call needs at least one token, got {T}")
+        if input_pos == 0 and rows is None:
+            if not 1 <= batch_size <= self.batch_size:
+                raise ValueError(f"batch size {batch_size} must be in 1..{self.batch_size}, the cache's batch_size")
+            lengths = (0,) * batch_size
+        else:
+            lengths = self._lengths
+            in_use = len(lengths)
+            if rows is not None and (len(rows) != batch_size or not all(0 <= row < in_use for row in rows)):
+                raise ValueError(f"rows {list(rows)} do not name {batch_size} of the {in_use} rows in use")
+            if rows is None and batch_size != in_use:
+                raise ValueError(f"batch size {batch_size} differs from {in_use}, set by the prefill")
+            named = range(in_use) if rows is None else rows
+            if input_pos == 0:
+                lengths = tuple(0 if row in named else length for row, length in enumerate(lengths))
+            expected = max(lengths[row] for row in named)
+            if input_pos != expected:
+                raise ValueError(f"input_pos={input_pos}, but the next token's position is {expected}")
+        longest = max(lengths[row] for row in (range(len(lengths)) if rows is None else rows)) + T
+        if not self.policy.evicts and longest > self.cache_length:
+            raise IndexError(
+                f"{longest} tokens do not fit into a dense cache of cache_length={self.cache_length}: "
+                "enlarge it, or use a cache that evicts"
+            )
+        return lengths
+
+    def _check_shapes(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        B, _, T, _ = key.shape
+        for name, x, heads in (("query", query, self.n_head), ("key", key, self.n_query_groups)):
+            if tuple(x.shape) != (B, heads, T, self.head_size):
+                raise ValueError(f"{name} must be {(B, heads, T, self.head_size)}, got {tuple(x.shape)}")
+        if value.shape != key.shape:
+            raise ValueError(f"value must be {tuple(key.shape)}, got {tuple(value.shape)}")
+        if key.dtype != self.dtype or value.dtype != self.dtype:
+            raise ValueError(f"keys and values must be {self.dtype}, the cache's dtype, got {key.dtype}, {value.dtype}")
+
+    # -- state between calls
+
+    def clear(self) -> None:
+        """Forget everything; the next call has to be a prefill."""
+        self._lengths, self._oldest = (), ()
+
+    def start(self, batch_size: int) -> None:
+        """Begin a batch of empty rows, each to be filled by a call with `rows`."""
+        if not 1 <= batch_size <= self.batch_size:
+            raise ValueError(f"batch size {batch_size} must be in 1..{self.batch_size}, the cache's batch_size")
+        self._lengths, self._oldest = (0,) * batch_size, (0,) * batch_size
+
+    @property
+    def crop_limit(self) -> int:
+        """Least n that `crop` accepts, next to 0."""
+        return max(
+            (self.policy.crop_limit(length, self.window) + self.next_token_pos - length for length in self._lengths),
+            default=0,
+        )
+
+    @property
+    def supports_crop(self) -> bool:
+        """Whether `crop` goes back to any earlier point: nothing that later tokens would see was evicted."""
+        return self.crop_limit == 0
+
+    def crop(self, n: int) -> None:
+        """Go back to when `next_token_pos` was n: the last tokens of every row are forgotten.
+
+        Raises:
+            ValueError: if n is not in 0..next_token_pos, or what a later token would see was evicted (`crop_limit`).
+        """
+        end = self.next_token_pos
+        if not 0 <= n <= end:
+            raise ValueError(f"cannot crop to {n}: must be in 0..{end}, the tokens so far")
+        if 0 < n < self.crop_limit:
+            raise ValueError(
+                f"cannot crop to {n} of {end} tokens: with cache_length={self.cache_length} what came before was evicted; "
+                f"crop to {self.crop_limit} or more, or start anew with input_pos=0"
+            )
+        if n == 0:
+            self.clear()
+        self._lengths = tuple(max(0, length - (end - n)) for length in self._lengths)
+
+    def reorder(self, rows: Iterable[int]) -> None:
+        """Row i becomes what row `rows[i]` was. Rows may be dropped or repeated, as long as `batch_size` holds them.
+
+        Raises:
+            ValueError: if a row is not in use, or there are none or too many.
+        """
+        rows = [int(row) for row in rows]
+        if not 1 <= len(rows) <= self.batch_size or not all(0 <= row < len(self._lengths) for row in rows):
+            raise ValueError(
+                f"rows {rows}: need 1..{self.batch_size} of the {len(self._lengths)} rows in use (0-based)"
+            )
+        self.storage.select_rows(torch.tensor(rows, device=self.device))
+        self._lengths = tuple(self._lengths[row] for row in rows)
+        self._oldest = tuple(self._oldest[row] for row in rows)
+
+    def fork(self) -> "DefaultKVCache":
+        """An independent copy: what is done to one does not show in the other."""
+        twin = self._empty_twin()
+        twin.load_state(self.state())
+        return twin
+
+    def _empty_twin(self) -> "DefaultKVCache":
+        twin = object.__new__(type(self))
+        DefaultKVCache.__init__(
+            twin,
+            self.config,
+            self.batch_size,
+            self.cache_length,
+            self.block_idx,
+            type(self.policy),
+            self.device,
+            self.dtype,
+            self.head_size,
+            type(self.storage),
+            **self.policy_args,
+        )
+        return twin
+
+    def state(self) -> dict[str, Any]:
+        """What a later `load_state` needs to go on from here: copies of the used parts of the buffers, and lengths."""
+        state: dict[str, Any] = {"lengths": list(self._lengths), "oldest": list(self._oldest)}
+        kv = self.get_keys_values()
+        if kv is not None:
+            state["keys"], state["values"] = kv.keys().clone(), kv.values().clone()
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from where `state` was taken.
+
+        Raises:
+            ValueError: if it was taken from a cache of another shape or dtype.
+        """
+        lengths = tuple(int(length) for length in state["lengths"])
+        used = min(max(lengths, default=0), self.cache_length)
+        expected = (len(lengths), self.n_query_groups, used, self.head_size)
+        if len(lengths) > self.batch_size:
+            raise ValueError(f"the state has {len(lengths)} rows, the cache batch_size={self.batch_size}")
+        if used:
+            for name in ("keys", "values"):
+                x = state[name]
+                if tuple(x.shape) != expected or x.dtype != self.dtype:
+                    raise ValueError(
+                        f"{name} of the state are {tuple(x.shape)} {x.dtype}, the cache needs {expected} {self.dtype}"
+                    )
+            slots = torch.arange(used, device=self.device)
+            self.storage.set(state["keys"].to(self.device), state["values"].to(self.device), slots, None)
+        self._lengths = lengths
+        self._oldest = tuple(int(position) for position in state["oldest"])

@@ -1,0 +1,210 @@
+"""What a forward call does in a cache, planned from positions alone.
+
+Positions are host integers, so which slots are written, which are read and under which mask is decided once per forward,
+outside the layers; every layer with the same policy, window and history runs the same plan, which is tensor code only.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from litgpt.attention import causal_tiles, position_bias
+from litgpt.kvcache.policy import Policy
+
+READ_BUCKET = 256  # a static decode step reads a multiple of this many slots
+
+
+@dataclass(frozen=True)
+class Step:
+    """Queries of one chunk, the keys they see, and the tokens written to slots before or after.
+
+    Attributes:
+        queries: tokens of the chunk that attend.
+        read: slots attended to, a slice or (N,) indices (None: none).
+        new: tokens of the chunk attended to directly, following those read (None: none).
+        bias: additive mask, broadcastable to (B, H, T, keys), or None.
+        is_causal: query t sees keys 0..t.
+        write: tokens of the chunk that are stored, a slice or indices (None: none).
+        slots: where, (T,) or (B, T).
+        write_first: store before attending.
+    """
+
+    queries: slice
+    read: slice | torch.Tensor | None = None
+    new: slice | None = None
+    bias: torch.Tensor | None = None
+    is_causal: bool = False
+    write: slice | torch.Tensor | None = None
+    slots: torch.Tensor | None = None
+    write_first: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """Steps for some rows of the call. `chunk_rows` index the call's rows, `rows` those of the cache (None: all)."""
+
+    steps: list[Step]
+    chunk_rows: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a call does in one cache, and how many tokens each row in use has before and after it."""
+
+    parts: list[Part]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+def plan_call(
+    policy: Policy,
+    window: int | None,
+    lengths: Sequence[int],
+    rows: Sequence[int] | None,
+    T: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    static: bool = False,
+) -> Plan:
+    """Plan a call that brings T new tokens to each of `rows` (None: all), which hold `lengths` tokens so far.
+
+    Args:
+        policy, window: of the cache and its layer.
+        lengths: tokens so far of every row in use, also of those not in `rows`.
+        rows: rows of the cache that the call's batch stands for.
+        T: new tokens per row.
+        dtype: of masks, which is that of queries.
+        device: of the plan's tensors.
+        static: plan a single token with tensors whose shapes depend on buckets of the length only, for compiled code.
+    """
+    chosen = range(len(lengths)) if rows is None else rows
+    before = [lengths[row] for row in chosen]
+    after = list(lengths)
+    for row in chosen:
+        after[row] += T
+    row_index = None if rows is None else torch.tensor(list(rows), device=device)
+    if T == 1 and (static or len(set(before)) > 1):
+        parts = [Part([_decode_step(policy, window, before, dtype, device, static)], rows=row_index)]
+    else:
+        groups: dict[int, list[int]] = defaultdict(list)
+        for i, length in enumerate(before):
+            groups[length].append(i)
+        parts = []
+        for length, members in groups.items():
+            steps = _uniform_steps(policy, window, length, T, dtype, device)
+            if len(groups) == 1:
+                parts.append(Part(steps, rows=row_index))
+            else:
+                chunk_rows = torch.tensor(members, device=device)
+                parts.append(Part(steps, chunk_rows, chunk_rows if rows is None else row_index[chunk_rows]))
+    return Plan(parts, tuple(lengths), tuple(after))
+
+
+def _uniform_steps(
+    policy: Policy, window: int | None, start: int, T: int, dtype: torch.dtype, device: torch.device
+) -> list[Step]:
+    """Steps for rows that all hold `start` tokens."""
+    stop = start + T
+    seen = policy.reach if window is None else min(window, policy.reach)
+    if start == 0:
+        written = _span(policy.held(stop), 0, stop, device)
+        slots = policy.slots(written)
+        tiles = causal_tiles(T, T, window, dtype, device)
+        return [
+            Step(
+                slice(tile.q0, tile.q1),
+                new=slice(tile.k0, tile.k1),
+                bias=tile.bias,
+                is_causal=tile.is_causal,
+                write=None if tile.q1 < T else slice(0, T) if len(written) == T else written,
+                slots=slots if tile.q1 == T else None,
+            )
+            for tile in tiles
+        ]
+    new = torch.arange(start, stop, device=device)
+    if stop <= policy.cache_length:
+        tiles = causal_tiles(T, stop, window, dtype, device)
+        return [
+            Step(
+                slice(tile.q0, tile.q1),
+                read=slice(tile.k0, tile.k1),
+                bias=tile.bias,
+                write=slice(0, T) if tile.q0 == 0 else None,
+                slots=policy.slots(new) if tile.q0 == 0 else None,
+                write_first=True,
+            )
+            for tile in tiles
+        ]
+    if T <= policy.reach - seen + 1:  # nothing that a query sees is overwritten
+        bias = None
+        if T > 1 or seen < policy.reach or (window is not None and policy.sinks):
+            stored = policy.slot_positions(torch.tensor([stop], device=device))[0]
+            bias = position_bias(new, stored, dtype, window=window, reach=policy.reach, sinks=policy.sinks)
+        whole = slice(0, policy.cache_length)
+        return [Step(slice(0, T), whole, None, bias, False, slice(0, T), policy.slots(new), True)]
+    return _attend_then_evict(policy, window, start, T, dtype, device)
+
+
+def _attend_then_evict(
+    policy: Policy, window: int | None, start: int, T: int, dtype: torch.dtype, device: torch.device
+) -> list[Step]:
+    """Steps of a chunk whose own tokens evict what its first queries still see: pieces attend, and then are stored."""
+    size = min(512, max(64, policy.cache_length))
+    masks: dict[tuple[int, ...], torch.Tensor] = {}
+    steps = []
+    for q0 in range(0, T, size):
+        q1 = min(q0 + size, T)
+        first, stop = start + q0, start + q1
+        old = _span(policy.held(first), 0, first, device)
+        # once all slots are taken, masks depend on differences of positions only, unless a window moves over the sinks
+        moves = window is not None and policy.sinks > 0
+        kind = (first if moves else min(first, policy.cache_length), q1 - q0)
+        if kind not in masks:
+            queries = torch.arange(first, stop, device=device)
+            keys = torch.cat((old, queries))
+            masks[kind] = position_bias(queries, keys, dtype, window=window, reach=policy.reach, sinks=policy.sinks)
+        kept = _span(policy.held(stop), first, stop, device)
+        steps.append(
+            Step(
+                slice(q0, q1),
+                read=policy.slots(old),
+                new=slice(q0, q1),
+                bias=masks[kind],
+                write=slice(q0, q1) if len(kept) == q1 - q0 else kept - start,
+                slots=policy.slots(kept),
+            )
+        )
+    return steps
+
+
+def _decode_step(
+    policy: Policy,
+    window: int | None,
+    lengths: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    static: bool,
+) -> Step:
+    """One new token for rows of different lengths, or of any length with shapes that do not follow it (`static`)."""
+    used = min(max(lengths) + 1, policy.cache_length)
+    if static:
+        used = min(-(-used // READ_BUCKET) * READ_BUCKET, policy.cache_length)
+    if len(set(lengths)) == 1:
+        lengths = lengths[:1]
+    positions = torch.tensor(lengths, device=device)
+    stored = policy.slot_positions(positions + 1)[:, :used]
+    bias = position_bias(
+        positions[:, None], stored, dtype, window=window, reach=policy.reach, sinks=policy.sinks
+    ).unsqueeze(1)
+    slots = policy.slots(positions)
+    whole = slice(0, 1)
+    return Step(whole, slice(0, used), None, bias, False, whole, slots if len(lengths) == 1 else slots[:, None], True)
+
+
+def _span(held: tuple[range, range], start: int, stop: int, device: torch.device) -> torch.Tensor:
+    """The held positions that lie in [start, stop), ascending, (N,) int64."""
+    pieces = [torch.arange(max(r.start, start), max(min(r.stop, stop), r.start, start), device=device) for r in held]
+    return torch.cat(pieces) if len(pieces[0]) else pieces[1]

@@ -1,0 +1,85 @@
+"""How the keys and values of a cache are kept."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import nn
+
+from litgpt.attention import DefaultKeysAndValues, KeysAndValues
+from litgpt.kvcache.base import KVCacheParams
+
+Index = slice | torch.Tensor
+
+
+class Storage(nn.Module, ABC):
+    """Slots for keys and values: B rows x G heads x C slots. Knows nothing of positions or policies."""
+
+    @abstractmethod
+    def set(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor | None) -> None:
+        """Write key and value (B, G, T, D) into `slots`: (T,) for all rows and heads, or (B, T) by row.
+
+        `rows` (B,) names the rows written to (None: the first B).
+        """
+
+    @abstractmethod
+    def get(self, batch: int, slots: Index, rows: torch.Tensor | None = None) -> KeysAndValues:
+        """Keys and values in `slots` (a slice, or (N,) in any order) of `rows` (None: the first `batch`)."""
+
+    @abstractmethod
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Row i becomes what row `rows[i]` was."""
+
+    @abstractmethod
+    def size_in_bits(self) -> dict[str, int]:
+        """Bits allocated, by part."""
+
+    @classmethod
+    @abstractmethod
+    def size_in_bits_apriori(cls, params: KVCacheParams) -> dict[str, int]:
+        """What `size_in_bits` of a storage with these parameters will be."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+
+class DefaultStorage(Storage):
+    """Keys and values as they are, in two tensors (batch_size, G, C, D)."""
+
+    def __init__(self, params: KVCacheParams) -> None:
+        super().__init__()
+        shape = (params.batch_size, params.n_query_groups, params.cache_length, params.head_size)
+        # zeros, not empty: a masked slot has weight 0, and 0 * NaN would be NaN
+        self.register_buffer("k", torch.zeros(shape, device=params.device, dtype=params.dtype), persistent=False)
+        self.register_buffer("v", torch.zeros(shape, device=params.device, dtype=params.dtype), persistent=False)
+
+    def set(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor | None) -> None:
+        batch = key.shape[0]
+        for buffer, new in ((self.k, key), (self.v, value)):
+            if rows is None and slots.ndim == 1:
+                target = buffer if batch == buffer.shape[0] else buffer[:batch]
+                target.index_copy_(2, slots, new)
+            else:
+                row = torch.arange(batch, device=new.device) if rows is None else rows
+                buffer[row[:, None], :, slots.expand(batch, -1)] = new.transpose(1, 2)
+
+    def get(self, batch: int, slots: Index, rows: torch.Tensor | None = None) -> KeysAndValues:
+        row = slice(batch) if rows is None else rows
+        return DefaultKeysAndValues(self.k[row][:, :, slots], self.v[row][:, :, slots])
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        for buffer in (self.k, self.v):
+            buffer[: len(rows)] = buffer[rows]
+
+    def size_in_bits(self) -> dict[str, int]:
+        return {name: 8 * x.numel() * x.element_size() for name, x in (("keys", self.k), ("values", self.v))}
+
+    @classmethod
+    def size_in_bits_apriori(cls, params: KVCacheParams) -> dict[str, int]:
+        dtype = torch.get_default_dtype() if params.dtype is None else params.dtype
+        bits = 8 * dtype.itemsize * params.batch_size * params.n_query_groups * params.cache_length * params.head_size
+        return {"keys": bits, "values": bits}
+
+    @property
+    def device(self) -> torch.device:
+        return self.k.device

@@ -1,0 +1,638 @@
+"""The model: one GPT whose `Config` flags cover the families of open language models.
+
+Letters: B batch rows, T tokens of a call, E embedding size, H query heads, G key/value heads ("query groups"), D head size.
+`CausalSelfAttention` computes queries, keys and values and makes one call: to its key-value cache when `input_pos` is
+given, to `attention.py` otherwise. It knows neither masks nor slots.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention, do_softcapping
+from litgpt.config import Config
+from litgpt.kvcache import DenseKVCache, KVCache, KVCacheParams, LastRecentlyInsertedKVCache
+from litgpt.kvcache.plan import Plan
+
+StartOfLayerHook = Callable[[torch.Tensor, int, int | None], None]
+
+WINDOW_SLACK = 64  # slots that a sliding-window layer's default cache has beyond its window: `crop` is exact within it
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer.
+
+    Key-value caches are made by `set_kv_caches` (or given by `assign_kv_caches`) and used by calls with `input_pos`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
+                "h": nn.ModuleList(Block(config, block_idx) for block_idx in range(config.n_layer)),
+                "ln_f": config.norm_class(config.n_embd, eps=config.norm_eps),
+            }
+        )
+        self._max_seq_length = config.block_size
+        self.register_buffer("cos", torch.empty(0, config.rope_n_elem), persistent=False)
+        self.register_buffer("sin", torch.empty(0, config.rope_n_elem), persistent=False)
+        self._start_of_layer_hook: StartOfLayerHook | None = config.start_of_layer_hook
+        self._default_kv_caches = False
+        self.static_decode = False  # plan single tokens with shapes that stay the same, for a compiled `decode`
+        self.decode = self.run_layers  # what runs a planned call of one token; may be a compiled `run_layers`
+
+    @classmethod
+    def from_name(cls, name: str, **kwargs: object) -> "GPT":
+        """A model with random weights and the configuration called `name`, its fields overridden by `kwargs`."""
+        return cls(Config.from_name(name, **kwargs))
+
+    # -- forward
+
+    def forward(
+        self,
+        idx: torch.Tensor,
+        input_pos: int | torch.Tensor | None = None,
+        lm_head_chunk_size: int = 0,
+        skip_lm_head: bool = False,
+        *,
+        last_token_only: bool = False,
+        rows: Sequence[int] | None = None,
+        input_pos_maxp1: int | None = None,
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Logits for every token of `idx`, given what came before it.
+
+        Args:
+            idx: tokens (B, T) or (T,).
+            input_pos: position of the first token. None: no cache (training). 0: prefill, which starts new sequences in
+                the caches. > 0: the next chunk. In a ragged batch it is the position in the longest row; the other rows
+                go on at their own lengths. (A tensor of consecutive positions is accepted, as LitGPT has it.)
+            lm_head_chunk_size: if positive, return a list of logits for chunks of that many tokens.
+            skip_lm_head: return the final norm's output instead of logits.
+            last_token_only: compute logits for the last token only, (B, 1, V).
+            rows: rows of the caches that the B rows of `idx` stand for (None: the first B).
+            input_pos_maxp1: not needed; accepted for scripts written for LitGPT.
+
+        Returns:
+            Logits (B, T, padded_vocab_size), or a list of (B, <= lm_head_chunk_size, padded_vocab_size), or (B, T, E).
+
+        Raises:
+            ValueError: if the caches are missing or not at `input_pos`, or the sequence is longer than the model takes.
+            IndexError: if a dense cache is full.
+        """
+        if idx.ndim == 1:
+            idx = idx.unsqueeze(0)
+        if idx.ndim != 2 or idx.shape[1] == 0:
+            raise ValueError(f"idx must be (B, T) or (T,) with at least one token, got {tuple(idx.shape)}")
+        B, T = idx.shape
+        if input_pos is None:
+            if T > self.max_seq_length:
+                raise ValueError(f"{T} tokens are more than max_seq_length = {self.max_seq_length}")
+            x = self.run_layers(idx, self._rope_rows(0, T), None, None)
+        else:
+            x = self._run_with_caches(idx, _first_position(input_pos), rows)
+        if skip_lm_head:
+            return x
+        if last_token_only:
+            x = x[:, -1:]
+        if lm_head_chunk_size > 0:
+            return [self.logits(chunk) for chunk in x.split(lm_head_chunk_size, dim=1)]
+        return self.logits(x)
+
+    def run_layers(
+        self, idx: torch.Tensor, rope: torch.Tensor, plans: list[Plan] | None, input_pos: int | None
+    ) -> torch.Tensor:
+        """Embedding, blocks and final norm: tensor code only, once everything about positions is planned.
+
+        Args:
+            idx: (B, T).
+            rope: cosines and signed sines, (2, kinds, B or 1, 1, T, rope_n_elem).
+            plans: a plan for every layer's cache, or None.
+            input_pos: handed to the start-of-layer hook.
+        """
+        x = self.transformer.wte(idx)
+        if self.config.scale_embeddings:
+            x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
+        hook = self._start_of_layer_hook
+        for block_idx, block in enumerate(self.transformer.h):
+            if hook is not None:
+                hook(x.detach(), block_idx, input_pos)
+            x = block(x, rope, None if plans is None else plans[block_idx], idx, input_pos)
+        if hook is not None:
+            hook(x.detach(), self.config.n_layer, input_pos)
+        return self.transformer.ln_f(x)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits (..., padded_vocab_size) of final-norm outputs (..., E)."""
+        return do_softcapping(self.lm_head(x), self.config.final_logit_softcapping)
+
+    def _run_with_caches(self, idx: torch.Tensor, input_pos: int, rows: Sequence[int] | None) -> torch.Tensor:
+        B, T = idx.shape
+        caches = self.kv_caches()
+        if not self.are_kv_caches_assigned():
+            raise ValueError("there are no key-value caches: call set_kv_caches or assign_kv_caches first")
+        static = self.static_decode and T == 1 and rows is None
+        shared: dict[tuple, Plan] = {}
+        plans = []
+        for cache in caches:
+            key = cache.plan_key()
+            if key not in shared:
+                shared[key] = cache.plan(input_pos, B, T, rows, static)
+            plans.append(shared[key])
+        starts = plans[0].before if rows is None else [plans[0].before[row] for row in rows]
+        if max(starts) + T > self.max_seq_length and not all(cache.unbounded for cache in caches):
+            raise ValueError(
+                f"{max(starts) + T} tokens are more than max_seq_length = {self.max_seq_length}: "
+                "only caches that evict go on beyond the model's context"
+            )
+        rope = self._rope_rows(starts[0], T) if len(set(starts)) == 1 else self._rope_rows(starts, T)
+        run = self.decode if static else self.run_layers
+        try:
+            x = run(idx, rope, plans, input_pos)
+        except BaseException:
+            for cache in caches:
+                cache.clear()  # slots may be half written: better empty than wrong
+            raise
+        for cache, plan in zip(caches, plans, strict=True):
+            cache.commit(plan)
+        return x
+
+    def set_start_of_layer_hook(self, hook: StartOfLayerHook | None) -> None:
+        """Have `hook(x, block_idx, input_pos)` called before each block with the detached layer input (B, T, E), and once
+        more after the last block with `block_idx == n_layer`. None: no hook."""
+        self._start_of_layer_hook = hook
+
+    # -- positions
+
+    @property
+    def max_seq_length(self) -> int:
+        """Most tokens of a sequence that the model works with, at most `config.block_size`."""
+        return self._max_seq_length
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        if not 1 <= value <= self.config.block_size:
+            raise ValueError(f"max_seq_length must be in 1..{self.config.block_size} (block_size), got {value}")
+        self._max_seq_length = value
+        if value > self.rope_cache_length():
+            self.cos, self.sin = self.rope_cache(value, device=self.cos.device)
+
+    def rope_cache_length(self) -> int:
+        """Positions that the RoPE table covers. It grows when needed."""
+        return self.cos.shape[0]
+
+    def rope_cache(
+        self, seq_len: int | None = None, device: torch.device | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of `seq_len` positions (default: `max_seq_length`), as `build_rope_cache` makes them."""
+        config = self.config
+        return build_rope_cache(
+            self.max_seq_length if seq_len is None else seq_len,
+            config.rope_n_elem,
+            device=device,
+            base=config.rope_base,
+            condense_ratio=config.rope_condense_ratio,
+            extra_config=config.rope_adjustments,
+            rope_local_base_freq=config.rope_local_base_freq,
+        )
+
+    def _rope_rows(self, start: int | Sequence[int], T: int) -> torch.Tensor:
+        """Cosines and signed sines for T tokens from position `start` (one, or one for every row) on.
+
+        Returns (2, kinds, B or 1, 1, T, rope_n_elem) in the model's dtype; kinds are the tables that layers choose from.
+        """
+        stop = T + (start if isinstance(start, int) else max(start))
+        weight = self.transformer.wte.weight
+        if stop > self.rope_cache_length() or self.cos.device != weight.device:
+            length = max(stop, min(self.max_seq_length, 2 * stop))
+            self.cos, self.sin = self.rope_cache(length, device=weight.device)
+        if isinstance(start, int):
+            cos, sin = self.cos[start:stop].unsqueeze(0), self.sin[start:stop].unsqueeze(0)
+        else:
+            positions = torch.tensor(list(start), device=weight.device)[:, None] + torch.arange(T, device=weight.device)
+            cos, sin = self.cos[positions], self.sin[positions]
+        if cos.ndim == 3:
+            cos, sin = cos.unsqueeze(-1), sin.unsqueeze(-1)
+        if not self.config.rope_interleave:
+            half = torch.ones(cos.shape[2], device=cos.device)
+            half[: cos.shape[2] // 2] = -1
+            sin = sin * half[:, None]
+        return torch.stack((cos, sin)).permute(0, 4, 1, 2, 3).unsqueeze(3).to(weight.dtype)
+
+    # -- key-value caches
+
+    def kv_caches(self) -> list[KVCache]:
+        """The layers' caches, those there are."""
+        caches = [block.attn.kv_cache for block in self.transformer.h]
+        return [cache for cache in caches if cache is not None]
+
+    def are_kv_caches_assigned(self) -> bool:
+        """Whether every layer has a cache."""
+        return len(self.kv_caches()) == self.config.n_layer
+
+    def assign_kv_caches(self, kv_caches: Iterable[KVCache]) -> None:
+        """Give every layer its cache.
+
+        Raises:
+            ValueError: if caches are assigned already, or they do not fit the configuration or each other.
+        """
+        kv_caches = list(kv_caches)
+        if self.kv_caches():
+            raise ValueError("key-value caches are assigned already; call clear_kv_caches(assigned=True) first")
+        if len(kv_caches) != self.config.n_layer:
+            raise ValueError(f"need {self.config.n_layer} caches, one a layer, got {len(kv_caches)}")
+        for block_idx, cache in enumerate(kv_caches):
+            for name, value, expected in (
+                ("block_idx", cache.block_idx, block_idx),
+                ("n_head", cache.n_head, self.config.n_head),
+                ("n_query_groups", cache.n_query_groups, self.config.n_query_groups),
+                ("head_size", cache.head_size, self.config.head_size),
+                ("batch_size", cache.batch_size, kv_caches[0].batch_size),
+                ("dtype", cache.dtype, kv_caches[0].dtype),
+            ):
+                if value != expected:
+                    raise ValueError(f"the cache of layer {block_idx} has {name} = {value}, expected {expected}")
+        for block, cache in zip(self.transformer.h, kv_caches, strict=True):
+            block.attn.kv_cache = cache
+        self._default_kv_caches = False
+
+    def set_kv_caches(
+        self, batch_size: int, dtype: torch.dtype | None = None, max_seq_length: int | None = None
+    ) -> None:
+        """Make default caches: dense, or of the window's size (and a little more) in layers with a sliding window.
+
+        Default caches from earlier calls are replaced, unless they fit already.
+
+        Args:
+            batch_size: most rows of a batch.
+            dtype: of keys and values (default: the model's).
+            max_seq_length: tokens that fit (default: the model's `max_seq_length`).
+
+        Raises:
+            ValueError: if caches were given by `assign_kv_caches`, or `max_seq_length` is more than the model takes.
+        """
+        if self.kv_caches() and not self._default_kv_caches:
+            raise ValueError("caches were given by assign_kv_caches: clear_kv_caches(assigned=True) removes them")
+        length = self.max_seq_length if max_seq_length is None else max_seq_length
+        if length > self.max_seq_length:
+            raise ValueError(f"max_seq_length {length} is more than the model's {self.max_seq_length}")
+        weight = self.transformer.wte.weight
+        dtype = weight.dtype if dtype is None else dtype
+        for block_idx, block in enumerate(self.transformer.h):
+            window = self.config.window(block_idx)
+            args = (self.config, batch_size)
+            if window is None or window + WINDOW_SLACK >= length:
+                kind, cache_length = DenseKVCache, length
+            else:
+                kind, cache_length = LastRecentlyInsertedKVCache, window + WINDOW_SLACK
+            old = block.attn.kv_cache
+            wanted = (kind, cache_length, batch_size, dtype, weight.device)
+            if old is not None and (type(old), old.cache_length, old.batch_size, old.dtype, old.device) == wanted:
+                old.clear()
+            elif kind is DenseKVCache:
+                block.attn.kv_cache = DenseKVCache(*args, block_idx, weight.device, dtype, cache_length)
+            else:
+                block.attn.kv_cache = kind(*args, cache_length, block_idx, weight.device, dtype)
+        self._default_kv_caches = True
+
+    def clear_kv_caches(self, assigned: bool = False) -> None:
+        """Drop default caches, and with `assigned` also those given by `assign_kv_caches`."""
+        if self._default_kv_caches or assigned:
+            for block in self.transformer.h:
+                block.attn.kv_cache = None
+            self._default_kv_caches = False
+
+    def set_kv_cache(
+        self,
+        batch_size: int,
+        max_seq_length: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """`set_kv_caches` by LitGPT's name. Caches are on the model's device: `device` is not needed."""
+        self.set_kv_caches(batch_size, dtype=dtype, max_seq_length=max_seq_length)
+
+    def clear_kv_cache(self) -> None:
+        """`clear_kv_caches` by LitGPT's name."""
+        self.clear_kv_caches()
+
+    def get_kv_cache_params(self, layer_idx: int) -> KVCacheParams | None:
+        """Size and place of a layer's cache (None: it has none)."""
+        cache = self.transformer.h[layer_idx].attn.kv_cache
+        return None if cache is None else cache.get_params()
+
+    def kv_cache_max_tokens_forward(self) -> int | None:
+        """Most tokens that a call with `input_pos > 0` should bring (None: there are no caches)."""
+        return min((cache.max_tokens_forward for cache in self.kv_caches()), default=None)
+
+    def kv_cache_max_prefill_length(self) -> int | None:
+        """Most tokens that a call with `input_pos=0` may bring (None: any number)."""
+        limits = [cache.max_prefill_length for cache in self.kv_caches()]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    # -- weights
+
+    def reset_parameters(self) -> None:
+        """Rebuild what is not a parameter: the RoPE table."""
+        self.cos, self.sin = self.rope_cache(device=self.cos.device)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal weights of deviation 0.02, zero biases. Use as `model.apply(model._init_weights)`."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, one after the other or side by side (`parallel_residual`)."""
+
+    def __init__(self, config: Config, block_idx: int) -> None:
+        super().__init__()
+        if not config.parallel_residual and config.shared_attention_norm:
+            raise ValueError("shared_attention_norm needs parallel_residual: no known model has one without the other")
+
+        def norm(wanted: bool) -> nn.Module:
+            return config.norm_class(config.n_embd, eps=config.norm_eps) if wanted else nn.Identity()
+
+        self.norm_1 = norm(config.norm_1)
+        self.attn = CausalSelfAttention(config, block_idx)
+        self.post_attention_norm = norm(config.post_attention_norm)
+        self.norm_2 = None if config.shared_attention_norm else norm(config.norm_2)
+        self.mlp = config.mlp_class(config)
+        self.post_mlp_norm = norm(config.post_mlp_norm)
+        self.config = config
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: torch.Tensor,
+        plan: Plan | None = None,
+        token_idx: torch.Tensor | None = None,
+        input_pos: int | None = None,
+    ) -> torch.Tensor:
+        """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is that of this layer's cache."""
+        normed = self.norm_1(x)
+        attended = self.post_attention_norm(self.attn(normed, rope, plan, token_idx, input_pos))
+        if self.config.parallel_residual:
+            normed = normed if self.norm_2 is None else self.norm_2(x)
+            x = x + attended
+        else:
+            x = x + attended
+            normed = self.norm_2(x)
+        return x + self.post_mlp_norm(self.mlp(normed))
+
+
+class CausalSelfAttention(nn.Module):
+    """Queries, keys and values of one layer; what attends and what is kept is up to its `kv_cache`."""
+
+    def __init__(self, config: Config, block_idx: int) -> None:
+        super().__init__()
+        H, G, D = config.n_head, config.n_query_groups, config.head_size
+        self.qkv = nn.Linear(config.n_embd, (H + 2 * G) * D, bias=config.bias or config.attn_bias)
+        self.proj = nn.Linear(H * D, config.n_embd, bias=config.bias)
+        self.kv_cache: KVCache | None = None
+        self.mha = MultiHeadSelfAttention(config)
+        if config.norm_qk:
+            over_heads = config.norm_qk_type == "olmo2"  # one norm over all heads, instead of one for each
+            self.norm_q = config.norm_class(H * D if over_heads else D, eps=config.norm_eps)
+            self.norm_k = config.norm_class(G * D if over_heads else D, eps=config.norm_eps)
+        else:
+            self.norm_q = self.norm_k = None
+        self.rope_kind = config.rope_indices[block_idx] if config.rope_local_base_freq is not None else 0
+        self.config = config
+        self.block_idx = block_idx
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: torch.Tensor,
+        plan: Plan | None = None,
+        token_idx: torch.Tensor | None = None,
+        input_pos: int | None = None,
+    ) -> torch.Tensor:
+        """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is that of this layer's cache."""
+        H, G, D = self.config.n_head, self.config.n_query_groups, self.config.head_size
+        B, T, _ = x.shape
+        qkv = self.qkv(x)
+        if self.norm_q is not None and self.config.norm_qk_type == "olmo2":
+            q, k, v = qkv.split((H * D, G * D, G * D), dim=-1)
+            qkv = torch.cat((self.norm_q(q), self.norm_k(k), v), dim=-1)
+        heads = qkv.view(B, T, H + 2 * G, D).transpose(1, 2)
+        if self.norm_q is not None and self.config.norm_qk_type != "olmo2":
+            q, k, v = heads.split((H, G, G), dim=1)
+            q, k = rotate(self.norm_q(q), rope[:, self.rope_kind]), rotate(self.norm_k(k), rope[:, self.rope_kind])
+        else:
+            rotated, v = heads.split((H + G, G), dim=1)
+            q, k = rotate(rotated, rope[:, self.rope_kind]).split((H, G), dim=1)
+        if input_pos is None:
+            y, _ = self.mha(q, DefaultKeysAndValues(k, v), self.block_idx)
+        else:
+            y = self.kv_cache(q, k, v, token_idx, input_pos, plan)
+        return self.proj(y)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object, **kwargs: object) -> None:
+        """Checkpoints of LitGPT before 0.5.3 call `qkv` `attn`, and interleave queries, keys and values by group."""
+        for kind in ("weight", "bias"):
+            old = state_dict.pop(f"{prefix}attn.{kind}", None)
+            if old is not None:
+                H, G, D = self.config.n_head, self.config.n_query_groups, self.config.head_size
+                groups = old.reshape(G, H // G + 2, D, *old.shape[1:])
+                parts = (groups[:, : H // G], groups[:, H // G], groups[:, H // G + 1])
+                state_dict[f"{prefix}qkv.{kind}"] = torch.cat([part.reshape(-1, *old.shape[1:]) for part in parts])
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class GptNeoxMLP(nn.Module):
+    """Two linear maps with a GELU between them."""
+
+    def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
+        super().__init__()
+        size = config.intermediate_size if intermediate_size is None else intermediate_size
+        self.fc = nn.Linear(config.n_embd, size, bias=config.bias)
+        self.proj = nn.Linear(size, config.n_embd, bias=config.bias)
+        self.gelu_approximate = config.gelu_approximate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(F.gelu(self.fc(x), approximate=self.gelu_approximate))
+
+
+class LLaMAMLP(nn.Module):
+    """Gated MLP with SiLU (SwiGLU, arXiv:2002.05202)."""
+
+    def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
+        super().__init__()
+        size = config.intermediate_size if intermediate_size is None else intermediate_size
+        self.fc_1 = nn.Linear(config.n_embd, size, bias=config.bias)
+        self.fc_2 = nn.Linear(config.n_embd, size, bias=config.bias)
+        self.proj = nn.Linear(size, config.n_embd, bias=config.bias)
+        self.gelu_approximate = config.gelu_approximate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(F.silu(self.fc_1(x)) * self.fc_2(x))
+
+
+class GemmaMLP(LLaMAMLP):
+    """Gated MLP with GELU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(F.gelu(self.fc_1(x), approximate=self.gelu_approximate) * self.fc_2(x))
+
+
+class LLaMAMoE(nn.Module):
+    """Mixture of gated MLPs: every token goes through the `n_expert_per_token` best of them (arXiv:2401.04088)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.gate = nn.Linear(config.n_embd, config.n_expert, bias=False)
+        size = config.moe_intermediate_size or config.intermediate_size
+        self.experts = nn.ModuleList(LLaMAMLP(config, size) for _ in range(config.n_expert))
+        self.config = config
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.view(-1, x.shape[-1])
+        scores, chosen = torch.topk(self.gate(flat), self.config.n_expert_per_token)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(x.dtype)
+        y = torch.zeros_like(flat)
+        for expert_idx, expert in enumerate(self.experts):
+            token, rank = torch.where(chosen == expert_idx)
+            if len(token):
+                y.index_add_(0, token, weights[token, rank, None] * expert(flat[token]))
+        return y.view_as(x)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension (arXiv:1910.07467), computed in float32.
+
+    Args:
+        size: of the last dimension.
+        dim: the dimension to norm over; only the last one.
+        eps: added to the mean square.
+        add_unit_offset: scale by 1 + weight, as Gemma does.
+    """
+
+    def __init__(self, size: int, dim: int = -1, eps: float = 1e-6, add_unit_offset: bool = False) -> None:
+        super().__init__()
+        if dim != -1:
+            raise ValueError(f"RMSNorm works on the last dimension (dim=-1), got dim={dim}")
+        self.weight = nn.Parameter(torch.zeros(size) if add_unit_offset else torch.ones(size))
+        self.eps = eps
+        self.add_unit_offset = add_unit_offset
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.add_unit_offset:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.weight, 0.0 if self.add_unit_offset else 1.0)
+
+
+# -- rotary position embedding (arXiv:2104.09864)
+
+
+def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Apply RoPE to the first n elements of x (B, heads, T, D).
+
+    `rope` (2, B or 1, 1, T, n) holds cosines, and sines with the sign that the element each one multiplies takes: the
+    first half of a rotated vector gets minus the second, so that turning is one multiplication, one roll, one addcmul.
+    """
+    n = rope.shape[-1]
+    head = x if n == x.shape[-1] else x[..., :n]
+    turned = torch.addcmul(head * rope[0], head.roll(n // 2, -1), rope[1])
+    return turned if n == x.shape[-1] else torch.cat((turned, x[..., n:]), dim=-1)
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate x (B, heads, T, n) by the angles whose cosines and sines are `cos`, `sin` (T, n) or (B, T, n)."""
+    if cos.ndim == 3:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    left, right = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+
+
+def apply_rope_interleave(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`apply_rope` for x whose rotated pairs are neighbours (0, 1), (2, 3), ... instead of halves.
+
+    The result is in halves, as `apply_rope` gives it: products of queries and keys do not depend on the order.
+    """
+    return apply_rope(x.unflatten(-1, (-1, 2)).mT.flatten(-2), cos, sin)
+
+
+def build_rope_cache(
+    seq_len: int,
+    n_elem: int,
+    device: torch.device | None = None,
+    base: int = 10000,
+    condense_ratio: int = 1,
+    extra_config: dict | None = None,
+    rope_local_base_freq: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of RoPE's angles for positions 0..seq_len - 1.
+
+    Args:
+        seq_len: positions.
+        n_elem: rotated elements of a head.
+        device: where to make them.
+        base: of the geometric series of wave lengths.
+        condense_ratio: positions are divided by it.
+        extra_config: scaling: {factor} is linear; with low_freq_factor, high_freq_factor and original_max_seq_len it is
+            that of Llama 3.1 (arXiv:2407.21783), which leaves short wave lengths and stretches long ones.
+        rope_local_base_freq: a second base, for layers with a sliding window (Gemma 3).
+
+    Returns:
+        Cosines and sines, (seq_len, n_elem) or, with a second base, (seq_len, n_elem, 2), float32.
+    """
+    exponents = torch.arange(0, n_elem, 2, device=device).float() / max(n_elem, 1)
+    theta = 1.0 / base**exponents
+    if extra_config is not None:
+        theta = _scaled(theta, extra_config)
+    if rope_local_base_freq is not None:
+        theta = torch.stack((theta, 1.0 / rope_local_base_freq**exponents), dim=-1)
+    positions = torch.arange(seq_len, device=device).float() / condense_ratio
+    angles = positions.view(-1, *[1] * theta.ndim) * theta
+    angles = torch.cat((angles, angles), dim=1)
+    return angles.cos(), angles.sin()
+
+
+def _scaled(theta: torch.Tensor, adjustments: dict) -> torch.Tensor:
+    """RoPE frequencies with a model's scaling."""
+    factor = adjustments["factor"]
+    if "original_max_seq_len" not in adjustments:
+        return theta / factor
+    original = adjustments["original_max_seq_len"]
+    low, high = adjustments["low_freq_factor"], adjustments["high_freq_factor"]
+    turns = original * theta / (2 * math.pi)  # of each frequency within the original context
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - blend) * theta / factor + blend * theta
+
+
+def _first_position(input_pos: int | torch.Tensor) -> int:
+    """The int that `input_pos` stands for; LitGPT's scripts give a tensor of consecutive positions."""
+    if not isinstance(input_pos, torch.Tensor):
+        if input_pos < 0:
+            raise ValueError(f"input_pos must be None or at least 0, got {input_pos}")
+        return int(input_pos)
+    positions = input_pos.reshape(-1).tolist()
+    if not positions or positions != list(range(positions[0], positions[0] + len(positions))):
+        raise ValueError(f"input_pos must hold consecutive positions, got {positions[:8]}")
+    return positions[0]
+
+
+_MLP_CLASSES = {cls.__name__: cls for cls in (GptNeoxMLP, LLaMAMLP, GemmaMLP, LLaMAMoE)}
+
+
+def _norm_class(config: Config) -> Callable[..., nn.Module]:
+    if config.norm_class_name == "RMSNorm":
+        return lambda size, eps: RMSNorm(size, eps=eps, add_unit_offset=config.norm_unit_offset)
+    return lambda size, eps: nn.LayerNorm(size, eps=eps, elementwise_affine=config.norm_affine)
+
+
+# `Config` is torch-free; the classes its names stand for are known here
+Config.norm_class = property(_norm_class, doc="Makes the model's norms: `config.norm_class(size, eps=...)`.")
+Config.mlp_class = property(lambda config: _MLP_CLASSES[config.mlp_class_name], doc="Class of the model's MLPs.")
