@@ -1,16 +1,139 @@
 """One module per family of models, holding every fact about it; none of them imports torch."""
 
+from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_MODULES = ("neox", "falcon", "stablelm", "llama", "mistral", "olmo", "gemma", "phi", "qwen")
+if TYPE_CHECKING:
+    from litgpt.config import Config
+    from litgpt.families.base import Family
+
+# module -> the `model_type`s it describes
+_MODULES = {
+    "llama": ("llama",),
+    "neox": ("gpt_neox",),
+    "falcon": ("falcon",),
+    "stablelm": ("stablelm",),
+    "mistral": ("mistral", "mixtral"),
+    "olmo": ("olmo", "olmo2"),
+    "gemma": ("gemma", "gemma2", "gemma3_text"),
+    "phi": ("phi", "phi3"),
+    "qwen": ("qwen2", "qwen3", "qwen3_moe"),
+}
+# `model_type`s that are read as another: the text part of a multimodal model, and former names
+_ALIASES = {"gemma3": "gemma3_text", "RefinedWeb": "falcon", "RefinedWebModel": "falcon"}
+
+
+def families() -> "Iterator[Family]":
+    """Every family, loading its module when it is reached."""
+    for module in _MODULES:
+        yield from import_module(f"litgpt.families.{module}").FAMILIES
 
 
 @cache
 def named_models() -> dict[str, dict[str, Any]]:
     """Every named model as keyword arguments of `Config`, keyed by name."""
-    models: dict[str, dict[str, Any]] = {}
-    for module in _MODULES:
-        models |= import_module(f"litgpt.families.{module}").MODELS
-    return models
+    return {name: model for family in families() for name, model in family.models.items()}
+
+
+def family_of_type(model_type: str) -> "Family":
+    """The family of a `model_type`; `ValueError` naming the nearest supported ones if there is none."""
+    model_type = _ALIASES.get(model_type, model_type)
+    for module, types in _MODULES.items():
+        if model_type in types:
+            members = import_module(f"litgpt.families.{module}").FAMILIES
+            return next(family for family in members if family.model_type == model_type)
+    from difflib import get_close_matches
+
+    known = sorted(t for types in _MODULES.values() for t in types)
+    close = get_close_matches(model_type.lower(), known, n=3, cutoff=0.5)
+    nearest = f"the nearest supported: {', '.join(close)}; " if close else ""
+    raise ValueError(f"Architecture {model_type!r} is not supported ({nearest}all supported: {', '.join(known)})")
+
+
+def family_of_hf(hf: dict[str, Any]) -> "tuple[Family, dict[str, Any]]":
+    """The family of a `config.json` and the part of it that describes the text model."""
+    model_type = hf.get("model_type")
+    if not model_type:
+        architecture = (hf.get("architectures") or [""])[0]
+        by_class = {family.architecture: family.model_type for family in families()}
+        model_type = by_class.get(architecture, architecture)
+        if not model_type:
+            raise ValueError("config.json names neither a 'model_type' nor 'architectures'")
+    family = family_of_type(model_type)
+    if isinstance(hf.get("text_config"), dict):
+        hf = {k: v for k, v in hf.items() if k in ("tie_word_embeddings", "eos_token_id")} | hf["text_config"]
+    return family, hf
+
+
+def fields_from_hf(hf: dict[str, Any], name: str = "") -> dict[str, Any]:
+    """Keyword arguments of `Config` from a `config.json`.
+
+    `name` is what the model is called, by default what the file says. Where it is a named model's, the model gets
+    that model's `name` and `hf_config`. Raises `ValueError` for an architecture or a setting that is not supported.
+    """
+    from litgpt.families.hf_config import read_config
+
+    family, text = family_of_hf(hf)
+    fields = read_config(family, text)
+    repository = name or str(hf.get("_name_or_path") or "")
+    name = repository.rstrip("/").rpartition("/")[2]
+    for model in family.models.values():
+        if name in (model["name"], model["hf_config"]["name"]):
+            return fields | {"name": model["name"], "hf_config": dict(model["hf_config"])}
+    if family.name_mark not in name:
+        name = f"{family.name_mark}-{name}"
+    return fields | {"name": name, "hf_config": {"name": name, "model_type": family.model_type}}
+
+
+def hf_from_config(config: "Config") -> "tuple[Family, dict[str, Any]]":
+    """The family of a config and its `config.json`, without token ids and data type.
+
+    Raises `ValueError` if no supported architecture of `transformers` computes what the config describes.
+    """
+    from litgpt.families.hf_config import write_config
+
+    for family in _candidates(config):
+        hf = write_config(family, config)
+        try:
+            derived = type(config).from_hf(hf, name=config.name)
+        except ValueError:
+            continue
+        if _architecture(derived) == _architecture(config):
+            return family, hf
+    raise ValueError(f"No architecture of transformers expresses the model config {config.name!r}")
+
+
+def family_of(config: "Config") -> "Family":
+    """The family whose weight names a model of this config has on Hugging Face."""
+    return hf_from_config(config)[0]
+
+
+def _candidates(config: "Config") -> "Iterator[Family]":
+    """All families, those that the config's name or origin points at first."""
+    members = list(families())
+    likely = [
+        family
+        for family in members
+        if config.hf_config.get("model_type") == family.model_type
+        or config.name in family.models
+        or any(config.hf_config == model["hf_config"] for model in family.models.values())
+    ]
+    yield from likely
+    yield from (family for family in members if family not in likely)
+
+
+def _architecture(config: "Config") -> dict[str, Any]:
+    """The fields that decide what a model computes, in one form for equal models."""
+    fields = config.to_dict()
+    for key in ("name", "hf_config", "vocab_size", "padding_multiple", "norm_topk_prob"):
+        del fields[key]
+    fields["attention_scores_scalar"] = config.attention_scores_scalar or config.head_size
+    if config.mlp_class_name == "LLaMAMoE" and config.moe_intermediate_size is None:
+        fields["moe_intermediate_size"] = config.intermediate_size
+    if config.sliding_window_size is None or not any(config.sliding_window_indices):
+        fields["sliding_window_size"] = fields["sliding_window_indices"] = None
+    if config.rope_local_base_freq is None:
+        fields["rope_indices"] = None
+    return fields

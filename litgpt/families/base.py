@@ -1,8 +1,66 @@
 """What a family of models is: its named models, its `config.json` and its weight names, as data."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
+# What a Hugging Face name, or a group of names, of the block depends on: a string, or a function of the `Config`.
+Names = str | Callable[[Any], str]
 Row = tuple[str, int, int, int, int | None, int | None] | tuple[str, int, int, int, int | None, int | None, dict]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is known about one `model_type` of Hugging Face's `config.json`.
+
+    Attributes:
+        model_type: `model_type` in `config.json`.
+        architecture: The class that `transformers` loads it with.
+        structure: `Config` fields that all members share.
+        keys: `Config` field -> the `config.json` key that holds it, or several of which the first is written and any
+            is read.
+        values: `config.json` key -> {its value: the `Config` field's}, where they differ; the first of several is
+            written.
+        defaults: What a `config.json` means that leaves the key out. `None`: the field is derived from others.
+        expects: `config.json` key -> the only values that this family can compute with, the first being what a
+            missing key means.
+        windows: Which layers a sliding window covers, as a cycle of flags over the layers, where `config.json` has no
+            `layer_types`; empty: this family has no sliding windows. `"layers"`: from `max_window_layers` on.
+        rope_keys: How the family spells `rope_theta` and `partial_rotary_factor`.
+        outer: Our module name -> theirs, outside the blocks.
+        blocks: Their name of the list of blocks.
+        block: Our module name -> theirs, inside a block. Several, separated by spaces, share one matrix on the other
+            side, stacked in this order; `{}` stands for an expert's index.
+        interleaved_qkv: Their query, key and value rows alternate by head group: q q k v, q q k v, ...
+        prefixes: What the names may begin with in some files, and what to read instead.
+        ignored: Pieces of names of tensors that carry no weights of the text model.
+        tied: Whether input and output embedding are one matrix when `config.json` does not say.
+        name_mark: What LitGPT 0.5.13 looks for in a model's name to know the family's norm.
+        read: More `Config` fields from `config.json`.
+        write: The inverse of `read`.
+        models: The named models, as keyword arguments of `Config` by name.
+    """
+
+    model_type: str
+    architecture: str
+    keys: dict[str, str | tuple[str, ...]]
+    outer: dict[str, str]
+    blocks: str
+    block: dict[str, Names]
+    structure: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict)
+    expects: dict[str, tuple] = field(default_factory=dict)
+    windows: str = ""
+    rope_keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
+    interleaved_qkv: bool = False
+    prefixes: dict[str, str] = field(default_factory=dict)
+    ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    tied: bool = False
+    name_mark: str = ""
+    read: Callable[[dict], dict] = lambda hf: {}
+    write: Callable[[Any], dict] = lambda config: {}
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def named(shared: dict[str, Any], *rows: Row) -> dict[str, dict[str, Any]]:
