@@ -1,0 +1,392 @@
+"""Text to token ids and back, from a checkpoint's own tokenizer files."""
+
+import codecs
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from litgpt.config import read_json
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Their slow implementations in `transformers` prepend BOS unless `add_bos_token` says otherwise.
+_BOS_BY_DEFAULT = ("Llama", "CodeLlama", "Gemma")
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint folder: `tokenizer.json`, else `tokenizer.model` (SentencePiece).
+
+    Which ids begin and end a text is read from `tokenizer_config.json`, `generation_config.json` and `config.json`,
+    in this order. BOS is prepended where `add_bos_token` in `tokenizer_config.json` says so; where it says nothing,
+    when the post-processor of `tokenizer.json` does it.
+
+    Attributes: `bos_id`, `eos_id` (`None` where there is none), `eos_ids` (every id that ends a text), `use_bos`,
+    `chat_template` (a Jinja template or `None`), `backend` ("huggingface" or "sentencepiece"), `processor` (the
+    library's object).
+
+    Raises `FileNotFoundError` when the folder or the files are missing, `ValueError` when they cannot be read, and
+    `ImportError` when `tokenizer.model` needs the `sentencepiece` package.
+    """
+
+    def __init__(self, checkpoint_dir: Path | str) -> None:
+        folder = Path(checkpoint_dir)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"No tokenizer: {str(folder)!r} is not a folder")
+        if (path := folder / "tokenizer.json").is_file():
+            self._backend: _HuggingFace | _SentencePiece = _HuggingFace.from_file(path)
+        elif (path := folder / "tokenizer.model").is_file():
+            self._backend = _SentencePiece.from_file(path)
+        else:
+            raise FileNotFoundError(f"No tokenizer in {str(folder)!r}: neither tokenizer.json nor tokenizer.model")
+        self._config = _read_optional(folder / "tokenizer_config.json")
+        model_configs = [_read_optional(folder / name) for name in ("generation_config.json", "config.json")]
+        bos_ids = [self._configured_id("bos"), *(i for c in model_configs for i in _ids(c.get("bos_token_id")))]
+        eos_ids = [self._configured_id("eos"), *(i for c in model_configs for i in _ids(c.get("eos_token_id")))]
+        self.bos_id: int | None = next((i for i in bos_ids if i is not None), None)
+        self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in eos_ids if i is not None))
+        self.eos_id: int | None = next(iter(self.eos_ids), None)
+        self.use_bos = self.check_if_bos_token_used(folder)
+        self.chat_template: str | None = _read_chat_template(folder, self._config)
+
+    @classmethod
+    def from_tokenizers(
+        cls,
+        processor: "tokenizers.Tokenizer",
+        *,
+        bos_id: int | None,
+        eos_id: int | None,
+        use_bos: bool,
+        chat_template: str | None = None,
+        eos_ids: Iterable[int] = (),
+    ) -> "Tokenizer":
+        """Wraps a tokenizer that exists in memory, for example one built from a GGUF file."""
+        self = cls.__new__(cls)
+        self._backend = _HuggingFace(processor)
+        self._config = {}
+        self.bos_id, self.eos_id, self.use_bos, self.chat_template = bos_id, eos_id, use_bos, chat_template
+        self.eos_ids = tuple(dict.fromkeys([*_ids(eos_id), *eos_ids]))
+        return self
+
+    @property
+    def backend(self) -> str:
+        return self._backend.name
+
+    @property
+    def processor(self) -> Any:
+        return self._backend.processor
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the base vocabulary, tokens added on top of it not counted."""
+        return self._backend.vocab_size
+
+    @property
+    def bos_token(self) -> str | None:
+        return None if self.bos_id is None else self._backend.id_to_token(self.bos_id)
+
+    @property
+    def eos_token(self) -> str | None:
+        return None if self.eos_id is None else self._backend.id_to_token(self.eos_id)
+
+    def token_to_id(self, token: str) -> int:
+        """The id of `token`; `ValueError` when the vocabulary does not have it."""
+        token_id = self._backend.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"token {token!r} is not in the vocabulary")
+        return token_id
+
+    def check_if_bos_token_used(self, checkpoint_dir: Path) -> bool:
+        """Whether `encode` prepends BOS by default, as the files in `checkpoint_dir` say."""
+        config = _read_optional(Path(checkpoint_dir) / "tokenizer_config.json")
+        if self.bos_id is None:
+            return False
+        if isinstance(config.get("add_bos_token"), bool):
+            return config["add_bos_token"]
+        return self._backend.adds_bos(self.bos_id, str(config.get("tokenizer_class")))
+
+    def encode(
+        self,
+        string: str,
+        device: torch.device | None = None,
+        bos: bool | None = None,
+        eos: bool = False,
+        max_length: int = -1,
+    ) -> torch.Tensor:
+        """Token ids of `string`, shape (T,), `torch.int`.
+
+        Special tokens that are spelled out in `string` count as such. `bos=None` prepends BOS where the tokenizer's
+        files say so; a BOS or EOS that is there already is not doubled. `max_length > 0` cuts off the end.
+        Raises `ValueError` when BOS or EOS is asked for and the tokenizer has none.
+        """
+        ids = self._backend.encode(string)
+        if self.use_bos if bos is None else bos:
+            if self.bos_id is None:
+                raise ValueError("bos=True, but this tokenizer defines no BOS token")
+            if ids[:1] != [self.bos_id]:
+                ids = [self.bos_id, *ids]
+        if eos:
+            if self.eos_id is None:
+                raise ValueError("eos=True, but this tokenizer defines no EOS token")
+            if ids[-1:] != [self.eos_id]:
+                ids = [*ids, self.eos_id]
+        if max_length > 0:
+            ids = ids[:max_length]
+        return torch.tensor(ids, dtype=torch.int, device=device)
+
+    def decode(self, tensor: torch.Tensor | list[int]) -> str:
+        """The text of token ids, special tokens left out; ids outside the vocabulary stand for nothing."""
+        ids = _to_list(tensor)
+        text = self._backend.decode(ids)
+        # Libraries disagree about bytes that are not UTF-8: one bad byte token may blot out its valid neighbours.
+        return "".join(self.decode_stream([ids])) if "\ufffd" in text else text
+
+    def decode_stream(
+        self, token_stream: Iterable[torch.Tensor | list[int] | int], device: torch.device | None = None
+    ) -> Iterator[str]:
+        """Yields text while tokens arrive; the pieces put together are `decode` of all of them.
+
+        Every token is decoded once. A character spread over several tokens is yielded when it is complete, what
+        remains incomplete at the end as U+FFFD.
+        """
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        head_ids: list[int] = []
+        head: bytes | None = b""  # leading spaces: decoders drop some of them at the start of a text; None once past
+        for tokens in token_stream:
+            ids = _to_list(tokens)
+            data = b"".join(map(self._backend.piece, ids))
+            if head is not None:
+                head_ids += ids
+                head += data
+                if not head.strip(b" "):
+                    continue
+                dropped = _leading_spaces(head) - _leading_spaces(self._backend.decode(head_ids).encode())
+                data, head = head[max(dropped, 0) :], None
+            if text := utf8.decode(data):
+                yield text
+        rest = utf8.decode(b"", final=True) if head is None else self._backend.decode(head_ids)
+        if rest:
+            yield rest
+
+    def save(self, folder: Path | str) -> None:
+        """Writes the tokenizer so that `Tokenizer(folder)` and `transformers.AutoTokenizer` read the same one.
+
+        `generation_config.json` gets the BOS and EOS ids; what else stands in it stays.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace_file(folder / self._backend.filename, self._backend.serialize())
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast" if self.backend == "huggingface" else "LlamaTokenizer",
+            "clean_up_tokenization_spaces": False,
+            **self._config,
+            "bos_token": self.bos_token,
+            "eos_token": self.eos_token,
+            "add_bos_token": self.use_bos,
+        }
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        _write_json(folder / "tokenizer_config.json", config)
+        generation = _read_optional(folder / "generation_config.json")
+        generation |= {"bos_token_id": self.bos_id} if self.bos_id is not None else {}
+        generation |= {"eos_token_id": list(self.eos_ids)} if self.eos_ids else {}
+        if generation:
+            _write_json(folder / "generation_config.json", generation)
+
+    def _configured_id(self, which: str) -> int | None:
+        """The id of `bos` or `eos` by `tokenizer_config.json`, else by the SentencePiece model itself."""
+        token = self._config.get(f"{which}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        token_id = self._backend.token_to_id(token) if isinstance(token, str) else None
+        return self._backend.own_id(which) if token_id is None else token_id
+
+
+class _HuggingFace:
+    """A tokenizer of the `tokenizers` library; its own BOS and EOS handling, truncation and padding are not used."""
+
+    name = "huggingface"
+    filename = "tokenizer.json"
+
+    def __init__(self, processor: "tokenizers.Tokenizer") -> None:
+        processor.no_truncation()
+        processor.no_padding()
+        self.processor = processor
+        self.vocab_size: int = processor.get_vocab_size(with_added_tokens=False)
+        self._special = {i for i, token in processor.get_added_tokens_decoder().items() if token.special}
+        decoder = b"" if processor.decoder is None else bytes(processor.decoder.__getstate__())
+        self._byte_level = b'"ByteLevel"' in decoder
+        self._byte_fallback = b'"ByteFallback"' in decoder
+        self._pieces: dict[int, bytes] = {}
+
+    @classmethod
+    def from_file(cls, path: Path) -> "_HuggingFace":
+        from tokenizers import Tokenizer as Processor
+
+        try:
+            return cls(Processor.from_file(str(path)))
+        except Exception as error:  # the library raises bare `Exception`
+            raise ValueError(f"{path} is not a tokenizer that can be read: {_one_line(error)}") from None
+
+    def encode(self, text: str) -> list[int]:
+        return self.processor.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.processor.decode(ids, skip_special_tokens=True)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        return self.processor.id_to_token(token_id)
+
+    def token_to_id(self, token: str) -> int | None:
+        return self.processor.token_to_id(token)
+
+    def own_id(self, which: str) -> int | None:
+        return None
+
+    def adds_bos(self, bos_id: int, tokenizer_class: str) -> bool:
+        return self.processor.encode("a").ids[:1] == [bos_id] != self.encode("a")[:1]
+
+    def serialize(self) -> bytes:
+        return self.processor.to_str(pretty=True).encode()
+
+    def piece(self, token_id: int) -> bytes:
+        """The bytes that a token contributes anywhere but at the start of a text."""
+        if token_id not in self._pieces:
+            self._pieces[token_id] = self._make_piece(token_id)
+        return self._pieces[token_id]
+
+    def _make_piece(self, token_id: int) -> bytes:
+        token = self.processor.id_to_token(token_id)
+        if token is None or token_id in self._special:
+            return b""
+        if self._byte_level:
+            if all(c in _BYTE_OF_CHAR for c in token):
+                return bytes(_BYTE_OF_CHAR[c] for c in token)
+            return token.encode()
+        if self._byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
+            return bytes.fromhex(match[1])
+        once, twice = self.decode([token_id]), self.decode([token_id, token_id])
+        return twice[len(once) :].encode()
+
+
+class _SentencePiece:
+    """A tokenizer of the `sentencepiece` library."""
+
+    name = "sentencepiece"
+    filename = "tokenizer.model"
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.vocab_size: int = processor.vocab_size()
+        control = {i: processor.id_to_piece(i) for i in range(self.vocab_size) if processor.is_control(i)}
+        self._control = {token: i for i, token in control.items()}
+        self._split = re.compile(f"({'|'.join(map(re.escape, self._control))})") if control else None
+
+    @classmethod
+    def from_file(cls, path: Path) -> "_SentencePiece":
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError:
+            raise ImportError(
+                f"{path} is a SentencePiece model: reading it needs `pip install 'litgpt[sentencepiece]'`"
+            ) from None
+        try:
+            return cls(SentencePieceProcessor(model_file=str(path)))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{path} is not a SentencePiece model: {_one_line(error)}") from None
+
+    def encode(self, text: str) -> list[int]:
+        # The library itself never reads a control token out of a text.
+        parts = [text] if self._split is None else self._split.split(text)
+        ids = ([self._control[p]] if p in self._control else self.processor.encode(p) for p in parts if p)
+        return [i for part in ids for i in part]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.processor.decode([i for i in ids if 0 <= i < self.vocab_size])
+
+    def id_to_token(self, token_id: int) -> str | None:
+        return self.processor.id_to_piece(token_id) if 0 <= token_id < self.vocab_size else None
+
+    def token_to_id(self, token: str) -> int | None:
+        token_id = self.processor.piece_to_id(token)
+        return token_id if self.processor.id_to_piece(token_id) == token else None
+
+    def own_id(self, which: str) -> int | None:
+        token_id = self.processor.bos_id() if which == "bos" else self.processor.eos_id()
+        return token_id if token_id >= 0 else None
+
+    def adds_bos(self, bos_id: int, tokenizer_class: str) -> bool:
+        return tokenizer_class.startswith(_BOS_BY_DEFAULT)
+
+    def serialize(self) -> bytes:
+        return self.processor.serialized_model_proto()
+
+    def piece(self, token_id: int) -> bytes:
+        """The bytes that a token contributes anywhere but at the start of a text."""
+        token = self.id_to_token(token_id)
+        if token is None or self.processor.is_control(token_id):
+            return b""
+        if self.processor.is_byte(token_id):
+            return bytes.fromhex(_BYTE_TOKEN.fullmatch(token)[1])
+        if self.processor.is_unknown(token_id):
+            return self.processor.decode([token_id]).encode()
+        return token.replace("\u2581", " ").encode()
+
+
+def _byte_of_char() -> dict[str, int]:
+    """The alphabet of byte-level BPE: printable Latin-1 bytes stand for themselves, the others follow from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()
+
+
+def _leading_spaces(data: bytes) -> int:
+    return len(data) - len(data.lstrip(b" "))
+
+
+def _to_list(tokens: torch.Tensor | list[int] | int) -> list[int]:
+    if isinstance(tokens, torch.Tensor):
+        tokens = tokens.tolist()
+    return [tokens] if isinstance(tokens, int) else list(tokens)
+
+
+def _ids(value: Any) -> list[int]:
+    """`bos_token_id` and `eos_token_id` of configs are missing, one id, or a list of ids."""
+    return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+
+
+def _read_optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """The Jinja template of a checkpoint folder, wherever the generations of `transformers` have put it."""
+    if (path := folder / "chat_template.jinja").is_file():
+        return path.read_text(encoding="utf-8")
+    template = config.get("chat_template") or _read_optional(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default", next(iter(named.values()), None))
+    return template
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    _replace_file(path, json.dumps(values, indent=2, ensure_ascii=False).encode())
+
+
+def _replace_file(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
