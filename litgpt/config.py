@@ -209,7 +209,7 @@ class Config:
         """
         from litgpt.families import fields_from_hf
 
-        return cls(**{**fields_from_hf(hf), **kwargs})
+        return cls(**{**fields_from_hf(hf, kwargs.pop("name", "")), **kwargs})
 
     @classmethod
     def from_file(cls, path: str | Path, **kwargs: Any) -> "Config":

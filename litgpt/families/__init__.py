@@ -126,7 +126,7 @@ def _candidates(config: "Config") -> "Iterator[Family]":
 
 def _architecture(config: "Config") -> dict[str, Any]:
     """The fields that decide what a model computes, in one form for equal models."""
-    fields = config.to_dict()
+    fields = config.to_dict() | {"norm_unit_offset": config.norm_unit_offset, "norm_affine": config.norm_affine}
     for key in ("name", "hf_config", "vocab_size", "padding_multiple", "norm_topk_prob"):
         del fields[key]
     fields["attention_scores_scalar"] = config.attention_scores_scalar or config.head_size

@@ -22,8 +22,8 @@ class Family:
         values: `config.json` key -> {its value: the `Config` field's}, where they differ; the first of several is
             written.
         defaults: What a `config.json` means that leaves the key out. `None`: the field is derived from others.
-        expects: `config.json` key -> the only values that this family can compute with, the first being what a
-            missing key means.
+        expects: `config.json` key -> the only values that this family can compute with; the first is written, and
+            is what a missing key means unless `defaults` says otherwise.
         windows: Which layers a sliding window covers, as a cycle of flags over the layers, where `config.json` has no
             `layer_types`; empty: this family has no sliding windows. `"layers"`: from `max_window_layers` on.
         rope_keys: How the family spells `rope_theta` and `partial_rotary_factor`.

@@ -1,8 +1,11 @@
 """Falcon of the first generation: 7B, 40B, 180B."""
 
-from litgpt.families.base import named
+from typing import Any
 
-MODELS = named(
+from litgpt.families.base import Family, named
+from litgpt.families.neox import GELU
+
+_MODELS = named(
     {
         "block_size": 2048,
         "vocab_size": 65024,
@@ -14,3 +17,82 @@ MODELS = named(
     ("tiiuae/falcon-40b{,-instruct}", 60, 8192, 128, 8, None),
     ("tiiuae/falcon-180B{,-chat}", 80, 14848, 232, 8, None),
 )
+
+
+def _read(hf: dict[str, Any]) -> dict[str, Any]:
+    """Head groups and norms, whose meaning depends on the generation of the architecture."""
+    n_head = hf.get("num_attention_heads", hf.get("n_head"))
+    parallel = hf.get("parallel_attn", True)
+    if hf.get("new_decoder_architecture", False):
+        n_query_groups = hf.get("num_kv_heads") or n_head
+        shared = hf.get("num_ln_in_parallel_attn") == 1
+        parallel = True
+    else:
+        n_query_groups = 1 if hf.get("multi_query", True) else n_head
+        shared = parallel
+    return {"n_query_groups": n_query_groups, "parallel_residual": parallel, "shared_attention_norm": shared}
+
+
+def _write(config: Any) -> dict[str, Any]:
+    new = config.parallel_residual and (not config.shared_attention_norm or 1 < config.n_query_groups < config.n_head)
+    return {
+        "new_decoder_architecture": new,
+        "num_kv_heads": config.n_query_groups,
+        "num_ln_in_parallel_attn": (1 if config.shared_attention_norm else 2) if new else None,
+        "multi_query": config.n_query_groups == 1,
+        "parallel_attn": config.parallel_residual,
+    }
+
+
+def _norm_1(config: Any) -> str:
+    return "ln_attn" if config.parallel_residual and not config.shared_attention_norm else "input_layernorm"
+
+
+def _norm_2(config: Any) -> str:
+    return "ln_mlp" if config.parallel_residual else "post_attention_layernorm"
+
+
+FALCON = Family(
+    model_type="falcon",
+    architecture="FalconForCausalLM",
+    keys={
+        "block_size": "max_position_embeddings",
+        "n_layer": ("num_hidden_layers", "n_layer"),
+        "n_embd": "hidden_size",
+        "padded_vocab_size": "vocab_size",
+        "n_head": ("num_attention_heads", "n_head"),
+        "intermediate_size": "ffn_hidden_size",
+        "norm_eps": "layer_norm_epsilon",
+        "gelu_approximate": "activation",
+        "bias": "bias",
+    },
+    values={"activation": GELU},
+    defaults={
+        "max_position_embeddings": 2048,
+        "ffn_hidden_size": None,
+        "layer_norm_epsilon": 1e-5,
+        "activation": "gelu",
+        "bias": False,
+    },
+    expects={"alibi": (False,)},
+    outer={
+        "transformer.wte": "transformer.word_embeddings",
+        "transformer.ln_f": "transformer.ln_f",
+        "lm_head": "lm_head",
+    },
+    blocks="transformer.h",
+    block={
+        "norm_1": _norm_1,
+        "attn.qkv": "self_attention.query_key_value",
+        "attn.proj": "self_attention.dense",
+        "norm_2": _norm_2,
+        "mlp.fc": "mlp.dense_h_to_4h",
+        "mlp.proj": "mlp.dense_4h_to_h",
+    },
+    interleaved_qkv=True,
+    tied=True,
+    read=_read,
+    write=_write,
+    models=_MODELS,
+)
+FAMILIES = (FALCON,)

@@ -1,9 +1,14 @@
 """Gemma, Gemma 2 and Gemma 3 (text)."""
 
 from litgpt.families import llama
-from litgpt.families.base import named
+from litgpt.families.base import Family, named
 
-_STRUCTURE = llama.STRUCTURE | {"mlp_class_name": "GemmaMLP", "gelu_approximate": "tanh", "scale_embeddings": True}
+_STRUCTURE = llama.STRUCTURE | {
+    "mlp_class_name": "GemmaMLP",
+    "gelu_approximate": "tanh",
+    "scale_embeddings": True,
+    "norm_unit_offset": True,
+}
 _POST_NORMS = _STRUCTURE | {"post_attention_norm": True, "post_mlp_norm": True}
 _GEMMA = _STRUCTURE | {"vocab_size": 256000, "padding_multiple": 64}
 _GEMMA_2 = _POST_NORMS | {
@@ -30,55 +35,140 @@ _GEMMA_3 = _POST_NORMS | {
     "rope_adjustments": {"factor": 8.0},
 }
 
-MODELS = (
-    named(
-        _GEMMA,
-        ("google/gemma-2b{,-it}=Gemma-2b{,-it}", 18, 2048, 8, 1, 16384),
-        (
-            "google/{gemma-7b,gemma-7b-it,codegemma-7b-it}={Gemma-7b,Gemma-7b-it,CodeGemma-7b-it}",
-            28,
-            3072,
-            16,
-            None,
-            24576,
-            {"head_size": 256},
-        ),
-    )
-    | named(
-        _GEMMA_2,
-        ("google/gemma-2-2b{,-it}=Gemma-2-2b{,-it}", 26, 2304, 8, 4, 9216),
-        ("google/gemma-2-9b{,-it}=Gemma-2-9b{,-it}", 42, 3584, 16, 8, 14336),
-        (
-            "google/gemma-2-27b{,-it}=Gemma-2-27b{,-it}",
-            46,
-            4608,
-            32,
-            16,
-            36864,
-            {"head_size": 128, "attention_scores_scalar": 144},
-        ),
-    )
-    | named(
-        _GEMMA_3,
-        (
-            "google/gemma-3-1b-it=Gemma-3-1b-it",
-            26,
-            1152,
-            4,
-            1,
-            6912,
-            {"sliding_window_size": 512, "rope_adjustments": None},
-        ),
-        ("google/gemma-3-4b-it=Gemma-3-4b-it", 34, 2560, 8, 4, 10240),
-        ("google/gemma-3-12b-it=Gemma-3-12b-it", 48, 3840, 16, 8, 15360),
-        (
-            "google/gemma-3-27b-it=Gemma-3-27b-it",
-            62,
-            5376,
-            32,
-            16,
-            21504,
-            {"head_size": 128, "attention_scores_scalar": 168},
-        ),
-    )
+_GEMMA_MODELS = named(
+    _GEMMA,
+    ("google/gemma-2b{,-it}=Gemma-2b{,-it}", 18, 2048, 8, 1, 16384),
+    (
+        "google/{gemma-7b,gemma-7b-it,codegemma-7b-it}={Gemma-7b,Gemma-7b-it,CodeGemma-7b-it}",
+        28,
+        3072,
+        16,
+        None,
+        24576,
+        {"head_size": 256},
+    ),
 )
+_GEMMA_2_MODELS = named(
+    _GEMMA_2,
+    ("google/gemma-2-2b{,-it}=Gemma-2-2b{,-it}", 26, 2304, 8, 4, 9216),
+    ("google/gemma-2-9b{,-it}=Gemma-2-9b{,-it}", 42, 3584, 16, 8, 14336),
+    (
+        "google/gemma-2-27b{,-it}=Gemma-2-27b{,-it}",
+        46,
+        4608,
+        32,
+        16,
+        36864,
+        {"head_size": 128, "attention_scores_scalar": 144},
+    ),
+)
+_GEMMA_3_MODELS = named(
+    _GEMMA_3,
+    (
+        "google/gemma-3-1b-it=Gemma-3-1b-it",
+        26,
+        1152,
+        4,
+        1,
+        6912,
+        {"sliding_window_size": 512, "rope_adjustments": None},
+    ),
+    ("google/gemma-3-4b-it=Gemma-3-4b-it", 34, 2560, 8, 4, 10240),
+    ("google/gemma-3-12b-it=Gemma-3-12b-it", 48, 3840, 16, 8, 15360),
+    (
+        "google/gemma-3-27b-it=Gemma-3-27b-it",
+        62,
+        5376,
+        32,
+        16,
+        21504,
+        {"head_size": 128, "attention_scores_scalar": 168},
+    ),
+)
+
+_EXPECTS = {"attention_bias": (False,), "use_bidirectional_attention": (None, False)}
+_DEFAULTS = llama.DEFAULTS | {"max_position_embeddings": 8192, "head_dim": 256}
+_POST_NORM_KEYS = llama.KEYS | {
+    "attention_scores_scalar": "query_pre_attn_scalar",
+    "attention_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+_POST_NORM_BLOCK = (
+    llama.ATTENTION
+    | llama.MLP
+    | {
+        "post_attention_norm": "post_attention_layernorm",
+        "norm_2": "pre_feedforward_layernorm",
+        "post_mlp_norm": "post_feedforward_layernorm",
+    }
+)
+
+GEMMA = Family(
+    model_type="gemma",
+    architecture="GemmaForCausalLM",
+    structure=_STRUCTURE,
+    keys=llama.KEYS,
+    defaults=_DEFAULTS,
+    # "gelu" is how the first files spelled the tanh approximation
+    expects=_EXPECTS | {"hidden_act": ("gelu_pytorch_tanh", "gelu"), "hidden_activation": ("gelu_pytorch_tanh", None)},
+    name_mark="Gemma",
+    tied=True,
+    **llama.NAMES,
+    models=_GEMMA_MODELS,
+)
+GEMMA_2 = Family(
+    model_type="gemma2",
+    architecture="Gemma2ForCausalLM",
+    structure=_POST_NORMS,
+    keys=_POST_NORM_KEYS,
+    defaults=_DEFAULTS
+    | {
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "sliding_window": 4096,
+    },
+    expects=_EXPECTS | {"hidden_activation": ("gelu_pytorch_tanh",)},
+    name_mark="Gemma",
+    tied=True,
+    windows="10",
+    outer=llama.OUTER,
+    blocks="model.layers",
+    block=_POST_NORM_BLOCK,
+    models=_GEMMA_2_MODELS,
+)
+GEMMA_3 = Family(
+    model_type="gemma3_text",
+    architecture="Gemma3ForCausalLM",
+    structure=_POST_NORMS | {"norm_qk": True},
+    keys=_POST_NORM_KEYS,
+    # The text part of a multimodal file leaves out what it does not change.
+    defaults=_DEFAULTS
+    | {
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "sliding_window": 4096,
+        "rope_theta": 1000000,
+        "rope_local_base_freq": 10000,
+    },
+    expects=_EXPECTS | {"hidden_activation": ("gelu_pytorch_tanh",)},
+    name_mark="Gemma",
+    tied=True,
+    windows="111110",
+    outer=llama.OUTER,
+    blocks="model.layers",
+    block=_POST_NORM_BLOCK | {"attn.norm_q": "self_attn.q_norm", "attn.norm_k": "self_attn.k_norm"},
+    prefixes={
+        "language_model.model.": "model.",
+        "model.language_model.": "model.",
+        "language_model.lm_head.": "lm_head.",
+    },
+    ignored=("rotary_emb.inv_freq", "vision_tower.", "multi_modal_projector."),
+    models=_GEMMA_3_MODELS,
+)
+FAMILIES = (GEMMA, GEMMA_2, GEMMA_3)

@@ -1,6 +1,8 @@
 """Llama and what shares its architecture."""
 
-from litgpt.families.base import named
+from typing import Any
+
+from litgpt.families.base import Family, named
 
 STRUCTURE = {
     "rotary_percentage": 1.0,
@@ -9,6 +11,34 @@ STRUCTURE = {
     "norm_class_name": "RMSNorm",
     "mlp_class_name": "LLaMAMLP",
 }
+KEYS = {
+    "block_size": "max_position_embeddings",
+    "n_layer": "num_hidden_layers",
+    "n_embd": "hidden_size",
+    "padded_vocab_size": "vocab_size",
+    "n_head": "num_attention_heads",
+    "n_query_groups": "num_key_value_heads",
+    "head_size": "head_dim",
+    "intermediate_size": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+}
+DEFAULTS = {
+    "max_position_embeddings": 2048,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "rms_norm_eps": 1e-6,
+}
+SILU = ("silu", "swish")
+OUTER = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "lm_head": "lm_head"}
+ATTENTION = {
+    "norm_1": "input_layernorm",
+    "attn.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
+    "attn.proj": "self_attn.o_proj",
+    "norm_2": "post_attention_layernorm",
+}
+MLP = {"mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj"}
+NAMES = {"outer": OUTER, "blocks": "model.layers", "block": ATTENTION | MLP}
+
 _LLAMA_2 = STRUCTURE | {"vocab_size": 32000, "padding_multiple": 64}
 _LLAMA_3 = STRUCTURE | {
     "block_size": 8192,
@@ -38,7 +68,7 @@ _SMOLLM_2 = STRUCTURE | {
 }
 _R1 = "deepseek-ai/DeepSeek-R1-Distill-Llama"
 
-MODELS = (
+_MODELS = (
     named(
         _LLAMA_2,
         ("meta-llama/Llama-2-7b{,-chat}-hf", 32, 4096, 32, None, 11008),
@@ -115,3 +145,25 @@ MODELS = (
         ("HuggingFaceTB/SmolLM2-1.7B{,-Instruct}", 24, 2048, 32, 32, 8192, {"rope_base": 130000}),
     )
 )
+
+
+def _read(hf: dict[str, Any]) -> dict[str, Any]:
+    attention, mlp = hf.get("attention_bias", False), hf.get("mlp_bias", False)
+    if attention != mlp:
+        raise ValueError(f"config.json: attention_bias = {attention} with mlp_bias = {mlp} is not supported for llama")
+    return {"bias": attention}
+
+
+LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    structure=STRUCTURE,
+    keys=KEYS,
+    defaults=DEFAULTS,
+    expects={"hidden_act": SILU},
+    **NAMES,
+    read=_read,
+    write=lambda config: {"attention_bias": config.bias, "mlp_bias": config.bias},
+    models=_MODELS,
+)
+FAMILIES = (LLAMA,)

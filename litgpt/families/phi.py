@@ -1,14 +1,13 @@
 """Phi-1.5 and Phi-2, and the Llama-like Phi-3 and Phi-4."""
 
-from litgpt.families import llama
-from litgpt.families.base import named
+from litgpt.families import llama, neox
+from litgpt.families.base import Family, named
 
-_PHI = {
+_PHI_STRUCTURE = {"shared_attention_norm": True, "lm_head_bias": True}
+_PHI = _PHI_STRUCTURE | {
     "vocab_size": 50257,
     "padded_vocab_size": 51200,
     "block_size": 2048,
-    "shared_attention_norm": True,
-    "lm_head_bias": True,
     "gelu_approximate": "tanh",
 }
 _PHI_3 = llama.STRUCTURE | {"vocab_size": 32000, "padded_vocab_size": 32064}
@@ -22,13 +21,13 @@ _PHI_4_MINI = llama.STRUCTURE | {
 }
 _128K = {"block_size": 131072, "sliding_window_size": 262145}
 
-MODELS = (
+_PHI_MODELS = named(
+    _PHI,
+    ("microsoft/phi-1_5", 24, 2048, 32, None, None, {"rotary_percentage": 0.5}),
+    ("microsoft/phi-2", 32, 2560, 32, None, None, {"rotary_percentage": 0.4}),
+)
+_PHI_3_MODELS = (
     named(
-        _PHI,
-        ("microsoft/phi-1_5", 24, 2048, 32, None, None, {"rotary_percentage": 0.5}),
-        ("microsoft/phi-2", 32, 2560, 32, None, None, {"rotary_percentage": 0.4}),
-    )
-    | named(
         _PHI_3,
         ("microsoft/Phi-3-mini-4k-instruct", 32, 3072, 32, None, 8192, {"sliding_window_size": 2048}),
         ("microsoft/Phi-3-mini-128k-instruct", 32, 3072, 32, None, 8192, _128K),
@@ -45,3 +44,52 @@ MODELS = (
     )
     | named(_PHI_4_MINI, ("microsoft/Phi-4-mini-{instruct,reasoning}", 32, 3072, 24, 8, 8192))
 )
+
+PHI = Family(
+    model_type="phi",
+    architecture="PhiForCausalLM",
+    structure=_PHI_STRUCTURE,
+    keys={field: key for field, key in llama.KEYS.items() if field != "head_size"}
+    | {"norm_eps": "layer_norm_eps", "gelu_approximate": "hidden_act"},
+    values={"hidden_act": {"gelu_new": "tanh"} | neox.GELU},
+    defaults={
+        "max_position_embeddings": 2048,
+        "num_key_value_heads": None,
+        "layer_norm_eps": 1e-5,
+        "hidden_act": "gelu_new",
+        "partial_rotary_factor": 0.5,
+    },
+    expects={"qk_layernorm": (False,)},
+    outer={"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.final_layernorm", "lm_head": "lm_head"},
+    blocks="model.layers",
+    block={
+        "norm_1": "input_layernorm",
+        "attn.qkv": llama.ATTENTION["attn.qkv"],
+        "attn.proj": "self_attn.dense",
+        "mlp.fc": "mlp.fc1",
+        "mlp.proj": "mlp.fc2",
+    },
+    models=_PHI_MODELS,
+)
+PHI_3 = Family(
+    model_type="phi3",
+    architecture="Phi3ForCausalLM",
+    structure=llama.STRUCTURE,
+    keys={field: key for field, key in llama.KEYS.items() if field != "head_size"},
+    defaults=llama.DEFAULTS
+    | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": None, "partial_rotary_factor": 1.0},
+    expects={"hidden_act": llama.SILU},
+    windows="1",
+    outer=llama.OUTER,
+    blocks="model.layers",
+    block={
+        "norm_1": "input_layernorm",
+        "attn.qkv": "self_attn.qkv_proj",
+        "attn.proj": "self_attn.o_proj",
+        "norm_2": "post_attention_layernorm",
+        "mlp.fc_1 mlp.fc_2": "mlp.gate_up_proj",
+        "mlp.proj": "mlp.down_proj",
+    },
+    models=_PHI_3_MODELS,
+)
+FAMILIES = (PHI, PHI_3)
