@@ -1,0 +1,133 @@
+"""Files of tensors: safetensors and the zip files of `torch.save`, mapped into memory to read, streamed to write."""
+
+import os
+import pickle
+import re
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+_SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "prompt_style.yaml",
+)
+
+
+def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of a safetensors or a `torch.save` file; the tensors are views of the file.
+
+    Raises `FileNotFoundError`, or `ValueError` for a damaged file and for one that holds more than tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    if path.suffix != ".safetensors":
+        yield from load_state_dict(path).items()
+        return
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is damaged or incomplete: {_one_line(error)}") from None
+
+
+def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a `torch.save` file, mapped into memory; what is in the file is never executed.
+
+    A training checkpoint's `model` entry is taken if there is one. Raises `ValueError` as `read_tensors` does.
+    """
+    with open(path, "rb") as file:
+        is_zip = file.read(2) == b"PK"
+    try:
+        values = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"an object of type {found[1]}" if found else "what is no state dict"
+        raise ValueError(f"{path} was not loaded: it holds {what}, only tensors are accepted") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged or incomplete: {_one_line(error)}") from None
+    values = values.get("model", values) if isinstance(values, dict) else values
+    if not isinstance(values, dict) or not all(isinstance(value, torch.Tensor) for value in values.values()):
+        raise ValueError(f"{path} must hold a state dict: parameter names and tensors")
+    return values
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, which takes the name `path` when the block ends well and is removed if not."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_state_dict(
+    path: Path, layout: Mapping[str, torch.Tensor], pieces: Iterable[tuple[str, int, torch.Tensor]]
+) -> None:
+    """Writes a `torch.save` file piece by piece, so that no more than a piece is in memory.
+
+    Args:
+        layout: Names, and tensors whose shapes and data types count but not their values. Equal storages are stored
+            once.
+        pieces: Parameter name, first row and values, which are converted to the data type of the layout.
+    """
+    with replacing(path) as temporary:
+        with torch.serialization.skip_data():
+            torch.save(dict(layout), temporary)
+        offsets = _storage_offsets(temporary, layout)
+        with open(temporary, "r+b") as file:
+            for name, row, piece in pieces:
+                row_bytes = layout[name][0].numel() * layout[name].element_size()
+                file.seek(offsets[name] + row * row_bytes)
+                file.write(tensor_bytes(piece.to(layout[name].dtype)))
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The values of a tensor as they lie in memory."""
+    return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def copy_side_files(source: Path, out_dir: Path) -> None:
+    """Copies what belongs to a model and is neither weights nor `model_config.yaml`, as far as it exists."""
+    if source.resolve() == out_dir.resolve():
+        return
+    for name in _SIDE_FILES:
+        if (source / name).is_file():
+            with replacing(out_dir / name) as temporary:
+                shutil.copyfile(source / name, temporary)
+
+
+def _storage_offsets(path: Path, layout: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Where each tensor's values lie in a `torch.save` file: records are numbered in the order of their first use."""
+    numbers: dict[int, int] = {}
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        records = {info.filename.partition("/")[2]: info.header_offset for info in archive.infolist()}
+        starts = {}
+        for name, tensor in layout.items():
+            number = numbers.setdefault(tensor.untyped_storage().data_ptr(), len(numbers))
+            header = records[f"data/{number}"]
+            file.seek(header + 26)  # lengths of the record's name and extra field, which follow the 30-byte header
+            name_length, extra_length = (int.from_bytes(file.read(2), "little") for _ in range(2))
+            starts[name] = header + 30 + name_length + extra_length
+        return starts
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,109 @@
+"""From a checkpoint to a model in memory, and from either to a LitGPT folder."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+import yaml
+
+from litgpt.checkpoint.base import CONFIG_NAME, EMBEDDING, HEAD, WEIGHTS_NAME, Checkpoint, Piece, open_checkpoint
+from litgpt.checkpoint.files import copy_side_files, replacing, write_state_dict
+from litgpt.config import Config
+from litgpt.model import GPT
+
+
+def load_model(
+    checkpoint: Checkpoint | str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> GPT:
+    """A model with a checkpoint's weights, in `dtype` (default: as stored) on `device`.
+
+    Every weight is copied once, from the file into the model; a tied output embedding is the input embedding's tensor.
+    Raises `ValueError` naming all weights that are missing, not expected or of the wrong shape.
+    """
+    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    model = meta_model(checkpoint.config)
+    check_weights(checkpoint, model)
+    model = model.to(dtype or checkpoint.dtype).to_empty(device=device)
+    if checkpoint.tied:
+        model.lm_head.weight = model.transformer.wte.weight
+    targets = model.state_dict()
+    with torch.no_grad():
+        for name, row, piece in checkpoint.pieces():
+            if not (checkpoint.tied and name == HEAD):
+                targets[name].narrow(0, row, piece.shape[0]).copy_(piece)
+    return model.eval()
+
+
+def meta_model(config: Config) -> GPT:
+    """A model that has shapes and no memory."""
+    with torch.device("meta"):
+        return GPT(config)
+
+
+def check_weights(checkpoint: Checkpoint, model: GPT) -> None:
+    """Compares names and shapes of a checkpoint with a model's; one `ValueError` names every difference."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if problems := _differences(shapes, checkpoint.pieces(meta=True)):
+        raise ValueError(f"{checkpoint.path}: weights do not fit the config {model.config.name!r}: {problems}")
+
+
+def _differences(expected: Mapping[str, tuple[int, ...]], pieces: Iterable[Piece]) -> str:
+    rows = dict.fromkeys(expected, 0)
+    extra: list[str] = []
+    wrong: dict[str, str] = {}
+    for name, row, piece in pieces:
+        if name not in expected:
+            extra.append(name)
+            continue
+        shape, found = expected[name], tuple(piece.shape)
+        rows[name] += found[0] if found else 1
+        if not found or found[1:] != shape[1:] or row + found[0] > shape[0]:
+            wrong.setdefault(name, f"{name} {found} for {shape}")
+    for name, count in rows.items():
+        if 0 < count != expected[name][0]:
+            wrong.setdefault(name, f"{name} {count} rows for {expected[name][0]}")
+    missing = [name for name, count in rows.items() if count == 0]
+    lists = {"missing": missing, "not expected": extra, "wrong shape": wrong.values()}
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in lists.items() if names)
+
+
+def save_litgpt(
+    source: Checkpoint | GPT,
+    out_dir: str | Path,
+    *,
+    tokenizer_dir: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    config: Config | None = None,
+) -> None:
+    """Writes `lit_model.pth`, `model_config.yaml` and the tokenizer's files: a folder that LitGPT loads too.
+
+    Args:
+        source: A checkpoint, converted with about one of its files in memory, or a model.
+        out_dir: Made if it does not exist; files of these names in it are replaced.
+        tokenizer_dir: Where the tokenizer comes from (default: the checkpoint; a model has none).
+        dtype: Of the written weights (default: as they are).
+        config: What to write instead of the source's own.
+    """
+    out_dir = Path(out_dir)
+    config = config or source.config
+    meta = meta_model(config)
+    if isinstance(source, Checkpoint):
+        check_weights(source, meta)
+        stored = {name: piece.dtype for name, _, piece in source.pieces(meta=True)}
+        tied, pieces = source.tied, source.pieces()
+    else:
+        weights = source.state_dict()
+        stored = {name: tensor.dtype for name, tensor in weights.items()}
+        tied = source.lm_head.weight is source.transformer.wte.weight
+        pieces = ((name, 0, tensor.cpu()) for name, tensor in weights.items())
+    layout = {name: torch.empty(t.shape, dtype=dtype or stored[name]) for name, t in meta.state_dict().items()}
+    if tied:
+        layout[HEAD] = layout[EMBEDDING]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_state_dict(out_dir / WEIGHTS_NAME, layout, pieces)
+    with replacing(out_dir / CONFIG_NAME) as temporary:
+        temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+    if tokenizer_dir is not None:
+        copy_side_files(Path(tokenizer_dir), out_dir)
+    elif isinstance(source, Checkpoint):
+        source.copy_side_files(out_dir)

@@ -1,0 +1,122 @@
+"""Applies a family's weight names: its tensors to rows of our parameters, and back."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from litgpt.checkpoint.base import Piece
+from litgpt.config import Config
+from litgpt.families.base import Family
+
+_INDEX = re.compile(r"\.(\d+)(?=\.)")
+GetTensor = Callable[[str], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Modules that share a matrix: one of ours and several of theirs stacked in it, or the other way around."""
+
+    ours: tuple[str, ...]
+    theirs: tuple[str, ...]
+
+
+class WeightMap:
+    """The names and layouts of one family's weights, for a model of one config."""
+
+    def __init__(self, family: Family, config: Config) -> None:
+        self.family = family
+        self.config = config
+        rules = [_Rule((ours,), (theirs,)) for ours, theirs in family.outer.items()]
+        for ours, theirs in family.block.items():
+            names = theirs if isinstance(theirs, str) else theirs(config)
+            rules.append(
+                _Rule(
+                    tuple(f"transformer.h.{{}}.{name}" for name in ours.split()),
+                    tuple(f"{family.blocks}.{{}}.{name}" for name in names.split()),
+                )
+            )
+        self._by_theirs = {name: rule for rule in rules for name in rule.theirs}
+        self._by_ours = {name: rule for rule in rules for name in rule.ours}
+
+    def place(self, name: str, tensor: torch.Tensor) -> Iterator[Piece]:
+        """Our parameters' rows that one of their tensors holds; a name that is not known comes back as it is."""
+        for prefix, replacement in self.family.prefixes.items():
+            if name.startswith(prefix):
+                name = replacement + name.removeprefix(prefix)
+                break
+        if any(piece in name for piece in self.family.ignored):
+            return
+        template, indices, leaf = _split(name)
+        rule = self._by_theirs.get(template)
+        if rule is None:
+            yield name, 0, tensor
+            return
+        ours = [f"{module.format(*indices)}.{leaf}" for module in rule.ours]
+        if len(rule.theirs) > 1:
+            sizes = qkv_sizes(self.config)
+            part = rule.theirs.index(template)
+            yield ours[0], sum(sizes[:part]), tensor
+        elif len(ours) > 1:
+            for our_name, part in zip(ours, tensor.chunk(len(ours)), strict=True):
+                yield our_name, 0, part
+        elif self.family.interleaved_qkv and rule.ours[0].endswith(".attn.qkv"):
+            yield from split_interleaved(ours[0], tensor, self.config)
+        else:
+            yield ours[0], 0, tensor
+
+    def theirs(self, names: list[str]) -> dict[str, tuple[str, ...]]:
+        """For each of their tensors, the parameters of ours, out of `names`, that it is made of."""
+        made: dict[str, tuple[str, ...]] = {}
+        for name in names:
+            template, indices, leaf = _split(name)
+            rule = self._by_ours.get(template)
+            if rule is None:
+                raise ValueError(f"{name!r} has no place in an architecture of type {self.family.model_type!r}")
+            sources = tuple(f"{module.format(*indices)}.{leaf}" for module in rule.ours)
+            made |= {f"{module.format(*indices)}.{leaf}": sources for module in rule.theirs}
+        return made
+
+    def build(self, name: str, sources: tuple[str, ...], get_tensor: GetTensor) -> torch.Tensor:
+        """One of their tensors, from the parameters of ours that it is made of."""
+        rule = self._by_theirs[_split(name)[0]]
+        if len(sources) > 1:
+            return torch.cat([get_tensor(source) for source in sources])
+        tensor = get_tensor(sources[0])
+        if len(rule.theirs) > 1:
+            return tensor.split(qkv_sizes(self.config))[rule.theirs.index(_split(name)[0])]
+        if self.family.interleaved_qkv and rule.ours[0].endswith(".attn.qkv"):
+            return _interleave(tensor, self.config)
+        return tensor
+
+
+def qkv_sizes(config: Config) -> list[int]:
+    """Rows of the query, key and value parts of `attn.qkv`."""
+    return [heads * config.head_size for heads in (config.n_head, config.n_query_groups, config.n_query_groups)]
+
+
+def split_interleaved(name: str, tensor: torch.Tensor, config: Config) -> Iterator[Piece]:
+    """Query, key and value rows, as pieces of the parameter `name`, of a matrix where they alternate by head group."""
+    per_group = config.n_head // config.n_query_groups
+    if tensor.shape[0] != sum(qkv_sizes(config)):
+        yield name, 0, tensor  # a wrong shape, for the reader to report
+        return
+    groups = tensor.unflatten(0, (config.n_query_groups, per_group + 2, config.head_size))
+    first_row = 0
+    for part in (groups[:, :per_group], groups[:, per_group : per_group + 1], groups[:, per_group + 1 :]):
+        rows = part.flatten(0, 2)
+        yield name, first_row, rows
+        first_row += rows.shape[0]
+
+
+def _interleave(tensor: torch.Tensor, config: Config) -> torch.Tensor:
+    parts = tensor.split(qkv_sizes(config))
+    groups = [part.unflatten(0, (config.n_query_groups, -1, config.head_size)) for part in parts]
+    return torch.cat(groups, dim=1).flatten(0, 2)
+
+
+def _split(name: str) -> tuple[str, list[str], str]:
+    """Module name with `{}` for its indices, the indices, and the parameter's own name."""
+    module, _, leaf = name.rpartition(".")
+    return _INDEX.sub(".{}", module + ".")[:-1], _INDEX.findall(module + "."), leaf
