@@ -43,7 +43,7 @@ class GPT(nn.Module):
         self.register_buffer("cos", torch.empty(0, config.rope_n_elem), persistent=False)
         self.register_buffer("sin", torch.empty(0, config.rope_n_elem), persistent=False)
         self._start_of_layer_hook: StartOfLayerHook | None = config.start_of_layer_hook
-        self._default_kv_caches = False
+        self.default_kv_caches = False  # True: made by `set_kv_caches`, which may replace them
         self.static_decode = False  # plan single tokens with shapes that stay the same, for a compiled `decode`
         self.decode = self.run_layers  # what runs a planned call of one token; may be a compiled `run_layers`
 
@@ -210,7 +210,8 @@ class GPT(nn.Module):
         weight = self.transformer.wte.weight
         if stop > self.rope_cache_length() or self.cos.device != weight.device:
             length = max(stop, min(self.max_seq_length, 2 * stop))
-            self.cos, self.sin = self.rope_cache(length, device=weight.device)
+            with torch.inference_mode(False):  # the table outlives the call that makes it
+                self.cos, self.sin = self.rope_cache(length, device=weight.device)
         if isinstance(start, int):
             cos, sin = self.cos[start:stop].unsqueeze(0), self.sin[start:stop].unsqueeze(0)
         else:
@@ -259,7 +260,7 @@ class GPT(nn.Module):
                     raise ValueError(f"the cache of layer {block_idx} has {name} = {value}, expected {expected}")
         for block, cache in zip(self.transformer.h, kv_caches, strict=True):
             block.attn.kv_cache = cache
-        self._default_kv_caches = False
+        self.default_kv_caches = False
 
     def set_kv_caches(
         self, batch_size: int, dtype: torch.dtype | None = None, max_seq_length: int | None = None
@@ -276,7 +277,7 @@ class GPT(nn.Module):
         Raises:
             ValueError: if caches were given by `assign_kv_caches`, or `max_seq_length` is more than the model takes.
         """
-        if self.kv_caches() and not self._default_kv_caches:
+        if self.kv_caches() and not self.default_kv_caches:
             raise ValueError("caches were given by assign_kv_caches: clear_kv_caches(assigned=True) removes them")
         length = self.max_seq_length if max_seq_length is None else max_seq_length
         if length > self.max_seq_length:
@@ -298,14 +299,37 @@ class GPT(nn.Module):
                 block.attn.kv_cache = DenseKVCache(*args, block_idx, weight.device, dtype, cache_length)
             else:
                 block.attn.kv_cache = kind(*args, cache_length, block_idx, weight.device, dtype)
-        self._default_kv_caches = True
+        self.default_kv_caches = True
 
     def clear_kv_caches(self, assigned: bool = False) -> None:
         """Drop default caches, and with `assigned` also those given by `assign_kv_caches`."""
-        if self._default_kv_caches or assigned:
+        if self.default_kv_caches or assigned:
             for block in self.transformer.h:
                 block.attn.kv_cache = None
-            self._default_kv_caches = False
+            self.default_kv_caches = False
+
+    @property
+    def next_token_pos(self) -> int:
+        """The `input_pos` of the next token, by the caches (0: they are empty, or there are none)."""
+        return max((cache.next_token_pos for cache in self.kv_caches()), default=0)
+
+    def start_kv_caches(self, batch_size: int) -> None:
+        """Begin a batch of empty rows, each to be filled by calls with `rows`."""
+        for cache in self.kv_caches():
+            cache.start(batch_size)
+
+    def crop_kv_caches(self, n: int) -> bool:
+        """Go back to when `next_token_pos` was n, if all caches can; else forget everything. Returns whether they could."""
+        caches = self.kv_caches()
+        possible = 0 < n <= self.next_token_pos and all(n >= cache.crop_limit for cache in caches)
+        for cache in caches:
+            cache.crop(n if possible else 0)
+        return possible
+
+    def reorder_kv_caches(self, rows: Sequence[int]) -> None:
+        """Row i of the batch becomes what row `rows[i]` was; rows may be dropped or repeated."""
+        for cache in self.kv_caches():
+            cache.reorder(rows)
 
     def set_kv_cache(
         self,

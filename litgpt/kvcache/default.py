@@ -309,7 +309,7 @@ class DefaultKVCache(KVCache):
             raise ValueError(
                 f"rows {rows}: need 1..{self.batch_size} of the {len(self._lengths)} rows in use (0-based)"
             )
-        self.storage.select_rows(torch.tensor(rows, device=self.device))
+        self.storage.select_rows(rows)
         self._lengths = tuple(self._lengths[row] for row in rows)
         self._oldest = tuple(self._oldest[row] for row in rows)
 

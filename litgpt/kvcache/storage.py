@@ -1,6 +1,7 @@
 """How the keys and values of a cache are kept."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -26,7 +27,7 @@ class Storage(nn.Module, ABC):
         """Keys and values in `slots` (a slice, or (N,) in any order) of `rows` (None: the first `batch`)."""
 
     @abstractmethod
-    def select_rows(self, rows: torch.Tensor) -> None:
+    def select_rows(self, rows: Sequence[int]) -> None:
         """Row i becomes what row `rows[i]` was."""
 
     @abstractmethod
@@ -49,9 +50,12 @@ class DefaultStorage(Storage):
     def __init__(self, params: KVCacheParams) -> None:
         super().__init__()
         shape = (params.batch_size, params.n_query_groups, params.cache_length, params.head_size)
-        # zeros, not empty: a masked slot has weight 0, and 0 * NaN would be NaN
-        self.register_buffer("k", torch.zeros(shape, device=params.device, dtype=params.dtype), persistent=False)
-        self.register_buffer("v", torch.zeros(shape, device=params.device, dtype=params.dtype), persistent=False)
+        with torch.inference_mode(False):  # the buffers outlive the call that makes them
+            for name in ("k", "v"):
+                # zeros, not empty: a masked slot has weight 0, and 0 * NaN would be NaN
+                self.register_buffer(
+                    name, torch.zeros(shape, device=params.device, dtype=params.dtype), persistent=False
+                )
 
     def set(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor | None) -> None:
         batch = key.shape[0]
@@ -67,9 +71,12 @@ class DefaultStorage(Storage):
         row = slice(batch) if rows is None else rows
         return DefaultKeysAndValues(self.k[row][:, :, slots], self.v[row][:, :, slots])
 
-    def select_rows(self, rows: torch.Tensor) -> None:
-        for buffer in (self.k, self.v):
-            buffer[: len(rows)] = buffer[rows]
+    def select_rows(self, rows: Sequence[int]) -> None:
+        moved = [(new, old) for new, old in enumerate(rows) if new != old]
+        if moved:
+            new, old = torch.tensor(moved, device=self.device).unbind(1)
+            for buffer in (self.k, self.v):
+                buffer[new] = buffer[old]
 
     def size_in_bits(self) -> dict[str, int]:
         return {name: 8 * x.numel() * x.element_size() for name, x in (("keys", self.k), ("values", self.v))}

@@ -1,0 +1,178 @@
+"""Generating text: the functions that scripts call, and the command `litgpt generate`."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from litgpt.generate.engine import decode, prefill, prepare_caches
+from litgpt.generate.sampling import (
+    batched_sample,
+    check_sampling,
+    multinomial_num_samples_1,
+    sample,
+    sample_top_p,
+)
+from litgpt.model import GPT
+
+__all__ = [
+    "batched_generate_fn",
+    "batched_next_token",
+    "batched_sample",
+    "generate",
+    "generate_fn",
+    "main",
+    "multinomial_num_samples_1",
+    "next_token",
+    "sample",
+    "sample_top_p",
+]
+
+
+@torch.inference_mode()
+def next_token(
+    model: GPT, input_pos: int, x: torch.Tensor, input_pos_maxp1: int | None = None, **sample_kwargs: Any
+) -> torch.Tensor:
+    """Run the tokens x (1, T), which start at `input_pos`, and sample the next one: (1,) int64.
+
+    `sample_kwargs` are those of `sample`; `input_pos_maxp1` is not needed.
+    """
+    return sample(model(x, input_pos, last_token_only=True), **sample_kwargs)
+
+
+@torch.inference_mode()
+def batched_next_token(
+    model: GPT, input_pos: int, x: torch.Tensor, kwargs: dict[str, Any] | list[dict[str, Any]]
+) -> torch.Tensor:
+    """Run the tokens x (B, T), which start at `input_pos`, and sample the next one of every row: (B, 1) int64.
+
+    `kwargs` are the arguments of `sample`, for all rows or for each.
+    """
+    logits = model(x, input_pos, last_token_only=True)
+    return batched_sample(list(logits), kwargs if isinstance(kwargs, list) else [kwargs] * len(x))
+
+
+def batched_generate_fn(
+    model: GPT,
+    prompts: torch.Tensor | Sequence[torch.Tensor],
+    max_returned_tokens: int,
+    prompt_chunksize: int | None = None,
+    *,
+    sample_args: list[dict[str, Any]] | dict[str, Any],
+    stop_tokens: Sequence[Sequence[int]] = (),
+    include_prompt: bool,
+    include_eos: bool,
+) -> Iterator[list[torch.Tensor | None]]:
+    """Generate from several prompts at once, step by step.
+
+    Args:
+        model: in evaluation mode. Its caches are used if they were assigned; default ones are made as needed.
+        prompts: (B, T) tokens, or B tensors (T_b,) of different lengths.
+        max_returned_tokens: most tokens of a row, its prompt included.
+        prompt_chunksize: prompts enter in chunks of at most that many tokens (None: in one call where the caches take it,
+            else in the largest chunks they take).
+        sample_args: arguments of `sample`, for all rows or for each.
+        stop_tokens: sequences of tokens, each of which ends a row.
+        include_prompt: give the prompts out first.
+        include_eos: give the stop sequence out.
+
+    Yields:
+        For every step a list with, for every row, tokens (n,) int64, or None where there are none: the row has ended, or
+        what came may be the beginning of a stop sequence.
+
+    Raises:
+        ValueError: for an empty prompt, settings that make no sense, or more tokens than the model or its caches take;
+            before any work.
+    """
+    prompts = [prompt.reshape(-1) for prompt in prompts]
+    args = list(sample_args) if isinstance(sample_args, list) else [sample_args] * len(prompts)
+    if not prompts or any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("every prompt needs at least one token")
+    if len(args) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(args)} sets of sampling arguments")
+    for row_args in args:
+        check_sampling(**row_args)
+    if prompt_chunksize is not None and prompt_chunksize < 1:
+        raise ValueError(f"prompt_chunksize must be at least 1 (None: no limit), got {prompt_chunksize}")
+    longest = max(len(prompt) for prompt in prompts)
+    if max_returned_tokens <= longest:
+        raise ValueError(f"max_returned_tokens={max_returned_tokens} leaves no room after a prompt of {longest} tokens")
+    prepare_caches(model, len(prompts), max_returned_tokens)
+    if include_prompt:
+        yield [prompt.to(torch.int64) for prompt in prompts]
+    logits = prefill(model, prompts, prompt_chunksize)
+    limits = [max_returned_tokens - len(prompt) for prompt in prompts]
+    device = prompts[0].device
+    for released in decode(model, logits, limits, args, stop_tokens, include_eos):
+        if any(released):
+            yield [torch.tensor(tokens, device=device) if tokens else None for tokens in released]
+
+
+def generate_fn(
+    model: GPT,
+    prompt: torch.Tensor,
+    max_returned_tokens: int,
+    prompt_chunksize: int | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    stop_tokens: Sequence[Sequence[int]] = (),
+    include_prompt: bool,
+    include_eos: bool,
+) -> Iterator[torch.Tensor]:
+    """Generate from one prompt (T,), token by token: `batched_generate_fn` for a batch of one.
+
+    Yields:
+        The prompt, if `include_prompt`, and then tokens (1,) int64.
+    """
+    first = include_prompt
+    for step in batched_generate_fn(
+        model,
+        [prompt],
+        max_returned_tokens,
+        prompt_chunksize,
+        sample_args={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+        stop_tokens=stop_tokens,
+        include_prompt=include_prompt,
+        include_eos=include_eos,
+    ):
+        if first:
+            yield step[0]
+            first = False
+        else:
+            yield from step[0].split(1)
+
+
+def generate(
+    model: GPT,
+    prompt: torch.Tensor,
+    max_returned_tokens: int,
+    prompt_chunksize: int | None = None,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    eos_id: int | None = None,
+    include_prompt: bool = True,
+) -> torch.Tensor:
+    """Generate from one prompt (T,) until `eos_id` comes or there are `max_returned_tokens`: (n,) int64.
+
+    The other arguments are those of `batched_generate_fn` and `sample`. An `eos_id` that ends the text is part of it.
+    """
+    pieces = generate_fn(
+        model,
+        prompt,
+        max_returned_tokens,
+        prompt_chunksize,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop_tokens=() if eos_id is None else ([eos_id],),
+        include_prompt=include_prompt,
+        include_eos=True,
+    )
+    return torch.cat(list(pieces))

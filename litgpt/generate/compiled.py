@@ -1,0 +1,27 @@
+"""Compiled decoding: one graph for the step of one token, whatever the position."""
+
+import torch
+
+from litgpt.kvcache.plan import Plan
+from litgpt.model import GPT
+
+
+def compile_decode(model: GPT) -> None:
+    """Have the model's single-token calls run as one compiled graph.
+
+    The number of slots read is a symbol of the graph, so it serves all positions; a new graph is made only for another
+    batch size or cache capacity. The first step compiles, for some tens of seconds.
+    """
+    step = torch.compile(model.run_layers, fullgraph=True)
+
+    def decode(
+        idx: torch.Tensor, rope: torch.Tensor, plans: list[Plan] | None, input_pos: int | None
+    ) -> torch.Tensor:
+        for plan in plans or ():
+            for part in plan.parts:
+                for planned in part.steps:
+                    torch._dynamo.maybe_mark_dynamic(planned.bias, 3)
+        return step(idx, rope, plans, None)  # not the position: a host integer would be compiled in
+
+    model.decode = decode
+    model.static_decode = True

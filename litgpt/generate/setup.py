@@ -1,0 +1,112 @@
+"""From what a user names to a model that is ready to generate. All front ends begin here."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from litgpt.checkpoint import open_checkpoint
+from litgpt.checkpoint.load import load_model
+from litgpt.generate.compiled import compile_decode
+from litgpt.kvcache.factory import create_kv_caches
+from litgpt.model import GPT
+from litgpt.packed import pack_linears
+from litgpt.prompts import all_stop_tokens
+from litgpt.prompt_style import PromptStyle
+from litgpt.tokenizer import Tokenizer
+
+Quantization = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"]
+DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+
+
+@dataclass
+class Ready:
+    """A model with all that belongs to it."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    prompt_style: PromptStyle
+    checkpoint_dir: Path
+
+    @property
+    def stop_tokens(self) -> tuple[list[int], ...]:
+        """What ends a text: the tokenizer's and the model's end tokens, and the prompt style's."""
+        return all_stop_tokens(self.tokenizer, self.prompt_style)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.transformer.wte.weight.device
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def parse_precision(precision: str | None, device: torch.device) -> torch.dtype:
+    """The dtype that a precision's name stands for: `32-true`, `bf16-true`, `16-true`, or those without `-true`.
+
+    None is bfloat16 where the device computes in it, else float32 (CPU) or float16 (CUDA).
+    """
+    if precision is None:
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    dtype = DTYPES.get(precision.removesuffix("-true"))
+    if dtype is None:
+        names = ", ".join(f"{name}-true" for name in DTYPES)
+        raise ValueError(f"precision {precision!r} is not one of {names}")
+    return dtype
+
+
+def make_ready(
+    checkpoint_dir: Path | str | None,
+    precision: str | None = None,
+    quantize: str | None = None,
+    compile: bool = False,
+    device: torch.device | None = None,
+) -> Ready:
+    """Load the model that `checkpoint_dir` names (None: the default model) for inference.
+
+    Args:
+        checkpoint_dir: a folder, a `.gguf` file, or a model's name.
+        precision: see `parse_precision`.
+        quantize: not available yet.
+        compile: compile the decoding step.
+        device: default: the first GPU, else the CPU.
+    """
+    device = default_device() if device is None else device
+    dtype = parse_precision(precision, device)
+    if quantize is not None:
+        raise ValueError(f"quantize={quantize!r} is not available: leave it out, and use --precision bf16-true")
+    path = resolve_checkpoint(checkpoint_dir)
+    checkpoint = open_checkpoint(path)
+    tokenizer, style = checkpoint.tokenizer(), checkpoint.prompt_style()
+    model = load_model(checkpoint, dtype=dtype, device=device).requires_grad_(False)
+    pack_linears(model)
+    if compile:
+        compile_decode(model)
+    return Ready(model, tokenizer, style, path)
+
+
+def choose_kv_caches(
+    model: GPT, kv_cache: str, cache_length: int | None, batch_size: int = 1, sinks: int = 0
+) -> None:
+    """Give the model caches of the kind called `kv_cache`.
+
+    `dense` without a `cache_length` means default caches, which are made when it is known how long they have to be.
+
+    Raises:
+        ValueError: if there is no such kind, or it cannot have that length.
+    """
+    model.clear_kv_caches(assigned=True)
+    if kv_cache == "dense" and cache_length is None and not sinks:
+        return
+    weight = model.transformer.wte.weight
+    caches = create_kv_caches(kv_cache, model.config, batch_size, cache_length, weight.device, weight.dtype, sinks)
+    model.assign_kv_caches(caches)
+
+
+def cache_bytes(model: GPT) -> int:
+    """Bytes that the model's caches have allocated."""
+    return sum(cache.size_estimate()[0] for cache in model.kv_caches()) // 8

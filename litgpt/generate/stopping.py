@@ -1,0 +1,41 @@
+"""When a sequence ends."""
+
+from collections.abc import Sequence
+
+
+class StopMatcher:
+    """Finds stop sequences in one row's tokens, and holds back tokens that may turn out to begin one.
+
+    Args:
+        stop_tokens: sequences of tokens, any of which ends the row.
+        include_eos: whether the sequence that ended the row is released.
+    """
+
+    def __init__(self, stop_tokens: Sequence[Sequence[int]], include_eos: bool) -> None:
+        self.stops = [list(stop) for stop in stop_tokens if len(stop)]
+        self.include_eos = include_eos
+        self.held: list[int] = []
+        self.stopped = False
+
+    def push(self, token: int) -> list[int]:
+        """Take the next token; give those that are now known to be output. Sets `stopped`."""
+        self.held.append(token)
+        for stop in self.stops:
+            if self.held[-len(stop) :] == stop:
+                self.stopped = True
+                return self._release(len(self.held) if self.include_eos else len(self.held) - len(stop))
+        undecided = max((_overlap(self.held, stop) for stop in self.stops), default=0)
+        return self._release(len(self.held) - undecided)
+
+    def flush(self) -> list[int]:
+        """Give what is held back, once no further token will come."""
+        return [] if self.stopped else self._release(len(self.held))
+
+    def _release(self, count: int) -> list[int]:
+        released, self.held = self.held[:count], self.held[count:]
+        return released
+
+
+def _overlap(tokens: list[int], stop: list[int]) -> int:
+    """Length of the longest end of `tokens` that is a proper beginning of `stop`."""
+    return next(n for n in range(min(len(tokens), len(stop) - 1), -1, -1) if tokens[len(tokens) - n :] == stop[:n])
