@@ -220,6 +220,18 @@ def test_old_and_new_spellings_of_rope_mean_the_same(old, new):
     assert Config.from_hf(hf | old) == Config.from_hf(hf | new)
 
 
+def test_windowed_layers_follow_the_familys_pattern_where_the_file_does_not_list_them():
+    qwen = PUBLISHED["Qwen/Qwen2.5-0.5B"] | {"use_sliding_window": True, "max_window_layers": 22}
+    assert Config.from_hf(qwen).sliding_window_indices == [0] * 22 + [1] * 2
+    listed = ["full_attention", "sliding_attention"] * 12
+    assert Config.from_hf(qwen | {"layer_types": listed}).sliding_window_indices == [0, 1] * 12
+    gemma = hf_from_config(Config.from_name("Gemma-2-2b"))[1]
+    del gemma["layer_types"]
+    assert Config.from_hf(gemma).sliding_window_indices == [1, 0] * 13
+    with pytest.raises(ValueError, match="layer_types of kind linear_attention"):
+        Config.from_hf(qwen | {"layer_types": ["linear_attention"] * 24})
+
+
 def test_a_fraction_as_linear_scaling_keeps_its_value():
     hf = PUBLISHED["HuggingFaceTB/SmolLM2-135M-Instruct"] | {"rope_scaling": {"type": "linear", "factor": 1.5}}
     assert Config.from_hf(hf).rope_adjustments == {"factor": 1.5}
