@@ -114,7 +114,7 @@ class ChatTemplate(PromptStyle):
 
     def _render(self, messages: list[Message], variables: dict[str, Any]) -> str:
         standard = {"tools": None, "documents": None, "add_generation_prompt": True}
-        return _compile(self.template).render(messages=messages, **(standard | self.special_tokens | variables))
+        return _compile(self.template).render(standard | self.special_tokens | variables | {"messages": messages})
 
     def init_args(self) -> dict[str, Any]:
         return {"template": self.template, **self.special_tokens}

@@ -62,16 +62,16 @@ MISTRAL = (
     "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
 )
 ZEPHYR = """{% for message in messages %}
-{% if message['role'] == 'user' %}
+    {% if message['role'] == 'user' %}
 {{ '<|user|>\n' + message['content'] + eos_token }}
-{% elif message['role'] == 'system' %}
+    {% elif message['role'] == 'system' %}
 {{ '<|system|>\n' + message['content'] + eos_token }}
-{% elif message['role'] == 'assistant' %}
+    {% elif message['role'] == 'assistant' %}
 {{ '<|assistant|>\n'  + message['content'] + eos_token }}
-{% endif %}
-{% if loop.last and add_generation_prompt %}
+    {% endif %}
+    {% if loop.last and add_generation_prompt %}
 {{ '<|assistant|>' }}
-{% endif %}
+    {% endif %}
 {% endfor %}"""
 HELPERS = """{%- set ns = namespace(turns=0) %}
     {%- for message in messages %}
@@ -343,6 +343,8 @@ def test_chat_template_without_system_role_gets_the_text_in_the_first_user_messa
 def test_chat_template_takes_single_prompts_and_variables():
     assert ours(CHATML).apply("Q1") == prompts.SmolLM2().apply("Q1")
     assert ours(CHATML).apply("Q1", sys_prompt="S") == prompts.SmolLM2().apply("Q1", sys_prompt="S")
+    assert ChatTemplate("{{ bos_token + messages[0].content + eos_token }}").apply("Q1") == "Q1"
+    assert ours(CHATML).apply("Q1", messages="a field of a data set") == ours(CHATML).apply("Q1")
     assert ours(HELPERS).apply("Q1", enable_thinking=False).endswith("<think></think>")
 
 

@@ -1,0 +1,222 @@
+"""The `litgpt` command: a table of commands, each of which is a function whose signature gives its options."""
+
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+# name -> ("module:function", help). The module is imported when the command is called.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "chat": ("litgpt.chat.base:main", "Talk with a model."),
+    "generate": ("litgpt.generate.base:main", "Let a model continue a prompt."),
+    "download": ("litgpt.scripts.download:download_from_hub", "Fetch a model, or list those that can be had."),
+    "convert_to_litgpt": (
+        "litgpt.scripts.convert_hf_checkpoint:convert_hf_checkpoint",
+        "Turn a Hugging Face checkpoint into a LitGPT one.",
+    ),
+    "convert_from_litgpt": (
+        "litgpt.scripts.convert_lit_checkpoint:convert_lit_checkpoint",
+        "Turn a LitGPT checkpoint into a Hugging Face one.",
+    ),
+    "convert_pretrained_checkpoint": (
+        "litgpt.scripts.convert_pretrained_checkpoint:convert_pretrained_checkpoint",
+        "Turn the result of pretraining into a checkpoint for all other commands.",
+    ),
+}
+
+_FLAGS = ("-h", "--help", "--print_config")
+# What bad input leads to; any other exception is a defect and shows its traceback.
+_USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, IndexError, MemoryError)
+
+
+class UsageError(Exception):
+    """The command line itself is wrong."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code: 0, 1 (it failed), 2 (wrong usage), 130 (interrupted).
+
+    `LITGPT_DEBUG=1` shows the traceback of an error instead of one line.
+    """
+    try:
+        try:
+            return _run(list(sys.argv[1:] if args is None else args))
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output is gone; flushing at exit must not complain either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (UsageError, *_USER_ERRORS) as error:
+        if os.environ.get("LITGPT_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"litgpt: error: {_describe(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help"):
+        print(_overview())
+        return 0 if args else 2
+    if args[0] == "--version":
+        import litgpt
+
+        print(f"litgpt {litgpt.__version__}")
+        return 0
+    name = args[0]
+    if name not in COMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(name.replace("-", "_"), COMMANDS)
+        hint = f"did you mean {' or '.join(near)}?" if near else "`litgpt --help` lists the commands"
+        raise UsageError(f"unknown {'option' if name.startswith('-') else 'command'} {name!r}; {hint}")
+    module, _, attribute = COMMANDS[name][0].partition(":")
+    function = getattr(import_module(module), attribute)
+    function(**parse(name, function, args[1:]))
+    return 0
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {line}" for name, (_, line) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: litgpt COMMAND [options]",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`litgpt COMMAND --help` explains a command, `litgpt --version` tells the version.",
+        ]
+    )
+
+
+def parse(name: str, function: Callable[..., Any], args: list[str]) -> dict[str, Any]:
+    """Returns the arguments for a command's function, from the command line and `--config FILE`.
+
+    Parameters without a default, and the first one in any case, may be given without their names. Dashes in option
+    names may stand for underscores, and a boolean option without a value is true.
+
+    Raises:
+        UsageError: an option is unknown, missing or has an impossible value.
+    """
+    from jsonargparse import ArgumentError
+
+    parameters = inspect.signature(function).parameters
+    positional = [key for i, (key, p) in enumerate(parameters.items()) if i == 0 or p.default is p.empty]
+    parser = _parser(name, function, positional)
+    try:
+        config = parser.instantiate(parser.parse_args(_by_name(args, parameters, positional)))
+    except ArgumentError as error:
+        raise UsageError(f"{_explain(str(error), parameters)} (`litgpt {name} --help` lists the options)") from error
+    return {key: config[key] for key in parameters}
+
+
+def _parser(name: str, function: Callable[..., Any], positional: list[str]) -> "ArgumentParser":
+    from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+    class Parser(ArgumentParser):
+        def format_help(self) -> str:
+            return re.sub(r"<class\s+'([\w.]+)'>", r"\1", super().format_help())
+
+    set_parsing_settings(config_read_mode_urls_enabled=False, docstring_parse_attribute_docstrings=True)
+    parameters = inspect.signature(function).parameters
+    shown = " ".join(key if parameters[key].default is inspect.Parameter.empty else f"[{key}]" for key in positional)
+    parser = Parser(
+        prog=f"litgpt {name}",
+        usage=f"litgpt {name} {shown} [--option VALUE ...]",
+        description=(inspect.getdoc(function) or COMMANDS[name][1]).split("\n\n")[0],
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="Path to a YAML file with values for the options.")
+    for title, keys in (
+        ("arguments, with or without their names", set(positional)),
+        ("settings", set(parameters) - set(positional)),
+    ):
+        if keys:
+            group = parser.add_argument_group(title)
+            group.add_function_arguments(function, as_group=False, skip=set(parameters) - keys)
+    return parser
+
+
+def _by_name(args: list[str], parameters: Mapping[str, inspect.Parameter], positional: list[str]) -> list[str]:
+    """Rewrites a command line so that every value is given as `--name=value`."""
+    named, values = [], []
+    rest = iter(range(len(args)))
+    for i in rest:
+        arg, following = args[i], args[i + 1 : i + 2]
+        if arg == "--":
+            values += args[i + 1 :]
+            break
+        if arg in _FLAGS or re.match(r"-[^-]", arg) and not re.match(r"-[\d.]", arg):
+            named.append(arg)
+        elif not arg.startswith("--"):
+            values.append(arg)
+        else:
+            option, equals, value = arg.partition("=")
+            option = "--" + option[2:].replace("-", "_")
+            parameter = parameters.get(option[2:])
+            if option in _FLAGS and not equals:
+                named.append(option)
+            elif equals:
+                named.append(f"{option}={value}")
+            elif parameter and parameter.annotation in (bool, "bool") and not _is_boolean(following):
+                named.append(f"{option}=true")
+            elif following and not following[0].startswith("--"):
+                named.append(f"{option}={following[0]}")
+                next(rest)
+            else:
+                named.append(option)
+    given = {arg.partition("=")[0] for arg in named}
+    free = [key for key in positional if f"--{key}" not in given]
+    if len(values) > len(free):
+        raise UsageError(f"unexpected argument {values[len(free)]!r}; other values need the name of their option")
+    # Last, so that they win over a configuration file.
+    return named + [f"--{key}={value}" for key, value in zip(free, values, strict=False)]
+
+
+def _is_boolean(words: list[str]) -> bool:
+    return bool(words) and words[0].lower() in ("true", "false", "yes", "no")
+
+
+def _explain(message: str, parameters: Mapping[str, inspect.Parameter]) -> str:
+    """Says in one line what jsonargparse objects to."""
+    message = " ".join(message.split())
+    if match := re.match(r"unrecognized arguments: (-[^\s=]+)", message, re.IGNORECASE):
+        from difflib import get_close_matches
+
+        near = get_close_matches(match[1], [f"--{key}" for key in parameters], n=1)
+        return f"unknown option {match[1]}" + (f", did you mean {near[0]}?" if near else "")
+    if match := re.match(r"the following arguments are required: -*(\w+)|.*Key \W*(\w+)\W* is required", message):
+        return f"{match[1] or match[2]} is missing"
+    if (match := re.match(r'Parser key "(\w+)": .*(?:Got|Given) value: (.*)', message)) and match[1] in parameters:
+        annotation = parameters[match[1]].annotation
+        expected = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+        expected = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", expected)
+        expected = re.sub(r"Literal\[(.*)\]", r"one of \1", expected)
+        return f"--{match[1]} cannot be {match[2]!r}, it takes {expected}"
+    return re.sub(r'^Parser key "([\w.]+)":', r"--\1:", message)
+
+
+def _describe(error: BaseException) -> str:
+    """Returns an error as one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {str(error.filename)!r}" if error.filename is not None else "")
+    text = " ".join(str(error).split())
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if text and not isinstance(error, MemoryError) and frames[-1].partition(".")[0] in ("litgpt", "__main__"):
+        return text
+    return f"{type(error).__name__}{': ' if text else ''}{text} (LITGPT_DEBUG=1 shows where)"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
