@@ -129,9 +129,10 @@ class DefaultKVCache(KVCache):
         plan: Plan | None = None,
     ) -> torch.Tensor:
         """As `KVCache.forward`. With a `plan` (from `plan`), its tensor code alone: the caller has to `commit` it."""
+        self._check_dtype(query, key, value)
         if plan is not None:
             return self._run(plan, query, key, value)
-        B, G, T, _ = key.shape
+        B, _, T, _ = key.shape
         self._check_shapes(query, key, value)
         plan = self.plan(input_pos, B, T)
         try:
@@ -158,15 +159,7 @@ class DefaultKVCache(KVCache):
 
     def plan_key(self) -> tuple:
         """Caches with equal keys have equal plans for the same call."""
-        return (
-            type(self.policy),
-            self.cache_length,
-            self.policy.sinks,
-            self.window,
-            self._lengths,
-            self.dtype,
-            self.device,
-        )
+        return repr(self.policy), self.window, self._lengths, self.dtype, self.device
 
     def commit(self, plan: Plan) -> None:
         """Note that `plan` was run."""
@@ -227,8 +220,14 @@ class DefaultKVCache(KVCache):
         else:
             lengths = self._lengths
             in_use = len(lengths)
-            if rows is not None and (len(rows) != batch_size or not all(0 <= row < in_use for row in rows)):
-                raise ValueError(f"rows {list(rows)} do not name {batch_size} of the {in_use} rows in use")
+            if rows is not None and not (
+                1 <= batch_size == len(rows) == len(set(rows)) and all(0 <= row < in_use for row in rows)
+            ):
+                raise ValueError(
+                    f"rows {list(rows)} do not name {batch_size} different ones of the {in_use} rows in use"
+                )
+            if rows is None and not in_use:
+                raise ValueError(f"input_pos={input_pos}, but the next token's position is 0: the cache is empty")
             if rows is None and batch_size != in_use:
                 raise ValueError(f"batch size {batch_size} differs from {in_use}, set by the prefill")
             named = range(in_use) if rows is None else rows
@@ -252,8 +251,11 @@ class DefaultKVCache(KVCache):
                 raise ValueError(f"{name} must be {(B, heads, T, self.head_size)}, got {tuple(x.shape)}")
         if value.shape != key.shape:
             raise ValueError(f"value must be {tuple(key.shape)}, got {tuple(value.shape)}")
-        if key.dtype != self.dtype or value.dtype != self.dtype:
-            raise ValueError(f"keys and values must be {self.dtype}, the cache's dtype, got {key.dtype}, {value.dtype}")
+
+    def _check_dtype(self, *tensors: torch.Tensor) -> None:
+        if any(x.dtype != self.dtype for x in tensors):
+            found = ", ".join(str(x.dtype) for x in tensors)
+            raise ValueError(f"query, key and value must be {self.dtype}, the cache's dtype, got {found}")
 
     # -- state between calls
 
@@ -270,8 +272,13 @@ class DefaultKVCache(KVCache):
     @property
     def crop_limit(self) -> int:
         """Least n that `crop` accepts, next to 0."""
+        end = self.next_token_pos
         return max(
-            (self.policy.crop_limit(length, self.window) + self.next_token_pos - length for length in self._lengths),
+            (
+                # what is gone is gone by the longest that the row ever was, also after a crop
+                self.policy.crop_limit(max(length, oldest + self.policy.reach), self.window) + end - length
+                for length, oldest in zip(self._lengths, self._oldest, strict=True)
+            ),
             default=0,
         )
 
@@ -291,12 +298,12 @@ class DefaultKVCache(KVCache):
             raise ValueError(f"cannot crop to {n}: must be in 0..{end}, the tokens so far")
         if 0 < n < self.crop_limit:
             raise ValueError(
-                f"cannot crop to {n} of {end} tokens: with cache_length={self.cache_length} what came before was evicted; "
-                f"crop to {self.crop_limit} or more, or start anew with input_pos=0"
+                f"cannot crop to {n} of {end} tokens: some row would miss tokens that were evicted, or be shorter than "
+                f"empty; crop to {self.crop_limit} or more, or start anew with input_pos=0"
             )
         if n == 0:
             self.clear()
-        self._lengths = tuple(max(0, length - (end - n)) for length in self._lengths)
+        self._lengths = tuple(length - (end - n) for length in self._lengths)
 
     def reorder(self, rows: Iterable[int]) -> None:
         """Row i becomes what row `rows[i]` was. Rows may be dropped or repeated, as long as `batch_size` holds them.
@@ -338,7 +345,11 @@ class DefaultKVCache(KVCache):
 
     def state(self) -> dict[str, Any]:
         """What a later `load_state` needs to go on from here: copies of the used parts of the buffers, and lengths."""
-        state: dict[str, Any] = {"lengths": list(self._lengths), "oldest": list(self._oldest)}
+        state: dict[str, Any] = {
+            "policy": repr(self.policy),
+            "lengths": list(self._lengths),
+            "oldest": list(self._oldest),
+        }
         kv = self.get_keys_values()
         if kv is not None:
             state["keys"], state["values"] = kv.keys().clone(), kv.values().clone()
@@ -348,13 +359,17 @@ class DefaultKVCache(KVCache):
         """Go on from where `state` was taken.
 
         Raises:
-            ValueError: if it was taken from a cache of another shape or dtype.
+            ValueError: if it was taken from a cache of another shape or dtype, or tokens were evicted by another policy.
         """
         lengths = tuple(int(length) for length in state["lengths"])
         used = min(max(lengths, default=0), self.cache_length)
         expected = (len(lengths), self.n_query_groups, used, self.head_size)
         if len(lengths) > self.batch_size:
             raise ValueError(f"the state has {len(lengths)} rows, the cache batch_size={self.batch_size}")
+        if any(state["oldest"]) and state["policy"] != repr(self.policy):
+            raise ValueError(
+                f"the state is what {state['policy']} left of longer sequences, the cache has {self.policy!r}"
+            )
         if used:
             for name in ("keys", "values"):
                 x = state[name]

@@ -25,6 +25,10 @@ class Policy(ABC):
         self.cache_length = cache_length
         self.sinks = sinks
 
+    def __repr__(self) -> str:
+        """The policy's name and parameters: policies that read the same do the same."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
+
     @abstractmethod
     def slots(self, positions: torch.Tensor) -> torch.Tensor:
         """Slot that the token at each of `positions` (int64, any shape) takes."""
