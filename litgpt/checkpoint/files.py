@@ -1,17 +1,26 @@
 """Files of tensors: safetensors and the zip files of `torch.save`, mapped into memory to read, streamed to write."""
 
+import json
 import os
 import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+GetTensor = Callable[[str], torch.Tensor]
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
 _SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -49,12 +58,14 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a `torch.save` file, mapped into memory; what is in the file is never executed.
 
-    A training checkpoint's `model` entry is taken if there is one. Raises `ValueError` as `read_tensors` does.
+    A training checkpoint's `model` entry is taken if there is one, and names are those of the model before it was
+    compiled. Raises `ValueError` as `read_tensors` does.
     """
     with open(path, "rb") as file:
         is_zip = file.read(2) == b"PK"
     try:
-        values = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
+        with torch.serialization.safe_globals([type(Path())]):  # training checkpoints hold the paths they were given
+            values = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"an object of type {found[1]}" if found else "what is no state dict"
@@ -64,7 +75,7 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     values = values.get("model", values) if isinstance(values, dict) else values
     if not isinstance(values, dict) or not all(isinstance(value, torch.Tensor) for value in values.values()):
         raise ValueError(f"{path} must hold a state dict: parameter names and tensors")
-    return values
+    return {name.replace("_orig_mod.", ""): tensor for name, tensor in values.items()}
 
 
 @contextmanager
@@ -99,9 +110,30 @@ def write_state_dict(
                 file.write(tensor_bytes(piece.to(layout[name].dtype)))
 
 
+def write_safetensors(path: Path, layout: Mapping[str, torch.Tensor], get_tensor: GetTensor) -> None:
+    """Writes a safetensors file tensor by tensor, in the order of `layout`, whose values do not count."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in layout.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, tensor in layout.items():
+            file.write(tensor_bytes(get_tensor(name).to(tensor.dtype)))
+
+
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The values of a tensor as they lie in memory."""
     return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file as Hugging Face formats it."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy_side_files(source: Path, out_dir: Path) -> None:

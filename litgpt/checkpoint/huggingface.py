@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from litgpt.checkpoint.base import EMBEDDING, HEAD, Checkpoint, Piece
 from litgpt.checkpoint.files import read_tensors
 from litgpt.checkpoint.weights import WeightMap
 from litgpt.config import Config, read_json
-from litgpt.families import family_of_hf
+from litgpt.families import family_of, family_of_hf
 
 _WEIGHTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 
@@ -22,22 +23,31 @@ def holds_weights(folder: Path) -> bool:
 
 
 class HuggingFaceCheckpoint(Checkpoint):
-    """Opens the folder as it was downloaded or saved, without a conversion step."""
+    """Opens the folder as it was downloaded or saved, without a conversion step.
 
-    def __init__(self, path: str | Path) -> None:
+    Args:
+        path: The folder.
+        config: The architecture to read the weights as, instead of what `config.json` says.
+    """
+
+    def __init__(self, path: str | Path, config: Config | None = None) -> None:
         super().__init__(path)
-        if not (self.path / "config.json").is_file():
+        hf: dict[str, Any] = {}
+        if (self.path / "config.json").is_file():
+            hf = read_json(self.path / "config.json")
+        elif config is None:
             raise FileNotFoundError(f"{str(self.path)!r} holds weights but no config.json")
-        hf = read_json(self.path / "config.json")
-        if "quantization_config" in hf:
-            method = (hf["quantization_config"] or {}).get("quant_method", "unknown")
+        if hf.get("quantization_config"):
+            method = hf["quantization_config"].get("quant_method", "unknown")
             raise ValueError(f"{self.path}: weights quantised with {method!r} are not supported; use the original ones")
-        self.family, text = family_of_hf(hf)
+        self.family, text = family_of_hf(hf) if config is None else (family_of(config), hf)
         self._tie = bool(text.get("tie_word_embeddings", self.family.tied))
+        if config is not None:
+            self.config = config
 
     @cached_property
     def config(self) -> Config:
-        return Config.from_checkpoint(self.path)
+        return Config.from_hf(read_json(self.path / "config.json"), name=self.path.name)
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -23,22 +23,23 @@ class LitGPTCheckpoint(Checkpoint):
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        return next(tensor.dtype for _, _, tensor in self.pieces() if tensor.is_floating_point())
+        return next(tensor.dtype for tensor in self._load().values() if tensor.is_floating_point())
 
     @cached_property
     def tied(self) -> bool:
         """Whether the two embeddings are one tensor in the file, or equal: LitGPT stores some tied ones twice."""
-        embedding, head = self._state_dict.get(EMBEDDING), self._state_dict.get(HEAD)
-        if embedding is None or head is None or self.config.lm_head_bias:
+        weights = self._load()
+        embedding, head = weights.get(EMBEDDING), weights.get(HEAD)
+        if embedding is None or head is None:
             return False
         return embedding.data_ptr() == head.data_ptr() or torch.equal(embedding, head)
 
-    @cached_property
-    def _state_dict(self) -> dict[str, torch.Tensor]:
+    def _load(self) -> dict[str, torch.Tensor]:
+        """Maps the file anew, so that its pages are given back once its tensors are."""
         return load_state_dict(self.path / WEIGHTS_NAME)
 
     def pieces(self, meta: bool = False) -> Iterator[Piece]:
-        for name, tensor in self._state_dict.items():
+        for name, tensor in self._load().items():
             value = tensor.to("meta") if meta else tensor
             if ".attn.attn." in name:  # before 0.5.3: rows alternate by head group
                 yield from split_interleaved(name.replace(".attn.attn.", ".attn.qkv."), value, self.config)
@@ -46,7 +47,7 @@ class LitGPTCheckpoint(Checkpoint):
                 yield name, 0, value
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._state_dict.items():
+        for name, tensor in self._load().items():
             if ".attn.attn." in name:
                 parts = split_interleaved(name, tensor, self.config)
                 yield name.replace(".attn.attn.", ".attn.qkv."), torch.cat([part for _, _, part in parts])

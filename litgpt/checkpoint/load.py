@@ -1,6 +1,6 @@
 """From a checkpoint to a model in memory, and from either to a LitGPT folder."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -40,6 +40,11 @@ def meta_model(config: Config) -> GPT:
         return GPT(config)
 
 
+def is_tied(model: GPT) -> bool:
+    """Whether input and output embedding are one tensor."""
+    return model.lm_head.weight is model.transformer.wte.weight
+
+
 def check_weights(checkpoint: Checkpoint, model: GPT) -> None:
     """Compares names and shapes of a checkpoint with a model's; one `ValueError` names every difference."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -73,7 +78,7 @@ def save_litgpt(
     *,
     tokenizer_dir: str | Path | None = None,
     dtype: torch.dtype | None = None,
-    config: Config | None = None,
+    progress: Callable[[str, int], None] | None = None,
 ) -> None:
     """Writes `lit_model.pth`, `model_config.yaml` and the tokenizer's files: a folder that LitGPT loads too.
 
@@ -82,10 +87,9 @@ def save_litgpt(
         out_dir: Made if it does not exist; files of these names in it are replaced.
         tokenizer_dir: Where the tokenizer comes from (default: the checkpoint; a model has none).
         dtype: Of the written weights (default: as they are).
-        config: What to write instead of the source's own.
+        progress: Called with the name and the bytes of every piece that was written.
     """
-    out_dir = Path(out_dir)
-    config = config or source.config
+    out_dir, config = Path(out_dir), source.config
     meta = meta_model(config)
     if isinstance(source, Checkpoint):
         check_weights(source, meta)
@@ -94,16 +98,25 @@ def save_litgpt(
     else:
         weights = source.state_dict()
         stored = {name: tensor.dtype for name, tensor in weights.items()}
-        tied = source.lm_head.weight is source.transformer.wte.weight
+        tied = is_tied(source)
         pieces = ((name, 0, tensor.cpu()) for name, tensor in weights.items())
+    if tied:
+        pieces = (piece for piece in pieces if piece[0] != HEAD)
     layout = {name: torch.empty(t.shape, dtype=dtype or stored[name]) for name, t in meta.state_dict().items()}
     if tied:
         layout[HEAD] = layout[EMBEDDING]
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_state_dict(out_dir / WEIGHTS_NAME, layout, pieces)
+    write_state_dict(out_dir / WEIGHTS_NAME, layout, _reporting(pieces, progress))
     with replacing(out_dir / CONFIG_NAME) as temporary:
         temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
     if tokenizer_dir is not None:
         copy_side_files(Path(tokenizer_dir), out_dir)
     elif isinstance(source, Checkpoint):
         source.copy_side_files(out_dir)
+
+
+def _reporting(pieces: Iterable[Piece], progress: Callable[[str, int], None] | None) -> Iterator[Piece]:
+    for name, row, piece in pieces:
+        yield name, row, piece
+        if progress is not None:
+            progress(name, piece.nbytes)

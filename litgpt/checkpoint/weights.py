@@ -1,17 +1,17 @@
 """Applies a family's weight names: its tensors to rows of our parameters, and back."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from litgpt.checkpoint.base import Piece
+from litgpt.checkpoint.files import GetTensor
 from litgpt.config import Config
 from litgpt.families.base import Family
 
 _INDEX = re.compile(r"\.(\d+)(?=\.)")
-GetTensor = Callable[[str], torch.Tensor]
 
 
 @dataclass(frozen=True)

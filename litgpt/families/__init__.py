@@ -100,9 +100,14 @@ def hf_from_config(config: "Config") -> "tuple[Family, dict[str, Any]]":
             derived = type(config).from_hf(hf, name=config.name)
         except ValueError:
             continue
-        if _architecture(derived) == _architecture(config):
+        if same_architecture(derived, config):
             return family, hf
     raise ValueError(f"No architecture of transformers expresses the model config {config.name!r}")
+
+
+def same_architecture(a: "Config", b: "Config") -> bool:
+    """Whether two configs compute the same, whatever they are called."""
+    return _architecture(a) == _architecture(b)
 
 
 def family_of(config: "Config") -> "Family":
