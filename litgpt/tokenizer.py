@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -179,9 +178,10 @@ class Tokenizer:
 
         `generation_config.json` gets the BOS and EOS ids; what else stands in it stays.
         """
+        from litgpt.checkpoint.files import replacing
+
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _replace_file(folder / self._backend.filename, self._backend.serialize())
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast" if self.backend == "huggingface" else "LlamaTokenizer",
             "clean_up_tokenization_spaces": False,
@@ -192,12 +192,15 @@ class Tokenizer:
         }
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
-        _write_json(folder / "tokenizer_config.json", config)
         generation = _read_optional(folder / "generation_config.json")
         generation |= {"bos_token_id": self.bos_id} if self.bos_id is not None else {}
         generation |= {"eos_token_id": list(self.eos_ids)} if self.eos_ids else {}
+        files = {self._backend.filename: self._backend.serialize(), "tokenizer_config.json": _json(config)}
         if generation:
-            _write_json(folder / "generation_config.json", generation)
+            files["generation_config.json"] = _json(generation)
+        for name, data in files.items():
+            with replacing(folder / name) as temporary:
+                temporary.write_bytes(data)
 
     def _configured_id(self, which: str) -> int | None:
         """The id of `bos` or `eos` by `tokenizer_config.json`, else by the SentencePiece model itself."""
@@ -378,14 +381,8 @@ def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     return template
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    _replace_file(path, json.dumps(values, indent=2, ensure_ascii=False).encode())
-
-
-def _replace_file(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+def _json(values: dict[str, Any]) -> bytes:
+    return json.dumps(values, indent=2, ensure_ascii=False).encode()
 
 
 def _one_line(error: Exception) -> str:

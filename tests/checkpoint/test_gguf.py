@@ -1,0 +1,322 @@
+"""GGUF files written here from small random models of `transformers`, and the real ones."""
+
+import gguf
+import numpy as np
+import pytest
+import tiny_models
+import torch
+import transformers
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+
+from litgpt.checkpoint import load_model, open_checkpoint
+from litgpt.checkpoint.gguf import GGUFCheckpoint
+from litgpt.checkpoint.gguf_file import GGUFFile
+from litgpt.checkpoint.weights import WeightMap
+from litgpt.families import family_of
+
+LARGER = {"intermediate_size": 64, "vocab_size": 96}  # rows that are whole blocks of every quantisation used here
+# tiny model -> GGUF architecture, settings to change: attention's scale is not in GGUF
+CASES = {
+    "llama": ("llama", LARGER),
+    "llama tied": ("llama", {}),
+    "llama head_dim": ("llama", {}),
+    "llama biases": ("llama", {}),
+    "llama linear rope": ("llama", {}),
+    "llama 3 rope": ("llama", {}),
+    "mistral": ("llama", {}),
+    "mixtral": ("llama", {}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 16}),
+    "gemma3_text": ("gemma3", {"query_pre_attn_scalar": 16}),
+    "qwen2": ("qwen2", {}),
+    "qwen2 tied": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "qwen3_moe": ("qwen3moe", {}),
+    "phi3": ("phi3", {}),
+    "phi3 window": ("phi3", {}),
+    "phi4-mini": ("phi3", {}),
+    "olmo2": ("olmo2", {}),
+}
+
+
+def random_model(case):
+    model_type, values = tiny_models.CASES[case]
+    config = transformers.CONFIG_MAPPING[model_type](**values | CASES[case][1])
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for name, parameter in model.named_parameters():
+        gain = "norm" in name and "gemma" not in model_type
+        torch.nn.init.normal_(parameter, mean=float(gain), std=0.3)
+    return model
+
+
+def write_gguf(path, case, model, kind=GGMLQuantizationType.F32, **metadata):
+    """Follows llama.cpp's converter: its tensor names, its order of q and k rows, its norm weights."""
+    arch, config = CASES[case][0], model.config
+    writer = GGUFWriter(path, arch)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_key_length(head_dim)
+    rope = config.rope_parameters
+    rope = rope.get("full_attention", rope)
+    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1)))
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "llama3":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        plain = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2) / head_dim)
+        scaled, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+        writer.add_tensor("rope_freqs.weight", (plain / scaled).float().numpy())
+    if getattr(config, "sliding_window", None):
+        writer.add_sliding_window(config.sliding_window)
+    if arch == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    if experts := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        if arch == "qwen3moe":
+            writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    for key, value in metadata.items():
+        writer.add_uint32(key, value)
+    which = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[arch]
+    names = gguf.get_tensor_name_map(which, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        part = name.split(".")[-2]
+        if arch == "llama" and part in heads:
+            tensor = tensor.view(heads[part], 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            tensor = tensor + 1
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        tensors = {theirs: tensor}
+        if ".experts." in name:
+            block = "blk." + name.split(".")[2]
+            tensors = {f"{block}.ffn_down_exps.weight": tensor}
+            if "gate_up" in name:
+                gate, up = tensor.chunk(2, dim=1)
+                tensors = {f"{block}.ffn_gate_exps.weight": gate, f"{block}.ffn_up_exps.weight": up}
+        for theirs, value in tensors.items():
+            value = value.float().numpy()
+            stored = kind if value.ndim > 1 and theirs else GGMLQuantizationType.F32
+            writer.add_tensor(theirs, gguf.quants.quantize(value, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_the_model_that_the_file_was_written_from(case, tmp_path):
+    theirs = random_model(case)
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "tiny.gguf", case, theirs))
+    assert isinstance(checkpoint, GGUFCheckpoint)
+    assert checkpoint.tied == theirs.config.tie_word_embeddings
+    assert checkpoint.dtype == torch.float32
+    ours = load_model(checkpoint)
+    tokens = torch.randint(70, (2, 24))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert (ours.lm_head.weight is ours.transformer.wte.weight) == checkpoint.tied
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma3_text", "mixtral", "phi3"])
+def test_tensors_are_whole_and_complete(case, tmp_path):
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "tiny.gguf", case, random_model(case)))
+    expected = {name: tensor.shape for name, tensor in load_model(checkpoint).state_dict().items()}
+    assert {name: tensor.shape for name, tensor in checkpoint.tensors()} == expected
+    assert all(piece.is_meta for _, _, piece in checkpoint.pieces(meta=True))
+
+
+def test_gemma_sliding_window_is_read(tmp_path):
+    config = GGUFCheckpoint(write_gguf(tmp_path / "tiny.gguf", "gemma3_text", random_model("gemma3_text"))).config
+    assert [config.window(i) for i in range(7)] == [4, 4, 4, 4, 4, None, 4]
+
+
+def test_model_is_named_after_the_file_without_its_quantisation(tmp_path):
+    model = random_model("llama")
+    for stem in ("SmolLM2-135M-Instruct.Q4_1", "SmolLM2-135M-Instruct-q4_k_m", "SmolLM2-135M-Instruct-f16"):
+        assert GGUFCheckpoint(write_gguf(tmp_path / f"{stem}.gguf", "llama", model)).config.name == stem[:21]
+
+
+def write_one(path, raw, kind):
+    writer = GGUFWriter(path, "llama")
+    writer.add_tensor("other.weight", np.arange(5, dtype=np.float32))
+    writer.add_tensor("x.weight", raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return GGUFFile(path)
+
+
+KINDS = "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS".split()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tensor_type_reads_as_the_gguf_package_reads_it(kind, tmp_path):
+    kind = GGMLQuantizationType[kind]
+    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 120, (3, 2 * nbytes), dtype=np.uint8)
+    file = write_one(tmp_path / "one.gguf", raw, kind)
+    value = file.read("x.weight")
+    assert value.shape == (3, 2 * block) == file.read("x.weight", meta=True).shape
+    assert value.dtype == file.read("x.weight", meta=True).dtype
+    assert torch.equal(value.float(), torch.from_numpy(gguf.quants.dequantize(raw, kind)))
+
+
+def test_a_type_that_cannot_be_dequantised_is_named(tmp_path):
+    file = write_one(tmp_path / "one.gguf", np.zeros((2, 40), dtype=np.uint8), GGMLQuantizationType.Q8_1)
+    with pytest.raises(ValueError, match="stores 'x.weight' as Q8_1, which cannot be dequantised"):
+        file.read("x.weight")
+
+
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [("F16", 3e-4), ("BF16", 3e-3), ("Q4_0", 0.11), ("Q4_1", 0.1), ("Q5_0", 0.055), ("Q5_1", 0.05), ("Q8_0", 0.007)],
+)
+def test_quantised_weights_stay_close_to_the_original(kind, error, tmp_path):
+    theirs = random_model("llama")
+    exact = load_model(write_gguf(tmp_path / "exact.gguf", "llama", theirs)).state_dict()
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "tiny.gguf", "llama", theirs, GGMLQuantizationType[kind]))
+    assert checkpoint.dtype == (torch.float16 if kind == "F16" else torch.bfloat16)
+    for name, weight in load_model(checkpoint, torch.float32).state_dict().items():
+        difference = (weight - exact[name]).norm() / exact[name].norm()
+        assert difference < error
+        assert (difference > 0) == (weight.dim() > 1)
+
+
+@pytest.mark.real_model
+def test_metadata_equal_those_of_the_gguf_package(default_gguf):
+    file, reader = GGUFFile(default_gguf), GGUFReader(default_gguf)
+    assert file.metadata == {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
+    assert file.tensors.keys() == {tensor.name for tensor in reader.tensors}
+
+
+def fill(model, checkpoint):
+    """Puts a checkpoint's tensors into a model of `transformers`, q, k and v apart again."""
+    weight_map = WeightMap(family_of(checkpoint.config), checkpoint.config)
+    tensors = dict(checkpoint.tensors())
+    for name, parameter in model.state_dict().items():
+        for ours, row, part in weight_map.place(name, parameter):
+            part.copy_(tensors[ours][row : row + len(part)])
+    return model.eval()
+
+
+@pytest.mark.real_model
+@torch.inference_mode()
+def test_default_model_answers_like_transformers_on_the_same_weights(default_gguf):
+    checkpoint = open_checkpoint(default_gguf)
+    config = transformers.LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        rope_theta=100000.0,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
+    theirs, ours = fill(transformers.LlamaForCausalLM(config), checkpoint), load_model(checkpoint, torch.float32)
+    tokenizer = checkpoint.tokenizer()
+    prompt = checkpoint.prompt_style().apply("What is the capital of France?")
+    tokens = tokenizer.encode(prompt).long()[None]
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-3, atol=1e-3)
+    answer = theirs.generate(tokens, max_new_tokens=12, do_sample=False, eos_token_id=checkpoint.eos_ids)
+    assert tokenizer.decode(answer[0, tokens.shape[1] :]) == "The capital of France is Paris."
+
+
+@pytest.mark.real_model
+@torch.inference_mode()
+def test_gemma_equals_transformers_on_the_same_weights_past_its_window(gemma_gguf):
+    checkpoint = open_checkpoint(gemma_gguf)
+    config = transformers.Gemma3TextConfig(
+        hidden_size=640,
+        intermediate_size=2048,
+        num_hidden_layers=18,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        vocab_size=262144,
+        sliding_window=512,
+    )
+    theirs, ours = fill(transformers.Gemma3ForCausalLM(config), checkpoint), load_model(checkpoint, torch.float32)
+    text = "Water boils at 100 degrees. The river runs through the old town, and the bridge is made of stone. " * 30
+    tokens = checkpoint.tokenizer().encode(text).long()[None, :640]
+    assert tokens.shape[1] == 640
+    expected = theirs(tokens, logits_to_keep=8).logits
+    torch.testing.assert_close(ours(tokens)[:, -8:], expected, rtol=1e-3, atol=1e-3)
+
+
+def damaged(path, case):
+    write_gguf(path, "llama", random_model("llama"))
+    data = bytearray(path.read_bytes())
+    changes = {
+        "empty": lambda: data[:0],
+        "not GGUF": lambda: b"PK\x03\x04" + data[4:],
+        "version": lambda: data[:4] + (1).to_bytes(4, "little") + data[8:],
+        "header cut": lambda: data[:200],
+        "tensors cut": lambda: data[:-100],
+        "counts": lambda: data[:8] + b"\xff" * 16 + data[24:],
+        "string length": lambda: data[:24] + b"\xff" * 8 + data[32:],
+        "architecture": lambda: data.replace(b"llama", b"mamba"),
+        "sizes": lambda: data.replace(b"llama.embedding_length", b"llama.embedding_lengtg"),
+        "tensor name": lambda: data.replace(b"blk.1.ffn_up", b"blk.1.ffn_xx"),
+    }
+    path.write_bytes(changes[case]())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("empty", "is not a GGUF file"),
+        ("not GGUF", "is not a GGUF file: it begins with b'PK"),
+        ("version", "has GGUF version 1"),
+        ("header cut", "is truncated or damaged"),
+        ("tensors cut", "is truncated: "),
+        ("counts", "is truncated or damaged"),
+        ("string length", "is truncated or damaged"),
+        ("architecture", "architecture 'mamba' is not supported; supported: llama, gemma"),
+        ("sizes", "lacks what gives 'hidden_size'"),
+        ("tensor name", "'blk.1.ffn_xx.weight' is not known"),
+    ],
+)
+def test_a_damaged_file_is_one_clear_line(case, message, tmp_path):
+    path = damaged(tmp_path / "tiny.gguf", case)
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(open_checkpoint(path))
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_tensors_that_do_not_fit_are_all_named(tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", "llama", random_model("llama"))
+    path.write_bytes(path.read_bytes().replace(b"blk.1.attn_q.", b"blk.1.attn_k."))
+    with pytest.raises(ValueError, match=r"wrong shape: transformer\.h\.1\.attn\.qkv\.weight"):
+        load_model(path)
+
+
+def test_a_part_of_a_split_file_says_how_to_merge(tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", "llama", random_model("llama"), **{"split.count": 3})
+    with pytest.raises(ValueError, match="is one of 3 parts; merge them with `llama-gguf-split --merge`"):
+        open_checkpoint(path)
+
+
+def test_rope_factors_that_are_not_llama_3_are_refused(tmp_path):
+    model = random_model("llama 3 rope")
+    model.config.rope_parameters["high_freq_factor"] = 2.0
+    path = write_gguf(tmp_path / "tiny.gguf", "llama 3 rope", model)
+    with pytest.raises(ValueError, match="rope_freqs.weight does not follow Llama 3's rule"):
+        _ = open_checkpoint(path).config
