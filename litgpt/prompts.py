@@ -331,11 +331,13 @@ def encode_prompt(
 ) -> "torch.Tensor":
     """Returns the token ids (T,) of a prompt or conversation in a style.
 
-    A beginning-of-sequence token that the style writes is not added a second time by the tokenizer.
+    A chat template writes the beginning-of-sequence token itself where the model wants one; the tokenizer adds none then,
+    nor where another style has written it.
     """
     text = style.render(prompt, sys_prompt=sys_prompt, **kwargs)
     bos_token = getattr(tokenizer, "bos_token", None)
-    return tokenizer.encode(text, bos=False if bos_token and text.startswith(bos_token) else None)
+    complete = isinstance(style, ChatTemplate) or (bos_token and text.startswith(bos_token))
+    return tokenizer.encode(text, bos=False if complete else None)
 
 
 def save_prompt_style(style: str | PromptStyle, checkpoint_dir: Path) -> None:

@@ -16,7 +16,9 @@ from litgpt.generate.sampling import (
     sample,
     sample_top_p,
 )
+from litgpt.generate.setup import Quantization, cache_bytes, choose_kv_caches, make_ready
 from litgpt.model import GPT
+from litgpt.prompts import encode_prompt
 
 __all__ = [
     "batched_generate_fn",
@@ -65,6 +67,7 @@ def batched_generate_fn(
     stop_tokens: Sequence[Sequence[int]] = (),
     include_prompt: bool,
     include_eos: bool,
+    max_new_tokens: int | None = None,
 ) -> Iterator[list[torch.Tensor | None]]:
     """Generate from several prompts at once, step by step.
 
@@ -78,6 +81,7 @@ def batched_generate_fn(
         stop_tokens: sequences of tokens, each of which ends a row.
         include_prompt: give the prompts out first.
         include_eos: give the stop sequence out.
+        max_new_tokens: also, most new tokens of a row.
 
     Yields:
         For every step a list with, for every row, tokens (n,) int64, or None where there are none: the row has ended, or
@@ -87,7 +91,7 @@ def batched_generate_fn(
         ValueError: for an empty prompt, settings that make no sense, or more tokens than the model or its caches take;
             before any work.
     """
-    prompts = [prompt.reshape(-1) for prompt in prompts]
+    prompts = [prompt if prompt.ndim == 1 else prompt.reshape(-1) for prompt in prompts]
     args = list(sample_args) if isinstance(sample_args, list) else [sample_args] * len(prompts)
     if not prompts or any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
@@ -104,7 +108,8 @@ def batched_generate_fn(
     if include_prompt:
         yield [prompt.to(torch.int64) for prompt in prompts]
     logits = prefill(model, prompts, prompt_chunksize)
-    limits = [max_returned_tokens - len(prompt) for prompt in prompts]
+    most = max_returned_tokens if max_new_tokens is None else max_new_tokens
+    limits = [min(max_returned_tokens - len(prompt), most) for prompt in prompts]
     device = prompts[0].device
     for released in decode(model, logits, limits, args, stop_tokens, include_eos):
         if any(released):
@@ -176,3 +181,100 @@ def generate(
         include_eos=True,
     )
     return torch.cat(list(pieces))
+
+
+def main(
+    checkpoint_dir: Path | None = None,
+    prompt: str = "What food do llamas eat?",
+    *,
+    sys_prompt: str | None = None,
+    num_samples: int = 1,
+    max_new_tokens: int = 50,
+    top_k: int | None = 50,
+    top_p: float = 1.0,
+    temperature: float = 0.8,
+    quantize: Quantization | None = None,
+    precision: str | None = None,
+    compile: bool = False,
+    kv_cache: Literal["dense", "lastrec"] = "dense",
+    cache_length: int | None = None,
+    sinks: int = 0,
+    prompt_chunksize: int | None = None,
+    seed: int = 1234,
+) -> None:
+    """Answer a prompt.
+
+    The answer goes to stdout, what it cost to stderr.
+
+    Args:
+        checkpoint_dir: Folder of a checkpoint (Hugging Face or LitGPT), a .gguf file, or a model's name. Default: a small
+            model that is fetched once.
+        prompt: What to answer.
+        sys_prompt: System prompt, where the model's chat template has one.
+        num_samples: Number of answers, generated together as one batch.
+        max_new_tokens: Most tokens of an answer.
+        top_k: Draw each token from the k likeliest ones only.
+        top_p: Draw each token from the likeliest ones whose probabilities add up to this.
+        temperature: Below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest.
+        quantize: Quantisation of the weights (needs a GPU).
+        precision: bf16-true, 16-true or 32-true. Default: what the device computes well in.
+        compile: Compile the decoding step. Takes a while at first, and is faster then.
+        kv_cache: What the key-value cache keeps: dense (every token) or lastrec (the last cache_length ones).
+        cache_length: Tokens that the key-value cache holds. Default: as many as are needed (dense), 1024 (lastrec).
+        sinks: First tokens that a lastrec cache never drops.
+        prompt_chunksize: Most tokens of the prompt that go through the model at once. Default: all of them.
+        seed: Of the random numbers.
+    """
+    for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not prompt:
+        raise ValueError("the prompt is empty: give some text with --prompt")
+    check_sampling(temperature, top_k, top_p)
+    if cache_length is not None and cache_length < 1:
+        raise ValueError(f"cache_length must be at least 1, got {cache_length}")
+
+    torch.manual_seed(seed)
+    started = time.perf_counter()
+    ready = make_ready(checkpoint_dir, precision, quantize, compile)
+    choose_kv_caches(ready.model, kv_cache, cache_length, num_samples, sinks)
+    tokens = encode_prompt(ready.tokenizer, ready.prompt_style, prompt, sys_prompt=sys_prompt).to(ready.device)
+    print(f"Model loaded in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+
+    started, first = time.perf_counter(), None
+    answers: list[list[int]] = [[] for _ in range(num_samples)]
+
+    def stream() -> Iterator[list[int]]:
+        nonlocal first
+        for step in batched_generate_fn(
+            ready.model,
+            [tokens] * num_samples,
+            len(tokens) + max_new_tokens,
+            prompt_chunksize,
+            sample_args={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+            stop_tokens=ready.stop_tokens,
+            include_prompt=False,
+            include_eos=False,
+        ):
+            first = first or time.perf_counter()
+            for answer, new in zip(answers, step, strict=True):
+                if new is not None:
+                    answer += new.tolist()
+            yield [] if step[0] is None else step[0].tolist()
+
+    if num_samples == 1:
+        for text in ready.tokenizer.decode_stream(stream()):
+            print(text, end="", flush=True)
+        print()
+    else:
+        for _ in stream():
+            pass
+        for answer in answers:
+            print(ready.tokenizer.decode(answer))
+    seconds, new = time.perf_counter() - started, sum(map(len, answers))
+    wait = (first or time.perf_counter()) - started
+    print(
+        f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s; {len(tokens)} prompt tokens, first token after "
+        f"{wait:.2f} s; key-value cache {cache_bytes(ready.model) / 1e6:.1f} MB",
+        file=sys.stderr,
+    )

@@ -14,9 +14,7 @@ def compile_decode(model: GPT) -> None:
     """
     step = torch.compile(model.run_layers, fullgraph=True)
 
-    def decode(
-        idx: torch.Tensor, rope: torch.Tensor, plans: list[Plan] | None, input_pos: int | None
-    ) -> torch.Tensor:
+    def decode(idx: torch.Tensor, rope: torch.Tensor, plans: list[Plan] | None, input_pos: int | None) -> torch.Tensor:
         for plan in plans or ():
             for part in plan.parts:
                 for planned in part.steps:

@@ -62,13 +62,17 @@ def prefill(model: GPT, prompts: Sequence[torch.Tensor], chunksize: int | None =
 
     Args:
         model: with caches for as many rows as there are prompts.
-        prompts: B tensors of tokens (T_b,), each of at least one token.
+        prompts: B tensors of tokens (T_b,), each of at least one token. One tensor B times over is run once.
         chunksize: most tokens of a call (None: as many as the caches take).
         start: tokens that the caches hold already for every row; 0 starts anew.
 
     Returns:
         Logits (B, V).
     """
+    if start == 0 and len(prompts) > 1 and all(prompt is prompts[0] for prompt in prompts):
+        logits = _prefill_rows(model, prompts[0][None], chunksize, start, None)
+        model.reorder_kv_caches([0] * len(prompts))
+        return logits.expand(len(prompts), -1)
     groups: dict[int, list[int]] = defaultdict(list)
     for row, prompt in enumerate(prompts):
         groups[len(prompt)].append(row)
@@ -76,12 +80,11 @@ def prefill(model: GPT, prompts: Sequence[torch.Tensor], chunksize: int | None =
         return _prefill_rows(model, torch.stack(list(prompts)), chunksize, start, None)
     if start == 0:
         model.start_kv_caches(len(prompts))
-    logits: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
+    rows_logits: dict[int, torch.Tensor] = {}
     for rows in groups.values():
         last = _prefill_rows(model, torch.stack([prompts[row] for row in rows]), chunksize, start, rows)
-        for row, row_logits in zip(rows, last, strict=True):
-            logits[row] = row_logits
-    return torch.stack(logits)
+        rows_logits.update(zip(rows, last, strict=True))
+    return torch.stack([rows_logits[row] for row in range(len(prompts))])
 
 
 def _prefill_rows(

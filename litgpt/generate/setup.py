@@ -7,13 +7,14 @@ from typing import Literal
 import torch
 
 from litgpt.checkpoint import open_checkpoint
+from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model
 from litgpt.generate.compiled import compile_decode
 from litgpt.kvcache.factory import create_kv_caches
 from litgpt.model import GPT
 from litgpt.packed import pack_linears
-from litgpt.prompts import all_stop_tokens
 from litgpt.prompt_style import PromptStyle
+from litgpt.prompts import all_stop_tokens
 from litgpt.tokenizer import Tokenizer
 
 Quantization = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"]
@@ -65,6 +66,8 @@ def make_ready(
     quantize: str | None = None,
     compile: bool = False,
     device: torch.device | None = None,
+    access_token: str | None = None,
+    pack: bool = True,
 ) -> Ready:
     """Load the model that `checkpoint_dir` names (None: the default model) for inference.
 
@@ -74,24 +77,25 @@ def make_ready(
         quantize: not available yet.
         compile: compile the decoding step.
         device: default: the first GPU, else the CPU.
+        access_token: of the Hugging Face hub, where the model has to be fetched.
+        pack: lay the weights out for the CPU's kernels (`litgpt.packed`); no training then.
     """
     device = default_device() if device is None else device
     dtype = parse_precision(precision, device)
     if quantize is not None:
         raise ValueError(f"quantize={quantize!r} is not available: leave it out, and use --precision bf16-true")
-    path = resolve_checkpoint(checkpoint_dir)
+    path = find_checkpoint(checkpoint_dir, access_token)
     checkpoint = open_checkpoint(path)
     tokenizer, style = checkpoint.tokenizer(), checkpoint.prompt_style()
     model = load_model(checkpoint, dtype=dtype, device=device).requires_grad_(False)
-    pack_linears(model)
+    if pack:
+        pack_linears(model)
     if compile:
         compile_decode(model)
     return Ready(model, tokenizer, style, path)
 
 
-def choose_kv_caches(
-    model: GPT, kv_cache: str, cache_length: int | None, batch_size: int = 1, sinks: int = 0
-) -> None:
+def choose_kv_caches(model: GPT, kv_cache: str, cache_length: int | None, batch_size: int = 1, sinks: int = 0) -> None:
     """Give the model caches of the kind called `kv_cache`.
 
     `dense` without a `cache_length` means default caches, which are made when it is known how long they have to be.

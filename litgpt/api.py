@@ -1,0 +1,366 @@
+"""The Python interface: `LLM.load("...").generate("...")`."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from litgpt.checkpoint.load import save_litgpt
+from litgpt.config import Config
+from litgpt.generate.base import batched_generate_fn
+from litgpt.generate.compiled import compile_decode
+from litgpt.generate.sampling import check_sampling
+from litgpt.generate.setup import choose_kv_caches, default_device, make_ready, parse_precision
+from litgpt.model import GPT
+from litgpt.packed import pack_linears, unpack_linears
+from litgpt.prompts import PromptStyle, all_stop_tokens, encode_prompt, save_prompt_style
+from litgpt.tokenizer import Tokenizer
+
+BYTES_PER_GB = 1e9
+
+
+class LLM(nn.Module):
+    """A language model with its tokenizer and prompt style. Make one with `LLM.load`.
+
+    For generating, weights may be kept in a layout of the CPU's own (`litgpt.packed`); asking for the parameters, or
+    training, brings the plain ones back.
+
+    Attributes:
+        model: the `GPT`.
+        preprocessor: encodes and decodes text (None: there is no tokenizer).
+        prompt_style: how prompts are written down for the model.
+        config: the model's configuration.
+        checkpoint_dir: where the model came from.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        preprocessor: "Preprocessor | None" = None,
+        prompt_style: PromptStyle | None = None,
+        config: Config | None = None,
+        checkpoint_dir: Path | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.preprocessor = preprocessor
+        self.prompt_style = PromptStyle.from_config(model.config) if prompt_style is None else prompt_style
+        self.config = model.config if config is None else config
+        self.checkpoint_dir = checkpoint_dir
+        self.placed = False  # whether `distribute` has put the model where it works
+
+    # -- from and to disk
+
+    @classmethod
+    def load(
+        cls,
+        model: str | Path,
+        init: Literal["pretrained", "random"] | None = "pretrained",
+        tokenizer_dir: Path | None = None,
+        access_token: str | None = None,
+        distribute: Literal["auto"] | None = "auto",
+        precision: str | None = None,
+        compile: bool = False,
+    ) -> "LLM":
+        """Load a model.
+
+        Args:
+            model: a folder (Hugging Face or LitGPT), a `.gguf` file, or a model's name, which is fetched if it is not there.
+            init: "random" makes a model with random weights of the configuration that the name stands for.
+            tokenizer_dir: folder of the tokenizer, where it is not that of the checkpoint.
+            access_token: of the Hugging Face hub, for models that ask for one.
+            distribute: "auto" puts the model where it works best; None leaves it on the CPU, in float32, until
+                `distribute` is called.
+            precision: bf16-true, 16-true or 32-true (default: what the device computes well in).
+            compile: compile the decoding step at the first use.
+
+        Raises:
+            FileNotFoundError, ValueError: if there is no such model, or it cannot be used.
+        """
+        if init not in ("pretrained", "random"):
+            raise ValueError(f"init must be 'pretrained' or 'random', got {init!r}")
+        if distribute not in ("auto", None):
+            raise ValueError(f"distribute must be 'auto' or None, got {distribute!r}")
+        tokenizer = None if tokenizer_dir is None else Tokenizer(tokenizer_dir)
+        if init == "random":
+            config = Config.from_name(str(model))
+            dtype = parse_precision(precision or "32-true", torch.device("cpu"))
+            gpt = GPT(config).to(dtype)
+            gpt.apply(gpt._init_weights)
+            llm = cls(gpt.eval(), None if tokenizer is None else Preprocessor(tokenizer), config=config)
+        else:
+            device = default_device() if distribute else torch.device("cpu")
+            precision = precision if distribute else precision or "32-true"
+            ready = make_ready(model, precision, device=device, access_token=access_token, pack=False)
+            gpt = ready.model
+            llm = cls(
+                gpt.requires_grad_(True),
+                Preprocessor(ready.tokenizer if tokenizer is None else tokenizer, device),
+                ready.prompt_style,
+                checkpoint_dir=ready.checkpoint_dir,
+            )
+        if compile:
+            compile_decode(gpt)
+        if distribute:
+            llm.distribute(precision=precision if init == "pretrained" else precision or "32-true")
+        return llm
+
+    def save(self, out_dir: Path | str, prompt_style: PromptStyle | str | None = None) -> None:
+        """Write a LitGPT folder: weights, configuration, tokenizer, prompt style. What is written is complete or not there.
+
+        Args:
+            out_dir: made if it does not exist.
+            prompt_style: to be saved (default: the one in use).
+        """
+        out_dir = Path(out_dir)
+        self._for_training()
+        save_litgpt(self.model, out_dir)
+        if self.preprocessor is not None:
+            self.preprocessor.tokenizer.save(out_dir)
+        style = self.prompt_style if prompt_style is None else prompt_style
+        save_prompt_style(style, out_dir)
+
+    def distribute(
+        self,
+        accelerator: Literal["cpu", "cuda", "auto"] = "auto",
+        devices: int | Literal["auto"] = "auto",
+        precision: str | None = None,
+        quantize: str | None = None,
+        generate_strategy: str | None = None,
+        fixed_kv_cache_size: int | Literal["max_model_supported"] | None = None,
+    ) -> None:
+        """Put the model on its device, in its precision.
+
+        Args:
+            accelerator: cpu, cuda, or auto: the GPU if there is one.
+            devices: 1 or auto.
+            precision: bf16-true, 16-true or 32-true (default: what the device computes well in).
+            quantize, generate_strategy: not available.
+            fixed_kv_cache_size: tokens that the key-value caches are made for from the start, instead of as needed.
+
+        Raises:
+            ValueError: for what is not available here.
+        """
+        for name, value in (("quantize", quantize), ("generate_strategy", generate_strategy)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r} is not available: leave it out")
+        if devices not in ("auto", 1):
+            raise ValueError(f"devices={devices!r} is not available: one device holds the model")
+        if accelerator == "cuda" and not torch.cuda.is_available():
+            raise ValueError("accelerator='cuda', but there is no GPU that this build of torch can use")
+        device = default_device() if accelerator == "auto" else torch.device(accelerator)
+        self._for_training()
+        self.model.clear_kv_caches(assigned=True)
+        self.model.to(device=device, dtype=parse_precision(precision, device))
+        if self.preprocessor is not None:
+            self.preprocessor.device = device
+        if fixed_kv_cache_size is not None:
+            length = self.config.block_size if fixed_kv_cache_size == "max_model_supported" else fixed_kv_cache_size
+            self.model.set_kv_caches(1, max_seq_length=length)
+        self.placed = True
+
+    # -- generating
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._preprocessor().tokenizer
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        sys_prompt: str | None = None,
+        max_new_tokens: int = 50,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        return_as_token_ids: bool = False,
+        stream: bool = False,
+        kv_cache: str = "dense",
+        cache_length: int | None = None,
+        sinks: int = 0,
+        prompt_chunksize: int | None = None,
+    ) -> str | torch.Tensor | list[str] | list[torch.Tensor] | Iterator[str] | Iterator[torch.Tensor]:
+        """Answer a prompt, or several at once.
+
+        Args:
+            prompt: a text, or a list of texts, which are answered as one batch.
+            sys_prompt: system prompt, where the prompt style has one.
+            max_new_tokens: most tokens of an answer.
+            temperature: below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest.
+            top_k: draw each token from the k likeliest ones only.
+            top_p: draw each token from the likeliest ones whose probabilities add up to this.
+            return_as_token_ids: give tokens (n,) instead of text.
+            stream: give an iterator over pieces of the answer (of one prompt).
+            kv_cache: what the key-value cache keeps: "dense" (every token) or "lastrec" (the last `cache_length` ones).
+            cache_length: tokens that the cache holds (default: as many as are needed, or 1024 for lastrec).
+            sinks: first tokens that a lastrec cache never drops.
+            prompt_chunksize: most tokens of the prompt that go through the model at once (default: all of them).
+
+        Returns:
+            The answer, without the prompt: a text, or tokens; a list of them for a list of prompts.
+
+        Raises:
+            ValueError: for an empty prompt, settings that make no sense, or more tokens than the model or its cache take.
+        """
+        if not self.placed:
+            raise ValueError("the model is not placed on a device yet: call distribute() first")
+        several = not isinstance(prompt, str)
+        texts = list(prompt) if several else [prompt]
+        if not texts or not all(texts):
+            raise ValueError("the prompt is empty: give some text")
+        if stream and several:
+            raise ValueError("stream=True is for a single prompt")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_sampling(temperature, top_k, top_p)
+        prompts = [self._text_to_token_ids(text, sys_prompt) for text in texts]
+        longest = max(len(tokens) for tokens in prompts)
+        self._for_inference()
+        if not (kv_cache == "dense" and cache_length is None and not sinks and self.model.default_kv_caches):
+            choose_kv_caches(self.model, kv_cache, cache_length, len(prompts), sinks)
+        steps = batched_generate_fn(
+            self.model,
+            prompts,
+            longest + max_new_tokens,
+            prompt_chunksize,
+            max_new_tokens=max_new_tokens,
+            sample_args={"temperature": temperature, "top_k": top_k, "top_p": top_p},
+            stop_tokens=all_stop_tokens(self.tokenizer, self.prompt_style),
+            include_prompt=False,
+            include_eos=False,
+        )
+        if stream:
+            tokens = (step[0] for step in steps)
+            return tokens if return_as_token_ids else self.tokenizer.decode_stream(tokens)
+        answers: list[list[torch.Tensor]] = [[] for _ in prompts]
+        for step in steps:
+            for answer, new in zip(answers, step, strict=True):
+                if new is not None:
+                    answer.append(new)
+        none = prompts[0].new_empty(0)
+        ids = [torch.cat(answer) if answer else none for answer in answers]
+        results = ids if return_as_token_ids else [self.tokenizer.decode(tokens) for tokens in ids]
+        return results if several else results[0]
+
+    def _text_to_token_ids(self, prompt: str, sys_prompt: str | None = None) -> torch.Tensor:
+        """The prompt as the model is to see it, (T,)."""
+        preprocessor = self._preprocessor()
+        tokens = encode_prompt(preprocessor.tokenizer, self.prompt_style, prompt, sys_prompt=sys_prompt)
+        return tokens.to(preprocessor.device)
+
+    def _preprocessor(self) -> "Preprocessor":
+        if self.preprocessor is None:
+            raise ValueError("the model has no tokenizer: load it with tokenizer_dir=...")
+        return self.preprocessor
+
+    def benchmark(self, num_iterations: int = 1, **kwargs: Any) -> tuple[str, dict[str, list[float]]]:
+        """Run `generate(**kwargs)` some times and measure it.
+
+        Returns:
+            The last answer; and for every run the seconds in total and to the first token, the tokens generated, their
+            number per second, and on a GPU the memory allocated.
+        """
+        results: dict[str, list[float]] = defaultdict(list)
+        for _ in range(num_iterations):
+            started, first, pieces = perf_counter(), None, []
+            for piece in self.generate(**{**kwargs, "stream": True, "return_as_token_ids": True}):
+                first = first or perf_counter()
+                pieces.append(piece)
+            seconds = perf_counter() - started
+            tokens = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
+            results["Seconds total"].append(seconds)
+            results["Seconds to first token"].append((first or perf_counter()) - started)
+            results["Tokens generated"].append(len(tokens))
+            results["Inference speed in tokens/sec"].append(len(tokens) / seconds)
+            if tokens.is_cuda:
+                results["Total GPU memory allocated in GB"].append(torch.cuda.max_memory_allocated() / BYTES_PER_GB)
+        return self.tokenizer.decode(tokens), dict(results)
+
+    # -- training
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        target_ids: torch.Tensor | None = None,
+        loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Logits (B, T, V) of tokens (B, T); with targets (B, T), whose next token each position is to tell, also the loss.
+
+        `loss_fn(logits, targets)` defaults to cross-entropy; a target of -100 does not count.
+        """
+        self._for_training()
+        logits = self.model(input_ids)
+        if target_ids is None:
+            return logits
+        if loss_fn is None:
+            return logits, nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), target_ids[:, 1:].flatten().long(), ignore_index=-100
+            )
+        return logits, loss_fn(logits[:, :-1], target_ids[:, 1:])
+
+    def trainer_setup(self, trainer_ckpt: Path | None = None) -> None:
+        """Make the model trainable by a Lightning Trainer; with `trainer_ckpt`, from the weights of its checkpoint."""
+        self._for_training()
+        self.model.clear_kv_caches(assigned=True)
+        if trainer_ckpt is not None:
+            state = torch.load(trainer_ckpt, weights_only=True, map_location="cpu", mmap=True)
+            weights = {key.rpartition("model.")[2]: value for key, value in state.get("state_dict", state).items()}
+            self.model.load_state_dict(weights)
+
+    def train(self, mode: bool = True) -> "LLM":
+        self._for_training()
+        return super().train(mode)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        self._for_training()
+        return super().named_parameters(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """The model's weights, by its own names."""
+        self._for_training()
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True) -> Any:
+        self._for_training()
+        return self.model.load_state_dict(state_dict, strict=strict)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "LLM":
+        """What `to`, `cuda`, `float` and so on call."""
+        self._for_training()
+        return super()._apply(*args, **kwargs)
+
+    def _for_inference(self) -> None:
+        self.model.eval()
+        pack_linears(self.model)
+
+    def _for_training(self) -> None:
+        unpack_linears(self.model)
+
+
+class Preprocessor:
+    """Text to tokens and back."""
+
+    def __init__(self, tokenizer: Tokenizer, device: torch.device | str = "cpu") -> None:
+        self.tokenizer = tokenizer
+        self.device = torch.device(device)
+
+    def encode(self, text: str) -> torch.Tensor:
+        """Tokens (T,) of a text as it is, without a prompt style."""
+        return self.tokenizer.encode(text, device=self.device)
+
+    def decode(self, token_ids: torch.Tensor) -> str:
+        return self.tokenizer.decode(token_ids)
+
+
+def benchmark_dict_to_markdown_table(data: dict[str, list[float]]) -> str:
+    """The results of `LLM.benchmark` as a table: mean and standard deviation of each figure."""
+    lines = ["| Metric | Mean | Std Dev |", "|---|---|---|"]
+    for name, values in data.items():
+        column = torch.tensor(values, dtype=torch.float64)
+        spread = column.std().item() if len(values) > 1 else float("nan")
+        lines.append(f"| {name} | {column.mean().item():.2f} | {spread:.2f} |")
+    return "\n".join(lines)

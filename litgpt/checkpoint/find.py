@@ -1,0 +1,46 @@
+"""Where a model that a user names is, fetching it if it is nowhere."""
+
+from pathlib import Path
+
+from litgpt.config import Config
+
+
+def find_checkpoint(name: Path | str | None, access_token: str | None = None) -> Path:
+    """The folder or file of a checkpoint.
+
+    Args:
+        name: a path; or the name of a model, `org/name` or a known `name`, which is looked for below the folder of
+            checkpoints and else fetched from the Hugging Face hub. None: the default model.
+        access_token: of the hub, for models that ask for one.
+
+    Raises:
+        FileNotFoundError: if `name` is neither a path nor the name of a model.
+    """
+    from litgpt.checkpoint.default_model import checkpoints_home, ensure_default_model
+
+    if name is None:
+        return ensure_default_model()
+    path = Path(name)
+    if path.exists():
+        return path
+    for below_home in (checkpoints_home() / path, *checkpoints_home().glob(f"*/{path.name}")):
+        if below_home.is_dir() and below_home.parts[-len(path.parts) :] == path.parts:
+            return below_home
+    repo_id = _repo_id(path)
+    if repo_id is None:
+        raise FileNotFoundError(
+            f"{str(name)!r} is neither a folder, nor a file, nor the name of a model (`litgpt download list` shows names)"
+        )
+    from litgpt.checkpoint.hub import fetch_checkpoint
+
+    return fetch_checkpoint(repo_id, access_token=access_token)
+
+
+def _repo_id(path: Path) -> str | None:
+    """The hub's name of a known model, or of any if the path looks like `org/name`."""
+    try:
+        hub = Config.from_name(str(path)).hf_config
+        return f"{hub['org']}/{hub['name']}"
+    except ValueError:
+        plain = len(path.parts) == 2 and not path.is_absolute() and path.parts[0] not in (".", "..")
+        return str(path) if plain and not path.suffix else None

@@ -1,0 +1,1 @@
+"""Generating: sampling, stopping, the decode loop, sessions, and the commands that use them."""

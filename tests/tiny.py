@@ -1,0 +1,41 @@
+"""Tiny random models for tests."""
+
+from typing import Any
+
+import torch
+
+from litgpt.config import Config
+from litgpt.model import GPT
+
+LLAMA: dict[str, Any] = {
+    "norm_class_name": "RMSNorm",
+    "mlp_class_name": "LLaMAMLP",
+    "parallel_residual": False,
+    "rotary_percentage": 1.0,
+    "bias": False,
+    "n_layer": 2,
+    "n_embd": 64,
+    "n_head": 4,
+    "n_query_groups": 2,
+    "intermediate_size": 96,
+    "vocab_size": 100,
+    "padded_vocab_size": 100,
+    "block_size": 128,
+}
+
+
+def tiny_gpt(**kwargs: Any) -> GPT:
+    """A small Llama with random weights; large ones, so that tokens have clear winners."""
+    model = GPT(Config(**{**LLAMA, **kwargs}))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval().requires_grad_(False)
+
+
+def greedy_without_caches(model: GPT, prompt: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` greedy tokens, each from a full forward over all before it."""
+    tokens = prompt
+    for _ in range(count):
+        tokens = torch.cat((tokens, model(tokens[None])[0, -1:].argmax(-1)))
+    return tokens[len(prompt) :]
