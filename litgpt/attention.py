@@ -53,6 +53,12 @@ class DefaultKeysAndValues:
         return True
 
 
+def _together(k_and_v: KeysAndValues) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values to be used at the same time."""
+    keys = k_and_v.keys()
+    return keys if k_and_v.both_in_parallel() else keys.clone(), k_and_v.values()
+
+
 def do_softcapping(x: torch.Tensor, thresh: float | None) -> torch.Tensor:
     """Squash scores smoothly into (-thresh, thresh); `None` leaves them alone (Gemma 2, arXiv:2408.00118)."""
     return x if thresh is None else torch.tanh(x / thresh) * thresh
@@ -177,7 +183,7 @@ def attend(
         Output (B, H, T, D); weights (B, H, N) in float32, or None.
     """
     if not (eager or return_weights) and softcapping is None:
-        keys, values = k_and_v.keys(), k_and_v.values()
+        keys, values = _together(k_and_v)
         grouped = query.shape[1] != keys.shape[1]
         return F.scaled_dot_product_attention(
             query, keys, values, attn_mask=bias, is_causal=is_causal, scale=scale, enable_gqa=grouped
@@ -291,9 +297,7 @@ class MultiHeadSelfAttention:
         for tile in tiles:
             part = k_and_v
             if (tile.k0, tile.k1) != (0, N):
-                part = DefaultKeysAndValues(
-                    k_and_v.keys()[:, :, tile.k0 : tile.k1], k_and_v.values()[:, :, tile.k0 : tile.k1]
-                )
+                part = DefaultKeysAndValues(*(x[:, :, tile.k0 : tile.k1] for x in _together(k_and_v)))
             output, weights = self.attend(
                 query[:, :, tile.q0 : tile.q1], part, tile.bias, tile.is_causal, return_attn_weights
             )
