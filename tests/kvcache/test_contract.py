@@ -1,0 +1,594 @@
+"""The guarantees G1-G10 of a key-value cache, each over policy x heads x window x soft-capping x dtype x chunking."""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from litgpt.config import Config
+from litgpt.kvcache import DefaultKVCache, KVCacheParams
+from litgpt.kvcache.factory import create_kv_cache
+from litgpt.kvcache.testing import KV_CACHE_NAMES
+
+from .reference import ReferenceCache, visible
+
+D = 8  # head size
+SLOTS, ROOM = 12, 36  # cache length of evicting caches, and of dense ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A cache to be tested, and what its attention is like."""
+
+    name: str
+    sinks: int = 0
+    heads: tuple[int, int] = (4, 2)  # H, G
+    window: int | None = None
+    softcap: float | None = None
+    dtype: torch.dtype = torch.float32
+    slots: int | None = None
+
+    def __str__(self):
+        window = "full" if self.window is None else f"window{self.window}"
+        cap = "" if self.softcap is None else "-softcap"
+        return f"{self.name}-sinks{self.sinks}-{self.heads[0]}:{self.heads[1]}-{window}{cap}-{str(self.dtype)[6:]}"
+
+    @property
+    def evicts(self) -> bool:
+        return not self.name.startswith("dense")
+
+    @property
+    def cache_length(self) -> int:
+        return self.slots or (SLOTS if self.evicts else ROOM)
+
+    @property
+    def config(self) -> Config:
+        H, G = self.heads
+        return Config(
+            n_layer=2,
+            n_embd=H * D,
+            n_head=H,
+            n_query_groups=G,
+            block_size=4096,
+            sliding_window_size=self.window,
+            sliding_window_indices=None if self.window is None else [0, 1],
+            attention_logit_softcapping=self.softcap,
+        )
+
+    def params(self, batch: int) -> KVCacheParams:
+        return KVCacheParams.from_config(
+            self.config, batch, self.cache_length, device=torch.device("cpu"), dtype=self.dtype
+        )
+
+    def cache(self, batch: int = 2) -> DefaultKVCache:
+        kwargs = {"sinks": self.sinks} if self.sinks else {}
+        return create_kv_cache(self.name, self.config, self.params(batch), block_idx=1, **kwargs)
+
+    def reference(self) -> ReferenceCache:
+        capacity = self.cache_length if self.evicts else None
+        return ReferenceCache(1 / math.sqrt(D), capacity, self.sinks, self.window, self.softcap)
+
+    def tokens(self, T: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        H, G = self.heads
+        return tuple(2 * torch.randn(batch, heads, T, D, dtype=self.dtype) for heads in (H, G, G))
+
+    def close(self, output: torch.Tensor, expected: torch.Tensor) -> None:
+        tolerance = 1e-5 if self.dtype == torch.float32 else 0.1
+        torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=0 if tolerance < 1e-4 else 0.05)
+
+
+CACHES = [Case("dense-default"), Case("lastrec-default"), Case("lastrec-default", sinks=3)]
+# with a window, one longer and one shorter than what an evicting cache keeps
+KINDS = [*CACHES, *(dataclasses.replace(case, window=window) for case in CACHES for window in (5, 20))]
+EVERYTHING = [
+    dataclasses.replace(case, heads=heads, softcap=softcap, dtype=dtype)
+    for case, heads, softcap, dtype in itertools.product(
+        KINDS, [(4, 4), (4, 2), (4, 1)], [None, 3.0], [torch.float32, torch.bfloat16]
+    )
+]
+every_cache = pytest.mark.parametrize("case", CACHES, ids=str)
+every_kind = pytest.mark.parametrize("case", KINDS, ids=str)
+
+# how a sequence is cut into calls
+CUTS = [(26,), (1,) * 26, (7, *(1,) * 19), (12, 14), (5, 9, 12), (3, 23), (20, 1, 5), (11, 1, 1, 13), (13, 2, 2, 9)]
+
+
+def call(cache, query, key, value, rows=None, static=False):
+    """One call for chosen rows, as the model makes it: plan, run, commit."""
+    lengths = cache.row_lengths if rows is None else [cache.row_lengths[row] for row in rows]
+    plan = cache.plan(max(lengths, default=0), key.shape[0], key.shape[2], rows, static)
+    output = cache(query, key, value, None, 0, plan)
+    cache.commit(plan)
+    return output
+
+
+def feed(cache, tokens, cuts, start=0):
+    """Bring tokens (query, key, value) to a cache, cut into calls. Returns the outputs of all, (B, T, H * D)."""
+    outputs = []
+    for query, key, value in zip(*(x[:, :, : sum(cuts)].split(cuts, dim=2) for x in tokens), strict=True):
+        B, _, T, _ = key.shape
+        outputs.append(cache(query, key, value, torch.zeros(B, T, dtype=torch.int64), start))
+        start += T
+    return torch.cat(outputs, dim=1)
+
+
+def follow(reference, tokens, cuts):
+    """What `feed` is to return."""
+    reference.start(tokens[1], tokens[1].shape[0])
+    parts = zip(*(x.split(cuts, dim=2) for x in tokens), strict=True)
+    return torch.cat([reference.call(*part) for part in parts], dim=1)
+
+
+def snapshot(cache):
+    """Everything that a call may change, as comparable values."""
+    buffers = {name: buffer.clone() for name, buffer in cache.named_buffers()}
+    return buffers, cache.row_lengths, cache.next_token_pos, cache.token_positions().tolist()
+
+
+def unchanged(cache, before):
+    buffers, *rest = snapshot(cache)
+    return rest == list(before[1:]) and all(torch.equal(buffers[name], x) for name, x in before[0].items())
+
+
+def test_every_named_cache_is_in_the_contract():
+    assert {case.name for case in CACHES} == set(KV_CACHE_NAMES)
+
+
+@pytest.mark.parametrize("case", EVERYTHING, ids=str)
+def test_G1_G3_outputs_are_those_of_masked_attention_however_the_sequence_is_cut(case):
+    tokens = case.tokens(26)
+    for cuts in CUTS:
+        case.close(feed(case.cache(), tokens, cuts), follow(case.reference(), tokens, cuts))
+
+
+@pytest.mark.parametrize("case", [c for c in KINDS if c.evicts], ids=str)
+def test_G1_nothing_differs_from_a_dense_cache_before_the_first_eviction(case):
+    dense = dataclasses.replace(case, name="dense-default", sinks=0)
+    tokens = case.tokens(SLOTS)
+    for cuts in [(SLOTS,), (1,) * SLOTS, (5, 1, 6)]:
+        assert torch.equal(feed(case.cache(), tokens, cuts), feed(dense.cache(), tokens, cuts))
+
+
+@pytest.mark.parametrize("cuts", [(5, 150), (600,), (1, 599), (300, 1, 299), (560, 40)], ids=str)
+@pytest.mark.parametrize("case", KINDS, ids=str)
+def test_G1_G3_hold_for_calls_longer_than_a_tile(case, cuts):
+    case = dataclasses.replace(case, heads=(2, 1), slots=70 if case.evicts else 600, window=case.window and 33)
+    tokens = case.tokens(sum(cuts), batch=1)
+    case.close(feed(case.cache(1), tokens, cuts), follow(case.reference(), tokens, cuts))
+
+
+@every_kind
+@pytest.mark.parametrize("cuts", [(26,), (1,) * 26, (4, 22), (20, 1, 5)], ids=len)
+def test_G2_a_slot_holds_the_token_whose_position_it_names(case, cuts):
+    tokens, cache, reference = case.tokens(26), case.cache(3), case.reference()
+    feed(cache, tokens, cuts)
+    follow(reference, tokens, cuts)
+    positions, stored = cache.token_positions(), cache.get_keys_values()
+    assert positions.shape == stored.keys().shape[:3] == (2, case.heads[1], cache.current_length)
+    assert positions.dtype == torch.int64
+    for b, g in itertools.product(range(2), range(case.heads[1])):
+        assert sorted(positions[b, g].tolist()) == reference.kept(reference.rows[b])
+        assert torch.equal(stored.keys()[b, g], tokens[1][b, g, positions[b, g]])
+        assert torch.equal(stored.values()[b, g], tokens[2][b, g, positions[b, g]])
+
+
+def attended(case, cuts):
+    """Which tokens each query attends to: with keys of zero all weights are equal, and values are one-hot."""
+    T = sum(cuts)
+    config = Config(n_layer=1, n_embd=64, n_head=1, head_size=64, block_size=128, sliding_window_size=case.window)
+    params = KVCacheParams.from_config(config, 1, case.cache_length, torch.device("cpu"), torch.float32)
+    cache = create_kv_cache(case.name, config, params, 0, **({"sinks": case.sinks} if case.sinks else {}))
+    zeros = torch.zeros(1, 1, T, 64)
+    output = feed(cache, (zeros, zeros, torch.eye(64)[None, None, :T]), cuts)
+    return [set(row.nonzero().flatten().tolist()) for row in output[0]]
+
+
+@every_kind
+def test_G4_no_query_loses_a_key_to_a_later_token_of_its_own_call(case):
+    T = 30
+    one_by_one = attended(case, (1,) * T)
+    capacity = case.cache_length if case.evicts else None
+    assert one_by_one == [set(visible(p, 1, capacity, case.sinks, case.window)) for p in range(T)]
+    for cuts in [(T,), (1, T - 1), (4, 13, 13), (13, 1, 16), *((T - n, n) for n in (2, 11, 12, 13))]:
+        larger = attended(case, cuts)
+        assert all(alone <= together for alone, together in zip(one_by_one, larger, strict=True))
+        assert larger[cuts[0] :] == one_by_one[cuts[0] :], "after the prefill, calls of any size see the same"
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["", "static"])
+@pytest.mark.parametrize("heads", [(4, 2), (2, 2), (3, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_kind
+def test_G5_every_row_of_a_ragged_batch_is_its_own_batch_of_one(case, heads, dtype, static):
+    case = dataclasses.replace(case, heads=heads, dtype=dtype)
+    # rows (None: all), tokens each; a row named with "anew" begins another sequence
+    script = [([1], 9), ([0], 3), ([3, 2], 14), (None, 1), (None, 5), (None, 1), ([0, 3], 6), ([2], 1), (None, 1)]
+    script += [("anew", [1], 4), ([1, 0], 1), (None, 2), (None, 1)]
+    cache, reference, alone = case.cache(5), case.reference(), [case.cache(1) for _ in range(4)]
+    cache.start(4)
+    reference.start(case.tokens(1, 4)[1], 4)
+    for *anew, rows, T in script:
+        query, key, value = case.tokens(T, 4 if rows is None else len(rows))
+        named = range(4) if rows is None else rows
+        if anew:
+            plan = cache.plan(0, len(rows), T, rows)
+            output = cache(query, key, value, None, 0, plan)
+            cache.commit(plan)
+            reference.restart(rows)
+            for row in rows:
+                alone[row].clear()
+        else:
+            output = call(cache, query, key, value, rows, static and T == 1)
+        case.close(output, reference.call(query, key, value, rows))
+        for b, row in enumerate(named):
+            single = alone[row]
+            expected = single(
+                query[b : b + 1], key[b : b + 1], value[b : b + 1], torch.zeros(1, T), single.next_token_pos
+            )
+            case.close(output[b : b + 1], expected.double())
+        assert list(cache.row_lengths) == [row.length for row in reference.rows]
+        for row, single in enumerate(alone):
+            held = [p for p in cache.token_positions()[row, 0].tolist() if p >= 0]
+            assert sorted(held) == reference.kept(reference.rows[row])
+            assert single.next_token_pos == reference.rows[row].length
+
+
+@every_kind
+def test_G5_continues_all_rows_at_the_position_of_the_longest(case):
+    cache = case.cache(3)
+    cache.start(3)
+    call(cache, *case.tokens(2, 1), rows=[0])
+    call(cache, *case.tokens(7, 2), rows=[1, 2])
+    assert (cache.row_lengths, cache.next_token_pos, cache.eff_batch_size) == ((2, 7, 7), 7, 3)
+    cache(*case.tokens(3, 3), torch.zeros(3, 3), 7)
+    assert (cache.row_lengths, cache.next_token_pos) == ((5, 10, 10), 10)
+
+
+@every_kind
+def test_G6_a_second_run_is_bit_identical_to_a_first(case):
+    cuts, tokens, used = (9, 1, 1, 7, 1), case.tokens(19), case.cache(4)
+    feed(used, case.tokens(30, batch=4), (15, 1, 14))
+    for _ in range(2):
+        fresh = case.cache(4)
+        assert torch.equal(feed(used, tokens, cuts), feed(fresh, tokens, cuts))
+        assert used.eff_batch_size == 2
+        assert torch.equal(used.token_positions(), fresh.token_positions())
+    used.clear()
+    assert (used.next_token_pos, used.eff_batch_size, used.get_keys_values()) == (0, None, None)
+    assert used.token_positions().shape[-1] == 0
+    used.start(3)
+    assert (used.next_token_pos, used.eff_batch_size) == (0, 3)
+
+
+def crop_is_exact(case, length, n):
+    """Whether all that the query at n sees of those before it is held after `length` tokens."""
+    reference = case.reference()
+    needed = visible(n, 0, reference.capacity, case.sinks, case.window)[:-1]
+    kept = range(length) if reference.capacity is None else visible(length - 1, 0, reference.capacity, case.sinks)
+    return set(needed) <= set(kept)
+
+
+@every_kind
+@pytest.mark.parametrize("length", [1, 11, 12, 13, 26])
+def test_G7_after_crop_everything_is_as_if_the_tokens_had_never_come(case, length):
+    tokens, more = case.tokens(length), case.tokens(length + 9)
+    full = case.cache()
+    feed(full, tokens, (1,) * length)
+    limit, exact = full.crop_limit, [crop_is_exact(case, length, n) for n in range(length + 1)]
+    assert all(exact[limit:])
+    assert limit == 0 or not exact[limit - 1]
+    assert full.supports_crop == all(exact)
+    for n in range(length + 1):
+        cache, before = full.fork(), snapshot(full)
+        if 0 < n < limit:
+            with pytest.raises(ValueError, match=rf"{n} of {length} .*{limit}"):
+                cache.crop(n)
+            assert unchanged(cache, before)
+            continue
+        cache.crop(n)
+        never = case.cache()
+        if n:
+            feed(never, tokens, (1,) * n)
+        assert cache.next_token_pos == never.next_token_pos == n
+        for cuts in [(1, 1, 7), (9,)]:
+            first, second = cache.fork(), never.fork()
+            rest = [x[:, :, n:] for x in more]
+            assert torch.equal(feed(first, rest, cuts, n), feed(second, rest, cuts, n))
+            # as the numbers are right, so must be the truth about slots
+            stored, positions = first.get_keys_values().keys(), first.token_positions()
+            here = positions[0, 0] >= 0
+            keys = torch.cat((tokens[1][:, :, :n], rest[1]), dim=2)
+            assert torch.equal(stored[0, 0, here], keys[0, 0, positions[0, 0, here]])
+
+
+@pytest.mark.parametrize("case", [c for c in KINDS if c.evicts], ids=str)
+def test_G7_cropping_in_steps_is_refused_where_cropping_at_once_is(case):
+    cache, length = case.cache(), 26
+    feed(cache, case.tokens(length), (20, 1, 5))
+    limit = cache.crop_limit
+    for n in range(length, limit - 1, -1):
+        cache.crop(n)
+        assert cache.crop_limit == limit
+        assert not cache.supports_crop
+    with pytest.raises(ValueError, match=str(limit)):
+        cache.crop(limit - 1)
+    cache.crop(0)
+    assert cache.supports_crop
+
+
+@every_kind
+def test_G7_crop_takes_the_last_tokens_of_every_row(case):
+    cache, reference = case.cache(3), case.reference()
+    cache.start(3)
+    tokens = [case.tokens(T, 1) for T in (4, 11, 9)]
+    reference.start(tokens[0][1], 3)
+    for row, chunk in enumerate(tokens):
+        call(cache, *chunk, rows=[row])
+        reference.call(*chunk, rows=[row])
+    assert cache.crop_limit == 7  # where the shortest row is empty
+    with pytest.raises(ValueError, match="6 of 11 "):
+        cache.crop(6)
+    cache.crop(8)
+    reference.crop(8)
+    assert cache.row_lengths == (1, 8, 6)
+    for T in (1, 3, 1):
+        chunk = case.tokens(T, 3)
+        case.close(call(cache, *chunk), reference.call(*chunk))
+
+
+def worn(case):
+    """A cache (of 4 rows) after a ragged batch of 3 and, where it may, a step back."""
+    cache = case.cache(4)
+    cache.start(3)
+    for row, T in enumerate((9, 4, 11)):
+        call(cache, *case.tokens(T, 1), rows=[row])
+    call(cache, *case.tokens(3, 3))
+    cache.crop(max(cache.crop_limit, 13))
+    return cache
+
+
+def go_on(cache, tokens):
+    """Outputs of a decode step, a chunk, and another decode step for all rows."""
+    return torch.cat([call(cache, *part) for part in zip(*(x.split((1, 6, 1), 2) for x in tokens), strict=True)], 1)
+
+
+@every_kind
+def test_G7_forks_and_their_origin_go_their_own_ways(case):
+    cache = worn(case)
+    before, tokens = snapshot(cache), case.tokens(8, 3)
+    twin, sibling = cache.fork(), cache.fork()
+    assert type(twin) is type(cache)
+    assert twin.get_params() == cache.get_params()
+    first = go_on(twin, tokens)
+    assert unchanged(cache, before)
+    go_on(cache, case.tokens(8, 3))
+    cache.clear()
+    assert torch.equal(first, go_on(sibling, tokens))
+
+
+@every_kind
+def test_G7_a_restored_cache_goes_on_bit_identically(case, tmp_path):
+    cache, tokens = worn(case), case.tokens(8, 3)
+    state = cache.state()
+    torch.save(state, tmp_path / "state")
+    expected, stored = go_on(cache, tokens), cache.token_positions()
+    used = worn(case)
+    for restored in (cache, used, case.cache(3)):
+        restored.load_state(state)
+        assert torch.equal(go_on(restored, tokens), expected)
+        assert torch.equal(restored.token_positions(), stored)
+    cache.load_state(torch.load(tmp_path / "state", weights_only=True))
+    assert torch.equal(go_on(cache, tokens), expected)
+    empty = case.cache()
+    cache.load_state(empty.state())
+    assert (cache.next_token_pos, cache.eff_batch_size) == (0, None)
+
+
+@every_kind
+def test_G7_a_state_that_does_not_fit_is_refused(case):
+    state, good = worn(case).state(), worn(case)
+    other_dtype = dataclasses.replace(case, dtype=torch.float64).cache(4)
+    shorter = dataclasses.replace(case, slots=10).cache(4)
+    other_heads = dataclasses.replace(case, heads=(4, 1)).cache(4)
+    for cache in (other_dtype, shorter, other_heads, case.cache(2)):
+        before = snapshot(cache)
+        with pytest.raises(ValueError, match=r"\d"):
+            cache.load_state(state)
+        assert unchanged(cache, before)
+    feed(good, case.tokens(26), (26,))
+    for other in CACHES:  # what a policy left in its slots means nothing to another one
+        other = dataclasses.replace(other, slots=good.cache_length)
+        if (other.name, other.sinks) != (case.name, case.sinks) and case.evicts:
+            cache = other.cache(4)
+            with pytest.raises(ValueError, match="LastRecentPolicy.*Policy"):
+                cache.load_state(good.state())
+            assert cache.eff_batch_size is None
+
+
+@every_kind
+def test_G7_reordered_rows_are_the_rows_they_were(case):
+    cache = worn(case)
+    for rows in ([2, 0, 1], [1], [2, 2, 0, 2]):
+        mixed, plain, tokens = cache.fork(), cache.fork(), case.tokens(8, 3)
+        mixed.reorder(rows)
+        assert mixed.row_lengths == tuple(cache.row_lengths[row] for row in rows)
+        assert torch.equal(mixed.token_positions(), cache.token_positions()[rows][:, :, : mixed.current_length])
+        case.close(go_on(mixed, [x[rows] for x in tokens]), go_on(plain, tokens)[rows].double())
+
+
+@every_kind
+def test_G8_bytes_are_those_allocated_and_never_grow(case):
+    for dtype in (torch.float32, torch.bfloat16, None):
+        params = dataclasses.replace(case.params(3), dtype=dtype)
+        cache = create_kv_cache(case.name, case.config, params, 1)
+        bits, parts = cache.size_estimate()
+
+        def allocated(cache=cache):
+            return sum(8 * buffer.untyped_storage().nbytes() for buffer in cache.buffers())
+
+        assert bits == sum(parts.values()) == allocated() > 0
+        assert type(cache).size_estimate_apriori(params) == (bits, parts)
+        assert type(cache).size_estimate_apriori(cache.get_params()) == (bits, parts)
+        pointers = [buffer.data_ptr() for buffer in cache.buffers()]
+        feed(cache, [x.to(cache.dtype) for x in case.tokens(20)], (15, 1, 4))
+        assert (cache.size_estimate(), allocated()) == ((bits, parts), bits)
+        assert pointers == [buffer.data_ptr() for buffer in cache.buffers()]
+
+
+class Sizes(TorchDispatchMode):
+    """Records the operations called and the size of the largest tensor that one of them made."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.largest = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.names.append(func.name())
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
+        return result
+
+
+@every_kind
+def test_G9_nothing_is_read_back_from_the_device(case):
+    """On the meta device there is nothing to read: `item`, `tolist`, `nonzero` or `if tensor` would fail."""
+    params = dataclasses.replace(case.params(3), device=torch.device("meta"))
+    cache = create_kv_cache(case.name, case.config, params, 1)
+    tokens = [x.to("meta") for x in case.tokens(30, 3)]
+    for cuts in [(30,), (9, 1, 14, 1)]:
+        assert feed(cache, tokens, cuts).shape == (3, sum(cuts), case.heads[0] * D)
+    cache.start(3)
+    for rows, T in [([1], 9), ([2, 0], 4), (None, 1), (None, 12), ([1, 0], 1)]:
+        call(cache, *(x[: 3 if rows is None else len(rows), :, :T] for x in tokens), rows)
+    cache.crop(cache.next_token_pos - 1)
+    go_on(cache.fork(), [x[:, :, :8] for x in tokens])
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["", "softcap"])
+@every_kind
+def test_G9_a_decode_step_does_as_much_at_any_position_and_never_repeats_keys_by_head(case, softcap):
+    case = dataclasses.replace(case, heads=(8, 1), slots=SLOTS if case.evicts else 70, softcap=softcap)
+    cache, counts = case.cache(), set()
+    feed(cache, case.tokens(20), (20,))
+    stored = max(buffer.numel() for buffer in cache.buffers())
+    for _ in range(40):
+        tokens = case.tokens(1)
+        with Sizes() as sizes:
+            call(cache, *tokens)
+        counts.add(len(sizes.names))
+        assert sizes.largest <= stored
+    assert len(counts) == 1
+
+
+@pytest.mark.parametrize("case", [c for c in KINDS if c.window != 20], ids=str)
+def test_G9_memory_of_a_long_call_grows_with_its_length_only(case):
+    """Masks and scores stay far below T x T, whether the call is a prefill or a chunk."""
+    T = 3000
+    case = dataclasses.replace(case, heads=(1, 1), slots=64 if case.evicts else 2 * T)
+    cache, tokens = case.cache(1), case.tokens(T, 1)
+    for start in (0, T):
+        with Sizes() as sizes:
+            cache(*tokens, torch.zeros(1, T), start)
+        assert sizes.largest <= 512 * (start + T)
+
+
+@every_kind
+def test_G10_a_wrong_call_is_one_clear_error_and_changes_nothing(case):
+    cache = case.cache(3)
+    with pytest.raises(ValueError, match=r"input_pos=4\b.* 0"):
+        feed(cache, case.tokens(2, 2), (2,), start=4)
+    feed(cache, case.tokens(9, 2), (8, 1))
+
+    def refuse(error, message, query, key, value, input_pos):
+        before = snapshot(cache)
+        with pytest.raises(error, match=message):
+            cache(query, key, value, torch.zeros(key.shape[0], key.shape[2]), input_pos)
+        assert unchanged(cache, before)
+
+    good = case.tokens(2)
+    refuse(ValueError, "8.* 9", *good, 8)
+    refuse(ValueError, "10.* 9", *good, 10)
+    refuse(ValueError, "-1.* 9", *good, -1)
+    refuse(ValueError, "4 .*3", *case.tokens(2, 4), 0)
+    refuse(ValueError, "3 .*2", *case.tokens(2, 3), 9)
+    refuse(ValueError, "1 .*2", *case.tokens(2, 1), 9)
+    refuse(ValueError, "0", *case.tokens(0), 9)
+    query, key, value = good
+    refuse(ValueError, r"query.*\(2, 4, 2, 8\).*\(2, 2, 2, 8\)", query[:, :2], key, value, 9)
+    refuse(ValueError, r"query.*\(2, 4, 2, 8\).*\(2, 4, 1, 8\)", query[:, :, :1], key, value, 9)
+    refuse(ValueError, r"key.*\(2, 2, 2, 8\).*\(2, 1, 2, 8\)", query, key[:, :1], value[:, :1], 9)
+    refuse(ValueError, r"value.*\(2, 2, 2, 8\).*\(2, 2, 2, 4\)", query, key, value[..., :4], 9)
+    refuse(ValueError, "float32.*float64", query, key.double(), value.double(), 9)
+    refuse(ValueError, "float32.*float64", query.double(), key, value, 9)
+    if not case.evicts:
+        refuse(IndexError, f"37 .*{ROOM}", *case.tokens(28), 9)
+        refuse(IndexError, f"40 .*{ROOM}", *case.tokens(40), 0)
+
+
+@every_kind
+def test_G10_wrong_rows_are_one_clear_error_and_change_nothing(case):
+    cache = case.cache(3)
+    cache.start(3)
+    call(cache, *case.tokens(5, 1), rows=[1])
+    call(cache, *case.tokens(2, 2), rows=[0, 2])
+    before = snapshot(cache)
+    for arguments, message in {
+        (5, 1, 1, (3,)): "3.* 3 rows",
+        (5, 1, 1, (-1,)): "-1.* 3 rows",
+        (5, 2, 1, (1,)): "1.* 2 ",
+        (5, 2, 1, (1, 1)): "1, 1",
+        (5, 0, 1, ()): "0",
+        (0, 0, 1, ()): "0",
+        (5, 2, 1, (0, 2)): "input_pos=5.* 2",
+        (2, 2, 1, (0, 1)): "input_pos=2.* 5",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            cache.plan(*arguments[:3], list(arguments[3]))
+    for rows, message in {(3,): "3.* 3 rows", (-1,): "-1", (): "1..3", (0, 1, 2, 0): "1..3"}.items():
+        with pytest.raises(ValueError, match=message):
+            cache.reorder(rows)
+    for batch in (0, 4):
+        with pytest.raises(ValueError, match=f"{batch} .*3"):
+            cache.start(batch)
+    for n in (-1, 6):
+        with pytest.raises(ValueError, match=rf"{n}\b.* 0..5"):
+            cache.crop(n)
+    assert unchanged(cache, before)
+
+
+@every_cache
+def test_G10_a_call_that_fails_midway_leaves_the_cache_empty(case, monkeypatch):
+    cache = case.cache()
+    feed(cache, case.tokens(9), (9,))
+    monkeypatch.setattr(cache.mha, "attend", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        feed(cache, case.tokens(4), (4,), 9)
+    assert cache.next_token_pos == 0
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("cache_length", 0), ("cache_length", -3)])
+@every_cache
+def test_G10_sizes_that_cannot_be(case, name, value):
+    with pytest.raises(ValueError, match=rf"{name}.*{value}"):
+        create_kv_cache(case.name, case.config, dataclasses.replace(case.params(2), **{name: value}), 1)
+
+
+@every_cache
+def test_limits_of_a_call(case):
+    cache = case.cache()
+    assert cache.max_tokens_forward == case.cache_length
+    assert cache.max_prefill_length == (None if case.evicts else case.cache_length)
+    assert (cache.batch_size, cache.n_query_groups, cache.cache_length) == (2, 2, case.cache_length)
+    assert (cache.dtype, cache.device) == (torch.float32, torch.device("cpu"))
+    assert cache.get_params() == case.params(2)
+    assert not cache.update_requires_attn_weights()
+
+
+def test_a_name_that_is_no_cache():
+    with pytest.raises(ValueError, match="'newest'.*dense-default, lastrec-default"):
+        create_kv_cache("newest", CACHES[0].config, CACHES[0].params(1), 0)
