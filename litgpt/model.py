@@ -209,7 +209,8 @@ class GPT(nn.Module):
         stop = T + (start if isinstance(start, int) else max(start))
         weight = self.transformer.wte.weight
         if stop > self.rope_cache_length() or self.cos.device != weight.device:
-            length = max(stop, min(self.max_seq_length, 2 * stop))
+            # twice as much as asked for, so that a sequence that grows token by token seldom needs a larger table
+            length = 2 * stop if stop > self.max_seq_length else min(self.max_seq_length, 2 * stop)
             with torch.inference_mode(False):  # the table outlives the call that makes it
                 self.cos, self.sin = self.rope_cache(length, device=weight.device)
         if isinstance(start, int):
@@ -454,7 +455,7 @@ class CausalSelfAttention(nn.Module):
         else:
             rotated, v = heads.split((H + G, G), dim=1)
             q, k = rotate(rotated, rope[:, self.rope_kind]).split((H, G), dim=1)
-        if input_pos is None:
+        if plan is None:
             y, _ = self.mha(q, DefaultKeysAndValues(k, v), self.block_idx)
         else:
             y = self.kv_cache(q, k, v, token_idx, input_pos, plan)
