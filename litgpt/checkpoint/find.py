@@ -16,13 +16,13 @@ def find_checkpoint(name: Path | str | None, access_token: str | None = None) ->
     Raises:
         FileNotFoundError: if `name` is neither a path nor the name of a model.
     """
+    if name is not None and Path(name).exists():
+        return Path(name)
     from litgpt.checkpoint.default_model import checkpoints_home, ensure_default_model
 
     if name is None:
         return ensure_default_model()
     path = Path(name)
-    if path.exists():
-        return path
     for below_home in (checkpoints_home() / path, *checkpoints_home().glob(f"*/{path.name}")):
         if below_home.is_dir() and below_home.parts[-len(path.parts) :] == path.parts:
             return below_home

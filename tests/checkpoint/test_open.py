@@ -6,13 +6,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from tiny_models import save_tiny
 
 from litgpt.checkpoint import load_model, open_checkpoint, save_litgpt
 from litgpt.config import Config
 from litgpt.model import GPT
-
-pytest.importorskip("transformers")
-from tiny_models import save_tiny
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ from tiny_models import CASES, save_tiny
 
 from litgpt.checkpoint import load_model
 
-transformers = pytest.importorskip("transformers")
-
 
 @pytest.mark.parametrize("case", CASES)
 @torch.inference_mode()

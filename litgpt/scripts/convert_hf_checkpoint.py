@@ -1,0 +1,65 @@
+"""The command `convert_to_litgpt`."""
+
+from pathlib import Path
+
+import torch
+
+from litgpt.checkpoint.base import WEIGHTS_NAME, Checkpoint, open_checkpoint
+from litgpt.checkpoint.find import find_checkpoint
+from litgpt.checkpoint.huggingface import HuggingFaceCheckpoint, holds_weights
+from litgpt.checkpoint.load import save_litgpt
+from litgpt.config import Config
+from litgpt.scripts.progress import weights_progress
+
+
+def convert_hf_checkpoint(
+    checkpoint_dir: Path,
+    *,
+    model_name: str | None = None,
+    dtype: str | None = None,
+    debug_mode: bool | None = False,
+) -> None:
+    """Turn a Hugging Face checkpoint, or a GGUF file, into a LitGPT one in the same folder.
+
+    Writes `lit_model.pth` and `model_config.yaml`, which LitGPT loads too. Nothing else in this package needs it: all
+    commands open Hugging Face folders and GGUF files as they are.
+
+    Args:
+        checkpoint_dir: Folder with config.json and weights, or a .gguf file.
+        model_name: Name of the architecture to read the weights as, instead of what config.json says.
+        dtype: Data type to write, say bfloat16, instead of the stored one.
+        debug_mode: Print every weight instead of a progress bar.
+    """
+    path = find_checkpoint(checkpoint_dir)
+    checkpoint = _open(path, model_name)
+    out_dir = path if path.is_dir() else path.parent
+    total = sum(piece.nbytes for _, _, piece in checkpoint.pieces(meta=True))
+    with weights_progress(f"Converting {path.name}", total, names=bool(debug_mode)) as progress:
+        save_litgpt(checkpoint, out_dir, dtype=parse_dtype(dtype), progress=progress)
+    print(out_dir / WEIGHTS_NAME)
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """The floating-point type of torch with a name; `ValueError` if there is none."""
+    if name is None:
+        return None
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype {name!r} is no floating-point type of torch: float32, bfloat16, float16, ...")
+    return dtype
+
+
+def _open(path: Path, model_name: str | None) -> Checkpoint:
+    if not holds_weights(path):
+        return open_checkpoint(path)
+    if model_name is not None:
+        return HuggingFaceCheckpoint(path, Config.from_name(model_name))
+    if (path / "config.json").is_file():
+        return HuggingFaceCheckpoint(path)
+    try:
+        config = Config.from_name(path.name)
+    except ValueError:
+        raise FileNotFoundError(
+            f"{path} holds no config.json and has no known model's name: give --model_name"
+        ) from None
+    return HuggingFaceCheckpoint(path, config)

@@ -1,0 +1,26 @@
+"""The command `convert_pretrained_checkpoint`."""
+
+from pathlib import Path
+
+from litgpt.checkpoint.base import WEIGHTS_NAME, open_checkpoint
+from litgpt.checkpoint.find import find_checkpoint
+from litgpt.checkpoint.load import save_litgpt
+from litgpt.scripts.progress import weights_progress
+
+
+def convert_pretrained_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
+    """Turn the result of pretraining into a checkpoint for all other commands.
+
+    Leaves out the optimizer's and the data loader's state, and undoes the names that compiling gives.
+
+    Args:
+        checkpoint_dir: Folder that pretraining wrote.
+        output_dir: Folder to write to; must not exist or be empty.
+    """
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise FileExistsError(f"{output_dir} is not empty: give another folder, or delete it first")
+    checkpoint = open_checkpoint(find_checkpoint(checkpoint_dir))
+    total = sum(piece.nbytes for _, _, piece in checkpoint.pieces(meta=True))
+    with weights_progress(f"Converting {checkpoint.path.name}", total) as progress:
+        save_litgpt(checkpoint, output_dir, progress=progress)
+    print(output_dir / WEIGHTS_NAME)
