@@ -142,7 +142,7 @@ def _byte_level(values: dict[str, Any], tokens: list[str], types: list[int]) -> 
     processor.decoder = decoders.ByteLevel()
     if pre.nfc:
         processor.normalizer = normalizers.NFC()
-    _add_tokens(processor, tokens, types, normalized=False)
+    _add_tokens(processor, tokens, types)
     return processor, pre.add_bos
 
 
@@ -150,8 +150,6 @@ def _sentencepiece(values: dict[str, Any], tokens: list[str], types: list[int]) 
     scores = values.get("scores")
     if not scores or len(scores) != len(tokens):
         raise ValueError(f"GGUF tokenizer has {len(tokens)} tokens, but {len(scores or [])} scores")
-    # User-defined tokens are found in the normalised text, where spaces are written as U+2581.
-    tokens = [t.replace(" ", "▁") if types[i] == _USER_DEFINED else t for i, t in enumerate(tokens)]
     pieces = {t: -scores[i] for i, t in enumerate(tokens) if types[i] in (_NORMAL, _UNUSED)}
     unknown = next(iter(_of_type(_UNKNOWN, tokens, types)), None)
     if unknown is None and (unknown_id := _token_id(values, "unknown_token_id", tokens)) is not None:
@@ -164,7 +162,7 @@ def _sentencepiece(values: dict[str, Any], tokens: list[str], types: list[int]) 
     strip = [decoders.Strip(" ", 1, 0)] if add_prefix else []
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
     processor.decoder = decoders.Sequence(steps)
-    _add_tokens(processor, tokens, types, normalized=True)
+    _add_tokens(processor, tokens, types)
     return processor, True
 
 
@@ -189,12 +187,13 @@ def _bpe(tokens: list[str], merges: list[tuple[str, ...]], **options: Any) -> Pr
         raise ValueError(f"GGUF tokenizer cannot be built: {' '.join(str(error).split())}") from None
 
 
-def _add_tokens(processor: Processor, tokens: list[str], types: list[int], normalized: bool) -> None:
-    """Marks what is found in a text before it is cut: control tokens, left out when decoding, and user-defined ones."""
-    special = [AddedToken(t, special=True, normalized=False) for t in _of_type(_CONTROL, tokens, types)]
-    user_defined = [AddedToken(t, normalized=normalized) for t in _of_type(_USER_DEFINED, tokens, types)]
-    processor.add_special_tokens(special)
-    processor.add_tokens(user_defined)
+def _add_tokens(processor: Processor, tokens: list[str], types: list[int]) -> None:
+    """Marks what is found in a text before it is cut: control tokens, left out when decoding, and user-defined ones.
+
+    What lies between them is encoded as a text of its own, as llama.cpp does.
+    """
+    processor.add_special_tokens([AddedToken(t, normalized=False) for t in _of_type(_CONTROL, tokens, types)])
+    processor.add_tokens([AddedToken(t, normalized=False) for t in _of_type(_USER_DEFINED, tokens, types)])
 
 
 def _of_type(kind: int, tokens: list[str], types: list[int]) -> list[str]:
