@@ -28,6 +28,7 @@ TEXTS = [
     "a\n\n\nb",
     "x²½ Ⅷ",
     "I'LL don't",
+    "u\u0308ber",
     "<|im_start|>user\nhi",
 ]
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
