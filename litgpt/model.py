@@ -7,6 +7,7 @@ given, to `attention.py` otherwise. It knows neither masks nor slots.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -220,10 +221,9 @@ class GPT(nn.Module):
             cos, sin = self.cos[positions], self.sin[positions]
         if cos.ndim == 3:
             cos, sin = cos.unsqueeze(-1), sin.unsqueeze(-1)
-        if not self.config.rope_interleave:
-            half = torch.ones(cos.shape[2], device=cos.device)
-            half[: cos.shape[2] // 2] = -1
-            sin = sin * half[:, None]
+        half = torch.ones(cos.shape[2], device=cos.device)
+        half[: cos.shape[2] // 2] = -1
+        sin = sin * half[:, None]
         return torch.stack((cos, sin)).permute(0, 4, 1, 2, 3).unsqueeze(3).to(weight.dtype)
 
     # -- key-value caches
@@ -449,12 +449,13 @@ class CausalSelfAttention(nn.Module):
             q, k, v = qkv.split((H * D, G * D, G * D), dim=-1)
             qkv = torch.cat((self.norm_q(q), self.norm_k(k), v), dim=-1)
         heads = qkv.view(B, T, H + 2 * G, D).transpose(1, 2)
+        turn = partial(rotate, rope=rope[:, self.rope_kind], interleave=self.config.rope_interleave)
         if self.norm_q is not None and self.config.norm_qk_type != "olmo2":
             q, k, v = heads.split((H, G, G), dim=1)
-            q, k = rotate(self.norm_q(q), rope[:, self.rope_kind]), rotate(self.norm_k(k), rope[:, self.rope_kind])
+            q, k = turn(self.norm_q(q)), turn(self.norm_k(k))
         else:
             rotated, v = heads.split((H + G, G), dim=1)
-            q, k = rotate(rotated, rope[:, self.rope_kind]).split((H, G), dim=1)
+            q, k = turn(rotated).split((H, G), dim=1)
         if plan is None:
             y, _ = self.mha(q, DefaultKeysAndValues(k, v), self.block_idx)
         else:
@@ -561,14 +562,17 @@ class RMSNorm(nn.Module):
 # -- rotary position embedding (arXiv:2104.09864)
 
 
-def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
-    """Apply RoPE to the first n elements of x (B, heads, T, D).
+def rotate(x: torch.Tensor, rope: torch.Tensor, interleave: bool = False) -> torch.Tensor:
+    """Apply RoPE to the first n elements of x (B, heads, T, D), whose rotated pairs are halves, or with `interleave`
+    neighbours: then the result is in halves all the same.
 
     `rope` (2, B or 1, 1, T, n) holds cosines, and sines with the sign that the element each one multiplies takes: the
     first half of a rotated vector gets minus the second, so that turning is one multiplication, one roll, one addcmul.
     """
     n = rope.shape[-1]
     head = x if n == x.shape[-1] else x[..., :n]
+    if interleave:
+        head = head.unflatten(-1, (-1, 2)).mT.flatten(-2)
     turned = torch.addcmul(head * rope[0], head.roll(n // 2, -1), rope[1])
     return turned if n == x.shape[-1] else torch.cat((turned, x[..., n:]), dim=-1)
 
