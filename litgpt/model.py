@@ -16,7 +16,7 @@ from torch import nn
 from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention, do_softcapping
 from litgpt.config import Config
 from litgpt.kvcache import DenseKVCache, KVCache, KVCacheParams, LastRecentlyInsertedKVCache
-from litgpt.kvcache.plan import Plan
+from litgpt.kvcache.plan import Plan, read_bucket
 
 StartOfLayerHook = Callable[[torch.Tensor, int, int | None], None]
 
@@ -289,7 +289,8 @@ class GPT(nn.Module):
             window = self.config.window(block_idx)
             args = (self.config, batch_size)
             if window is None or window + WINDOW_SLACK >= length:
-                kind, cache_length = DenseKVCache, length
+                # compiled code tells a whole buffer from a part of one: leave a slot that is never read
+                kind, cache_length = DenseKVCache, read_bucket(length) + 1 if self.static_decode else length
             else:
                 kind, cache_length = LastRecentlyInsertedKVCache, window + WINDOW_SLACK
             old = block.attn.kv_cache

@@ -1,11 +1,14 @@
-"""Tiny random models for tests."""
+"""Tiny random models and a tokenizer for tests."""
 
 from typing import Any
 
+import tokenizers
 import torch
+from tokenizers.pre_tokenizers import ByteLevel
 
 from litgpt.config import Config
 from litgpt.model import GPT
+from litgpt.tokenizer import Tokenizer
 
 LLAMA: dict[str, Any] = {
     "norm_class_name": "RMSNorm",
@@ -39,3 +42,24 @@ def greedy_without_caches(model: GPT, prompt: torch.Tensor, count: int) -> torch
     for _ in range(count):
         tokens = torch.cat((tokens, model(tokens[None])[0, -1:].argmax(-1)))
     return tokens[len(prompt) :]
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tiny_tokenizer() -> Tokenizer:
+    """A token for every byte, and a few special ones: 261 in all."""
+    specials = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|pad|>"]
+    alphabet = sorted(ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*specials, *alphabet])}
+    processor = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+    processor.pre_tokenizer = ByteLevel(add_prefix_space=False, use_regex=False)
+    processor.decoder = tokenizers.decoders.ByteLevel()
+    processor.add_special_tokens(specials)
+    return Tokenizer.from_tokenizers(processor, bos_id=None, eos_id=0, use_bos=False, chat_template=CHAT_TEMPLATE)
+
+
+VOCABULARY = {"vocab_size": 261, "padded_vocab_size": 261}

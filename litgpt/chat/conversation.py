@@ -49,12 +49,7 @@ class Conversation:
         Raises:
             ValueError: if the message does not fit into the context even alone; it then is as if it was not said.
         """
-        self.messages.append({"role": "user", "content": text})
-        try:
-            prompt_text, prompt = self._fit()
-        except ValueError:
-            self.messages.pop()
-            raise
+        self.messages, prompt_text, prompt = self._fit([*self.messages, {"role": "user", "content": text}])
         self.prompt_tokens, answer, said = len(prompt), [], ""
 
         def tokens() -> Iterator[int]:
@@ -73,34 +68,34 @@ class Conversation:
             self.messages.append({"role": "assistant", "content": said})
             self._text, self._tokens = prompt_text + said, prompt + answer
 
-    def _fit(self) -> tuple[str, list[int]]:
-        """The conversation as text and tokens, its oldest turns dropped until an answer finds room."""
+    def _fit(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], str, list[int]]:
+        """Messages, of which the oldest turns are dropped until an answer finds room; their text and tokens."""
         limit, dropped = self._limit(), 0
         while True:
-            text, tokens = self._render()
+            text, tokens = self._render(messages)
             if limit is None or len(tokens) + self.max_new_tokens <= limit:
                 break
-            if len(self.messages) == 1:
+            if len(messages) == 1:
                 raise ValueError(
                     f"this message comes to {len(tokens)} tokens; with an answer of up to {self.max_new_tokens} it does "
                     f"not fit into {limit}: shorten it, lower --max_new_tokens, or use --kv_cache lastrec"
                 )
-            del self.messages[:2]
+            messages = messages[2:]
             dropped += 1
         if dropped:
             self.notify(
                 f"The context of {limit} tokens is full: dropped the oldest {dropped} turn{'s' * (dropped > 1)}. "
                 "With --kv_cache lastrec the conversation can go on without a limit."
             )
-        return text, tokens
+        return messages, text, tokens
 
-    def _render(self) -> tuple[str, list[int]]:
+    def _render(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
         style, tokenizer = self.ready.prompt_style, self.ready.tokenizer
-        text = style.render(self.messages, sys_prompt=self.sys_prompt)
+        text = style.render(messages, sys_prompt=self.sys_prompt)
         if self._text and text.startswith(self._text):
             # go on from the very tokens that the model said, which the caches hold
             return text, self._tokens + tokenizer.encode(text[len(self._text) :], bos=False).tolist()
-        return text, encode_prompt(tokenizer, style, self.messages, sys_prompt=self.sys_prompt).tolist()
+        return text, encode_prompt(tokenizer, style, messages, sys_prompt=self.sys_prompt).tolist()
 
     def _limit(self) -> int | None:
         """Tokens that fit into the context or the caches; None: any number."""

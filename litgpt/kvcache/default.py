@@ -198,9 +198,10 @@ class DefaultKVCache(KVCache):
     def _keys_values(
         self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor
     ) -> KeysAndValues:
-        if step.read is None:
+        if step.read is None and step.new is not None:
             return DefaultKeysAndValues(key[:, :, step.new], value[:, :, step.new])
-        old = self.storage.get(key.shape[0], step.read, rows)
+        slots = slice(0, step.bias.shape[-1]) if step.read is None else step.read
+        old = self.storage.get(key.shape[0], slots, rows)
         if step.new is None:
             return old
         return DefaultKeysAndValues(

@@ -23,7 +23,8 @@ class Step:
     Attributes:
         queries: tokens of the chunk that attend.
         read: slots attended to, a slice or (N,) indices (None: none).
-        new: tokens of the chunk attended to directly, following those read (None: none).
+        new: tokens of the chunk attended to directly, following those read (None: none). With neither `read` nor `new`
+            it is the first slots, as many as the mask has columns: a number that compiled code takes from its shape.
         bias: additive mask, broadcastable to (B, H, T, keys), or None.
         is_causal: query t sees keys 0..t.
         write: tokens of the chunk that are stored, a slice or indices (None: none).
@@ -191,7 +192,7 @@ def _decode_step(
     """One new token for rows of different lengths, or of any length with shapes that do not follow it (`static`)."""
     used = min(max(lengths) + 1, policy.cache_length)
     if static:
-        used = min(-(-used // READ_BUCKET) * READ_BUCKET, policy.cache_length)
+        used = policy.cache_length if policy.evicts else min(read_bucket(used), policy.cache_length)
     if len(set(lengths)) == 1:
         lengths = lengths[:1]
     positions = torch.tensor(lengths, device=device)
@@ -201,7 +202,12 @@ def _decode_step(
     ).unsqueeze(1)
     slots = policy.slots(positions)
     whole = slice(0, 1)
-    return Step(whole, slice(0, used), None, bias, False, whole, slots if len(lengths) == 1 else slots[:, None], True)
+    return Step(whole, None, None, bias, False, whole, slots if len(lengths) == 1 else slots[:, None], True)
+
+
+def read_bucket(length: int) -> int:
+    """`length` rounded up to what a static decode step reads of a dense cache."""
+    return -(-length // READ_BUCKET) * READ_BUCKET
 
 
 def _span(held: tuple[range, range], start: int, stop: int, device: torch.device) -> torch.Tensor:

@@ -1,0 +1,92 @@
+import pytest
+import torch
+
+from litgpt.chat.conversation import Conversation
+from litgpt.generate.setup import Ready, choose_kv_caches
+from litgpt.prompts import ChatTemplate, PromptStyle
+from tests.tiny import CHAT_TEMPLATE, VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
+
+
+@pytest.fixture
+def talk():
+    def make(kv_cache="dense", cache_length=None, block_size=512, style=None, max_new_tokens=6):
+        model = tiny_gpt(**VOCABULARY, block_size=block_size)
+        choose_kv_caches(model, kv_cache, cache_length)
+        tokenizer = tiny_tokenizer()
+        ready = Ready(model, tokenizer, style or ChatTemplate(CHAT_TEMPLATE), None)
+        notes = []
+        conversation = Conversation(ready, max_new_tokens, {"temperature": 0.0}, notify=notes.append)
+        return conversation, notes
+
+    return make
+
+
+def fresh_answer(conversation, tokens):
+    """What the model says after these tokens, without caches."""
+    out = greedy_without_caches(conversation.ready.model, torch.tensor(tokens), conversation.max_new_tokens).tolist()
+    return out[: out.index(0)] if 0 in out else out
+
+
+@pytest.mark.parametrize("style", [None, "chatml", "alpaca", "default"])
+def test_every_turn_answers_the_whole_conversation_and_computes_only_what_is_new(talk, style):
+    conversation, notes = talk(style=style and PromptStyle.from_name(style))
+    previous = 0
+    for text in ("Hello", "Über 東京", "And?"):
+        list(conversation.ask(text))
+        prompt = conversation._tokens[: conversation.prompt_tokens]
+        assert conversation._tokens[conversation.prompt_tokens :] == fresh_answer(conversation, prompt)
+        assert conversation.session.reused >= previous
+        previous = conversation.prompt_tokens
+    assert [m["role"] for m in conversation.messages] == ["user", "assistant"] * 3
+    assert not notes
+
+
+def test_a_full_context_drops_the_oldest_turns_and_says_so(talk):
+    conversation, notes = talk(block_size=100)
+    for i in range(8):
+        list(conversation.ask(f"message {i}"))
+        assert conversation.prompt_tokens + conversation.max_new_tokens <= 100
+    assert notes
+    assert "100 tokens is full" in notes[0]
+    assert conversation.messages[0]["role"] == "user"
+    assert conversation.messages[-2]["content"] == "message 7"
+
+
+def test_an_evicting_cache_goes_on_and_on(talk):
+    conversation, notes = talk("lastrec", cache_length=32, block_size=100)
+    for i in range(12):
+        list(conversation.ask(f"message {i}"))
+    assert not notes
+    assert conversation.prompt_tokens > 200
+    assert conversation.session.reused > 150
+
+
+def test_a_message_that_is_too_long_is_as_if_it_was_not_said(talk):
+    conversation, _ = talk(block_size=64)
+    list(conversation.ask("short"))
+    before = list(conversation.messages)
+    with pytest.raises(ValueError, match=r"103 tokens.*up to 6.*64"):
+        list(conversation.ask("x" * 100))
+    assert conversation.messages == before
+    list(conversation.ask("again"))
+    assert conversation.messages[-2]["content"] == "again"
+
+
+def test_an_answer_left_early_stays_as_it_is(talk):
+    conversation, _ = talk()
+    pieces = conversation.ask("Hello")
+    said = next(pieces)
+    pieces.close()
+    assert conversation.messages[-1] == {"role": "assistant", "content": said}
+    list(conversation.ask("And?"))
+    prompt = conversation._tokens[: conversation.prompt_tokens]
+    assert conversation._tokens[conversation.prompt_tokens :] == fresh_answer(conversation, prompt)
+
+
+def test_reset_forgets(talk):
+    conversation, _ = talk()
+    first = list(conversation.ask("Hello"))
+    list(conversation.ask("And?"))
+    conversation.reset()
+    assert list(conversation.ask("Hello")) == first
+    assert conversation.session.reused == 0

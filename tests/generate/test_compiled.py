@@ -1,0 +1,51 @@
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from litgpt.generate.base import batched_generate_fn
+from litgpt.generate.compiled import compile_decode
+from litgpt.kvcache.factory import create_kv_caches
+from tests.tiny import tiny_gpt
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"),
+    pytest.mark.timeout(600),
+]
+
+
+def run(model, prompts, length):
+    steps = batched_generate_fn(
+        model, prompts, length, sample_args={"temperature": 0.0}, include_prompt=False, include_eos=True
+    )
+    return [[None if x is None else x.tolist() for x in step] for step in steps]
+
+
+@pytest.mark.parametrize("kv_cache", ["dense", "lastrec"])
+def test_compiled_decoding_is_one_graph_for_all_positions_and_runs(kv_cache):
+    plain, model = tiny_gpt(block_size=4096, n_layer=1), tiny_gpt(block_size=4096, n_layer=1)
+    model.load_state_dict(plain.state_dict())
+    if kv_cache == "lastrec":
+        for gpt in (plain, model):
+            gpt.assign_kv_caches(create_kv_caches("lastrec", gpt.config, 2, 64, sinks=2))
+    torch._dynamo.reset()
+    counters.clear()
+    compile_decode(model)
+    prompts = [torch.tensor([3, 1, 4]), torch.tensor([1, 5, 9, 2, 6])]
+    run(model, prompts[:1], 1000)
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == 1
+    assert not counters["graph_break"]
+    for length in (700, 1000):  # other runs, other ends; over three buckets of positions
+        assert run(model, prompts[1:], length) == run(plain, prompts[1:], length)
+    assert counters["stats"]["unique_graphs"] == graphs
+
+
+def test_a_ragged_batch_decodes_compiled_as_it_does_plain():
+    plain, model = tiny_gpt(n_layer=1), tiny_gpt(n_layer=1)
+    model.load_state_dict(plain.state_dict())
+    torch._dynamo.reset()
+    compile_decode(model)
+    prompts = [torch.tensor([3, 1, 4]), torch.tensor([1, 5, 9, 2, 6]), torch.tensor([7])]
+    assert run(model, prompts, 40) == run(plain, prompts, 40)

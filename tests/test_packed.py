@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from litgpt.packed import PackedLinear, can_pack, pack_linears, unpack_linears
+from tests.tiny import tiny_gpt
+
+pytestmark = pytest.mark.skipif(
+    not can_pack(torch.empty(1, 1, dtype=torch.bfloat16)), reason="no packed bfloat16 products on this machine"
+)
+
+
+def bf16_gpt(**kwargs):
+    return tiny_gpt(**kwargs).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("flags", [{}, {"bias": True, "lm_head_bias": True}])
+@pytest.mark.parametrize("T", [1, 7, 64])
+def test_packed_layers_give_the_same_logits(flags, T):
+    model, idx = bf16_gpt(**flags), torch.randint(0, 100, (2, T))
+    plain = model(idx)
+    pack_linears(model)
+    assert isinstance(model.transformer.h[0].attn.qkv, PackedLinear)
+    torch.testing.assert_close(model(idx), plain, atol=0.05, rtol=0.05)
+
+
+def test_the_state_dict_is_that_of_the_plain_model():
+    model = bf16_gpt()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    pack_linears(model)
+    after = model.state_dict()
+    assert set(after) == set(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_weights_are_not_held_twice_and_come_back_as_the_same_parameters():
+    model = bf16_gpt()
+    parameters = dict(model.named_parameters())
+    before = {name: x.detach().clone() for name, x in parameters.items()}
+    pack_linears(model)
+    assert parameters["transformer.h.0.mlp.fc_1.weight"].numel() == 0
+    unpack_linears(model)
+    for name, parameter in model.named_parameters():
+        assert parameter is parameters[name]
+        assert torch.equal(parameter, before[name])
+
+
+def test_an_embedding_keeps_the_weight_that_it_shares_with_the_head():
+    model = bf16_gpt()
+    model.lm_head.weight = model.transformer.wte.weight
+    idx = torch.randint(0, 100, (1, 5))
+    plain = model(idx)
+    pack_linears(model)
+    torch.testing.assert_close(model(idx), plain, atol=0.05, rtol=0.05)
+    unpack_linears(model)
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_what_cannot_be_packed_stays():
+    model = tiny_gpt()
+    pack_linears(model)
+    assert type(model.lm_head) is torch.nn.Linear
