@@ -97,9 +97,8 @@ def test_benchmark_measures_and_is_a_table(llm):
     text, results = llm.benchmark(num_iterations=2, prompt="Hello", max_new_tokens=5, temperature=0.0)
     assert text == llm.generate("Hello", max_new_tokens=5, temperature=0.0)
     assert len(results["Seconds total"]) == 2
-    assert all(
-        0 < first <= total for first, total in zip(*(results[k] for k in ("Seconds to first token", "Seconds total")))
-    )
+    for first, total in zip(results["Seconds to first token"], results["Seconds total"], strict=True):
+        assert 0 < first <= total
     assert "| Inference speed in tokens/sec |" in benchmark_dict_to_markdown_table(results)
 
 

@@ -1,6 +1,6 @@
 """Writes a folder in the layout of Hugging Face, which `transformers` loads without arguments."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,22 +73,36 @@ def save_huggingface(
     ids = _token_ids(out_dir)
     if ids and not (out_dir / "generation_config.json").is_file():
         write_json(out_dir / "generation_config.json", ids)
-    for file, part in shards.items():
-        # Opened anew for every file, so that what was read for the one before leaves memory.
-        weights = dict(source.tensors()) if isinstance(source, Checkpoint) else source.state_dict()
-
-        def get_tensor(name: str, weights: Mapping[str, torch.Tensor] = weights) -> torch.Tensor:
-            tensor = weight_map.build(name, made_of[name], weights.__getitem__)
-            if progress is not None:
-                progress(name, tensor.nbytes)
-            return tensor.cpu()
-
-        write_safetensors(out_dir / file, part, get_tensor)
+    tensors = source.tensors() if isinstance(source, Checkpoint) else source.state_dict().items()
+    write_safetensors(out_dir, shards, _converted(tensors, weight_map, made_of, progress))
     if len(shards) > 1:
         index = {name: file for file, part in shards.items() for name in part}
         total = sum(tensor.nbytes for tensor in layout.values())
         write_json(out_dir / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
     write_json(out_dir / "config.json", ids | hf)  # last: without it the folder is no model
+
+
+def _converted(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    weight_map: WeightMap,
+    made_of: Mapping[str, tuple[str, ...]],
+    progress: Callable[[str, int], None] | None,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Their tensors, each as soon as all of ours that it is made of were read."""
+    users: dict[str, list[str]] = {}
+    for theirs, sources in made_of.items():
+        for name in sources:
+            users.setdefault(name, []).append(theirs)
+    waiting: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors:
+        for theirs in users.get(name, ()):
+            parts = waiting.setdefault(theirs, {})
+            parts[name] = tensor
+            if len(parts) == len(made_of[theirs]):
+                built = weight_map.build(theirs, made_of[theirs], waiting.pop(theirs).__getitem__)
+                yield theirs, built.cpu()
+                if progress is not None:
+                    progress(theirs, built.nbytes)
 
 
 def _shards(layout: Mapping[str, torch.Tensor], shard_bytes: int) -> dict[str, dict[str, torch.Tensor]]:

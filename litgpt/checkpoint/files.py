@@ -7,7 +7,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ _DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
+_REMAP_BYTES = 128_000_000
 _SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -40,17 +41,29 @@ _SIDE_FILES = (
 def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of a safetensors or a `torch.save` file; the tensors are views of the file.
 
-    Raises `FileNotFoundError`, or `ValueError` for a damaged file and for one that holds more than tensors.
+    The file is mapped anew about every hundred megabytes, so that what was read before leaves memory. Raises
+    `FileNotFoundError`, or `ValueError` for a damaged file and for one that holds more than tensors.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    names, get_tensor = _open_mapped(path)
+    read = 0
+    for name in names:
+        if read > _REMAP_BYTES:
+            _, get_tensor = _open_mapped(path)
+            read = 0
+        tensor = get_tensor(name)
+        read += tensor.nbytes
+        yield name, tensor
+
+
+def _open_mapped(path: Path) -> tuple[list[str], GetTensor]:
     if path.suffix != ".safetensors":
-        yield from load_state_dict(path).items()
-        return
+        weights = load_state_dict(path)
+        return list(weights), weights.__getitem__
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                yield name, file.get_tensor(name)
+        file = safe_open(path, framework="pt")
+        return list(file.keys()), file.get_tensor
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or incomplete: {_one_line(error)}") from None
 
@@ -110,19 +123,34 @@ def write_state_dict(
                 file.write(tensor_bytes(piece.to(layout[name].dtype)))
 
 
-def write_safetensors(path: Path, layout: Mapping[str, torch.Tensor], get_tensor: GetTensor) -> None:
-    """Writes a safetensors file tensor by tensor, in the order of `layout`, whose values do not count."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in layout.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, tensor in layout.items():
-            file.write(tensor_bytes(get_tensor(name).to(tensor.dtype)))
+def write_safetensors(
+    folder: Path, layouts: Mapping[str, Mapping[str, torch.Tensor]], tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """Writes safetensors files, one tensor in memory at a time.
+
+    Args:
+        layouts: For each file's name, names and tensors whose shapes and data types count but not their values.
+        tensors: Names and values, in any order, which are converted to the data types of the layout.
+    """
+    places = {}
+    with ExitStack() as stack:
+        for file_name, layout in layouts.items():
+            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+            end = 0
+            for name, tensor in layout.items():
+                begin, end = end, end + tensor.nbytes
+                header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
+            encoded = json.dumps(header, separators=(",", ":")).encode()
+            encoded += b" " * (-len(encoded) % 8)
+            temporary = stack.enter_context(replacing(folder / file_name))
+            file = stack.enter_context(open(temporary, "wb"))
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            for name, tensor in layout.items():
+                places[name] = (file, 8 + len(encoded) + header[name]["data_offsets"][0], tensor.dtype)
+        for name, tensor in tensors:
+            file, offset, dtype = places[name]
+            file.seek(offset)
+            file.write(tensor_bytes(tensor.to(dtype)))
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
