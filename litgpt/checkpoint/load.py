@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
+from torch.overrides import TorchFunctionMode
 
 from litgpt.checkpoint.base import CONFIG_NAME, EMBEDDING, HEAD, WEIGHTS_NAME, Checkpoint, Piece, open_checkpoint
 from litgpt.checkpoint.files import copy_side_files, replacing, write_state_dict
@@ -23,7 +25,7 @@ def load_model(
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     model = meta_model(checkpoint.config)
     check_weights(checkpoint, model)
-    model = model.to(dtype or checkpoint.dtype).to_empty(device=device)
+    _allocate(model, dtype or checkpoint.dtype, device)
     if checkpoint.tied:
         model.lm_head.weight = model.transformer.wte.weight
     targets = model.state_dict()
@@ -36,8 +38,27 @@ def load_model(
 
 def meta_model(config: Config) -> GPT:
     """A model that has shapes and no memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutRandomNumbers():
         return GPT(config)
+
+
+def _allocate(model: GPT, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Gives memory to a meta model, as `to_empty` does; that would import torch's compiler, for more than 0.5 s."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
+
+
+class _WithoutRandomNumbers(TorchFunctionMode):
+    """Skips the initialisation of weights: drawing for a meta tensor would import torch's compiler, for most of 1 s."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def is_tied(model: GPT) -> bool:
