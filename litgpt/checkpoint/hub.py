@@ -1,0 +1,165 @@
+"""Fetches checkpoints from the Hugging Face hub: what is needed, checked before it is large, all of it or nothing."""
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock
+
+from litgpt.config import Config, read_json
+
+_ANSWER_SECONDS = 6.0
+_T = TypeVar("_T")
+
+
+def checkpoints_home() -> Path:
+    """Where checkpoints are kept: `$LITGPT_HOME`, else `checkpoints` in the current folder."""
+    return Path(os.environ.get("LITGPT_HOME") or "checkpoints")
+
+
+def fetch_checkpoint(
+    repo_id: str,
+    folder: Path | None = None,
+    access_token: str | None = None,
+    tokenizer_only: bool = False,
+    config: Config | None = None,
+) -> Path:
+    """Downloads the repository `repo_id` (`org/name`) and returns its folder.
+
+    Weights come from safetensors, else from `pytorch_model*.bin`. A download that was interrupted is resumed; until it
+    is complete nothing of it is in `folder`.
+
+    Args:
+        folder: Where to put it (default: `checkpoints_home() / repo_id`).
+        access_token: Of the hub (default: `$HF_TOKEN`, or what `hf auth login` has stored).
+        tokenizer_only: Leave out the weights.
+        config: What the weights are known to be, where the repository's `config.json` is not to be relied on.
+
+    Raises:
+        ConnectionError: The hub does not answer within seconds, or `HF_HUB_OFFLINE` is set.
+        PermissionError: The repository asks for an agreement or a token.
+        FileNotFoundError: There is no such repository, or it holds no weights of these formats.
+        ValueError: Its architecture is not supported, which is found before weights are downloaded.
+    """
+    folder = checkpoints_home() / repo_id if folder is None else folder
+    names = _file_names(repo_id, access_token)
+    partial = folder.with_name(f".{folder.name}.partial")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+
+    def fetch(*wanted: str) -> None:
+        from huggingface_hub import hf_hub_download
+
+        for name in wanted:
+            _guarded(repo_id, lambda name=name: hf_hub_download(repo_id, name, local_dir=partial, token=access_token))
+
+    with FileLock(f"{partial}.lock"):
+        fetch(*(name for name in names if _is_side_file(name)))
+        if not tokenizer_only:
+            if config is None and (partial / "config.json").is_file():
+                Config.from_hf(read_json(partial / "config.json"), name=repo_id)
+            fetch(*_weight_files(repo_id, names, fetch, partial))
+        _publish(partial, folder)
+    return folder
+
+
+def _file_names(repo_id: str, access_token: str | None) -> list[str]:
+    """The repository's files, asked for in a thread of its own: a name server that is silent has no time limit."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise ConnectionError("the Hugging Face hub is not asked, since HF_HUB_OFFLINE is set")
+    result: list[Any] = []
+
+    def ask() -> None:
+        from huggingface_hub import HfApi
+
+        try:
+            info = HfApi().model_info(repo_id, timeout=_ANSWER_SECONDS, token=access_token)
+            result.append([file.rfilename for file in info.siblings or []])
+        except Exception as error:
+            result.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_ANSWER_SECONDS)
+    answer = result[0] if result else TimeoutError(f"no answer within {_ANSWER_SECONDS:.0f} seconds")
+    return _guarded(repo_id, lambda: _raise_or_return(answer))
+
+
+def _raise_or_return(answer: Any) -> Any:
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _guarded(repo_id: str, action: Callable[[], _T]) -> _T:
+    """Runs `action`, turning what the hub's client raises into one line that says what to do."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return action()
+    except GatedRepoError:
+        raise PermissionError(
+            f"{repo_id} is given only to those who agreed to its terms: agree at https://huggingface.co/{repo_id}, then "
+            "pass --access_token or set HF_TOKEN"
+        ) from None
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(
+            f"The Hugging Face hub has no model {repo_id!r}, or it is private: then pass --access_token or set HF_TOKEN"
+        ) from None
+    except HFValidationError:
+        raise ValueError(f"{repo_id!r} is not the name of a model on the Hugging Face hub: org/name") from None
+    except LocalEntryNotFoundError as error:
+        raise ConnectionError(f"the Hugging Face hub cannot be reached ({_one_line(error)})") from None
+    except HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", None)
+        if status in (401, 403):
+            raise PermissionError(f"The Hugging Face hub refuses {repo_id}: check --access_token or HF_TOKEN") from None
+        raise ConnectionError(f"The Hugging Face hub failed with status {status}; try again later") from None
+    except Exception as error:  # the client's network errors have no common class over its versions
+        if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
+            raise  # of this machine's disk
+        raise ConnectionError(f"the Hugging Face hub cannot be reached ({_one_line(error)})") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
+def _is_side_file(name: str) -> bool:
+    """Whether a file belongs to the tokenizer or the configuration."""
+    is_index = name.endswith(".index.json")
+    return "/" not in name and not is_index and (name.endswith((".json", ".jinja", ".model")) or name == "merges.txt")
+
+
+def _weight_files(repo_id: str, names: list[str], fetch: Callable[..., None], partial: Path) -> list[str]:
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        index = f"{stem}{suffix}.index.json"
+        if index in names:
+            fetch(index)
+            return sorted(set((read_json(partial / index).get("weight_map") or {}).values()))
+        if stem + suffix in names:
+            return [stem + suffix]
+        if found := [name for name in names if "/" not in name and name.startswith(stem) and name.endswith(suffix)]:
+            return found
+    raise FileNotFoundError(f"{repo_id} holds no weights: expected model*.safetensors or pytorch_model*.bin")
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Moves a complete download to where it is looked for."""
+    shutil.rmtree(partial / ".cache", ignore_errors=True)  # what the hub's client noted to resume
+    if not folder.exists():
+        os.replace(partial, folder)
+        return
+    # what tells that there is a model comes last
+    for file in sorted(partial.iterdir(), key=lambda file: file.name in ("config.json", "tokenizer.json")):
+        os.replace(file, folder / file.name)
+    partial.rmdir()
