@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import save_tiny
 
 from litgpt.checkpoint import load_model, open_checkpoint, save_litgpt
+from litgpt.checkpoint.files import write_safetensors, write_state_dict
 from litgpt.config import Config
 from litgpt.model import GPT
 
@@ -291,6 +292,22 @@ def test_a_failed_write_leaves_the_old_files_and_no_others(hf_folder, lit_folder
     with pytest.raises(ValueError, match="missing"):
         save_litgpt(open_checkpoint(hf_folder), lit_folder)
     assert {file.name: file.read_bytes() for file in lit_folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("write", [write_state_dict, write_safetensors])
+def test_a_write_that_breaks_off_leaves_nothing_behind(write, tmp_path):
+    layout = {"weight": torch.zeros(3)}
+
+    def broken():
+        yield ("weight", torch.ones(3)) if write is write_safetensors else ("weight", 0, torch.ones(3))
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="disk is full"):
+        if write is write_safetensors:
+            write(tmp_path, {"model.safetensors": layout}, broken())
+        else:
+            write(tmp_path / "lit_model.pth", layout, broken())
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("case", ["gpt_neox", "phi3", "mixtral", "falcon 40b"])
