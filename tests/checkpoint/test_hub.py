@@ -76,6 +76,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     yield hub
     hub.server.shutdown()
+    hub.server.server_close()
 
 
 def names(folder):
@@ -88,6 +89,7 @@ def test_a_downloaded_model_gives_the_logits_of_the_original(hub, tmp_path):
         (hub.folder / name).write_text("{}")
     (hub.folder / "original").mkdir()
     (hub.folder / "original" / "model.safetensors").write_text("another format")
+    (hub.folder / "original" / "params.json").write_text("{}")
     folder = fetch_checkpoint(REPO)
     assert folder == tmp_path / "home" / REPO
     assert len(list(folder.glob("model-*.safetensors"))) > 1
