@@ -113,7 +113,7 @@ class Tokenizer:
     def encode(
         self,
         string: str,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
         bos: bool | None = None,
         eos: bool = False,
         max_length: int = -1,
@@ -147,7 +147,7 @@ class Tokenizer:
         return "".join(self.decode_stream([ids])) if "\ufffd" in text else text
 
     def decode_stream(
-        self, token_stream: Iterable[torch.Tensor | list[int] | int], device: torch.device | None = None
+        self, token_stream: Iterable[torch.Tensor | list[int] | int], device: torch.device | str | None = None
     ) -> Iterator[str]:
         """Yields text while tokens arrive; the pieces put together are `decode` of all of them.
 
