@@ -1,0 +1,96 @@
+"""The interpreters that measurements run in, and how processes are started in them."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKERS = Path(__file__).resolve().parent / "workers"
+PEERS = {"litgpt": "0.5.13", "transformers": "5.3.0"}
+UNDECLARED = {"litgpt": ["requests"]}  # its command line does not start without it, and it does not ask for it
+ERROR_LINES = 15
+
+
+def public_version(version: str) -> str:
+    """A version without its local part: 2.13.0 for 2.13.0+cpu."""
+    return version.partition("+")[0]
+
+
+def ensure_environment(work_dir: Path, peer: str, torch_version: str) -> Path:
+    """The interpreter of a virtual environment with a peer and our version of torch, made with pip if it is not there.
+
+    Raises `subprocess.CalledProcessError` if that fails; the next call starts anew.
+    """
+    folder = work_dir / f"{peer}-{PEERS[peer]}-torch-{torch_version}"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    complete = folder / "complete"
+    if not complete.is_file():
+        requirements = [f"{peer}=={PEERS[peer]}", f"torch=={torch_version}", *UNDECLARED.get(peer, ())]
+        print(f"Installing {' '.join(requirements)} into {folder} (once)", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *requirements], check=True, stdout=sys.stderr)
+        complete.touch()
+    return check_python(python, peer, torch_version)
+
+
+def check_python(python: Path, peer: str, torch_version: str) -> Path:
+    """`python` itself; `ValueError` if it is not one with the expected versions of the peer and torch."""
+    code = f"from importlib.metadata import version; print(version({peer!r}), version('torch'))"
+    python = Path(os.path.abspath(python.expanduser()))  # not resolve: a virtual environment's python is a link
+    # isolated: the folder that we are in may hold another `litgpt`
+    found = subprocess.run([str(python), "-I", "-c", code], capture_output=True, text=True)
+    expected = [PEERS[peer], torch_version]
+    if [public_version(word) for word in found.stdout.split()] != expected:
+        raise ValueError(
+            f"{python} should have {peer} {expected[0]} and torch {expected[1]}, but has: "
+            f"{last_lines(found.stdout + found.stderr)}"
+        )
+    return python
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Starts processes that all have the same number of threads and write into the same folder."""
+
+    work_dir: Path
+    threads: int
+
+    def environment(self, own: bool) -> dict[str, str]:
+        """Environment variables for an interpreter: `own` ones import this checkout, peers must not."""
+        env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+        if own:
+            env["PYTHONPATH"] = str(ROOT)
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
+        # unbuffered: an answer that sits in a pipe's buffer has not appeared
+        return env | threads | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+
+    def work(self, python: Path, worker: str, job: dict) -> dict:
+        """Runs a worker with a job and returns what it measured, the JSON in its last line.
+
+        Raises `RuntimeError` with the end of its messages if it fails.
+        """
+        own = python == Path(sys.executable)
+        command = [str(python), str(WORKERS / worker), json.dumps(job)]
+        done = subprocess.run(command, env=self.environment(own), cwd=self.work_dir, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{worker} failed in {python}:\n{last_lines(done.stderr)}")
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def last_lines(text: str) -> str:
+    """The end of a process's messages."""
+    return "\n".join(text.strip().splitlines()[-ERROR_LINES:])
+
+
+def processor_name() -> str:
+    """What the CPU calls itself."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

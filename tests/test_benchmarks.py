@@ -1,0 +1,166 @@
+"""The benchmarks' arithmetic on made-up samples, and our own workers on a tiny model."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from tiny import VOCABULARY, tiny_gpt, tiny_tokenizer
+
+from litgpt.checkpoint.load import save_litgpt
+from litgpt.generate.base import generate
+from litgpt.generate.setup import choose_kv_caches
+
+BENCHMARKS = Path(__file__).parents[1] / "extensions" / "benchmarks"
+
+
+def module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module of the benchmarks, which import each other as scripts of one folder do."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS / "workers"))
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LitGPT folder with a tiny bfloat16 model, and the tokens of a text next to it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_tokenizer().save(folder / "tokenizer")
+    model = tiny_gpt(**VOCABULARY).to(torch.bfloat16)
+    save_litgpt(model, folder / "litgpt", tokenizer_dir=folder / "tokenizer")
+    (folder / "tokens.json").write_text(json.dumps([7, 50, 91, 12, 200]))
+    return folder
+
+
+def test_a_ratio_is_the_median_of_the_rounds_ratios_not_of_the_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = module("results", monkeypatch)
+    # the machine was ten times slower in the last round, for both; medians 40 and 10 would give 4
+    assert results.ratio([40.0, 60.0, 5.0], [10.0, 30.0, 1.0]) == 4.0
+    assert results.ratio([40.0, 60.0, 6.0], [20.0, 10.0, 2.0]) == 3.0
+    with pytest.raises(ValueError, match="zip"):
+        results.ratio([1.0, 2.0], [1.0])
+
+
+def test_table_has_medians_and_ratios_and_leaves_out_what_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = module("results", monkeypatch)
+    samples = {
+        "decode at 128, tokens/s": {
+            results.OURS: [90.0, 99.5, 1975.0],
+            results.LITGPT: [45.0, 39.8, 1000.0],
+            results.COMPILED: [180.0, 39.8, 1000.0],
+        },
+        "answer, s": {results.OURS: [2.0], results.LITGPT: [8.0]},
+    }
+    header, rule, decode, answer = results.markdown(samples).splitlines()
+    assert [header.count("|"), rule.count("|"), decode.count("|"), answer.count("|")] == [9, 9, 9, 9]
+    assert decode == "| decode at 128, tokens/s | 99.5 | 180 | 45.0 |  | 2.00x | 1.00x |  |"
+    assert answer == "| answer, s | 2.00 |  | 8.00 |  | 0.25x |  |  |"
+    assert results.ratios(samples)["answer, s"] == {f"{results.OURS} / {results.LITGPT}": 0.25}
+
+
+def test_numbers_keep_three_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    number = module("results", monkeypatch).number
+    assert [number(x) for x in (1974.6, 100.4, 48.34, 2.509)] == ["1,975", "100", "48.3", "2.51"]
+
+
+def test_common_beginning_of_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = module("results", monkeypatch).common_beginning
+    assert [common([1, 2, 3], [1, 2, 4]), common([1, 2], [1, 2]), common([1, 2], [1]), common([5], [6])] == [2, 2, 1, 0]
+
+
+def test_systems_take_turns_and_go_backwards_every_other_round(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rounds, environments, layouts = (module(name, monkeypatch) for name in ("rounds", "environments", "layouts"))
+    asked = []
+
+    class Scripted(environments.Launcher):
+        """Answers instead of running workers."""
+
+        def work(self, python: Path, worker: str, job: dict) -> dict:
+            asked.append((worker, job["context"]))
+            speed = float(len(asked))
+            answer = [1, 2, 3] if worker == "a.py" else [1, 2, 4]
+            return {
+                "prefill": 10 * speed,
+                "decode": speed,
+                "peak_bytes": 5e6,
+                "peak_above_import": 1e6,
+                "threads": self.threads,
+                "answer": answer,
+            }
+
+    systems = [
+        rounds.System(name, Path(sys.executable), worker, tmp_path)
+        for name, worker in ((rounds.OURS, "a.py"), (rounds.LITGPT, "b.py"))
+    ]
+    where = layouts.Layouts(tmp_path, tmp_path, tmp_path)
+    samples, notes = rounds.measure(Scripted(tmp_path, 2), systems, where, 2, rounds.Sizes((16,), 2))
+    assert asked == [("a.py", 16), ("b.py", 16), ("b.py", 16), ("a.py", 16)]
+    assert samples["decode at 16, tokens/s"] == {rounds.OURS: [1.0, 4.0], rounds.LITGPT: [2.0, 3.0]}
+    assert samples["peak memory at 16, MB"][rounds.OURS] == [5.0, 5.0]
+    assert notes == [f"{rounds.LITGPT} at 16: 2 of 3 greedy tokens before it differs from ours"]
+
+
+def test_worker_of_ours_generates_what_the_package_generates(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
+) -> None:
+    environments = module("environments", monkeypatch)
+    job = {"checkpoint": str(tiny_folder / "litgpt"), "tokens": str(tiny_folder / "tokens.json")}
+    job |= {"context": 8, "new_tokens": 4, "compile": False}
+    found = environments.Launcher(tmp_path, 1).work(Path(sys.executable), "ours.py", job)
+    assert found["threads"] == 1
+    assert min(found["prefill"], found["decode"], found["peak_above_import"]) > 0
+    assert found["peak_bytes"] > found["peak_above_import"]
+    model = module("ours", monkeypatch).make_ready(tiny_folder / "litgpt", "bf16-true").model
+    prompt = torch.tensor([7, 50, 91, 12, 200, 7, 50, 91])
+    assert found["answer"] == generate(model, prompt, 13, temperature=0.0, include_prompt=False).tolist()
+
+
+def test_a_failing_worker_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    environments = module("environments", monkeypatch)
+    job = {"checkpoint": str(tmp_path / "nothing"), "out_dir": str(tmp_path / "out"), "text": str(tmp_path / "text")}
+    with pytest.raises(RuntimeError, match=r"(?s)write_layouts.py failed.*nothing' is neither"):
+        environments.Launcher(tmp_path, 1).work(Path(sys.executable), "write_layouts.py", job)
+
+
+def test_an_interpreter_without_the_peer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    environments = module("environments", monkeypatch)
+    with pytest.raises(ValueError, match=r"should have litgpt 0\.5\.13 and torch 0\.0\.1, but has"):
+        environments.check_python(Path(sys.executable), "litgpt", "0.0.1")
+
+
+def test_windows_of_a_long_text_cover_it_and_the_caches_keep_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    long_text = module("long_text", monkeypatch)
+    model = tiny_gpt().to(torch.bfloat16)
+    choose_kv_caches(model, "lastrec", 8)
+    tokens = torch.randint(100, (61,))
+    found = long_text.measure_windows(model, tokens, prompt=8, start=13, windows=4)
+    assert found["edges"] == [13, 25, 37, 49, 61]
+    assert len(found["speeds"]) == 4
+    assert min(found["speeds"]) > 0
+    assert model.next_token_pos == 61
+    layers, keys_and_values, groups, slots, head_size, bytes_each = 2, 2, 2, 8, 16, 2
+    expected = layers * keys_and_values * groups * slots * head_size * bytes_each
+    assert found["allocated"] == found["estimated"] == [expected] * 5
+    assert found["apriori"] == expected
+
+
+def test_caches_that_grow_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    lastrec, environments, layouts = (module(name, monkeypatch) for name in ("lastrec", "environments", "layouts"))
+    found = {"edges": [4, 8], "speeds": [2.0], "allocated": [64, 64], "estimated": [64, 64], "apriori": 64}
+
+    class Scripted(environments.Launcher):
+        """Answers instead of running workers."""
+
+        def work(self, python: Path, worker: str, job: dict) -> dict:
+            return found
+
+    where, sizes = layouts.Layouts(tmp_path, tmp_path, tmp_path), lastrec.Sizes(8, 4, 1, 4)
+    result = lastrec.measure(Scripted(tmp_path, 1), where, 3, sizes)
+    assert result == {"slots": 4, "edges": [4, 8], "speeds": [[2.0]] * 3, "cache_bytes": 64}
+    assert lastrec.markdown(result).splitlines()[2] == "| 4 to 8 | 2.00 |"
+    found["allocated"] = [64, 128]
+    with pytest.raises(RuntimeError, match=r"allocated \[64, 128\], size_estimate\(\) \[64\]"):
+        lastrec.measure(Scripted(tmp_path, 1), where, 3, sizes)
