@@ -69,6 +69,8 @@ class DefaultStorage(Storage):
 
     def get(self, batch: int, slots: Index, rows: torch.Tensor | None = None) -> KeysAndValues:
         row = slice(batch) if rows is None else rows
+        if isinstance(slots, slice):  # first, since taking rows copies
+            return DefaultKeysAndValues(self.k[:, :, slots][row], self.v[:, :, slots][row])
         return DefaultKeysAndValues(self.k[row][:, :, slots], self.v[row][:, :, slots])
 
     def select_rows(self, rows: Sequence[int]) -> None:
