@@ -276,7 +276,9 @@ def test_kernels_that_are_allowed_are_those_used():
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize(("T", "N", "window"), [(3000, 3000, 100), (2000, 4000, None), (3000, 4000, 100)])
+@pytest.mark.parametrize(
+    ("T", "N", "window"), [(3000, 3000, 100), (3000, 3000, None), (2000, 4000, None), (3000, 4000, 100)]
+)
 def test_no_tensor_of_a_long_call_has_queries_times_keys(T, N, window, softcap, monkeypatch):
     monkeypatch.setattr(attention, "SCORE_BLOCK_BYTES", 4 * 512 * N)
     cfg = config(1, 1, sliding_window_size=window, attention_logit_softcapping=softcap)
