@@ -100,7 +100,7 @@ def test_systems_take_turns_and_go_backwards_every_other_round(monkeypatch: pyte
     assert asked == [("a.py", 16), ("b.py", 16), ("b.py", 16), ("a.py", 16)]
     assert samples["decode at 16, tokens/s"] == {rounds.OURS: [1.0, 4.0], rounds.LITGPT: [2.0, 3.0]}
     assert samples["peak memory at 16, MB"][rounds.OURS] == [5.0, 5.0]
-    assert notes == [f"{rounds.LITGPT} at 16: 2 of 3 greedy tokens before it differs from ours"]
+    assert notes == [f"{rounds.LITGPT} at 16: the first 2 of 3 greedy tokens are ours"]
 
 
 def test_worker_of_ours_generates_what_the_package_generates(

@@ -84,8 +84,8 @@ def measure(
                     notes.append(f"{system.name} at {context:,}: {found['graphs']} compiled graph(s) for all positions")
             if round_idx == 0:
                 notes += [
-                    f"{name} at {context:,}: {common_beginning(answers[OURS], answer)} of {len(answer)} greedy tokens "
-                    "before it differs from ours"
+                    f"{name} at {context:,}: the first {common_beginning(answers[OURS], answer)} of {len(answer)} greedy "
+                    "tokens are ours"
                     for name, answer in answers.items()
                     if name != OURS
                 ]
