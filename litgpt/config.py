@@ -13,9 +13,19 @@ _CHOICES = {
     "gelu_approximate": ("none", "tanh"),
 }
 _POSITIVE = ("block_size", "n_layer", "n_embd", "n_head", "vocab_size", "padding_multiple")
-# Written to `model_config.yaml` only where the model's name does not already imply them: LitGPT 0.5.13 refuses
+# Written to `model_config.yaml` only where the model's name, or the default, does not imply them: LitGPT 0.5.13 refuses
 # fields it does not know.
 _IMPLIED_BY_NAME = ("norm_unit_offset", "norm_affine")
+_NOT_IN_LITGPT = (
+    *_IMPLIED_BY_NAME,
+    "nope_indices",
+    "attention_sinks",
+    "swiglu_limit",
+    "router_bias",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_divisor",
+)
 
 
 @dataclass
@@ -88,6 +98,15 @@ class Config:
     # fields LitGPT derives from the model's name; None: derive them so
     norm_unit_offset: bool | None = None
     norm_affine: bool | None = None
+    # fields of later families: layers without rotary embedding (flags), learnt attention sinks (one a head),
+    # experts whose inputs of the product are clamped, the bias of their router, and factors on the residual stream
+    nope_indices: list[int] | None = None
+    attention_sinks: bool = False
+    swiglu_limit: float | None = None
+    router_bias: bool = False
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
     # `hook(x, block_idx, input_pos)`, the default of `GPT.set_start_of_layer_hook`; never written to a file
     start_of_layer_hook: Callable | None = field(default=None, repr=False, compare=False)
 
@@ -125,6 +144,8 @@ class Config:
             )
         if self.rope_local_base_freq is not None:
             self.rope_indices = check_indicator_and_length(self.rope_indices, "rope_indices", self.n_layer)
+        if self.nope_indices is not None:
+            self.nope_indices = check_indicator_and_length(self.nope_indices, "nope_indices", self.n_layer)
         for key in _IMPLIED_BY_NAME:
             if getattr(self, key) is None:
                 setattr(self, key, self._implied(key))
@@ -146,6 +167,8 @@ class Config:
             self._require(key, getattr(self, key) is None or getattr(self, key) > 0, "positive")
         if self.latent_attention is not None:
             self._require("n_query_groups", self.n_query_groups == self.n_head, "n_head with latent attention")
+        post_norms = self.post_attention_norm or self.post_mlp_norm
+        self._require("residual_multiplier", self.residual_multiplier == 1 or not post_norms, "1 with post norms")
         if self.mlp_class_name == "LLaMAMoE":
             self._require("n_expert", self.n_expert > 0, "positive with LLaMAMoE")
             self._require("n_expert_per_token", 0 < self.n_expert_per_token <= self.n_expert, "1 to n_expert")
@@ -164,10 +187,12 @@ class Config:
         if not holds:
             raise ValueError(f"Model config {self.name!r}: {key} = {getattr(self, key)!r} must be {expected}")
 
-    def _implied(self, key: str) -> bool:
+    def _implied(self, key: str) -> Any:
         if key == "norm_unit_offset":
             return self.norm_class_name == "RMSNorm" and "Gemma" in self.name
-        return not (self.norm_class_name == "LayerNorm" and "OLMo" in self.name)
+        if key == "norm_affine":
+            return not (self.norm_class_name == "LayerNorm" and "OLMo" in self.name)
+        return self.__dataclass_fields__[key].default
 
     def window(self, block_idx: int) -> int | None:
         """The sliding-window size of a layer in tokens, `None` where it attends to everything."""
@@ -178,7 +203,7 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, as `model_config.yaml` holds them."""
         values = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "start_of_layer_hook"}
-        return {k: v for k, v in values.items() if k not in _IMPLIED_BY_NAME or v != self._implied(k)}
+        return {k: v for k, v in values.items() if k not in _NOT_IN_LITGPT or v != self._implied(k)}
 
     @classmethod
     def from_name(cls, name: str, **kwargs: Any) -> "Config":

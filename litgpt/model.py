@@ -5,7 +5,6 @@ Letters: B batch rows, T tokens of a call, E embedding size, H query heads, G ke
 given, to `attention.py` otherwise. It knows neither masks nor slots.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -17,6 +16,10 @@ from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention, do_so
 from litgpt.config import Config
 from litgpt.kvcache import DenseKVCache, KVCache, KVCacheParams, LastRecentlyInsertedKVCache
 from litgpt.kvcache.plan import Plan, read_bucket
+from litgpt.rope import apply_rope as apply_rope
+from litgpt.rope import apply_rope_interleave as apply_rope_interleave
+from litgpt.rope import build_rope_cache, rotate, short_context
+from litgpt.rope import yarn_get_mscale as yarn_get_mscale
 
 StartOfLayerHook = Callable[[torch.Tensor, int, int | None], None]
 
@@ -43,6 +46,10 @@ class GPT(nn.Module):
         self._max_seq_length = config.block_size
         self.register_buffer("cos", torch.empty(0, config.rope_n_elem), persistent=False)
         self.register_buffer("sin", torch.empty(0, config.rope_n_elem), persistent=False)
+        self._expected_length = 0  # tokens that sequences in the caches will have, if known
+        self._short_context = short_context(config.rope_adjustments)
+        self._long_rope = False  # with LongRoPE: sequences in the caches are turned by the long factors,
+        self._long_table = False  # and so is the table
         self._start_of_layer_hook: StartOfLayerHook | None = config.start_of_layer_hook
         self.default_kv_caches = False  # True: made by `set_kv_caches`, which may replace them
         self.static_decode = False  # plan single tokens with shapes that stay the same, for a compiled `decode`
@@ -94,7 +101,7 @@ class GPT(nn.Module):
         if input_pos is None:
             if T > self.max_seq_length:
                 raise ValueError(f"{T} tokens are more than max_seq_length = {self.max_seq_length}")
-            x = self.run_layers(idx, self._rope_rows(0, T), None, None)
+            x = self.run_layers(idx, self._rope_rows(0, T, self._needs_long_rope(T)), None, None)
         else:
             x = self._run_with_caches(idx, _first_position(input_pos), rows)
         if skip_lm_head:
@@ -119,6 +126,8 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)
         if self.config.scale_embeddings:
             x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
+        if self.config.embedding_multiplier != 1.0:
+            x = x * self.config.embedding_multiplier
         hook = self._start_of_layer_hook
         for block_idx, block in enumerate(self.transformer.h):
             if hook is not None:
@@ -130,7 +139,10 @@ class GPT(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (..., padded_vocab_size) of final-norm outputs (..., E)."""
-        return do_softcapping(self.lm_head(x), self.config.final_logit_softcapping)
+        logits = self.lm_head(x)
+        if self.config.logits_divisor != 1.0:
+            logits = logits / self.config.logits_divisor
+        return do_softcapping(logits, self.config.final_logit_softcapping)
 
     def _run_with_caches(self, idx: torch.Tensor, input_pos: int, rows: Sequence[int] | None) -> torch.Tensor:
         B, T = idx.shape
@@ -151,7 +163,10 @@ class GPT(nn.Module):
                 f"{max(starts) + T} tokens are more than max_seq_length = {self.max_seq_length}: "
                 "only caches that evict go on beyond the model's context"
             )
-        rope = self._rope_rows(starts[0], T) if len(set(starts)) == 1 else self._rope_rows(starts, T)
+        if input_pos == 0:  # what is in the caches was turned by one set of factors, and so has to be what follows
+            needed = self._needs_long_rope(max(T, self._expected_length))
+            self._long_rope = needed or (rows is not None and self._long_rope)
+        rope = self._rope_rows(starts[0] if len(set(starts)) == 1 else starts, T, self._long_rope)
         run = self.decode if static else self.run_layers
         try:
             x = run(idx, rope, plans, input_pos)
@@ -200,16 +215,28 @@ class GPT(nn.Module):
             condense_ratio=config.rope_condense_ratio,
             extra_config=config.rope_adjustments,
             rope_local_base_freq=config.rope_local_base_freq,
+            long=self._long_table,
         )
 
-    def _rope_rows(self, start: int | Sequence[int], T: int) -> torch.Tensor:
+    def expect_length(self, length: int) -> None:
+        """Say how many tokens the sequences in the caches will have: with LongRoPE that decides how they are turned, as
+        otherwise the length of the prefill does. What is in the caches and was turned otherwise is forgotten."""
+        self._expected_length = length
+        if self._needs_long_rope(length) != self._long_rope:
+            self.crop_kv_caches(0)
+
+    def _needs_long_rope(self, length: int) -> bool:
+        return self._short_context is not None and length > self._short_context
+
+    def _rope_rows(self, start: int | Sequence[int], T: int, long: bool = False) -> torch.Tensor:
         """Cosines and signed sines for T tokens from position `start` (one, or one for every row) on.
 
         Returns (2, kinds, B or 1, 1, T, rope_n_elem) in the model's dtype; kinds are the tables that layers choose from.
         """
         stop = T + (start if isinstance(start, int) else max(start))
         weight = self.transformer.wte.weight
-        if stop > self.rope_cache_length() or self.cos.device != weight.device:
+        if stop > self.rope_cache_length() or self.cos.device != weight.device or long != self._long_table:
+            self._long_table = long
             # twice as much as asked for, so that a sequence that grows token by token seldom needs a larger table
             length = 2 * stop if stop > self.max_seq_length else min(self.max_seq_length, 2 * stop)
             with torch.inference_mode(False):  # the table outlives the call that makes it
@@ -383,15 +410,16 @@ class Block(nn.Module):
         if not config.parallel_residual and config.shared_attention_norm:
             raise ValueError("shared_attention_norm needs parallel_residual: no known model has one without the other")
 
-        def norm(wanted: bool) -> nn.Module:
-            return config.norm_class(config.n_embd, eps=config.norm_eps) if wanted else nn.Identity()
+        def norm(wanted: bool, factor: float = 1.0) -> nn.Module:
+            other = nn.Identity() if factor == 1.0 else Multiply(factor)
+            return config.norm_class(config.n_embd, eps=config.norm_eps) if wanted else other
 
         self.norm_1 = norm(config.norm_1)
         self.attn = CausalSelfAttention(config, block_idx)
-        self.post_attention_norm = norm(config.post_attention_norm)
+        self.post_attention_norm = norm(config.post_attention_norm, config.residual_multiplier)
         self.norm_2 = None if config.shared_attention_norm else norm(config.norm_2)
         self.mlp = config.mlp_class(config)
-        self.post_mlp_norm = norm(config.post_mlp_norm)
+        self.post_mlp_norm = norm(config.post_mlp_norm, config.residual_multiplier)
         self.config = config
 
     def forward(
@@ -430,7 +458,9 @@ class CausalSelfAttention(nn.Module):
             self.norm_k = config.norm_class(G * D if over_heads else D, eps=config.norm_eps)
         else:
             self.norm_q = self.norm_k = None
-        self.rope_kind = config.rope_indices[block_idx] if config.rope_local_base_freq is not None else 0
+        self.rope_kind: int | None = config.rope_indices[block_idx] if config.rope_local_base_freq is not None else 0
+        if config.nope_indices is not None and config.nope_indices[block_idx]:
+            self.rope_kind = None
         self.config = config
         self.block_idx = block_idx
 
@@ -450,7 +480,8 @@ class CausalSelfAttention(nn.Module):
             q, k, v = qkv.split((H * D, G * D, G * D), dim=-1)
             qkv = torch.cat((self.norm_q(q), self.norm_k(k), v), dim=-1)
         heads = qkv.view(B, T, H + 2 * G, D).transpose(1, 2)
-        turn = partial(rotate, rope=rope[:, self.rope_kind], interleave=self.config.rope_interleave)
+        own_rope = None if self.rope_kind is None else rope[:, self.rope_kind]
+        turn = partial(rotate, rope=own_rope, interleave=self.config.rope_interleave)
         if self.norm_q is not None and self.config.norm_qk_type != "olmo2":
             q, k, v = heads.split((H, G, G), dim=1)
             q, k = turn(self.norm_q(q)), turn(self.norm_k(k))
@@ -533,6 +564,17 @@ class LLaMAMoE(nn.Module):
         return y.view_as(x)
 
 
+class Multiply(nn.Module):
+    """Multiplication by a fixed number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.factor
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension (arXiv:1910.07467), computed in float32.
 
@@ -558,88 +600,6 @@ class RMSNorm(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, 0.0 if self.add_unit_offset else 1.0)
-
-
-# -- rotary position embedding (arXiv:2104.09864)
-
-
-def rotate(x: torch.Tensor, rope: torch.Tensor, interleave: bool = False) -> torch.Tensor:
-    """Apply RoPE to the first n elements of x (B, heads, T, D), whose rotated pairs are halves, or with `interleave`
-    neighbours: then the result is in halves all the same.
-
-    `rope` (2, B or 1, 1, T, n) holds cosines, and sines with the sign that the element each one multiplies takes: the
-    first half of a rotated vector gets minus the second, so that turning is one multiplication, one roll, one addcmul.
-    """
-    n = rope.shape[-1]
-    head = x if n == x.shape[-1] else x[..., :n]
-    if interleave:
-        head = head.unflatten(-1, (-1, 2)).mT.flatten(-2)
-    turned = torch.addcmul(head * rope[0], head.roll(n // 2, -1), rope[1])
-    return turned if n == x.shape[-1] else torch.cat((turned, x[..., n:]), dim=-1)
-
-
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x (B, heads, T, n) by the angles whose cosines and sines are `cos`, `sin` (T, n) or (B, T, n)."""
-    if cos.ndim == 3:
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    left, right = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
-
-
-def apply_rope_interleave(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`apply_rope` for x whose rotated pairs are neighbours (0, 1), (2, 3), ... instead of halves.
-
-    The result is in halves, as `apply_rope` gives it: products of queries and keys do not depend on the order.
-    """
-    return apply_rope(x.unflatten(-1, (-1, 2)).mT.flatten(-2), cos, sin)
-
-
-def build_rope_cache(
-    seq_len: int,
-    n_elem: int,
-    device: torch.device | None = None,
-    base: int = 10000,
-    condense_ratio: int = 1,
-    extra_config: dict | None = None,
-    rope_local_base_freq: float | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of RoPE's angles for positions 0..seq_len - 1.
-
-    Args:
-        seq_len: positions.
-        n_elem: rotated elements of a head.
-        device: where to make them.
-        base: of the geometric series of wave lengths.
-        condense_ratio: positions are divided by it.
-        extra_config: scaling: {factor} is linear; with low_freq_factor, high_freq_factor and original_max_seq_len it is
-            that of Llama 3.1 (arXiv:2407.21783), which leaves short wave lengths and stretches long ones.
-        rope_local_base_freq: a second base, for layers with a sliding window (Gemma 3).
-
-    Returns:
-        Cosines and sines, (seq_len, n_elem) or, with a second base, (seq_len, n_elem, 2), float32.
-    """
-    exponents = torch.arange(0, n_elem, 2, device=device).float() / max(n_elem, 1)
-    theta = 1.0 / base**exponents
-    if extra_config is not None:
-        theta = _scaled(theta, extra_config)
-    if rope_local_base_freq is not None:
-        theta = torch.stack((theta, 1.0 / rope_local_base_freq**exponents), dim=-1)
-    positions = torch.arange(seq_len, device=device).float() / condense_ratio
-    angles = positions.view(-1, *[1] * theta.ndim) * theta
-    angles = torch.cat((angles, angles), dim=1)
-    return angles.cos(), angles.sin()
-
-
-def _scaled(theta: torch.Tensor, adjustments: dict) -> torch.Tensor:
-    """RoPE frequencies with a model's scaling."""
-    factor = adjustments["factor"]
-    if "original_max_seq_len" not in adjustments:
-        return theta / factor
-    original = adjustments["original_max_seq_len"]
-    low, high = adjustments["low_freq_factor"], adjustments["high_freq_factor"]
-    turns = original * theta / (2 * math.pi)  # of each frequency within the original context
-    blend = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - blend) * theta / factor + blend * theta
 
 
 def _first_position(input_pos: int | torch.Tensor) -> int:

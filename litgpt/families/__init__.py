@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 # module -> the `model_type`s it describes
 _MODULES = {
-    "llama": ("llama",),
+    "llama": ("llama", "smollm3"),
     "neox": ("gpt_neox",),
     "falcon": ("falcon",),
     "stablelm": ("stablelm",),
@@ -141,4 +141,6 @@ def _architecture(config: "Config") -> dict[str, Any]:
         fields["sliding_window_size"] = fields["sliding_window_indices"] = None
     if config.rope_local_base_freq is None:
         fields["rope_indices"] = None
+    if not any(config.nope_indices or ()):
+        fields.pop("nope_indices", None)
     return fields

@@ -5,6 +5,13 @@ from typing import Any
 from litgpt.families.base import Family, layer_flags
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
+# Kind of RoPE scaling -> what it needs, and what it may have with what that is otherwise
+_YARN = {"beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None, "truncate": True}
+_SCALINGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), {}),
+    "yarn": (("factor",), _YARN | {"attention_factor": None}),
+    "longrope": (("factor", "short_factor", "long_factor"), {"attention_factor": None}),
+}
 
 
 def read_config(family: Family, hf: dict[str, Any]) -> dict[str, Any]:
@@ -80,13 +87,35 @@ def _read_rope(family: Family, hf: dict[str, Any]) -> dict[str, Any]:
             fields["rope_condense_ratio"] = factor
         else:
             fields["rope_adjustments"] = {"factor": float(factor)}
-    elif kind == "llama3":
-        names = ("factor", "low_freq_factor", "high_freq_factor")
-        original = params.get("original_max_position_embeddings", hf.get("max_position_embeddings"))
-        fields["rope_adjustments"] = {name: params[name] for name in names} | {"original_max_seq_len": original}
     elif kind != "default":
-        raise ValueError(f"config.json: RoPE scaling of type {kind!r} is not supported, only 'linear' and 'llama3'")
+        fields["rope_adjustments"] = _read_adjustments(family, kind, params, hf)
     return fields
+
+
+def _read_adjustments(family: Family, kind: str, params: dict[str, Any], hf: dict[str, Any]) -> dict[str, Any]:
+    """RoPE scaling, other than linear, as `Config.rope_adjustments`."""
+    if kind in ("su", "yarn") and "short_factor" in params:
+        kind = "longrope"  # former names of it in Phi-3
+    needed, optional = _SCALINGS.get(kind, ((), {}))
+    if not needed:
+        known = ", ".join(map(repr, ("linear", *_SCALINGS)))
+        raise ValueError(f"config.json: RoPE scaling of type {kind!r} is not supported, only {known}")
+    length = hf.get("max_position_embeddings", family.defaults.get("max_position_embeddings"))
+    key = "original_max_position_embeddings"
+    original = hf.get(key) or family.defaults.get(key) or params.get(key) or length
+    adjustments: dict[str, Any] = {"original_max_seq_len": original}
+    if kind != "llama3":
+        params = params | {"factor": params.get("factor") or length / original}
+    for name in needed:
+        if name not in params:
+            raise ValueError(f"config.json: RoPE scaling of type {kind!r} lacks {name!r}")
+        adjustments[name] = params[name]
+    for name, default in optional.items():
+        if name in ("beta_fast", "beta_slow"):
+            adjustments[name] = params.get(name) or default
+        elif params.get(name, default) not in (default, None):
+            adjustments[name] = params[name]
+    return adjustments
 
 
 def _write_rope(family: Family, config: Any) -> dict[str, Any]:
@@ -97,12 +126,19 @@ def _write_rope(family: Family, config: Any) -> dict[str, Any]:
     if config.rope_local_base_freq is not None:
         hf["rope_local_base_freq"] = float(config.rope_local_base_freq)
     adjustments = dict(config.rope_adjustments or {})
-    original = adjustments.pop("original_max_seq_len", None)
-    if original is not None:
-        hf["rope_scaling"] = {"rope_type": "llama3", **adjustments, "original_max_position_embeddings": original}
-    elif adjustments or config.rope_condense_ratio != 1:
-        hf["rope_scaling"] = {"rope_type": "linear", "factor": adjustments.get("factor", config.rope_condense_ratio)}
-        hf["rope_scaling"]["factor"] = float(hf["rope_scaling"]["factor"])
+    if config.rope_condense_ratio != 1:
+        adjustments["factor"] = float(config.rope_condense_ratio)
+    if adjustments:
+        kinds = {"long_factor": "longrope", "beta_fast": "yarn", "low_freq_factor": "llama3"}
+        kind = next((kind for key, kind in kinds.items() if key in adjustments), "linear")
+        original = adjustments.pop("original_max_seq_len", None)
+        hf["rope_scaling"] = {"rope_type": kind, **adjustments}
+        if original is not None:
+            hf["rope_scaling"]["original_max_position_embeddings"] = original
+        if kind == "longrope":
+            hf["original_max_position_embeddings"] = original  # where Phi-3 keeps it
+            if adjustments["factor"] == config.block_size / original:
+                del hf["rope_scaling"]["factor"]  # Phi-3 has no such key
     return hf
 
 

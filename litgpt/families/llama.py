@@ -166,4 +166,42 @@ LLAMA = Family(
     write=lambda config: {"attention_bias": config.bias, "mlp_bias": config.bias},
     models=_MODELS,
 )
-FAMILIES = (LLAMA,)
+
+# SmolLM3 turns queries and keys in three layers of four.
+_SMOLLM_3 = STRUCTURE | {
+    "block_size": 65536,
+    "vocab_size": 128256,
+    "padded_vocab_size": 128256,
+    "norm_eps": 1e-6,
+    "rope_base": 5000000,
+    "nope_indices": "0001",
+}
+
+
+def _read_smollm_3(hf: dict[str, Any]) -> dict[str, Any]:
+    flags = hf.get("no_rope_layers")  # 1: with RoPE
+    if flags is None:
+        interval = hf.get("no_rope_layer_interval", 4)
+        flags = [int((i + 1) % interval != 0) for i in range(hf["num_hidden_layers"])]
+    return _read(hf) | {"nope_indices": [1 - flag for flag in flags]}
+
+
+SMOLLM_3 = Family(
+    model_type="smollm3",
+    architecture="SmolLM3ForCausalLM",
+    structure=STRUCTURE,
+    keys=KEYS,
+    defaults=DEFAULTS
+    | {"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2000000, "use_sliding_window": False},
+    expects={"hidden_act": SILU, "use_sliding_window": (False,)},
+    **NAMES,
+    tied=True,
+    read=_read_smollm_3,
+    write=lambda config: {
+        "attention_bias": config.bias,
+        "mlp_bias": config.bias,
+        "no_rope_layers": [1 - flag for flag in config.nope_indices or [0] * config.n_layer],
+    },
+    models=named(_SMOLLM_3, ("HuggingFaceTB/SmolLM3-3B{,-Base}", 36, 2048, 16, 4, 11008)),
+)
+FAMILIES = (LLAMA, SMOLLM_3)

@@ -77,7 +77,13 @@ PHI_3 = Family(
     structure=llama.STRUCTURE,
     keys={field: key for field, key in llama.KEYS.items() if field != "head_size"},
     defaults=llama.DEFAULTS
-    | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "sliding_window": None, "partial_rotary_factor": 1.0},
+    | {
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+        "partial_rotary_factor": 1.0,
+    },
     expects={"hidden_act": llama.SILU},
     windows="1",
     outer=llama.OUTER,

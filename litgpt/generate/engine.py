@@ -26,6 +26,7 @@ def prepare_caches(model: GPT, batch_size: int, max_length: int, roomy: bool = F
     Raises:
         ValueError: if the sequences are longer than the model's context, or the caches too small.
     """
+    model.expect_length(max_length)
     caches = model.kv_caches()
     if caches and not model.default_kv_caches:
         rows = min(cache.batch_size for cache in caches)

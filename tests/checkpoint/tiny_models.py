@@ -22,6 +22,13 @@ LLAMA_3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.5, 2.0, 3.0],
+    "long_factor": [1.0, 3.0, 8.0, 16.0],
+}
 GEMMA_3_ROPE = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -50,6 +57,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         SIZES | {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
     ),
     "llama 3 rope": ("llama", GROUPED | {"rope_parameters": LLAMA_3}),
+    "llama yarn": ("llama", GROUPED | {"rope_parameters": YARN}),
+    "llama yarn scales": (
+        "llama",
+        GROUPED | {"rope_parameters": YARN | {"mscale": 1.2, "mscale_all_dim": 0.7, "beta_fast": 4, "truncate": False}},
+    ),
+    "smollm3": ("smollm3", GROUPED | {"num_hidden_layers": 5, "pad_token_id": 0}),
+    "smollm3 listed": (
+        "smollm3",
+        GROUPED | {"no_rope_layers": [0, 1, 0], "pad_token_id": 0, "tie_word_embeddings": False},
+    ),
     "mistral": ("mistral", GROUPED | {"sliding_window": None}),
     "mistral window": ("mistral", GROUPED | {"sliding_window": 5}),
     "mixtral": ("mixtral", GROUPED | {"num_local_experts": 4, "sliding_window": None}),
@@ -68,7 +85,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("phi3", GROUPED | {"pad_token_id": 0}),
     "phi3 window": ("phi3", SIZES | {"pad_token_id": 0, "sliding_window": 5}),
     "phi4-mini": ("phi3", GROUPED | {"pad_token_id": 0, "partial_rotary_factor": 0.75, "tie_word_embeddings": True}),
+    "phi3 long": (
+        "phi3",
+        GROUPED | {"pad_token_id": 0, "original_max_position_embeddings": 16, "rope_parameters": LONGROPE},
+    ),
+    "phi3 long, short text": (
+        "phi3",
+        GROUPED
+        | {"pad_token_id": 0, "original_max_position_embeddings": 32, "rope_parameters": LONGROPE | {"factor": 3.0}},
+    ),
     "qwen2": ("qwen2", GROUPED),
+    "qwen2 yarn": ("qwen2", GROUPED | {"rope_parameters": YARN | {"attention_factor": 1.3}}),
     "qwen2 window": ("qwen2", GROUPED | {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
     "qwen2 tied": ("qwen2", GROUPED | {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", GROUPED | {"head_dim": 16}),
@@ -103,8 +130,10 @@ def save_tiny(case: str, folder: Path, dtype: torch.dtype = torch.float32, **sav
     make = Gemma3ForConditionalGeneration._from_config if model_type == "gemma3" else AutoModelForCausalLM.from_config
     torch.manual_seed(0)
     model = make(config).eval()
-    for parameter in model.parameters():  # norms and biases too, so that none is left out unnoticed
-        torch.nn.init.normal_(parameter, std=0.1)
+    with torch.no_grad():  # norms and biases too, and large, so that nothing is left out unnoticed
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter) * 0.3
+            parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
     model = model.to(dtype)
     model.save_pretrained(folder, **save_options)
     return model

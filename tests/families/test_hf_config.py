@@ -262,7 +262,8 @@ def test_overrides_win_over_what_is_derived():
         ({"model_type": "qwen3_moe"}, "norm_topk_prob = False is not supported for qwen3_moe"),
         (PUBLISHED["microsoft/phi-2"] | {"hidden_act": "relu"}, "hidden_act = 'relu' is not supported"),
         (PUBLISHED["HuggingFaceTB/SmolLM2-135M-Instruct"] | {"mlp_bias": True}, "mlp_bias = True is not supported"),
-        (PUBLISHED["Qwen/Qwen2.5-0.5B"] | {"rope_scaling": {"type": "longrope"}}, "'longrope' is not supported"),
+        (PUBLISHED["Qwen/Qwen2.5-0.5B"] | {"rope_scaling": {"type": "dynamic"}}, "'dynamic' is not supported"),
+        (PUBLISHED["Qwen/Qwen2.5-0.5B"] | {"rope_scaling": {"type": "longrope"}}, "'longrope' lacks 'short_factor'"),
         (PUBLISHED["Qwen/Qwen2.5-0.5B"] | {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not"),
     ],
 )
