@@ -45,10 +45,8 @@ def check_python(python: Path, peer: str, torch_version: str) -> Path:
     found = subprocess.run([str(python), "-I", "-c", code], capture_output=True, text=True)
     expected = [PEERS[peer], torch_version]
     if [public_version(word) for word in found.stdout.split()] != expected:
-        raise ValueError(
-            f"{python} should have {peer} {expected[0]} and torch {expected[1]}, but has: "
-            f"{last_lines(found.stdout + found.stderr)}"
-        )
+        answer = (found.stdout + found.stderr).strip().splitlines() or ["no answer"]
+        raise ValueError(f"{python} should have {peer} {expected[0]} and torch {expected[1]}, but: {answer[-1]}")
     return python
 
 
