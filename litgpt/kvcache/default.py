@@ -186,20 +186,20 @@ class DefaultKVCache(KVCache):
             if step.write_first and step.write is not None:
                 self._write(step, part.rows, key, value)
             kv = self._keys_values(step, part.rows, key, value)
-            output, _ = self.mha.attend(query[:, :, step.queries], kv, step.bias, step.is_causal)
+            output, _ = self.mha.attend(_take(query, step.queries), kv, step.bias, step.is_causal)
             outputs.append(output)
             if not step.write_first and step.write is not None:
                 self._write(step, part.rows, key, value)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
     def _write(self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> None:
-        self.storage.set(key[:, :, step.write], value[:, :, step.write], step.slots, rows)
+        self.storage.set(_take(key, step.write), _take(value, step.write), step.slots, rows)
 
     def _keys_values(
         self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor
     ) -> KeysAndValues:
         if step.read is None and step.new is not None:
-            return DefaultKeysAndValues(key[:, :, step.new], value[:, :, step.new])
+            return DefaultKeysAndValues(_take(key, step.new), _take(value, step.new))
         slots = slice(0, step.bias.shape[-1]) if step.read is None else step.read
         old = self.storage.get(key.shape[0], slots, rows)
         if step.new is None:
@@ -382,3 +382,10 @@ class DefaultKVCache(KVCache):
             self.storage.set(state["keys"].to(self.device), state["values"].to(self.device), slots, None)
         self._lengths = lengths
         self._oldest = tuple(int(position) for position in state["oldest"])
+
+
+def _take(x: torch.Tensor, tokens: slice | torch.Tensor) -> torch.Tensor:
+    """Some tokens of a chunk (B, heads, T, D); x itself where they are all."""
+    if isinstance(tokens, slice) and tokens.start == 0 and tokens.stop == x.shape[2]:
+        return x
+    return x[:, :, tokens]
