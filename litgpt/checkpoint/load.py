@@ -8,8 +8,9 @@ import torch
 import yaml
 from torch.overrides import TorchFunctionMode
 
-from litgpt.checkpoint.base import CONFIG_NAME, EMBEDDING, HEAD, WEIGHTS_NAME, Checkpoint, Piece, open_checkpoint
+from litgpt.checkpoint.base import CONFIG_NAME, EMBEDDING, HEAD, WEIGHTS_NAME, Checkpoint, Piece
 from litgpt.checkpoint.files import copy_side_files, replacing, write_state_dict
+from litgpt.checkpoint.open import open_checkpoint
 from litgpt.config import Config
 from litgpt.model import GPT
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import torch
 
-from litgpt.checkpoint.base import WEIGHTS_NAME, Checkpoint, open_checkpoint
+from litgpt.checkpoint.base import WEIGHTS_NAME, Checkpoint
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.huggingface import HuggingFaceCheckpoint, holds_weights
 from litgpt.checkpoint.load import save_litgpt
+from litgpt.checkpoint.open import open_checkpoint
 from litgpt.config import Config
 from litgpt.scripts.progress import weights_progress
 

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from litgpt.checkpoint.base import open_checkpoint
 from litgpt.checkpoint.export import save_huggingface
 from litgpt.checkpoint.find import find_checkpoint
+from litgpt.checkpoint.open import open_checkpoint
 from litgpt.scripts.progress import weights_progress
 
 

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from litgpt.checkpoint.base import WEIGHTS_NAME, open_checkpoint
+from litgpt.checkpoint.base import WEIGHTS_NAME
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import save_litgpt
+from litgpt.checkpoint.open import open_checkpoint
 from litgpt.scripts.progress import weights_progress
 
 

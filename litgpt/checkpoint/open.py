@@ -1,0 +1,40 @@
+"""The choice of the kind of a checkpoint from what is on disk."""
+
+from pathlib import Path
+
+from litgpt.checkpoint.base import WEIGHTS_NAME, Checkpoint
+from litgpt.checkpoint.huggingface import HuggingFaceCheckpoint, holds_weights
+from litgpt.checkpoint.litgpt_folder import LitGPTCheckpoint
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a folder in the layout of Hugging Face or LitGPT, a `.gguf` file, or a folder with one `.gguf` file.
+
+    Raises `FileNotFoundError` if there is no model at `path`, `ValueError` if it cannot be used.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{str(path)!r} does not exist: give a checkpoint folder, a .gguf file or a model name")
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ValueError(f"{str(path)!r} is a file but no .gguf file: give the folder that holds the checkpoint")
+        return _open_gguf(path)
+    if (path / WEIGHTS_NAME).is_file():
+        return LitGPTCheckpoint(path)
+    if holds_weights(path):
+        return HuggingFaceCheckpoint(path)
+    gguf_files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
+    if len(gguf_files) == 1:
+        return _open_gguf(gguf_files[0])
+    if gguf_files:
+        names = ", ".join(file.name for file in gguf_files)
+        raise ValueError(f"{str(path)!r} holds several .gguf files ({names}): give the path of one")
+    raise FileNotFoundError(
+        f"{str(path)!r} holds no weights: expected {WEIGHTS_NAME}, *.safetensors, pytorch_model*.bin or one .gguf file"
+    )
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    from litgpt.checkpoint.gguf import GGUFCheckpoint
+
+    return GGUFCheckpoint(path)
