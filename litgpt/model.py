@@ -53,7 +53,7 @@ class GPT(nn.Module):
         self._start_of_layer_hook: StartOfLayerHook | None = config.start_of_layer_hook
         self.default_kv_caches = False  # True: made by `set_kv_caches`, which may replace them
         self.static_decode = False  # plan single tokens with shapes that stay the same, for a compiled `decode`
-        self.decode = self.run_layers  # what runs a planned call of one token; may be a compiled `run_layers`
+        self.decode: Callable[..., torch.Tensor] | None = None  # a compiled `run_layers` for single tokens
 
     @classmethod
     def from_name(cls, name: str, **kwargs: object) -> "GPT":
@@ -167,7 +167,7 @@ class GPT(nn.Module):
             needed = self._needs_long_rope(max(T, self._expected_length))
             self._long_rope = needed or (rows is not None and self._long_rope)
         rope = self._rope_rows(starts[0] if len(set(starts)) == 1 else starts, T, self._long_rope)
-        run = self.decode if static else self.run_layers
+        run = self.decode if static and self.decode is not None else self.run_layers
         try:
             x = run(idx, rope, plans, input_pos)
         except BaseException:
@@ -488,6 +488,7 @@ class CausalSelfAttention(nn.Module):
         else:
             rotated, v = heads.split((H + G, G), dim=1)
             q, k = turn(rotated).split((H, G), dim=1)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, norms and RoPE give float32
         if plan is None:
             y, _ = self.mha(q, DefaultKeysAndValues(k, v), self.block_idx)
         else:

@@ -45,7 +45,7 @@ class DefaultKVCache(KVCache):
         self.policy_args = policy_args
         device = torch.device("cpu") if device is None else torch.device(device)
         self.storage = storage(
-            KVCacheParams.from_config(config, batch_size, cache_length, device, self.dtype, self.head_size)
+            KVCacheParams.from_config(config, batch_size, cache_length, device, self._dtype, self.head_size)
         )
         self.mha = MultiHeadSelfAttention(config)
         self.window = config.window(block_idx)
@@ -84,6 +84,10 @@ class DefaultKVCache(KVCache):
     @property
     def device(self) -> torch.device:
         return self.storage.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.storage.dtype  # follows `model.to(dtype)`, as the device does
 
     @property
     def unbounded(self) -> bool:

@@ -43,6 +43,11 @@ class Storage(nn.Module, ABC):
     @abstractmethod
     def device(self) -> torch.device: ...
 
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the keys and values that `set` takes and `get` gives."""
+
 
 class DefaultStorage(Storage):
     """Keys and values as they are, in two tensors (batch_size, G, C, D)."""
@@ -92,3 +97,7 @@ class DefaultStorage(Storage):
     @property
     def device(self) -> torch.device:
         return self.k.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k.dtype
