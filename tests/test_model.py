@@ -1,9 +1,10 @@
 """GPT: parameter names, forward passes with and without caches, what the caches' owner promises."""
 
 import copy
-import functools
+import gc
 import json
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,6 @@ from tiny import tiny_gpt
 
 import litgpt.model
 from litgpt.config import Config
-from litgpt.generate.compiled import compile_decode
 from litgpt.kvcache import DenseKVCache, LastRecentlyInsertedKVCache, default, plan
 from litgpt.model import GPT, RMSNorm
 
@@ -396,10 +396,23 @@ def test_wrong_calls_change_nothing():
 
 
 def test_a_cache_of_another_dtype_is_a_clear_error():
-    model = tiny_gpt()
+    model, idx = tiny_gpt(), tokens(5)
     model.set_kv_caches(2, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="bfloat16.*float32"):
-        model(tokens(5), 0)
+        model(idx, 0)
+    model.set_kv_caches(2)
+    model.to(torch.bfloat16)  # caches go along
+    assert model(idx, 0).dtype == model.get_kv_cache_params(0).dtype == torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+@pytest.mark.parametrize("title", ["Llama 3", "Gemma-3"])
+def test_autocast_works_with_caches_of_its_dtype(title):
+    model, idx = architecture(title), tokens()
+    model.set_kv_caches(2, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model(idx)
+        close(in_cuts(model, idx, (17, 1, 22)), expected, atol=0.1 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -490,33 +503,18 @@ def test_nothing_is_read_back_from_the_device():
         model(idx[:, :T], model.next_token_pos)
 
 
-def test_compiled_decoding_is_one_graph_for_all_positions(monkeypatch):
-    """`compile_decode` asks for a full graph: a break would be an error. Reads of more buckets need no other graph."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    monkeypatch.setattr(plan, "READ_BUCKET", 16)
-    torch._dynamo.reset()
-    model = tiny_gpt(sliding_window_size=8, sliding_window_indices=[1, 0])
-    idx = tokens(100, 3)
-    expected = model(idx)
-    model.set_kv_caches(3)
-    compile_decode(model)
-    with torch.inference_mode():
-        close(in_cuts(model, idx, (3, *(1,) * 97)), expected)
-        assert len(graphs) == 1
-        model.start_kv_caches(3)
-        for row, T in enumerate((3, 9, 40)):
-            model(idx[[row], :T], 0, rows=[row])
-        for step in range(30):
-            at = torch.tensor([[3 + step], [9 + step], [40 + step]])
-            logits = model(idx.gather(1, at), 40 + step)
-            close(logits, expected.gather(1, at[..., None].expand(-1, -1, 100)))
-    assert len(graphs) <= 2, "one more graph for rows of different lengths"
+def test_a_model_is_freed_when_it_is_dropped():
+    model = tiny_gpt()
+    model.set_kv_caches(1)
+    model(tokens(3, 1), 0)
+    alive = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert alive() is None, "a cycle of references keeps the weights until the next garbage collection"
+    finally:
+        gc.enable()
 
 
 def test_a_copy_of_a_model_runs_its_own_layers():

@@ -608,8 +608,3 @@ def test_limits_of_a_call(case):
     assert (cache.dtype, cache.device) == (torch.float32, torch.device("cpu"))
     assert cache.get_params() == case.params(2)
     assert not cache.update_requires_attn_weights()
-
-
-def test_a_name_that_is_no_cache():
-    with pytest.raises(ValueError, match="'newest'.*dense-default, lastrec-default"):
-        create_kv_cache("newest", CACHES[0].config, CACHES[0].params(1), 0)
