@@ -1,136 +1,43 @@
-"""The guarantees G1-G10 of a key-value cache, each over policy x heads x window x soft-capping x dtype x chunking."""
+"""The guarantees of a key-value cache over policy x heads x window x soft-capping x dtype x chunking (G7: `test_state`)."""
 
 import dataclasses
 import itertools
-import math
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litgpt.config import Config
-from litgpt.kvcache import DefaultKVCache, KVCacheParams
+from litgpt.kvcache import KVCacheParams
 from litgpt.kvcache.factory import create_kv_cache
 from litgpt.kvcache.testing import KV_CACHE_NAMES
 
-from .reference import ReferenceCache, visible
+from .cases import (
+    CACHES,
+    KINDS,
+    ROOM,
+    SLOTS,
+    D,
+    call,
+    every_cache,
+    every_kind,
+    feed,
+    follow,
+    go_on,
+    snapshot,
+    unchanged,
+)
+from .reference import visible
 
-D = 8  # head size
-SLOTS, ROOM = 12, 36  # cache length of evicting caches, and of dense ones
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A cache to be tested, and what its attention is like."""
-
-    name: str
-    sinks: int = 0
-    heads: tuple[int, int] = (4, 2)  # H, G
-    window: int | None = None
-    softcap: float | None = None
-    dtype: torch.dtype = torch.float32
-    slots: int | None = None
-
-    def __str__(self):
-        window = "full" if self.window is None else f"window{self.window}"
-        cap = "" if self.softcap is None else "-softcap"
-        return f"{self.name}-sinks{self.sinks}-{self.heads[0]}:{self.heads[1]}-{window}{cap}-{str(self.dtype)[6:]}"
-
-    @property
-    def evicts(self) -> bool:
-        return not self.name.startswith("dense")
-
-    @property
-    def cache_length(self) -> int:
-        return self.slots or (SLOTS if self.evicts else ROOM)
-
-    @property
-    def config(self) -> Config:
-        H, G = self.heads
-        return Config(
-            n_layer=2,
-            n_embd=H * D,
-            n_head=H,
-            n_query_groups=G,
-            block_size=4096,
-            sliding_window_size=self.window,
-            sliding_window_indices=None if self.window is None else [0, 1],
-            attention_logit_softcapping=self.softcap,
-        )
-
-    def params(self, batch: int) -> KVCacheParams:
-        return KVCacheParams.from_config(
-            self.config, batch, self.cache_length, device=torch.device("cpu"), dtype=self.dtype
-        )
-
-    def cache(self, batch: int = 2) -> DefaultKVCache:
-        kwargs = {"sinks": self.sinks} if self.sinks else {}
-        return create_kv_cache(self.name, self.config, self.params(batch), block_idx=1, **kwargs)
-
-    def reference(self) -> ReferenceCache:
-        capacity = self.cache_length if self.evicts else None
-        return ReferenceCache(1 / math.sqrt(D), capacity, self.sinks, self.window, self.softcap)
-
-    def tokens(self, T: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        H, G = self.heads
-        return tuple(2 * torch.randn(batch, heads, T, D, dtype=self.dtype) for heads in (H, G, G))
-
-    def close(self, output: torch.Tensor, expected: torch.Tensor) -> None:
-        tolerance = 1e-5 if self.dtype == torch.float32 else 0.1
-        torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=0 if tolerance < 1e-4 else 0.05)
-
-
-CACHES = [Case("dense-default"), Case("lastrec-default"), Case("lastrec-default", sinks=3)]
-# with a window, one longer and one shorter than what an evicting cache keeps
-KINDS = [*CACHES, *(dataclasses.replace(case, window=window) for case in CACHES for window in (5, 20))]
 EVERYTHING = [
     dataclasses.replace(case, heads=heads, softcap=softcap, dtype=dtype)
     for case, heads, softcap, dtype in itertools.product(
         KINDS, [(4, 4), (4, 2), (4, 1)], [None, 3.0], [torch.float32, torch.bfloat16]
     )
 ]
-every_cache = pytest.mark.parametrize("case", CACHES, ids=str)
-every_kind = pytest.mark.parametrize("case", KINDS, ids=str)
 
 # how a sequence is cut into calls
 CUTS = [(26,), (1,) * 26, (7, *(1,) * 19), (12, 14), (5, 9, 12), (3, 23), (20, 1, 5), (11, 1, 1, 13), (13, 2, 2, 9)]
-
-
-def call(cache, query, key, value, rows=None, static=False):
-    """One call for chosen rows, as the model makes it: plan, run, commit."""
-    lengths = cache.row_lengths if rows is None else [cache.row_lengths[row] for row in rows]
-    plan = cache.plan(max(lengths, default=0), key.shape[0], key.shape[2], rows, static)
-    output = cache(query, key, value, None, 0, plan)
-    cache.commit(plan)
-    return output
-
-
-def feed(cache, tokens, cuts, start=0):
-    """Bring tokens (query, key, value) to a cache, cut into calls. Returns the outputs of all, (B, T, H * D)."""
-    outputs = []
-    for query, key, value in zip(*(x[:, :, : sum(cuts)].split(cuts, dim=2) for x in tokens), strict=True):
-        B, _, T, _ = key.shape
-        outputs.append(cache(query, key, value, torch.zeros(B, T, dtype=torch.int64), start))
-        start += T
-    return torch.cat(outputs, dim=1)
-
-
-def follow(reference, tokens, cuts):
-    """What `feed` is to return."""
-    reference.start(tokens[1], tokens[1].shape[0])
-    parts = zip(*(x.split(cuts, dim=2) for x in tokens), strict=True)
-    return torch.cat([reference.call(*part) for part in parts], dim=1)
-
-
-def snapshot(cache):
-    """Everything that a call may change, as comparable values."""
-    buffers = {name: buffer.clone() for name, buffer in cache.named_buffers()}
-    return buffers, cache.row_lengths, cache.next_token_pos, cache.token_positions().tolist()
-
-
-def unchanged(cache, before):
-    buffers, *rest = snapshot(cache)
-    return rest == list(before[1:]) and all(torch.equal(buffers[name], x) for name, x in before[0].items())
 
 
 def test_every_named_cache_is_in_the_contract():
@@ -262,162 +169,6 @@ def test_G6_a_second_run_is_bit_identical_to_a_first(case):
     assert used.token_positions().shape[-1] == 0
     used.start(3)
     assert (used.next_token_pos, used.eff_batch_size) == (0, 3)
-
-
-def crop_is_exact(case, length, n):
-    """Whether all that the query at n sees of those before it is held after `length` tokens."""
-    reference = case.reference()
-    needed = visible(n, 0, reference.capacity, case.sinks, case.window)[:-1]
-    kept = range(length) if reference.capacity is None else visible(length - 1, 0, reference.capacity, case.sinks)
-    return set(needed) <= set(kept)
-
-
-@every_kind
-@pytest.mark.parametrize("length", [1, 11, 12, 13, 26])
-def test_G7_after_crop_everything_is_as_if_the_tokens_had_never_come(case, length):
-    tokens, more = case.tokens(length), case.tokens(length + 9)
-    full = case.cache()
-    feed(full, tokens, (1,) * length)
-    limit, exact = full.crop_limit, [crop_is_exact(case, length, n) for n in range(length + 1)]
-    assert all(exact[limit:])
-    assert limit == 0 or not exact[limit - 1]
-    assert full.supports_crop == all(exact)
-    for n in range(length + 1):
-        cache, before = full.fork(), snapshot(full)
-        if 0 < n < limit:
-            with pytest.raises(ValueError, match=rf"{n} of {length} .*{limit}"):
-                cache.crop(n)
-            assert unchanged(cache, before)
-            continue
-        cache.crop(n)
-        never = case.cache()
-        if n:
-            feed(never, tokens, (1,) * n)
-        assert cache.next_token_pos == never.next_token_pos == n
-        for cuts in [(1, 1, 7), (9,)]:
-            first, second = cache.fork(), never.fork()
-            rest = [x[:, :, n:] for x in more]
-            assert torch.equal(feed(first, rest, cuts, n), feed(second, rest, cuts, n))
-            # as the numbers are right, so must be the truth about slots
-            stored, positions = first.get_keys_values().keys(), first.token_positions()
-            here = positions[0, 0] >= 0
-            keys = torch.cat((tokens[1][:, :, :n], rest[1]), dim=2)
-            assert torch.equal(stored[0, 0, here], keys[0, 0, positions[0, 0, here]])
-
-
-@pytest.mark.parametrize("case", [c for c in KINDS if c.evicts], ids=str)
-def test_G7_cropping_in_steps_is_refused_where_cropping_at_once_is(case):
-    cache, length = case.cache(), 26
-    feed(cache, case.tokens(length), (20, 1, 5))
-    limit = cache.crop_limit
-    for n in range(length, limit - 1, -1):
-        cache.crop(n)
-        assert cache.crop_limit == limit
-        assert not cache.supports_crop
-    with pytest.raises(ValueError, match=str(limit)):
-        cache.crop(limit - 1)
-    cache.crop(0)
-    assert cache.supports_crop
-
-
-@every_kind
-def test_G7_crop_takes_the_last_tokens_of_every_row(case):
-    cache, reference = case.cache(3), case.reference()
-    cache.start(3)
-    tokens = [case.tokens(T, 1) for T in (4, 11, 9)]
-    reference.start(tokens[0][1], 3)
-    for row, chunk in enumerate(tokens):
-        call(cache, *chunk, rows=[row])
-        reference.call(*chunk, rows=[row])
-    assert cache.crop_limit == 7  # where the shortest row is empty
-    with pytest.raises(ValueError, match="6 of 11 "):
-        cache.crop(6)
-    cache.crop(8)
-    reference.crop(8)
-    assert cache.row_lengths == (1, 8, 6)
-    for T in (1, 3, 1):
-        chunk = case.tokens(T, 3)
-        case.close(call(cache, *chunk), reference.call(*chunk))
-
-
-def worn(case):
-    """A cache (of 4 rows) after a ragged batch of 3 and, where it may, a step back."""
-    cache = case.cache(4)
-    cache.start(3)
-    for row, T in enumerate((9, 4, 11)):
-        call(cache, *case.tokens(T, 1), rows=[row])
-    call(cache, *case.tokens(3, 3))
-    cache.crop(max(cache.crop_limit, 13))
-    return cache
-
-
-def go_on(cache, tokens):
-    """Outputs of a decode step, a chunk, and another decode step for all rows."""
-    return torch.cat([call(cache, *part) for part in zip(*(x.split((1, 6, 1), 2) for x in tokens), strict=True)], 1)
-
-
-@every_kind
-def test_G7_forks_and_their_origin_go_their_own_ways(case):
-    cache = worn(case)
-    before, tokens = snapshot(cache), case.tokens(8, 3)
-    twin, sibling = cache.fork(), cache.fork()
-    assert type(twin) is type(cache)
-    assert twin.get_params() == cache.get_params()
-    first = go_on(twin, tokens)
-    assert unchanged(cache, before)
-    go_on(cache, case.tokens(8, 3))
-    cache.clear()
-    assert torch.equal(first, go_on(sibling, tokens))
-
-
-@every_kind
-def test_G7_a_restored_cache_goes_on_bit_identically(case, tmp_path):
-    cache, tokens = worn(case), case.tokens(8, 3)
-    state = cache.state()
-    torch.save(state, tmp_path / "state")
-    expected, stored = go_on(cache, tokens), cache.token_positions()
-    used = worn(case)
-    for restored in (cache, used, case.cache(3)):
-        restored.load_state(state)
-        assert torch.equal(go_on(restored, tokens), expected)
-        assert torch.equal(restored.token_positions(), stored)
-    cache.load_state(torch.load(tmp_path / "state", weights_only=True))
-    assert torch.equal(go_on(cache, tokens), expected)
-    empty = case.cache()
-    cache.load_state(empty.state())
-    assert (cache.next_token_pos, cache.eff_batch_size) == (0, None)
-
-
-@every_kind
-def test_G7_a_state_that_does_not_fit_is_refused(case):
-    state, good = worn(case).state(), worn(case)
-    other_dtype = dataclasses.replace(case, dtype=torch.float64).cache(4)
-    shorter = dataclasses.replace(case, slots=10).cache(4)
-    other_heads = dataclasses.replace(case, heads=(4, 1)).cache(4)
-    for cache in (other_dtype, shorter, other_heads, case.cache(2)):
-        before = snapshot(cache)
-        with pytest.raises(ValueError, match=r"\d"):
-            cache.load_state(state)
-        assert unchanged(cache, before)
-    feed(good, case.tokens(26), (26,))
-    for other in CACHES:  # what a policy left in its slots means nothing to another one
-        other = dataclasses.replace(other, slots=good.cache_length)
-        if (other.name, other.sinks) != (case.name, case.sinks) and case.evicts:
-            cache = other.cache(4)
-            with pytest.raises(ValueError, match="LastRecentPolicy.*Policy"):
-                cache.load_state(good.state())
-            assert cache.eff_batch_size is None
-
-
-@every_kind
-def test_G7_reordered_rows_are_the_rows_they_were(case):
-    cache = worn(case)
-    for rows in ([2, 0, 1], [1], [2, 2, 0, 2]):
-        mixed, plain, tokens = cache.fork(), cache.fork(), case.tokens(8, 3)
-        mixed.reorder(rows)
-        assert mixed.row_lengths == tuple(cache.row_lengths[row] for row in rows)
-        assert torch.equal(mixed.token_positions(), cache.token_positions()[rows][:, :, : mixed.current_length])
-        case.close(go_on(mixed, [x[rows] for x in tokens]), go_on(plain, tokens)[rows].double())
 
 
 @every_kind

@@ -1,0 +1,126 @@
+"""The caches that the contract is about, with their references, and how tests bring tokens to them."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from litgpt.config import Config
+from litgpt.kvcache import DefaultKVCache, KVCacheParams
+from litgpt.kvcache.factory import create_kv_cache
+
+from .reference import ReferenceCache
+
+D = 8  # head size
+SLOTS, ROOM = 12, 36  # cache length of evicting caches, and of dense ones
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A cache to be tested, and what its attention is like."""
+
+    name: str
+    sinks: int = 0
+    heads: tuple[int, int] = (4, 2)  # H, G
+    window: int | None = None
+    softcap: float | None = None
+    dtype: torch.dtype = torch.float32
+    slots: int | None = None
+
+    def __str__(self):
+        window = "full" if self.window is None else f"window{self.window}"
+        cap = "" if self.softcap is None else "-softcap"
+        return f"{self.name}-sinks{self.sinks}-{self.heads[0]}:{self.heads[1]}-{window}{cap}-{str(self.dtype)[6:]}"
+
+    @property
+    def evicts(self) -> bool:
+        return not self.name.startswith("dense")
+
+    @property
+    def cache_length(self) -> int:
+        return self.slots or (SLOTS if self.evicts else ROOM)
+
+    @property
+    def config(self) -> Config:
+        H, G = self.heads
+        return Config(
+            n_layer=2,
+            n_embd=H * D,
+            n_head=H,
+            n_query_groups=G,
+            block_size=4096,
+            sliding_window_size=self.window,
+            sliding_window_indices=None if self.window is None else [0, 1],
+            attention_logit_softcapping=self.softcap,
+        )
+
+    def params(self, batch: int) -> KVCacheParams:
+        return KVCacheParams.from_config(
+            self.config, batch, self.cache_length, device=torch.device("cpu"), dtype=self.dtype
+        )
+
+    def cache(self, batch: int = 2) -> DefaultKVCache:
+        kwargs = {"sinks": self.sinks} if self.sinks else {}
+        return create_kv_cache(self.name, self.config, self.params(batch), block_idx=1, **kwargs)
+
+    def reference(self) -> ReferenceCache:
+        capacity = self.cache_length if self.evicts else None
+        return ReferenceCache(1 / math.sqrt(D), capacity, self.sinks, self.window, self.softcap)
+
+    def tokens(self, T: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        H, G = self.heads
+        return tuple(2 * torch.randn(batch, heads, T, D, dtype=self.dtype) for heads in (H, G, G))
+
+    def close(self, output: torch.Tensor, expected: torch.Tensor) -> None:
+        tolerance = 1e-5 if self.dtype == torch.float32 else 0.1
+        torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=0 if tolerance < 1e-4 else 0.05)
+
+
+CACHES = [Case("dense-default"), Case("lastrec-default"), Case("lastrec-default", sinks=3)]
+# with a window, one longer and one shorter than what an evicting cache keeps
+KINDS = [*CACHES, *(dataclasses.replace(case, window=window) for case in CACHES for window in (5, 20))]
+every_cache = pytest.mark.parametrize("case", CACHES, ids=str)
+every_kind = pytest.mark.parametrize("case", KINDS, ids=str)
+
+
+def call(cache, query, key, value, rows=None, static=False):
+    """One call for chosen rows, as the model makes it: plan, run, commit."""
+    lengths = cache.row_lengths if rows is None else [cache.row_lengths[row] for row in rows]
+    plan = cache.plan(max(lengths, default=0), key.shape[0], key.shape[2], rows, static)
+    output = cache(query, key, value, None, 0, plan)
+    cache.commit(plan)
+    return output
+
+
+def feed(cache, tokens, cuts, start=0):
+    """Bring tokens (query, key, value) to a cache, cut into calls. Returns the outputs of all, (B, T, H * D)."""
+    outputs = []
+    for query, key, value in zip(*(x[:, :, : sum(cuts)].split(cuts, dim=2) for x in tokens), strict=True):
+        B, _, T, _ = key.shape
+        outputs.append(cache(query, key, value, torch.zeros(B, T, dtype=torch.int64), start))
+        start += T
+    return torch.cat(outputs, dim=1)
+
+
+def follow(reference, tokens, cuts):
+    """What `feed` is to return."""
+    reference.start(tokens[1], tokens[1].shape[0])
+    parts = zip(*(x.split(cuts, dim=2) for x in tokens), strict=True)
+    return torch.cat([reference.call(*part) for part in parts], dim=1)
+
+
+def snapshot(cache):
+    """Everything that a call may change, as comparable values."""
+    buffers = {name: buffer.clone() for name, buffer in cache.named_buffers()}
+    return buffers, cache.row_lengths, cache.next_token_pos, cache.token_positions().tolist()
+
+
+def unchanged(cache, before):
+    buffers, *rest = snapshot(cache)
+    return rest == list(before[1:]) and all(torch.equal(buffers[name], x) for name, x in before[0].items())
+
+
+def go_on(cache, tokens):
+    """Outputs of a decode step, a chunk, and another decode step for all rows."""
+    return torch.cat([call(cache, *part) for part in zip(*(x.split((1, 6, 1), 2) for x in tokens), strict=True)], 1)
