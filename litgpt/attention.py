@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from litgpt.config import Config
+from litgpt.rope import yarn_get_mscale
 
 QUERY_BLOCK = 512  # queries per tile where a mask is needed; bounds the mask at QUERY_BLOCK x N
 SCORE_BLOCK_BYTES = 64 << 20  # eager attention keeps at most this many bytes of float32 scores at a time
@@ -129,6 +130,7 @@ def scaled_dot_product_attention(
     scale: float,
     mask: torch.Tensor | None = None,
     attention_logit_softcapping: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out, with every weight returned.
 
@@ -138,6 +140,7 @@ def scaled_dot_product_attention(
         scale: factor on the query-key products.
         mask: additive float or boolean (True: attend) mask, broadcastable to (B, H, T, N).
         attention_logit_softcapping: threshold for `do_softcapping`, applied before the mask.
+        sinks: (H,), for each head the score of a key that takes part in the softmax and has no value (GPT-OSS).
 
     Returns:
         Output (B, H, T, D) in the query's dtype; weights (B, H, T, N), float32.
@@ -150,7 +153,10 @@ def scaled_dot_product_attention(
     scores = do_softcapping(scores, attention_logit_softcapping)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    weights = torch.softmax(scores, dim=-1)
+    if sinks is None:
+        weights = torch.softmax(scores, dim=-1)
+    else:
+        weights = (scores - torch.logaddexp(scores.logsumexp(-1), sinks.float()[:, None]).unsqueeze(-1)).exp()
     values = k_and_v.values()
     output = weights.to(values.dtype).view(B, G, H // G * T, N) @ values
     return output.view(B, H, T, values.shape[-1]), weights
@@ -166,6 +172,7 @@ def attend(
     softcapping: float | None = None,
     return_weights: bool = False,
     eager: bool = False,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention by the fastest way that gives what is asked: fused kernel, or written out in blocks of queries.
 
@@ -178,11 +185,12 @@ def attend(
         softcapping: threshold for `do_softcapping`.
         return_weights: also return the weights, summed over the T queries.
         eager: never use the fused kernel.
+        sinks: (H,), as for `scaled_dot_product_attention`.
 
     Returns:
         Output (B, H, T, D); weights (B, H, N) in float32, or None.
     """
-    if not (eager or return_weights) and softcapping is None:
+    if not (eager or return_weights) and softcapping is None and sinks is None:
         keys, values = _together(k_and_v)
         grouped = query.shape[1] != keys.shape[1]
         return F.scaled_dot_product_attention(
@@ -202,11 +210,22 @@ def attend(
             part = bias[..., start:stop, :]
         else:
             part = bias
-        output, weights = scaled_dot_product_attention(query[:, :, start:stop], k_and_v, scale, part, softcapping)
+        output, weights = scaled_dot_product_attention(
+            query[:, :, start:stop], k_and_v, scale, part, softcapping, sinks
+        )
         outputs.append(output)
         if return_weights:
             summed = weights.sum(2) if summed is None else summed + weights.sum(2)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), summed
+
+
+def attention_scale(config: Config) -> float:
+    """Factor on query-key products. With latent attention YaRN's factor for the whole head is in it."""
+    if config.latent_attention is None:
+        return 1.0 / math.sqrt(config.attention_scores_scalar or config.head_size)
+    adjustments = config.rope_adjustments or {}
+    mscale = yarn_get_mscale(adjustments.get("factor", 1.0), adjustments.get("mscale_all_dim", 0.0))
+    return mscale**2 / math.sqrt(config.attention_scores_scalar or config.qk_head_dim)
 
 
 class MultiHeadSelfAttention:
@@ -225,10 +244,12 @@ class MultiHeadSelfAttention:
         use_eager_sdpa_always: bool = False,
     ) -> None:
         self.config = config
-        self.scale = 1.0 / math.sqrt(config.attention_scores_scalar or config.head_size)
+        self.scale = attention_scale(config)
         self.softcapping = config.attention_logit_softcapping
         self.sdpa_kernels = [sdpa_kernels] if isinstance(sdpa_kernels, SDPBackend) else sdpa_kernels
         self.use_eager_sdpa_always = use_eager_sdpa_always
+        # keys that all heads share and that are longer than values: a fused kernel would copy them for every head
+        self.shared_key_size = None if config.latent_attention is None else config.cache_head_size
 
     def attend(
         self,
@@ -237,6 +258,7 @@ class MultiHeadSelfAttention:
         bias: torch.Tensor | None,
         is_causal: bool,
         return_weights: bool = False,
+        sinks: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`attend` with this model's scale and soft-capping. Returns (B, H, T, D) and (B, H, N) or None."""
         context = nullcontext() if self.sdpa_kernels is None else sdpa_kernel(list(self.sdpa_kernels))
@@ -249,7 +271,8 @@ class MultiHeadSelfAttention:
                 is_causal=is_causal,
                 softcapping=self.softcapping,
                 return_weights=return_weights,
-                eager=self.use_eager_sdpa_always,
+                eager=self.use_eager_sdpa_always or query.shape[-1] == self.shared_key_size,
+                sinks=sinks,
             )
 
     def __call__(
@@ -260,6 +283,7 @@ class MultiHeadSelfAttention:
         input_pos: int | None = None,
         return_attn_weights: bool = False,
         token_positions: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend causally in layer `block_idx`.
 
@@ -270,6 +294,7 @@ class MultiHeadSelfAttention:
             input_pos: position of the first query. None or 0: keys are those of the same T tokens.
             return_attn_weights: also return the weights summed over the T queries.
             token_positions: position of every key, (B, G, N), negative for none. Default: 0..N-1.
+            sinks: (H,), as for `scaled_dot_product_attention`.
 
         Returns:
             Output (B, T, H * D); weights (B, H, N) in float32, or None.
@@ -299,7 +324,7 @@ class MultiHeadSelfAttention:
             if (tile.k0, tile.k1) != (0, N):
                 part = DefaultKeysAndValues(*(x[:, :, tile.k0 : tile.k1] for x in _together(k_and_v)))
             output, weights = self.attend(
-                query[:, :, tile.q0 : tile.q1], part, tile.bias, tile.is_causal, return_attn_weights
+                query[:, :, tile.q0 : tile.q1], part, tile.bias, tile.is_causal, return_attn_weights, sinks
             )
             outputs.append(output)
             if return_attn_weights:

@@ -150,7 +150,8 @@ class Config:
             if getattr(self, key) is None:
                 setattr(self, key, self._implied(key))
         if self.latent_attention is not None:
-            for key in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):
+            self.q_lora_rank: int | None = self.latent_attention.get("q_lora_rank")  # None: queries are not compressed
+            for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):
                 self._require("latent_attention", key in self.latent_attention, f"a dict that has {key!r}")
                 setattr(self, key, self.latent_attention[key])
             self.qk_head_dim = self.qk_rope_head_dim + self.qk_nope_head_dim
@@ -176,7 +177,7 @@ class Config:
             self._require("first_k_dense_replace", self.first_k_dense_replace is None, "left out without LLaMAMoE")
         if self.n_expert_groups is not None:
             groups = self.n_expert_groups
-            self._require("n_expert_groups", groups > 1 and self.n_expert % groups == 0, "a divisor of n_expert, > 1")
+            self._require("n_expert_groups", groups > 0 and self.n_expert % groups == 0, "a divisor of n_expert")
             self._require("n_topk_groups", self.n_topk_groups is not None, "given with n_expert_groups")
             scores = self.n_topk_scores_per_group
             self._require(
@@ -193,6 +194,21 @@ class Config:
         if key == "norm_affine":
             return not (self.norm_class_name == "LayerNorm" and "OLMo" in self.name)
         return self.__dataclass_fields__[key].default
+
+    @property
+    def cache_groups(self) -> int:
+        """Heads of keys and values in a cache: `n_query_groups`, or 1 with latent attention, whose heads share one."""
+        return self.n_query_groups if self.latent_attention is None else 1
+
+    @property
+    def cache_head_size(self) -> int:
+        """Size of a key in a cache."""
+        return self.head_size if self.latent_attention is None else self.kv_lora_rank + self.qk_rope_head_dim
+
+    @property
+    def cache_value_size(self) -> int | None:
+        """With latent attention, how many of a key's first elements are the value; else None: values are stored too."""
+        return None if self.latent_attention is None else self.kv_lora_rank
 
     def window(self, block_idx: int) -> int | None:
         """The sliding-window size of a layer in tokens, `None` where it attends to everything."""

@@ -16,6 +16,7 @@ from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention, do_so
 from litgpt.config import Config
 from litgpt.kvcache import DenseKVCache, KVCache, KVCacheParams, LastRecentlyInsertedKVCache
 from litgpt.kvcache.plan import Plan, read_bucket
+from litgpt.moe import Experts, GroupedTopkRouter
 from litgpt.rope import apply_rope as apply_rope
 from litgpt.rope import apply_rope_interleave as apply_rope_interleave
 from litgpt.rope import build_rope_cache, rotate, short_context
@@ -279,8 +280,8 @@ class GPT(nn.Module):
             for name, value, expected in (
                 ("block_idx", cache.block_idx, block_idx),
                 ("n_head", cache.n_head, self.config.n_head),
-                ("n_query_groups", cache.n_query_groups, self.config.n_query_groups),
-                ("head_size", cache.head_size, self.config.head_size),
+                ("n_query_groups", cache.n_query_groups, self.config.cache_groups),
+                ("head_size", cache.head_size, self.config.cache_head_size),
                 ("batch_size", cache.batch_size, kv_caches[0].batch_size),
                 ("dtype", cache.dtype, kv_caches[0].dtype),
             ):
@@ -415,10 +416,12 @@ class Block(nn.Module):
             return config.norm_class(config.n_embd, eps=config.norm_eps) if wanted else other
 
         self.norm_1 = norm(config.norm_1)
-        self.attn = CausalSelfAttention(config, block_idx)
+        attention = CausalSelfAttention if config.latent_attention is None else MultiheadLatentAttention
+        self.attn = attention(config, block_idx)
         self.post_attention_norm = norm(config.post_attention_norm, config.residual_multiplier)
         self.norm_2 = None if config.shared_attention_norm else norm(config.norm_2)
-        self.mlp = config.mlp_class(config)
+        is_dense = block_idx < (config.first_k_dense_replace or 0)
+        self.mlp = LLaMAMLP(config) if is_dense else config.mlp_class(config)
         self.post_mlp_norm = norm(config.post_mlp_norm, config.residual_multiplier)
         self.config = config
 
@@ -450,6 +453,7 @@ class CausalSelfAttention(nn.Module):
         H, G, D = config.n_head, config.n_query_groups, config.head_size
         self.qkv = nn.Linear(config.n_embd, (H + 2 * G) * D, bias=config.bias or config.attn_bias)
         self.proj = nn.Linear(H * D, config.n_embd, bias=config.bias)
+        self.sinks = nn.Parameter(torch.zeros(H)) if config.attention_sinks else None
         self.kv_cache: KVCache | None = None
         self.mha = MultiHeadSelfAttention(config)
         if config.norm_qk:
@@ -490,9 +494,9 @@ class CausalSelfAttention(nn.Module):
             q, k = turn(rotated).split((H, G), dim=1)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, norms and RoPE give float32
         if plan is None:
-            y, _ = self.mha(q, DefaultKeysAndValues(k, v), self.block_idx)
+            y, _ = self.mha(q, DefaultKeysAndValues(k, v), self.block_idx, sinks=self.sinks)
         else:
-            y = self.kv_cache(q, k, v, token_idx, input_pos, plan)
+            y = self.kv_cache(q, k, v, token_idx, input_pos, plan, self.sinks)
         return self.proj(y)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object, **kwargs: object) -> None:
@@ -505,6 +509,79 @@ class CausalSelfAttention(nn.Module):
                 parts = (groups[:, : H // G], groups[:, H // G], groups[:, H // G + 1])
                 state_dict[f"{prefix}qkv.{kind}"] = torch.cat([part.reshape(-1, *old.shape[1:]) for part in parts])
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class MultiheadLatentAttention(nn.Module):
+    """Attention whose keys and values of all heads come from one small vector a token (arXiv:2405.04434, section 2.1).
+
+    Only that vector, with its rotated part, is cached, as the one key that all heads share and whose beginning is the
+    value. Queries and outputs are brought into its space instead: the same products in another order.
+    """
+
+    LATENT_EPS = 1e-6  # whatever the model's other norms have
+
+    def __init__(self, config: Config, block_idx: int) -> None:
+        super().__init__()
+        H, E = config.n_head, config.n_embd
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(E, H * config.qk_head_dim, bias=config.bias)
+        else:
+            self.q_a_proj = nn.Linear(E, config.q_lora_rank, bias=config.attn_bias)
+            self.q_a_norm = RMSNorm(config.q_lora_rank, eps=self.LATENT_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, H * config.qk_head_dim, bias=config.bias)
+        R, r = config.kv_lora_rank, config.qk_rope_head_dim
+        self.kv_a_proj_with_mqa = nn.Linear(E, R + r, bias=config.attn_bias)
+        self.kv_a_norm = RMSNorm(R, eps=self.LATENT_EPS)
+        self.kv_b_proj = LatentExpansion(R, H * (config.qk_nope_head_dim + config.v_head_dim), bias=config.bias)
+        self.proj = nn.Linear(H * config.v_head_dim, E, bias=config.bias)
+        self.kv_cache: KVCache | None = None
+        self.mha = MultiHeadSelfAttention(config)
+        self.config = config
+        self.block_idx = block_idx
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: torch.Tensor,
+        plan: Plan | None = None,
+        token_idx: torch.Tensor | None = None,
+        input_pos: int | None = None,
+    ) -> torch.Tensor:
+        """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is that of this layer's cache."""
+        config = self.config
+        H, R, r, n = config.n_head, config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim
+        q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
+        q, q_turned = q.unflatten(-1, (H, n + r)).transpose(1, 2).split((n, r), dim=-1)
+        latent, k_turned = self.kv_a_proj_with_mqa(x).unsqueeze(1).split((R, r), dim=-1)
+        latent = self.kv_a_norm(latent)
+        q_turned = rotate(q_turned, rope[:, 0], config.rope_interleave)
+        k_turned = rotate(k_turned, rope[:, 0], config.rope_interleave)
+        if plan is None:
+            k, v = self.kv_b_proj(latent[:, 0]).unflatten(-1, (H, -1)).transpose(1, 2).split((n, config.v_head_dim), -1)
+            k = torch.cat((k, k_turned.expand(-1, H, -1, -1)), dim=-1)
+            y, _ = self.mha(torch.cat((q, q_turned), dim=-1), DefaultKeysAndValues(k, v), self.block_idx)
+            return self.proj(y)
+        to_key, to_value = self.kv_b_proj.by_head(H, n)
+        key = torch.cat((latent, k_turned), dim=-1)
+        y = self.kv_cache(torch.cat((q @ to_key, q_turned), dim=-1), key, key[..., :R], token_idx, input_pos, plan)
+        y = y.unflatten(-1, (H, R)).transpose(1, 2) @ to_value.mT
+        return self.proj(self.kv_b_proj.with_bias(y.transpose(1, 2), n).flatten(2))
+
+
+class LatentExpansion(nn.Linear):
+    """From the latent vector to keys and values of all heads. A class of its own, since its weight is also used in
+    parts: layers that keep weights in other forms must not take its place."""
+
+    def by_head(self, n_head: int, key_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight's parts for keys (H, key_size, R) and values (H, value_size, R)."""
+        weight = self.weight.unflatten(0, (n_head, -1))
+        return weight[:, :key_size], weight[:, key_size:]
+
+    def with_bias(self, values: torch.Tensor, key_size: int) -> torch.Tensor:
+        """Values (..., H, value_size) with the bias that `by_head` leaves out. That of keys changes no attention weight."""
+        if self.bias is None:
+            return values
+        return values + self.bias.unflatten(0, (values.shape[-2], -1))[:, key_size:]
 
 
 class GptNeoxMLP(nn.Module):
@@ -532,37 +609,62 @@ class LLaMAMLP(nn.Module):
         self.proj = nn.Linear(size, config.n_embd, bias=config.bias)
         self.gelu_approximate = config.gelu_approximate
 
+    def gated(self, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return F.silu(gate) * x
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(F.silu(self.fc_1(x)) * self.fc_2(x))
+        return self.proj(self.gated(self.fc_1(x), self.fc_2(x)))
 
 
 class GemmaMLP(LLaMAMLP):
     """Gated MLP with GELU."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(F.gelu(self.fc_1(x), approximate=self.gelu_approximate) * self.fc_2(x))
+    def gated(self, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(gate, approximate=self.gelu_approximate) * x
+
+
+class ClampedMLP(LLaMAMLP):
+    """Gated MLP of GPT-OSS's experts: clamped inputs, a steeper sigmoid, and one added to the linear part."""
+
+    SLOPE = 1.702
+
+    def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
+        super().__init__(config, intermediate_size)
+        self.limit = config.swiglu_limit
+
+    def gated(self, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        gate = gate.clamp(max=self.limit)
+        return gate * torch.sigmoid(self.SLOPE * gate) * (x.clamp(-self.limit, self.limit) + 1)
 
 
 class LLaMAMoE(nn.Module):
-    """Mixture of gated MLPs: every token goes through the `n_expert_per_token` best of them (arXiv:2401.04088)."""
+    """Mixture of gated MLPs: every token goes through the `n_expert_per_token` best of them (arXiv:2401.04088), and through
+    `n_shared_expert` more that all share (arXiv:2401.06066)."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.n_embd, config.n_expert, bias=False)
         size = config.moe_intermediate_size or config.intermediate_size
-        self.experts = nn.ModuleList(LLaMAMLP(config, size) for _ in range(config.n_expert))
+        if config.n_expert_groups:
+            self.gate = GroupedTopkRouter(config)
+        else:
+            self.gate = nn.Linear(config.n_embd, config.n_expert, bias=config.router_bias)
+        expert = LLaMAMLP if config.swiglu_limit is None else ClampedMLP
+        self.experts = Experts(expert(config, size) for _ in range(config.n_expert))
+        if config.n_shared_expert:
+            self.shared_experts = LLaMAMLP(config, size * config.n_shared_expert)
         self.config = config
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.view(-1, x.shape[-1])
-        scores, chosen = torch.topk(self.gate(flat), self.config.n_expert_per_token)
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(x.dtype)
-        y = torch.zeros_like(flat)
-        for expert_idx, expert in enumerate(self.experts):
-            token, rank = torch.where(chosen == expert_idx)
-            if len(token):
-                y.index_add_(0, token, weights[token, rank, None] * expert(flat[token]))
-        return y.view_as(x)
+        if self.config.n_expert_groups:
+            weights, chosen = self.gate(flat)
+        else:
+            scores, chosen = torch.topk(self.gate(flat), self.config.n_expert_per_token)
+            weights = scores.softmax(dim=-1, dtype=torch.float32)
+        if self.config.routed_scaling_factor != 1.0:
+            weights = weights * self.config.routed_scaling_factor
+        y = self.experts(flat, weights, chosen).view_as(x)
+        return y + self.shared_experts(x) if self.config.n_shared_expert else y
 
 
 class Multiply(nn.Module):

@@ -15,7 +15,10 @@ from litgpt.config import Config
 
 @dataclass(frozen=True)
 class KVCacheParams:
-    """Size and place of a cache: `batch_size` x `n_query_groups` x `cache_length` x `head_size`, twice."""
+    """Size and place of a cache: `batch_size` x `n_query_groups` x `cache_length` x `head_size`, twice.
+
+    With a `value_size`, values are the first that many elements of the keys and take no place of their own.
+    """
 
     batch_size: int
     n_query_groups: int
@@ -24,6 +27,7 @@ class KVCacheParams:
     n_head: int
     device: torch.device | None
     dtype: torch.dtype | None
+    value_size: int | None = None
 
     @staticmethod
     def from_config(
@@ -36,12 +40,13 @@ class KVCacheParams:
     ) -> "KVCacheParams":
         return KVCacheParams(
             batch_size=batch_size,
-            n_query_groups=config.n_query_groups,
+            n_query_groups=config.cache_groups,
             cache_length=cache_length,
-            head_size=config.head_size if head_size is None else head_size,
+            head_size=config.cache_head_size if head_size is None else head_size,
             n_head=config.n_head,
             device=device,
             dtype=dtype,
+            value_size=config.cache_value_size,
         )
 
 
@@ -79,9 +84,10 @@ class KVCache(nn.Module, ABC):
         self.batch_size = batch_size
         self.cache_length = cache_length
         self.block_idx = block_idx
-        self.n_query_groups = config.n_query_groups
+        self.n_query_groups = config.cache_groups
         self.n_head = config.n_head
-        self.head_size = config.head_size if head_size is None else head_size
+        self.head_size = config.cache_head_size if head_size is None else head_size
+        self.value_size = config.cache_value_size
         self._dtype = torch.get_default_dtype() if dtype is None else dtype
 
     @abstractmethod
@@ -92,7 +98,7 @@ class KVCache(nn.Module, ABC):
 
         Args:
             query: (B, H, T, D), after RoPE.
-            key, value: (B, G, T, D), keys after RoPE.
+            key, value: (B, G, T, D), keys after RoPE; or values (B, G, T, `value_size`), the beginnings of the keys.
             token_idx: (B, T), the tokens themselves, for policies that look at them.
             input_pos: position of the first new token: 0, or `next_token_pos`.
 
@@ -153,4 +159,5 @@ class KVCache(nn.Module, ABC):
             n_head=self.n_head,
             device=self.device,
             dtype=self.dtype,
+            value_size=self.value_size,
         )

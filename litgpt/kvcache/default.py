@@ -131,16 +131,18 @@ class DefaultKVCache(KVCache):
         token_idx: torch.Tensor,
         input_pos: int,
         plan: Plan | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `KVCache.forward`. With a `plan` (from `plan`), its tensor code alone: the caller has to `commit` it."""
+        """As `KVCache.forward`. With a `plan` (from `plan`), its tensor code alone: the caller has to `commit` it.
+        `sinks` (H,) are scores as in `litgpt.attention.scaled_dot_product_attention`."""
         self._check_dtype(query, key, value)
         if plan is not None:
-            return self._run(plan, query, key, value)
+            return self._run(plan, query, key, value, sinks)
         B, _, T, _ = key.shape
         self._check_shapes(query, key, value)
         plan = self.plan(input_pos, B, T)
         try:
-            output = self._run(plan, query, key, value)
+            output = self._run(plan, query, key, value, sinks)
         except BaseException:
             self.clear()  # slots may be half written: better empty than wrong
             raise
@@ -174,23 +176,27 @@ class DefaultKVCache(KVCache):
         )
         self._lengths = plan.after
 
-    def _run(self, plan: Plan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _run(
+        self, plan: Plan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
         if len(plan.parts) == 1:
-            output = self._run_part(plan.parts[0], query, key, value)
+            output = self._run_part(plan.parts[0], query, key, value, sinks)
         else:
             output = query.new_empty(*query.shape[:-1], value.shape[-1])
             for part in plan.parts:
                 r = part.chunk_rows
-                output[r] = self._run_part(part, query[r], key[r], value[r])
+                output[r] = self._run_part(part, query[r], key[r], value[r], sinks)
         return output.transpose(1, 2).flatten(2)
 
-    def _run_part(self, part: Part, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _run_part(
+        self, part: Part, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
+    ) -> torch.Tensor:
         outputs = []
         for step in part.steps:
             if step.write_first and step.write is not None:
                 self._write(step, part.rows, key, value)
             kv = self._keys_values(step, part.rows, key, value)
-            output, _ = self.mha.attend(_take(query, step.queries), kv, step.bias, step.is_causal)
+            output, _ = self.mha.attend(_take(query, step.queries), kv, step.bias, step.is_causal, sinks=sinks)
             outputs.append(output)
             if not step.write_first and step.write is not None:
                 self._write(step, part.rows, key, value)
@@ -254,8 +260,9 @@ class DefaultKVCache(KVCache):
         for name, x, heads in (("query", query, self.n_head), ("key", key, self.n_query_groups)):
             if tuple(x.shape) != (B, heads, T, self.head_size):
                 raise ValueError(f"{name} must be {(B, heads, T, self.head_size)}, got {tuple(x.shape)}")
-        if value.shape != key.shape:
-            raise ValueError(f"value must be {tuple(key.shape)}, got {tuple(value.shape)}")
+        expected = (*key.shape[:-1], self.value_size or self.head_size)
+        if tuple(value.shape) != expected:
+            raise ValueError(f"value must be {expected}, got {tuple(value.shape)}")
 
     def _check_dtype(self, *tensors: torch.Tensor) -> None:
         if any(x.dtype != self.dtype for x in tensors):
@@ -357,7 +364,9 @@ class DefaultKVCache(KVCache):
         }
         kv = self.get_keys_values()
         if kv is not None:
-            state["keys"], state["values"] = kv.keys().clone(), kv.values().clone()
+            state["keys"] = kv.keys().clone()
+            if self.value_size is None:
+                state["values"] = kv.values().clone()
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -376,14 +385,16 @@ class DefaultKVCache(KVCache):
                 f"the state is what {state['policy']} left of longer sequences, the cache has {self.policy!r}"
             )
         if used:
-            for name in ("keys", "values"):
+            for name in ("keys", "values") if self.value_size is None else ("keys",):
                 x = state[name]
                 if tuple(x.shape) != expected or x.dtype != self.dtype:
                     raise ValueError(
                         f"{name} of the state are {tuple(x.shape)} {x.dtype}, the cache needs {expected} {self.dtype}"
                     )
             slots = torch.arange(used, device=self.device)
-            self.storage.set(state["keys"].to(self.device), state["values"].to(self.device), slots, None)
+            keys = state["keys"].to(self.device)
+            values = keys[..., : self.value_size] if self.value_size else state["values"].to(self.device)
+            self.storage.set(keys, values, slots, None)
         self._lengths = lengths
         self._oldest = tuple(int(position) for position in state["oldest"])
 

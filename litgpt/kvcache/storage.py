@@ -49,22 +49,32 @@ class Storage(nn.Module, ABC):
         """Of the keys and values that `set` takes and `get` gives."""
 
 
+def _take(x: torch.Tensor, row: Index, slots: Index) -> torch.Tensor:
+    if isinstance(slots, slice):  # first, since taking rows copies
+        return x[:, :, slots][row]
+    return x[row][:, :, slots]
+
+
 class DefaultStorage(Storage):
-    """Keys and values as they are, in two tensors (batch_size, G, C, D)."""
+    """Keys and values as they are, in two tensors (batch_size, G, C, D); or keys alone, if values are parts of them."""
 
     def __init__(self, params: KVCacheParams) -> None:
         super().__init__()
+        self.value_size = params.value_size
         shape = (params.batch_size, params.n_query_groups, params.cache_length, params.head_size)
         with torch.inference_mode(False):  # the buffers outlive the call that makes them
             for name in ("k", "v"):
                 # zeros, not empty: a masked slot has weight 0, and 0 * NaN would be NaN
-                self.register_buffer(
-                    name, torch.zeros(shape, device=params.device, dtype=params.dtype), persistent=False
-                )
+                stored = name == "k" or params.value_size is None
+                buffer = torch.zeros(shape, device=params.device, dtype=params.dtype) if stored else None
+                self.register_buffer(name, buffer, persistent=False)
+
+    def _stored(self) -> list[torch.Tensor]:
+        return [self.k] if self.v is None else [self.k, self.v]
 
     def set(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor | None) -> None:
         batch = key.shape[0]
-        for buffer, new in ((self.k, key), (self.v, value)):
+        for buffer, new in zip(self._stored(), (key, value), strict=False):
             if rows is None and slots.ndim == 1:
                 target = buffer if batch == buffer.shape[0] else buffer[:batch]
                 target.index_copy_(2, slots, new)
@@ -74,25 +84,25 @@ class DefaultStorage(Storage):
 
     def get(self, batch: int, slots: Index, rows: torch.Tensor | None = None) -> KeysAndValues:
         row = slice(batch) if rows is None else rows
-        if isinstance(slots, slice):  # first, since taking rows copies
-            return DefaultKeysAndValues(self.k[:, :, slots][row], self.v[:, :, slots][row])
-        return DefaultKeysAndValues(self.k[row][:, :, slots], self.v[row][:, :, slots])
+        keys = _take(self.k, row, slots)
+        return DefaultKeysAndValues(keys, keys[..., : self.value_size] if self.v is None else _take(self.v, row, slots))
 
     def select_rows(self, rows: Sequence[int]) -> None:
         moved = [(new, old) for new, old in enumerate(rows) if new != old]
         if moved:
             new, old = torch.tensor(moved, device=self.device).unbind(1)
-            for buffer in (self.k, self.v):
+            for buffer in self._stored():
                 buffer[new] = buffer[old]
 
     def size_in_bits(self) -> dict[str, int]:
-        return {name: 8 * x.numel() * x.element_size() for name, x in (("keys", self.k), ("values", self.v))}
+        bits = [8 * x.numel() * x.element_size() for x in self._stored()]
+        return {"keys": bits[0], "values": sum(bits[1:])}
 
     @classmethod
     def size_in_bits_apriori(cls, params: KVCacheParams) -> dict[str, int]:
         dtype = torch.get_default_dtype() if params.dtype is None else params.dtype
         bits = 8 * dtype.itemsize * params.batch_size * params.n_query_groups * params.cache_length * params.head_size
-        return {"keys": bits, "values": bits}
+        return {"keys": bits, "values": bits if params.value_size is None else 0}
 
     @property
     def device(self) -> torch.device:
