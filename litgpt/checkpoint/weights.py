@@ -49,6 +49,8 @@ class WeightMap:
         if any(piece in name for piece in self.family.ignored):
             return
         template, indices, leaf = _split(name)
+        if self.family.extra_blocks and indices and int(indices[0]) >= self.config.n_layer:
+            return
         rule = self._by_theirs.get(template)
         if rule is None:
             yield name, 0, tensor

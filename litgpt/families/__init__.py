@@ -19,6 +19,7 @@ _MODULES = {
     "olmo": ("olmo", "olmo2"),
     "gemma": ("gemma", "gemma2", "gemma3_text"),
     "phi": ("phi", "phi3"),
+    "deepseek": ("deepseek_v3",),
     "qwen": ("qwen2", "qwen3", "qwen3_moe"),
 }
 # `model_type`s that are read as another: the text part of a multimodal model, and former names
@@ -132,9 +133,15 @@ def _candidates(config: "Config") -> "Iterator[Family]":
 def _architecture(config: "Config") -> dict[str, Any]:
     """The fields that decide what a model computes, in one form for equal models."""
     fields = config.to_dict() | {"norm_unit_offset": config.norm_unit_offset, "norm_affine": config.norm_affine}
-    for key in ("name", "hf_config", "vocab_size", "padding_multiple", "norm_topk_prob"):
+    for key in ("name", "hf_config", "vocab_size", "padding_multiple"):
         del fields[key]
-    fields["attention_scores_scalar"] = config.attention_scores_scalar or config.head_size
+    if config.n_expert_groups is None:  # only that router has a choice
+        del fields["norm_topk_prob"]
+    if config.latent_attention is None:
+        fields["attention_scores_scalar"] = config.attention_scores_scalar or config.head_size
+    else:  # it has sizes of its own
+        for key in ("head_size", "rotary_percentage", "n_query_groups"):
+            del fields[key]
     if config.mlp_class_name == "LLaMAMoE" and config.moe_intermediate_size is None:
         fields["moe_intermediate_size"] = config.intermediate_size
     if config.sliding_window_size is None or not any(config.sliding_window_indices):

@@ -34,6 +34,7 @@ class Family:
         interleaved_qkv: Their query, key and value rows alternate by head group: q q k v, q q k v, ...
         prefixes: What the names may begin with in some files, and what to read instead.
         ignored: Pieces of names of tensors that carry no weights of the text model.
+        extra_blocks: Files may hold blocks after the last, which guess further tokens and are left out.
         tied: Whether input and output embedding are one matrix when `config.json` does not say.
         name_mark: What LitGPT 0.5.13 looks for in a model's name to know the family's norm.
         read: More `Config` fields from `config.json`.
@@ -56,6 +57,7 @@ class Family:
     interleaved_qkv: bool = False
     prefixes: dict[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    extra_blocks: bool = False
     tied: bool = False
     name_mark: str = ""
     read: Callable[[dict], dict] = lambda hf: {}

@@ -37,6 +37,12 @@ ATTENTION = {
     "norm_2": "post_attention_layernorm",
 }
 MLP = {"mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj"}
+EXPERTS = {
+    "mlp.gate": "mlp.gate",
+    "mlp.experts.{}.fc_1": "mlp.experts.{}.gate_proj",
+    "mlp.experts.{}.fc_2": "mlp.experts.{}.up_proj",
+    "mlp.experts.{}.proj": "mlp.experts.{}.down_proj",
+}
 NAMES = {"outer": OUTER, "blocks": "model.layers", "block": ATTENTION | MLP}
 
 _LLAMA_2 = STRUCTURE | {"vocab_size": 32000, "padding_multiple": 64}

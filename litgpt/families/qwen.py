@@ -140,14 +140,7 @@ QWEN_3_MOE = Family(
     },
     outer=llama.OUTER,
     blocks="model.layers",
-    block=llama.ATTENTION
-    | _QK_NORM
-    | {
-        "mlp.gate": "mlp.gate",
-        "mlp.experts.{}.fc_1": "mlp.experts.{}.gate_proj",
-        "mlp.experts.{}.fc_2": "mlp.experts.{}.up_proj",
-        "mlp.experts.{}.proj": "mlp.experts.{}.down_proj",
-    },
+    block=llama.ATTENTION | _QK_NORM | llama.EXPERTS,
     models=_QWEN_3_MOE_MODELS,
 )
 FAMILIES = (QWEN_2, QWEN_3, QWEN_3_MOE)

@@ -37,6 +37,20 @@ SOFTCAPS = {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0}
 NEW_FALCON = {"new_decoder_architecture": True, "num_kv_heads": 2}
 FALCON = {k: v for k, v in SIZES.items() if k != "intermediate_size"} | {"ffn_hidden_size": 48}
 GEMMA_3 = GROUPED | {"head_dim": 16, "sliding_window": 4, "num_hidden_layers": 7, "query_pre_attn_scalar": 24}
+DEEPSEEK = SIZES | {
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 6,
+}
 VISION = {
     "hidden_size": 8,
     "intermediate_size": 8,
@@ -110,6 +124,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": True,
         },
     ),
+    "deepseek_v3": ("deepseek_v3", DEEPSEEK | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.8}}),
+    "deepseek_v3 plain": (
+        "deepseek_v3",
+        DEEPSEEK
+        | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_interleave": False},
+    ),
     "olmo": ("olmo", GROUPED),
     "olmo2": ("olmo2", GROUPED),
     "falcon 7b": ("falcon", FALCON),
@@ -134,6 +154,9 @@ def save_tiny(case: str, folder: Path, dtype: torch.dtype = torch.float32, **sav
         for parameter in model.parameters():
             noise = torch.randn_like(parameter) * 0.3
             parameter.copy_(noise if parameter.ndim > 1 else parameter + noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.normal_(std=0.3)
     model = model.to(dtype)
     model.save_pretrained(folder, **save_options)
     return model

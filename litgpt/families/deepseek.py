@@ -1,0 +1,126 @@
+"""DeepSeek-V3 and R1: latent attention, and experts chosen group by group. (The distilled R1 models are Llama and Qwen2.)"""
+
+from typing import Any
+
+from litgpt.families import llama
+from litgpt.families.base import Family, named
+
+_STRUCTURE = llama.STRUCTURE | {"mlp_class_name": "LLaMAMoE"}
+_ROUTING = {
+    "n_expert": 256,
+    "n_expert_per_token": 8,
+    "n_shared_expert": 1,
+    "n_expert_groups": 8,
+    "n_topk_groups": 4,
+    "n_topk_scores_per_group": 2,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "first_k_dense_replace": 3,
+    "moe_intermediate_size": 2048,
+}
+_LATENT = {
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+}
+_YARN = {
+    "original_max_seq_len": 4096,
+    "factor": 40,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+_V3 = (
+    _STRUCTURE
+    | _ROUTING
+    | {
+        "block_size": 163840,
+        "vocab_size": 129280,
+        "padded_vocab_size": 129280,
+        "norm_eps": 1e-6,
+        "rope_interleave": True,
+        "rope_adjustments": _YARN,
+        "latent_attention": _LATENT,
+    }
+)
+_KEYS = {field: key for field, key in llama.KEYS.items() if field not in ("n_query_groups", "head_size")} | {
+    "moe_intermediate_size": "moe_intermediate_size",
+    "n_expert": ("n_routed_experts", "num_local_experts"),
+    "n_expert_per_token": "num_experts_per_tok",
+    "n_shared_expert": "n_shared_experts",
+    "n_expert_groups": "n_group",
+    "n_topk_groups": "topk_group",
+    "routed_scaling_factor": "routed_scaling_factor",
+    "norm_topk_prob": "norm_topk_prob",
+    "first_k_dense_replace": "first_k_dense_replace",
+    "rope_interleave": "rope_interleave",
+}
+
+
+def _read(hf: dict[str, Any]) -> dict[str, Any]:
+    return {"latent_attention": {key: hf.get(key, default) for key, default in _LATENT.items()}}
+
+
+def _write(config: Any) -> dict[str, Any]:
+    return dict(config.latent_attention or {}) | {"num_key_value_heads": config.n_head}
+
+
+DEEPSEEK_V3 = Family(
+    model_type="deepseek_v3",
+    architecture="DeepseekV3ForCausalLM",
+    structure=_STRUCTURE | {"n_topk_scores_per_group": 2},
+    keys=_KEYS,
+    defaults=llama.DEFAULTS
+    | {
+        "max_position_embeddings": 4096,
+        "moe_intermediate_size": 2048,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "n_shared_experts": 1,
+        "n_group": 8,
+        "topk_group": 4,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "first_k_dense_replace": 3,
+        "rope_interleave": True,
+    },
+    expects={
+        "hidden_act": llama.SILU,
+        "attention_bias": (False,),
+        "moe_layer_freq": (1,),
+        "scoring_func": ("sigmoid",),
+    },
+    outer=llama.OUTER,
+    blocks="model.layers",
+    block={
+        "norm_1": "input_layernorm",
+        "attn.q_proj": "self_attn.q_proj",
+        "attn.q_a_proj": "self_attn.q_a_proj",
+        "attn.q_a_norm": "self_attn.q_a_layernorm",
+        "attn.q_b_proj": "self_attn.q_b_proj",
+        "attn.kv_a_proj_with_mqa": "self_attn.kv_a_proj_with_mqa",
+        "attn.kv_a_norm": "self_attn.kv_a_layernorm",
+        "attn.kv_b_proj": "self_attn.kv_b_proj",
+        "attn.proj": "self_attn.o_proj",
+        "norm_2": "post_attention_layernorm",
+    }
+    | llama.MLP
+    | llama.EXPERTS
+    | {
+        "mlp.shared_experts.fc_1": "mlp.shared_experts.gate_proj",
+        "mlp.shared_experts.fc_2": "mlp.shared_experts.up_proj",
+        "mlp.shared_experts.proj": "mlp.shared_experts.down_proj",
+    },
+    extra_blocks=True,
+    read=_read,
+    write=_write,
+    models=named(
+        _V3,
+        ("deepseek-ai/DeepSeek-V3{,-Base,-0324,.1,.1-Base}", 61, 7168, 128, None, 18432),
+        ("deepseek-ai/DeepSeek-R1{,-Zero,-0528}", 61, 7168, 128, None, 18432),
+    ),
+)
+FAMILIES = (DEEPSEEK_V3,)
