@@ -32,21 +32,30 @@ torch.library.register_fake(
 
 
 class PackedLinear(nn.Module):
-    """`nn.Linear` for inference on CPU in bfloat16. Its state dict is that of the layer it was made from.
+    """`nn.Linear` for inference on CPU in bfloat16, or several with the same input as one, their outputs side by side.
+
+    The state dict of a single one is that of the layer it was made from.
 
     Args:
-        linear: the plain layer.
-        release: whether the plain weight's memory is given back; `unpack_linears` fills the same parameter again.
+        linears: the plain layers.
+        release: whether the plain weights' memory is given back; `plain` fills the same parameters again.
     """
 
-    def __init__(self, linear: nn.Linear, release: bool) -> None:
+    def __init__(self, *linears: nn.Linear, release: bool) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.bias = linear.bias
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS_HINT)
-        self._plain = (linear,)  # in a tuple: not a submodule, its weight no parameter of this one
+        self._plain = linears  # a tuple: no submodules, their weights no parameters of this one
+        self.sizes = [linear.out_features for linear in linears]
+        self.in_features, self.out_features = linears[0].in_features, sum(self.sizes)
+        single = len(linears) == 1
+        weight = linears[0].weight if single else torch.cat([linear.weight for linear in linears])
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS_HINT)
+        if single or linears[0].bias is None:
+            self.bias = linears[0].bias
+        else:
+            self.register_buffer("bias", torch.cat([linear.bias.detach() for linear in linears]), persistent=False)
         if release:
-            linear.weight.data = linear.weight.new_empty(0)
+            for linear in linears:
+                linear.weight.data = linear.weight.new_empty(0)
         self.key = next(_next_key)
         _packed_weights[self.key] = self
 
@@ -55,12 +64,12 @@ class PackedLinear(nn.Module):
         """The plain weight (out_features, in_features), a copy."""
         return self.packed.to_dense()
 
-    def plain(self) -> nn.Linear:
-        """The layer that this one was made from, as it was."""
-        (linear,) = self._plain
-        if not linear.weight.numel():
-            linear.weight.data = self.weight
-        return linear
+    def plain(self) -> tuple[nn.Linear, ...]:
+        """The layers that this one was made from, as they were."""
+        if not self._plain[0].weight.numel():
+            for linear, weight in zip(self._plain, self.weight.split(self.sizes), strict=True):
+                linear.weight.data = weight.clone() if len(self.sizes) > 1 else weight
+        return self._plain
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
@@ -73,6 +82,32 @@ class PackedLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+class PackedGatedMLP(nn.Module):
+    """A gated MLP (`fc_1`, `fc_2`, `proj`, and `gated` between them) whose first two layers are one product."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self._plain = (mlp,)
+        self._first = (PackedLinear(mlp.fc_1, mlp.fc_2, release=True),)
+        self.proj = PackedLinear(mlp.proj, release=True)
+
+    def plain(self) -> nn.Module:
+        """The module that this one was made from, as it was."""
+        self._first[0].plain(), self.proj.plain()
+        return self._plain[0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, x = self._first[0](x).chunk(2, dim=-1)
+        return self.proj(self._plain[0].gated(gate, x))
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        (mlp,), (first,) = self._plain, self._first
+        for name, linear, weight in zip(("fc_1", "fc_2"), (mlp.fc_1, mlp.fc_2), first.weight.chunk(2), strict=True):
+            destination[f"{prefix}{name}.weight"] = weight
+            if linear.bias is not None:
+                destination[f"{prefix}{name}.bias"] = linear.bias if keep_vars else linear.bias.detach()
 
 
 def can_pack(weight: torch.Tensor) -> bool:
@@ -91,16 +126,30 @@ def pack_linears(model: nn.Module) -> None:
 
     One at a time, so that no more than one weight is held twice, but for one that an embedding shares and needs as it is.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and can_pack(child.weight):
-                setattr(module, name, PackedLinear(child, release=id(child.weight) not in embeddings))
+    _pack(model, {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)})
+
+
+def _pack(module: nn.Module, embeddings: set[int]) -> None:
+    for name, child in list(module.named_children()):
+        gated = [getattr(child, layer, None) for layer in ("fc_1", "fc_2", "proj")] if hasattr(child, "gated") else []
+        if gated and all(_is_plain(layer) for layer in gated):
+            setattr(module, name, PackedGatedMLP(child))
+        elif _is_plain(child):
+            setattr(module, name, PackedLinear(child, release=id(child.weight) not in embeddings))
+        else:
+            _pack(child, embeddings)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and can_pack(module.weight)
 
 
 def unpack_linears(model: nn.Module) -> None:
     """Undo `pack_linears`: the same layers with the same parameters, so that optimizers that know them go on working."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, PackedLinear):
-                setattr(module, name, child.plain())
+    for name, child in list(model.named_children()):
+        if isinstance(child, PackedGatedMLP):
+            setattr(model, name, child.plain())
+        elif isinstance(child, PackedLinear):
+            setattr(model, name, child.plain()[0])
+        else:
+            unpack_linears(child)

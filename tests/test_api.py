@@ -1,10 +1,10 @@
 import pytest
 import torch
+from tiny import CHAT_TEMPLATE, VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
 from litgpt.api import LLM, Preprocessor, benchmark_dict_to_markdown_table
 from litgpt.packed import PackedLinear
 from litgpt.prompts import ChatTemplate
-from tests.tiny import CHAT_TEMPLATE, VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 import pytest
 import torch
+from tiny import tiny_gpt
 
 from litgpt.packed import PackedLinear, can_pack, pack_linears, unpack_linears
-from tests.tiny import tiny_gpt
 
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.empty(1, 1, dtype=torch.bfloat16)), reason="no packed bfloat16 products on this machine"
@@ -13,7 +13,10 @@ def bf16_gpt(**kwargs):
     return tiny_gpt(**kwargs).to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("flags", [{}, {"bias": True, "lm_head_bias": True}])
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"bias": True, "lm_head_bias": True}, {"mlp_class_name": "GptNeoxMLP"}, {"mlp_class_name": "GemmaMLP"}],
+)
 @pytest.mark.parametrize("T", [1, 7, 64])
 def test_packed_layers_give_the_same_logits(flags, T):
     model, idx = bf16_gpt(**flags), torch.randint(0, 100, (2, T))
@@ -23,8 +26,9 @@ def test_packed_layers_give_the_same_logits(flags, T):
     torch.testing.assert_close(model(idx), plain, atol=0.05, rtol=0.05)
 
 
-def test_the_state_dict_is_that_of_the_plain_model():
-    model = bf16_gpt()
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_state_dict_is_that_of_the_plain_model(bias):
+    model = bf16_gpt(bias=bias)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     pack_linears(model)
     after = model.state_dict()

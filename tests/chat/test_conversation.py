@@ -1,10 +1,10 @@
 import pytest
 import torch
+from tiny import CHAT_TEMPLATE, VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
 from litgpt.chat.conversation import Conversation
 from litgpt.generate.setup import Ready, choose_kv_caches
 from litgpt.prompts import ChatTemplate, PromptStyle
-from tests.tiny import CHAT_TEMPLATE, VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tiny import greedy_without_caches, tiny_gpt
 
 from litgpt.generate.base import (
     batched_generate_fn,
@@ -9,7 +10,6 @@ from litgpt.generate.base import (
     next_token,
 )
 from litgpt.kvcache.factory import create_kv_caches
-from tests.tiny import greedy_without_caches, tiny_gpt
 
 GREEDY = {"temperature": 0.0}
 

@@ -2,12 +2,12 @@ import shutil
 
 import pytest
 import torch
+from tiny import tiny_gpt
 from torch._dynamo.utils import counters
 
 from litgpt.generate.base import batched_generate_fn
 from litgpt.generate.compiled import compile_decode
 from litgpt.kvcache.factory import create_kv_caches
-from tests.tiny import tiny_gpt
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"),

@@ -1,9 +1,9 @@
 import pytest
 import torch
+from tiny import greedy_without_caches, tiny_gpt
 
 from litgpt.generate.session import Session
 from litgpt.kvcache.factory import create_kv_caches
-from tests.tiny import greedy_without_caches, tiny_gpt
 
 GREEDY = {"temperature": 0.0}
 FIRST = list(range(5, 15))
