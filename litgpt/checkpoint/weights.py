@@ -22,6 +22,24 @@ class _Rule:
     theirs: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Stack:
+    """One tensor of theirs for all experts, (experts, in, out), whose columns alternate between modules of ours."""
+
+    ours: tuple[str, ...]
+    theirs: str
+
+    def place(self, indices: list[str], kind: str, tensor: torch.Tensor) -> Iterator[Piece]:
+        for expert, matrix in enumerate(tensor):
+            for part, module in enumerate(self.ours):
+                columns = matrix[..., part :: len(self.ours)]
+                yield f"{module.format(*indices, expert)}.{kind}", 0, columns.mT if kind == "weight" else columns
+
+    def build(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        matrices = torch.stack([part.mT if part.ndim > 1 else part for part in parts])
+        return matrices.unflatten(0, (-1, len(self.ours))).movedim(1, -1).flatten(-2)
+
+
 class WeightMap:
     """The names and layouts of one family's weights, for a model of one config."""
 
@@ -39,6 +57,12 @@ class WeightMap:
             )
         self._by_theirs = {name: rule for rule in rules for name in rule.theirs}
         self._by_ours = {name: rule for rule in rules for name in rule.ours}
+        stacks = [
+            _Stack(tuple(f"transformer.h.{{}}.{name}" for name in ours.split()), f"{family.blocks}.{{}}.{theirs}")
+            for ours, theirs in family.stacked.items()
+        ]
+        self._stack_by_theirs = {stack.theirs: stack for stack in stacks}
+        self._stack_by_ours = {name: stack for stack in stacks for name in stack.ours}
 
     def place(self, name: str, tensor: torch.Tensor) -> Iterator[Piece]:
         """Our parameters' rows that one of their tensors holds; a name that is not known comes back as it is."""
@@ -50,6 +74,9 @@ class WeightMap:
             return
         template, indices, leaf = _split(name)
         if self.family.extra_blocks and indices and int(indices[0]) >= self.config.n_layer:
+            return
+        if stack := self._stack_by_theirs.get(f"{template}.{leaf.removesuffix('_bias')}"):
+            yield from stack.place(indices, "bias" if leaf.endswith("_bias") else "weight", tensor)
             return
         rule = self._by_theirs.get(template)
         if rule is None:
@@ -73,6 +100,12 @@ class WeightMap:
         made: dict[str, tuple[str, ...]] = {}
         for name in names:
             template, indices, leaf = _split(name)
+            if stack := self._stack_by_ours.get(template):
+                experts = range(self.config.n_expert)
+                modules = [module.format(indices[0], expert) for expert in experts for module in stack.ours]
+                their_name = stack.theirs.format(indices[0]) + ("_bias" if leaf == "bias" else "")
+                made[their_name] = tuple(f"{module}.{leaf}" for module in modules)
+                continue
             rule = self._by_ours.get(template)
             if rule is None:
                 raise ValueError(f"{name!r} has no place in an architecture of type {self.family.model_type!r}")
@@ -82,12 +115,15 @@ class WeightMap:
 
     def build(self, name: str, sources: tuple[str, ...], get_tensor: GetTensor) -> torch.Tensor:
         """One of their tensors, from the parameters of ours that it is made of."""
-        rule = self._by_theirs[_split(name)[0]]
+        template, _, leaf = _split(name)
+        if stack := self._stack_by_theirs.get(f"{template}.{leaf.removesuffix('_bias')}"):
+            return stack.build([get_tensor(source) for source in sources])
+        rule = self._by_theirs[template]
         if len(sources) > 1:
             return torch.cat([get_tensor(source) for source in sources])
         tensor = get_tensor(sources[0])
         if len(rule.theirs) > 1:
-            return tensor.split(qkv_sizes(self.config))[rule.theirs.index(_split(name)[0])]
+            return tensor.split(qkv_sizes(self.config))[rule.theirs.index(template)]
         if self.family.interleaved_qkv and rule.ours[0].endswith(".attn.qkv"):
             return _interleave(tensor, self.config)
         return tensor

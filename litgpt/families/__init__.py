@@ -20,6 +20,7 @@ _MODULES = {
     "gemma": ("gemma", "gemma2", "gemma3_text"),
     "phi": ("phi", "phi3"),
     "deepseek": ("deepseek_v3",),
+    "gpt_oss": ("gpt_oss",),
     "qwen": ("qwen2", "qwen3", "qwen3_moe"),
 }
 # `model_type`s that are read as another: the text part of a multimodal model, and former names

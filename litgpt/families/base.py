@@ -31,6 +31,8 @@ class Family:
         blocks: Their name of the list of blocks.
         block: Our module name -> theirs, inside a block. Several, separated by spaces, share one matrix on the other
             side, stacked in this order; `{}` stands for an expert's index.
+        stacked: Our modules, one or several for each expert -> their one tensor (experts, in, out) of all of them, inside a
+            block. The columns of its matrices alternate between ours; its biases have `_bias` after the name.
         interleaved_qkv: Their query, key and value rows alternate by head group: q q k v, q q k v, ...
         prefixes: What the names may begin with in some files, and what to read instead.
         ignored: Pieces of names of tensors that carry no weights of the text model.
@@ -54,6 +56,7 @@ class Family:
     expects: dict[str, tuple] = field(default_factory=dict)
     windows: str = ""
     rope_keys: tuple[str, str] = ("rope_theta", "partial_rotary_factor")
+    stacked: dict[str, str] = field(default_factory=dict)
     interleaved_qkv: bool = False
     prefixes: dict[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)

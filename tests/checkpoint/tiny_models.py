@@ -130,6 +130,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         DEEPSEEK
         | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_interleave": False},
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        GROUPED
+        | {
+            "head_dim": 16,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 5,
+            "swiglu_limit": 1.5,
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
     "olmo": ("olmo", GROUPED),
     "olmo2": ("olmo2", GROUPED),
     "falcon 7b": ("falcon", FALCON),
