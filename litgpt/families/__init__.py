@@ -20,6 +20,7 @@ _MODULES = {
     "gemma": ("gemma", "gemma2", "gemma3_text"),
     "phi": ("phi", "phi3"),
     "deepseek": ("deepseek_v3",),
+    "granite": ("granite",),
     "gpt_oss": ("gpt_oss",),
     "qwen": ("qwen2", "qwen3", "qwen3_moe"),
 }

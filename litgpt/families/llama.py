@@ -153,11 +153,15 @@ _MODELS = (
 )
 
 
-def _read(hf: dict[str, Any]) -> dict[str, Any]:
+def read(hf: dict[str, Any]) -> dict[str, Any]:
     attention, mlp = hf.get("attention_bias", False), hf.get("mlp_bias", False)
     if attention != mlp:
-        raise ValueError(f"config.json: attention_bias = {attention} with mlp_bias = {mlp} is not supported for llama")
+        raise ValueError(f"config.json: attention_bias = {attention} with mlp_bias = {mlp} is not supported")
     return {"bias": attention}
+
+
+def write(config: Any) -> dict[str, Any]:
+    return {"attention_bias": config.bias, "mlp_bias": config.bias}
 
 
 LLAMA = Family(
@@ -168,8 +172,8 @@ LLAMA = Family(
     defaults=DEFAULTS,
     expects={"hidden_act": SILU},
     **NAMES,
-    read=_read,
-    write=lambda config: {"attention_bias": config.bias, "mlp_bias": config.bias},
+    read=read,
+    write=write,
     models=_MODELS,
 )
 
@@ -189,7 +193,7 @@ def _read_smollm_3(hf: dict[str, Any]) -> dict[str, Any]:
     if flags is None:
         interval = hf.get("no_rope_layer_interval", 4)
         flags = [int((i + 1) % interval != 0) for i in range(hf["num_hidden_layers"])]
-    return _read(hf) | {"nope_indices": [1 - flag for flag in flags]}
+    return read(hf) | {"nope_indices": [1 - flag for flag in flags]}
 
 
 SMOLLM_3 = Family(
@@ -203,11 +207,9 @@ SMOLLM_3 = Family(
     **NAMES,
     tied=True,
     read=_read_smollm_3,
-    write=lambda config: {
-        "attention_bias": config.bias,
-        "mlp_bias": config.bias,
-        "no_rope_layers": [1 - flag for flag in config.nope_indices or [0] * config.n_layer],
-    },
+    write=lambda config: (
+        write(config) | {"no_rope_layers": [1 - flag for flag in config.nope_indices or [0] * config.n_layer]}
+    ),
     models=named(_SMOLLM_3, ("HuggingFaceTB/SmolLM3-3B{,-Base}", 36, 2048, 16, 4, 11008)),
 )
 FAMILIES = (LLAMA, SMOLLM_3)

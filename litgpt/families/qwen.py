@@ -35,6 +35,10 @@ _235B = {"moe_intermediate_size": 1536}
 _QWEN_2_MODELS = (
     named(
         _QWEN_25_SMALL,
+        ("Qwen/Qwen2-0.5B", 24, 896, 14, 2, 4864, _LONG),
+        ("Qwen/Qwen2-0.5B-Instruct", 24, 896, 14, 2, 4864),
+        ("Qwen/Qwen2-1.5B", 28, 1536, 12, 2, 8960, _LONG),
+        ("Qwen/Qwen2-1.5B-Instruct", 28, 1536, 12, 2, 8960),
         ("Qwen/Qwen2.5-{,Coder-}0.5B Qwen/Qwen2.5-{,Coder-}0.5B-Instruct", 24, 896, 14, 2, 4864),
         ("Qwen/Qwen2.5-1.5B{,-Instruct}", 28, 1536, 12, 2, 8960, _LONG),
         ("Qwen/Qwen2.5-Coder-1.5B{,-Instruct}", 28, 1536, 12, 2, 8960),
@@ -43,6 +47,8 @@ _QWEN_2_MODELS = (
     )
     | named(
         _QWEN_25 | {"norm_eps": 1e-6},
+        ("Qwen/Qwen2-7B", 28, 3584, 28, 4, 18944, _LONG),
+        ("Qwen/Qwen2-7B-Instruct", 28, 3584, 28, 4, 18944),
         ("Qwen/Qwen2.5-7B{,-Instruct}", 28, 3584, 28, 4, 18944, _LONG),
         ("Qwen/Qwen2.5-Coder-7B{,-Instruct}", 28, 3584, 28, 4, 18944),
         ("Qwen/Qwen2.5-Math-7B{,-Instruct}", 28, 3584, 28, 4, 18944, _MATH),

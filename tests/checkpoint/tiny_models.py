@@ -130,6 +130,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         DEEPSEEK
         | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "norm_topk_prob": False, "rope_interleave": False},
     ),
+    "granite": (
+        "granite",
+        GROUPED
+        | {
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.7,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "granite biases": (
+        "granite",
+        GROUPED | {"attention_multiplier": 0.0078125, "attention_bias": True, "mlp_bias": True},
+    ),
     "gpt_oss": (
         "gpt_oss",
         GROUPED
