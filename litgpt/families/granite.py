@@ -3,7 +3,18 @@
 from typing import Any
 
 from litgpt.families import llama
-from litgpt.families.base import Family
+from litgpt.families.base import Family, named
+
+_GRANITE_33 = llama.STRUCTURE | {
+    "block_size": 131072,
+    "vocab_size": 49159,
+    "padded_vocab_size": 49159,
+    "rope_base": 10000000,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+}
+_2B = {"attention_scores_scalar": 4096, "logits_divisor": 8.0}
+_8B = {"attention_scores_scalar": 16384, "logits_divisor": 16.0}
 
 
 def _read(hf: dict[str, Any]) -> dict[str, Any]:
@@ -30,5 +41,11 @@ GRANITE = Family(
     **llama.NAMES,
     read=_read,
     write=_write,
+    tied=True,
+    models=named(
+        _GRANITE_33,
+        ("ibm-granite/granite-3.3-2b-instruct", 40, 2048, 32, 8, 8192, _2B),
+        ("ibm-granite/granite-3.3-8b-instruct", 40, 4096, 32, 8, 12800, _8B),
+    ),
 )
 FAMILIES = (GRANITE,)
