@@ -17,9 +17,9 @@ from litgpt.config import Config
 from litgpt.kvcache import DenseKVCache, KVCache, KVCacheParams, LastRecentlyInsertedKVCache
 from litgpt.kvcache.plan import Plan, read_bucket
 from litgpt.moe import Experts, GroupedTopkRouter
+from litgpt.rope import Rope, build_rope_cache, rotate, short_context
 from litgpt.rope import apply_rope as apply_rope
 from litgpt.rope import apply_rope_interleave as apply_rope_interleave
-from litgpt.rope import build_rope_cache, rotate, short_context
 from litgpt.rope import yarn_get_mscale as yarn_get_mscale
 
 StartOfLayerHook = Callable[[torch.Tensor, int, int | None], None]
@@ -114,13 +114,13 @@ class GPT(nn.Module):
         return self.logits(x)
 
     def run_layers(
-        self, idx: torch.Tensor, rope: torch.Tensor, plans: list[Plan] | None, input_pos: int | None
+        self, idx: torch.Tensor, rope: list[Rope], plans: list[Plan] | None, input_pos: int | None
     ) -> torch.Tensor:
         """Embedding, blocks and final norm: tensor code only, once everything about positions is planned.
 
         Args:
             idx: (B, T).
-            rope: cosines and signed sines, (2, kinds, B or 1, 1, T, rope_n_elem).
+            rope: cosines and signed sines of every kind that layers choose from, (B or 1, 1, T, rope_n_elem) each.
             plans: a plan for every layer's cache, or None.
             input_pos: handed to the start-of-layer hook.
         """
@@ -133,7 +133,7 @@ class GPT(nn.Module):
         for block_idx, block in enumerate(self.transformer.h):
             if hook is not None:
                 hook(x.detach(), block_idx, input_pos)
-            x = block(x, rope, None if plans is None else plans[block_idx], idx, input_pos)
+            x = block(x, rope, None if plans is None else plans[block_idx], idx)
         if hook is not None:
             hook(x.detach(), self.config.n_layer, input_pos)
         return self.transformer.ln_f(x)
@@ -159,6 +159,8 @@ class GPT(nn.Module):
                 shared[key] = cache.plan(input_pos, B, T, rows, static)
             plans.append(shared[key])
         starts = plans[0].before if rows is None else [plans[0].before[row] for row in rows]
+        if input_pos == 0 and T > self.max_seq_length:  # a prefill attends to all of its tokens
+            raise ValueError(f"a prefill of {T} tokens is more than max_seq_length = {self.max_seq_length}: use chunks")
         if max(starts) + T > self.max_seq_length and not all(cache.unbounded for cache in caches):
             raise ValueError(
                 f"{max(starts) + T} tokens are more than max_seq_length = {self.max_seq_length}: "
@@ -229,10 +231,10 @@ class GPT(nn.Module):
     def _needs_long_rope(self, length: int) -> bool:
         return self._short_context is not None and length > self._short_context
 
-    def _rope_rows(self, start: int | Sequence[int], T: int, long: bool = False) -> torch.Tensor:
+    def _rope_rows(self, start: int | Sequence[int], T: int, long: bool = False) -> list[Rope]:
         """Cosines and signed sines for T tokens from position `start` (one, or one for every row) on.
 
-        Returns (2, kinds, B or 1, 1, T, rope_n_elem) in the model's dtype; kinds are the tables that layers choose from.
+        Returns pairs of (B or 1, 1, T, rope_n_elem) in the model's dtype, one for each table that layers choose from.
         """
         stop = T + (start if isinstance(start, int) else max(start))
         weight = self.transformer.wte.weight
@@ -252,7 +254,8 @@ class GPT(nn.Module):
         half = torch.ones(cos.shape[2], device=cos.device)
         half[: cos.shape[2] // 2] = -1
         sin = sin * half[:, None]
-        return torch.stack((cos, sin)).permute(0, 4, 1, 2, 3).unsqueeze(3).to(weight.dtype)
+        cos, sin = cos.unsqueeze(1).to(weight.dtype), sin.unsqueeze(1).to(weight.dtype)
+        return list(zip(cos.unbind(-1), sin.unbind(-1), strict=True))
 
     # -- key-value caches
 
@@ -428,14 +431,13 @@ class Block(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        rope: torch.Tensor,
+        rope: list[Rope],
         plan: Plan | None = None,
         token_idx: torch.Tensor | None = None,
-        input_pos: int | None = None,
     ) -> torch.Tensor:
         """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is that of this layer's cache."""
         normed = self.norm_1(x)
-        attended = self.post_attention_norm(self.attn(normed, rope, plan, token_idx, input_pos))
+        attended = self.post_attention_norm(self.attn(normed, rope, plan, token_idx))
         if self.config.parallel_residual:
             normed = normed if self.norm_2 is None else self.norm_2(x)
             x = x + attended
@@ -471,10 +473,9 @@ class CausalSelfAttention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        rope: torch.Tensor,
+        rope: list[Rope],
         plan: Plan | None = None,
         token_idx: torch.Tensor | None = None,
-        input_pos: int | None = None,
     ) -> torch.Tensor:
         """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is that of this layer's cache."""
         H, G, D = self.config.n_head, self.config.n_query_groups, self.config.head_size
@@ -484,19 +485,19 @@ class CausalSelfAttention(nn.Module):
             q, k, v = qkv.split((H * D, G * D, G * D), dim=-1)
             qkv = torch.cat((self.norm_q(q), self.norm_k(k), v), dim=-1)
         heads = qkv.view(B, T, H + 2 * G, D).transpose(1, 2)
-        own_rope = None if self.rope_kind is None else rope[:, self.rope_kind]
+        own_rope = None if self.rope_kind is None else rope[self.rope_kind]
         turn = partial(rotate, rope=own_rope, interleave=self.config.rope_interleave)
         if self.norm_q is not None and self.config.norm_qk_type != "olmo2":
-            q, k, v = heads.split((H, G, G), dim=1)
+            q, k, v = heads.split_with_sizes((H, G, G), dim=1)
             q, k = turn(self.norm_q(q)), turn(self.norm_k(k))
         else:
-            rotated, v = heads.split((H + G, G), dim=1)
-            q, k = turn(rotated).split((H, G), dim=1)
+            rotated, v = heads.split_with_sizes((H + G, G), dim=1)
+            q, k = turn(rotated).split_with_sizes((H, G), dim=1)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, norms and RoPE give float32
         if plan is None:
             y, _ = self.mha(q, DefaultKeysAndValues(k, v), self.block_idx, sinks=self.sinks)
         else:
-            y = self.kv_cache(q, k, v, token_idx, input_pos, plan, self.sinks)
+            y = self.kv_cache.run(plan, q, k, v, token_idx, self.sinks)
         return self.proj(y)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object, **kwargs: object) -> None:
@@ -542,10 +543,9 @@ class MultiheadLatentAttention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        rope: torch.Tensor,
+        rope: list[Rope],
         plan: Plan | None = None,
         token_idx: torch.Tensor | None = None,
-        input_pos: int | None = None,
     ) -> torch.Tensor:
         """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is that of this layer's cache."""
         config = self.config
@@ -554,8 +554,8 @@ class MultiheadLatentAttention(nn.Module):
         q, q_turned = q.unflatten(-1, (H, n + r)).transpose(1, 2).split((n, r), dim=-1)
         latent, k_turned = self.kv_a_proj_with_mqa(x).unsqueeze(1).split((R, r), dim=-1)
         latent = self.kv_a_norm(latent)
-        q_turned = rotate(q_turned, rope[:, 0], config.rope_interleave)
-        k_turned = rotate(k_turned, rope[:, 0], config.rope_interleave)
+        q_turned = rotate(q_turned, rope[0], config.rope_interleave)
+        k_turned = rotate(k_turned, rope[0], config.rope_interleave)
         if plan is None:
             k, v = self.kv_b_proj(latent[:, 0]).unflatten(-1, (H, -1)).transpose(1, 2).split((n, config.v_head_dim), -1)
             k = torch.cat((k, k_turned.expand(-1, H, -1, -1)), dim=-1)
@@ -563,7 +563,7 @@ class MultiheadLatentAttention(nn.Module):
             return self.proj(y)
         to_key, to_value = self.kv_b_proj.by_head(H, n)
         key = torch.cat((latent, k_turned), dim=-1)
-        y = self.kv_cache(torch.cat((q @ to_key, q_turned), dim=-1), key, key[..., :R], token_idx, input_pos, plan)
+        y = self.kv_cache.run(plan, torch.cat((q @ to_key, q_turned), dim=-1), key, key[..., :R], token_idx)
         y = y.unflatten(-1, (H, R)).transpose(1, 2) @ to_value.mT
         return self.proj(self.kv_b_proj.with_bias(y.transpose(1, 2), n).flatten(2))
 

@@ -5,18 +5,20 @@ from typing import Any
 
 import torch
 
+Rope = tuple[torch.Tensor, torch.Tensor]
 
-def rotate(x: torch.Tensor, rope: torch.Tensor | None, interleave: bool = False) -> torch.Tensor:
+
+def rotate(x: torch.Tensor, rope: Rope | None, interleave: bool = False) -> torch.Tensor:
     """Apply RoPE to the first n elements of x (B, heads, T, D), whose rotated pairs are halves, or with `interleave`
     neighbours: then the result is in halves all the same.
 
-    `rope` (2, B or 1, 1, T, n) holds cosines, and sines with the sign that the element each one multiplies takes: the
-    first half of a rotated vector gets minus the second, so that turning is one multiplication, one roll, one addcmul.
-    `None` leaves x as it is, for layers without RoPE.
+    `rope` holds cosines and sines, (B or 1, 1, T, n) each, the sines with the sign that the element each one multiplies
+    takes: the first half of a rotated vector gets minus the second, so that turning is one multiplication, one roll, one
+    addcmul. `None` leaves x as it is, for layers without RoPE.
     """
     if rope is None:
         return x
-    n = rope.shape[-1]
+    n = rope[0].shape[-1]
     head = x if n == x.shape[-1] else x[..., :n]
     if interleave:
         head = head.unflatten(-1, (-1, 2)).mT.flatten(-2)

@@ -12,8 +12,9 @@ import torch
 from tiny import tiny_gpt
 
 import litgpt.model
+from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention
 from litgpt.config import Config
-from litgpt.kvcache import DenseKVCache, LastRecentlyInsertedKVCache, default, plan
+from litgpt.kvcache import DenseKVCache, KVCache, LastRecentlyInsertedKVCache, default, plan
 from litgpt.model import GPT, RMSNorm
 
 ARCHITECTURES = {
@@ -526,3 +527,46 @@ def test_a_copy_of_a_model_runs_its_own_layers():
     twin.set_kv_caches(2)
     idx = tokens(6)
     close(in_cuts(twin, idx, (4, 1, 1)), twin(idx))
+
+
+class ForeignCache(KVCache):
+    """A cache made elsewhere that implements the contract and no planning: it keeps everything, in a list."""
+
+    stored: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def forward(self, query, key, value, token_idx, input_pos):
+        if input_pos:
+            key, value = (torch.cat(pair, 2) for pair in zip(self.stored, (key, value), strict=True))
+        self.stored = key, value
+        attention = MultiHeadSelfAttention(self.config)
+        return attention(query, DefaultKeysAndValues(key, value), self.block_idx, input_pos)[0]
+
+    next_token_pos = property(lambda self: 0 if self.stored is None else self.stored[0].shape[2])
+    max_tokens_forward = property(lambda self: 100)
+    max_prefill_length = property(lambda self: None)
+    device = property(lambda self: torch.device("cpu"))
+
+    def get_keys_values(self):
+        return DefaultKeysAndValues(*self.stored)
+
+    def token_positions(self):
+        return torch.arange(self.next_token_pos).expand(*self.stored[0].shape[:2], -1)
+
+    def size_estimate(self):
+        return 0, {}
+
+    @classmethod
+    def size_estimate_apriori(cls, params):
+        return 0, {}
+
+
+def test_a_cache_that_only_implements_the_abstract_methods_serves_a_model():
+    model = tiny_gpt()
+    idx = torch.randint(0, 100, (2, 12))
+    model.assign_kv_caches([ForeignCache(model.config, 2, 50, block_idx) for block_idx in range(2)])
+    chunks = [model(idx[:, :5], 0), model(idx[:, 5:11], 5), model(idx[:, 11:], 11)]
+    torch.testing.assert_close(torch.cat(chunks, 1), model(idx))
+    with pytest.raises(ValueError, match="input_pos=3.*12"):
+        model(idx, 3)
+    with pytest.raises(ValueError, match="rows"):
+        model(idx, 0, rows=[0, 1])

@@ -95,7 +95,7 @@ def _prefill_rows(
     T, done = idx.shape[1], 0
     while True:
         limit = model.kv_cache_max_prefill_length() if start + done == 0 else model.kv_cache_max_tokens_forward()
-        size = min(x for x in (T - done, chunksize, limit) if x is not None)
+        size = min(x for x in (T - done, chunksize, limit, model.max_seq_length) if x is not None)
         chunk = idx[:, done : done + size]
         if done + size == T:
             return model(chunk, start + done, last_token_only=True, rows=rows)[:, -1]

@@ -4,6 +4,7 @@ Letters as in `litgpt.attention`; C is the number of slots of a cache (`cache_le
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from litgpt.attention import KeysAndValues
 from litgpt.config import Config
+from litgpt.kvcache.plan import Plan, Unplanned
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,73 @@ class KVCache(nn.Module, ABC):
             ValueError: a wrong batch size, shape or position.
             IndexError: more tokens than the cache can take.
         """
+
+    def plan(
+        self, input_pos: int, batch_size: int, T: int, rows: Sequence[int] | None = None, static: bool = False
+    ) -> Plan | Unplanned:
+        """Decide, outside the layers, what a call of T new tokens for `batch_size` rows is to do.
+
+        A model plans once for all layers whose caches have equal `plan_key`, has every layer `run` the plan, and in the
+        end lets the caches `commit` it. Here nothing is planned: `run` is `forward`.
+
+        Args:
+            input_pos, batch_size, T: of the call.
+            rows: rows of the cache that the call's batch stands for (None: the first ones).
+            static: plan shapes that do not depend on the position, for compiled code.
+
+        Raises:
+            ValueError: a wrong position, or `rows` in a cache that cannot take rows apart.
+        """
+        if rows is not None:
+            raise ValueError(f"{type(self).__name__} takes all rows together, got rows={list(rows)}")
+        if input_pos not in (0, self.next_token_pos):
+            raise ValueError(f"input_pos={input_pos}, but the next token's position is {self.next_token_pos}")
+        return Unplanned(input_pos, batch_size)
+
+    def plan_key(self) -> tuple:
+        """Caches with equal keys have equal plans for the same call."""
+        return (id(self),)
+
+    def run(
+        self,
+        plan: Plan | Unplanned,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        token_idx: torch.Tensor,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`forward` as planned. `sinks` (H,) are scores as in `litgpt.attention.scaled_dot_product_attention`."""
+        if sinks is not None:
+            raise ValueError(f"{type(self).__name__} does not know attention sinks")
+        return self(query, key, value, token_idx, plan.input_pos)
+
+    def commit(self, plan: Plan | Unplanned) -> None:
+        """Note that `plan` was run in all layers."""
+
+    def clear(self) -> None:
+        """Forget everything; the next call has to be a prefill."""
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether sequences may be longer than the model's context: all that is seen stays within its distances."""
+        return False
+
+    @property
+    def crop_limit(self) -> int:
+        """Least n that `crop` accepts, next to 0."""
+        return self.next_token_pos
+
+    @property
+    def supports_crop(self) -> bool:
+        """Whether `crop` goes back to any earlier point: nothing that later tokens would see was evicted."""
+        return self.crop_limit == 0
+
+    def crop(self, n: int) -> None:
+        """Go back to when `next_token_pos` was n: the last tokens of every row are forgotten."""
+        raise ValueError(
+            f"{type(self).__name__} cannot crop (to {n} of {self.next_token_pos} tokens): start anew instead"
+        )
 
     @property
     @abstractmethod

@@ -43,6 +43,7 @@ class DefaultKVCache(KVCache):
         super().__init__(config, batch_size, cache_length, block_idx, dtype, head_size)
         self.policy = policy(cache_length, **policy_args)
         self.policy_args = policy_args
+        self._policy_text = repr(self.policy)
         device = torch.device("cpu") if device is None else torch.device(device)
         self.storage = storage(
             KVCacheParams.from_config(config, batch_size, cache_length, device, self._dtype, self.head_size)
@@ -95,8 +96,8 @@ class DefaultKVCache(KVCache):
         return self.policy.evicts and not self.policy.sinks and self.cache_length <= self.config.block_size
 
     def update_requires_attn_weights(self) -> bool:
-        """Whether the policy reads attention weights, summed over the new tokens."""
-        return self.policy.needs_attn_weights
+        """Whether attention weights, summed over the new tokens, decide what stays; not by a policy of positions."""
+        return False
 
     def get_keys_values(self) -> KeysAndValues | None:
         if not self.current_length:
@@ -130,19 +131,14 @@ class DefaultKVCache(KVCache):
         value: torch.Tensor,
         token_idx: torch.Tensor,
         input_pos: int,
-        plan: Plan | None = None,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `KVCache.forward`. With a `plan` (from `plan`), its tensor code alone: the caller has to `commit` it.
-        `sinks` (H,) are scores as in `litgpt.attention.scaled_dot_product_attention`."""
+        """As `KVCache.forward`; `sinks` as for `run`."""
         self._check_dtype(query, key, value)
-        if plan is not None:
-            return self._run(plan, query, key, value, sinks)
-        B, _, T, _ = key.shape
         self._check_shapes(query, key, value)
-        plan = self.plan(input_pos, B, T)
+        plan = self.plan(input_pos, key.shape[0], key.shape[2])
         try:
-            output = self._run(plan, query, key, value, sinks)
+            output = self.run(plan, query, key, value, token_idx, sinks)
         except BaseException:
             self.clear()  # slots may be half written: better empty than wrong
             raise
@@ -165,7 +161,7 @@ class DefaultKVCache(KVCache):
 
     def plan_key(self) -> tuple:
         """Caches with equal keys have equal plans for the same call."""
-        return repr(self.policy), self.window, self._lengths, self.dtype, self.device
+        return self._policy_text, self.window, self._lengths, self.dtype, self.device
 
     def commit(self, plan: Plan) -> None:
         """Note that `plan` was run."""
@@ -176,9 +172,16 @@ class DefaultKVCache(KVCache):
         )
         self._lengths = plan.after
 
-    def _run(
-        self, plan: Plan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None
+    def run(
+        self,
+        plan: Plan,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        token_idx: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        self._check_dtype(query, key, value)
         if len(plan.parts) == 1:
             output = self._run_part(plan.parts[0], query, key, value, sinks)
         else:
@@ -264,10 +267,12 @@ class DefaultKVCache(KVCache):
         if tuple(value.shape) != expected:
             raise ValueError(f"value must be {expected}, got {tuple(value.shape)}")
 
-    def _check_dtype(self, *tensors: torch.Tensor) -> None:
-        if any(x.dtype != self.dtype for x in tensors):
-            found = ", ".join(str(x.dtype) for x in tensors)
-            raise ValueError(f"query, key and value must be {self.dtype}, the cache's dtype, got {found}")
+    def _check_dtype(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        dtype = self.dtype
+        if query.dtype != dtype or key.dtype != dtype or value.dtype != dtype:
+            raise ValueError(
+                f"query, key and value must be {dtype}, the cache's dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
+            )
 
     # -- state between calls
 
@@ -293,11 +298,6 @@ class DefaultKVCache(KVCache):
             ),
             default=0,
         )
-
-    @property
-    def supports_crop(self) -> bool:
-        """Whether `crop` goes back to any earlier point: nothing that later tokens would see was evicted."""
-        return self.crop_limit == 0
 
     def crop(self, n: int) -> None:
         """Go back to when `next_token_pos` was n: the last tokens of every row are forgotten.

@@ -60,6 +60,18 @@ class Plan:
     after: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Unplanned:
+    """Stands for a plan where a cache does all of its work in `forward`."""
+
+    input_pos: int
+    batch_size: int
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        return (self.input_pos,) * self.batch_size
+
+
 def plan_call(
     policy: Policy,
     window: int | None,

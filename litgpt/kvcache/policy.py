@@ -16,7 +16,6 @@ class Policy(ABC):
         sinks: first tokens of the sequence that keep their slots for good.
     """
 
-    needs_attn_weights = False  # True: `DefaultKVCache` hands over summed attention weights after each call
     evicts = True  # False: a full cache refuses more tokens
 
     def __init__(self, cache_length: int, sinks: int = 0) -> None:

@@ -164,3 +164,12 @@ def test_default_caches_grow_and_inference_leaves_training_possible(prompts):
     model.requires_grad_(True)
     model(prompts[1][None]).sum().backward()
     assert model.lm_head.weight.grad.isfinite().all()
+
+
+def test_a_prompt_longer_than_the_context_enters_an_evicting_cache_in_chunks():
+    model = tiny_gpt(block_size=32)
+    model.assign_kv_caches(create_kv_caches("lastrec", model.config, 1, 16))
+    prompt = torch.randint(0, 100, (90,))
+    assert len(generate(model, prompt, 95, temperature=0.0)) == 95
+    with pytest.raises(ValueError, match="prefill of 90 tokens.*32"):
+        model(prompt, 0)

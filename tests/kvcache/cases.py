@@ -88,7 +88,7 @@ def call(cache, query, key, value, rows=None, static=False):
     """One call for chosen rows, as the model makes it: plan, run, commit."""
     lengths = cache.row_lengths if rows is None else [cache.row_lengths[row] for row in rows]
     plan = cache.plan(max(lengths, default=0), key.shape[0], key.shape[2], rows, static)
-    output = cache(query, key, value, None, 0, plan)
+    output = cache.run(plan, query, key, value)
     cache.commit(plan)
     return output
 

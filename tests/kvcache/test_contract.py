@@ -123,7 +123,7 @@ def test_G5_every_row_of_a_ragged_batch_is_its_own_batch_of_one(case, heads, dty
         named = range(4) if rows is None else rows
         if anew:
             plan = cache.plan(0, len(rows), T, rows)
-            output = cache(query, key, value, None, 0, plan)
+            output = cache.run(plan, query, key, value)
             cache.commit(plan)
             reference.restart(rows)
             for row in rows:
@@ -236,7 +236,7 @@ def test_G9_a_decode_step_does_as_much_at_any_position_and_copies_no_keys(case, 
         tokens = case.tokens(1)
         plan = cache.plan(cache.next_token_pos, 2, 1)
         with Sizes() as sizes:
-            cache(*tokens, None, cache.next_token_pos, plan)
+            cache.run(plan, *tokens)
         cache.commit(plan)
         counts.add(sizes.count)
         assert sizes.largest <= max(buffer.numel() for buffer in cache.buffers()), (

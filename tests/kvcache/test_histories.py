@@ -53,7 +53,7 @@ class Pair:
             self.reference.restart(named)
         tokens = self.tokens(len(named), T)
         plan = self.cache.plan(position, len(named), T, rows, static)
-        output = self.cache(*tokens, None, position, plan)
+        output = self.cache.run(plan, *tokens)
         self.cache.commit(plan)
         torch.testing.assert_close(output.double(), self.reference.call(*tokens, rows), atol=1e-5, rtol=0)
 
@@ -85,7 +85,7 @@ class Pair:
             twin = self.cache.fork()
             self.cache.start(ROWS)
             plan = self.cache.plan(0, ROWS, 2)
-            self.cache(*self.tokens(ROWS, 2), None, 0, plan)
+            self.cache.run(plan, *self.tokens(ROWS, 2))
             self.cache = twin
         elif action == "reorder":
             rows = torch.randint(B, (a % ROWS + 1,)).tolist()
