@@ -100,6 +100,7 @@ _ARCHITECTURES = {
     "phi3": _Architecture("phi3"),
     "qwen2": _Architecture("qwen2"),
     "qwen3": _Architecture("qwen3"),
+    "smollm3": _Architecture("smollm3", interleaved_rope=True),
     "qwen3moe": _Architecture("qwen3_moe", more=lambda hf: {"norm_topk_prob": True}),
 }
 
@@ -221,7 +222,11 @@ class GGUFCheckpoint(Checkpoint):
                 raise ValueError(f"{_ROPE_FREQS} does not follow Llama 3's rule, which is the only one supported")
             return scaling
         if "rope_factors_long.weight" in self._file.tensors:
-            return {"rope_type": "longrope"}
+            hf["original_max_position_embeddings"] = original or hf.get("max_position_embeddings")
+            factors = {kind: self._file.read(f"rope_factors_{kind}.weight").tolist() for kind in ("short", "long")}
+            return {"rope_type": "longrope"} | {
+                f"{kind}_factor": [_number(value) for value in values] for kind, values in factors.items()
+            }
         kind = settings.get("rope.scaling.type", "none")
         if kind == "none":
             return None

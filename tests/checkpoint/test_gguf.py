@@ -23,6 +23,10 @@ CASES = {
     "llama biases": ("llama", {}),
     "llama linear rope": ("llama", {}),
     "llama 3 rope": ("llama", {}),
+    "llama yarn": ("llama", {}),
+    "smollm3": ("smollm3", {}),
+    "phi3 long": ("phi3", {}),
+    "phi3 long, short text": ("phi3", {"rope_parameters": tiny_models.LONGROPE}),
     "mistral": ("llama", {}),
     "mixtral": ("llama", {}),
     "gemma": ("gemma", {}),
@@ -69,6 +73,14 @@ def write_gguf(path, case, model, kind=GGMLQuantizationType.F32, **metadata):
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if rope["rope_type"] == "longrope":
+        writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
+        for reach in ("short", "long"):
+            writer.add_tensor(f"rope_factors_{reach}.weight", torch.tensor(rope[f"{reach}_factor"]).numpy())
     if rope["rope_type"] == "llama3":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         plain = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2) / head_dim)
@@ -93,7 +105,7 @@ def write_gguf(path, case, model, kind=GGMLQuantizationType.F32, **metadata):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         part = name.split(".")[-2]
-        if arch == "llama" and part in heads:
+        if arch in ("llama", "smollm3") and part in heads:
             tensor = tensor.view(heads[part], 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
         if arch.startswith("gemma") and name.endswith("norm.weight"):
             tensor = tensor + 1
