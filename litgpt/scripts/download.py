@@ -67,8 +67,17 @@ def num_parameters(config: Config) -> int:
         return inputs * outputs + outputs * bias
 
     queries, keys = config.n_head * config.head_size, config.n_query_groups * config.head_size
-    attention = linear(config.n_embd, queries + 2 * keys, config.bias or config.attn_bias)
-    attention += linear(queries, config.n_embd, config.bias)
+    if config.latent_attention is not None:
+        rank, latent = config.q_lora_rank, config.kv_lora_rank
+        queries = config.n_head * config.qk_head_dim
+        expanded = config.n_head * (config.qk_nope_head_dim + config.v_head_dim)
+        attention = linear(config.n_embd, latent + config.qk_rope_head_dim, config.attn_bias) + latent
+        attention += linear(latent, expanded, config.bias) + linear(rank or config.n_embd, queries, config.bias)
+        attention += linear(config.n_embd, rank, config.attn_bias) + rank if rank else 0
+        attention += linear(config.n_head * config.v_head_dim, config.n_embd, config.bias)
+    else:
+        attention = linear(config.n_embd, queries + 2 * keys, config.bias or config.attn_bias)
+        attention += linear(queries, config.n_embd, config.bias) + config.n_head * config.attention_sinks
     if config.norm_qk:
         attention += norm_width * (queries + keys if config.norm_qk_type == "olmo2" else 2 * config.head_size)
 
@@ -76,17 +85,20 @@ def num_parameters(config: Config) -> int:
         ups = 1 if config.mlp_class_name == "GptNeoxMLP" else 2
         return ups * linear(config.n_embd, size, config.bias) + linear(size, config.n_embd, config.bias)
 
+    dense = config.n_layer
+    mixture = 0
     if config.mlp_class_name == "LLaMAMoE":
+        dense = min(config.first_k_dense_replace or 0, config.n_layer)
         size = config.moe_intermediate_size or config.intermediate_size
-        feed_forward = config.n_embd * config.n_expert + config.n_expert * mlp(size)
-    else:
-        feed_forward = mlp(config.intermediate_size)
+        mixture = linear(config.n_embd, config.n_expert, config.router_bias) + config.n_expert * mlp(size)
+        mixture += mlp(size * config.n_shared_expert) if config.n_shared_expert else 0
+    feed_forward = dense * mlp(config.intermediate_size) + (config.n_layer - dense) * mixture
     norms = [config.norm_1, config.norm_2 and not config.shared_attention_norm]
     norms += [config.post_attention_norm, config.post_mlp_norm]
-    block = attention + feed_forward + norm * sum(norms)
+    block = attention + norm * sum(norms)
     embedding = config.padded_vocab_size * config.n_embd
     head = linear(config.n_embd, config.padded_vocab_size, config.lm_head_bias)
-    return embedding + head + config.n_layer * block + norm
+    return embedding + head + config.n_layer * block + feed_forward + norm
 
 
 def _full_name(repo_id: str) -> str:
