@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from litgpt.checkpoint.default_model import DEFAULT_REPO, ensure_default_model
+from litgpt.checkpoint.hub import checkpoints_home, fetch_checkpoint
 from litgpt.config import Config
 
 
@@ -15,14 +17,13 @@ def find_checkpoint(name: Path | str | None, access_token: str | None = None) ->
 
     Raises:
         FileNotFoundError: if `name` is neither a path nor the name of a model.
+        ConnectionError: if the model has to be fetched, and the hub does not answer.
     """
-    if name is not None and Path(name).exists():
-        return Path(name)
-    from litgpt.checkpoint.default_model import checkpoints_home, ensure_default_model
-
     if name is None:
         return ensure_default_model()
     path = Path(name)
+    if path.exists():
+        return path
     for below_home in (checkpoints_home() / path, *checkpoints_home().glob(f"*/{path.name}")):
         if below_home.is_dir() and below_home.parts[-len(path.parts) :] == path.parts:
             return below_home
@@ -31,9 +32,12 @@ def find_checkpoint(name: Path | str | None, access_token: str | None = None) ->
         raise FileNotFoundError(
             f"{str(name)!r} is neither a folder, nor a file, nor the name of a model (`litgpt download list` shows names)"
         )
-    from litgpt.checkpoint.hub import fetch_checkpoint
-
-    return fetch_checkpoint(repo_id, access_token=access_token)
+    if repo_id == DEFAULT_REPO:
+        return ensure_default_model()
+    try:
+        return fetch_checkpoint(repo_id, access_token=access_token)
+    except ConnectionError as error:
+        raise ConnectionError(f"{str(name)!r} is not on this disk, and cannot be fetched: {error}") from None
 
 
 def _repo_id(path: Path) -> str | None:
