@@ -5,6 +5,7 @@ import os
 import pickle
 import re
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -77,7 +78,9 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     with open(path, "rb") as file:
         is_zip = file.read(2) == b"PK"
     try:
-        with torch.serialization.safe_globals([type(Path())]):  # training checkpoints hold the paths they were given
+        # training checkpoints hold the paths they were given
+        with torch.serialization.safe_globals([type(Path())]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols: what cannot be read is an error below
             values = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
