@@ -168,6 +168,8 @@ class Config:
             self._require(key, getattr(self, key) is None or getattr(self, key) > 0, "positive")
         if self.latent_attention is not None:
             self._require("n_query_groups", self.n_query_groups == self.n_head, "n_head with latent attention")
+            capped = self.attention_logit_softcapping is not None
+            self._require("bias", not (self.bias and capped), "false with latent attention and soft-capping")
         post_norms = self.post_attention_norm or self.post_mlp_norm
         self._require("residual_multiplier", self.residual_multiplier == 1 or not post_norms, "1 with post norms")
         if self.mlp_class_name == "LLaMAMoE":

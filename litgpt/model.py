@@ -558,12 +558,14 @@ class MultiheadLatentAttention(nn.Module):
         k_turned = rotate(k_turned, rope[0], config.rope_interleave)
         if plan is None:
             k, v = self.kv_b_proj(latent[:, 0]).unflatten(-1, (H, -1)).transpose(1, 2).split((n, config.v_head_dim), -1)
-            k = torch.cat((k, k_turned.expand(-1, H, -1, -1)), dim=-1)
-            y, _ = self.mha(torch.cat((q, q_turned), dim=-1), DefaultKeysAndValues(k, v), self.block_idx)
+            k = torch.cat((k, k_turned.expand(-1, H, -1, -1)), dim=-1).to(v.dtype)  # float32 under autocast, as q
+            query = torch.cat((q, q_turned), dim=-1).to(v.dtype)
+            y, _ = self.mha(query, DefaultKeysAndValues(k, v), self.block_idx)
             return self.proj(y)
         to_key, to_value = self.kv_b_proj.by_head(H, n)
-        key = torch.cat((latent, k_turned), dim=-1)
-        y = self.kv_cache.run(plan, torch.cat((q @ to_key, q_turned), dim=-1), key, key[..., :R], token_idx)
+        key = torch.cat((latent, k_turned), dim=-1).to(q.dtype)
+        query = torch.cat((q @ to_key, q_turned), dim=-1).to(q.dtype)
+        y = self.kv_cache.run(plan, query, key, key[..., :R], token_idx)
         y = y.unflatten(-1, (H, R)).transpose(1, 2) @ to_value.mT
         return self.proj(self.kv_b_proj.with_bias(y.transpose(1, 2), n).flatten(2))
 
