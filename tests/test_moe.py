@@ -75,16 +75,18 @@ def test_stacks_follow_weights_that_are_replaced(monkeypatch):
 
 @pytest.mark.parametrize("norm_topk_prob", [True, False])
 def test_the_grouped_router_takes_the_best_experts_of_the_best_groups(norm_topk_prob):
-    router = randomised(GroupedTopkRouter(Config(**GROUPED, norm_topk_prob=norm_topk_prob)))
-    router.e_score_correction_bias.normal_()
+    sizes = GROUPED | {"n_expert": 12, "n_expert_groups": 4, "n_expert_per_token": 3}
+    router = randomised(GroupedTopkRouter(Config(**sizes, norm_topk_prob=norm_topk_prob)))
+    router.e_score_correction_bias.normal_(std=0.2)
     x = torch.randn(50, 16)
     weights, chosen = router(x)
     for token, ws, es in zip(x, weights, chosen, strict=True):
         scores = (router.weight @ token).sigmoid()
         corrected = (scores + router.e_score_correction_bias).tolist()
-        groups = sorted(range(3), key=lambda g: corrected[2 * g] + corrected[2 * g + 1], reverse=True)[:2]
-        allowed = [e for e in range(6) if e // 2 in groups]
-        best = sorted(allowed, key=corrected.__getitem__, reverse=True)[:2]
+        sums = [sum(sorted(corrected[3 * g : 3 * g + 3])[1:]) for g in range(4)]  # of the two best
+        groups = sorted(range(4), key=sums.__getitem__, reverse=True)[:2]
+        allowed = [e for e in range(12) if e // 3 in groups]
+        best = sorted(allowed, key=corrected.__getitem__, reverse=True)[:3]
         assert sorted(es.tolist()) == sorted(best)
         expected = scores[es] / scores[es].sum() if norm_topk_prob else scores[es]
         torch.testing.assert_close(ws, expected)
