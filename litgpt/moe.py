@@ -7,7 +7,7 @@ with the linear layers `fc_1`, `fc_2`, `proj`, and `gated`, what comes between t
 import itertools
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,11 +62,18 @@ class Experts(nn.ModuleList):
 
     def __init__(self, experts: Iterable[nn.Module]) -> None:
         super().__init__(experts)
+        self._start_anew()
+
+    def _start_anew(self) -> None:
         self._stacks: ExpertStacks | None = None
         # Compiled graphs cannot choose modules by numbers: there the loop over experts is one opaque operation, which
         # finds them by an integer key.
         self.key = next(_next_key)
         _experts_by_key[self.key] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._start_anew()  # a copy, or from a file: not the original's key, and no stacks of its weights
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """For tokens x (N, E), sums (N, E) over k of weights[n, k] * experts[chosen[n, k]](x[n]), from weights (N, K)."""
