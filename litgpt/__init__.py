@@ -5,17 +5,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from litgpt.api import LLM as LLM
+    from litgpt.checkpoint.validation import CheckpointValidationResult as CheckpointValidationResult
+    from litgpt.checkpoint.validation import estimate_model_memory as estimate_model_memory
     from litgpt.config import Config as Config
     from litgpt.model import GPT as GPT
     from litgpt.prompts import PromptStyle as PromptStyle
+    from litgpt.scripts.validate import validate_checkpoint as validate_checkpoint
     from litgpt.tokenizer import Tokenizer as Tokenizer
 
 _EXPORTS = {
+    "CheckpointValidationResult": "litgpt.checkpoint.validation",
     "Config": "litgpt.config",
     "GPT": "litgpt.model",
     "LLM": "litgpt.api",
     "PromptStyle": "litgpt.prompts",
     "Tokenizer": "litgpt.tokenizer",
+    "estimate_model_memory": "litgpt.checkpoint.validation",
+    "validate_checkpoint": "litgpt.scripts.validate",
 }
 
 __all__ = [*_EXPORTS, "__version__"]

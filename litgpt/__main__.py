@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "litgpt.scripts.convert_pretrained_checkpoint:convert_pretrained_checkpoint",
         "Turn the result of pretraining into a checkpoint for all other commands.",
     ),
+    "validate": ("litgpt.scripts.validate:validate_setup", "Check a checkpoint, and tell how much memory it needs."),
 }
 
 _FLAGS = ("-h", "--help", "--print_config")

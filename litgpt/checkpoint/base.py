@@ -26,8 +26,10 @@ class Checkpoint(ABC):
 
     Attributes:
         path: The folder or file.
+        files: The files of weights.
     """
 
+    files: list[Path]
     tied = False  # whether input and output embedding are one matrix
 
     def __init__(self, path: str | Path) -> None:

@@ -161,6 +161,14 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
 
 
+def parse_dtype(name: str) -> torch.dtype:
+    """The floating-point type of torch with a name; `ValueError` if there is none."""
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype {name!r} is no floating-point type of torch: float32, bfloat16, float16, ...")
+    return dtype
+
+
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Writes a JSON file as Hugging Face formats it."""
     with replacing(path) as temporary:

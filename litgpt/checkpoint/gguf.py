@@ -115,6 +115,7 @@ class GGUFCheckpoint(Checkpoint):
     def __init__(self, path: Path | str) -> None:
         super().__init__(path)
         self._file = GGUFFile(self.path)
+        self.files = [self.path]
         name = self._file.metadata.get("general.architecture")
         if name not in _ARCHITECTURES:
             known = ", ".join(_ARCHITECTURES)

@@ -53,22 +53,33 @@ class HuggingFaceCheckpoint(Checkpoint):
     def dtype(self) -> torch.dtype:
         return next(tensor.dtype for _, _, tensor in self.pieces(meta=True) if tensor.is_floating_point())
 
+    @property
+    def _main_file(self) -> Path | None:
+        """The index of the files of weights, or the only file."""
+        return next((self.path / name for name in _WEIGHTS if (self.path / name).is_file()), None)
+
+    @cached_property
+    def index(self) -> dict[str, str]:
+        """Names of tensors and of the files that hold them, as an index file says; empty if there is none."""
+        main = self._main_file
+        if main is None or not main.name.endswith(".index.json"):
+            return {}
+        weight_map = read_json(main).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{main} lacks a 'weight_map'")
+        return weight_map
+
     @cached_property
     def files(self) -> list[Path]:
         """The files of weights, in the order of their names."""
-        for name in _WEIGHTS:
-            file = self.path / name
-            if not file.is_file():
-                continue
-            if not name.endswith(".index.json"):
-                return [file]
-            weight_map = read_json(file).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ValueError(f"{file} lacks a 'weight_map'")
-            shards = [self.path / shard for shard in sorted(set(weight_map.values()))]
+        main = self._main_file
+        if self.index:
+            shards = [self.path / shard for shard in sorted(set(self.index.values()))]
             if missing := [shard.name for shard in shards if not shard.is_file()]:
-                raise FileNotFoundError(f"{file} names {', '.join(missing)}, which {self.path} does not hold")
+                raise FileNotFoundError(f"{main} names {', '.join(missing)}, which {self.path} does not hold")
             return shards
+        if main is not None:
+            return [main]
         if files := sorted(self.path.glob("*.safetensors")):
             return files
         raise FileNotFoundError(f"{str(self.path)!r} holds a config.json but no *.safetensors or pytorch_model*.bin")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -12,14 +13,23 @@ from litgpt.config import Config
 
 
 class LitGPTCheckpoint(Checkpoint):
-    """What LitGPT and this package write. The weights are opened when first asked for."""
+    """What LitGPT and this package write. The weights are opened when first asked for.
+
+    Args:
+        path: The folder.
+        weights_name: The file of weights in it.
+    """
+
+    def __init__(self, path: str | Path, weights_name: str = WEIGHTS_NAME) -> None:
+        super().__init__(path)
+        self.files = [self.path / weights_name]
 
     @cached_property
     def config(self) -> Config:
         try:
             return Config.from_checkpoint(self.path)
         except FileNotFoundError:
-            raise FileNotFoundError(f"{str(self.path)!r} holds {WEIGHTS_NAME} but no {CONFIG_NAME}") from None
+            raise FileNotFoundError(f"{str(self.path)!r} holds {self.files[0].name} but no {CONFIG_NAME}") from None
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -28,14 +38,14 @@ class LitGPTCheckpoint(Checkpoint):
     @cached_property
     def tied(self) -> bool:
         """Whether the two embeddings are one tensor in the file, or equal: LitGPT stores some tied ones twice."""
-        weights = load_state_dict(self.path / WEIGHTS_NAME)
+        weights = load_state_dict(self.files[0])
         embedding, head = weights.get(EMBEDDING), weights.get(HEAD)
         if embedding is None or head is None:
             return False
         return embedding.data_ptr() == head.data_ptr() or torch.equal(embedding, head)
 
     def _stored(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return read_tensors(self.path / WEIGHTS_NAME)
+        return read_tensors(self.files[0])
 
     def pieces(self, meta: bool = False) -> Iterator[Piece]:
         for name, tensor in self._stored():

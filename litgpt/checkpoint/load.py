@@ -69,12 +69,17 @@ def is_tied(model: GPT) -> bool:
 
 def check_weights(checkpoint: Checkpoint, model: GPT) -> None:
     """Compares names and shapes of a checkpoint with a model's; one `ValueError` names every difference."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if problems := _differences(shapes, checkpoint.pieces(meta=True)):
+    kinds = ("missing", "not expected", "wrong shape")
+    found = zip(kinds, weight_differences(model.state_dict(), checkpoint.pieces(meta=True)), strict=True)
+    if problems := "; ".join(f"{kind}: {', '.join(names)}" for kind, names in found if names):
         raise ValueError(f"{checkpoint.path}: weights do not fit the config {model.config.name!r}: {problems}")
 
 
-def _differences(expected: Mapping[str, tuple[int, ...]], pieces: Iterable[Piece]) -> str:
+def weight_differences(
+    weights: Mapping[str, torch.Tensor], pieces: Iterable[Piece]
+) -> tuple[list[str], list[str], list[str]]:
+    """What pieces lack to be `weights`: names that are missing, names that are too many, and wrong shapes in words."""
+    expected = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     rows = dict.fromkeys(expected, 0)
     extra: list[str] = []
     wrong: dict[str, str] = {}
@@ -89,9 +94,7 @@ def _differences(expected: Mapping[str, tuple[int, ...]], pieces: Iterable[Piece
     for name, count in rows.items():
         if 0 < count != expected[name][0]:
             wrong.setdefault(name, f"{name} {count} rows for {expected[name][0]}")
-    missing = [name for name, count in rows.items() if count == 0]
-    lists = {"missing": missing, "not expected": extra, "wrong shape": wrong.values()}
-    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in lists.items() if names)
+    return [name for name, count in rows.items() if count == 0], extra, list(wrong.values())
 
 
 def save_litgpt(

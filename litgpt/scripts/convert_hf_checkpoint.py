@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import torch
-
 from litgpt.checkpoint.base import WEIGHTS_NAME, Checkpoint
+from litgpt.checkpoint.files import parse_dtype
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.huggingface import HuggingFaceCheckpoint, holds_weights
 from litgpt.checkpoint.load import save_litgpt
@@ -36,18 +35,8 @@ def convert_hf_checkpoint(
     out_dir = path if path.is_dir() else path.parent
     total = sum(piece.nbytes for _, _, piece in checkpoint.pieces(meta=True))
     with weights_progress(f"Converting {path.name}", total, names=bool(debug_mode)) as progress:
-        save_litgpt(checkpoint, out_dir, dtype=parse_dtype(dtype), progress=progress)
+        save_litgpt(checkpoint, out_dir, dtype=None if dtype is None else parse_dtype(dtype), progress=progress)
     print(out_dir / WEIGHTS_NAME)
-
-
-def parse_dtype(name: str | None) -> torch.dtype | None:
-    """The floating-point type of torch with a name; `ValueError` if there is none."""
-    if name is None:
-        return None
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype {name!r} is no floating-point type of torch: float32, bfloat16, float16, ...")
-    return dtype
 
 
 def _open(path: Path, model_name: str | None) -> Checkpoint:
