@@ -1,5 +1,7 @@
 """GGUF files written here from small random models of `transformers`, and the real ones."""
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -13,7 +15,9 @@ from litgpt.checkpoint.gguf import GGUFCheckpoint
 from litgpt.checkpoint.gguf_file import GGUFFile
 from litgpt.checkpoint.weights import WeightMap
 from litgpt.families import family_of
+from litgpt.generate.base import generate
 
+LICENCE = Path(__file__).parents[2] / "LICENSE"
 LARGER = {"intermediate_size": 64, "vocab_size": 96}  # rows that are whole blocks of every quantisation used here
 # tiny model -> GGUF architecture, settings to change: attention's scale is not in GGUF
 CASES = {
@@ -217,10 +221,9 @@ def test_metadata_equal_those_of_the_gguf_package(default_gguf):
     assert file.tensors.keys() == {tensor.name for tensor in reader.tensors}
 
 
-def fill(model, checkpoint):
-    """Puts a checkpoint's tensors into a model of `transformers`, q, k and v apart again."""
-    weight_map = WeightMap(family_of(checkpoint.config), checkpoint.config)
-    tensors = dict(checkpoint.tensors())
+def fill(model, config, tensors):
+    """Puts our tensors into a model of `transformers`, q, k and v apart again."""
+    weight_map = WeightMap(family_of(config), config)
     for name, parameter in model.state_dict().items():
         for ours, row, part in weight_map.place(name, parameter):
             part.copy_(tensors[ours][row : row + len(part)])
@@ -242,7 +245,8 @@ def test_default_model_answers_like_transformers_on_the_same_weights(default_ggu
         rms_norm_eps=1e-5,
         tie_word_embeddings=True,
     )
-    theirs, ours = fill(transformers.LlamaForCausalLM(config), checkpoint), load_model(checkpoint, torch.float32)
+    theirs = fill(transformers.LlamaForCausalLM(config), checkpoint.config, dict(checkpoint.tensors()))
+    ours = load_model(checkpoint, torch.float32)
     tokenizer = checkpoint.tokenizer()
     prompt = checkpoint.prompt_style().apply("What is the capital of France?")
     tokens = tokenizer.encode(prompt).long()[None]
@@ -251,9 +255,9 @@ def test_default_model_answers_like_transformers_on_the_same_weights(default_ggu
     assert tokenizer.decode(answer[0, tokens.shape[1] :]) == "The capital of France is Paris."
 
 
-@pytest.mark.real_model
-@torch.inference_mode()
-def test_gemma_equals_transformers_on_the_same_weights_past_its_window(gemma_gguf):
+@pytest.fixture(scope="module")
+def gemma(gemma_gguf):
+    """Ours, and that of `transformers` with the same weights; a tokenizer."""
     checkpoint = open_checkpoint(gemma_gguf)
     config = transformers.Gemma3TextConfig(
         hidden_size=640,
@@ -265,12 +269,46 @@ def test_gemma_equals_transformers_on_the_same_weights_past_its_window(gemma_ggu
         vocab_size=262144,
         sliding_window=512,
     )
-    theirs, ours = fill(transformers.Gemma3ForCausalLM(config), checkpoint), load_model(checkpoint, torch.float32)
+    ours = load_model(checkpoint, torch.float32)
+    with torch.device("meta"):
+        theirs = transformers.Gemma3ForCausalLM(config)
+    theirs = fill(theirs.to_empty(device="cpu"), checkpoint.config, ours.state_dict())
+    # what is no weight, and so was not filled
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)
+    theirs.model.embed_tokens.embed_scale.fill_(640**0.5)
+    return ours, theirs, checkpoint.tokenizer()
+
+
+@pytest.mark.real_model
+@torch.inference_mode()
+def test_gemma_equals_transformers_on_the_same_weights_past_its_window(gemma):
+    ours, theirs, tokenizer = gemma
     text = "Water boils at 100 degrees. The river runs through the old town, and the bridge is made of stone. " * 30
-    tokens = checkpoint.tokenizer().encode(text).long()[None, :640]
+    tokens = tokenizer.encode(text).long()[None, :640]
     assert tokens.shape[1] == 640
     expected = theirs(tokens, logits_to_keep=8).logits
     torch.testing.assert_close(ours(tokens)[:, -8:], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize(
+    ("length", "chunksize", "answer"),
+    [
+        (600, 250, "agent by the copyright owner or by an"),
+        (1100, 333, "must not, without the prior written consent of"),
+    ],
+)
+def test_gemma_generates_sensible_english_past_its_window_as_transformers_does(gemma, length, chunksize, answer):
+    ours, theirs, tokenizer = gemma
+    prompt = tokenizer.encode(LICENCE.read_text("utf-8")).long()[:length]
+    new = 10
+    with torch.inference_mode():
+        expected = theirs.generate(prompt[None], max_new_tokens=new, do_sample=False, eos_token_id=None)[0, length:]
+    assert " ".join(tokenizer.decode(expected).split()) == answer
+    for prompt_chunksize in (None, chunksize):
+        found = generate(ours, prompt, length + new, prompt_chunksize, temperature=0.0, include_prompt=False)
+        assert found.tolist() == expected.tolist()
+    assert min(cache.cache_length for cache in ours.kv_caches()) < 1024
 
 
 def damaged(path, case):
