@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import VOCABULARY, tiny_gpt, tiny_tokenizer
 
+from litgpt.checkpoint.export import save_huggingface
 from litgpt.checkpoint.load import save_litgpt
 from litgpt.generate.base import generate
 from litgpt.generate.setup import choose_kv_caches
@@ -164,3 +165,61 @@ def test_caches_that_grow_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path
     found["allocated"] = [64, 128]
     with pytest.raises(RuntimeError, match=r"allocated \[64, 128\], size_estimate\(\) \[64\]"):
         lastrec.measure(Scripted(tmp_path, 1), where, 3, sizes)
+
+
+@pytest.fixture
+def tiny_source(tmp_path: Path) -> Path:
+    """A Hugging Face folder with the weights of a tiny model in several files."""
+    save_huggingface(tiny_gpt(**VOCABULARY).to(torch.bfloat16), tmp_path / "source", shard_bytes=50_000)
+    assert len(list((tmp_path / "source").glob("*.safetensors"))) > 2
+    return tmp_path / "source"
+
+
+def test_conversions_take_turns_in_folders_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_source: Path
+) -> None:
+    convert, environments = module("convert", monkeypatch), module("environments", monkeypatch)
+    asked = []
+
+    class Scripted(environments.Launcher):
+        """Answers instead of running workers."""
+
+        def work(self, python: Path, worker: str, job: dict) -> dict:
+            if worker == "compare_weights.py":
+                asked.append([Path(file).parents[1].name for file in job["files"]])
+                return {}
+            assert sorted(file.name for file in (Path(job["folder"]) / "model").iterdir()) == names
+            asked.append((python.name, job["command"]))
+            return {"s": float(len(asked))}
+
+    names = sorted(file.name for file in tiny_source.iterdir())
+    pythons = {convert.OURS: Path("a"), convert.LITGPT: Path("b")}
+    samples = convert.measure(Scripted(tmp_path, 1), pythons, tiny_source, "tiny", 2)
+    once = [(python, command) for python in "ab" for command in convert.COMMANDS]
+    assert asked == [*once, ["0", "1"], *once[2:], *once[:2]]
+    assert samples["convert_to_litgpt, s"] == {convert.OURS: [1.0, 8.0], convert.LITGPT: [3.0, 6.0]}
+    assert convert.markdown(samples).splitlines()[2] == "| convert_to_litgpt, s | 4.50 | 4.50 | 0.83x |"
+    assert not (tmp_path / "converted").exists()
+
+
+def test_worker_of_conversions_converts_and_differences_are_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_source: Path
+) -> None:
+    convert, environments = module("convert", monkeypatch), module("environments", monkeypatch)
+    launcher, own = environments.Launcher(tmp_path, 1), Path(sys.executable)
+    convert.link_files(tiny_source, tmp_path / "run" / "model")
+    for command in convert.COMMANDS:
+        job = {"command": command, "model": None, "folder": str(tmp_path / "run")}
+        found = launcher.work(own, "convert_weights.py", job)
+        assert min(found["s"], found["CPU s"]) > 0
+        assert found["peak memory, MB"] > found["peak memory above imports, MB"] >= 0
+    assert (tmp_path / "run" / "back" / "model.safetensors").is_file()
+    weights = tmp_path / "run" / "model" / "lit_model.pth"
+    other = tmp_path / "other.pth"
+    other.write_bytes(weights.read_bytes())
+    launcher.work(own, "compare_weights.py", {"files": [str(weights), str(other)]})
+    changed = torch.load(other, weights_only=True)
+    changed["transformer.ln_f.weight"][3] += 1
+    torch.save(changed, other)
+    with pytest.raises(RuntimeError, match=r"differ in transformer\.ln_f\.weight"):
+        launcher.work(own, "compare_weights.py", {"files": [str(weights), str(other)]})
