@@ -137,6 +137,7 @@ def _parser(name: str, function: Callable[..., Any], positional: list[str]) -> "
         usage=f"litgpt {name} {shown} [--option VALUE ...]",
         description=(inspect.getdoc(function) or COMMANDS[name][1]).split("\n\n")[0],
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="Path to a YAML file with values for the options.")
     for title, keys in (
@@ -181,8 +182,9 @@ def _by_name(args: list[str], parameters: Mapping[str, inspect.Parameter], posit
     free = [key for key in positional if f"--{key}" not in given]
     if len(values) > len(free):
         raise UsageError(f"unexpected argument {values[len(free)]!r}; other values need the name of their option")
-    # Last, so that they win over a configuration file.
-    return named + [f"--{key}={value}" for key, value in zip(free, values, strict=False)]
+    named += [f"--{key}={value}" for key, value in zip(free, values, strict=False)]
+    # What is said on the command line wins over a configuration file, and is part of what is printed.
+    return sorted(named, key=lambda arg: (arg == "--print_config") - arg.startswith("--config="))
 
 
 def _is_boolean(words: list[str]) -> bool:

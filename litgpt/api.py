@@ -17,7 +17,7 @@ from litgpt.generate.sampling import check_sampling
 from litgpt.generate.setup import choose_kv_caches, default_device, make_ready, parse_precision
 from litgpt.model import GPT
 from litgpt.packed import pack_linears, unpack_linears
-from litgpt.prompts import PromptStyle, all_stop_tokens, encode_prompt, save_prompt_style
+from litgpt.prompts import ChatTemplate, PromptStyle, all_stop_tokens, encode_prompt, save_prompt_style
 from litgpt.tokenizer import Tokenizer
 
 BYTES_PER_GB = 1e9
@@ -122,7 +122,8 @@ class LLM(nn.Module):
         if self.preprocessor is not None:
             self.preprocessor.tokenizer.save(out_dir)
         style = self.prompt_style if prompt_style is None else prompt_style
-        save_prompt_style(style, out_dir)
+        if not isinstance(style, ChatTemplate):  # that is saved with the tokenizer
+            save_prompt_style(style, out_dir)
 
     def distribute(
         self,

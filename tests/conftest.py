@@ -27,7 +27,7 @@ def default_gguf() -> Path:
             path = fetch_default_gguf().resolve()  # tests change the folder
         except (OSError, RuntimeError, ValueError) as error:
             pytest.skip(f"default model not available: {error}")
-    return path
+    return path.resolve()
 
 
 @pytest.fixture(scope="session")

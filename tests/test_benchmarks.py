@@ -112,7 +112,7 @@ def test_worker_of_ours_generates_what_the_package_generates(
     job |= {"context": 8, "new_tokens": 4, "compile": False}
     found = environments.Launcher(tmp_path, 1).work(Path(sys.executable), "ours.py", job)
     assert found["threads"] == 1
-    assert min(found["prefill"], found["decode"], found["peak_above_import"]) > 0
+    assert min(found["prefill"], found["decode"]) > 0 <= found["peak_above_import"]
     assert found["peak_bytes"] > found["peak_above_import"]
     model = module("ours", monkeypatch).make_ready(tiny_folder / "litgpt", "bf16-true").model
     prompt = torch.tensor([7, 50, 91, 12, 200, 7, 50, 91])

@@ -78,14 +78,14 @@ class Conversation:
             if len(messages) == 1:
                 raise ValueError(
                     f"this message comes to {len(tokens)} tokens; with an answer of up to {self.max_new_tokens} it does "
-                    f"not fit into {limit}: shorten it, lower --max_new_tokens, or use --kv_cache lastrec"
+                    f"not fit into {limit}: shorten it, or lower --max_new_tokens. {self._way_out()}"
                 )
             messages = messages[2:]
             dropped += 1
         if dropped:
             self.notify(
                 f"The context of {limit} tokens is full: dropped the oldest {dropped} turn{'s' * (dropped > 1)}. "
-                "With --kv_cache lastrec the conversation can go on without a limit."
+                + self._way_out()
             )
         return messages, text, tokens
 
@@ -96,6 +96,11 @@ class Conversation:
             # go on from the very tokens that the model said, which the caches hold
             return text, self._tokens + tokenizer.encode(text[len(self._text) :], bos=False).tolist()
         return text, encode_prompt(tokenizer, style, messages, sys_prompt=self.sys_prompt).tolist()
+
+    def _way_out(self) -> str:
+        if any(cache.policy.sinks for cache in self.ready.model.kv_caches()):
+            return "Without --sinks the conversation could go on without a limit."
+        return "With --kv_cache lastrec the conversation can go on without a limit."
 
     def _limit(self) -> int | None:
         """Tokens that fit into the context or the caches; None: any number."""

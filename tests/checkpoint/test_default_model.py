@@ -1,5 +1,5 @@
 import hashlib
-import importlib.util
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -177,8 +177,10 @@ def test_without_the_hub_the_package_is_used_beside_what_is_there(pip, no_hub, t
 
 
 def test_offline_and_without_pip_one_line_names_both_ways(no_hub, tmp_path, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pip" else find(name))
+    def no_distribution(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "distribution", no_distribution)
     with pytest.raises(OSError, match="no default model") as error:
         ensure_default_model(tmp_path)
     message = str(error.value)
