@@ -43,7 +43,8 @@ def fetch_checkpoint(
         ConnectionError: The hub does not answer within seconds, or `HF_HUB_OFFLINE` is set.
         PermissionError: The repository asks for an agreement or a token.
         FileNotFoundError: There is no such repository, or it holds no weights of these formats.
-        ValueError: Its architecture is not supported, which is found before weights are downloaded.
+        ValueError: Its architecture is not supported, or its weights are quantised, which is found before weights are
+            downloaded.
     """
     folder = checkpoints_home() / repo_id if folder is None else folder
     names = _file_names(repo_id, access_token)
@@ -59,11 +60,20 @@ def fetch_checkpoint(
     with FileLock(f"{partial}.lock"):
         fetch(*(name for name in names if _is_side_file(name)))
         if not tokenizer_only:
-            if config is None and (partial / "config.json").is_file():
-                Config.from_hf(read_json(partial / "config.json"), name=repo_id)
+            if (partial / "config.json").is_file():
+                _refuse_unusable(partial, repo_id, config)
             fetch(*_weight_files(repo_id, names, fetch, partial))
         _publish(partial, folder)
     return folder
+
+
+def _refuse_unusable(folder: Path, repo_id: str, config: Config | None) -> None:
+    """Raises `ValueError` if `config.json` tells that the weights, which are not here yet, could not be used."""
+    from litgpt.checkpoint.huggingface import HuggingFaceCheckpoint
+
+    HuggingFaceCheckpoint(folder, config)
+    if config is None:
+        Config.from_hf(read_json(folder / "config.json"), name=repo_id)
 
 
 def _file_names(repo_id: str, access_token: str | None) -> list[str]:

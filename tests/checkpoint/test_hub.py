@@ -142,6 +142,17 @@ def test_an_unknown_architecture_is_refused_before_weights_are_fetched(hub, tmp_
     fetch_checkpoint(REPO, tmp_path / "m", config=Config.from_name("pythia-14m"))
 
 
+def test_quantised_weights_are_refused_before_they_are_fetched(hub, tmp_path):
+    config = {"model_type": "llama", "quantization_config": {"quant_method": "fp8"}}
+    (hub.folder / "config.json").write_text(json.dumps(config))
+    (hub.folder / "model.safetensors").write_text("x")
+    with pytest.raises(ValueError, match="weights quantised with 'fp8' are not supported"):
+        fetch_checkpoint(REPO, tmp_path / "model")
+    with pytest.raises(ValueError, match="weights quantised with 'fp8' are not supported"):
+        fetch_checkpoint(REPO, tmp_path / "model", config=Config.from_name("pythia-14m"))
+    assert set(hub.asked) == {"config.json"}
+
+
 @pytest.mark.parametrize(
     ("status", "code", "error", "message"),
     [
