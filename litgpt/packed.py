@@ -14,7 +14,7 @@ from torch import nn
 ROWS_HINT = 128  # the layout is chosen for this many tokens; it also serves one token well
 
 # Compiled graphs cannot hold opaque tensors: there a packed weight is an integer key, looked up when the graph runs.
-_packed_weights: "weakref.WeakValueDictionary[int, PackedLinear]" = weakref.WeakValueDictionary()
+_packed_weights: "weakref.WeakValueDictionary[int, PackedLinear | SharedLinear]" = weakref.WeakValueDictionary()
 _next_key = itertools.count()
 
 _library = torch.library.Library("litgpt", "DEF")
@@ -37,11 +37,10 @@ class PackedLinear(nn.Module):
     The state dict of a single one is that of the layer it was made from.
 
     Args:
-        linears: the plain layers.
-        release: whether the plain weights' memory is given back; `plain` fills the same parameters again.
+        linears: the plain layers. Their weights' memory is given back; `plain` fills the same parameters again.
     """
 
-    def __init__(self, *linears: nn.Linear, release: bool) -> None:
+    def __init__(self, *linears: nn.Linear) -> None:
         super().__init__()
         self._plain = linears  # a tuple: no submodules, their weights no parameters of this one
         self.sizes = [linear.out_features for linear in linears]
@@ -53,9 +52,8 @@ class PackedLinear(nn.Module):
             self.bias = linears[0].bias
         else:
             self.register_buffer("bias", torch.cat([linear.bias.detach() for linear in linears]), persistent=False)
-        if release:
-            for linear in linears:
-                linear.weight.data = linear.weight.new_empty(0)
+        for linear in linears:
+            linear.weight.data = linear.weight.new_empty(0)
         self.key = next(_next_key)
         _packed_weights[self.key] = self
 
@@ -66,9 +64,8 @@ class PackedLinear(nn.Module):
 
     def plain(self) -> tuple[nn.Linear, ...]:
         """The layers that this one was made from, as they were."""
-        if not self._plain[0].weight.numel():
-            for linear, weight in zip(self._plain, self.weight.split(self.sizes), strict=True):
-                linear.weight.data = weight.clone() if len(self.sizes) > 1 else weight
+        for linear, weight in zip(self._plain, self.weight.split(self.sizes), strict=True):
+            linear.weight.data = weight.clone() if len(self.sizes) > 1 else weight
         return self._plain
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -84,14 +81,40 @@ class PackedLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
+class SharedLinear(nn.Module):
+    """`nn.Linear` whose plain weight is also that of an embedding, and so is not packed: one token is a matrix-vector
+    product, which reads it as fast as it is."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self._plain = (linear,)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.key = next(_next_key)
+        _packed_weights[self.key] = self
+
+    def plain(self) -> tuple[nn.Linear, ...]:
+        """The layer that this one was made from."""
+        return self._plain
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() != self.weight.shape[1] or self.bias is not None:
+            return nn.functional.linear(x, self.weight, self.bias)
+        return torch.mv(self.weight, x.view(-1)).view(*x.shape[:-1], -1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.litgpt.packed_linear(x, self.key, self.weight.shape[0])
+        return self.product(x)
+
+
 class PackedGatedMLP(nn.Module):
     """A gated MLP (`fc_1`, `fc_2`, `proj`, and `gated` between them) whose first two layers are one product."""
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
         self._plain = (mlp,)
-        self._first = (PackedLinear(mlp.fc_1, mlp.fc_2, release=True),)
-        self.proj = PackedLinear(mlp.proj, release=True)
+        self._first = (PackedLinear(mlp.fc_1, mlp.fc_2),)
+        self.proj = PackedLinear(mlp.proj)
 
     def plain(self) -> nn.Module:
         """The module that this one was made from, as it was."""
@@ -124,7 +147,7 @@ def can_pack(weight: torch.Tensor) -> bool:
 def pack_linears(model: nn.Module) -> None:
     """Replace the plain linear layers of `model` by packed ones, where that works.
 
-    One at a time, so that no more than one weight is held twice, but for one that an embedding shares and needs as it is.
+    One at a time, so that no more than one weight is held twice. One that an embedding shares stays as it is.
     """
     _pack(model, {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)})
 
@@ -135,7 +158,8 @@ def _pack(module: nn.Module, embeddings: set[int]) -> None:
         if gated and all(_is_plain(layer) for layer in gated):
             setattr(module, name, PackedGatedMLP(child))
         elif _is_plain(child):
-            setattr(module, name, PackedLinear(child, release=id(child.weight) not in embeddings))
+            kind = SharedLinear if id(child.weight) in embeddings else PackedLinear
+            setattr(module, name, kind(child))
         else:
             _pack(child, embeddings)
 
@@ -149,7 +173,7 @@ def unpack_linears(model: nn.Module) -> None:
     for name, child in list(model.named_children()):
         if isinstance(child, PackedGatedMLP):
             setattr(model, name, child.plain())
-        elif isinstance(child, PackedLinear):
+        elif isinstance(child, (PackedLinear, SharedLinear)):
             setattr(model, name, child.plain()[0])
         else:
             unpack_linears(child)

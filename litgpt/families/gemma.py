@@ -65,6 +65,15 @@ _GEMMA_2_MODELS = named(
 _GEMMA_3_MODELS = named(
     _GEMMA_3,
     (
+        "google/gemma-3-270m{,-it}=Gemma-3-270m{,-it}",
+        18,
+        640,
+        4,
+        1,
+        2048,
+        {"block_size": 32768, "sliding_window_size": 512, "rope_adjustments": None, "norm_eps": 1e-6},
+    ),
+    (
         "google/gemma-3-1b-it=Gemma-3-1b-it",
         26,
         1152,
