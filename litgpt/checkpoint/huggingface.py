@@ -39,7 +39,9 @@ class HuggingFaceCheckpoint(Checkpoint):
             raise FileNotFoundError(f"{str(self.path)!r} holds weights but no config.json")
         if hf.get("quantization_config"):
             method = hf["quantization_config"].get("quant_method", "unknown")
-            raise ValueError(f"{self.path}: weights quantised with {method!r} are not supported; use a copy in bfloat16")
+            raise ValueError(
+                f"{self.path}: weights quantised with {method!r} are not supported; use a copy in bfloat16"
+            )
         self.family, text = family_of_hf(hf) if config is None else (family_of(config), hf)
         self._tie = bool(text.get("tie_word_embeddings", self.family.tied))
         if config is not None:
