@@ -351,6 +351,16 @@ class GPT(nn.Module):
         for cache in self.kv_caches():
             cache.start(batch_size)
 
+    def extend_kv_caches(self, count: int) -> None:
+        """Let `count` empty rows join the batch, each to be filled by calls with `rows`."""
+        for cache in self.kv_caches():
+            cache.extend(count)
+
+    def rewind_kv_caches(self, counts: Sequence[int]) -> None:
+        """Row b forgets its last `counts[b]` tokens."""
+        for cache in self.kv_caches():
+            cache.rewind(counts)
+
     def crop_kv_caches(self, n: int) -> bool:
         """Go back to when `next_token_pos` was n, if all caches can; else forget everything. Returns whether they could."""
         caches = self.kv_caches()
@@ -386,6 +396,14 @@ class GPT(nn.Module):
     def kv_cache_max_tokens_forward(self) -> int | None:
         """Most tokens that a call with `input_pos > 0` should bring (None: there are no caches)."""
         return min((cache.max_tokens_forward for cache in self.kv_caches()), default=None)
+
+    def kv_cache_max_tokens_tentative(self) -> int:
+        """Most tokens that a call may bring such that all but the first of them can be rewound, in every row."""
+        caches = self.kv_caches()
+        room = [cache.max_tokens_tentative for cache in caches]
+        if not all(cache.unbounded for cache in caches):
+            room.append(self.max_seq_length - self.next_token_pos)
+        return min(room)
 
     def kv_cache_max_prefill_length(self) -> int | None:
         """Most tokens that a call with `input_pos=0` may bring (None: any number)."""

@@ -3,20 +3,22 @@
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from litgpt.generate.engine import decode, prefill, prepare_caches
+from litgpt.generate.engine import Engine, Proposer, decode, prepare_caches
+from litgpt.generate.request import Request
 from litgpt.generate.sampling import (
+    Sampling,
     batched_sample,
-    check_sampling,
     multinomial_num_samples_1,
     sample,
     sample_top_p,
 )
-from litgpt.generate.setup import Quantization, cache_bytes, choose_kv_caches, make_ready
+from litgpt.generate.setup import Quantization, Ready, cache_bytes, choose_kv_caches, make_ready
 from litgpt.model import GPT
 from litgpt.prompts import encode_prompt
 
@@ -93,25 +95,24 @@ def batched_generate_fn(
     """
     prompts = [prompt if prompt.ndim == 1 else prompt.reshape(-1) for prompt in prompts]
     args = list(sample_args) if isinstance(sample_args, list) else [sample_args] * len(prompts)
-    if not prompts or any(len(prompt) == 0 for prompt in prompts):
-        raise ValueError("every prompt needs at least one token")
+    if not prompts:
+        raise ValueError("there are no prompts: every prompt needs at least one token")
     if len(args) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(args)} sets of sampling arguments")
-    for row_args in args:
-        check_sampling(**row_args)
-    if prompt_chunksize is not None and prompt_chunksize < 1:
-        raise ValueError(f"prompt_chunksize must be at least 1 (None: no limit), got {prompt_chunksize}")
     longest = max(len(prompt) for prompt in prompts)
     if max_returned_tokens <= longest:
         raise ValueError(f"max_returned_tokens={max_returned_tokens} leaves no room after a prompt of {longest} tokens")
-    prepare_caches(model, len(prompts), max_returned_tokens)
+    most = max_returned_tokens if max_new_tokens is None else max_new_tokens
+    requests = [
+        Request(prompt, min(max_returned_tokens - len(prompt), most), Sampling(**row_args), stop_tokens, include_eos)
+        for prompt, row_args in zip(prompts, args, strict=True)
+    ]
+    engine = Engine(model, prompt_chunksize)
+    prepare_caches(model, len(prompts), max(request.length for request in requests))
     if include_prompt:
         yield [prompt.to(torch.int64) for prompt in prompts]
-    logits = prefill(model, prompts, prompt_chunksize)
-    most = max_returned_tokens if max_new_tokens is None else max_new_tokens
-    limits = [min(max_returned_tokens - len(prompt), most) for prompt in prompts]
     device = prompts[0].device
-    for released in decode(model, logits, limits, args, stop_tokens, include_eos):
+    for released in decode(engine, requests):
         if any(released):
             yield [torch.tensor(tokens, device=device) if tokens else None for tokens in released]
 
@@ -225,42 +226,58 @@ def main(
         prompt_chunksize: Most tokens of the prompt that go through the model at once. Default: all of them.
         seed: Of the random numbers.
     """
-    for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not prompt:
-        raise ValueError("the prompt is empty: give some text with --prompt")
-    check_sampling(temperature, top_k, top_p)
-    if cache_length is not None and cache_length < 1:
-        raise ValueError(f"cache_length must be at least 1, got {cache_length}")
-
-    torch.manual_seed(seed)
+    check_options(prompt, num_samples, max_new_tokens, cache_length)
+    sampling = Sampling(temperature, top_k, top_p, seed=seed)
     started = time.perf_counter()
     ready = make_ready(checkpoint_dir, precision, quantize, compile)
     choose_kv_caches(ready.model, kv_cache, cache_length, num_samples, sinks)
     tokens = encode_prompt(ready.tokenizer, ready.prompt_style, prompt, sys_prompt=sys_prompt).to(ready.device)
     print(f"Model loaded in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    print_answers(ready, tokens, max_new_tokens, sampling, num_samples, prompt_chunksize)
 
+
+def check_options(prompt: str, num_samples: int, max_new_tokens: int, cache_length: int | None = None) -> None:
+    """Raise `ValueError` for options of a command that mean nothing."""
+    for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not prompt:
+        raise ValueError("the prompt is empty: give some text with --prompt")
+    if cache_length is not None and cache_length < 1:
+        raise ValueError(f"cache_length must be at least 1, got {cache_length}")
+
+
+def print_answers(
+    ready: Ready,
+    prompt: torch.Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+    num_samples: int = 1,
+    prompt_chunksize: int | None = None,
+    proposer: Proposer | None = None,
+) -> None:
+    """What all commands that generate do: stream the answer to stdout, and then tell on stderr what it cost.
+
+    Args:
+        ready: the model and what belongs to it.
+        prompt: tokens (T,).
+        max_new_tokens: most tokens of an answer.
+        sampling: how they are drawn. The seeds of several answers follow each other.
+        num_samples: number of answers, generated together as one batch; they are printed when all are there.
+        prompt_chunksize: see `batched_generate_fn`.
+        proposer: guesses the next tokens.
+    """
+    seeds = [None if sampling.seed is None else sampling.seed + i for i in range(num_samples)]
+    requests = [Request(prompt, max_new_tokens, replace(sampling, seed=seed), ready.stop_tokens) for seed in seeds]
     started, first = time.perf_counter(), None
-    answers: list[list[int]] = [[] for _ in range(num_samples)]
+    engine = Engine(ready.model, prompt_chunksize, proposer)
+    prepare_caches(ready.model, num_samples, requests[0].length)
 
     def stream() -> Iterator[list[int]]:
         nonlocal first
-        for step in batched_generate_fn(
-            ready.model,
-            [tokens] * num_samples,
-            len(tokens) + max_new_tokens,
-            prompt_chunksize,
-            sample_args={"temperature": temperature, "top_k": top_k, "top_p": top_p},
-            stop_tokens=ready.stop_tokens,
-            include_prompt=False,
-            include_eos=False,
-        ):
+        for released in decode(engine, requests):
             first = first or time.perf_counter()
-            for answer, new in zip(answers, step, strict=True):
-                if new is not None:
-                    answer += new.tolist()
-            yield [] if step[0] is None else step[0].tolist()
+            yield released[0] or []
 
     if num_samples == 1:
         for text in ready.tokenizer.decode_stream(stream()):
@@ -269,12 +286,12 @@ def main(
     else:
         for _ in stream():
             pass
-        for answer in answers:
-            print(ready.tokenizer.decode(answer))
-    seconds, new = time.perf_counter() - started, sum(map(len, answers))
+        for request in requests:
+            print(ready.tokenizer.decode(request.output))
+    seconds, new = time.perf_counter() - started, sum(request.released for request in requests)
     wait = (first or time.perf_counter()) - started
     print(
-        f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s; {len(tokens)} prompt tokens, first token after "
+        f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s; {len(prompt)} prompt tokens, first token after "
         f"{wait:.2f} s; key-value cache {cache_bytes(ready.model) / 1e6:.1f} MB",
         file=sys.stderr,
     )

@@ -1,17 +1,20 @@
 """Prefill and decode: the one loop behind every way to generate.
 
 A batch of one is a batch. Rows of a ragged batch are prefilled at their own lengths and decoded together; a row that has
-finished leaves the computation.
+finished leaves the computation, and others may take its place at any time.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 
-from litgpt.generate.sampling import check_sampling, sample_rows
+from litgpt.generate.request import Request
+from litgpt.generate.sampling import Draws, Sampling, draw
 from litgpt.generate.stopping import StopMatcher
+from litgpt.generate.verification import verify
 from litgpt.model import GPT
 
 ROOM = 1024  # least capacity of default caches that are to last
@@ -28,26 +31,9 @@ def prepare_caches(model: GPT, batch_size: int, max_length: int, roomy: bool = F
     """
     model.expect_length(max_length)
     caches = model.kv_caches()
-    if caches and not model.default_kv_caches:
-        rows = min(cache.batch_size for cache in caches)
-        if rows < batch_size:
-            raise ValueError(f"{batch_size} sequences at once, but the assigned caches hold batch_size={rows}")
-        slots = min(
-            (cache.cache_length for cache in caches if cache.max_prefill_length is not None), default=max_length
-        )
-        if slots < max_length:
-            raise ValueError(
-                f"prompt and new tokens come to {max_length} tokens, but the assigned cache holds cache_length={slots} "
-                "and does not evict: ask for fewer tokens, or use a longer or an evicting cache"
-            )
-        if all(cache.unbounded for cache in caches):
-            return
-    if max_length > model.max_seq_length:
-        raise ValueError(
-            f"prompt and new tokens come to {max_length} tokens, but the model's context is {model.max_seq_length}: "
-            "shorten the prompt, ask for fewer tokens, or use a cache that evicts (lastrec)"
-        )
     if not caches or model.default_kv_caches:
+        if max_length > model.max_seq_length:
+            raise ValueError(_too_long(model, max_length))
         fits = caches and all(
             cache.batch_size >= batch_size and (cache.policy.evicts or cache.cache_length >= max_length)
             for cache in caches
@@ -55,43 +41,86 @@ def prepare_caches(model: GPT, batch_size: int, max_length: int, roomy: bool = F
         if not fits:
             room = max(ROOM, 1 << (max_length - 1).bit_length()) if roomy or model.static_decode else max_length
             model.set_kv_caches(batch_size, max_seq_length=min(room, model.max_seq_length))
+    check_caches(model, batch_size, max_length)
+
+
+def check_caches(model: GPT, batch_size: int, max_length: int) -> None:
+    """See that the caches which the model has take `batch_size` rows of `max_length` tokens.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    caches = model.kv_caches()
+    rows = min((cache.batch_size for cache in caches), default=0)
+    if rows < batch_size:
+        raise ValueError(f"{batch_size} sequences at once, but the caches hold batch_size={rows}")
+    slots = min((cache.cache_length for cache in caches if cache.max_prefill_length is not None), default=max_length)
+    if slots < max_length:
+        raise ValueError(
+            f"prompt and new tokens come to {max_length} tokens, but the cache holds cache_length={slots} "
+            "and does not evict: ask for fewer tokens, or use a longer or an evicting cache"
+        )
+    if max_length > model.max_seq_length and not all(cache.unbounded for cache in caches):
+        raise ValueError(_too_long(model, max_length))
+
+
+def _too_long(model: GPT, max_length: int) -> str:
+    return (
+        f"prompt and new tokens come to {max_length} tokens, but the model's context is {model.max_seq_length}: "
+        "shorten the prompt, ask for fewer tokens, or use a cache that evicts (lastrec)"
+    )
 
 
 @torch.inference_mode()
-def prefill(model: GPT, prompts: Sequence[torch.Tensor], chunksize: int | None = None, start: int = 0) -> torch.Tensor:
+def prefill(
+    model: GPT,
+    prompts: Sequence[torch.Tensor],
+    chunksize: int | None = None,
+    start: int = 0,
+    rows: Sequence[int] | None = None,
+) -> torch.Tensor:
     """Run prompts through the model, each in as few calls as the caches take, and get the last token's logits.
 
     Args:
         model: with caches for as many rows as there are prompts.
-        prompts: B tensors of tokens (T_b,), each of at least one token. One tensor B times over is run once.
+        prompts: B tensors of tokens (T_b,), each of at least one token. One tensor several times over is run once.
         chunksize: most tokens of a call (None: as many as the caches take).
         start: tokens that the caches hold already for every row; 0 starts anew.
+        rows: rows in use that the prompts go to (None: they are the batch).
 
     Returns:
         Logits (B, V).
     """
-    if start == 0 and len(prompts) > 1 and all(prompt is prompts[0] for prompt in prompts):
-        logits = _prefill_rows(model, prompts[0][None], chunksize, start, None)
-        model.reorder_kv_caches([0] * len(prompts))
-        return logits.expand(len(prompts), -1)
+    places = list(range(len(prompts))) if rows is None else list(rows)
+    leaders: dict[int, int] = {}  # the first one of those that share a tensor runs it
+    leader = [leaders.setdefault(id(prompt), i) if start == 0 else i for i, prompt in enumerate(prompts)]
+    run = sorted(set(leader))
     groups: dict[int, list[int]] = defaultdict(list)
-    for row, prompt in enumerate(prompts):
-        groups[len(prompt)].append(row)
-    if len(groups) == 1:
-        return _prefill_rows(model, torch.stack(list(prompts)), chunksize, start, None)
-    if start == 0:
-        model.start_kv_caches(len(prompts))
-    rows_logits: dict[int, torch.Tensor] = {}
-    for rows in groups.values():
-        last = _prefill_rows(model, torch.stack([prompts[row] for row in rows]), chunksize, start, rows)
-        rows_logits.update(zip(rows, last, strict=True))
-    return torch.stack([rows_logits[row] for row in range(len(prompts))])
+    for i in run:
+        groups[len(prompts[i])].append(i)
+    if rows is None and len(groups) == 1:  # in one call, of the whole batch
+        last = dict(zip(run, _prefill_rows(model, [prompts[i] for i in run], chunksize, start, None), strict=True))
+        copies = [run.index(i) for i in leader]
+    else:
+        if rows is None and start == 0:
+            model.start_kv_caches(len(prompts))
+        last = {}
+        for members in groups.values():
+            inputs, into = [prompts[i] for i in members], [places[i] for i in members]
+            last.update(zip(members, _prefill_rows(model, inputs, chunksize, start, into), strict=True))
+        copies = list(range(len(model.kv_caches()[0].row_lengths)))
+        for i, place in enumerate(places):
+            copies[place] = places[leader[i]]
+    if len(run) < len(prompts):
+        model.reorder_kv_caches(copies)
+    return torch.stack([last[i] for i in leader])
 
 
 def _prefill_rows(
-    model: GPT, idx: torch.Tensor, chunksize: int | None, start: int, rows: list[int] | None
+    model: GPT, prompts: Sequence[torch.Tensor], chunksize: int | None, start: int, rows: list[int] | None
 ) -> torch.Tensor:
-    """Prefill prompts of one length, (B, T) tokens, into `rows` of the caches; logits (B, V)."""
+    """Prefill prompts of one length into `rows` of the caches; logits (B, V)."""
+    idx = torch.stack(list(prompts))
     T, done = idx.shape[1], 0
     while True:
         limit = model.kv_cache_max_prefill_length() if start + done == 0 else model.kv_cache_max_tokens_forward()
@@ -103,84 +132,260 @@ def _prefill_rows(
         done += size
 
 
-@torch.inference_mode()
-def decode(
-    model: GPT,
-    logits: torch.Tensor,
-    limits: Sequence[int],
-    sample_args: Sequence[dict[str, Any]],
-    stop_tokens: Sequence[Sequence[int]] = (),
-    include_eos: bool = True,
-    fed: list[int] | None = None,
-) -> Iterator[list[list[int] | None]]:
-    """Sample, stop, feed back: from the logits of the prefill on, until every row has ended.
+class Proposer(Protocol):
+    """Guesses how sequences go on. What the model makes of the guesses is exact, however bad they are."""
+
+    def propose(
+        self, tokens: Sequence[int], sampling: Sampling, limit: int
+    ) -> tuple[Sequence[int], torch.Tensor | None]:
+        """At most `limit` guesses (n,) of the tokens that follow `tokens`, and the distributions (n, V) that they were
+        drawn from (None: they are certain)."""
+
+
+class _Row:
+    """A row of the batch: its request, and what becomes of the tokens that are drawn for it."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.draws = Draws(request.sampling, request.prompt.tolist(), len(request.prompt))
+        self.matcher = StopMatcher(request.stop_tokens, request.include_eos)
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be drawn."""
+        return self.request.max_new_tokens - len(self.request.tokens)
+
+    def take(self, token: int, logits: torch.Tensor) -> list[int]:
+        """Take the next drawn token; give those that are now known to be output. May finish the request."""
+        request = self.request
+        if request.logprobs is not None:
+            self._note_logprobs(token, logits)
+        self.draws.tokens.append(token)
+        request.tokens.append(token)
+        out = self.matcher.push(token)
+        if self.matcher.stopped:
+            request.finish_reason = "stop"
+        elif not self.left:
+            out += self.matcher.flush()
+            request.finish_reason = "length"
+        request.released += len(out)
+        return out
+
+    def _note_logprobs(self, token: int, logits: torch.Tensor) -> None:
+        logprobs = logits.float().log_softmax(dim=-1)
+        values, tokens = logprobs.topk(self.request.logprobs)
+        self.request.token_logprobs.append(logprobs[token].item())
+        self.request.top_logprobs.append(dict(zip(tokens.tolist(), values.tolist(), strict=True)))
+
+
+class Engine:
+    """A batch of sequences that are decoded together; requests join and leave between steps.
+
+    It works on the caches that the model has (see `prepare_caches`), which are its own while requests are active. The
+    output of a request is that of its own batch of one, whatever else is in the batch. Not for several threads at once.
+
+    If the model fails or is interrupted, the caches are emptied, and the requests that were active are left unfinished.
 
     Args:
-        model: its caches at the end of the prompts.
-        logits: of the prompts' last tokens, (B, V).
-        limits: most new tokens for each row.
-        sample_args: `temperature`, `top_k`, `top_p` for each row.
-        stop_tokens: sequences of tokens that end a row.
-        include_eos: whether such a sequence is given out.
-        fed: if given, tokens of the first row are noted here once they are in the caches.
+        model: in evaluation mode, with caches.
+        prompt_chunksize: most tokens of a call in the prefill (None: as many as the caches take).
+        proposer: guesses the next tokens of every row; several may then come in a step.
+        batch_size: rows of every step, some of them idle, as compiled code wants it (None: as many as there are requests,
+            or, in a compiled model, were at most).
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        prompt_chunksize: int | None = None,
+        proposer: Proposer | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        if prompt_chunksize is not None and prompt_chunksize < 1:
+            raise ValueError(f"prompt_chunksize must be at least 1 (None: no limit), got {prompt_chunksize}")
+        self.model = model
+        self.prompt_chunksize = prompt_chunksize
+        self.proposer = proposer
+        self.batch_size = batch_size
+        self._rows: list[_Row | None] = []  # by row of the caches; None is idle
+        self._joined: list[tuple[Request, list[int]]] = []  # what the prefill gave
+
+    @property
+    def active(self) -> list[Request]:
+        """Requests that are not finished."""
+        return [row.request for row in self._rows if row is not None and row.request.finish_reason is None]
+
+    @torch.inference_mode()
+    def add(self, requests: Sequence[Request], held: int = 0) -> None:
+        """Prefill requests into free rows, and draw the first token of each.
+
+        Args:
+            requests: those that share a prompt's tensor share its prefill.
+            held: first tokens of the prompts that the caches hold already, where these requests are the whole batch.
+
+        Raises:
+            ValueError: if a request does not fit, before any work; those that are active are not disturbed.
+        """
+        self._check(requests, held)
+        prompts = {id(request.prompt): request.prompt[held:] for request in requests}
+        prompts = [prompts[id(request.prompt)] for request in requests]
+        rows = [_Row(request) for request in requests]
+        active = bool(self.active)
+        with self._emptied_on_failure():
+            if active:
+                free = [i for i, row in enumerate(self._rows) if row is None or row.request.finish_reason]
+                missing = len(rows) - len(free)
+                if missing > 0:
+                    self.model.extend_kv_caches(missing)
+                    free += range(len(self._rows), len(self._rows) + missing)
+                    self._rows += [None] * missing
+                places = free[: len(rows)]
+            else:
+                places, self._rows = None, [None] * len(rows)
+                if not held:
+                    self.model.expect_length(max(request.length for request in requests))
+            logits = prefill(self.model, prompts, self.prompt_chunksize, held, places)
+            for place, row in zip(range(len(rows)) if places is None else places, rows, strict=True):
+                self._rows[place] = row
+            if self.batch_size is not None and len(self._rows) < self.batch_size:
+                self.model.extend_kv_caches(self.batch_size - len(self._rows))
+                self._rows += [None] * (self.batch_size - len(self._rows))
+            tokens = draw(logits, [row.draws for row in rows]).tolist()
+            for row, token, last in zip(rows, tokens, logits, strict=True):
+                self._joined.append((row.request, row.take(token, last)))
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Request, list[int]]]:
+        """Go one step on in every active request: the tokens that are now known to be output.
+
+        These are often one, none while a stop sequence may have begun, several when it turns out that it had not or when
+        guesses stand. The first tokens of requests that have just joined come in a step of their own.
+        """
+        if self._joined:
+            released, self._joined = self._joined, []
+            return released
+        if not self.active:
+            return []
+        with self._emptied_on_failure():
+            self._let_finished_leave()
+            return self._advance()
+
+    def cancel(self, request: Request) -> None:
+        """End a request: its row is free, and no more tokens come."""
+        if request in self.active:
+            request.finish_reason = "cancelled"
+            self._joined = [(joined, out) for joined, out in self._joined if joined is not request]
+
+    def _advance(self) -> list[tuple[Request, list[int]]]:
+        """Feed every row its last token and its guesses, and see what follows."""
+        guesses = self._guess()
+        T = 1 + max((len(tokens) for tokens, _ in guesses.values()), default=0)
+        fed = [[0] * T for _ in self._rows]
+        for i, row in enumerate(self._rows):
+            if row is not None:
+                tokens = [row.draws.tokens[-1], *(guesses[i][0] if i in guesses else ())]
+                fed[i] = tokens + [0] * (T - len(tokens))
+        idx = torch.tensor(fed, device=self.model.transformer.wte.weight.device)
+        logits = self.model(idx, self.model.next_token_pos, last_token_only=T == 1)
+        here = [i for i, row in enumerate(self._rows) if row is not None]
+        if T == 1:
+            last = logits[:, -1] if len(here) == len(self._rows) else logits[here, -1]
+            drawn = [[token] for token in draw(last, [self._rows[i].draws for i in here]).tolist()]
+        else:
+            drawn = [
+                verify(logits[i, : len(guesses[i][0]) + 1], *guesses[i], self._rows[i].draws)
+                if i in guesses
+                else draw(logits[i, :1], [self._rows[i].draws]).tolist()
+                for i in here
+            ]
+        released, undo = [], [T] * len(self._rows)  # idle rows stay empty
+        for i, tokens in zip(here, drawn, strict=True):
+            row, out = self._rows[i], []
+            for place, token in enumerate(tokens):
+                out += row.take(token, logits[i, place])
+                undo[i] -= 1
+                if row.request.finish_reason:
+                    break
+            released.append((row.request, out))
+        if any(undo):
+            self.model.rewind_kv_caches(undo)
+        return released
+
+    def _guess(self) -> dict[int, tuple[Sequence[int], torch.Tensor | None]]:
+        """Guesses by row, those rows that have any, not more than can be taken back."""
+        if self.proposer is None:
+            return {}
+        room = self.model.kv_cache_max_tokens_tentative() - 1
+        guesses = {}
+        for i, row in enumerate(self._rows):
+            limit = 0 if row is None else min(room, row.left - 1)
+            if limit > 0:
+                tokens, guessed_from = self.proposer.propose(row.draws.tokens, row.request.sampling, limit)
+                if len(tokens):
+                    guesses[i] = tokens, guessed_from
+        return guesses
+
+    def _let_finished_leave(self) -> None:
+        """Make the batch as small as it may be: the last row moves into a gap, so that dropping one costs the copy of one.
+
+        Where the batch is to keep its size, rows become idle instead: they are empty, and stay so.
+        """
+        gone = [i for i, row in enumerate(self._rows) if row is not None and row.request.finish_reason]
+        if not gone:
+            return
+        if self.batch_size is not None or self.model.static_decode:
+            lengths = self.model.kv_caches()[0].row_lengths
+            self.model.rewind_kv_caches([lengths[i] if i in gone else 0 for i in range(len(lengths))])
+            for i in gone:
+                self._rows[i] = None
+            return
+        places = list(range(len(self._rows)))
+        for i in reversed(gone):
+            places[i], self._rows[i] = places[-1], self._rows[-1]
+            places.pop(), self._rows.pop()
+        self.model.reorder_kv_caches(places)
+
+    def _check(self, requests: Sequence[Request], held: int) -> None:
+        """Refuse what does not fit."""
+        active = self.active
+        if not requests:
+            raise ValueError("there are no requests to add")
+        if held and active:
+            raise ValueError(f"the caches hold {held} tokens of no request while others are active")
+        if held >= min(len(request.prompt) for request in requests):
+            raise ValueError(f"{held} tokens of a prompt are held, which leaves none to run")
+        if any(request.tokens or request.finish_reason for request in requests):
+            raise ValueError("a request can be added only once")
+        check_caches(self.model, len(active) + len(requests), max(request.length for request in requests))
+        vocabulary = self.model.config.padded_vocab_size
+        for request in requests:
+            for token in request.sampling.logit_bias or ():
+                if token >= vocabulary:
+                    raise ValueError(f"logit_bias for token {token}, but there are {vocabulary}")
+            if (request.logprobs or 0) > vocabulary:
+                raise ValueError(f"logprobs={request.logprobs} is more than the {vocabulary} tokens that there are")
+
+    @contextmanager
+    def _emptied_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            for cache in self.model.kv_caches():
+                cache.clear()
+            self._rows, self._joined = [], []
+            raise
+
+
+def decode(engine: Engine, requests: Sequence[Request], held: int = 0) -> Iterator[list[list[int] | None]]:
+    """Prefill requests into an engine that has no others, and generate until all are finished.
 
     Yields:
-        For every step, each row's tokens that are now known to be output (often one; none while a stop sequence may have
-        begun, several when it turns out that it had not), or None once the row has ended.
+        For every step, each request's tokens that are now known to be output, or None once it is finished.
     """
-    for args in sample_args:
-        check_sampling(**{k: v for k, v in args.items() if k != "generator"})
-    matchers = [StopMatcher(stop_tokens, include_eos) for _ in limits]
-    left = list(limits)
-    active = [row for row in range(len(limits)) if left[row] > 0]
-    in_caches = list(range(len(limits)))  # the row that each place in the caches belongs to
-    if fed is not None and len(limits) != 1:
-        raise ValueError("fed tokens are noted for a single row only")
-    while active:
-        tokens = _sample(logits, [sample_args[max(row, 0)] for row in in_caches])
-        token_list = tokens.tolist()
-        released: list[list[int] | None] = [None] * len(limits)
-        for place, row in enumerate(in_caches):
-            if row not in active:
-                continue
-            left[row] -= 1
-            out = matchers[row].push(token_list[place])
-            if matchers[row].stopped or left[row] == 0:
-                out += matchers[row].flush()
-                active.remove(row)
-            released[row] = out
+    place = {id(request): i for i, request in enumerate(requests)}
+    engine.add(requests, held)
+    while steps := engine.step():
+        released: list[list[int] | None] = [None] * len(requests)
+        for request, tokens in steps:
+            released[place[id(request)]] = tokens
         yield released
-        if not active:
-            return
-        if any(row not in active for row in in_caches if row >= 0):
-            places, in_caches = _without_finished(in_caches, active, keep_size=model.static_decode)
-            model.reorder_kv_caches(places)
-            tokens = tokens[places]
-        logits = model(tokens[:, None], model.next_token_pos, last_token_only=True)[:, -1]
-        if fed is not None:
-            fed.append(token_list[0])
-
-
-def _without_finished(in_caches: list[int], active: list[int], keep_size: bool) -> tuple[list[int], list[int]]:
-    """Which places to take so that only active rows remain, and the rows then in the caches.
-
-    The last row moves into a gap, so that dropping a row costs the copy of one. With `keep_size`, for compiled code, the
-    batch does not shrink: gaps are filled with a copy of an active row, noted as row -1.
-    """
-    places, rows = list(range(len(in_caches))), list(in_caches)
-    for place in reversed(range(len(rows))):
-        if rows[place] in active:
-            continue
-        if keep_size:
-            places[place], rows[place] = in_caches.index(active[0]), -1
-        else:
-            places[place], rows[place] = places[-1], rows[-1]
-            places.pop(), rows.pop()
-    return places, rows
-
-
-def _sample(logits: torch.Tensor, sample_args: list[dict[str, Any]]) -> torch.Tensor:
-    """One token for every row of logits (B, V), (B,); at once where rows have the same settings."""
-    if all(args == sample_args[0] for args in sample_args):
-        return sample_rows(logits, **sample_args[0])
-    return torch.cat([sample_rows(row[None], **args) for row, args in zip(logits, sample_args, strict=True)])

@@ -4,7 +4,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from litgpt.generate.engine import decode, prefill, prepare_caches
+from litgpt.generate.engine import Engine, decode, prepare_caches
+from litgpt.generate.request import Request
+from litgpt.generate.sampling import Sampling
 from litgpt.model import GPT
 
 
@@ -53,13 +55,11 @@ class Session:
             raise ValueError("the prompt is empty: it needs at least one token")
         prepare_caches(self.model, 1, len(prompt) + max_new_tokens, roomy=True)
         self.reused = self._keep_common_beginning(prompt)
-        rest = torch.tensor(prompt[self.reused :], device=self.model.cos.device)
-        logits = prefill(self.model, [rest], self.prompt_chunksize, start=self.reused)
-        self.tokens = prompt
-        args = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        for (released,) in decode(
-            self.model, logits, [max_new_tokens], [args], stop_tokens, include_eos=False, fed=self.tokens
-        ):
+        tokens = torch.tensor(prompt, device=self.model.cos.device)
+        request = Request(tokens, max_new_tokens, Sampling(temperature, top_k, top_p), stop_tokens)
+        engine = Engine(self.model, self.prompt_chunksize)
+        for (released,) in decode(engine, [request], held=self.reused):
+            self.tokens = prompt + request.tokens[:-1]  # the last one drawn was not run yet
             yield from released or ()
 
     def _keep_common_beginning(self, prompt: list[int]) -> int:

@@ -179,6 +179,18 @@ class KVCache(nn.Module, ABC):
             f"{type(self).__name__} cannot crop (to {n} of {self.next_token_pos} tokens): start anew instead"
         )
 
+    def rewind(self, counts: Sequence[int]) -> None:
+        """Row b forgets its last `counts[b]` tokens."""
+        if any(count != counts[0] for count in counts):
+            raise ValueError(f"{type(self).__name__} takes all rows together, got counts={list(counts)}")
+        if counts[0]:
+            self.crop(self.next_token_pos - counts[0])
+
+    @property
+    def max_tokens_tentative(self) -> int:
+        """Most tokens that a call may bring such that all but the first of them can be rewound, in every row."""
+        return 1
+
     @property
     @abstractmethod
     def next_token_pos(self) -> int:

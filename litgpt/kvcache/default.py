@@ -228,8 +228,7 @@ class DefaultKVCache(KVCache):
         if T < 1:
             raise ValueError(f"a call needs at least one token, got {T}")
         if input_pos == 0 and rows is None:
-            if not 1 <= batch_size <= self.batch_size:
-                raise ValueError(f"batch size {batch_size} must be in 1..{self.batch_size}, the cache's batch_size")
+            self._check_batch_size(batch_size)
             lengths = (0,) * batch_size
         else:
             lengths = self._lengths
@@ -258,6 +257,10 @@ class DefaultKVCache(KVCache):
             )
         return lengths
 
+    def _check_batch_size(self, batch_size: int) -> None:
+        if not 1 <= batch_size <= self.batch_size:
+            raise ValueError(f"batch size {batch_size} must be in 1..{self.batch_size}, the cache's batch_size")
+
     def _check_shapes(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         B, _, T, _ = key.shape
         for name, x, heads in (("query", query, self.n_head), ("key", key, self.n_query_groups)):
@@ -282,22 +285,52 @@ class DefaultKVCache(KVCache):
 
     def start(self, batch_size: int) -> None:
         """Begin a batch of empty rows, each to be filled by a call with `rows`."""
-        if not 1 <= batch_size <= self.batch_size:
-            raise ValueError(f"batch size {batch_size} must be in 1..{self.batch_size}, the cache's batch_size")
+        self._check_batch_size(batch_size)
         self._lengths, self._oldest = (0,) * batch_size, (0,) * batch_size
+
+    def extend(self, count: int) -> None:
+        """Let `count` empty rows join the batch, each to be filled by a call with `rows`."""
+        self._check_batch_size(len(self._lengths) + count)
+        self._lengths, self._oldest = self._lengths + (0,) * count, self._oldest + (0,) * count
 
     @property
     def crop_limit(self) -> int:
         """Least n that `crop` accepts, next to 0."""
         end = self.next_token_pos
-        return max(
-            (
-                # what is gone is gone by the longest that the row ever was, also after a crop
-                self.policy.crop_limit(max(length, oldest + self.policy.reach), self.window) + end - length
-                for length, oldest in zip(self._lengths, self._oldest, strict=True)
-            ),
-            default=0,
-        )
+        limits = (self._rewind_limit(row) + end - length for row, length in enumerate(self._lengths))
+        return max(limits, default=0)
+
+    def _rewind_limit(self, row: int) -> int:
+        """Least length, next to 0, that a row can go back to."""
+        # what is gone is gone by the longest that the row ever was, also after a crop
+        longest = max(self._lengths[row], self._oldest[row] + self.policy.reach)
+        return self.policy.crop_limit(longest, self.window)
+
+    @property
+    def max_tokens_tentative(self) -> int:
+        seen = self.policy.reach if self.window is None else min(self.window, self.policy.reach)
+        late = self.policy.reach - seen + 2 if self.policy.evicts else 0  # once tokens are evicted
+        room = self.cache_length - self.next_token_pos
+        return min(self.cache_length, late if any(old > self.policy.sinks for old in self._oldest) else max(room, late))
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        """Row b forgets its last `counts[b]` tokens.
+
+        Raises:
+            ValueError: if there are not as many, or what a later token would see was evicted.
+        """
+        if len(counts) != len(self._lengths):
+            raise ValueError(f"{len(counts)} counts for {len(self._lengths)} rows in use")
+        lengths = tuple(length - count for length, count in zip(self._lengths, counts, strict=True))
+        for row, length in enumerate(lengths):
+            limit = self._rewind_limit(row)
+            if not 0 <= length <= self._lengths[row] or 0 < length < limit:
+                raise ValueError(
+                    f"cannot rewind row {row} from {self._lengths[row]} to {length} tokens: it can go back to {limit} or "
+                    "more, or to 0"
+                )
+        self._lengths = lengths
+        self._oldest = tuple(old if length else 0 for old, length in zip(self._oldest, lengths, strict=True))
 
     def crop(self, n: int) -> None:
         """Go back to when `next_token_pos` was n: the last tokens of every row are forgotten.
@@ -315,7 +348,7 @@ class DefaultKVCache(KVCache):
             )
         if n == 0:
             self.clear()
-        self._lengths = tuple(length - (end - n) for length in self._lengths)
+        self.rewind([end - n] * len(self._lengths))
 
     def reorder(self, rows: Iterable[int]) -> None:
         """Row i becomes what row `rows[i]` was. Rows may be dropped or repeated, as long as `batch_size` holds them.

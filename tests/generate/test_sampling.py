@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from litgpt.generate.sampling import batched_sample, sample, sample_rows, sample_top_p
+from litgpt.generate.sampling import batched_sample, sample, sample_top_p
 
 DRAWS = 20_000
 
@@ -27,7 +27,7 @@ def expected_distribution(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize("top_p", [0.0, 0.5, 0.9, 1.0])
 def test_draws_follow_the_distribution(temperature, top_k, top_p):
     logits = torch.tensor([1.0, 3.0, -1.0, 2.0, 0.5, 2.5, -2.0])
-    drawn = sample_rows(logits.expand(DRAWS, -1), temperature, top_k, top_p)
+    drawn = sample(logits.expand(DRAWS, 1, -1), temperature, top_k, top_p)
     share = torch.bincount(drawn, minlength=len(logits)) / DRAWS
     expected = expected_distribution(logits, temperature, top_k, top_p)
     torch.testing.assert_close(share, expected, atol=0.02, rtol=0)
@@ -36,7 +36,7 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
 
 def test_temperature_zero_takes_the_likeliest():
     logits = torch.randn(50, 33)
-    assert torch.equal(sample_rows(logits, temperature=0.0, top_p=0.3), logits.argmax(-1))
+    assert torch.equal(sample(logits[:, None], temperature=0.0, top_p=0.3), logits.argmax(-1))
 
 
 @pytest.mark.parametrize(("shape", "result"), [((7,), (1,)), ((3, 7), (1,)), ((1, 3, 7), (1,)), ((2, 3, 7), (2,))])
