@@ -6,6 +6,7 @@ given, to `attention.py` otherwise. It knows neither masks nor slots.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -25,6 +26,16 @@ from litgpt.rope import yarn_get_mscale as yarn_get_mscale
 StartOfLayerHook = Callable[[torch.Tensor, int, int | None], None]
 
 WINDOW_SLACK = 64  # slots that a sliding-window layer's default cache has beyond its window: `crop` is exact within it
+
+
+@dataclass
+class LayerCaches:
+    """Caches of all layers (or none), and what a model knows of the sequences in them."""
+
+    caches: list[KVCache] = field(default_factory=list)
+    default: bool = False
+    expected_length: int = 0
+    long_rope: bool = False
 
 
 class GPT(nn.Module):
@@ -340,6 +351,16 @@ class GPT(nn.Module):
             for block in self.transformer.h:
                 block.attn.kv_cache = None
             self.default_kv_caches = False
+
+    def exchange_kv_caches(self, others: LayerCaches) -> LayerCaches:
+        """Put other caches, with all that is known of what is in them, in the place of the model's own, which are given
+        back. So sequences that are kept in caches of their own take turns on one model."""
+        own = LayerCaches(self.kv_caches(), self.default_kv_caches, self._expected_length, self._long_rope)
+        for block, cache in zip(self.transformer.h, others.caches or [None] * self.config.n_layer, strict=True):
+            block.attn.kv_cache = cache
+        self.default_kv_caches = others.default
+        self._expected_length, self._long_rope = others.expected_length, others.long_rope
+        return own
 
     @property
     def next_token_pos(self) -> int:

@@ -1,6 +1,6 @@
 """A cache put together from a policy and a storage."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -368,7 +368,7 @@ class DefaultKVCache(KVCache):
     def fork(self) -> "DefaultKVCache":
         """An independent copy: what is done to one does not show in the other."""
         twin = self._empty_twin()
-        twin.load_state(self.state())
+        twin.load_state(self.state(copy=False))
         return twin
 
     def _empty_twin(self) -> "DefaultKVCache":
@@ -388,21 +388,22 @@ class DefaultKVCache(KVCache):
         )
         return twin
 
-    def state(self) -> dict[str, Any]:
-        """What a later `load_state` needs to go on from here: copies of the used parts of the buffers, and lengths."""
+    def state(self, copy: bool = True) -> dict[str, Any]:
+        """What a later `load_state` needs to go on from here: the used parts of the buffers, and lengths.
+
+        Without `copy`, tensors are views of the buffers, good until the next call.
+        """
         state: dict[str, Any] = {
             "policy": repr(self.policy),
             "lengths": list(self._lengths),
             "oldest": list(self._oldest),
         }
-        kv = self.get_keys_values()
-        if kv is not None:
-            state["keys"] = kv.keys().clone()
-            if self.value_size is None:
-                state["values"] = kv.values().clone()
+        if self.current_length:
+            stored = self.storage.state(len(self._lengths), self.current_length)
+            state |= {name: x.clone() if copy else x for name, x in stored.items()}
         return state
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state` was taken.
 
         Raises:
@@ -410,7 +411,6 @@ class DefaultKVCache(KVCache):
         """
         lengths = tuple(int(length) for length in state["lengths"])
         used = min(max(lengths, default=0), self.cache_length)
-        expected = (len(lengths), self.n_query_groups, used, self.head_size)
         if len(lengths) > self.batch_size:
             raise ValueError(f"the state has {len(lengths)} rows, the cache batch_size={self.batch_size}")
         if any(state["oldest"]) and state["policy"] != repr(self.policy):
@@ -418,16 +418,7 @@ class DefaultKVCache(KVCache):
                 f"the state is what {state['policy']} left of longer sequences, the cache has {self.policy!r}"
             )
         if used:
-            for name in ("keys", "values") if self.value_size is None else ("keys",):
-                x = state[name]
-                if tuple(x.shape) != expected or x.dtype != self.dtype:
-                    raise ValueError(
-                        f"{name} of the state are {tuple(x.shape)} {x.dtype}, the cache needs {expected} {self.dtype}"
-                    )
-            slots = torch.arange(used, device=self.device)
-            keys = state["keys"].to(self.device)
-            values = keys[..., : self.value_size] if self.value_size else state["values"].to(self.device)
-            self.storage.set(keys, values, slots, None)
+            self.storage.load_state(state, len(lengths), used)
         self._lengths = lengths
         self._oldest = tuple(int(position) for position in state["oldest"])
 

@@ -1,7 +1,7 @@
 """How the keys and values of a cache are kept."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -29,6 +29,27 @@ class Storage(nn.Module, ABC):
     @abstractmethod
     def select_rows(self, rows: Sequence[int]) -> None:
         """Row i becomes what row `rows[i]` was."""
+
+    @abstractmethod
+    def state(self, batch: int, used: int) -> dict[str, torch.Tensor]:
+        """What the first `used` slots of the first `batch` rows hold, as it is stored: views of the buffers."""
+
+    def load_state(self, state: Mapping[str, torch.Tensor], batch: int, used: int) -> None:
+        """Take over what `state` gave.
+
+        Raises:
+            ValueError: if it is of another shape or dtype; nothing is changed then.
+        """
+        targets = self.state(batch, used)
+        for name, target in targets.items():
+            found = state.get(name)
+            if found is None or found.shape != target.shape or found.dtype != target.dtype:
+                what = "missing" if found is None else f"{tuple(found.shape)} {found.dtype}"
+                raise ValueError(
+                    f"{name} of the state are {what}, the cache needs {tuple(target.shape)} {target.dtype}"
+                )
+        for name, target in targets.items():
+            target.copy_(state[name])
 
     @abstractmethod
     def size_in_bits(self) -> dict[str, int]:
@@ -93,6 +114,9 @@ class DefaultStorage(Storage):
             new, old = torch.tensor(moved, device=self.device).unbind(1)
             for buffer in self._stored():
                 buffer[new] = buffer[old]
+
+    def state(self, batch: int, used: int) -> dict[str, torch.Tensor]:
+        return {name: x[:batch, :, :used] for name, x in zip(("keys", "values"), self._stored(), strict=False)}
 
     def size_in_bits(self) -> dict[str, int]:
         bits = [8 * x.numel() * x.element_size() for x in self._stored()]
