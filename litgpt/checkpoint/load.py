@@ -16,9 +16,11 @@ from litgpt.model import GPT
 
 
 def load_model(
-    checkpoint: Checkpoint | str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    checkpoint: Checkpoint | str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | Callable[[str], torch.device] = "cpu",
 ) -> GPT:
-    """A model with a checkpoint's weights, in `dtype` (default: as stored) on `device`.
+    """A model with a checkpoint's weights, in `dtype` (default: as stored) on `device`, which may depend on a module's name.
 
     Every weight is copied once, from the file into the model; a tied output embedding is the input embedding's tensor.
     Raises `ValueError` naming all weights that are missing, not expected or of the wrong shape.
@@ -26,26 +28,38 @@ def load_model(
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     model = meta_model(checkpoint.config)
     check_weights(checkpoint, model)
-    _allocate(model, dtype or checkpoint.dtype, device)
-    if checkpoint.tied:
+    return fill_model(model, checkpoint.pieces(), checkpoint.tied, dtype or checkpoint.dtype, device)
+
+
+def meta_model(config: Config, kind: Callable[[Config], GPT] = GPT) -> GPT:
+    """A model that has shapes and no memory, as `kind` makes it."""
+    with torch.device("meta"), _WithoutRandomNumbers():
+        return kind(config)
+
+
+def fill_model(
+    model: GPT,
+    pieces: Iterable[Piece],
+    tied: bool,
+    dtype: torch.dtype,
+    device: torch.device | str | Callable[[str], torch.device],
+) -> GPT:
+    """Gives a meta model memory, and weights from pieces that fit it."""
+    _allocate(model, dtype, device if callable(device) else lambda name: device)
+    if tied:
         model.lm_head.weight = model.transformer.wte.weight
     targets = model.state_dict()
     with torch.no_grad():
-        for name, row, piece in checkpoint.pieces():
-            if not (checkpoint.tied and name == HEAD):
+        for name, row, piece in pieces:
+            if not (tied and name == HEAD):
                 targets[name].narrow(0, row, piece.shape[0]).copy_(piece)
     return model.eval()
 
 
-def meta_model(config: Config) -> GPT:
-    """A model that has shapes and no memory."""
-    with torch.device("meta"), _WithoutRandomNumbers():
-        return GPT(config)
-
-
-def _allocate(model: GPT, dtype: torch.dtype, device: torch.device | str) -> None:
+def _allocate(model: GPT, dtype: torch.dtype, device_of: Callable[[str], torch.device | str]) -> None:
     """Gives memory to a meta model, as `to_empty` does; that would import torch's compiler, for more than 0.5 s."""
-    for module in model.modules():
+    for path, module in model.named_modules():
+        device = device_of(path)
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device)))
         for name, buffer in module.named_buffers(recurse=False):
