@@ -109,5 +109,8 @@ class ReferenceCache:
         end = self.end
         self.rows = [row.cropped(max(0, row.length - (end - n))) for row in self.rows]
 
+    def rewind(self, counts: list[int]) -> None:
+        self.rows = [row.cropped(row.length - count) for row, count in zip(self.rows, counts, strict=True)]
+
     def reorder(self, rows: list[int]) -> None:
         self.rows = [copy.copy(self.rows[r]) for r in rows]

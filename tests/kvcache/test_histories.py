@@ -18,6 +18,7 @@ ROWS = 3
 
 number = st.integers(0, 99)
 actions = ["prefill", "chunk", "steps", "steps", "some", "join", "crop", "crop", "crop", "fork", "reorder", "load"]
+actions += ["tentative", "tentative", "leave", "extend"]
 history = st.lists(st.tuples(st.sampled_from(actions), number, number), min_size=3, max_size=12)
 kind = st.tuples(
     st.sampled_from(["dense", "lastrec"]), st.integers(2, 8), st.integers(0, 7), st.sampled_from([None, 1, 2, 3, 5, 9])
@@ -81,6 +82,19 @@ class Pair:
             self.reference.crop(n)
             if n == 0:
                 self.reference.rows = []
+        elif (
+            action == "tentative"
+        ):  # all but the first token of a call may be taken back, from each row as many as one likes
+            T = min(a % 9 + 1, self.cache.max_tokens_tentative)
+            if T > 0 and self.reference.end:
+                self.bring(T)
+                self.rewind([(b + 3 * row) % T for row in range(B)])
+        elif action == "leave":  # a row may always become empty
+            leaving = a % B
+            self.rewind([row.length if i == leaving else 0 for i, row in enumerate(self.reference.rows)])
+        elif action == "extend" and B < ROWS:
+            self.cache.extend(1)
+            self.reference.rows.append(self.reference.rows[0].cropped(0))
         elif action == "fork":
             twin = self.cache.fork()
             self.cache.start(ROWS)
@@ -95,6 +109,10 @@ class Pair:
             other = self.new()
             other.load_state(self.cache.state())
             self.cache = other
+
+    def rewind(self, counts):
+        self.cache.rewind(counts)
+        self.reference.rewind(counts)
 
     def check(self):
         """Lengths agree, and every slot that names a position holds that token; those that may be seen are there."""
