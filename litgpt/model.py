@@ -64,6 +64,7 @@ class GPT(nn.Module):
         self._long_table = False  # and so is the table
         self._start_of_layer_hook: StartOfLayerHook | None = config.start_of_layer_hook
         self.default_kv_caches = False  # True: made by `set_kv_caches`, which may replace them
+        self.layer_devices: list[torch.device] | None = None  # where blocks are, if not all are where the embedding is
         self.static_decode = False  # plan single tokens with shapes that stay the same, for a compiled `decode`
         self.decode: Callable[..., torch.Tensor] | None = None  # a compiled `run_layers` for single tokens
 
@@ -191,6 +192,10 @@ class GPT(nn.Module):
         for cache, plan in zip(caches, plans, strict=True):
             cache.commit(plan)
         return x
+
+    def agree(self, tokens: list) -> list:
+        """Drawn tokens, as all processes that share this model are to go on with them: here there is only one."""
+        return tokens
 
     def set_start_of_layer_hook(self, hook: StartOfLayerHook | None) -> None:
         """Have `hook(x, block_idx, input_pos)` called before each block with the detached layer input (B, T, E), and once
@@ -325,10 +330,9 @@ class GPT(nn.Module):
         length = self.max_seq_length if max_seq_length is None else max_seq_length
         if length > self.max_seq_length:
             raise ValueError(f"max_seq_length {length} is more than the model's {self.max_seq_length}")
-        weight = self.transformer.wte.weight
-        dtype = weight.dtype if dtype is None else dtype
+        dtype = self.transformer.wte.weight.dtype if dtype is None else dtype
         for block_idx, block in enumerate(self.transformer.h):
-            window = self.config.window(block_idx)
+            window, device = self.config.window(block_idx), self.layer_device(block_idx)
             args = (self.config, batch_size)
             if window is None or window + WINDOW_SLACK >= length:
                 # compiled code tells a whole buffer from a part of one: leave a slot that is never read
@@ -336,14 +340,18 @@ class GPT(nn.Module):
             else:
                 kind, cache_length = LastRecentlyInsertedKVCache, window + WINDOW_SLACK
             old = block.attn.kv_cache
-            wanted = (kind, cache_length, batch_size, dtype, weight.device)
+            wanted = (kind, cache_length, batch_size, dtype, device)
             if old is not None and (type(old), old.cache_length, old.batch_size, old.dtype, old.device) == wanted:
                 old.clear()
             elif kind is DenseKVCache:
-                block.attn.kv_cache = DenseKVCache(*args, block_idx, weight.device, dtype, cache_length)
+                block.attn.kv_cache = DenseKVCache(*args, block_idx, device, dtype, cache_length)
             else:
-                block.attn.kv_cache = kind(*args, cache_length, block_idx, weight.device, dtype)
+                block.attn.kv_cache = kind(*args, cache_length, block_idx, device, dtype)
         self.default_kv_caches = True
+
+    def layer_device(self, block_idx: int) -> torch.device:
+        """Where a layer is, and its cache has to be."""
+        return self.transformer.wte.weight.device if self.layer_devices is None else self.layer_devices[block_idx]
 
     def clear_kv_caches(self, assigned: bool = False) -> None:
         """Drop default caches, and with `assigned` also those given by `assign_kv_caches`."""

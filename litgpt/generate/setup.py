@@ -1,12 +1,13 @@
 """From what a user names to a model that is ready to generate. All front ends begin here."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from litgpt.checkpoint import open_checkpoint
+from litgpt.checkpoint import Checkpoint, open_checkpoint
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model
 from litgpt.generate.compiled import compile_decode
@@ -68,6 +69,7 @@ def make_ready(
     device: torch.device | None = None,
     access_token: str | None = None,
     pack: bool = True,
+    load: Callable[[Checkpoint, torch.dtype, torch.device], GPT] = load_model,
 ) -> Ready:
     """Load the model that `checkpoint_dir` names (None: the default model) for inference.
 
@@ -79,6 +81,7 @@ def make_ready(
         device: default: the first GPU, else the CPU.
         access_token: of the Hugging Face hub, where the model has to be fetched.
         pack: lay the weights out for the CPU's kernels (`litgpt.packed`); no training then.
+        load: makes the model of the checkpoint, in that dtype and on that device.
     """
     device = default_device() if device is None else device
     dtype = parse_precision(precision, device)
@@ -87,7 +90,7 @@ def make_ready(
     path = find_checkpoint(checkpoint_dir, access_token)
     checkpoint = open_checkpoint(path)
     tokenizer, style = checkpoint.tokenizer(), checkpoint.prompt_style()
-    model = load_model(checkpoint, dtype=dtype, device=device).requires_grad_(False)
+    model = load(checkpoint, dtype, device).requires_grad_(False)
     if pack:
         pack_linears(model)
     if compile:
@@ -106,9 +109,9 @@ def choose_kv_caches(model: GPT, kv_cache: str, cache_length: int | None, batch_
     model.clear_kv_caches(assigned=True)
     if kv_cache == "dense" and cache_length is None and not sinks:
         return
-    weight = model.transformer.wte.weight
-    caches = create_kv_caches(kv_cache, model.config, batch_size, cache_length, weight.device, weight.dtype, sinks)
-    model.assign_kv_caches(caches)
+    devices = [model.layer_device(block_idx) for block_idx in range(model.config.n_layer)]
+    dtype = model.transformer.wte.weight.dtype
+    model.assign_kv_caches(create_kv_caches(kv_cache, model.config, batch_size, cache_length, devices, dtype, sinks))
 
 
 def cache_bytes(model: GPT) -> int:

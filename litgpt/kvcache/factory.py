@@ -1,5 +1,6 @@
 """Caches by name: `policy-storage`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def create_kv_caches(
     config: Config,
     batch_size: int,
     cache_length: int | None = None,
-    device: torch.device | None = None,
+    device: torch.device | Sequence[torch.device] | None = None,
     dtype: torch.dtype | None = None,
     sinks: int = 0,
 ) -> list[DefaultKVCache]:
@@ -48,7 +49,7 @@ def create_kv_caches(
         config: of the model.
         batch_size: most rows.
         cache_length: slots per row (None: the model's context for dense caches, `DEFAULT_LENGTH` for those that evict).
-        device, dtype: of the buffers.
+        device, dtype: of the buffers; there may be a device for each layer.
         sinks: first tokens that are never evicted; only for policies that evict.
 
     Raises:
@@ -61,6 +62,7 @@ def create_kv_caches(
         cache_length = min(config.block_size, DEFAULT_LENGTH) if evicts else config.block_size
     if not 1 <= cache_length <= config.block_size:
         raise ValueError(f"cache_length must be in 1..{config.block_size}, the model's context, got {cache_length}")
-    params = KVCacheParams.from_config(config, batch_size, cache_length, device, dtype)
+    devices = device if isinstance(device, Sequence) else [device] * config.n_layer
+    params = [KVCacheParams.from_config(config, batch_size, cache_length, device, dtype) for device in devices]
     kwargs = {"sinks": sinks} if evicts else {}
-    return [create_kv_cache(name, config, params, block_idx, **kwargs) for block_idx in range(config.n_layer)]
+    return [create_kv_cache(name, config, params[block_idx], block_idx, **kwargs) for block_idx in range(config.n_layer)]
