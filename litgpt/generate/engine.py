@@ -12,9 +12,9 @@ from typing import Protocol
 import torch
 
 from litgpt.generate.request import Request
-from litgpt.generate.sampling import Draws, Sampling, draw
+from litgpt.generate.sampling import Draws, draw
 from litgpt.generate.stopping import StopMatcher
-from litgpt.generate.verification import verify
+from litgpt.generate.verification import draw_beside
 from litgpt.model import GPT
 
 ROOM = 1024  # least capacity of default caches that are to last
@@ -132,14 +132,16 @@ def _prefill_rows(
         done += size
 
 
+Guesses = tuple[Sequence[int], torch.Tensor | None]
+"""Guesses (n,) of a row's next tokens, and the distributions (n, V) that they were drawn from (None: they are certain)."""
+
+
 class Proposer(Protocol):
     """Guesses how sequences go on. What the model makes of the guesses is exact, however bad they are."""
 
-    def propose(
-        self, tokens: Sequence[int], sampling: Sampling, limit: int
-    ) -> tuple[Sequence[int], torch.Tensor | None]:
-        """At most `limit` guesses (n,) of the tokens that follow `tokens`, and the distributions (n, V) that they were
-        drawn from (None: they are certain)."""
+    def propose(self, rows: Sequence[Draws], limits: Sequence[int]) -> list[Guesses]:
+        """For every row, which goes on after its `tokens`, as many guesses as its limit at most. A row is the same object
+        in every step."""
 
 
 class _Row:
@@ -207,6 +209,7 @@ class Engine:
         self.prompt_chunksize = prompt_chunksize
         self.proposer = proposer
         self.batch_size = batch_size
+        self.guessed = self.accepted = 0  # tokens that were guessed, and those of them that stood
         self._rows: list[_Row | None] = []  # by row of the caches; None is idle
         self._joined: list[tuple[Request, list[int]]] = []  # what the prefill gave
 
@@ -288,42 +291,51 @@ class Engine:
         idx = torch.tensor(fed, device=self.model.transformer.wte.weight.device)
         logits = self.model(idx, self.model.next_token_pos, last_token_only=T == 1)
         here = [i for i, row in enumerate(self._rows) if row is not None]
+        released, undo = [], [T] * len(self._rows)  # idle rows stay empty
         if T == 1:
             last = logits[:, -1] if len(here) == len(self._rows) else logits[here, -1]
-            drawn = [[token] for token in draw(last, [self._rows[i].draws for i in here]).tolist()]
+            for i, token in zip(here, draw(last, [self._rows[i].draws for i in here]).tolist(), strict=True):
+                released.append((self._rows[i].request, self._rows[i].take(token, logits[i, -1])))
+                undo[i] = 0
         else:
-            drawn = [
-                verify(logits[i, : len(guesses[i][0]) + 1], *guesses[i], self._rows[i].draws)
-                if i in guesses
-                else draw(logits[i, :1], [self._rows[i].draws]).tolist()
-                for i in here
-            ]
-        released, undo = [], [T] * len(self._rows)  # idle rows stay empty
-        for i, tokens in zip(here, drawn, strict=True):
-            row, out = self._rows[i], []
-            for place, token in enumerate(tokens):
-                out += row.take(token, logits[i, place])
-                undo[i] -= 1
-                if row.request.finish_reason:
-                    break
-            released.append((row.request, out))
+            for i in here:
+                out, taken = self._settle(self._rows[i], logits[i], guesses.get(i, ((), None)))
+                released.append((self._rows[i].request, out))
+                undo[i] -= taken
         if any(undo):
             self.model.rewind_kv_caches(undo)
         return released
 
-    def _guess(self) -> dict[int, tuple[Sequence[int], torch.Tensor | None]]:
+    def _settle(self, row: _Row, logits: torch.Tensor, guesses: Guesses) -> tuple[list[int], int]:
+        """Draw a row's next tokens for as long as its guesses stand, and one more; logits (n + 1 or more, V).
+
+        Returns the tokens that are now known to be output, and how many were drawn.
+        """
+        tokens, guessed_from = guesses
+        out: list[int] = []
+        self.guessed += len(tokens)
+        for place, guess in enumerate(tokens):
+            q = None if guessed_from is None else guessed_from[place]
+            token = draw_beside(logits[place], guess, q, row.draws)
+            out += row.take(token, logits[place])
+            self.accepted += token == guess
+            if token != guess or row.request.finish_reason:
+                return out, place + 1
+        last = logits[len(tokens)]
+        out += row.take(int(draw(last[None], [row.draws])), last)
+        return out, len(tokens) + 1
+
+    def _guess(self) -> dict[int, Guesses]:
         """Guesses by row, those rows that have any, not more than can be taken back."""
         if self.proposer is None:
             return {}
         room = self.model.kv_cache_max_tokens_tentative() - 1
-        guesses = {}
-        for i, row in enumerate(self._rows):
-            limit = 0 if row is None else min(room, row.left - 1)
-            if limit > 0:
-                tokens, guessed_from = self.proposer.propose(row.draws.tokens, row.request.sampling, limit)
-                if len(tokens):
-                    guesses[i] = tokens, guessed_from
-        return guesses
+        limits = {i: min(room, row.left - 1) for i, row in enumerate(self._rows) if row is not None}
+        asked = [i for i, limit in limits.items() if limit > 0]
+        if not asked:
+            return {}
+        guesses = self.proposer.propose([self._rows[i].draws for i in asked], [limits[i] for i in asked])
+        return {i: found for i, found in zip(asked, guesses, strict=True) if len(found[0])}
 
     def _let_finished_leave(self) -> None:
         """Make the batch as small as it may be: the last row moves into a gap, so that dropping one costs the copy of one.

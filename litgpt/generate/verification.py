@@ -1,38 +1,30 @@
-"""Which guesses of the next tokens stand: speculative sampling (arXiv:2302.01318)."""
-
-from collections.abc import Sequence
+"""Does a guess of the next token stand? Speculative sampling (arXiv:2211.17192, arXiv:2302.01318)."""
 
 import torch
 
-from litgpt.generate.sampling import Draws, pick, probabilities
+from litgpt.generate.sampling import Draws, draw, pick, probabilities
 
 
-def verify(logits: torch.Tensor, guesses: Sequence[int], guessed_from: torch.Tensor | None, row: Draws) -> list[int]:
-    """The next tokens of a sequence, distributed as if they had been drawn one by one: the guesses that stand, and one more.
+def draw_beside(logits: torch.Tensor, guess: int, guessed_from: torch.Tensor | None, row: Draws) -> int:
+    """The next token of a sequence, distributed as if nothing had been guessed: the guess, as often as that allows.
 
-    Guess x, which had the probability q(x), stands with probability min(1, p(x) / q(x)); in place of the first that does
-    not, a token is drawn from max(0, p - q), normalised; after the last, one from p.
+    A guess x that was drawn from q stands with probability min(1, p(x) / q(x)); if it does not, the token is drawn from
+    max(0, p - q), normalised, where x has no part. A guess that was certain leaves the draw as it is: it stands if x is
+    drawn, so that the tokens are also those that the same random numbers give without guesses.
 
     Args:
-        logits: of the model, (n + 1, V): for the token in place of each guess, and for the one after them.
-        guesses: n tokens.
-        guessed_from: distributions (n, V) that they were drawn from (None: they were certain).
-        row: the sequence before the guesses.
+        logits: of the model, (V,).
+        guess: x.
+        guessed_from: q, (V,) (None: the guess was certain).
+        row: the sequence so far.
     """
-    tokens: list[int] = []
-    for i in range(len(guesses) + 1):
-        adjusted = row.sampling.adjust(logits[i], [*row.tokens, *tokens], row.prompt_length)
-        p = probabilities(adjusted[None], row.sampling)[0]
-        if i < len(guesses):
-            guess = guesses[i]
-            q = None if guessed_from is None else guessed_from[i].to(p)
-            if row.uniform() * (1.0 if q is None else q[guess].item()) < p[guess].item():
-                tokens.append(guess)
-                continue
-            if q is None:
-                p[guess] = 0.0
-            else:
-                p = (p - q).clamp(min=0.0)
-        chance = torch.tensor([row.uniform()], dtype=torch.float64, device=p.device)
-        return [*tokens, int(pick(p[None], chance))]
-    raise AssertionError("the token after the last guess is always drawn")
+    if guessed_from is None:
+        return int(draw(logits[None], [row]))
+    adjusted = row.sampling.adjust(logits, row.tokens, row.prompt_length)
+    p = probabilities(adjusted[None], row.sampling)[0]
+    q = guessed_from.to(p)
+    if row.uniform() * q[guess].item() < p[guess].item():
+        return guess
+    rest = (p - q).clamp(min=0.0)
+    chance = torch.tensor([row.uniform()], dtype=torch.float64, device=p.device)
+    return int(pick((rest if rest.any() else p)[None], chance))  # without a rest p and q are equal but for rounding
