@@ -245,6 +245,11 @@ class Config:
         return cls(**{**_plain(match), **kwargs})
 
     @classmethod
+    def extending(cls, config: "Config", **kwargs: Any) -> "Config":
+        """`config` as one of this class, with the fields in `kwargs` replaced or, in a subclass, added."""
+        return cls(**{**{f.name: getattr(config, f.name) for f in fields(config)}, **kwargs})
+
+    @classmethod
     def from_hf(cls, hf: dict[str, Any], **kwargs: Any) -> "Config":
         """The config that a Hugging Face `config.json`, given as a dict, describes.
 

@@ -541,15 +541,19 @@ class CausalSelfAttention(nn.Module):
             rotated, v = heads.split_with_sizes((H + G, G), dim=1)
             q, k = turn(rotated).split_with_sizes((H, G), dim=1)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, norms and RoPE give float32
+        return self.proj(self.attend(q, k, v, plan, token_idx))
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan | None, token_idx: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What queries (B, H, T, D) get out of keys and values (B, G, T, D) and those in the cache: (B, T, H * D)."""
         if plan is None:
-            y, _ = self.mha(q, DefaultKeysAndValues(k, v), self.block_idx, sinks=self.sinks)
-        else:
-            y = self.kv_cache.run(plan, q, k, v, token_idx, self.sinks)
-        return self.proj(y)
+            return self.mha(q, DefaultKeysAndValues(k, v), self.block_idx, sinks=self.sinks)[0]
+        return self.kv_cache.run(plan, q, k, v, token_idx, self.sinks)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object, **kwargs: object) -> None:
         """Checkpoints of LitGPT before 0.5.3 call `qkv` `attn`, and interleave queries, keys and values by group."""
-        for kind in ("weight", "bias"):
+        for kind in ("weight", "bias", "linear.weight", "linear.bias"):  # the last two: of a layer that is wrapped
             old = state_dict.pop(f"{prefix}attn.{kind}", None)
             if old is not None:
                 H, G, D = self.config.n_head, self.config.n_query_groups, self.config.head_size

@@ -1,0 +1,83 @@
+"""LLaMA-Adapter V2 (arXiv:2304.15010): the prefixes of `adapter.py`; a trained bias and scale for the outputs of every
+linear layer; and trained norms."""
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from litgpt.adapter import GPT as AdapterGPT
+from litgpt.adapter import Config, add_prefixes
+from litgpt.lora import WrappedLinear
+from litgpt.model import GPT as BaseModel
+from litgpt.model import Block as Block
+
+
+class AdapterV2Linear(WrappedLinear):
+    """A linear layer whose outputs (..., O) become scale * (output + bias).
+
+    Args:
+        in_features: inputs.
+        out_features: O.
+        linear: the layer to adapt (None: a new one, made with `kwargs`).
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, linear: nn.Linear | None = None, **kwargs: Any) -> None:
+        super().__init__(in_features, out_features, linear, **kwargs)
+        self.adapter_bias = self._new_parameter(out_features)
+        self.adapter_scale = self._new_parameter(out_features)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Bias 0 and scale 1: the layer begins as the plain one."""
+        nn.init.zeros_(self.adapter_bias)
+        nn.init.ones_(self.adapter_scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.adapter_scale * (self.linear(x) + self.adapter_bias)
+
+
+class GPT(AdapterGPT):
+    """A GPT with learned prefixes, and scaled and shifted linear layers."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        scale_linears(self)
+
+    @classmethod
+    def from_name(cls, name: str, **kwargs: object) -> "GPT":
+        return cls(Config.from_name(name, **kwargs))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, AdapterV2Linear):
+            module.reset_parameters()
+
+
+def add_adapter_v2(model: BaseModel, config: Config) -> None:
+    """Give `model`, in place, prefixes, and biases and scales of all linear layers."""
+    add_prefixes(model, config)
+    scale_linears(model)
+
+
+def scale_linears(model: BaseModel) -> None:
+    """Give every linear layer of `model`, in place, a bias and a scale of its outputs."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(parent, name, AdapterV2Linear(child.in_features, child.out_features, linear=child))
+
+
+def mark_only_adapter_v2_as_trainable(model: nn.Module) -> None:
+    """Freeze all parameters but prefixes, gates, biases and scales of adapters, and norms."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = adapter_filter(name, parameter)
+
+
+_TRAINED = re.compile(r"adapter_wte|gating_factor|adapter_(bias|scale)$|(norm_[12]|ln_f)\.(weight|bias)$")
+
+
+def adapter_filter(key: str, value: Any) -> bool:
+    """Whether a parameter of this name is trained: what is saved of a fine-tuned model."""
+    return _TRAINED.search(key) is not None

@@ -1,0 +1,271 @@
+"""Low-rank adaptation (LoRA, arXiv:2106.09685): next to a frozen weight W, a trained product (alpha / r) B A of rank r.
+
+Letters: E inputs and O outputs of a linear layer, r the rank. A is (r, E), B is (O, r).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from litgpt.config import Config as BaseConfig
+from litgpt.model import GPT as BaseModel
+from litgpt.model import Block as Block
+
+
+@dataclass
+class Config(BaseConfig):
+    """An architecture, and which of its layers get LoRA matrices of what rank.
+
+    `lora_mlp` means all linear layers of the MLP, of every expert too, and the experts' router.
+    """
+
+    lora_r: int = 0
+    lora_alpha: int = 1
+    lora_dropout: float = 0.0
+    lora_query: bool = False
+    lora_key: bool = False
+    lora_value: bool = False
+    lora_projection: bool = False
+    lora_mlp: bool = False
+    lora_head: bool = False
+
+    def _validate(self) -> None:
+        super()._validate()
+        self._require("lora_r", self.lora_r >= 0, "at least 0")
+        self._require("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")
+        if self.latent_attention is not None:
+            for key in ("lora_query", "lora_key", "lora_value"):
+                self._require(key, not getattr(self, key), "false with latent attention, which has no such matrix")
+
+
+class WrappedLinear(nn.Module):
+    """A linear layer, named `linear`, with what a method of fine-tuning adds to it. Loads the plain layer's weights too.
+
+    Args:
+        linear: the layer (None: a new one of these sizes, with the arguments `kwargs`).
+    """
+
+    def __init__(self, in_features: int, out_features: int, linear: nn.Linear | None = None, **kwargs: Any) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, out_features, **kwargs) if linear is None else linear
+
+    def _new_parameter(self, *shape: int) -> nn.Parameter:
+        weight = self.linear.weight
+        return nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device))
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object, **kwargs: object) -> None:
+        for kind in ("weight", "bias"):
+            if f"{prefix}{kind}" in state_dict:
+                state_dict[f"{prefix}linear.{kind}"] = state_dict.pop(f"{prefix}{kind}")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class LoRALinear(WrappedLinear):
+    """A linear layer with LoRA matrices: W x + (alpha / r) B A dropout(x).
+
+    Args:
+        in_features: E.
+        out_features: O.
+        r: the rank; 0 leaves the layer as it is.
+        lora_alpha: scales the product, see above.
+        lora_dropout: probability with which an input of A is zero in training.
+        linear: the layer to adapt (None: a new one, made with `kwargs`).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: int = 1,
+        lora_dropout: float = 0.0,
+        *,
+        linear: nn.Linear | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(in_features, out_features, linear, **kwargs)
+        self._add_matrices(r, in_features, out_features, r, lora_alpha, lora_dropout)
+
+    def _add_matrices(self, rows: int, in_features: int, out_features: int, r: int, alpha: int, dropout: float) -> None:
+        self.r, self.lora_alpha = r, alpha
+        self.lora_dropout = nn.Dropout(dropout)
+        self.merged = False
+        if r > 0:
+            self.scaling = alpha / r
+            self.lora_A = self._new_parameter(rows, in_features)
+            self.lora_B = self._new_parameter(out_features, r)
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random A and zero B: the layer begins as the plain one."""
+        if self.r > 0:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B)
+
+    def expanded_B(self) -> torch.Tensor:
+        """B such that `expanded_B() @ lora_A` has the weight's shape."""
+        return self.lora_B
+
+    def get_lora_AB(self) -> torch.Tensor:
+        """What the matrices add to the weight, (O, E)."""
+        return self.expanded_B() @ self.lora_A * self.scaling
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the product to the weight; the matrices do nothing from then on. The sum is made in float32."""
+        if self.r == 0 or self.merged:
+            return
+        if not isinstance(self.linear, nn.Linear):
+            raise ValueError(
+                f"LoRA matrices cannot be merged into a {type(self.linear).__name__}: merge before packing"
+            )
+        self.linear.weight.copy_(self.linear.weight.float() + self.get_lora_AB().float())
+        self.merged = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        if self.r == 0 or self.merged:
+            return y
+        return y + F.linear(F.linear(self.lora_dropout(x), self.lora_A), self.expanded_B()) * self.scaling
+
+
+LoRALayer = LoRALinear  # LitGPT's name for what all such layers are
+
+
+class LoRAQKVLinear(LoRALinear):
+    """The layer of queries, keys and values, with matrices of their own for those of the three that are enabled.
+
+    A is (n * r, E) for n enabled parts; B is (rows of the enabled parts, r).
+
+    Args:
+        in_features: E.
+        out_features: O = (n_head + 2 * n_query_groups) * head_size.
+        head_size: rows of the weight for each head.
+        n_head: query heads.
+        n_query_groups: key heads and value heads.
+        r, lora_alpha, lora_dropout, linear, kwargs: as for `LoRALinear`.
+        enable_lora: for queries, keys and values, or one for all.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        head_size: int,
+        n_head: int,
+        n_query_groups: int,
+        r: int = 0,
+        lora_alpha: int = 1,
+        lora_dropout: float = 0.0,
+        enable_lora: bool | tuple[bool, bool, bool] = False,
+        *,
+        linear: nn.Linear | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super(LoRALinear, self).__init__(in_features, out_features, linear, **kwargs)
+        self.enable_lora = (enable_lora,) * 3 if isinstance(enable_lora, bool) else tuple(enable_lora)
+        if len(self.enable_lora) != 3:
+            raise ValueError(f"enable_lora must have an entry for queries, keys and values, got {enable_lora}")
+        self.part_sizes = [heads * head_size for heads in (n_head, n_query_groups, n_query_groups)]
+        parts = sum(self.enable_lora)
+        rows = sum(size for size, enabled in zip(self.part_sizes, self.enable_lora, strict=True) if enabled)
+        self._add_matrices(parts * r, in_features, rows, r if parts else 0, lora_alpha, lora_dropout)
+
+    def expanded_B(self) -> torch.Tensor:
+        """The parts of B (O, n * r), each in its own rows and in the columns of its own A; zero elsewhere."""
+        flags = list(zip(self.part_sizes, self.enable_lora, strict=True))
+        parts = iter(self.lora_B.split([size for size, enabled in flags if enabled]))
+        return torch.block_diag(*(next(parts) if on else self.lora_B.new_empty(size, 0) for size, on in flags))
+
+
+class GPT(BaseModel):
+    """A GPT with LoRA matrices."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        add_lora(self, config)
+
+    @classmethod
+    def from_name(cls, name: str, **kwargs: object) -> "GPT":
+        return cls(Config.from_name(name, **kwargs))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, LoRALinear):
+            module.reset_parameters()
+
+
+def add_lora(model: BaseModel, config: Config) -> None:
+    """Wrap the linear layers of `model`, in place, as `config` says. Layers without matrices are wrapped too, by which all
+    have the names that checkpoints of LoRA models have; `unwrap_lora` undoes it."""
+    settings = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+
+    def wrap(parent: nn.Module, name: str, wanted: bool) -> None:
+        linear, r = getattr(parent, name), config.lora_r if wanted else 0
+        setattr(parent, name, LoRALinear(linear.in_features, linear.out_features, r, **settings, linear=linear))
+
+    wrap(model, "lm_head", config.lora_head)
+    for block in model.transformer.h:
+        if config.latent_attention is None:
+            qkv = block.attn.qkv
+            block.attn.qkv = LoRAQKVLinear(
+                qkv.in_features,
+                qkv.out_features,
+                config.head_size,
+                config.n_head,
+                config.n_query_groups,
+                config.lora_r,
+                enable_lora=(config.lora_query, config.lora_key, config.lora_value),
+                **settings,
+                linear=qkv,
+            )
+        wrap(block.attn, "proj", config.lora_projection)
+        for parent in list(block.mlp.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    wrap(parent, name, config.lora_mlp)
+
+
+def unwrap_lora(model: BaseModel) -> None:
+    """Put the plain layer back where LoRA adds nothing: where matrices are merged, or there are none."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRALinear) and (child.merged or child.r == 0):
+                setattr(parent, name, child.linear)
+
+
+def merge_lora_weights(model: BaseModel) -> None:
+    """Add every product of LoRA matrices to its weight. A head that shares its weight with the embedding gets its own."""
+    head = model.lm_head
+    if isinstance(head, LoRALinear) and head.r > 0 and head.linear.weight is model.transformer.wte.weight:
+        weight = head.linear.weight
+        head.linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.merge()
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+    """Freeze all parameters but the LoRA matrices, and the biases that `bias` names.
+
+    Args:
+        model: with LoRA matrices.
+        bias: "none", "all", or "lora_only": those of the layers that have matrices.
+    """
+    if bias not in ("none", "all", "lora_only"):
+        raise ValueError(f"bias={bias!r} is not one of none, all, lora_only")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = lora_filter(name, parameter) or bias == "all" and name.endswith("bias")
+    if bias == "lora_only":
+        for module in model.modules():
+            if isinstance(module, LoRALinear) and module.r > 0 and module.linear.bias is not None:
+                module.linear.bias.requires_grad = True
+
+
+def lora_filter(key: str, value: Any) -> bool:
+    """Whether a parameter of this name is a LoRA matrix: what is saved of a fine-tuned model."""
+    return "lora_" in key
