@@ -193,7 +193,7 @@ class GPT(nn.Module):
             cache.commit(plan)
         return x
 
-    def agree(self, tokens: list) -> list:
+    def agree(self, tokens: list[int]) -> list[int]:
         """Drawn tokens, as all processes that share this model are to go on with them: here there is only one."""
         return tokens
 

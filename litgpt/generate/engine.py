@@ -253,7 +253,7 @@ class Engine:
             if self.batch_size is not None and len(self._rows) < self.batch_size:
                 self.model.extend_kv_caches(self.batch_size - len(self._rows))
                 self._rows += [None] * (self.batch_size - len(self._rows))
-            tokens = draw(logits, [row.draws for row in rows]).tolist()
+            tokens = self._draw(logits, rows)
             for row, token, last in zip(rows, tokens, logits, strict=True):
                 self._joined.append((row.request, row.take(token, last)))
 
@@ -294,7 +294,7 @@ class Engine:
         released, undo = [], [T] * len(self._rows)  # idle rows stay empty
         if T == 1:
             last = logits[:, -1] if len(here) == len(self._rows) else logits[here, -1]
-            for i, token in zip(here, draw(last, [self._rows[i].draws for i in here]).tolist(), strict=True):
+            for i, token in zip(here, self._draw(last, [self._rows[i] for i in here]), strict=True):
                 released.append((self._rows[i].request, self._rows[i].take(token, logits[i, -1])))
                 undo[i] = 0
         else:
@@ -316,14 +316,18 @@ class Engine:
         self.guessed += len(tokens)
         for place, guess in enumerate(tokens):
             q = None if guessed_from is None else guessed_from[place]
-            token = draw_beside(logits[place], guess, q, row.draws)
+            (token,) = self.model.agree([draw_beside(logits[place], guess, q, row.draws)])
             out += row.take(token, logits[place])
             self.accepted += token == guess
             if token != guess or row.request.finish_reason:
                 return out, place + 1
         last = logits[len(tokens)]
-        out += row.take(int(draw(last[None], [row.draws])), last)
+        out += row.take(*self._draw(last[None], [row]), last)
         return out, len(tokens) + 1
+
+    def _draw(self, logits: torch.Tensor, rows: Sequence[_Row]) -> list[int]:
+        """The next token of each row, from logits (B, V)."""
+        return self.model.agree(draw(logits, [row.draws for row in rows]).tolist())
 
     def _guess(self) -> dict[int, Guesses]:
         """Guesses by row, those rows that have any, not more than can be taken back."""
