@@ -1,10 +1,16 @@
 """Where guesses of the next tokens come from: the text so far, or a smaller model."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
-from litgpt.generate.engine import Guesses
-from litgpt.generate.sampling import Draws
+import torch
+from torch.nn.functional import pad
+
+from litgpt.generate.engine import Guesses, prefill, prepare_caches
+from litgpt.generate.sampling import Draws, probabilities
+from litgpt.generate.verification import draw_from
+from litgpt.model import GPT
 
 LEAST_GUESSES = 2  # of a prompt lookup: a call of three tokens takes hardly longer than one of a single token
 
@@ -64,9 +70,7 @@ class _Text:
         """How many guesses to make, by how many of the last ones stood."""
         if not self.guesses:
             return self.count
-        pairs = zip(self.guesses, tokens[self._indexed + 1 :], strict=False)
-        stood = next((i for i, (guess, token) in enumerate(pairs) if guess != token), len(self.guesses))
-        return max(LEAST_GUESSES, 2 * stood)
+        return max(LEAST_GUESSES, 2 * _common(self.guesses, tokens[self._indexed + 1 :]))
 
     def continuation(self, tokens: Sequence[int], count: int) -> list[int]:
         """What followed when `tokens`, of which new ones are indexed first, last ended as now; [] if they never did."""
@@ -80,3 +84,115 @@ class _Text:
             return []
         period = len(tokens) - place  # a copy that overtakes the end of the text goes on with what it copied
         return [tokens[place + i % period] for i in range(count)]
+
+
+class DraftModel:
+    """Guesses what a smaller model says that has the same vocabulary.
+
+    Its caches follow the rows: they are rewound to where guesses failed, and rows join and leave with those of the batch.
+    Where a sequence has become too long for the draft model, nothing is guessed.
+
+    Args:
+        model: in evaluation mode. It gets caches of its own.
+        vocabulary: tokens that the guesses' distributions are to cover: `padded_vocab_size` of the model they are for.
+        count: guesses at a time.
+        prompt_chunksize: most tokens of a call in the prefill (None: as many as the caches take).
+
+    Raises:
+        ValueError: if `count` is not positive.
+    """
+
+    def __init__(self, model: GPT, vocabulary: int, count: int = 3, prompt_chunksize: int | None = None) -> None:
+        if count < 1:
+            raise ValueError(f"a draft model needs at least 1 guess at a time, got {count}")
+        model.clear_kv_caches(assigned=True)
+        self.model = model
+        self.vocabulary = vocabulary
+        self.count = count
+        self.prompt_chunksize = prompt_chunksize
+        self._followers: list[_Follower] = []  # by row of the caches
+
+    @torch.inference_mode()
+    def propose(self, rows: Sequence[Draws], limits: Sequence[int]) -> list[Guesses]:
+        """As `Proposer.propose`; guesses of rows with greedy sampling are certain."""
+        longest = max(len(row.tokens) for row in rows) + min(self.count, max(limits))
+        if longest > self.model.max_seq_length:
+            return [((), None)] * len(rows)
+        self._follow(rows, longest)
+        followers, limit = self._followers, dict(zip(rows, limits, strict=True))
+        fed = max(follower.behind for follower in followers)  # 2 if all guesses of some row stood, else 1
+        self.model.rewind_kv_caches([f.held - (len(f.row.tokens) - fed) for f in followers])
+        count = min(self.count, max(limits), self.model.kv_cache_max_tokens_tentative() - 1)
+        inputs = [follower.row.tokens[-fed:] for follower in followers]
+        guesses: dict[Draws, tuple[list[int], list[torch.Tensor]]] = {row: ([], []) for row in rows}
+        for follower in followers:
+            follower.agreed, follower.guesses = len(follower.row.tokens), []
+        for i in range(count):
+            for follower, logits in zip(followers, self._logits(inputs), strict=True):
+                if i < limit[follower.row]:
+                    self._guess(follower.row, logits, *guesses[follower.row])
+                follower.guesses.append(guesses[follower.row][0][-1])
+            inputs = [follower.guesses[-1:] for follower in followers]
+        for follower in followers:
+            follower.guesses.pop()  # was not run
+        return [(tokens, torch.stack(q) if q else None) for tokens, q in (guesses[row] for row in rows)]
+
+    def _logits(self, inputs: list[list[int]]) -> torch.Tensor:
+        """Run tokens (B, T); logits (B, V) of what follows, V as in the model that the guesses are for."""
+        idx = torch.tensor(inputs, device=self.model.transformer.wte.weight.device)
+        logits = self.model(idx, self.model.next_token_pos, last_token_only=True)[:, -1, : self.vocabulary]
+        return pad(logits, (0, self.vocabulary - logits.shape[-1]), value=-torch.inf)
+
+    def _guess(self, row: Draws, logits: torch.Tensor, tokens: list[int], distributions: list[torch.Tensor]) -> None:
+        """Add a guess to those of a row."""
+        adjusted = row.sampling.adjust(logits, [*row.tokens, *tokens], row.prompt_length)
+        if row.sampling.is_greedy:
+            tokens.append(int(adjusted.argmax()))
+        else:
+            distributions.append(probabilities(adjusted[None], row.sampling)[0])
+            tokens.append(draw_from(distributions[-1], row))
+
+    def _follow(self, rows: Sequence[Draws], length: int) -> None:
+        """Have a row of the caches for each of `rows`, and room for `length` tokens in it."""
+        prepare_caches(self.model, len(rows), length, roomy=True)
+        if self.model.next_token_pos == 0:  # new caches
+            self._followers = []
+        wanted, before = set(rows), self._followers
+        kept = [i for i, follower in enumerate(before) if follower.row in wanted and follower.behind <= 2]
+        self._followers = [before[i] for i in kept]
+        held = {follower.row for follower in self._followers}
+        new = [_Follower(row, len(row.tokens) - 1) for row in rows if row not in held]
+        if kept and len(kept) < len(before):
+            self.model.reorder_kv_caches(kept)
+        if kept and new:
+            self.model.extend_kv_caches(len(new))
+        if new:
+            device = self.model.transformer.wte.weight.device
+            prompts = [torch.tensor(follower.row.tokens[:-1], device=device) for follower in new]
+            places = range(len(kept), len(kept) + len(new)) if kept else None
+            prefill(self.model, prompts, self.prompt_chunksize, rows=places)
+            self._followers += new
+
+
+@dataclass(eq=False)
+class _Follower:
+    """What a row of the draft model's caches holds: the first `agreed` tokens of `row`, and after them `guesses`."""
+
+    row: Draws
+    agreed: int
+    guesses: list[int] = field(default_factory=list)
+
+    @property
+    def held(self) -> int:
+        return self.agreed + len(self.guesses)
+
+    @property
+    def behind(self) -> int:
+        """Tokens of the row that have to be run: those after the guesses that stood, and in any case the last one."""
+        new = self.row.tokens[self.agreed :]
+        return len(new) - min(_common(self.guesses, new), len(new) - 1)
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

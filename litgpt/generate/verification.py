@@ -26,5 +26,10 @@ def draw_beside(logits: torch.Tensor, guess: int, guessed_from: torch.Tensor | N
     if row.uniform() * q[guess].item() < p[guess].item():
         return guess
     rest = (p - q).clamp(min=0.0)
-    chance = torch.tensor([row.uniform()], dtype=torch.float64, device=p.device)
-    return int(pick((rest if rest.any() else p)[None], chance))  # without a rest p and q are equal but for rounding
+    return draw_from(rest if rest.any() else p, row)  # without a rest, p and q are equal but for rounding
+
+
+def draw_from(weights: torch.Tensor, row: Draws) -> int:
+    """An index of `weights` (V,), as often as each of them says, by the row's own random numbers."""
+    chance = torch.tensor([row.uniform()], dtype=torch.float64, device=weights.device)
+    return int(pick(weights[None], chance))
