@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from litgpt.config import Config
+from litgpt.kernels import ops
 from litgpt.rope import yarn_get_mscale
 
 QUERY_BLOCK = 512  # queries per tile where a mask is needed; bounds the mask at QUERY_BLOCK x N
@@ -190,12 +191,16 @@ def attend(
     Returns:
         Output (B, H, T, D); weights (B, H, N) in float32, or None.
     """
-    if not (eager or return_weights) and softcapping is None and sinks is None:
+    if not (eager or return_weights):
         keys, values = _together(k_and_v)
-        grouped = query.shape[1] != keys.shape[1]
-        return F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=bias, is_causal=is_causal, scale=scale, enable_gqa=grouped
-        ), None
+        if (not is_causal or query.shape[2] == 1) and ops.can_attend(query, keys, values, bias):
+            run = torch.ops.litgpt.attend if torch.compiler.is_compiling() else ops.attend
+            return run(query, keys, values, bias, sinks, scale, softcapping or 0.0).transpose(1, 2), None
+        if softcapping is None and sinks is None:
+            grouped = query.shape[1] != keys.shape[1]
+            return F.scaled_dot_product_attention(
+                query, keys, values, attn_mask=bias, is_causal=is_causal, scale=scale, enable_gqa=grouped
+            ), None
     B, H, T, _ = query.shape
     N = k_and_v.keys().shape[2]
     if is_causal:
