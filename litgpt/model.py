@@ -15,6 +15,7 @@ from torch import nn
 
 from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention, do_softcapping
 from litgpt.config import Config
+from litgpt.kernels import ops
 from litgpt.kvcache import DenseKVCache, KVCache, KVCacheParams, LastRecentlyInsertedKVCache
 from litgpt.kvcache.plan import Plan, read_bucket
 from litgpt.moe import Experts, GroupedTopkRouter
@@ -654,6 +655,8 @@ class GptNeoxMLP(nn.Module):
 class LLaMAMLP(nn.Module):
     """Gated MLP with SiLU (SwiGLU, arXiv:2002.05202)."""
 
+    activation = "silu"  # as `litgpt.kernels` calls it
+
     def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
         super().__init__()
         size = config.intermediate_size if intermediate_size is None else intermediate_size
@@ -672,6 +675,10 @@ class LLaMAMLP(nn.Module):
 class GemmaMLP(LLaMAMLP):
     """Gated MLP with GELU."""
 
+    @property
+    def activation(self) -> str:
+        return f"gelu-{self.gelu_approximate}"
+
     def gated(self, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return F.gelu(gate, approximate=self.gelu_approximate) * x
 
@@ -680,6 +687,7 @@ class ClampedMLP(LLaMAMLP):
     """Gated MLP of GPT-OSS's experts: clamped inputs, a steeper sigmoid, and one added to the linear part."""
 
     SLOPE = 1.702
+    activation = "clamped"  # not one of the kernels'
 
     def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
         super().__init__(config, intermediate_size)
@@ -750,6 +758,8 @@ class RMSNorm(nn.Module):
         self.add_unit_offset = add_unit_offset
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if ops.can_norm(x, self.weight):
+            return ops.rms_norm(x, self.weight, self.eps, float(self.add_unit_offset))
         if not self.add_unit_offset:
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         return F.rms_norm(x.float(), self.weight.shape, 1 + self.weight.float(), self.eps).to(x.dtype)

@@ -1,8 +1,8 @@
 """Linear layers whose weights are laid out once for the CPU's matrix kernels.
 
 A matrix product in bfloat16 spends much of its time bringing the weight into the kernel's own order. `pack_linears` does
-that once, in place of the plain weight, so memory stays the same: decoding one token reads every weight once, and gets
-1.4 to 2 times faster.
+that once, in place of the plain weight, so memory stays the same. Many rows then go through oneDNN's product; few rows, as
+in decoding, through our own (`litgpt.kernels`), which reads the same layout as fast as memory gives it.
 """
 
 import itertools
@@ -11,10 +11,14 @@ import weakref
 import torch
 from torch import nn
 
+from litgpt.fingerprint import sample
+from litgpt.kernels import ops
+from litgpt.kernels.library import library
+
 ROWS_HINT = 128  # the layout is chosen for this many tokens; it also serves one token well
 
 # Compiled graphs cannot hold opaque tensors: there a packed weight is an integer key, looked up when the graph runs.
-_packed_weights: "weakref.WeakValueDictionary[int, PackedLinear | SharedLinear]" = weakref.WeakValueDictionary()
+_packed_weights: "weakref.WeakValueDictionary[int, nn.Module]" = weakref.WeakValueDictionary()
 _next_key = itertools.count()
 
 _library = torch.library.Library("litgpt", "DEF")
@@ -48,10 +52,12 @@ class PackedLinear(nn.Module):
         single = len(linears) == 1
         weight = linears[0].weight if single else torch.cat([linear.weight for linear in linears])
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS_HINT)
+        self.address = torch.ops.mkldnn.data_ptr(self.packed) if ops.reads_packed_weights() else None
         if single or linears[0].bias is None:
             self.bias = linears[0].bias
         else:
             self.register_buffer("bias", torch.cat([linear.bias.detach() for linear in linears]), persistent=False)
+        self.samples = [sample(linear.weight) for linear in linears]
         for linear in linears:
             linear.weight.data = linear.weight.new_empty(0)
         self.key = next(_next_key)
@@ -68,7 +74,13 @@ class PackedLinear(nn.Module):
             linear.weight.data = weight.clone() if len(self.sizes) > 1 else weight
         return self._plain
 
+    def weight_samples(self) -> dict[str, torch.Tensor]:
+        """A few values of the plain weight (of one layer), for `litgpt.fingerprint`."""
+        return {"weight": self.samples[0]}
+
     def product(self, x: torch.Tensor) -> torch.Tensor:
+        if self.address is not None and x.numel() <= ops.MAX_ROWS * self.in_features:
+            return ops.linear_blocked(x, self.address, self.bias, self.out_features)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -82,8 +94,7 @@ class PackedLinear(nn.Module):
 
 
 class SharedLinear(nn.Module):
-    """`nn.Linear` whose plain weight is also that of an embedding, and so is not packed: one token is a matrix-vector
-    product, which reads it as fast as it is."""
+    """`nn.Linear` whose plain weight is also that of an embedding, and so is not packed."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -97,9 +108,9 @@ class SharedLinear(nn.Module):
         return self._plain
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() != self.weight.shape[1] or self.bias is not None:
-            return nn.functional.linear(x, self.weight, self.bias)
-        return torch.mv(self.weight, x.view(-1)).view(*x.shape[:-1], -1)
+        if x.numel() <= ops.MAX_ROWS * self.weight.shape[1] and library() is not None:
+            return ops.linear_plain(x, self.weight, self.bias)
+        return nn.functional.linear(x, self.weight, self.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling():
@@ -115,15 +126,33 @@ class PackedGatedMLP(nn.Module):
         self._plain = (mlp,)
         self._first = (PackedLinear(mlp.fc_1, mlp.fc_2),)
         self.proj = PackedLinear(mlp.proj)
+        self.activation: int | None = None  # of the kernel that does all at once, where there is one
+        if self.proj.address is not None and mlp.fc_1.out_features % ops.UNIT == 0 and mlp.fc_1.bias is None:
+            self.activation = ops.ACTIVATIONS.get(mlp.activation)
+        self.key = next(_next_key)
+        _packed_weights[self.key] = self
+
+    def weight_samples(self) -> dict[str, torch.Tensor]:
+        """As that of `PackedLinear`."""
+        layers = zip(("fc_1", "fc_2", "proj"), self._first[0].samples + self.proj.samples, strict=True)
+        return {f"{name}.weight": values for name, values in layers}
 
     def plain(self) -> nn.Module:
         """The module that this one was made from, as it was."""
         self._first[0].plain(), self.proj.plain()
         return self._plain[0]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, x = self._first[0](x).chunk(2, dim=-1)
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        (first,) = self._first
+        if self.activation is not None and x.numel() <= ops.MAX_ROWS * first.in_features:
+            return ops.gated_mlp_blocked(x, first.address, self.proj.address, self.proj.in_features, self.activation)
+        gate, x = first(x).chunk(2, dim=-1)
         return self.proj(self._plain[0].gated(gate, x))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.litgpt.packed_linear(x, self.key, self.proj.out_features)
+        return self.product(x)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         (mlp,), (first,) = self._plain, self._first

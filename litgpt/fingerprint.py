@@ -1,0 +1,49 @@
+"""A short text that tells one model from another, from its configuration and a few values of every weight."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from litgpt.kvcache import KVCache
+
+VALUES = 32  # of every weight
+# Fields that change nothing of what a token's keys and values are.
+_IRRELEVANT = ("name", "hf_config", "block_size", "vocab_size", "padding_multiple")
+
+
+def sample(weight: torch.Tensor) -> torch.Tensor:
+    """Up to `VALUES` values of a weight, from places spread over its rows and columns, (n,) float64."""
+    flat = weight.detach().reshape(-1)
+    step = max(flat.numel() // VALUES - 1, 1) | 1  # odd, so that not all of them lie in one column
+    return flat[::step][:VALUES].double()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """What a model is, in 16 letters. Equal however weights are laid out (`litgpt.packed`), different as soon as training,
+    merging or quantising has changed them; takes milliseconds, since it reads few of them.
+
+    Biases are left out: not every layout keeps them apart.
+    """
+    fields = {key: value for key, value in model.config.to_dict().items() if key not in _IRRELEVANT}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    for name, values in sorted(_samples(model, ""), key=lambda pair: pair[0]):
+        digest.update(name.encode() + values.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _samples(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Samples by the names that weights have in plain layers. Modules that keep them otherwise have `weight_samples`."""
+    if isinstance(module, KVCache):
+        return
+    if hasattr(module, "weight_samples"):
+        yield from ((prefix + name, values) for name, values in module.weight_samples().items())
+        return
+    tensors = dict(module.named_parameters(recurse=False))
+    passing = module._non_persistent_buffers_set
+    tensors |= {name: x for name, x in module.named_buffers(recurse=False) if name not in passing}
+    yield from ((prefix + name, sample(x)) for name, x in tensors.items() if not name.endswith("bias"))
+    for name, child in module.named_children():
+        yield from _samples(child, f"{prefix}{name}.")

@@ -1,0 +1,144 @@
+"""The kernels as functions of tensors: bfloat16 on CPU, and not differentiable."""
+
+import ctypes
+import functools
+import struct
+
+import torch
+
+from litgpt.kernels.library import library
+
+MAX_ROWS = 8  # with more rows, torch's matrix products are faster
+MAX_QUERIES = 16  # of one sequence
+MAX_HEAD_SIZE = 256  # of `attend`, as in cpu.cpp
+ACTIVATIONS = {"silu": 0, "gelu-none": 1, "gelu-tanh": 2}  # of `gated_mlp_blocked`, as in cpu.cpp
+UNIT = 64  # outputs of a block in oneDNN's layout, as in cpu.cpp
+
+_strides = struct.Struct("11q")
+
+
+@functools.cache
+def reads_packed_weights() -> bool:
+    """Whether oneDNN lays weights out on this machine as `linear_blocked` reads them."""
+    if library() is None:
+        return False
+    N, K = 70, 40
+    weight = torch.arange(N * K).remainder(251).view(N, K).to(torch.bfloat16)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 128)
+    padded = torch.zeros(-(-N // UNIT) * UNIT, -(-K // 32) * 32, dtype=torch.bfloat16)
+    padded[:N, :K] = weight
+    expected = padded.view(-1, UNIT, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
+    size = 2 * expected.numel()
+    if torch.ops.mkldnn._nbytes(packed) != size:
+        return False
+    return ctypes.string_at(torch.ops.mkldnn.data_ptr(packed), size) == ctypes.string_at(expected.data_ptr(), size)
+
+
+def linear_blocked(x: torch.Tensor, weight: int, bias: torch.Tensor | None, N: int) -> torch.Tensor:
+    """x (..., K) times the weight with N outputs that oneDNN has laid out at the address `weight`: (..., N)."""
+    x = x.contiguous()
+    K, y = x.shape[-1], x.new_empty(*x.shape[:-1], N)
+    library().linear_blocked(x.data_ptr(), weight, _address(bias), y.data_ptr(), x.numel() // K, K, N)
+    return y
+
+
+def linear_plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (..., K) times weight (N, K): (..., N)."""
+    x = x.contiguous()
+    N, K = weight.shape
+    y = x.new_empty(*x.shape[:-1], N)
+    library().linear_plain(x.data_ptr(), weight.data_ptr(), _address(bias), y.data_ptr(), x.numel() // K, K, N)
+    return y
+
+
+def gated_mlp_blocked(x: torch.Tensor, first: int, second: int, inner: int, activation: int) -> torch.Tensor:
+    """A gated MLP (..., E) to (..., E): `first` is the address of the gate's and then as many (`inner`, a multiple of UNIT)
+    other outputs, `second` that of the way back. `activation` is one of `ACTIVATIONS`."""
+    x = x.contiguous()
+    E, y = x.shape[-1], torch.empty_like(x)
+    library().gated_mlp_blocked(x.data_ptr(), first, second, y.data_ptr(), x.numel() // E, E, inner, E, activation)
+    return y
+
+
+def can_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `rms_norm` is there for these. Compiled graphs rather merge the norm with what is around it."""
+    return (
+        x.dtype == weight.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+    """Root-mean-square norm over the last dimension, times `weight + offset`."""
+    x = x.contiguous()
+    size, y = x.shape[-1], torch.empty_like(x)
+    library().rms_norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.numel() // size, size, eps, offset)
+    return y
+
+
+def can_attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Whether `attend` is there for these: a few queries, bfloat16 on CPU, no gradients."""
+    return (
+        query.dtype == torch.bfloat16
+        and query.shape[2] <= MAX_QUERIES
+        and query.device.type == "cpu"
+        and library() is not None
+        and query.shape[-1] == values.shape[-1] <= MAX_HEAD_SIZE
+        and not (torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad))
+        and query.stride(-1) == keys.stride(-1) == values.stride(-1) == 1
+        and (bias is None or (bias.dtype == torch.bfloat16 and bias.shape[1] == 1 and bias.stride(-1) == 1))
+    )
+
+
+def attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    cap: float,
+) -> torch.Tensor:
+    """Attention (B, T, H, D) from query (B, H, T, D) over keys and values (B, G, N, D), with soft-capping if `cap` > 0.
+
+    Args as for `litgpt.attention.attend`; `bias` (B or 1, 1, T or 1, N).
+    """
+    B, H, T, D = query.shape
+    G, N = keys.shape[1:3]
+    y = query.new_empty(B, T, H, D)
+    q, k, v = query.stride(), keys.stride(), values.stride()
+    bias_strides = (0, 0)
+    if bias is not None:
+        b = bias.stride()
+        bias_strides = (b[0] if bias.shape[0] > 1 else 0, b[2] if bias.shape[2] > 1 else 0)
+    strides = _strides.pack(q[0], q[1], q[2], k[0], k[1], k[2], v[0], v[1], v[2], *bias_strides)
+    library().attend(
+        query.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        _address(bias),
+        _address(sinks),
+        y.data_ptr(),
+        *(B, H, G, T, N, D, strides, scale, cap),
+    )
+    return y
+
+
+# Compiled graphs call it as an operator, since they cannot look into it.
+_library = torch.library.Library("litgpt", "FRAGMENT")
+_library.define(
+    "attend(Tensor query, Tensor keys, Tensor values, Tensor? bias, Tensor? sinks, float scale, float cap) -> Tensor"
+)
+_library.impl("attend", attend, "CPU")
+torch.library.register_fake(
+    "litgpt::attend",
+    lambda query, *_: query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3]),
+    lib=_library,
+)
+
+
+def _address(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
