@@ -69,6 +69,12 @@ class GPT(nn.Module):
         self.static_decode = False  # plan single tokens with shapes that stay the same, for a compiled `decode`
         self.decode: Callable[..., torch.Tensor] | None = None  # a compiled `run_layers` for single tokens
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The data type that the model computes in."""
+        wte = self.transformer.wte
+        return wte.weight.dtype if wte.weight.is_floating_point() else wte.dtype  # of a quantised table
+
     @classmethod
     def from_name(cls, name: str, **kwargs: object) -> "GPT":
         """A model with random weights and the configuration called `name`, its fields overridden by `kwargs`."""
@@ -271,7 +277,7 @@ class GPT(nn.Module):
         half = torch.ones(cos.shape[2], device=cos.device)
         half[: cos.shape[2] // 2] = -1
         sin = sin * half[:, None]
-        cos, sin = cos.unsqueeze(1).to(weight.dtype), sin.unsqueeze(1).to(weight.dtype)
+        cos, sin = cos.unsqueeze(1).to(self.dtype), sin.unsqueeze(1).to(self.dtype)
         return list(zip(cos.unbind(-1), sin.unbind(-1), strict=True))
 
     # -- key-value caches
@@ -331,7 +337,7 @@ class GPT(nn.Module):
         length = self.max_seq_length if max_seq_length is None else max_seq_length
         if length > self.max_seq_length:
             raise ValueError(f"max_seq_length {length} is more than the model's {self.max_seq_length}")
-        dtype = self.transformer.wte.weight.dtype if dtype is None else dtype
+        dtype = self.dtype if dtype is None else dtype
         for block_idx, block in enumerate(self.transformer.h):
             window, device = self.config.window(block_idx), self.layer_device(block_idx)
             args = (self.config, batch_size)
