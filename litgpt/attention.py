@@ -197,10 +197,13 @@ def attend(
             run = torch.ops.litgpt.attend if torch.compiler.is_compiling() else ops.attend
             return run(query, keys, values, bias, sinks, scale, softcapping or 0.0).transpose(1, 2), None
         if softcapping is None and sinks is None:
-            grouped = query.shape[1] != keys.shape[1]
+            grouped, shape = query.shape[1] != keys.shape[1], (*query.shape[:3], values.shape[-1])
+            if grouped and query.shape[2] == 1 and (bias is None or bias.shape[1] == 1):
+                # the heads of a group see the same keys: as rows of one product they read them once
+                query, grouped = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[-1]), False
             return F.scaled_dot_product_attention(
                 query, keys, values, attn_mask=bias, is_causal=is_causal, scale=scale, enable_gqa=grouped
-            ), None
+            ).reshape(shape), None
     B, H, T, _ = query.shape
     N = k_and_v.keys().shape[2]
     if is_causal:
