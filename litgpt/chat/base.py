@@ -12,11 +12,14 @@ import torch
 from litgpt.chat.conversation import Conversation
 from litgpt.generate.base import generate_fn
 from litgpt.generate.sampling import check_sampling
-from litgpt.generate.setup import Quantization, cache_bytes, choose_kv_caches, make_ready
+from litgpt.generate.session import Session
+from litgpt.generate.session_file import read_session
+from litgpt.generate.setup import Quantization, make_ready
 from litgpt.model import GPT
 
 HELP = "/reset starts anew, /system TEXT sets the system prompt, /exit leaves, Ctrl-C stops an answer"
 END_OF_MESSAGE = "!submit"
+SAVED_EACH_TIME = 64_000_000  # bytes: a larger file takes long enough to write to be noticed after every answer
 
 
 def generate(
@@ -60,6 +63,7 @@ def main(
     cache_length: int | None = None,
     sinks: int = 0,
     prompt_chunksize: int | None = None,
+    session: Path | None = None,
     seed: int = 1234,
 ) -> None:
     """Talk with a model.
@@ -83,6 +87,8 @@ def main(
         cache_length: Tokens that the key-value cache holds. Default: as many as are needed (dense), 1024 (lastrec).
         sinks: First tokens that a lastrec cache never drops.
         prompt_chunksize: Most tokens of a prompt that go through the model at once. Default: all of them.
+        session: File to go on from, with the caches as they were, and to save to: after every answer (while it is no larger
+            than 64 MB) and on leaving. It is made if it does not exist.
         seed: Of the random numbers.
     """
     if max_new_tokens < 1:
@@ -90,20 +96,27 @@ def main(
     if cache_length is not None and cache_length < 1:
         raise ValueError(f"cache_length must be at least 1, got {cache_length}")
     check_sampling(temperature, top_k, top_p)
+    if session is not None and not session.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--session {session}: there is no folder {session.parent}")
+    saved = read_session(session) if session is not None and session.exists() else None
     torch.manual_seed(seed)
     ready = make_ready(checkpoint_dir, precision, quantize, compile, access_token=access_token)
-    choose_kv_caches(ready.model, kv_cache, cache_length, sinks=sinks)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    conversation = Conversation(ready, max_new_tokens, sampling, sys_prompt, prompt_chunksize, notify=_tell)
+    caches = Session(ready.model, kv_cache, cache_length, sinks, prompt_chunksize)
+    conversation = Conversation(ready, caches, max_new_tokens, sampling, sys_prompt, notify=_tell)
+    if saved is not None:
+        conversation.resume(saved)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  line editing and history at the prompt
 
     _tell(f"Talking with {ready.model.config.name}. {HELP}.")
     if multiline:
         _tell(f"A line with {END_OF_MESSAGE} ends a message.")
+    if saved is not None:
+        _tell(f"Going on after {len(conversation.messages)} messages, {len(caches.tokens)} tokens.")
     for message in _messages(multiline):
         if message in ("/exit", "/quit", "exit", "quit"):
-            return
+            break
         if message == "/reset":
             conversation.reset()
             _tell("Everything is forgotten.")
@@ -115,6 +128,21 @@ def main(
             _tell(HELP)
         elif message:
             _answer(conversation, message)
+            if session is not None:
+                _keep(conversation, session)
+    if session is not None:
+        conversation.save(session)
+        _tell(f"Saved to {session}: {len(caches.tokens)} tokens, {session.stat().st_size / 1e6:.1f} MB.")
+
+
+def _keep(conversation: Conversation, path: Path) -> None:
+    """Save what was said so far, unless that takes long."""
+    if path.exists() and path.stat().st_size > SAVED_EACH_TIME:
+        return
+    try:
+        conversation.save(path)
+    except (OSError, KeyboardInterrupt) as error:
+        _tell(f"error: this answer is not saved yet: {error or 'interrupted'}")
 
 
 def _answer(conversation: Conversation, message: str) -> None:
@@ -136,7 +164,7 @@ def _answer(conversation: Conversation, message: str) -> None:
     _tell(
         f"[{conversation.answer_tokens} tokens{rate}; first after {(first or time.perf_counter()) - started:.2f} s; "
         f"context {conversation.prompt_tokens + conversation.answer_tokens} tokens, {conversation.session.reused} of them "
-        f"computed before; key-value cache {cache_bytes(conversation.ready.model) / 1e6:.1f} MB]"
+        f"computed before; key-value cache {conversation.session.cache_bytes / 1e6:.1f} MB]"
     )
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from litgpt.generate.session import Session
+from litgpt.generate.session_file import SessionFile
 from litgpt.generate.setup import Ready
 from litgpt.prompts import encode_prompt
 
@@ -17,23 +19,22 @@ class Conversation:
 
     Attributes:
         ready: the model and what belongs to it.
+        session: tokens and caches, of that model.
         max_new_tokens: most tokens of an answer.
         sampling: arguments of `sample`.
         sys_prompt: system prompt (None: what the chat template has).
-        prompt_chunksize: most tokens that go through the model at once in a prefill.
         notify: is told, in one line, what the user should know.
     """
 
     ready: Ready
+    session: Session
     max_new_tokens: int
     sampling: dict[str, Any]
     sys_prompt: str | None = None
-    prompt_chunksize: int | None = None
     notify: Callable[[str], None] = print
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.session = Session(self.ready.model, self.prompt_chunksize)
         self.reset()
 
     def reset(self) -> None:
@@ -42,6 +43,31 @@ class Conversation:
         self.session.reset()
         self._text, self._tokens = "", []  # of the conversation so far, the last answer included
         self.prompt_tokens = self.answer_tokens = 0  # of the last turn
+
+    def save(self, path: Path) -> None:
+        """Write the conversation and the caches to a file."""
+        known = self.session.tokens[: len(self._tokens)] == self._tokens  # not so after an error
+        self.session.notes = {
+            "messages": self.messages,
+            "sys_prompt": self.sys_prompt,
+            "text": self._text if known else "",
+            "tokens": len(self._tokens) if known else 0,
+        }
+        self.session.save(path)
+
+    def resume(self, file: SessionFile) -> None:
+        """Go on where a saved conversation ended; a system prompt that is set replaces its own.
+
+        Raises:
+            ValueError: if the file holds no conversation, or does not fit the session.
+        """
+        notes = file.about["notes"]
+        if "messages" not in notes:
+            raise ValueError(f"{file.path} holds a session, but no conversation: name another file to begin one")
+        self.session.restore(file)
+        self.messages = notes["messages"]
+        self.sys_prompt = notes["sys_prompt"] if self.sys_prompt is None else self.sys_prompt
+        self._text, self._tokens = notes["text"], self.session.tokens[: notes["tokens"]]
 
     def ask(self, text: str) -> Iterator[str]:
         """Say something, and get the answer piece by piece. An answer left early stays in the conversation as it is.
@@ -70,7 +96,7 @@ class Conversation:
 
     def _fit(self, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], str, list[int]]:
         """Messages, of which the oldest turns are dropped until an answer finds room; their text and tokens."""
-        limit, dropped = self._limit(), 0
+        limit, dropped = self.session.limit, 0
         while True:
             text, tokens = self._render(messages)
             if limit is None or len(tokens) + self.max_new_tokens <= limit:
@@ -98,16 +124,6 @@ class Conversation:
         return text, encode_prompt(tokenizer, style, messages, sys_prompt=self.sys_prompt).tolist()
 
     def _way_out(self) -> str:
-        if any(cache.policy.sinks for cache in self.ready.model.kv_caches()):
+        if any(cache.policy.sinks for cache in self.session.kv_caches):
             return "Without --sinks the conversation could go on without a limit."
         return "With --kv_cache lastrec the conversation can go on without a limit."
-
-    def _limit(self) -> int | None:
-        """Tokens that fit into the context or the caches; None: any number."""
-        model = self.ready.model
-        if model.default_kv_caches or not model.kv_caches():
-            return model.max_seq_length
-        if all(cache.unbounded for cache in model.kv_caches()):
-            return None
-        lengths = [cache.cache_length for cache in model.kv_caches() if cache.max_prefill_length is not None]
-        return min([model.max_seq_length, *lengths])

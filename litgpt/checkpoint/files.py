@@ -21,6 +21,9 @@ _DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int8: "I8",
+    torch.uint8: "U8",
 }
 _REMAP_BYTES = 128_000_000
 _SIDE_FILES = (
@@ -138,22 +141,37 @@ def write_safetensors(
     places = {}
     with ExitStack() as stack:
         for file_name, layout in layouts.items():
-            header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-            end = 0
-            for name, tensor in layout.items():
-                begin, end = end, end + tensor.nbytes
-                header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
-            encoded = json.dumps(header, separators=(",", ":")).encode()
-            encoded += b" " * (-len(encoded) % 8)
+            header, offsets = safetensors_header(layout)
             temporary = stack.enter_context(replacing(folder / file_name))
             file = stack.enter_context(open(temporary, "wb"))
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            file.write(header)
             for name, tensor in layout.items():
-                places[name] = (file, 8 + len(encoded) + header[name]["data_offsets"][0], tensor.dtype)
+                places[name] = (file, offsets[name], tensor.dtype)
         for name, tensor in tensors:
             file, offset, dtype = places[name]
             file.seek(offset)
             file.write(tensor_bytes(tensor.to(dtype)))
+
+
+def safetensors_header(
+    layout: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a safetensors file, and where in the file each tensor's values are to be.
+
+    Args:
+        layout: Names and tensors whose shapes and data types count but not their values; they follow in this order.
+        metadata: Further texts to be kept in the file.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    begins, end = {}, 0
+    for name, tensor in layout.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
+        begins[name] = begin
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    encoded = len(encoded).to_bytes(8, "little") + encoded
+    return encoded, {name: len(encoded) + begin for name, begin in begins.items()}
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

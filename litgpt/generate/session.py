@@ -1,73 +1,305 @@
 """A sequence that is continued again and again: its tokens, and the caches that hold them."""
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from litgpt.generate.engine import Engine, decode, prepare_caches
+from litgpt.fingerprint import fingerprint
+from litgpt.generate.engine import ROOM, Engine, prefill, prepare_caches
 from litgpt.generate.request import Request
 from litgpt.generate.sampling import Sampling
-from litgpt.model import GPT
+from litgpt.generate.session_file import SessionFile, read_session, write_session
+from litgpt.kvcache.base import KVCache
+from litgpt.kvcache.factory import create_kv_caches
+from litgpt.model import GPT, LayerCaches
 
 
 class Session:
-    """Generates from prompts of which each begins, mostly, as what came before.
+    """One sequence, and caches of its own that hold its beginning: what they hold is not computed again.
 
-    What the caches hold already is not computed again: the common beginning stays, and only the rest of the prompt is run.
+    The caches are in the model only while the session runs it. So any number of sessions, and others who use the model,
+    take turns on it, even token by token.
 
     Args:
-        model: its caches belong to the session from now on.
+        model: in evaluation mode.
+        kv_cache: what the caches keep: "dense" (every token), "lastrec" (the last `cache_length` ones), or the name of
+            another kind.
+        cache_length: tokens that they hold (None: as many as are needed, or for a kind that evicts its default).
+        sinks: first tokens that a lastrec cache never drops.
         prompt_chunksize: most tokens of a call in the prefill (None: as many as the caches take).
+
+    Attributes:
+        tokens: the sequence: all that was given, and all that was drawn, stop sequences included.
+        reused: how many tokens of the prompt the last `generate` found in the caches.
+        notes: anything that JSON can hold; it is saved with the session.
+
+    Raises:
+        ValueError: if there are no such caches.
     """
 
-    def __init__(self, model: GPT, prompt_chunksize: int | None = None) -> None:
+    def __init__(
+        self,
+        model: GPT,
+        kv_cache: str = "dense",
+        cache_length: int | None = None,
+        sinks: int = 0,
+        prompt_chunksize: int | None = None,
+    ) -> None:
         self.model = model
         self.prompt_chunksize = prompt_chunksize
-        self.tokens: list[int] = []  # those that the caches hold
-        self.reused = 0  # tokens of the last prompt that were in the caches
+        self.tokens: list[int] = []
+        self.reused = 0
+        self.notes: dict[str, Any] = {}
+        self._caches = LayerCaches()
+        self._grows = kv_cache.removesuffix("-default") == "dense" and cache_length is None and not sinks
+        self._turn = 0  # a generation that another one has overtaken must not go on
+        if not self._grows:
+            weight = model.transformer.wte.weight
+            self._caches.caches = create_kv_caches(
+                kv_cache, model.config, 1, cache_length, weight.device, weight.dtype, sinks
+            )
+            cache_length = self._caches.caches[0].cache_length
+        self._kind = {"kv_cache": kv_cache.removesuffix("-default"), "cache_length": cache_length, "sinks": sinks}
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self.tokens = []
-        for cache in self.model.kv_caches():
-            cache.clear()
+    # -- what is in it
+
+    @property
+    def kv_caches(self) -> list[KVCache]:
+        """The session's caches, one a layer (none, if they are yet to be made)."""
+        return self._caches.caches
+
+    @property
+    def cached(self) -> int:
+        """Tokens, from the beginning of the sequence, that the caches hold or have evicted."""
+        return max((cache.next_token_pos for cache in self.kv_caches), default=0)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the caches have allocated."""
+        return sum(cache.size_estimate()[0] for cache in self.kv_caches) // 8
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens that the sequence may have (None: any number)."""
+        if self._grows:
+            return self.model.max_seq_length
+        if all(cache.unbounded for cache in self.kv_caches):
+            return None
+        dense = [cache.cache_length for cache in self.kv_caches if cache.max_prefill_length is not None]
+        return min([self.model.max_seq_length, *dense])
+
+    # -- going on, going back
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Let `tokens` follow, and run them through the model; the last one is run with what comes after it.
+
+        Raises:
+            ValueError: if there are none, or more than the model or the caches take, before any work.
+        """
+        tokens = [int(token) for token in tokens]
+        if not tokens:
+            raise ValueError("there are no tokens to extend the session by")
+        whole = self.tokens + tokens
+        self._make_room(len(whole))
+        self._next_turn()
+        self.tokens, held = whole, self.cached
+        if rest := whole[held:-1]:
+            with self._attached():
+                prefill(self.model, [self._tensor(rest)], self.prompt_chunksize, held)
 
     def generate(
         self,
-        prompt: Sequence[int],
-        max_new_tokens: int,
+        prompt: Sequence[int] | None = None,
+        max_new_tokens: int = 50,
         *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
         stop_tokens: Sequence[Sequence[int]] = (),
+        **sampling: Any,
     ) -> Iterator[int]:
-        """Generate after `prompt`, the whole sequence so far; the arguments are those of `sample`.
+        """Let the model go on.
+
+        Args:
+            prompt: the whole sequence to go on from (None: the session's). Where it begins as the session does, that
+                beginning is not computed again, and the rest of the session is forgotten.
+            max_new_tokens: most tokens to draw.
+            stop_tokens: sequences of tokens, each of which ends the output.
+            sampling: fields of `Sampling`, such as `temperature=0`.
 
         Yields:
             Tokens, without the stop sequence that ends them. The iterator may be left at any time.
 
         Raises:
-            ValueError: for an empty prompt, or more tokens than the model or its caches take, before any work.
+            ValueError: if there is no prompt, or more tokens than the model or the caches take, before any work; and if
+                the session is used otherwise before the iterator has ended.
         """
-        prompt = list(prompt)
-        if not prompt:
+        tokens = [int(token) for token in (self.tokens if prompt is None else prompt)]
+        if not tokens:
             raise ValueError("the prompt is empty: it needs at least one token")
-        prepare_caches(self.model, 1, len(prompt) + max_new_tokens, roomy=True)
-        self.reused = self._keep_common_beginning(prompt)
-        tokens = torch.tensor(prompt, device=self.model.cos.device)
-        request = Request(tokens, max_new_tokens, Sampling(temperature, top_k, top_p), stop_tokens)
+        request = Request(self._tensor(tokens), max_new_tokens, Sampling(**sampling), stop_tokens)
         engine = Engine(self.model, self.prompt_chunksize)
-        for (released,) in decode(engine, [request], held=self.reused):
-            self.tokens = prompt + request.tokens[:-1]  # the last one drawn was not run yet
-            yield from released or ()
+        self._make_room(request.length)
+        turn = self._next_turn()
+        self.reused = self._rewind(tokens)
+        self.tokens = tokens
+        with self._attached():
+            engine.add([request], self.reused)
+        prompt_length = len(tokens)
+        while True:
+            if turn != self._turn:
+                raise ValueError("the session was used otherwise before this generation had ended")
+            with self._attached():
+                released = engine.step()
+            if not released:
+                return
+            tokens += request.tokens[len(tokens) - prompt_length :]
+            for _, output in released:
+                yield from output
 
-    def _keep_common_beginning(self, prompt: list[int]) -> int:
-        """Rewind the caches to where `prompt` departs from what they hold, and tell how many tokens that is."""
-        held = self.tokens if self.model.next_token_pos == len(self.tokens) else []  # not: interrupted, or replaced
-        limit = min(len(held), len(prompt) - 1)  # one token has to be run, for its logits
-        common = next((i for i in range(limit) if held[i] != prompt[i]), limit)
-        if common == len(held) and common or common and self.model.crop_kv_caches(common):
-            return common
-        self.reset()
-        return 0
+    def crop(self, n: int) -> None:
+        """Forget all but the first `n` tokens. What the caches cannot go back to is computed again when it is needed.
+
+        Raises:
+            ValueError: if there are not as many.
+        """
+        if not 0 <= n <= len(self.tokens):
+            raise ValueError(f"cannot crop to {n}: must be in 0..{len(self.tokens)}, the tokens so far")
+        self._next_turn()
+        self._rewind(self.tokens[:n])
+        self.tokens = self.tokens[:n]
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.crop(0)
+
+    def fork(self) -> "Session":
+        """An independent session that goes on from here; a copy of the slots in use."""
+        twin = copy.copy(self)
+        twin.tokens, twin.notes = list(self.tokens), copy.deepcopy(self.notes)
+        twin._caches = replace(self._caches, caches=[cache.fork() for cache in self.kv_caches])
+        return twin
+
+    # -- files
+
+    def save(self, path: Path | str) -> None:
+        """Write everything to a file. If that is cut short, by `kill -9` even, the file is what it was before.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
+        states = [cache.state(copy=False) for cache in self.kv_caches]
+        tensors = {"tokens": torch.tensor(self.tokens, dtype=torch.int64)}
+        for layer, state in enumerate(states):
+            tensors |= {f"layers.{layer}.{name}": x for name, x in state.items() if isinstance(x, torch.Tensor)}
+        about = {
+            "model": self.model.config.name,
+            "fingerprint": fingerprint(self.model),
+            "dtype": self._dtype(),
+            "kind": self._kind,
+            "long_rope": self._caches.long_rope,
+            "caches": [{k: v for k, v in state.items() if not isinstance(v, torch.Tensor)} for state in states],
+            "notes": self.notes,
+        }
+        write_session(Path(path), about, tensors)
+
+    def load(self, path: Path | str) -> None:
+        """Become what was saved, and go on exactly as that would have.
+
+        Raises:
+            FileNotFoundError: if there is no file.
+            ValueError: if it is damaged, or of another model, dtype or kind of caches; the session is as it was then.
+        """
+        self.restore(read_session(Path(path)))
+
+    def restore(self, file: SessionFile) -> None:
+        """`load`, from a file that has been read."""
+        about, tokens = file.about, file.tensors["tokens"].tolist()
+        self._check_fits(file)
+        fresh = copy.copy(self)
+        fresh._caches = LayerCaches([cache.twin() for cache in self.kv_caches if not self._grows])
+        if self._grows and about["caches"]:
+            fresh._make_room(min(len(tokens) + ROOM, self.model.max_seq_length))
+        try:
+            for layer, (cache, state) in enumerate(zip(fresh.kv_caches, about["caches"], strict=False)):
+                prefix = f"layers.{layer}."
+                tensors = {k.removeprefix(prefix): x for k, x in file.tensors.items() if k.startswith(prefix)}
+                cache.load_state(state | tensors)
+        except ValueError as error:
+            raise ValueError(f"{file.path} does not fit the caches: {error}; begin a new session") from None
+        fresh._caches.long_rope = about["long_rope"]
+        self._next_turn()
+        self.tokens, self.notes, self._caches, self.reused = tokens, about["notes"], fresh._caches, 0
+
+    def _check_fits(self, file: SessionFile) -> None:
+        about, config = file.about, self.model.config
+        if about["dtype"] != self._dtype():
+            raise ValueError(
+                f"{file.path} holds {about['dtype']}, the model computes in {self._dtype()}: "
+                "load the model in the precision that the session was saved in, or begin a new session"
+            )
+        if about["fingerprint"] != fingerprint(self.model):
+            raise ValueError(
+                f"{file.path} was saved with another model, {about['model']!r}, or with other weights of it: "
+                f"use those instead of this {config.name!r}, or begin a new session"
+            )
+        # dense caches of any length hold the same, but default ones are smaller in layers with a sliding window
+        both_dense = about["kind"]["kv_cache"] == self._kind["kv_cache"] == "dense"
+        if about["kind"] != self._kind and not (both_dense and config.sliding_window_size is None):
+            raise ValueError(
+                f"{file.path} was saved with {_describe(about['kind'])}, this session has {_describe(self._kind)}: "
+                "use the same, or begin a new session"
+            )
+
+    def _dtype(self) -> str:
+        return str(self.model.transformer.wte.weight.dtype).removeprefix("torch.")
+
+    # -- the caches
+
+    @contextmanager
+    def _attached(self) -> Iterator[None]:
+        """Have the session's caches in the model for a while."""
+        others = self.model.exchange_kv_caches(self._caches)
+        try:
+            yield
+        finally:
+            self._caches = self.model.exchange_kv_caches(others)
+
+    def _make_room(self, length: int) -> None:
+        """See that the caches take `length` tokens; those that are enlarged keep what they hold."""
+        with self._attached():
+            self.model.expect_length(length)  # which may make the caches forget
+        old = self.kv_caches
+        small = any(not cache.policy.evicts and cache.cache_length < length for cache in old)
+        if self._grows and small and length <= self.model.max_seq_length:
+            self._caches = replace(self._caches, caches=[], default=False)
+        with self._attached():
+            prepare_caches(self.model, 1, length, roomy=True)
+        for cache, previous in zip(self.kv_caches, old, strict=False):
+            if cache is not previous:
+                cache.load_state(previous.state(copy=False))
+
+    def _rewind(self, tokens: list[int]) -> int:
+        """Take the caches back to where `tokens` depart from the session's, and at least to before their last one, which
+        is to be run. Returns how many tokens they hold then."""
+        limit = max(0, min(self.cached, len(tokens) - 1))
+        common = limit
+        if self.tokens[:limit] != tokens[:limit]:
+            common = next(i for i in range(limit) if self.tokens[i] != tokens[i])
+        if common < self.cached:
+            with self._attached():
+                self.model.crop_kv_caches(common)
+        return self.cached
+
+    def _next_turn(self) -> int:
+        self._turn += 1
+        return self._turn
+
+    def _tensor(self, tokens: list[int]) -> torch.Tensor:
+        return torch.tensor(tokens, device=self.model.transformer.wte.weight.device)
+
+
+def _describe(kind: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in kind.items())

@@ -367,11 +367,12 @@ class DefaultKVCache(KVCache):
 
     def fork(self) -> "DefaultKVCache":
         """An independent copy: what is done to one does not show in the other."""
-        twin = self._empty_twin()
+        twin = self.twin()
         twin.load_state(self.state(copy=False))
         return twin
 
-    def _empty_twin(self) -> "DefaultKVCache":
+    def twin(self) -> "DefaultKVCache":
+        """An empty cache of the same kind and size."""
         twin = object.__new__(type(self))
         DefaultKVCache.__init__(
             twin,

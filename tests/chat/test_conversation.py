@@ -3,7 +3,8 @@ import torch
 from tiny import CHAT_TEMPLATE, VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
 from litgpt.chat.conversation import Conversation
-from litgpt.generate.setup import Ready, choose_kv_caches
+from litgpt.generate.session import Session
+from litgpt.generate.setup import Ready
 from litgpt.prompts import ChatTemplate, PromptStyle
 
 
@@ -11,11 +12,11 @@ from litgpt.prompts import ChatTemplate, PromptStyle
 def talk():
     def make(kv_cache="dense", cache_length=None, block_size=512, style=None, max_new_tokens=6):
         model = tiny_gpt(**VOCABULARY, block_size=block_size)
-        choose_kv_caches(model, kv_cache, cache_length)
         tokenizer = tiny_tokenizer()
         ready = Ready(model, tokenizer, style or ChatTemplate(CHAT_TEMPLATE), None)
         notes = []
-        conversation = Conversation(ready, max_new_tokens, {"temperature": 0.0}, notify=notes.append)
+        session = Session(model, kv_cache, cache_length)
+        conversation = Conversation(ready, session, max_new_tokens, {"temperature": 0.0}, notify=notes.append)
         return conversation, notes
 
     return make

@@ -1,0 +1,122 @@
+"""Files of saved sessions: a safetensors file whose every byte is accounted for, replaced as a whole or not at all."""
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from litgpt.checkpoint.files import replacing, safetensors_header, tensor_bytes
+
+FORMAT = 1
+CHECKSUMS = "checksums"  # the last tensor: that of the header, and then those of the other tensors
+PAGE = 4096  # bytes
+STALE = 24 * 3600  # seconds after which a file that was being written is taken for abandoned
+
+
+@dataclass(frozen=True)
+class SessionFile:
+    """What a file holds.
+
+    Attributes:
+        path: the file.
+        about: everything but tensors.
+        tensors: views of the file, which is mapped into memory.
+    """
+
+    path: Path
+    about: dict[str, Any]
+    tensors: dict[str, torch.Tensor]
+
+
+def write_session(path: Path, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a file so that whatever happens meanwhile, `path` is the old file or the new one, and whole.
+
+    Args:
+        path: in a folder that exists.
+        about: what JSON can hold.
+        tensors: by name; not more than one of them is copied at a time.
+    """
+    layout = {**tensors, CHECKSUMS: torch.empty(1 + len(tensors), dtype=torch.int64)}
+    header, _ = safetensors_header(layout, {"session": json.dumps({"format": FORMAT, **about})})
+    checksums = [zlib.crc32(header)]
+    _remove_abandoned(path)
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(header)
+        for tensor in tensors.values():
+            data = tensor_bytes(tensor.cpu())
+            checksums.append(checksum(data))
+            file.write(data)
+        file.write(tensor_bytes(torch.tensor(checksums)))
+        file.flush()
+        os.fsync(file.fileno())  # a new name for data that is not on the disk yet would be lost with the power
+    _sync_folder(path.parent)
+
+
+def read_session(path: Path) -> SessionFile:
+    """Open a file and check all of it.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is no file of a session, one of another version, or damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
+    try:
+        with safe_open(path, framework="pt") as file:  # checks that places and sizes in the file fit together
+            names = file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{_unusable(path)}: {' '.join(str(error).split())}") from None
+    with open(path, "rb") as file:
+        size = file.read(8)
+        header = size + file.read(int.from_bytes(size, "little"))
+    entries = json.loads(header[8:])
+    about = entries.pop("__metadata__", {}).get("session")
+    if about is None or CHECKSUMS not in tensors:
+        raise ValueError(f"{path} is not a saved session: it holds other tensors")
+    checksums = tensors.pop(CHECKSUMS).tolist()
+    found = [zlib.crc32(header), *(checksum(tensor_bytes(tensors[name])) for name in entries if name in tensors)]
+    if checksums != found:
+        raise ValueError(f"{_unusable(path)}: its checksums are not those of what it holds")
+    about = json.loads(about)
+    if about.pop("format") != FORMAT:
+        raise ValueError(f"{path} was saved by another version of this program, in another format: begin a new session")
+    return SessionFile(path, about, tensors)
+
+
+def checksum(data: memoryview) -> int:
+    """Of any bytes. Pages are added up and the sums then checked in their order: about as fast as memory is read, and
+    blind only to errors that cancel each other within a page."""
+    values = np.asarray(data)
+    whole = len(values) // PAGE * PAGE
+    sums = values[:whole].view(np.uint64).reshape(-1, PAGE // 8).sum(axis=1)
+    return zlib.crc32(values[whole:], zlib.crc32(sums))
+
+
+def _unusable(path: Path) -> str:
+    return f"{path} is damaged or incomplete; remove it to begin a new session"
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what processes that were killed while they wrote to `path` have left."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        if time.time() - left.stat().st_mtime > STALE:
+            left.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the folder's entries on the disk, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
