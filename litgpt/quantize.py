@@ -1,0 +1,362 @@
+"""Weights as integers of 8 or 4 bits: less memory, and less to read for every token.
+
+Only weights are quantised; what they are multiplied with is not. A quantised layer computes what `F.linear` computes with
+its `dequantized` weight, up to the rounding of the data type. Its state dict is the quantised form:
+
+- int8: `weight` (N, K) int8 and `scale` (N,) float32; row n of the weight is `weight[n] * scale[n]`.
+- int4: `weight` (N, K / 2) uint8, whose low halves are the even columns and whose high halves are the odd ones, with
+  `scale` and `minimum` (N, K / group_size) float16; column k of row n is `bits * scale[n, g] + minimum[n, g]` with
+  `g = k // group_size`. GGUF's Q4_1 blocks are of this kind: with groups of 32 they come out as they are in the file.
+
+Letters: N outputs and K inputs of a layer.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from litgpt.model import GPT, LLaMAMoE
+
+MODES = ("int8", "int4")
+BNB_MODES = ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8")
+GROUP_SIZES = (32, 64, 128)
+KERNEL_ROWS = 24  # with more rows of inputs, an ordinary product with the dequantised weight beats torch's kernels
+_KERNEL_DTYPES = (torch.bfloat16, torch.float32)
+PIECE = 2**21  # weights that are quantised at a time, so that what is needed in between stays small
+
+
+def quantize_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers (N, K) and scales (N,) of weights (N, K). The scales are numbers that bfloat16 can hold."""
+    values = values.float()
+    scale = (values.abs().amax(dim=1) / 127).bfloat16().float()  # at most 2^-9 too small: 127 stays the largest
+    return (values / scale.clamp(min=1e-30).unsqueeze(1)).round_().to(torch.int8), scale
+
+
+def dequantize_int8(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weights (N, K) that integers and scales stand for."""
+    if dtype == torch.bfloat16:  # holds both factors exactly
+        return weight.to(dtype).mul_(scale.to(dtype).unsqueeze(1))
+    return (weight * scale.unsqueeze(1)).to(dtype)
+
+
+def quantize_int4(values: torch.Tensor, group_size: int = 32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pairs of integers (N, K / 2), scales and minima (N, K / group_size) of weights (N, K)."""
+    groups = values.float().unflatten(1, (-1, group_size))
+    low, high = groups.aminmax(dim=2)
+    scale, minimum = ((high - low) / 15).half(), low.half()
+    steps = scale.float().clamp(min=1e-30).unsqueeze(2)
+    bits = ((groups - minimum.float().unsqueeze(2)) / steps).round_().clamp_(0, 15).to(torch.uint8).flatten(1)
+    return _pairs(bits), scale, minimum
+
+
+def dequantize_int4(
+    weight: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """The weights (N, K) that pairs of integers, scales and minima stand for."""
+    groups = _bits(weight, torch.float32).view(*scale.shape, -1)
+    return groups.mul_(scale.float().unsqueeze(2)).add_(minimum.float().unsqueeze(2)).flatten(1).to(dtype)
+
+
+class QuantizedLinear(nn.Module):
+    """`nn.Linear` for inference whose weight is kept as integers.
+
+    Attributes:
+        dtype: of the inputs and results. `to(dtype)` and the like change this and the bias, never the weight's buffers.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias, self.dtype = in_features, out_features, bias, dtype
+
+    @torch.no_grad()
+    def set_rows(self, row: int, values: torch.Tensor) -> None:
+        """Quantise `values` (n, K) as the rows of the weight from `row` on. Without memory (meta), nothing happens."""
+        if self.weight.is_meta:
+            return
+        for part in values.split(max(1, PIECE // self.in_features)):
+            for name, rows in self.quantized(part.to(self.weight.device)).items():
+                getattr(self, name)[row : row + len(part)] = rows
+            row += len(part)
+
+    def quantized(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the buffers hold for rows (n, K) of a weight."""
+        raise NotImplementedError
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight (N, K) that the layer computes with."""
+        raise NotImplementedError
+
+    def kernel(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """Torch's product of few rows (n, K) with the quantised weight, if there is one for such rows."""
+        raise NotImplementedError
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features).contiguous()
+        trained = torch.is_grad_enabled() and x.requires_grad  # what is before this layer: kernels have no gradients
+        kernel = None if trained or len(rows) > KERNEL_ROWS else self.kernel(x)
+        if kernel is None:
+            return F.linear(x, self.dequantized(x.dtype), self.bias)
+        y = kernel(rows).view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizedLinear":
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            if isinstance(tensor, nn.Parameter):
+                return fn(tensor)
+            return fn(tensor.view(torch.uint8)).view(tensor.dtype)  # only floating-point numbers are converted
+
+        return super()._apply(move, recurse)
+
+
+class Int8Linear(QuantizedLinear):
+    """`nn.Linear` with a weight of 8-bit integers, and one scale a row."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: nn.Parameter | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, dtype)
+        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self.register_buffer("scale", torch.zeros(out_features, device=device))
+
+    def quantized(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        return dict(zip(("weight", "scale"), quantize_int8(values), strict=True))
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        return dequantize_int8(self.weight, self.scale, dtype)
+
+    def kernel(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        # the kernel reads past the end of rows that are no multiple of its vectors
+        if x.device.type != "cpu" or x.dtype not in _KERNEL_DTYPES or self.in_features % 32:
+            return None
+        return lambda rows: torch._weight_int8pack_mm(rows, self.weight, self.scale.to(rows.dtype))
+
+
+class Int8Embedding(Int8Linear):
+    """`nn.Embedding` with a table of 8-bit integers, and one scale a row."""
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        rows = self.weight[idx].to(self.dtype)
+        return rows * self.scale[idx].to(self.dtype).unsqueeze(-1)
+
+
+class TiedHead(nn.Module):
+    """An output embedding that computes with the table of the input embedding."""
+
+    def __init__(self, table: Int8Embedding, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self._table = (table,)  # a tuple: no submodule, so that nothing is held or stored twice
+        self.bias = bias
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self._table[0].weight
+
+    @property
+    def scale(self) -> torch.Tensor:
+        return self._table[0].scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self._table[0].product(x)
+        return y if self.bias is None else y + self.bias
+
+
+class Int4Linear(QuantizedLinear):
+    """`nn.Linear` with a weight of 4-bit integers, and a scale and a minimum for each group of columns of a row.
+
+    `pack` brings the integers into the order of torch's kernel for CPUs, `unpack` brings them back.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: nn.Parameter | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        group_size: int = 32,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, dtype)
+        self.group_size = group_size
+        groups = (out_features, in_features // group_size)
+        self.register_buffer("weight", torch.zeros(out_features, in_features // 2, dtype=torch.uint8, device=device))
+        self.register_buffer("scale", torch.zeros(groups, dtype=torch.float16, device=device))
+        self.register_buffer("minimum", torch.zeros(groups, dtype=torch.float16, device=device))
+        self.packed: torch.Tensor | None = None  # the integers in place of `weight`, as the kernel wants them
+        self.factors: torch.Tensor | None = None  # the kernel's scales and values of an 8, (K / group_size, N, 2)
+
+    def quantized(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        return dict(zip(("weight", "scale", "minimum"), quantize_int4(values, self.group_size), strict=True))
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        if self.packed is None:
+            return dequantize_int4(self.weight, self.scale, self.minimum, dtype)
+        bits = _from_kernel(self.packed, _kernel_block(), torch.float32).unflatten(0, (-1, self.group_size))
+        bits.mul_(self.scale.T.float().unsqueeze(1)).add_(self.minimum.T.float().unsqueeze(1))
+        return bits.flatten(0, 1).to(dtype).T
+
+    def kernel(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        if self.packed is None or x.dtype != self.factors.dtype:
+            return None
+        return lambda rows: torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group_size, self.factors)
+
+    def pack(self) -> None:
+        """Use torch's kernel from now on, where there is one for this weight and machine."""
+        if self.packed is not None or self.weight.device.type != "cpu" or self.dtype not in _KERNEL_DTYPES:
+            return
+        block = _kernel_block()
+        if block is None or self.out_features % block:
+            return
+        rows = block * max(1, PIECE // (block * self.in_features))
+        parts = (_bits(part, torch.int32) for part in self.weight.split(rows))
+        self.packed = torch.cat([torch.ops.aten._convert_weight_to_int4pack_for_cpu(part, 1) for part in parts])
+        scale = self.scale.float()
+        factors = torch.stack((scale, self.minimum.float() + 8 * scale), dim=2)
+        self.factors = factors.transpose(0, 1).to(self.dtype).contiguous()
+        self.weight = None
+
+    def unpack(self) -> None:
+        """Undo `pack`."""
+        if self.packed is not None:
+            self.weight = _pairs(_from_kernel(self.packed, _kernel_block(), torch.uint8).T)
+            self.packed = self.factors = None
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Int4Linear":
+        self.unpack()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed is not None:
+            destination[f"{prefix}weight"] = _pairs(_from_kernel(self.packed, _kernel_block(), torch.uint8).T)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args)
+
+
+def _bits(pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Integers (N, K) out of pairs (N, K / 2)."""
+    bits = torch.empty(len(pairs), pairs.shape[1] * 2, dtype=dtype, device=pairs.device)
+    bits[:, ::2], bits[:, 1::2] = pairs & 15, pairs >> 4
+    return bits
+
+
+def _pairs(bits: torch.Tensor) -> torch.Tensor:
+    """Pairs (N, K / 2) of integers (N, K) in uint8."""
+    return bits[:, ::2] | bits[:, 1::2] << 4
+
+
+def _from_kernel(packed: torch.Tensor, block: int, dtype: torch.dtype) -> torch.Tensor:
+    """Integers (K, N) out of those that torch's kernel for CPUs has in its order: for blocks of outputs, and within them
+    for each input, pairs of an output of the block's first half and one of its second."""
+    N, K = len(packed), packed.shape[1] * 2
+    halves = packed.view(N // block, K, block // 2).transpose(0, 1)
+    bits = torch.empty(K, N // block, 2, block // 2, dtype=dtype)
+    bits[:, :, 0], bits[:, :, 1] = halves & 15, halves >> 4
+    return bits.view(K, N)
+
+
+@cache
+def _kernel_block() -> int | None:
+    """Outputs in a block of torch's int4 kernel on this machine; None if its order is not the one that is known here."""
+    bits = torch.arange(64 * 32, dtype=torch.int32).view(64, 32) * 7 // 5 % 16
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(bits, 1)
+    return next((block for block in (64, 32) if torch.equal(_from_kernel(packed, block, torch.int32).T, bits)), None)
+
+
+def check_mode(mode: str) -> None:
+    """Raises `ValueError` in one line if weights cannot be quantised so, on this machine."""
+    if mode not in MODES + BNB_MODES:
+        raise ValueError(f"quantize={mode!r} is not one of {', '.join(MODES + BNB_MODES)}")
+    if mode in BNB_MODES:
+        if not torch.cuda.is_available():
+            raise ValueError(f"quantize={mode!r} needs a GPU that this build of torch can use; int8 and int4 do not")
+        if find_spec("bitsandbytes") is None:
+            raise ValueError(f"quantize={mode!r} needs the package bitsandbytes: pip install 'litgpt[bnb]'")
+
+
+def quantize_model(model: GPT, mode: str, group_size: int = 32) -> None:
+    """Replace the linear layers and the input embedding of a model by quantised ones, one at a time.
+
+    Routers of experts keep their weights, which are small and decide much, and so does what is no plain linear layer.
+    Embeddings have 8 bits in mode int4 too, as in GGUF's Q4_1 files, and so do layers whose inputs are no multiple of the
+    group size. With bitsandbytes, the input embedding stays as it is, and layers move to the GPU.
+
+    Args:
+        mode: int8, int4, or bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq, bnb.int8.
+        group_size: columns that share a scale in mode int4: 32, 64 or 128.
+
+    Raises:
+        ValueError: for other values, and if the model is quantised already.
+    """
+    check_mode(mode)
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size}")
+    if is_quantized(model):
+        raise ValueError(f"the model is quantised already: {mode} would round its weights once more")
+    wte, heads = model.transformer.wte, [layer for layer in model.lm_head.modules() if type(layer) is nn.Linear]
+    if mode in MODES:
+        form = (wte.weight.dtype, wte.weight.device)
+        model.transformer.wte = Int8Embedding(wte.embedding_dim, wte.num_embeddings, None, *form)
+        model.transformer.wte.set_rows(0, wte.weight)
+    for parent, name, linear in list(_linears(model)):
+        if mode in BNB_MODES:
+            layer = _bnb_linear(linear, mode)
+        elif linear in heads and linear.weight is wte.weight:
+            layer = TiedHead(model.transformer.wte, linear.bias)
+        else:
+            form = (linear.bias, linear.weight.dtype, linear.weight.device)
+            if mode == "int8" or linear in heads or linear.in_features % group_size:
+                layer = Int8Linear(linear.in_features, linear.out_features, *form)
+            else:
+                layer = Int4Linear(linear.in_features, linear.out_features, *form, group_size)
+            layer.set_rows(0, linear.weight)
+        setattr(parent, name, layer)
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """The layers to quantise: their parents, names and themselves."""
+    for name, child in module.named_children():
+        if type(child) is not nn.Linear:
+            yield from _linears(child)
+        elif not (isinstance(module, LLaMAMoE) and name == "gate"):
+            yield module, name, child
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any of its layers is."""
+    return any(
+        isinstance(m, QuantizedLinear) or type(m).__module__.startswith("bitsandbytes.") for m in model.modules()
+    )
+
+
+def _bnb_linear(linear: nn.Linear, mode: str) -> nn.Module:
+    """The layer as one of bitsandbytes, on the current GPU, where its weight is quantised as it arrives."""
+    import bitsandbytes as bnb
+
+    sizes = (linear.in_features, linear.out_features, linear.bias is not None)
+    if mode == "bnb.int8":
+        layer = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
+        layer.weight = bnb.nn.Int8Params(linear.weight.detach(), requires_grad=False, has_fp16_weights=False)
+    else:
+        kind, dq = mode.removeprefix("bnb.").removesuffix("-dq"), mode.endswith("-dq")
+        settings = {"compress_statistics": dq, "quant_type": kind}
+        layer = bnb.nn.Linear4bit(*sizes, compute_dtype=linear.weight.dtype, device="meta", **settings)
+        layer.weight = bnb.nn.Params4bit(linear.weight.detach(), requires_grad=False, **settings)
+    layer.bias = linear.bias
+    return layer.to("cuda")
