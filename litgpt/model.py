@@ -121,7 +121,7 @@ class GPT(nn.Module):
         if input_pos is None:
             if T > self.max_seq_length:
                 raise ValueError(f"{T} tokens are more than max_seq_length = {self.max_seq_length}")
-            x = self.run_layers(idx, self._rope_rows(0, T, self._needs_long_rope(T)), None, None)
+            x = self.run_layers(idx, self._rope_rows(0, T, self.needs_long_rope(T)), None, None)
         else:
             x = self._run_with_caches(idx, _first_position(input_pos), rows)
         if skip_lm_head:
@@ -186,7 +186,7 @@ class GPT(nn.Module):
                 "only caches that evict go on beyond the model's context"
             )
         if input_pos == 0:  # what is in the caches was turned by one set of factors, and so has to be what follows
-            needed = self._needs_long_rope(max(T, self._expected_length))
+            needed = self.needs_long_rope(max(T, self._expected_length))
             self._long_rope = needed or (rows is not None and self._long_rope)
         rope = self._rope_rows(starts[0] if len(set(starts)) == 1 else starts, T, self._long_rope)
         run = self.decode if static and self.decode is not None else self.run_layers
@@ -248,10 +248,11 @@ class GPT(nn.Module):
         """Say how many tokens the sequences in the caches will have: with LongRoPE that decides how they are turned, as
         otherwise the length of the prefill does. What is in the caches and was turned otherwise is forgotten."""
         self._expected_length = length
-        if self._needs_long_rope(length) != self._long_rope:
+        if self.needs_long_rope(length) != self._long_rope:
             self.crop_kv_caches(0)
 
-    def _needs_long_rope(self, length: int) -> bool:
+    def needs_long_rope(self, length: int) -> bool:
+        """Whether LongRoPE turns positions of sequences of that length by its long factors."""
         return self._short_context is not None and length > self._short_context
 
     def _rope_rows(self, start: int | Sequence[int], T: int, long: bool = False) -> list[Rope]:

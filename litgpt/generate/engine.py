@@ -184,7 +184,9 @@ class Engine:
     """A batch of sequences that are decoded together; requests join and leave between steps.
 
     It works on the caches that the model has (see `prepare_caches`), which are its own while requests are active. The
-    output of a request is that of its own batch of one, whatever else is in the batch. Not for several threads at once.
+    output of a request is that of its own batch of one, whatever else is in the batch, up to rounding: in float32 the same
+    tokens, in bfloat16 sums in another order may tip a close decision. (With LongRoPE the longest of the requests that
+    are added to an empty batch decides for all of them how positions are turned.) Not for several threads at once.
 
     If the model fails or is interrupted, the caches are emptied, and the requests that were active are left unfinished.
 
@@ -211,6 +213,7 @@ class Engine:
         self.batch_size = batch_size
         self.guessed = self.accepted = 0  # tokens that were guessed, and those of them that stood
         self._rows: list[_Row | None] = []  # by row of the caches; None is idle
+        self._long = False  # whether LongRoPE turns positions by its long factors
         self._joined: list[tuple[Request, list[int]]] = []  # what the prefill gave
 
     @property
@@ -229,11 +232,18 @@ class Engine:
         Raises:
             ValueError: if a request does not fit, before any work; those that are active are not disturbed.
         """
-        self._check(requests, held)
+        self.check(requests, held)
+        active = self.active
+        if held and active:
+            raise ValueError(f"the caches hold {held} tokens of no request while others are active")
+        check_caches(self.model, len(active) + len(requests), 1)
+        if active and not all(self.can_join(request) for request in requests):
+            raise ValueError(
+                "with LongRoPE, long and short sequences cannot be in one batch: wait until the others are done"
+            )
         prompts = {id(request.prompt): request.prompt[held:] for request in requests}
         prompts = [prompts[id(request.prompt)] for request in requests]
         rows = [_Row(request) for request in requests]
-        active = bool(self.active)
         with self._emptied_on_failure():
             if active:
                 free = [i for i, row in enumerate(self._rows) if row is None or row.request.finish_reason]
@@ -245,8 +255,10 @@ class Engine:
                 places = free[: len(rows)]
             else:
                 places, self._rows = None, [None] * len(rows)
+                longest = max(request.length for request in requests)
+                self._long = self.model.needs_long_rope(longest)
                 if not held:
-                    self.model.expect_length(max(request.length for request in requests))
+                    self.model.expect_length(longest)
             logits = prefill(self.model, prompts, self.prompt_chunksize, held, places)
             for place, row in zip(range(len(rows)) if places is None else places, rows, strict=True):
                 self._rows[place] = row
@@ -361,18 +373,23 @@ class Engine:
             places.pop(), self._rows.pop()
         self.model.reorder_kv_caches(places)
 
-    def _check(self, requests: Sequence[Request], held: int) -> None:
-        """Refuse what does not fit."""
-        active = self.active
+    def can_join(self, request: Request, others: Sequence[Request] = ()) -> bool:
+        """Whether a request goes with those that are active, or with `others` where none are: with LongRoPE, positions of
+        long sequences are turned otherwise than those of short ones."""
+        if not self.active and not others:
+            return True
+        long = self._long if self.active else self.model.needs_long_rope(others[0].length)
+        return self.model.needs_long_rope(request.length) == long
+
+    def check(self, requests: Sequence[Request], held: int = 0) -> None:
+        """Raise `ValueError` for requests that could not be added even if the batch were empty."""
         if not requests:
             raise ValueError("there are no requests to add")
-        if held and active:
-            raise ValueError(f"the caches hold {held} tokens of no request while others are active")
         if held >= min(len(request.prompt) for request in requests):
             raise ValueError(f"{held} tokens of a prompt are held, which leaves none to run")
         if any(request.tokens or request.finish_reason for request in requests):
             raise ValueError("a request can be added only once")
-        check_caches(self.model, len(active) + len(requests), max(request.length for request in requests))
+        check_caches(self.model, len(requests), max(request.length for request in requests))
         vocabulary = self.model.config.padded_vocab_size
         for request in requests:
             for token in request.sampling.logit_bias or ():

@@ -1,0 +1,185 @@
+"""Requests that wait, join, leave and are cancelled: each gets what it gets alone."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import greedy_without_caches, tiny_gpt
+
+from litgpt.generate.continuous import ContinuousBatch
+from litgpt.generate.engine import Engine, decode, prepare_caches
+from litgpt.generate.request import Request
+from litgpt.generate.sampling import Sampling
+from litgpt.kvcache.factory import create_kv_caches
+
+ROWS = 3
+WINDOWS = {"sliding_window_size": 6, "sliding_window_indices": [1, 0]}
+SETTINGS = [
+    Sampling(temperature=0),
+    Sampling(temperature=0, repetition_penalty=1.5, frequency_penalty=0.5),
+    Sampling(temperature=1.5, top_k=20, seed=3),
+    Sampling(temperature=1.5, top_p=0.9, min_p=0.01, presence_penalty=1.0, seed=4),
+    Sampling(temperature=1.0, logit_bias={5: 4.0, 7: -100.0}, seed=5),
+]
+MODELS = {
+    "dense": tiny_gpt(),
+    "windows": tiny_gpt(**WINDOWS),
+    "lastrec": tiny_gpt(),
+    "static": tiny_gpt(),
+    "static lastrec": tiny_gpt(),
+}
+for name, gpt in MODELS.items():
+    gpt.static_decode = name.startswith("static")
+    if name.endswith("lastrec"):
+        gpt.assign_kv_caches(create_kv_caches("lastrec", gpt.config, ROWS, 12, sinks=2))
+
+
+def request(length, count, kind, stop):
+    prompt = torch.randint(0, 100, (length,), generator=torch.Generator().manual_seed(length))
+    stops = [[stop, stop + 1], [stop + 2]] if stop is not None else ()
+    return Request(prompt, count, SETTINGS[kind], stops, include_eos=bool(length % 2))
+
+
+def alone(model, *args):
+    wanted = request(*args)
+    prepare_caches(model, ROWS, 64)  # the same caches, so that nothing but the company differs
+    for _ in decode(Engine(model), [wanted]):
+        pass
+    return wanted
+
+
+arguments = st.tuples(
+    st.integers(1, 30), st.integers(1, 20), st.integers(0, len(SETTINGS) - 1), st.none() | st.integers(0, 97)
+)
+events = st.lists(st.tuples(st.sampled_from(["submit", "submit", "step", "steps", "cancel"]), arguments), max_size=12)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@given(events, st.integers(0, 99))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_every_request_gets_its_own_answer_whatever_joins_and_leaves(name, events, chance):
+    model = MODELS[name]
+    batch = ContinuousBatch(model, ROWS, 64)
+    buffers = [x.data_ptr() for cache in model.kv_caches() for x in cache.buffers()]
+    requests, given_out = [], {}
+
+    def step():
+        for done, tokens in batch.step():
+            assert done.finish_reason != "cancelled" or done not in cancelled
+            given_out[done] += tokens
+
+    cancelled = set()
+    for action, args in events:
+        if action == "submit":
+            requests.append((request(*args), args))
+            given_out[requests[-1][0]] = []
+            batch.submit(requests[-1][0])
+        elif action == "cancel" and requests:
+            chosen, _ = requests[chance % len(requests)]
+            if chosen.finish_reason is None:
+                batch.cancel(chosen)
+                cancelled.add(chosen)
+        else:
+            for _ in range(1 if action == "step" else 4):
+                step()
+    while batch.unfinished:
+        step()
+    step()
+    assert batch.step() == []
+    assert buffers == [x.data_ptr() for cache in model.kv_caches() for x in cache.buffers()]
+    for one, args in requests:
+        other = alone(model, *args)
+        assert given_out[one] == one.output
+        if one in cancelled:
+            assert one.finish_reason == "cancelled"
+            assert one.tokens == other.tokens[: len(one.tokens)]
+        else:
+            assert (one.tokens, one.output, one.finish_reason) == (other.tokens, other.output, other.finish_reason)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_has_as_many_rows_as_it_must(name):
+    model, sizes = MODELS[name], []
+    batch = ContinuousBatch(model, ROWS, 64)
+    for length, count in ((3, 10), (4, 4), (5, 6), (6, 12)):
+        batch.submit(request(length, count, 0, None))
+    hook = lambda x, block_idx, input_pos: block_idx or x.shape[1] > 1 or sizes.append(x.shape[0])  # noqa: E731
+    model.set_start_of_layer_hook(hook)
+    while batch.unfinished:
+        batch.step()
+    model.set_start_of_layer_hook(None)
+    # the fourth takes the place of the second at once; then the third leaves, and the first
+    assert sizes == ([3] * 14 if model.static_decode else [3] * 5 + [2] * 4 + [1] * 5)
+
+
+def test_what_will_never_fit_is_refused_and_disturbs_nobody():
+    model = tiny_gpt()
+    batch = ContinuousBatch(model, 2, 40)
+    first = request(5, 10, 0, None)
+    batch.submit(first)
+    batch.step()
+    for bad, message in (
+        (request(30, 11, 0, None), "41 tokens.*40"),
+        (Request(first.prompt, 3, Sampling(logit_bias={100: 1.0})), "token 100.*100"),
+        (Request(first.prompt, 3, logprobs=101), "logprobs=101"),
+        (first, "only once"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            batch.submit(bad)
+    with pytest.raises(ValueError, match="3 sequences at once.*batch_size=2"):
+        batch.engine.add([request(4, 4, 0, None), request(5, 4, 0, None)])
+    while batch.unfinished:
+        batch.step()
+    assert first.output == greedy_without_caches(model, first.prompt, 10).tolist()
+    with pytest.raises(ValueError, match="batch_size"):
+        ContinuousBatch(model, 0)
+    with pytest.raises(ValueError, match="200 tokens.*128"):
+        ContinuousBatch(tiny_gpt(), 2, 200)
+
+
+def test_a_failure_leaves_an_empty_batch_that_works():
+    model = tiny_gpt()
+    batch = ContinuousBatch(model, 2, 40)
+    lost, later = request(5, 10, 0, None), request(6, 10, 0, None)
+    batch.submit(lost)
+    batch.step()
+
+    def interrupt(x, block_idx, input_pos):
+        raise KeyboardInterrupt
+
+    model.set_start_of_layer_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        batch.step()
+    model.set_start_of_layer_hook(None)
+    assert batch.unfinished == 0
+    assert lost.finish_reason is None
+    batch.submit(later)
+    while batch.unfinished:
+        batch.step()
+    assert later.output == greedy_without_caches(model, later.prompt, 10).tolist()
+
+
+def test_with_long_rope_long_and_short_sequences_take_turns():
+    factors = {"short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]}
+    model = tiny_gpt(rope_adjustments={"original_max_seq_len": 16, "factor": 8.0, **factors})
+    sizes = [(4, 6), (10, 20), (5, 8), (12, 15)]
+    expected = []
+    for length, count in sizes:
+        one = request(length, count, 0, None)
+        model.clear_kv_caches()
+        prepare_caches(model, 1, one.length)
+        for _ in decode(Engine(model), [one]):
+            pass
+        expected.append(one.output)
+    model.clear_kv_caches()
+    batch = ContinuousBatch(model, ROWS, 64)
+    requests = [request(length, count, 0, None) for length, count in sizes]
+    for one in requests:
+        batch.submit(one)
+    while batch.unfinished:
+        batch.step()
+    assert [one.output for one in requests] == expected
+    batch.submit(request(4, 6, 0, None))
+    batch.step()
+    with pytest.raises(ValueError, match="LongRoPE"):
+        batch.engine.add([request(10, 20, 0, None)])
