@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("litgpt.chat.base:main", "Talk with a model."),
     "generate": ("litgpt.generate.base:main", "Let a model continue a prompt."),
+    "generate_sequentially": (
+        "litgpt.generate.sequentially:main",
+        "Answer a prompt with a model whose layers are spread over several GPUs.",
+    ),
+    "generate_tp": (
+        "litgpt.generate.tp:main",
+        "Answer a prompt with a model whose layers are divided among several processes.",
+    ),
     "download": ("litgpt.scripts.download:download_from_hub", "Fetch a model, or list those that can be had."),
     "convert_to_litgpt": (
         "litgpt.scripts.convert_hf_checkpoint:convert_hf_checkpoint",

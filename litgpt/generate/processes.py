@@ -1,0 +1,141 @@
+"""Processes that hold a model together: how they start, find each other, and end."""
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing import connection, get_context, parent_process
+from multiprocessing.context import SpawnProcess
+from multiprocessing.queues import SimpleQueue
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_USER_ERRORS = (ValueError, OSError, IndexError, MemoryError)  # pass between processes as they are
+
+
+def launched_outside() -> tuple[int, int] | None:
+    """Rank and number of processes, where something else has started them (`torchrun`); else None."""
+    try:
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError):
+        return None
+
+
+def own_device(rank: int) -> torch.device:
+    """The device of this process: a GPU of its own where there are any, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def join_group(store: dist.Store | None = None, rank: int = -1, world_size: int = -1) -> None:
+    """Make this process one of a group (without arguments: as the environment says), if it is in none yet.
+
+    Tensors on the CPU go by gloo, those on GPUs by NCCL.
+    """
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+@contextmanager
+def only_first_speaks(rank: int) -> Iterator[None]:
+    """What the other processes write is dropped."""
+    if rank == 0:
+        yield
+        return
+    stdout, stderr = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = stdout, stderr
+
+
+def run_in_processes(function: Callable[..., None], count: int, *args: Any) -> None:
+    """Call `function(rank, *args)` in `count` new processes that form a group, and wait for all of them.
+
+    If one fails, the others are ended: they may be waiting for it.
+
+    Args:
+        function: of a module, so that other processes find it.
+
+    Raises:
+        ValueError, OSError, IndexError, MemoryError, RuntimeError: what the first one that failed said.
+    """
+    context = get_context("spawn")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # port 0: any that is free
+    errors = context.SimpleQueue()
+    processes = [
+        context.Process(target=_work, args=(function, rank, count, store.port, errors, args)) for rank in range(count)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        running = list(processes)
+        while running:
+            connection.wait([process.sentinel for process in running])
+            if any(process.exitcode for process in running):
+                raise _cause(processes, errors)
+            running = [process for process in running if process.exitcode is None]
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+        for process in processes:
+            if process.pid is not None:
+                process.join()
+
+
+def _cause(processes: list[SpawnProcess], errors: SimpleQueue) -> BaseException:
+    """Why a process failed: the first error, since later ones follow from it."""
+    for rank, process in enumerate(processes):
+        if process.exitcode is not None and process.exitcode < 0:
+            name = signal.Signals(-process.exitcode).name
+            return RuntimeError(f"process {rank} of {len(processes)} was ended by {name}, perhaps for lack of memory")
+    if not errors.empty():
+        return errors.get()
+    rank = next(rank for rank, process in enumerate(processes) if process.exitcode)
+    return RuntimeError(f"process {rank} of {len(processes)} ended with exit code {processes[rank].exitcode}")
+
+
+def _work(
+    function: Callable[..., None], rank: int, count: int, port: int, errors: SimpleQueue, args: tuple[Any, ...]
+) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        if not torch.cuda.is_available():  # all on one machine
+            torch.set_num_threads(max(1, torch.get_num_threads() // count))
+        join_group(dist.TCPStore("127.0.0.1", port, is_master=False), rank, count)
+        function(rank, *args)
+        dist.destroy_process_group()
+    except KeyboardInterrupt:
+        _leave(130)
+    except BaseException as error:
+        if os.environ.get("LITGPT_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        text = " ".join(str(error).split())
+        errors.put(
+            type(error)(text) if type(error) in _USER_ERRORS else RuntimeError(f"{type(error).__name__}: {text}")
+        )
+        _leave(1)
+    _leave(0)
+
+
+def _leave(code: int) -> None:
+    """End at once: an orderly end takes seconds, or waits for other processes."""
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def _end_with_parent() -> None:
+    connection.wait([parent_process().sentinel])
+    os._exit(1)

@@ -1,0 +1,135 @@
+"""`litgpt generate_tp`: every layer divided among several processes, each with a device of its own."""
+
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from litgpt.checkpoint import open_checkpoint
+from litgpt.checkpoint.find import find_checkpoint
+from litgpt.generate.base import check_options, print_answers
+from litgpt.generate.processes import join_group, launched_outside, only_first_speaks, own_device, run_in_processes
+from litgpt.generate.sampling import Sampling
+from litgpt.generate.setup import Quantization, choose_kv_caches, make_ready, parse_precision
+from litgpt.prompts import encode_prompt
+from litgpt.sharding import Shard, load_shard
+
+CPU_PROCESSES = 2  # where there are no GPUs and no number is given
+
+
+def main(
+    checkpoint_dir: Path | None = None,
+    prompt: str = "What food do llamas eat?",
+    *,
+    sys_prompt: str | None = None,
+    num_samples: int = 1,
+    max_new_tokens: int = 50,
+    top_k: int | None = 50,
+    top_p: float = 1.0,
+    temperature: float = 0.8,
+    quantize: Quantization | None = None,
+    precision: str | None = None,
+    compile: bool = False,
+    kv_cache: Literal["dense", "lastrec"] = "dense",
+    cache_length: int | None = None,
+    sinks: int = 0,
+    prompt_chunksize: int | None = None,
+    seed: int = 1234,
+    devices: int | None = None,
+) -> None:
+    """Answer a prompt with a model whose layers are divided among several GPUs (tensor parallelism).
+
+    Every process reads its part of the weights only, so the model need not fit into one GPU. The command starts the
+    processes itself; under torchrun it is one of those that are there.
+
+    Args:
+        checkpoint_dir: Folder of a checkpoint (Hugging Face or LitGPT), a .gguf file, or a model's name. Default: a small
+            model that is fetched once.
+        prompt: What to answer.
+        sys_prompt: System prompt, where the model's chat template has one.
+        num_samples: Number of answers, generated together as one batch.
+        max_new_tokens: Most tokens of an answer.
+        top_k: Draw each token from the k likeliest ones only.
+        top_p: Draw each token from the likeliest ones whose probabilities add up to this.
+        temperature: Below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest.
+        quantize: Not available with divided layers.
+        precision: bf16-true, 16-true or 32-true. Default: what the device computes well in.
+        compile: Not available with divided layers.
+        kv_cache: What the key-value cache keeps: dense (every token) or lastrec (the last cache_length ones).
+        cache_length: Tokens that the key-value cache holds. Default: as many as are needed (dense), 1024 (lastrec).
+        sinks: First tokens that a lastrec cache never drops.
+        prompt_chunksize: Most tokens of the prompt that go through the model at once. Default: all of them.
+        seed: Of the random numbers.
+        devices: Number of processes. Default: one for every GPU, or 2 where there are none.
+    """
+    check_options(prompt, num_samples, max_new_tokens, cache_length)
+    sampling = Sampling(temperature, top_k, top_p, seed=seed)
+    for name, value in (("quantize", quantize), ("compile", compile)):
+        if value:
+            raise ValueError(f"--{name} is not available with generate_tp: leave it out, or use generate_sequentially")
+    world_size = number_of_processes(devices)
+    # what can be refused is refused before there are processes; and a model is fetched once
+    path = find_checkpoint(checkpoint_dir)
+    Shard(open_checkpoint(path).config, 0, world_size)
+    parse_precision(precision, torch.device("cpu"))
+    options = {
+        "path": path,
+        "prompt": prompt,
+        "sys_prompt": sys_prompt,
+        "num_samples": num_samples,
+        "max_new_tokens": max_new_tokens,
+        "sampling": sampling,
+        "precision": precision,
+        "caches": (kv_cache, cache_length, num_samples, sinks),
+        "prompt_chunksize": prompt_chunksize,
+    }
+    if (outside := launched_outside()) is not None:
+        join_group()
+        answer(outside[0], world_size, options)
+    else:
+        run_in_processes(answer, world_size, world_size, options)
+
+
+def number_of_processes(devices: int | None) -> int:
+    """How many processes a model is divided among, where `devices` are asked for.
+
+    Raises:
+        ValueError: if there are fewer GPUs, or another number of processes has been started.
+    """
+    if (outside := launched_outside()) is not None:
+        if devices not in (None, outside[1]):
+            raise ValueError(f"devices={devices}, but there are {outside[1]} processes (WORLD_SIZE): leave it out")
+        return outside[1]
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if devices is None:
+        return gpus or CPU_PROCESSES
+    if devices < 1:
+        raise ValueError(f"devices must be at least 1, got {devices}")
+    if gpus and devices > gpus:
+        raise ValueError(f"devices={devices}, but there are {gpus} GPUs")
+    return devices
+
+
+def answer(rank: int, world_size: int, options: dict[str, Any]) -> None:
+    """What each process does: all compute the same answer, and the first one prints it."""
+    with only_first_speaks(rank):
+        started = time.perf_counter()
+        load = partial(load_shard, rank=rank, world_size=world_size)
+        ready = make_ready(options["path"], options["precision"], device=own_device(rank), load=load)
+        choose_kv_caches(ready.model, *options["caches"])
+        tokens = encode_prompt(
+            ready.tokenizer, ready.prompt_style, options["prompt"], sys_prompt=options["sys_prompt"]
+        ).to(ready.device)
+        seconds = time.perf_counter() - started
+        print(f"Model loaded in {seconds:.1f} s by {world_size} processes", file=sys.stderr)
+        print_answers(
+            ready,
+            tokens,
+            options["max_new_tokens"],
+            options["sampling"],
+            options["num_samples"],
+            options["prompt_chunksize"],
+        )
