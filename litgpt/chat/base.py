@@ -142,7 +142,7 @@ def _keep(conversation: Conversation, path: Path) -> None:
     try:
         conversation.save(path)
     except (OSError, KeyboardInterrupt) as error:
-        _tell(f"error: this answer is not saved yet: {error or 'interrupted'}")
+        _tell(f"error: this answer is not saved yet: {str(error) or 'interrupted'}")
 
 
 def _answer(conversation: Conversation, message: str) -> None:

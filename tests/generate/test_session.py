@@ -349,8 +349,6 @@ def test_dense_caches_of_another_length_take_what_fits(tmp_path):
 def test_factors_of_long_rope_are_restored(tmp_path):
     factors = {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8, "original_max_seq_len": 32, "factor": 4.0}
     model = tiny_gpt(rope_adjustments=factors)
-    if model._short_context is None:
-        pytest.skip("not the form in which this configuration has LongRoPE")
     session, prompt = Session(model), some_tokens(40)
     session.extend(prompt)
     session.save(tmp_path / "s")
