@@ -12,6 +12,7 @@ Letters: N outputs and K inputs of a layer.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -28,6 +29,32 @@ GROUP_SIZES = (32, 64, 128)
 KERNEL_ROWS = 24  # with more rows of inputs, an ordinary product with the dequantised weight beats torch's kernels
 _KERNEL_DTYPES = (torch.bfloat16, torch.float32)
 PIECE = 2**21  # weights that are quantised at a time, so that what is needed in between stays small
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the weights of a model are quantised.
+
+    Args:
+        mode: int8, int4, or bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq, bnb.int8.
+        group_size: columns that share a scale in mode int4: 32, 64 or 128.
+
+    Raises:
+        ValueError: for other values, and if this machine lacks what a mode needs.
+    """
+
+    mode: str
+    group_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES + BNB_MODES:
+            raise ValueError(f"quantize={self.mode!r} is not one of {', '.join(MODES + BNB_MODES)}")
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {self.group_size}")
+        if self.mode in BNB_MODES and not torch.cuda.is_available():
+            raise ValueError(f"quantize={self.mode!r} needs a GPU that torch can use here; int8 and int4 do not")
+        if self.mode in BNB_MODES and find_spec("bitsandbytes") is None:
+            raise ValueError(f"quantize={self.mode!r} needs the package bitsandbytes: pip install 'litgpt[bnb]'")
 
 
 def quantize_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,16 +102,19 @@ class QuantizedLinear(nn.Module):
 
     @torch.no_grad()
     def set_rows(self, row: int, values: torch.Tensor) -> None:
-        """Quantise `values` (n, K) as the rows of the weight from `row` on. Without memory (meta), nothing happens."""
-        if self.weight.is_meta:
+        """Quantise `values` (n, K) as the rows of the weight from `row` on."""
+        if values.is_meta:
             return
-        for part in values.split(max(1, PIECE // self.in_features)):
-            for name, rows in self.quantized(part.to(self.weight.device)).items():
-                getattr(self, name)[row : row + len(part)] = rows
-            row += len(part)
+        for name, rows in self.quantized(values.to(self.weight.device)).items():
+            getattr(self, name)[row : row + len(values)] = rows
 
     def quantized(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the buffers hold for rows (n, K) of a weight."""
+        parts = [self.quantized_part(part) for part in values.split(max(1, PIECE // self.in_features))]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def quantized_part(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As `quantized`, of so few rows that copies in float32 do not matter."""
         raise NotImplementedError
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
@@ -133,7 +163,7 @@ class Int8Linear(QuantizedLinear):
         self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
         self.register_buffer("scale", torch.zeros(out_features, device=device))
 
-    def quantized(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    def quantized_part(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(("weight", "scale"), quantize_int8(values), strict=True))
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
@@ -199,7 +229,7 @@ class Int4Linear(QuantizedLinear):
         self.packed: torch.Tensor | None = None  # the integers in place of `weight`, as the kernel wants them
         self.factors: torch.Tensor | None = None  # the kernel's scales and values of an 8, (K / group_size, N, 2)
 
-    def quantized(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    def quantized_part(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(("weight", "scale", "minimum"), quantize_int4(values, self.group_size), strict=True))
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
@@ -279,17 +309,6 @@ def _kernel_block() -> int | None:
     return next((block for block in (64, 32) if torch.equal(_from_kernel(packed, block, torch.int32).T, bits)), None)
 
 
-def check_mode(mode: str) -> None:
-    """Raises `ValueError` in one line if weights cannot be quantised so, on this machine."""
-    if mode not in MODES + BNB_MODES:
-        raise ValueError(f"quantize={mode!r} is not one of {', '.join(MODES + BNB_MODES)}")
-    if mode in BNB_MODES:
-        if not torch.cuda.is_available():
-            raise ValueError(f"quantize={mode!r} needs a GPU that this build of torch can use; int8 and int4 do not")
-        if find_spec("bitsandbytes") is None:
-            raise ValueError(f"quantize={mode!r} needs the package bitsandbytes: pip install 'litgpt[bnb]'")
-
-
 def quantize_model(model: GPT, mode: str, group_size: int = 32) -> None:
     """Replace the linear layers and the input embedding of a model by quantised ones, one at a time.
 
@@ -298,16 +317,13 @@ def quantize_model(model: GPT, mode: str, group_size: int = 32) -> None:
     group size. With bitsandbytes, the input embedding stays as it is, and layers move to the GPU.
 
     Args:
-        mode: int8, int4, or bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq, bnb.int8.
-        group_size: columns that share a scale in mode int4: 32, 64 or 128.
+        mode, group_size: as for `Quantization`.
 
     Raises:
-        ValueError: for other values, and if the model is quantised already.
+        ValueError: as there, and if the model is quantised already.
     """
-    check_mode(mode)
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"group_size must be one of {', '.join(map(str, GROUP_SIZES))}, got {group_size}")
-    if is_quantized(model):
+    how = Quantization(mode, group_size)
+    if model.quantization is not None:
         raise ValueError(f"the model is quantised already: {mode} would round its weights once more")
     wte, heads = model.transformer.wte, [layer for layer in model.lm_head.modules() if type(layer) is nn.Linear]
     if mode in MODES:
@@ -327,6 +343,7 @@ def quantize_model(model: GPT, mode: str, group_size: int = 32) -> None:
                 layer = Int4Linear(linear.in_features, linear.out_features, *form, group_size)
             layer.set_rows(0, linear.weight)
         setattr(parent, name, layer)
+    model.quantization = how
 
 
 def _linears(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
@@ -336,13 +353,6 @@ def _linears(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
             yield from _linears(child)
         elif not (isinstance(module, LLaMAMoE) and name == "gate"):
             yield module, name, child
-
-
-def is_quantized(model: nn.Module) -> bool:
-    """Whether any of its layers is."""
-    return any(
-        isinstance(m, QuantizedLinear) or type(m).__module__.startswith("bitsandbytes.") for m in model.modules()
-    )
 
 
 def _bnb_linear(linear: nn.Linear, mode: str) -> nn.Module:
