@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("litgpt.chat.base:main", "Talk with a model."),
     "generate": ("litgpt.generate.base:main", "Let a model continue a prompt."),
+    "generate_speculatively": (
+        "litgpt.generate.speculative_decoding:main",
+        "Answer a prompt with a large model, which a small one runs ahead of.",
+    ),
     "generate_sequentially": (
         "litgpt.generate.sequentially:main",
         "Answer a prompt with a model whose layers are spread over several GPUs.",

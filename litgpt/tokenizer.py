@@ -101,6 +101,10 @@ class Tokenizer:
             raise ValueError(f"token {token!r} is not in the vocabulary")
         return token_id
 
+    def id_to_token(self, token_id: int) -> str | None:
+        """The token that has this id (None: there is none)."""
+        return self._backend.id_to_token(token_id)
+
     def check_if_bos_token_used(self, checkpoint_dir: Path) -> bool:
         """Whether `encode` prepends BOS by default, as the files in `checkpoint_dir` say."""
         config = _read_optional(Path(checkpoint_dir) / "tokenizer_config.json")

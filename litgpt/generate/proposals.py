@@ -130,7 +130,7 @@ class DraftModel:
         for i in range(count):
             for follower, logits in zip(followers, self._logits(inputs), strict=True):
                 if i < limit[follower.row]:
-                    self._guess(follower.row, logits, *guesses[follower.row])
+                    guess(follower.row, logits, *guesses[follower.row])
                 follower.guesses.append(guesses[follower.row][0][-1])
             inputs = [follower.guesses[-1:] for follower in followers]
         for follower in followers:
@@ -142,15 +142,6 @@ class DraftModel:
         idx = torch.tensor(inputs, device=self.model.transformer.wte.weight.device)
         logits = self.model(idx, self.model.next_token_pos, last_token_only=True)[:, -1, : self.vocabulary]
         return pad(logits, (0, self.vocabulary - logits.shape[-1]), value=-torch.inf)
-
-    def _guess(self, row: Draws, logits: torch.Tensor, tokens: list[int], distributions: list[torch.Tensor]) -> None:
-        """Add a guess to those of a row."""
-        adjusted = row.sampling.adjust(logits, [*row.tokens, *tokens], row.prompt_length)
-        if row.sampling.is_greedy:
-            tokens.append(int(adjusted.argmax()))
-        else:
-            distributions.append(probabilities(adjusted[None], row.sampling)[0])
-            tokens.append(draw_from(distributions[-1], row))
 
     def _follow(self, rows: Sequence[Draws], length: int) -> None:
         """Have a row of the caches for each of `rows`, and room for `length` tokens in it."""
@@ -172,6 +163,17 @@ class DraftModel:
             places = range(len(kept), len(kept) + len(new)) if kept else None
             prefill(self.model, prompts, self.prompt_chunksize, rows=places)
             self._followers += new
+
+
+def guess(row: Draws, logits: torch.Tensor, guesses: list[int], distributions: list[torch.Tensor]) -> None:
+    """Add to the guesses of a row's next tokens one drawn from logits (V,), and to their distributions the one that it was
+    drawn from; with greedy sampling guesses are certain, and have none."""
+    adjusted = row.sampling.adjust(logits, [*row.tokens, *guesses], row.prompt_length)
+    if row.sampling.is_greedy:
+        guesses.append(int(adjusted.argmax()))
+    else:
+        distributions.append(probabilities(adjusted[None], row.sampling)[0])
+        guesses.append(draw_from(distributions[-1], row))
 
 
 @dataclass(eq=False)

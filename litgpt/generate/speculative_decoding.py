@@ -1,0 +1,199 @@
+"""Speculative decoding: a draft model guesses tokens, and the target model checks several of them in one call.
+
+The output is that of the target model alone: the same tokens with greedy sampling, else the same distribution
+(arXiv:2211.17192).
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from litgpt.checkpoint import open_checkpoint
+from litgpt.checkpoint.find import find_checkpoint
+from litgpt.generate.base import check_options, print_answers
+from litgpt.generate.engine import Engine, decode, prepare_caches
+from litgpt.generate.proposals import DraftModel, guess
+from litgpt.generate.request import Request
+from litgpt.generate.sampling import Draws, Sampling, draw, sample
+from litgpt.generate.setup import Quantization, choose_kv_caches, make_ready
+from litgpt.generate.verification import draw_beside
+from litgpt.model import GPT
+from litgpt.prompts import encode_prompt
+from litgpt.tokenizer import Tokenizer
+
+__all__ = ["check_same_vocabulary", "generate", "main", "sample", "speculative_decoding"]
+
+
+def generate(
+    draft_model: GPT,
+    target_model: GPT,
+    prompt: torch.Tensor,
+    max_returned_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    stop_tokens: Sequence[Sequence[int]] = (),
+    include_prompt: bool = True,
+    speculative_k: int,
+) -> tuple[torch.Tensor, float]:
+    """Generate from one prompt (T,) with the target model, which a draft model runs ahead of.
+
+    Args:
+        draft_model: has the same vocabulary. It gets caches of its own.
+        target_model: its caches are used if they were assigned; default ones are made as needed.
+        prompt: tokens (T,).
+        max_returned_tokens: most tokens of the result, the prompt included.
+        temperature, top_k, top_p: as for `sample`.
+        stop_tokens: sequences of tokens, each of which ends the text; it is not part of the result.
+        include_prompt: whether the prompt is.
+        speculative_k: tokens that are guessed at a time.
+
+    Returns:
+        Tokens (n,) int64, and what part of the guesses stood.
+
+    Raises:
+        ValueError: for settings that make no sense, or more tokens than the target model takes; before any work.
+    """
+    if max_returned_tokens <= len(prompt):
+        raise ValueError(
+            f"max_returned_tokens={max_returned_tokens} leaves no room after {len(prompt)} tokens of prompt"
+        )
+    request = Request(prompt, max_returned_tokens - len(prompt), Sampling(temperature, top_k, top_p), stop_tokens)
+    draft = DraftModel(draft_model, target_model.config.padded_vocab_size, speculative_k)
+    engine = Engine(target_model, proposer=draft)
+    prepare_caches(target_model, 1, request.length)
+    for _ in decode(engine, [request]):
+        pass
+    new = torch.tensor(request.output, device=prompt.device, dtype=torch.int64)
+    return torch.cat((prompt.to(torch.int64), new)) if include_prompt else new, engine.accepted / max(1, engine.guessed)
+
+
+@torch.inference_mode()
+def speculative_decoding(
+    draft_model: GPT,
+    target_model: GPT,
+    token: torch.Tensor,
+    input_pos: int,
+    input_pos_maxp1: int | None = None,
+    speculative_k: int = 3,
+    **sample_kwargs: Any,
+) -> torch.Tensor:
+    """One step by hand: guesses of the draft model, and what the target model makes of them.
+
+    Args:
+        draft_model, target_model: their caches hold the tokens before `input_pos`, of one row.
+        token: the token at `input_pos`, (1,).
+        input_pos: its position.
+        input_pos_maxp1: not needed.
+        speculative_k: tokens to guess.
+        sample_kwargs: as for `sample`.
+
+    Returns:
+        The n = 1..`speculative_k` + 1 tokens that follow, (n,). The caches then hold the tokens before `input_pos` + n.
+
+    Raises:
+        ValueError: if the caches are elsewhere, or cannot be rewound from that many guesses.
+    """
+    room = min(model.kv_cache_max_tokens_tentative() for model in (draft_model, target_model)) - 1
+    if not 1 <= speculative_k <= room:
+        raise ValueError(f"speculative_k must be in 1..{room}, which the caches can take back, got {speculative_k}")
+    row = Draws(Sampling(**sample_kwargs), token.tolist(), 0)
+    guesses: list[int] = []
+    distributions: list[torch.Tensor] = []
+    for i in range(speculative_k):
+        last = torch.tensor([[*row.tokens, *guesses][-1:]], device=token.device)
+        guess(row, draft_model(last, input_pos + i, last_token_only=True)[0, -1], guesses, distributions)
+    idx = torch.tensor([row.tokens + guesses], device=token.device)
+    draft_model(idx[:, -1:], input_pos + speculative_k, skip_lm_head=True)  # should all stand, the next step needs it
+    logits = target_model(idx, input_pos)[0]
+    for place, guessed in enumerate(guesses):
+        row.tokens.append(draw_beside(logits[place], guessed, distributions[place] if distributions else None, row))
+        if row.tokens[-1] != guessed:
+            break
+    else:
+        row.tokens.append(int(draw(logits[-1:], [row])))
+    for model in (draft_model, target_model):
+        model.rewind_kv_caches([idx.shape[1] + 1 - len(row.tokens)])
+    return torch.tensor(row.tokens[1:], device=token.device)
+
+
+def check_same_vocabulary(draft: Tokenizer, target: Tokenizer) -> None:
+    """Raise `ValueError` unless the tokens that both tokenizers have are the same."""
+    for token_id in range(min(draft.vocab_size, target.vocab_size)):
+        one, other = draft.id_to_token(token_id), target.id_to_token(token_id)
+        if one != other:
+            raise ValueError(
+                "the draft and the target model need the same vocabulary: token "
+                f"{token_id} is {one!r} in the draft's and {other!r} in the target's"
+            )
+
+
+def main(
+    draft_model_checkpoint_dir: Path,
+    target_model_checkpoint_dir: Path,
+    prompt: str = "What food do llamas eat?",
+    *,
+    sys_prompt: str | None = None,
+    num_samples: int = 1,
+    max_new_tokens: int = 50,
+    speculative_k: int = 3,
+    top_k: int | None = 50,
+    top_p: float = 1.0,
+    temperature: float = 0.8,
+    quantize: Quantization | None = None,
+    precision: str | None = None,
+    compile: bool = False,
+    kv_cache: Literal["dense", "lastrec"] = "dense",
+    cache_length: int | None = None,
+    sinks: int = 0,
+    prompt_chunksize: int | None = None,
+    seed: int = 1234,
+) -> None:
+    """Answer a prompt with a large model, which a small one runs ahead of.
+
+    The small model guesses some tokens, and the large one checks them in one call. The answer is one of the large model:
+    the same one with --temperature 0, else one that is drawn with the same probabilities. It goes to stdout, what it cost
+    and how many guesses stood to stderr.
+
+    Args:
+        draft_model_checkpoint_dir: The small model: folder of a checkpoint (Hugging Face or LitGPT), a .gguf file, or a
+            model's name.
+        target_model_checkpoint_dir: The large model. Its vocabulary has to be the small one's.
+        prompt: What to answer.
+        sys_prompt: System prompt, where the model's chat template has one.
+        num_samples: Number of answers, generated together as one batch.
+        max_new_tokens: Most tokens of an answer.
+        speculative_k: Tokens that the small model guesses at a time.
+        top_k: Draw each token from the k likeliest ones only.
+        top_p: Draw each token from the likeliest ones whose probabilities add up to this.
+        temperature: Below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest.
+        quantize: Quantisation of both models' weights (needs a GPU).
+        precision: bf16-true, 16-true or 32-true. Default: what the device computes well in.
+        compile: Compile the steps of the small model. Takes a while at first, and is faster then.
+        kv_cache: What the large model's key-value cache keeps: dense (every token) or lastrec (the last cache_length ones).
+        cache_length: Tokens that this cache holds. Default: as many as are needed (dense), 1024 (lastrec).
+        sinks: First tokens that a lastrec cache never drops.
+        prompt_chunksize: Most tokens of the prompt that go through a model at once. Default: all of them.
+        seed: Of the random numbers.
+    """
+    check_options(prompt, num_samples, max_new_tokens, cache_length)
+    if speculative_k < 1:
+        raise ValueError(f"speculative_k must be at least 1, got {speculative_k}")
+    sampling = Sampling(temperature, top_k, top_p, seed=seed)
+    started = time.perf_counter()
+    opened = [
+        open_checkpoint(find_checkpoint(path)) for path in (draft_model_checkpoint_dir, target_model_checkpoint_dir)
+    ]
+    check_same_vocabulary(*(checkpoint.tokenizer() for checkpoint in opened))
+    draft = make_ready(draft_model_checkpoint_dir, precision, quantize, compile)
+    target = make_ready(target_model_checkpoint_dir, precision, quantize, compile)
+    choose_kv_caches(target.model, kv_cache, cache_length, num_samples, sinks)
+    tokens = encode_prompt(target.tokenizer, target.prompt_style, prompt, sys_prompt=sys_prompt).to(target.device)
+    proposer = DraftModel(draft.model, target.model.config.padded_vocab_size, speculative_k, prompt_chunksize)
+    print(f"Models loaded in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    print_answers(target, tokens, max_new_tokens, sampling, num_samples, prompt_chunksize, proposer)

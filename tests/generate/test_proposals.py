@@ -1,0 +1,178 @@
+import random
+
+import pytest
+import torch
+from tiny import greedy_without_caches, tiny_gpt
+
+from litgpt.generate.proposals import DraftModel, PromptLookup
+from litgpt.generate.sampling import Draws, Sampling
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def row_of(tokens, sampling=GREEDY):
+    return Draws(sampling, list(tokens), len(tokens))
+
+
+# --- prompt lookup
+
+
+def continuation_by_scan(tokens, longest, shortest, count):
+    """What followed the latest earlier occurrence of the longest ending, found by looking everywhere."""
+    for size in range(longest, shortest - 1, -1):
+        for start in range(len(tokens) - size - 1, -1, -1):
+            if tokens[start : start + size] == tokens[-size:]:
+                text, place = list(tokens), start + size
+                while len(text) < len(tokens) + count:
+                    text.append(text[place + len(text) - len(tokens)])
+                return text[len(tokens) :]
+    return []
+
+
+@pytest.mark.parametrize(("longest", "shortest"), [(1, 1), (2, 2), (4, 2), (3, 1)])
+def test_a_lookup_finds_what_a_scan_of_the_whole_text_finds(longest, shortest):
+    chance = random.Random(7)
+    for alphabet in (2, 5, 20):
+        row = row_of([chance.randrange(alphabet)])
+        lookup = PromptLookup(1, longest, shortest)  # one guess: the number of guesses never changes
+        found = 0
+        for _ in range(150):
+            ((guesses, certain),) = lookup.propose([row], [9])
+            assert certain is None
+            assert list(guesses) == continuation_by_scan(row.tokens, longest, shortest, 1)
+            found += len(guesses)
+            row.tokens += [chance.randrange(alphabet) for _ in range(chance.choice((1, 1, 2, 5)))]
+        assert found
+
+
+def test_copies_may_overlap_themselves():
+    row = row_of([7, 8, 1, 2, 3, 1, 2, 3, 1, 2])
+    ((guesses, _),) = PromptLookup(4).propose([row], [9])
+    assert guesses == [3, 1, 2, 3]
+
+
+class Counted(list):
+    """A list that counts how many of its elements are looked at."""
+
+    seen = 0
+
+    def __getitem__(self, key):
+        found = super().__getitem__(key)
+        Counted.seen += len(found) if isinstance(key, slice) else 1
+        return found
+
+
+def test_a_lookup_takes_the_same_work_whatever_the_length_of_the_text():
+    work = []
+    for length in (100, 10_000):
+        row = row_of(())
+        row.tokens = Counted([*range(length), 1, 2])
+        lookup = PromptLookup(8)
+        lookup.propose([row], [8])
+        Counted.seen = 0
+        for token in (3, 4, 99):
+            row.tokens.append(token)
+            lookup.propose([row], [8])
+        work.append(Counted.seen)
+    assert work[0] == work[1]
+
+
+def test_the_number_of_guesses_follows_how_many_stood():
+    row, lookup = row_of([*range(50), *range(2)]), PromptLookup(16)
+
+    def propose(limit=100):
+        ((guesses, _),) = lookup.propose([row], [limit])
+        return guesses
+
+    assert propose() == [2, 3, 4, 5]
+    row.tokens += range(2, 7)  # all of them and one more
+    assert propose() == list(range(7, 15))
+    row.tokens += range(7, 16)
+    assert propose() == list(range(16, 32))  # the most
+    row.tokens += [16, 17, 18, 3, 4]  # three stood
+    assert propose() == list(range(5, 11))
+    row.tokens += [0, 1]  # none did
+    assert propose() == [2, 3]
+    assert propose(limit=1) == [2]
+
+
+def test_rows_are_told_apart_and_forgotten():
+    lookup = PromptLookup(4, shortest=1)
+    rows = [row_of([1, 2, 1]), row_of([1, 3, 1])]
+    assert [list(tokens) for tokens, _ in lookup.propose(rows, [1, 1])] == [[2], [3]]
+    assert [list(tokens) for tokens, _ in lookup.propose(rows[::-1], [1, 1])] == [[3], [2]]
+    rows.pop()
+    assert len(lookup._texts) == 1
+
+
+@pytest.mark.parametrize("settings", [{"most": 0}, {"longest": 1, "shortest": 2}, {"shortest": 0}])
+def test_numbers_that_mean_nothing_are_refused(settings):
+    with pytest.raises(ValueError, match=r"at least 1|shortest"):
+        PromptLookup(**settings)
+    with pytest.raises(ValueError, match="at least 1"):
+        DraftModel(tiny_gpt(), 100, count=0)
+
+
+# --- draft model
+
+
+@pytest.mark.parametrize("kind", ["dense", "windows", "static"])
+def test_a_drafts_guesses_are_its_own_greedy_tokens_whatever_became_of_the_last_ones(kind):
+    """Rows join, leave and change places; of their guesses any number stands: the caches stay in step."""
+    chance = random.Random(3)
+    options = {"sliding_window_size": 8, "sliding_window_indices": [1, 0]} if kind == "windows" else {}
+    model = tiny_gpt(block_size=256, **options)
+    model.static_decode = kind == "static"
+    draft = DraftModel(model, 100, 4, prompt_chunksize=7)
+    rows = [row_of([chance.randrange(100) for _ in range(length)]) for length in (2, 100, 9)]
+    for step in range(40):
+        limits = [chance.randint(1, 6) for _ in rows]
+        for row, limit, (guesses, certain) in zip(rows, limits, draft.propose(rows, limits), strict=True):
+            assert certain is None
+            assert len(guesses) == min(4, limit)
+            assert guesses == greedy_without_caches(model, torch.tensor(row.tokens), len(guesses)).tolist()
+            row.tokens += guesses[: chance.randint(0, len(guesses))]
+            row.tokens.append(chance.randrange(100))
+        if step % 4 == 3:
+            rows.pop(chance.randrange(len(rows)))
+        if step % 5 == 4 or not rows:
+            rows.append(row_of([chance.randrange(100) for _ in range(chance.randint(2, 30))]))
+        if step % 7 == 6:
+            chance.shuffle(rows)
+
+
+def test_a_row_that_was_not_asked_for_a_while_is_followed_again():
+    model = tiny_gpt()
+    draft, row, other = DraftModel(model, 100), row_of([5, 6]), row_of([7, 8, 9])
+    for _ in range(2):
+        for (guesses, _), asked in zip(draft.propose([row, other], [3, 3]), (row, other), strict=True):
+            assert guesses == greedy_without_caches(model, torch.tensor(asked.tokens), 3).tolist()
+        row.tokens += [1, 2, 3, 4, 5, 6, 7]
+        other.tokens.append(4)
+
+
+def test_sampled_guesses_come_with_the_distributions_that_they_were_drawn_from():
+    model, sampling = tiny_gpt(), Sampling(temperature=0.5, top_k=5, seed=1)
+    row = row_of([1, 2, 3], sampling)
+    ((guesses, distributions),) = DraftModel(model, 100).propose([row], [3])
+    for i in range(3):
+        logits = model(torch.tensor([[*row.tokens, *guesses[:i]]]))[0, -1]
+        values, tokens = logits.topk(5)
+        reference = torch.zeros(100).scatter(0, tokens, (values / 0.5).softmax(0))
+        assert torch.allclose(distributions[i], reference, atol=1e-5)
+        assert reference[guesses[i]] > 0
+
+
+@pytest.mark.parametrize("size", [90, 120])
+def test_distributions_cover_the_other_models_vocabulary(size):
+    draft = DraftModel(tiny_gpt(vocab_size=90, padded_vocab_size=size), 100, 40)
+    ((guesses, distributions),) = draft.propose([row_of([1, 2, 3], Sampling(temperature=5.0))], [40])
+    assert distributions.shape == (40, 100)
+    assert torch.allclose(distributions.sum(-1), torch.ones(40))
+    assert max(guesses) < 100
+
+
+def test_nothing_is_guessed_beyond_the_drafts_context():
+    draft = DraftModel(tiny_gpt(block_size=16), 100, 3)
+    assert len(draft.propose([row_of(range(13))], [3])[0][0]) == 3
+    assert len(draft.propose([row_of(range(14))], [3])[0][0]) == 0
