@@ -14,8 +14,8 @@ from litgpt.generate.engine import ROOM, Engine, prefill, prepare_caches
 from litgpt.generate.request import Request
 from litgpt.generate.sampling import Sampling
 from litgpt.generate.session_file import SessionFile, read_session, write_session
+from litgpt.generate.setup import choose_kv_caches
 from litgpt.kvcache.base import KVCache
-from litgpt.kvcache.factory import create_kv_caches
 from litgpt.model import GPT, LayerCaches
 
 
@@ -55,15 +55,13 @@ class Session:
         self.tokens: list[int] = []
         self.reused = 0
         self.notes: dict[str, Any] = {}
-        self._caches = LayerCaches()
-        self._grows = kv_cache.removesuffix("-default") == "dense" and cache_length is None and not sinks
         self._turn = 0  # a generation that another one has overtaken must not go on
+        self._caches = LayerCaches()
+        with self._attached():
+            choose_kv_caches(model, kv_cache, cache_length, sinks=sinks)
+        self._grows = not self.kv_caches  # default caches are made, and enlarged, when they are needed
         if not self._grows:
-            weight = model.transformer.wte.weight
-            self._caches.caches = create_kv_caches(
-                kv_cache, model.config, 1, cache_length, weight.device, weight.dtype, sinks
-            )
-            cache_length = self._caches.caches[0].cache_length
+            cache_length = self.kv_caches[0].cache_length
         self._kind = {"kv_cache": kv_cache.removesuffix("-default"), "cache_length": cache_length, "sinks": sinks}
 
     # -- what is in it

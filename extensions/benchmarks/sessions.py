@@ -1,0 +1,98 @@
+"""Measures how much sooner a question about a long document is answered from a saved session, and prints a table.
+
+    python extensions/benchmarks/sessions.py --out results.json
+
+See README.md next to this file.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+from environments import Launcher, processor_name
+from layouts import Layouts, ensure_layouts
+from results import number, ratio, row
+
+QUESTION = 16  # tokens
+
+
+def main() -> int:
+    args = parse_arguments()
+    work_dir = args.work_dir.expanduser().resolve()
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        launcher = Launcher(work_dir, args.threads)
+        result = measure(launcher, ensure_layouts(launcher, args.checkpoint), args.rounds, args.document)
+        about = f"bf16, {args.threads} threads, torch {version('torch')}, {processor_name()}; rounds: {args.rounds}"
+        print(f"{markdown(result)}\n\n{about}")
+        if args.out is not None:
+            args.out.write_text(json.dumps(result | {"about": about}, indent=1) + "\n", encoding="utf-8")
+    except (ValueError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        print(f"sessions.py: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--work_dir", type=Path, default=Path("~/.cache/litgpt-benchmarks"), help="weights, kept; and the session")
+    add("--checkpoint", type=Path, help="the default model's folder or .gguf file (default: found, or fetched once)")
+    add("--document", type=int, default=6000, help="tokens of the document (default: %(default)s)")
+    add("--rounds", type=int, default=5, help="times that both are measured, in turn (default: %(default)s)")
+    add("--threads", type=int, default=2, help="CPU threads of every process (default: %(default)s)")
+    add("--out", type=Path, help="write all samples as JSON")
+    args = parser.parse_args()
+    for name in ("document", "rounds", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    return args
+
+
+def measure(launcher: Launcher, layouts: Layouts, repeats: int, document: int) -> dict:
+    """Seconds to the first token, by kind, one for every round; each from a process of its own.
+
+    Raises `RuntimeError` if a restored session says anything but what the saved one did.
+    """
+    path = launcher.work_dir / "document.session"
+    job = {"checkpoint": str(layouts.litgpt), "tokens": str(layouts.tokens), "session": str(path)}
+    job |= {"document": document, "question": QUESTION}
+    samples: dict[str, list[float]] = {"fresh": [], "restore": [], "load": []}
+    try:
+        saved = launcher.work(Path(sys.executable), "long_document.py", job | {"kind": "save"})
+        size = path.stat().st_size
+        for round_idx in range(repeats):
+            for kind in ("fresh", "restore") if round_idx % 2 == 0 else ("restore", "fresh"):
+                print(f"round {round_idx + 1}/{repeats}: {kind}", file=sys.stderr)
+                found = launcher.work(Path(sys.executable), "long_document.py", job | {"kind": kind})
+                samples[kind].append(found["first"])
+                if kind == "restore":
+                    samples["load"].append(found["load"])
+                    if found["tokens"] != saved["tokens"]:
+                        raise RuntimeError(f"restored: {found['tokens']}, but the saved session: {saved['tokens']}")
+    finally:
+        path.unlink(missing_ok=True)
+    return {"document": document, "bytes": size, "save": saved["save"], "samples": samples}
+
+
+def markdown(result: dict) -> str:
+    """A table of the medians, and how much sooner the first token is there."""
+    samples = result["samples"]
+    fresh, restored, load = (median(samples[kind]) for kind in ("fresh", "restore", "load"))
+    lines = [
+        row([f"{result['document']:,} tokens of document, {QUESTION} of question", "first token after, s"]),
+        row(["---", "---:"]),
+        row(["prefilled", number(fresh)]),
+        row(["restored from a file", f"{restored:.3f}"]),
+        f"\n{ratio(samples['fresh'], samples['restore']):.1f}x sooner. The file has {result['bytes'] / 1e6:.1f} MB; reading "
+        f"it took {load:.3f} s of that, writing it {result['save']:.2f} s.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Questions about a long document: prefilled anew, or from a session that holds it already."""
+
+import time
+
+import torch
+from timing import read_job, read_tokens, report
+
+from litgpt.generate.session import Session
+from litgpt.generate.setup import make_ready
+from litgpt.model import GPT
+
+NEW_TOKENS = 8
+
+
+def main() -> None:
+    job = read_job()
+    model = make_ready(job["checkpoint"], "bf16-true", device=torch.device("cpu")).model
+    text = read_tokens(job, job["document"] + job["question"]).tolist()
+    report(measure(model, text[: job["document"]], text[job["document"] :], job["session"], job["kind"]))
+
+
+def measure(model: GPT, document: list[int], question: list[int], path: str, kind: str) -> dict:
+    """Seconds until the answer's first token is there, and its first tokens.
+
+    Args:
+        model: loaded; its first calls are not counted.
+        document, question: tokens, the question follows.
+        path: file of the session.
+        kind: "fresh" prefills everything, "save" the document, and saves it before the question comes, "restore" loads it.
+    """
+    list(Session(model).generate(document[:64], 2, temperature=0))
+    session = Session(model)
+    result = {}
+    if kind == "save":
+        session.extend(document)
+        started = time.perf_counter()
+        session.save(path)
+        result["save"] = time.perf_counter() - started
+    started = time.perf_counter()
+    if kind == "restore":
+        session.load(path)
+        result["load"] = time.perf_counter() - started
+    answer = session.generate(document + question, NEW_TOKENS, temperature=0)
+    first = next(answer)
+    result["first"] = time.perf_counter() - started
+    return result | {"tokens": [first, *answer], "reused": session.reused}
+
+
+if __name__ == "__main__":
+    main()
