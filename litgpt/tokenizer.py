@@ -105,6 +105,10 @@ class Tokenizer:
         """The token that has this id (None: there is none)."""
         return self._backend.id_to_token(token_id)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token contributes anywhere but at the start of a text, in UTF-8; special ones contribute nothing."""
+        return self._backend.piece(token_id)
+
     def check_if_bos_token_used(self, checkpoint_dir: Path) -> bool:
         """Whether `encode` prepends BOS by default, as the files in `checkpoint_dir` say."""
         config = _read_optional(Path(checkpoint_dir) / "tokenizer_config.json")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 
 from litgpt.generate.engine import Engine, Proposer, decode, prepare_caches
+from litgpt.generate.prompts_file import PromptLine, answer_prompts, read_prompts
 from litgpt.generate.proposals import PromptLookup
 from litgpt.generate.request import Request
 from litgpt.generate.sampling import (
@@ -22,6 +23,8 @@ from litgpt.generate.sampling import (
 from litgpt.generate.setup import Quantization, Ready, cache_bytes, choose_kv_caches, make_ready
 from litgpt.model import GPT
 from litgpt.prompts import encode_prompt
+
+DEFAULT_PROMPT = "What food do llamas eat?"
 
 __all__ = [
     "batched_generate_fn",
@@ -187,14 +190,22 @@ def generate(
 
 def main(
     checkpoint_dir: Path | None = None,
-    prompt: str = "What food do llamas eat?",
+    prompt: str = DEFAULT_PROMPT,
     *,
+    prompts: Path | None = None,
+    out: Path | None = None,
+    batch_size: int = 8,
     sys_prompt: str | None = None,
     num_samples: int = 1,
     max_new_tokens: int = 50,
     top_k: int | None = 50,
     top_p: float = 1.0,
+    min_p: float = 0.0,
     temperature: float = 0.8,
+    repetition_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logprobs: int | None = None,
     quantize: Quantization | None = None,
     precision: str | None = None,
     compile: bool = False,
@@ -205,7 +216,7 @@ def main(
     prompt_lookup: int | None = None,
     seed: int = 1234,
 ) -> None:
-    """Answer a prompt.
+    """Answer a prompt, or a file of prompts.
 
     The answer goes to stdout, what it cost to stderr.
 
@@ -213,12 +224,22 @@ def main(
         checkpoint_dir: Folder of a checkpoint (Hugging Face or LitGPT), a .gguf file, or a model's name. Default: a small
             model that is fetched once.
         prompt: What to answer.
+        prompts: File of prompts to answer instead: one a line, or, if it is called .jsonl, JSON objects with a "prompt" and,
+            if need be, a "sys_prompt", "max_new_tokens", "id", and settings such as "temperature" or "seed". Answers are
+            JSON objects, one a line, in the same order.
+        out: File for answers as JSON lines. Default: stdout.
+        batch_size: Most answers to a file of prompts that are generated at the same time.
         sys_prompt: System prompt, where the model's chat template has one.
-        num_samples: Number of answers, generated together as one batch.
+        num_samples: Number of answers to a prompt, generated together as one batch.
         max_new_tokens: Most tokens of an answer.
         top_k: Draw each token from the k likeliest ones only.
         top_p: Draw each token from the likeliest ones whose probabilities add up to this.
+        min_p: Draw each token from those that are at least this times as likely as the likeliest one.
         temperature: Below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest.
+        repetition_penalty: Above 1 makes tokens that were there before, prompt included, less likely.
+        presence_penalty: Taken off the logits of tokens that the answer has.
+        frequency_penalty: Taken off the logits of the answer's tokens as often as it has them.
+        logprobs: Give answers as JSON with each token's log-probability, and those of this many likeliest ones.
         quantize: Quantisation of the weights (needs a GPU).
         precision: bf16-true, 16-true or 32-true. Default: what the device computes well in.
         compile: Compile the decoding step. Takes a while at first, and is faster then.
@@ -228,17 +249,35 @@ def main(
         prompt_chunksize: Most tokens of the prompt that go through the model at once. Default: all of them.
         prompt_lookup: Guess up to this many next tokens at a time from the text so far, and check them in one call. The
             answer stays the same; one that repeats much of the prompt comes faster. 16 is a good value. Default: no guesses.
-        seed: Of the random numbers.
+        seed: Of the random numbers. Every answer has its own; they count up from this.
     """
     check_options(prompt, num_samples, max_new_tokens, cache_length)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if prompts is not None and prompt != DEFAULT_PROMPT:
+        raise ValueError("there are a --prompt and a file of --prompts: give one of them")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {str(out.absolute().parent)!r} for {out.name}")
+    if logprobs is not None and logprobs < 0:
+        raise ValueError(f"logprobs must be at least 0, got {logprobs}")
     proposer = None if prompt_lookup is None else PromptLookup(prompt_lookup)
-    sampling = Sampling(temperature, top_k, top_p, seed=seed)
+    sampling = Sampling(
+        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed=seed
+    )
+    lines = [PromptLine(None, prompt, sys_prompt, max_new_tokens, sampling)]
+    if prompts is not None:
+        lines = read_prompts(prompts, max_new_tokens, sampling, sys_prompt)
+    as_json = prompts is not None or out is not None or logprobs is not None
+    rows = min(batch_size, len(lines) * num_samples) if as_json else num_samples
     started = time.perf_counter()
     ready = make_ready(checkpoint_dir, precision, quantize, compile)
-    choose_kv_caches(ready.model, kv_cache, cache_length, num_samples, sinks)
-    tokens = encode_prompt(ready.tokenizer, ready.prompt_style, prompt, sys_prompt=sys_prompt).to(ready.device)
+    choose_kv_caches(ready.model, kv_cache, cache_length, rows, sinks)
     print(f"Model loaded in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-    print_answers(ready, tokens, max_new_tokens, sampling, num_samples, prompt_chunksize, proposer)
+    if as_json:
+        answer_prompts(ready, lines, rows, out, num_samples, prompt_chunksize, logprobs, proposer)
+    else:
+        tokens = encode_prompt(ready.tokenizer, ready.prompt_style, prompt, sys_prompt=sys_prompt).to(ready.device)
+        print_answers(ready, tokens, max_new_tokens, sampling, num_samples, prompt_chunksize, proposer)
 
 
 def check_options(prompt: str, num_samples: int, max_new_tokens: int, cache_length: int | None = None) -> None:

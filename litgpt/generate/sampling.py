@@ -1,10 +1,11 @@
 """From logits to tokens."""
 
+import copy
 import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +30,8 @@ class Sampling:
         frequency_penalty: taken off the logits of tokens of the output for every time that they are there.
         logit_bias: added to the logits of tokens, {token: bias}.
         seed: of a generator of this sequence's own, which draws the same whatever else is generated beside it.
-        processors: called as `(tokens so far, logits (V,) float32)`, prompt included; return logits (V,).
+        processors: called as `(tokens so far, logits (V,) float32)`, prompt included; return logits (V,). Every sequence
+            gets copies (`copy.copy`) of its own, so they may keep what they know about it from call to call.
 
     Raises:
         ValueError: for values that mean nothing.
@@ -119,6 +121,8 @@ class Draws:
 
     def __post_init__(self) -> None:
         self.random = None if self.sampling.seed is None else random.Random(self.sampling.seed)
+        if self.sampling.processors:
+            self.sampling = replace(self.sampling, processors=tuple(map(copy.copy, self.sampling.processors)))
 
     def uniform(self) -> float:
         """The next random number, in [0, 1)."""

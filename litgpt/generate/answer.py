@@ -1,0 +1,70 @@
+"""What came of a request, in words."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from litgpt.generate.request import Request
+from litgpt.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token in some place of a text, and the natural logarithm of its probability there.
+
+    The probability is the model's own, before penalties, temperature and so on. `top` are the likeliest tokens there.
+    """
+
+    token: str
+    id: int
+    logprob: float
+    top: tuple["TokenLogprob", ...] = ()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text that was generated, and how it came to its end.
+
+    Attributes:
+        text: without the prompt, and without what stopped it.
+        tokens: of the text.
+        finish_reason: "stop" (the model ended it), "length" (the most new tokens came), or "cancelled".
+        prompt_tokens: number of tokens of the prompt.
+        logprobs: of every token, if asked for.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: str | None
+    prompt_tokens: int
+    logprobs: list[TokenLogprob] | None = None
+
+    @classmethod
+    def of(cls, request: Request, tokenizer: Tokenizer) -> "Answer":
+        """The answer to a finished request."""
+
+        def spell(token: int, logprob: float, top: dict[int, float]) -> TokenLogprob:
+            text = tokenizer.token_bytes(token).decode(errors="replace") or tokenizer.id_to_token(token) or ""
+            return TokenLogprob(text, token, logprob, tuple(spell(*pair, {}) for pair in top.items()))
+
+        logprobs = None
+        if request.logprobs is not None:
+            drawn = zip(request.output, request.token_logprobs, request.top_logprobs, strict=False)
+            logprobs = [spell(*entry) for entry in drawn]
+        text = tokenizer.decode(request.output)
+        return cls(text, request.output, request.finish_reason, len(request.prompt), logprobs)
+
+    def record(self) -> dict[str, Any]:
+        """The answer as a JSON object; its tokens are only counted."""
+        record: dict[str, Any] = {
+            "answer": self.text,
+            "finish_reason": self.finish_reason,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": len(self.tokens),
+        }
+        if self.logprobs is not None:
+            record["logprobs"] = [{**_entry(one), "top": [_entry(other) for other in one.top]} for one in self.logprobs]
+        return record
+
+
+def _entry(one: TokenLogprob) -> dict[str, Any]:
+    return {"token": one.token, "id": one.id, "logprob": one.logprob}
