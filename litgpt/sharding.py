@@ -205,9 +205,9 @@ class ShardedGPT(GPT):
 
     def agree(self, tokens: list[int]) -> list[int]:
         """Drawn tokens, as all processes go on with them: those of the first."""
-        agreed = [tokens]
-        dist.broadcast_object_list(agreed, src=0, device=torch.device("cpu"))
-        return agreed[0]
+        agreed = torch.tensor(tokens)
+        dist.broadcast(agreed, src=0)
+        return agreed.tolist()
 
 
 class ShardedEmbedding(nn.Embedding):
