@@ -228,6 +228,7 @@ def add_lora(model: BaseModel, config: Config) -> None:
             for name, child in list(parent.named_children()):
                 if isinstance(child, nn.Linear):
                     wrap(parent, name, config.lora_mlp)
+    model.train(model.training)  # new layers with dropout too
 
 
 def unwrap_lora(model: BaseModel) -> None:

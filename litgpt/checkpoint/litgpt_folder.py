@@ -18,11 +18,14 @@ class LitGPTCheckpoint(Checkpoint):
     Args:
         path: The folder.
         weights_name: The file of weights in it.
+        config: The architecture (default: as the folder has it).
     """
 
-    def __init__(self, path: str | Path, weights_name: str = WEIGHTS_NAME) -> None:
+    def __init__(self, path: str | Path, weights_name: str = WEIGHTS_NAME, config: Config | None = None) -> None:
         super().__init__(path)
         self.files = [self.path / weights_name]
+        if config is not None:
+            self.config = config
 
     @cached_property
     def config(self) -> Config:
