@@ -32,7 +32,7 @@ PIECE = 2**21  # weights that are quantised at a time, so that what is needed in
 
 
 @dataclass(frozen=True)
-class Quantization:
+class Scheme:
     """How the weights of a model are quantised.
 
     Args:
@@ -317,12 +317,12 @@ def quantize_model(model: GPT, mode: str, group_size: int = 32) -> None:
     group size. With bitsandbytes, the input embedding stays as it is, and layers move to the GPU.
 
     Args:
-        mode, group_size: as for `Quantization`.
+        mode, group_size: as for `Scheme`.
 
     Raises:
         ValueError: as there, and if the model is quantised already.
     """
-    how = Quantization(mode, group_size)
+    how = Scheme(mode, group_size)
     if model.quantization is not None:
         raise ValueError(f"the model is quantised already: {mode} would round its weights once more")
     wte, heads = model.transformer.wte, [layer for layer in model.lm_head.modules() if type(layer) is nn.Linear]

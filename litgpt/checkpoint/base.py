@@ -13,10 +13,12 @@ from litgpt.config import Config, read_json
 
 if TYPE_CHECKING:
     from litgpt.prompt_style import PromptStyle
+    from litgpt.quantize import Scheme
     from litgpt.tokenizer import Tokenizer
 
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
 WEIGHTS_NAME, CONFIG_NAME = "lit_model.pth", "model_config.yaml"
+QUANTIZED_NAME = "lit_model_quantized.safetensors"
 # Our parameter name, the row at which the tensor starts in that parameter, the tensor
 Piece = tuple[str, int, torch.Tensor]
 
@@ -27,10 +29,12 @@ class Checkpoint(ABC):
     Attributes:
         path: The folder or file.
         files: The files of weights.
+        quantization: How the weights were quantised by this package (None: not at all).
     """
 
     files: list[Path]
     tied = False  # whether input and output embedding are one matrix
+    quantization: "Scheme | None" = None
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -56,6 +60,10 @@ class Checkpoint(ABC):
         """
         for name, tensor in self.tensors():
             yield name, 0, tensor.to("meta") if meta else tensor
+
+    def stored(self, meta: bool = False) -> Iterator[Piece]:
+        """As `pieces`, but for a model that is quantised as the checkpoint is."""
+        return self.pieces(meta)
 
     @property
     def eos_ids(self) -> list[int]:

@@ -130,18 +130,22 @@ def write_state_dict(
 
 
 def write_safetensors(
-    folder: Path, layouts: Mapping[str, Mapping[str, torch.Tensor]], tensors: Iterable[tuple[str, torch.Tensor]]
+    folder: Path,
+    layouts: Mapping[str, Mapping[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes safetensors files, one tensor in memory at a time.
 
     Args:
         layouts: For each file's name, names and tensors whose shapes and data types count but not their values.
         tensors: Names and values, in any order, which are converted to the data types of the layout.
+        metadata: Put into every file's header.
     """
     places = {}
     with ExitStack() as stack:
         for file_name, layout in layouts.items():
-            header, offsets = safetensors_header(layout)
+            header, offsets = safetensors_header(layout, metadata)
             temporary = stack.enter_context(replacing(folder / file_name))
             file = stack.enter_context(open(temporary, "wb"))
             file.write(header)

@@ -8,27 +8,50 @@ import torch
 import yaml
 from torch.overrides import TorchFunctionMode
 
-from litgpt.checkpoint.base import CONFIG_NAME, EMBEDDING, HEAD, WEIGHTS_NAME, Checkpoint, Piece
-from litgpt.checkpoint.files import copy_side_files, replacing, write_state_dict
+from litgpt.checkpoint.base import CONFIG_NAME, EMBEDDING, HEAD, QUANTIZED_NAME, WEIGHTS_NAME, Checkpoint, Piece
+from litgpt.checkpoint.files import copy_side_files, replacing, write_safetensors, write_state_dict
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.config import Config
 from litgpt.model import GPT
+from litgpt.quantize import BNB_MODES, MODES, QuantizedLinear, Scheme, quantize_model
 
 
 def load_model(
     checkpoint: Checkpoint | str | Path,
     dtype: torch.dtype | None = None,
     device: torch.device | str | Callable[[str], torch.device] = "cpu",
+    quantize: str | None = None,
 ) -> GPT:
     """A model with a checkpoint's weights, in `dtype` (default: as stored) on `device`, which may depend on a module's name.
 
     Every weight is copied once, from the file into the model; a tied output embedding is the input embedding's tensor.
+    With `quantize` (int8 or int4) every piece is quantised as it is read; bitsandbytes gets the whole model, on the CPU.
     Raises `ValueError` naming all weights that are missing, not expected or of the wrong shape.
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
+    how, dtype = checkpoint.quantization, dtype or checkpoint.dtype
+    if quantize is not None and how is not None:
+        raise ValueError(f"{checkpoint.path} is quantised already ({how.mode}): leave out quantize={quantize!r}")
     model = meta_model(checkpoint.config)
+    if how is not None:
+        _quantize_meta(model, how, dtype, checkpoint.tied)
     check_weights(checkpoint, model)
-    return fill_model(model, checkpoint.pieces(), checkpoint.tied, dtype or checkpoint.dtype, device)
+    if quantize in BNB_MODES:
+        if callable(device):
+            raise ValueError(f"quantize={quantize!r} is for one device: use int8 or int4")
+        model = fill_model(model, checkpoint.pieces(), checkpoint.tied, dtype, "cpu")
+        quantize_model(model, quantize)
+        return model.to(device)
+    if quantize is not None:
+        _quantize_meta(model, Scheme(quantize), dtype, checkpoint.tied)
+    return fill_model(model, checkpoint.stored(), checkpoint.tied, dtype, device)
+
+
+def _quantize_meta(model: GPT, how: Scheme, dtype: torch.dtype, tied: bool) -> None:
+    """Have a meta model take quantised weights."""
+    if tied:
+        model.lm_head.weight = model.transformer.wte.weight
+    quantize_model(model.to(dtype), how.mode, how.group_size)
 
 
 def meta_model(config: Config, kind: Callable[[Config], GPT] = GPT) -> GPT:
@@ -44,14 +67,19 @@ def fill_model(
     dtype: torch.dtype,
     device: torch.device | str | Callable[[str], torch.device],
 ) -> GPT:
-    """Gives a meta model memory, and weights from pieces that fit it."""
+    """Gives a meta model memory, and weights from pieces that fit it; a quantised model quantises those that are not yet."""
     _allocate(model, dtype, device if callable(device) else lambda name: device)
-    if tied:
+    if tied and not is_tied(model):
         model.lm_head.weight = model.transformer.wte.weight
     targets = model.state_dict()
+    quantized = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     with torch.no_grad():
         for name, row, piece in pieces:
-            if not (tied and name == HEAD):
+            if tied and name == HEAD:
+                continue
+            if name in quantized and piece.is_floating_point():
+                quantized[name].set_rows(row, piece)
+            else:
                 targets[name].narrow(0, row, piece.shape[0]).copy_(piece)
     return model.eval()
 
@@ -84,7 +112,8 @@ def is_tied(model: GPT) -> bool:
 def check_weights(checkpoint: Checkpoint, model: GPT) -> None:
     """Compares names and shapes of a checkpoint with a model's; one `ValueError` names every difference."""
     kinds = ("missing", "not expected", "wrong shape")
-    found = zip(kinds, weight_differences(model.state_dict(), checkpoint.pieces(meta=True)), strict=True)
+    pieces = checkpoint.pieces(meta=True) if model.quantization is None else checkpoint.stored(meta=True)
+    found = zip(kinds, weight_differences(model.state_dict(), pieces), strict=True)
     if problems := "; ".join(f"{kind}: {', '.join(names)}" for kind, names in found if names):
         raise ValueError(f"{checkpoint.path}: weights do not fit the config {model.config.name!r}: {problems}")
 
@@ -146,8 +175,73 @@ def save_litgpt(
         layout[HEAD] = layout[EMBEDDING]
     out_dir.mkdir(parents=True, exist_ok=True)
     write_state_dict(out_dir / WEIGHTS_NAME, layout, _reporting(pieces, progress))
+    _write_side_files(source, out_dir, tokenizer_dir)
+
+
+def save_quantized(
+    source: Checkpoint | GPT,
+    out_dir: str | Path,
+    how: Scheme | None = None,
+    *,
+    tokenizer_dir: str | Path | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> None:
+    """Writes `lit_model_quantized.safetensors`, `model_config.yaml` and the tokenizer's files.
+
+    Args:
+        source: A checkpoint, quantised with one of its tensors in memory, or a model that is quantised.
+        out_dir: Made if it does not exist; files of these names in it are replaced.
+        how: To quantise a checkpoint: int8 or int4.
+        tokenizer_dir: Where the tokenizer comes from (default: the checkpoint; a model has none).
+        progress: Called with the name and the bytes of every tensor that was written.
+
+    Raises `ValueError` for what is quantised already, or with bitsandbytes, and `FileExistsError` if `out_dir` holds
+    weights of another kind. Nothing is written then.
+    """
+    out_dir = Path(out_dir)
+    others = [file.name for kind in ("*.safetensors", "*.pth", "*.bin", "*.gguf") for file in out_dir.glob(kind)]
+    if others := sorted(set(others) - {QUANTIZED_NAME}):
+        raise FileExistsError(f"{out_dir} holds weights already ({others[0]}): give another folder")
+    if isinstance(source, Checkpoint):
+        if source.quantization is not None:
+            raise ValueError(f"{source.path} is quantised already ({source.quantization.mode})")
+        model, dtype = meta_model(source.config), source.dtype
+        check_weights(source, model)
+        stored = {name: piece.dtype for name, _, piece in source.pieces(meta=True)}
+        _quantize_meta(model, how, dtype, source.tied)
+        tensors = _quantized_tensors(source, model)
+        layout = {
+            name: torch.empty_like(x, dtype=stored[name] if x.is_floating_point() and name in stored else None)
+            for name, x in model.state_dict().items()
+        }
+    else:
+        how, dtype, layout = source.quantization, source.dtype, source.state_dict()
+        tensors = ((name, tensor.cpu()) for name, tensor in layout.items())
+    if how.mode not in MODES:
+        raise ValueError(f"weights quantised as {how.mode} cannot be saved, only {' and '.join(MODES)}")
+    about = {"quantization": how.mode, "group_size": str(how.group_size), "dtype": str(dtype).removeprefix("torch.")}
+    out_dir.mkdir(parents=True, exist_ok=True)
+    reported = ((name, tensor) for name, _, tensor in _reporting(((n, 0, t) for n, t in tensors), progress))
+    write_safetensors(out_dir, {QUANTIZED_NAME: layout}, reported, about)
+    _write_side_files(source, out_dir, tokenizer_dir)
+
+
+def _quantized_tensors(checkpoint: Checkpoint, model: GPT) -> Iterator[tuple[str, torch.Tensor]]:
+    """The state dict of a quantised model, which need not have memory, for the weights of a checkpoint."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    for name, tensor in checkpoint.tensors():
+        module, _, kind = name.rpartition(".")
+        if name == HEAD and checkpoint.tied:
+            continue
+        if module in layers and kind == "weight":
+            yield from ((f"{module}.{kind}", values) for kind, values in layers[module].quantized(tensor).items())
+        else:
+            yield name, tensor
+
+
+def _write_side_files(source: Checkpoint | GPT, out_dir: Path, tokenizer_dir: str | Path | None) -> None:
     with replacing(out_dir / CONFIG_NAME) as temporary:
-        temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+        temporary.write_text(yaml.safe_dump(source.config.to_dict(), sort_keys=False), encoding="utf-8")
     if tokenizer_dir is not None:
         copy_side_files(Path(tokenizer_dir), out_dir)
     elif isinstance(source, Checkpoint):

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from litgpt.checkpoint.base import WEIGHTS_NAME, Checkpoint
+from litgpt.checkpoint.base import QUANTIZED_NAME, WEIGHTS_NAME, Checkpoint
 from litgpt.checkpoint.huggingface import HuggingFaceCheckpoint, holds_weights
 from litgpt.checkpoint.litgpt_folder import LitGPTCheckpoint
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a folder in the layout of Hugging Face or LitGPT, a `.gguf` file, or a folder with one `.gguf` file.
+    """Opens a folder in the layout of Hugging Face or LitGPT, one that `litgpt quantize` wrote, a `.gguf` file, or a folder
+    with one `.gguf` file.
 
     Raises `FileNotFoundError` if there is no model at `path`, `ValueError` if it cannot be used.
     """
@@ -21,6 +22,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return _open_gguf(path)
     if (path / WEIGHTS_NAME).is_file():
         return LitGPTCheckpoint(path)
+    if (path / QUANTIZED_NAME).is_file():
+        from litgpt.checkpoint.quantized_folder import QuantizedCheckpoint
+
+        return QuantizedCheckpoint(path)
     if holds_weights(path):
         return HuggingFaceCheckpoint(path)
     gguf_files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")

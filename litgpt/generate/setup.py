@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from litgpt.checkpoint import Checkpoint, open_checkpoint
+from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model
 from litgpt.generate.compiled import compile_decode
@@ -16,9 +17,10 @@ from litgpt.model import GPT
 from litgpt.packed import pack_linears
 from litgpt.prompt_style import PromptStyle
 from litgpt.prompts import all_stop_tokens
+from litgpt.quantize import Scheme
 from litgpt.tokenizer import Tokenizer
 
-Quantization = Literal["bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"]
+Quantization = Literal["int8", "int4", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"]
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 
@@ -69,24 +71,26 @@ def make_ready(
     device: torch.device | None = None,
     access_token: str | None = None,
     pack: bool = True,
-    load: Callable[[Checkpoint, torch.dtype, torch.device], GPT] = load_model,
+    load: Callable[..., GPT] = load_model,
 ) -> Ready:
     """Load the model that `checkpoint_dir` names (None: the default model) for inference.
 
     Args:
         checkpoint_dir: a folder, a `.gguf` file, or a model's name.
         precision: see `parse_precision`.
-        quantize: not available yet.
+        quantize: how to quantise the weights as they are read (`litgpt.quantize`).
         compile: compile the decoding step.
         device: default: the first GPU, else the CPU.
         access_token: of the Hugging Face hub, where the model has to be fetched.
         pack: lay the weights out for the CPU's kernels (`litgpt.packed`); no training then.
-        load: makes the model of the checkpoint, in that dtype and on that device.
+        load: makes the model of the checkpoint, in that dtype and on that device; and with `quantize` as a keyword, if
+            that is given.
     """
     device = default_device() if device is None else device
     dtype = parse_precision(precision, device)
     if quantize is not None:
-        raise ValueError(f"quantize={quantize!r} is not available: leave it out, and use --precision bf16-true")
+        Scheme(quantize)  # says what is missing before anything is fetched
+        load = partial(load, quantize=quantize)
     path = find_checkpoint(checkpoint_dir, access_token)
     checkpoint = open_checkpoint(path)
     tokenizer, style = checkpoint.tokenizer(), checkpoint.prompt_style()
@@ -110,8 +114,8 @@ def choose_kv_caches(model: GPT, kv_cache: str, cache_length: int | None, batch_
     if kv_cache == "dense" and cache_length is None and not sinks:
         return
     devices = [model.layer_device(block_idx) for block_idx in range(model.config.n_layer)]
-    dtype = model.transformer.wte.weight.dtype
-    model.assign_kv_caches(create_kv_caches(kv_cache, model.config, batch_size, cache_length, devices, dtype, sinks))
+    caches = create_kv_caches(kv_cache, model.config, batch_size, cache_length, devices, model.dtype, sinks)
+    model.assign_kv_caches(caches)
 
 
 def cache_bytes(model: GPT) -> int:
