@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from litgpt.checkpoint.load import save_litgpt
+from litgpt.checkpoint.load import save_litgpt, save_quantized
 from litgpt.config import Config
 from litgpt.generate.base import batched_generate_fn
 from litgpt.generate.compiled import compile_decode
@@ -18,6 +18,7 @@ from litgpt.generate.setup import choose_kv_caches, default_device, make_ready, 
 from litgpt.model import GPT
 from litgpt.packed import pack_linears, unpack_linears
 from litgpt.prompts import ChatTemplate, PromptStyle, all_stop_tokens, encode_prompt, save_prompt_style
+from litgpt.quantize import BNB_MODES, quantize_model
 from litgpt.tokenizer import Tokenizer
 
 BYTES_PER_GB = 1e9
@@ -65,6 +66,7 @@ class LLM(nn.Module):
         distribute: Literal["auto"] | None = "auto",
         precision: str | None = None,
         compile: bool = False,
+        quantize: str | None = None,
     ) -> "LLM":
         """Load a model.
 
@@ -77,6 +79,7 @@ class LLM(nn.Module):
                 `distribute` is called.
             precision: bf16-true, 16-true or 32-true (default: what the device computes well in).
             compile: compile the decoding step at the first use.
+            quantize: keep the weights in fewer bits: int8, int4, or on a GPU one of bitsandbytes' ways.
 
         Raises:
             FileNotFoundError, ValueError: if there is no such model, or it cannot be used.
@@ -91,14 +94,16 @@ class LLM(nn.Module):
             dtype = parse_precision(precision or "32-true", torch.device("cpu"))
             gpt = GPT(config).to(dtype)
             gpt.apply(gpt._init_weights)
+            if quantize is not None:
+                quantize_model(gpt, quantize)
             llm = cls(gpt.eval(), None if tokenizer is None else Preprocessor(tokenizer), config=config)
         else:
             device = default_device() if distribute else torch.device("cpu")
             precision = precision if distribute else precision or "32-true"
-            ready = make_ready(model, precision, device=device, access_token=access_token, pack=False)
+            ready = make_ready(model, precision, quantize, device=device, access_token=access_token, pack=False)
             gpt = ready.model
             llm = cls(
-                gpt.requires_grad_(True),
+                gpt.requires_grad_(gpt.quantization is None),
                 Preprocessor(ready.tokenizer if tokenizer is None else tokenizer, device),
                 ready.prompt_style,
                 checkpoint_dir=ready.checkpoint_dir,
@@ -112,13 +117,18 @@ class LLM(nn.Module):
     def save(self, out_dir: Path | str, prompt_style: PromptStyle | str | None = None) -> None:
         """Write a LitGPT folder: weights, configuration, tokenizer, prompt style. What is written is complete or not there.
 
+        Quantised weights are saved as they are; `LLM.load` opens the folder like any other.
+
         Args:
             out_dir: made if it does not exist.
             prompt_style: to be saved (default: the one in use).
         """
         out_dir = Path(out_dir)
         self._for_training()
-        save_litgpt(self.model, out_dir)
+        if self.model.quantization is None:
+            save_litgpt(self.model, out_dir)
+        else:
+            save_quantized(self.model, out_dir)
         if self.preprocessor is not None:
             self.preprocessor.tokenizer.save(out_dir)
         style = self.prompt_style if prompt_style is None else prompt_style
@@ -140,15 +150,15 @@ class LLM(nn.Module):
             accelerator: cpu, cuda, or auto: the GPU if there is one.
             devices: 1 or auto.
             precision: bf16-true, 16-true or 32-true (default: what the device computes well in).
-            quantize, generate_strategy: not available.
+            quantize: keep the weights in fewer bits: int8, int4, or on a GPU one of bitsandbytes' ways.
+            generate_strategy: not available.
             fixed_kv_cache_size: tokens that the key-value caches are made for from the start, instead of as needed.
 
         Raises:
             ValueError: for what is not available here.
         """
-        for name, value in (("quantize", quantize), ("generate_strategy", generate_strategy)):
-            if value is not None:
-                raise ValueError(f"{name}={value!r} is not available: leave it out")
+        if generate_strategy is not None:
+            raise ValueError(f"generate_strategy={generate_strategy!r} is not available: leave it out")
         if devices not in ("auto", 1):
             raise ValueError(f"devices={devices!r} is not available: one device holds the model")
         if accelerator == "cuda" and not torch.cuda.is_available():
@@ -156,7 +166,13 @@ class LLM(nn.Module):
         device = default_device() if accelerator == "auto" else torch.device(accelerator)
         self._for_training()
         self.model.clear_kv_caches(assigned=True)
-        self.model.to(device=device, dtype=parse_precision(precision, device))
+        dtype = parse_precision(precision, device)
+        if quantize in BNB_MODES:
+            self.model.to(dtype=dtype)  # is what its layers compute in
+        if quantize is not None:
+            quantize_model(self.model, quantize)
+            self.model.requires_grad_(False)
+        self.model.to(device=device, dtype=dtype)
         if self.preprocessor is not None:
             self.preprocessor.device = device
         if fixed_kv_cache_size is not None:
@@ -305,6 +321,8 @@ class LLM(nn.Module):
 
     def trainer_setup(self, trainer_ckpt: Path | None = None) -> None:
         """Make the model trainable by a Lightning Trainer; with `trainer_ckpt`, from the weights of its checkpoint."""
+        if self.model.quantization is not None:
+            raise ValueError("quantised weights cannot be trained: load the model without quantize")
         self._for_training()
         self.model.clear_kv_caches(assigned=True)
         if trainer_ckpt is not None:
