@@ -1,7 +1,8 @@
 """The Python interface: `LLM.load("...").generate("...")`."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -11,9 +12,12 @@ from torch import nn
 
 from litgpt.checkpoint.load import save_litgpt, save_quantized
 from litgpt.config import Config
-from litgpt.generate.base import batched_generate_fn
+from litgpt.generate.answer import Answer
 from litgpt.generate.compiled import compile_decode
-from litgpt.generate.sampling import check_sampling
+from litgpt.generate.continuous import ContinuousBatch
+from litgpt.generate.request import Request
+from litgpt.generate.sampling import LogitsProcessor, Sampling
+from litgpt.generate.session import Session
 from litgpt.generate.setup import choose_kv_caches, default_device, make_ready, parse_precision
 from litgpt.model import GPT
 from litgpt.packed import pack_linears, unpack_linears
@@ -200,11 +204,30 @@ class LLM(nn.Module):
         cache_length: int | None = None,
         sinks: int = 0,
         prompt_chunksize: int | None = None,
-    ) -> str | torch.Tensor | list[str] | list[torch.Tensor] | Iterator[str] | Iterator[torch.Tensor]:
+        *,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | None = None,
+        logits_processors: Sequence[LogitsProcessor] = (),
+        logprobs: int | None = None,
+        batch_size: int | None = None,
+    ) -> (
+        str
+        | torch.Tensor
+        | Answer
+        | list[str]
+        | list[torch.Tensor]
+        | list[Answer]
+        | Iterator[str]
+        | Iterator[torch.Tensor]
+    ):
         """Answer a prompt, or several at once.
 
         Args:
-            prompt: a text, or a list of texts, which are answered as one batch.
+            prompt: a text, or a list of texts, which are answered together. Equal texts share their prefill.
             sys_prompt: system prompt, where the prompt style has one.
             max_new_tokens: most tokens of an answer.
             temperature: below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest.
@@ -216,9 +239,17 @@ class LLM(nn.Module):
             cache_length: tokens that the cache holds (default: as many as are needed, or 1024 for lastrec).
             sinks: first tokens that a lastrec cache never drops.
             prompt_chunksize: most tokens of the prompt that go through the model at once (default: all of them).
+            min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias: as for
+                `litgpt.generate.sampling.Sampling`.
+            seed: of the first answer's own random numbers; the next answer has the next seed (default: all draw from
+                torch's generator).
+            logits_processors: change the logits before each draw, called as `(tokens so far, logits (V,))`. Every answer
+                gets copies of its own.
+            logprobs: give `Answer`s with the log-probability of every token, and those of this many likeliest ones.
+            batch_size: most prompts at a time; an answer that is done makes room for the next (default: all at once).
 
         Returns:
-            The answer, without the prompt: a text, or tokens; a list of them for a list of prompts.
+            The answer, without the prompt: a text, tokens, or an `Answer`; a list of them for a list of prompts.
 
         Raises:
             ValueError: for an empty prompt, settings that make no sense, or more tokens than the model or its cache take.
@@ -233,35 +264,59 @@ class LLM(nn.Module):
             raise ValueError("stream=True is for a single prompt")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        check_sampling(temperature, top_k, top_p)
-        prompts = [self._text_to_token_ids(text, sys_prompt) for text in texts]
-        longest = max(len(tokens) for tokens in prompts)
+        if logprobs is not None and (stream or return_as_token_ids):
+            raise ValueError("logprobs come with whole answers: leave out stream and return_as_token_ids")
+        sampling = Sampling(
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            presence_penalty,
+            frequency_penalty,
+            logit_bias,
+            processors=tuple(logits_processors),
+        )
+        prompts = {text: self._text_to_token_ids(text, sys_prompt) for text in texts}
+        stops = all_stop_tokens(self.tokenizer, self.prompt_style)
+        requests = [
+            Request(
+                prompts[text],
+                max_new_tokens,
+                replace(sampling, seed=None if seed is None else seed + i),
+                stops,
+                logprobs=logprobs,
+            )
+            for i, text in enumerate(texts)
+        ]
+        rows = len(texts) if batch_size is None else min(batch_size, len(texts))
         self._for_inference()
         if not (kv_cache == "dense" and cache_length is None and not sinks and self.model.default_kv_caches):
-            choose_kv_caches(self.model, kv_cache, cache_length, len(prompts), sinks)
-        steps = batched_generate_fn(
-            self.model,
-            prompts,
-            longest + max_new_tokens,
-            prompt_chunksize,
-            max_new_tokens=max_new_tokens,
-            sample_args={"temperature": temperature, "top_k": top_k, "top_p": top_p},
-            stop_tokens=all_stop_tokens(self.tokenizer, self.prompt_style),
-            include_prompt=False,
-            include_eos=False,
-        )
+            choose_kv_caches(self.model, kv_cache, cache_length, rows, sinks)
+        longest = max(request.length for request in requests)
+        batch = ContinuousBatch(self.model, rows, longest, prompt_chunksize)
+        for request in requests:
+            batch.submit(request)
         if stream:
-            tokens = (step[0] for step in steps)
-            return tokens if return_as_token_ids else self.tokenizer.decode_stream(tokens)
-        answers: list[list[torch.Tensor]] = [[] for _ in prompts]
-        for step in steps:
-            for answer, new in zip(answers, step, strict=True):
-                if new is not None:
-                    answer.append(new)
-        none = prompts[0].new_empty(0)
-        ids = [torch.cat(answer) if answer else none for answer in answers]
-        results = ids if return_as_token_ids else [self.tokenizer.decode(tokens) for tokens in ids]
-        return results if several else results[0]
+            pieces = self._stream(batch, requests[0].prompt.device)
+            return pieces if return_as_token_ids else self.tokenizer.decode_stream(pieces)
+        while batch.unfinished:
+            batch.step()
+        if logprobs is not None:
+            answers = [Answer.of(request, self.tokenizer) for request in requests]
+        elif return_as_token_ids:
+            answers = [request.prompt.new_tensor(request.output) for request in requests]
+        else:
+            answers = [self.tokenizer.decode(request.output) for request in requests]
+        return answers if several else answers[0]
+
+    @staticmethod
+    def _stream(batch: ContinuousBatch, device: torch.device) -> Iterator[torch.Tensor]:
+        """The tokens of a batch with one request as they come, (n,) each."""
+        while batch.unfinished:
+            for _, tokens in batch.step():
+                if tokens:
+                    yield torch.tensor(tokens, device=device)
 
     def _text_to_token_ids(self, prompt: str, sys_prompt: str | None = None) -> torch.Tensor:
         """The prompt as the model is to see it, (T,)."""

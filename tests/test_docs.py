@@ -224,3 +224,4 @@ def test_cache_tutorial_tells_the_bytes_of_a_token():
     params = KVCacheParams.from_config(config, 1, 1, dtype=torch.bfloat16)
     nbytes = config.n_layer * DenseKVCache.size_estimate_apriori(params)[0] // 8
     assert f"takes {nbytes:,} bytes a token" in (ROOT / "tutorials" / "kv_cache.md").read_text("utf-8")
+    assert f"default model {nbytes:,} bytes a token" in (ROOT / "tutorials" / "sessions.md").read_text("utf-8")
