@@ -145,11 +145,7 @@ class GPT(nn.Module):
             plans: a plan for every layer's cache, or None.
             input_pos: handed to the start-of-layer hook.
         """
-        x = self.transformer.wte(idx)
-        if self.config.scale_embeddings:
-            x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
-        if self.config.embedding_multiplier != 1.0:
-            x = x * self.config.embedding_multiplier
+        x = self.embed(idx)
         hook = self._start_of_layer_hook
         for block_idx, block in enumerate(self.transformer.h):
             if hook is not None:
@@ -158,6 +154,15 @@ class GPT(nn.Module):
         if hook is not None:
             hook(x.detach(), self.config.n_layer, input_pos)
         return self.transformer.ln_f(x)
+
+    def embed(self, idx: torch.Tensor) -> torch.Tensor:
+        """What the first layer gets for tokens (B, T): (B, T, E)."""
+        x = self.transformer.wte(idx)
+        if self.config.scale_embeddings:
+            x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
+        if self.config.embedding_multiplier != 1.0:
+            x = x * self.config.embedding_multiplier
+        return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (..., padded_vocab_size) of final-norm outputs (..., E)."""
