@@ -39,6 +39,51 @@ def test_a_list_of_prompts_is_answered_each_as_alone(llm):
     assert llm.generate(prompts, max_new_tokens=9, temperature=0.0) == [llm.tokenizer.decode(t) for t in together]
 
 
+def test_batches_in_turns_seeds_and_settings_give_each_prompt_its_own_answer(llm):
+    texts = ["Hello there", "a", "Hello there", "What is this?"]
+    settings = {
+        "max_new_tokens": 12,
+        "temperature": 1.2,
+        "top_k": 60,
+        "min_p": 0.01,
+        "frequency_penalty": 0.5,
+        "seed": 7,
+    }
+    together = llm.generate(texts, **settings)
+    assert llm.generate(texts, batch_size=2, **settings) == together
+    assert together[0] != together[2]  # each has a seed of its own
+    for i, text in enumerate(texts):
+        assert llm.generate(text, **{**settings, "seed": 7 + i}) == together[i]
+
+
+def test_answers_come_with_their_log_probabilities(llm):
+    answers = llm.generate(["Hello", "What?"], max_new_tokens=5, temperature=0, logprobs=2)
+    for answer in answers:
+        assert len(answer.logprobs) == len(answer.tokens)
+        assert all(one.id == one.top[0].id and one.logprob == one.top[0].logprob for one in answer.logprobs)
+    assert [answer.text for answer in answers] == llm.generate(["Hello", "What?"], max_new_tokens=5, temperature=0)
+    banned = {one.id: -100.0 for one in answers[0].logprobs}
+    other = llm.generate("Hello", max_new_tokens=5, temperature=0, logit_bias=banned, return_as_token_ids=True)
+    assert not set(other.tolist()) & set(banned)
+    with pytest.raises(ValueError, match="logprobs"):
+        llm.generate("Hello", logprobs=1, stream=True)
+
+
+def test_logits_processors_see_every_answer_as_its_own(llm):
+    class Count:
+        """Spells a, b, c, ..."""
+
+        place = 0
+
+        def __call__(self, tokens, logits):
+            token = llm.tokenizer.encode("abcdefgh"[self.place]).item()
+            self.place += 1
+            return torch.full_like(logits, -torch.inf).index_fill_(0, torch.tensor([token]), 0.0)
+
+    texts = llm.generate(["Hello", "you"], max_new_tokens=4, logits_processors=[Count()])
+    assert texts == ["abcd", "abcd"]
+
+
 def test_cache_policy_and_length_are_arguments_and_leave_no_trace(llm):
     args = {"max_new_tokens": 20, "temperature": 0.0, "return_as_token_ids": True}
     dense = llm.generate("Hello", **args)

@@ -6,6 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ class Sampling:
             if not math.isfinite(value):
                 raise ValueError(f"{name}_penalty must be a number (0: none), got {value}")
         for token, bias in (self.logit_bias or {}).items():
-            if not isinstance(token, int) or token < 0 or not bias < math.inf:
+            if not (isinstance(token, Integral) and token >= 0 and isinstance(bias, Real) and bias < math.inf):
                 raise ValueError(f"logit_bias takes tokens (0, 1, ...) and numbers, got {token!r}: {bias!r}")
 
     @property

@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
+from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from litgpt.generate.sampling import batched_sample, sample, sample_top_p
+from litgpt.generate.sampling import Draws, Sampling, batched_sample, draw, pick, probabilities, sample, sample_top_p
 
 DRAWS = 20_000
 
@@ -71,3 +74,124 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it():
 def test_impossible_settings_are_refused(args, message):
     with pytest.raises(ValueError, match=message):
         sample(torch.randn(5), **args)
+
+
+@pytest.mark.parametrize("top_k", [None, 5, 40])
+@pytest.mark.parametrize("top_p", [0.7, 1.0])
+@pytest.mark.parametrize("min_p", [0.0, 0.02, 0.3, 1.0])
+def test_probabilities_are_those_of_transformers(top_k, top_p, min_p):
+    logits = 3 * torch.randn(6, 40)
+    expected = logits / 0.7
+    for warper in (TopKLogitsWarper(top_k or 40), TopPLogitsWarper(top_p), MinPLogitsWarper(min_p)):
+        expected = warper(None, expected)
+    found = probabilities(logits, Sampling(0.7, top_k, top_p, min_p))
+    torch.testing.assert_close(found, expected.softmax(-1))
+    greedy = probabilities(logits, Sampling(temperature=0.0, min_p=min_p))
+    assert torch.equal(greedy, torch.nn.functional.one_hot(logits.argmax(-1), 40).float())
+
+
+def test_penalties_and_bias_are_as_defined():
+    prompt, output, generator = [3, 1, 4, 1], [5, 9, 5, 5, 1], torch.Generator().manual_seed(0)
+    logits = torch.randn(12, generator=generator)
+    repeated = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([prompt + output]), logits[None].clone())[0]
+    sampling = Sampling(
+        repetition_penalty=1.7, presence_penalty=0.3, frequency_penalty=0.2, logit_bias={2: -math.inf, 5: 1.5}
+    )
+    expected = repeated.tolist()
+    for token in range(12):
+        count = output.count(token)
+        expected[token] += {2: -math.inf, 5: 1.5}.get(token, 0.0) - 0.2 * count - 0.3 * (count > 0)
+    before = logits.clone()
+    for dtype in (torch.float32, torch.float64):
+        found = sampling.adjust(logits.to(dtype), prompt + output, len(prompt))
+        torch.testing.assert_close(found, torch.tensor(expected))
+    assert torch.equal(logits, before)
+    first = Sampling(presence_penalty=1.0, frequency_penalty=1.0).adjust(logits, prompt, len(prompt))
+    assert torch.equal(first, logits)  # nothing is output yet
+
+
+def test_processors_come_last_and_see_the_tokens_so_far():
+    seen = []
+
+    def process(tokens, logits):
+        seen.append((list(tokens), logits.dtype, logits[7].item()))
+        return torch.full_like(logits, -math.inf).index_fill_(0, torch.tensor([6]), 0.0)
+
+    sampling = Sampling(logit_bias={7: 100.0}, processors=(process,))
+    row = Draws(sampling, [1, 2, 3], 2)
+    assert draw(torch.zeros(1, 9, dtype=torch.bfloat16), [row]).tolist() == [6]
+    assert seen == [([1, 2, 3], torch.float32, 100.0)]
+
+
+class Alternate:
+    """Allows its two tokens in turn, and remembers whose turn it is."""
+
+    turn = 0
+
+    def __call__(self, tokens, logits):
+        self.turn += 1
+        return torch.full_like(logits, -math.inf).index_fill_(0, torch.tensor([5 + self.turn % 2]), 0.0)
+
+
+def test_processors_keep_what_they_know_about_one_sequence():
+    sampling = Sampling(processors=(Alternate(),))
+    rows = [Draws(sampling, [0], 1) for _ in range(2)]
+    assert [draw(torch.zeros(1, 9), [rows[0]]).item() for _ in range(3)] == [6, 5, 6]
+    assert draw(torch.zeros(2, 9), rows).tolist() == [5, 6]
+    assert sampling.processors[0].turn == 0
+
+
+def test_pick_inverts_the_distribution():
+    weights = torch.tensor([0.0, 1.0, 0.0, 3.0, 4.0, 0.0])
+    for chance, index in [(0.0, 1), (0.12, 1), (0.13, 3), (0.49, 3), (0.51, 4), (1 - 2**-32, 4)]:
+        assert pick(weights[None], torch.tensor([chance], dtype=torch.float64)).item() == index
+    chances = (torch.arange(800, dtype=torch.float64) + 0.5) / 800
+    counts = torch.bincount(pick(weights.expand(800, -1), chances), minlength=6)
+    assert counts.tolist() == [0, 100, 0, 300, 400, 0]
+
+
+def test_a_seeded_row_draws_the_same_in_any_company():
+    logits, steps = torch.randn(4, 50), 20
+    mine = Sampling(temperature=1.3, top_k=30, seed=11)
+    others = [mine, Sampling(temperature=1.3, top_k=30), Sampling(top_p=0.8, seed=3), Sampling(temperature=0.0)]
+
+    def drawn(company):
+        rows = [Draws(sampling, [0], 1) for sampling in company]
+        return [[int(x) for x in draw(logits[[0, *range(1, len(rows))]], rows)][0] for _ in range(steps)]
+
+    alone = drawn([mine])
+    assert len(set(alone)) > 5
+    for company in ([mine, others[1]], [mine, others[2], others[3]], [mine, *others[1:]], [mine, mine]):
+        assert drawn(company) == alone
+    twice = [Draws(mine, [0], 1), Draws(mine, [0], 1)]
+    assert all(len(set(draw(logits[:1].expand(2, -1), twice).tolist())) == 1 for _ in range(steps))
+    assert drawn([Sampling(temperature=1.3, top_k=30, seed=12)]) != alone
+
+
+def test_rows_with_settings_of_their_own_are_drawn_by_them():
+    logits = torch.tensor([1.0, 3.0, -1.0, 2.0, 0.5, 2.5, -2.0])
+    settings = [Sampling(2.0), Sampling(0.5, 3), Sampling(top_p=0.5, seed=1), Sampling(0.0), Sampling(2.0, seed=2)]
+    rows = [Draws(sampling, [0], 1) for sampling in settings]
+    drawn = torch.stack([draw(logits.expand(5, -1), rows) for _ in range(4000)], dim=1)
+    for sampling, row in zip(settings, drawn, strict=True):
+        share = torch.bincount(row, minlength=7) / 4000
+        torch.testing.assert_close(share, probabilities(logits[None], sampling)[0], atol=0.04, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {"temperature": float("nan")},
+        {"top_p": float("nan")},
+        {"min_p": 1.5},
+        {"repetition_penalty": 0.0},
+        {"presence_penalty": float("inf")},
+        {"frequency_penalty": float("nan")},
+        {"logit_bias": {-1: 0.0}},
+        {"logit_bias": {"a": 0.0}},
+        {"logit_bias": {1: float("nan")}},
+    ],
+)
+def test_settings_that_mean_nothing_are_refused_by_name(args):
+    with pytest.raises(ValueError, match=next(iter(args))):
+        Sampling(**args)

@@ -1,0 +1,112 @@
+"""The engine: shared prefill, log-probabilities, cancelled requests."""
+
+import pytest
+import torch
+from tiny import VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
+
+from litgpt.generate.answer import Answer
+from litgpt.generate.engine import Engine, decode, prepare_caches
+from litgpt.generate.request import Request
+from litgpt.generate.sampling import Sampling
+
+GREEDY = Sampling(temperature=0)
+PROMPT = torch.arange(5, 25)
+
+
+def finish(engine, requests=None):
+    for _ in decode(engine, requests) if requests else iter(engine.step, []):
+        pass
+
+
+def counted(model):
+    """(rows, tokens) of every call."""
+    sizes = []
+    model.set_start_of_layer_hook(lambda x, block_idx, input_pos: block_idx == 0 and sizes.append(tuple(x.shape[:2])))
+    return sizes
+
+
+def test_samples_of_one_prompt_share_its_prefill_also_when_they_join_others():
+    model = tiny_gpt()
+    prepare_caches(model, 6, 64)
+    engine, sizes = Engine(model), counted(model)
+    other = torch.tensor([7, 7, 7])
+    first = [Request(other, 20, GREEDY)]
+    samples = [Request(PROMPT, 12, Sampling(temperature=2.0, seed=seed)) for seed in (1, 2, 1)]
+    more = [Request(prompt, 12, GREEDY) for prompt in (other, PROMPT)]
+    engine.add(first)
+    engine.add([samples[0], more[0], samples[1], samples[2], more[1]])
+    assert sizes == [(1, 3), (1, 20), (1, 3)]
+    finish(engine)
+    model.set_start_of_layer_hook(None)
+    assert more[1].output == greedy_without_caches(model, PROMPT, 12).tolist()
+    assert first[0].output[:12] == more[0].output == greedy_without_caches(model, other, 12).tolist()
+    assert samples[0].output == samples[2].output != samples[1].output
+    alone = Request(PROMPT, 12, Sampling(temperature=2.0, seed=2))
+    finish(Engine(model), [alone])
+    assert samples[1].output == alone.output
+
+
+@pytest.mark.parametrize("chunksize", [None, 4])
+def test_log_probabilities_are_the_models_own(chunksize):
+    model = tiny_gpt(**VOCABULARY)
+    prepare_caches(model, 2, 64)
+    sampling = Sampling(temperature=3.0, top_k=50, repetition_penalty=2.0, logit_bias={9: 3.0}, seed=5)
+    requests = [Request(PROMPT, 10, sampling, logprobs=3), Request(PROMPT[:4], 15, GREEDY, logprobs=0)]
+    finish(Engine(model, chunksize), requests)
+    for request in requests:
+        whole = torch.cat((request.prompt, torch.tensor(request.tokens)))
+        expected = model(whole[None])[0, len(request.prompt) - 1 : -1].log_softmax(-1)
+        drawn = expected.gather(1, torch.tensor(request.tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(request.token_logprobs), drawn, atol=1e-4, rtol=0)
+        for row, top in zip(expected, request.top_logprobs, strict=True):
+            values, tokens = row.topk(request.logprobs)
+            assert list(top) == tokens.tolist()
+            torch.testing.assert_close(torch.tensor(list(top.values())), values, atol=1e-4, rtol=0)
+    answer = Answer.of(requests[0], tiny_tokenizer())
+    assert [one.id for one in answer.logprobs] == answer.tokens == requests[0].tokens
+    record = answer.record()
+    assert (record["new_tokens"], record["prompt_tokens"], record["finish_reason"]) == (10, 20, "length")
+    assert [len(entry["top"]) for entry in record["logprobs"]] == [3] * 10
+
+
+def test_log_probabilities_end_with_the_output():
+    model, free = tiny_gpt(), Request(PROMPT, 20, GREEDY)
+    prepare_caches(model, 1, 64)
+    finish(Engine(model), [free])
+    place = next(i for i in range(4, 20) if free.tokens[i] not in free.tokens[:i])
+    stopped = Request(PROMPT, 20, GREEDY, [free.tokens[place - 1 : place + 1]], logprobs=1)
+    finish(Engine(model), [stopped])
+    assert (stopped.finish_reason, stopped.output) == ("stop", free.tokens[: place - 1])
+    answer = Answer.of(stopped, tiny_tokenizer())
+    assert (answer.finish_reason, len(answer.logprobs)) == ("stop", place - 1)
+
+
+def test_a_cancelled_request_gives_nothing_more_and_makes_room():
+    model = tiny_gpt()
+    prepare_caches(model, 2, 40)
+    engine = Engine(model)
+    requests = [Request(PROMPT[:n], 15, GREEDY) for n in (3, 8, 5)]
+    engine.add(requests[:2])
+    engine.cancel(requests[0])  # before its first token was given out
+    assert [request for request, _ in engine.step()] == requests[1:2]
+    engine.add(requests[2:])
+    finish(engine)
+    assert (requests[0].finish_reason, requests[0].output[1:]) == ("cancelled", [])
+    for request in requests[1:]:
+        assert request.output == greedy_without_caches(model, request.prompt, 15).tolist()
+    engine.cancel(requests[1])
+    assert requests[1].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"prompt": torch.empty(0, dtype=torch.int64)}, "at least one token"),
+        ({"prompt": torch.ones(1, 3, dtype=torch.int64)}, r"\(1, 3\)"),
+        ({"max_new_tokens": 0}, "max_new_tokens.*0"),
+        ({"logprobs": -1}, "logprobs.*-1"),
+    ],
+)
+def test_impossible_requests_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Request(**{"prompt": PROMPT, "max_new_tokens": 3, **kwargs})
