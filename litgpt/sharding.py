@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from litgpt.checkpoint.base import Checkpoint, Piece
-from litgpt.checkpoint.load import check_weights, fill_model, is_tied, meta_model
+from litgpt.checkpoint.load import check_weights, fill_model, is_tied, meta_model, quantize_meta
 from litgpt.config import Config
 from litgpt.model import GPT, RMSNorm
+from litgpt.quantize import BNB_MODES, Scheme
 
 _LAYER_OR_EXPERT = re.compile(r"^transformer\.h\.\d+\.|(?<=\.experts)\.\d+")
 
@@ -181,7 +182,7 @@ class ShardedGPT(GPT):
         super().__init__(shard.config)
         E, config = shard.whole.n_embd, shard.config
         self.shard = shard
-        self.transformer["wte"] = ShardedEmbedding(shard.vocabulary, E)
+        self.transformer["wte"] = nn.Embedding(len(shard.vocabulary), E)
         self.lm_head = nn.Linear(E, len(shard.vocabulary), bias=config.lm_head_bias)
         for block in self.transformer.h:
             # what comes in here is what attention and MLP gave, whatever layers those are made of
@@ -193,6 +194,13 @@ class ShardedGPT(GPT):
                 block.attn.norm_k = ShardedRMSNorm(
                     config, config.n_query_groups * D, shard.whole.n_query_groups * D, shard.group_copies
                 )
+
+    def embed(self, idx: torch.Tensor) -> torch.Tensor:
+        """What the first layer gets for tokens (B, T): (B, T, E)."""
+        idx = idx - self.shard.vocabulary.start
+        elsewhere = (idx < 0) | (idx >= len(self.shard.vocabulary))
+        x = super().embed(idx.masked_fill(elsewhere, 0))
+        return _sum(x.masked_fill(elsewhere.unsqueeze(-1), 0))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (..., padded_vocab_size) of final-norm outputs (..., E)."""
@@ -208,20 +216,6 @@ class ShardedGPT(GPT):
         agreed = torch.tensor(tokens)
         dist.broadcast(agreed, src=0)
         return agreed.tolist()
-
-
-class ShardedEmbedding(nn.Embedding):
-    """An embedding of which this process holds some rows."""
-
-    def __init__(self, rows: range, size: int) -> None:
-        super().__init__(len(rows), size)
-        self.rows = rows
-
-    def forward(self, idx: torch.Tensor) -> torch.Tensor:
-        idx = idx - self.rows.start
-        elsewhere = (idx < 0) | (idx >= len(self.rows))
-        x = super().forward(idx.masked_fill(elsewhere, 0))
-        return _sum(x.masked_fill(elsewhere.unsqueeze(-1), 0))
 
 
 class ShardedRMSNorm(RMSNorm):
@@ -248,32 +242,36 @@ def _sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def load_shard(
-    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, rank: int, world_size: int
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    quantize: str | None = None,
 ) -> ShardedGPT:
     """The part of a checkpoint's model that a process holds. Of the weights it reads no others.
+
+    With `quantize` (int8 or int4) every piece is quantised as it is read.
 
     Raises:
         ValueError: as `load_model` and `Shard` do.
     """
     check_weights(checkpoint, meta_model(checkpoint.config))
-    return _fill(checkpoint.config, checkpoint.pieces(), checkpoint.tied, dtype, device, rank, world_size)
+    model = _meta_shard(checkpoint.config, rank, world_size)
+    if quantize in BNB_MODES:
+        raise ValueError(f"quantize={quantize!r} is for one device: use int8 or int4")
+    if quantize is not None:
+        quantize_meta(model, Scheme(quantize), dtype, checkpoint.tied)
+    return fill_model(model, model.shard.pieces(checkpoint.pieces()), checkpoint.tied, dtype, device)
 
 
 def shard_model(model: GPT, dtype: torch.dtype, device: torch.device, rank: int, world_size: int) -> ShardedGPT:
     """The part of a model that a process holds, as a model of its own."""
     pieces = ((name, 0, tensor) for name, tensor in model.state_dict().items())
-    return _fill(model.config, pieces, is_tied(model), dtype, device, rank, world_size)
+    part = _meta_shard(model.config, rank, world_size)
+    return fill_model(part, part.shard.pieces(pieces), is_tied(model), dtype, device).requires_grad_(False)
 
 
-def _fill(
-    config: Config,
-    pieces: Iterable[Piece],
-    tied: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-    rank: int,
-    world_size: int,
-) -> ShardedGPT:
+def _meta_shard(config: Config, rank: int, world_size: int) -> ShardedGPT:
     shard = Shard(config, rank, world_size)
-    model = meta_model(config, lambda config: ShardedGPT(shard))
-    return fill_model(model, shard.pieces(pieces), tied, dtype, device).requires_grad_(False)
+    return meta_model(config, lambda config: ShardedGPT(shard))

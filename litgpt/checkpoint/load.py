@@ -34,7 +34,7 @@ def load_model(
         raise ValueError(f"{checkpoint.path} is quantised already ({how.mode}): leave out quantize={quantize!r}")
     model = meta_model(checkpoint.config)
     if how is not None:
-        _quantize_meta(model, how, dtype, checkpoint.tied)
+        quantize_meta(model, how, dtype, checkpoint.tied)
     check_weights(checkpoint, model)
     if quantize in BNB_MODES:
         if callable(device):
@@ -43,11 +43,11 @@ def load_model(
         quantize_model(model, quantize)
         return model.to(device)
     if quantize is not None:
-        _quantize_meta(model, Scheme(quantize), dtype, checkpoint.tied)
+        quantize_meta(model, Scheme(quantize), dtype, checkpoint.tied)
     return fill_model(model, checkpoint.stored(), checkpoint.tied, dtype, device)
 
 
-def _quantize_meta(model: GPT, how: Scheme, dtype: torch.dtype, tied: bool) -> None:
+def quantize_meta(model: GPT, how: Scheme, dtype: torch.dtype, tied: bool) -> None:
     """Have a meta model take quantised weights."""
     if tied:
         model.lm_head.weight = model.transformer.wte.weight
@@ -208,7 +208,7 @@ def save_quantized(
         model, dtype = meta_model(source.config), source.dtype
         check_weights(source, model)
         stored = {name: piece.dtype for name, _, piece in source.pieces(meta=True)}
-        _quantize_meta(model, how, dtype, source.tied)
+        quantize_meta(model, how, dtype, source.tied)
         tensors = _quantized_tensors(source, model)
         layout = {
             name: torch.empty_like(x, dtype=stored[name] if x.is_floating_point() and name in stored else None)

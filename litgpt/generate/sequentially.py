@@ -33,7 +33,9 @@ def devices_of_layers(n_layer: int, devices: Sequence[torch.device | str]) -> li
     return [torch.device(device) for device, size in zip(devices, sizes, strict=True) for _ in range(size)]
 
 
-def load_sequential(checkpoint: Checkpoint, dtype: torch.dtype, devices: Sequence[torch.device | str]) -> GPT:
+def load_sequential(
+    checkpoint: Checkpoint, dtype: torch.dtype, devices: Sequence[torch.device | str], quantize: str | None = None
+) -> GPT:
     """A model with a checkpoint's weights, each read to the device where it is to work."""
     places = devices_of_layers(checkpoint.config.n_layer, devices)
 
@@ -41,7 +43,7 @@ def load_sequential(checkpoint: Checkpoint, dtype: torch.dtype, devices: Sequenc
         parts = module.split(".")
         return places[int(parts[2])] if parts[:2] == ["transformer", "h"] and len(parts) > 2 else places[0]
 
-    model = load_model(checkpoint, dtype, device_of)
+    model = load_model(checkpoint, dtype, device_of, quantize)
     _pass_between(model, places)
     return model
 
@@ -155,10 +157,10 @@ def main(
     if compile and len(chosen) > 1:
         raise ValueError(f"compile is for one device, not {len(chosen)}: leave it out, or use --devices 1")
 
-    def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> GPT:
+    def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantize: str | None = None) -> GPT:
         if len(chosen) == 1:
-            return load_model(checkpoint, dtype, device)
-        return load_sequential(checkpoint, dtype, chosen)
+            return load_model(checkpoint, dtype, device, quantize)
+        return load_sequential(checkpoint, dtype, chosen, quantize)
 
     started = time.perf_counter()
     ready = make_ready(checkpoint_dir, precision, quantize, compile, device=chosen[0], load=load)

@@ -15,6 +15,7 @@ from litgpt.generate.processes import join_group, launched_outside, only_first_s
 from litgpt.generate.sampling import Sampling
 from litgpt.generate.setup import Quantization, choose_kv_caches, make_ready, parse_precision
 from litgpt.prompts import encode_prompt
+from litgpt.quantize import MODES
 from litgpt.sharding import Shard, load_shard
 
 CPU_PROCESSES = 2  # where there are no GPUs and no number is given
@@ -55,9 +56,9 @@ def main(
         top_k: Draw each token from the k likeliest ones only.
         top_p: Draw each token from the likeliest ones whose probabilities add up to this.
         temperature: Below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest.
-        quantize: Not available with divided layers.
+        quantize: Quantisation of the weights: int8 or int4.
         precision: bf16-true, 16-true or 32-true. Default: what the device computes well in.
-        compile: Not available with divided layers.
+        compile: Compile the decoding step. Takes a while at first, and is faster then.
         kv_cache: What the key-value cache keeps: dense (every token) or lastrec (the last cache_length ones).
         cache_length: Tokens that the key-value cache holds. Default: as many as are needed (dense), 1024 (lastrec).
         sinks: First tokens that a lastrec cache never drops.
@@ -67,9 +68,8 @@ def main(
     """
     check_options(prompt, num_samples, max_new_tokens, cache_length)
     sampling = Sampling(temperature, top_k, top_p, seed=seed)
-    for name, value in (("quantize", quantize), ("compile", compile)):
-        if value:
-            raise ValueError(f"--{name} is not available with generate_tp: leave it out, or use generate_sequentially")
+    if quantize is not None and quantize not in MODES:
+        raise ValueError(f"quantize={quantize!r} is not available with divided layers: use {' or '.join(MODES)}")
     world_size = number_of_processes(devices)
     # what can be refused is refused before there are processes; and a model is fetched once
     path = find_checkpoint(checkpoint_dir)
@@ -82,7 +82,7 @@ def main(
         "num_samples": num_samples,
         "max_new_tokens": max_new_tokens,
         "sampling": sampling,
-        "precision": precision,
+        "weights": (precision, quantize, compile),
         "caches": (kv_cache, cache_length, num_samples, sinks),
         "prompt_chunksize": prompt_chunksize,
     }
@@ -118,13 +118,15 @@ def answer(rank: int, world_size: int, options: dict[str, Any]) -> None:
     with only_first_speaks(rank):
         started = time.perf_counter()
         load = partial(load_shard, rank=rank, world_size=world_size)
-        ready = make_ready(options["path"], options["precision"], device=own_device(rank), load=load)
+        ready = make_ready(options["path"], *options["weights"], device=own_device(rank), load=load)
         choose_kv_caches(ready.model, *options["caches"])
         tokens = encode_prompt(
             ready.tokenizer, ready.prompt_style, options["prompt"], sys_prompt=options["sys_prompt"]
         ).to(ready.device)
         seconds = time.perf_counter() - started
-        print(f"Model loaded in {seconds:.1f} s by {world_size} processes", file=sys.stderr)
+        print(
+            f"Model loaded in {seconds:.1f} s by {world_size} processes; figures are the first one's", file=sys.stderr
+        )
         print_answers(
             ready,
             tokens,

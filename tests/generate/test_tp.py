@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.load import fill_model, meta_model, save_litgpt, weight_differences
 from litgpt.config import Config
 from litgpt.generate.base import batched_generate_fn, generate
+from litgpt.generate.compiled import compile_decode
 from litgpt.generate.processes import run_in_processes
 from litgpt.generate.setup import choose_kv_caches
 from litgpt.generate.tp import number_of_processes
 from litgpt.model import GPT
+from litgpt.packed import pack_linears
 from litgpt.prompts import ChatTemplate
 from litgpt.sharding import Shard, ShardedGPT, load_shard, shard_model
 
@@ -83,7 +86,7 @@ def run_batch(model: GPT, **kwargs: Any) -> list[list[int]]:
     settings = [{"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9}, {"top_k": 5}]
     rows: list[list[int]] = [[] for _ in PROMPTS]
     for step in batched_generate_fn(
-        model, PROMPTS, 30, 5, sample_args=settings, stop_tokens=([3], [50, 7]), include_prompt=False, include_eos=True
+        model, PROMPTS, 20, 8, sample_args=settings, stop_tokens=([3], [50, 7]), include_prompt=False, include_eos=True
     ):
         for row, tokens in zip(rows, step, strict=True):
             row += [] if tokens is None else tokens.tolist()
@@ -106,12 +109,32 @@ def report(rank: int, world_size: int, folder: Path, names: list[str]) -> None:
     torch.manual_seed(rank)  # each process has random numbers of its own
     results["drawn"] = run_batch(model)
     choose_kv_caches(model, "lastrec", 8, 1, sinks=2)
-    results["lastrec"] = generate(model, PROMPT, 40, temperature=0).tolist()
+    results["lastrec"] = generate(model, PROMPT, 20, temperature=0).tolist()
     if world_size == 2:
+        results |= with_other_layers(folder / "llama", rank, world_size)
         results["command"] = output_of_command(folder / "command", rank, world_size)
         if CAN_TELL_MEMORY:
             results["memory"] = memory_of_loading(folder / "large", rank, world_size)
     torch.save(results, folder / f"{world_size}-{rank}.pt")
+
+
+def with_other_layers(folder: Path, rank: int, world_size: int) -> dict[str, Any]:
+    """Logits of a token after the prompt, of layers that are packed or quantised; and tokens of compiled ones."""
+    results: dict[str, Any] = {}
+    checkpoint = open_checkpoint(folder)
+    for how, dtype in (("packed", torch.bfloat16), ("int8", torch.float32)):
+        quantize = None if how == "packed" else how
+        model = load_shard(checkpoint, dtype, CPU, rank, world_size, quantize)
+        pack_linears(model)
+        model.set_kv_caches(1)
+        with torch.inference_mode():
+            model(PROMPT[None, :-1], 0)
+            results[how] = model(PROMPT[None, -1:], len(PROMPT) - 1)[0, -1].float()
+    model = load_shard(checkpoint, torch.float32, CPU, rank, world_size)
+    whole_compile, torch.compile = torch.compile, partial(torch.compile, backend="eager")  # one graph, but no compiler
+    compile_decode(model)
+    torch.compile = whole_compile
+    return results | {"compiled": generate(model, PROMPT, 15, temperature=0, include_prompt=False).tolist()}
 
 
 def memory_of_loading(folder: Path, rank: int, world_size: int) -> dict[str, int]:
@@ -242,10 +265,23 @@ def test_processes_go_on_with_the_same_tokens_whatever_their_random_numbers(two,
     assert two[0]["drawn"] == run_batch(model)
 
 
+@pytest.mark.parametrize("how", ["packed", "int8"])
+def test_layers_that_are_replaced_are_summed_as_plain_ones_are(how, two):
+    expected = whole_model("llama")(PROMPT[None])[0, -1]
+    for result in two:
+        assert (result[how] - expected).norm() < 0.1 * expected.norm()
+    assert torch.equal(two[0][how], two[1][how])
+
+
+def test_compiled_decoding_is_one_graph_with_the_same_tokens(two):
+    expected = greedy_without_caches(whole_model("llama"), PROMPT, 4).tolist()
+    assert [result["compiled"] for result in two] == [expected, expected]
+
+
 def test_a_cache_that_evicts_works_in_parts(two):
     model = whole_model("llama")
     choose_kv_caches(model, "lastrec", 8, 1, sinks=2)
-    assert two[0]["lastrec"] == two[1]["lastrec"] == generate(model, PROMPT, 40, temperature=0).tolist()
+    assert two[0]["lastrec"] == two[1]["lastrec"] == generate(model, PROMPT, 20, temperature=0).tolist()
 
 
 # --- memory
@@ -333,7 +369,7 @@ def test_the_command_says_what_generate_says(folder, two, capfd):
     [
         (["--devices", "5"], "n_head = 4: too few for 5 processes"),
         (["--devices", "0"], "devices must be at least 1, got 0"),
-        (["--compile"], "--compile is not available with generate_tp"),
+        (["--quantize", "bnb.nf4"], "quantize='bnb.nf4' is not available with divided layers: use int8 or int4"),
         (["--precision", "8"], "precision '8' is not one of"),
     ],
 )
