@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, tuple[str, str]] = {
     "chat": ("litgpt.chat.base:main", "Talk with a model."),
     "generate": ("litgpt.generate.base:main", "Let a model continue a prompt."),
+    "generate_full": (
+        "litgpt.generate.full:main",
+        "Answer a prompt with a model all of whose weights were fine-tuned.",
+    ),
+    "generate_lora": ("litgpt.generate.lora:main", "Answer a prompt with LoRA weights that were not merged."),
+    "generate_adapter": ("litgpt.generate.adapter:main", "Answer a prompt with the weights of an adapter."),
+    "generate_adapter_v2": (
+        "litgpt.generate.adapter_v2:main",
+        "Answer a prompt with the weights of an adapter of the second kind.",
+    ),
     "generate_speculatively": (
         "litgpt.generate.speculative_decoding:main",
         "Answer a prompt with a large model, which a small one runs ahead of.",
@@ -40,6 +50,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "convert_pretrained_checkpoint": (
         "litgpt.scripts.convert_pretrained_checkpoint:convert_pretrained_checkpoint",
         "Turn the result of pretraining into a checkpoint for all other commands.",
+    ),
+    "merge_lora": (
+        "litgpt.scripts.merge_lora:merge_lora",
+        "Merge LoRA weights into those of the checkpoint that was fine-tuned.",
     ),
     "validate": ("litgpt.scripts.validate:validate_setup", "Check a checkpoint, and tell how much memory it needs."),
 }

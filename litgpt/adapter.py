@@ -40,19 +40,24 @@ class CausalSelfAttention(BaseCausalSelfAttention):
         config: of the model.
         block_idx: the layer.
         base: the layer's attention, whose modules become part of this one (None: a new one).
+        dtype: of what is added.
     """
 
-    def __init__(self, config: Config, block_idx: int, base: BaseCausalSelfAttention | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        block_idx: int,
+        base: BaseCausalSelfAttention | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         if base is None:
             super().__init__(config, block_idx)
         else:
             nn.Module.__init__(self)
             self.__dict__.update(base.__dict__)
-        weight = self.qkv.weight
-        self.adapter_wte = nn.Embedding(
-            config.adapter_prompt_length, config.n_embd, dtype=weight.dtype, device=weight.device
-        )
-        self.gating_factor = nn.Parameter(torch.empty(1, 1, config.n_head, 1, dtype=weight.dtype, device=weight.device))
+        form = {"dtype": dtype, "device": self.qkv.weight.device}
+        self.adapter_wte = nn.Embedding(config.adapter_prompt_length, config.n_embd, **form)
+        self.gating_factor = nn.Parameter(torch.empty(1, 1, config.n_head, 1, **form))
         self.reset_parameters()
         self.register_buffer("frozen_keys", None, persistent=False)
         self.register_buffer("frozen_values", None, persistent=False)
@@ -110,7 +115,7 @@ def add_prefixes(model: BaseModel, config: Config) -> None:
     """Give the layers of `model` from `adapter_start_layer` on a learned prefix, in place."""
     for block_idx, block in enumerate(model.transformer.h):
         if block_idx >= config.adapter_start_layer:
-            block.attn = CausalSelfAttention(config, block_idx, block.attn)
+            block.attn = CausalSelfAttention(config, block_idx, block.attn, model.dtype)
 
 
 @torch.no_grad()

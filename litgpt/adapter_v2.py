@@ -9,7 +9,7 @@ from torch import nn
 
 from litgpt.adapter import GPT as AdapterGPT
 from litgpt.adapter import Config, add_prefixes
-from litgpt.lora import WrappedLinear
+from litgpt.lora import WrappedLinear, wrap_linears
 from litgpt.model import GPT as BaseModel
 from litgpt.model import Block as Block
 
@@ -20,10 +20,10 @@ class AdapterV2Linear(WrappedLinear):
     Args:
         in_features: inputs.
         out_features: O.
-        linear: the layer to adapt (None: a new one, made with `kwargs`).
+        linear, kwargs: as for `WrappedLinear`.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, linear: nn.Linear | None = None, **kwargs: Any) -> None:
+    def __init__(self, in_features: int, out_features: int, *, linear: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(in_features, out_features, linear, **kwargs)
         self.adapter_bias = self._new_parameter(out_features)
         self.adapter_scale = self._new_parameter(out_features)
@@ -63,10 +63,11 @@ def add_adapter_v2(model: BaseModel, config: Config) -> None:
 
 def scale_linears(model: BaseModel) -> None:
     """Give every linear layer of `model`, in place, a bias and a scale of its outputs."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, AdapterV2Linear(child.in_features, child.out_features, linear=child))
+
+    def wrap(role: str, in_features: int, out_features: int, layer: nn.Module) -> AdapterV2Linear:
+        return AdapterV2Linear(in_features, out_features, linear=layer, dtype=model.dtype)
+
+    wrap_linears(model, wrap)
 
 
 def mark_only_adapter_v2_as_trainable(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ Letters: E inputs and O outputs of a linear layer, r the rank. A is (r, E), B is
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from litgpt.config import Config as BaseConfig
 from litgpt.model import GPT as BaseModel
 from litgpt.model import Block as Block
+from litgpt.quantize import QuantizedLinear
 
 
 @dataclass
@@ -35,8 +37,10 @@ class Config(BaseConfig):
 
     def _validate(self) -> None:
         super()._validate()
-        self._require("lora_r", self.lora_r >= 0, "at least 0")
-        self._require("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")
+        self._require("lora_r", isinstance(self.lora_r, int) and self.lora_r >= 0, "a whole number, at least 0")
+        self._require("lora_alpha", isinstance(self.lora_alpha, int | float), "a number")
+        proper = isinstance(self.lora_dropout, int | float) and 0 <= self.lora_dropout < 1
+        self._require("lora_dropout", proper, "a number, at least 0 and below 1")
         if self.latent_attention is not None:
             for key in ("lora_query", "lora_key", "lora_value"):
                 self._require(key, not getattr(self, key), "false with latent attention, which has no such matrix")
@@ -46,16 +50,26 @@ class WrappedLinear(nn.Module):
     """A linear layer, named `linear`, with what a method of fine-tuning adds to it. Loads the plain layer's weights too.
 
     Args:
-        linear: the layer (None: a new one of these sizes, with the arguments `kwargs`).
+        in_features: inputs.
+        out_features: outputs.
+        linear: the layer, which may be quantised (None: a new one, with the arguments `kwargs`).
+        dtype: of what is added (default: that of the layer's weight).
     """
 
-    def __init__(self, in_features: int, out_features: int, linear: nn.Linear | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        linear: nn.Module | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
-        self.linear = nn.Linear(in_features, out_features, **kwargs) if linear is None else linear
+        self.linear = nn.Linear(in_features, out_features, dtype=dtype, **kwargs) if linear is None else linear
+        self._form = {"dtype": dtype or self.linear.weight.dtype, "device": self.linear.weight.device}
 
     def _new_parameter(self, *shape: int) -> nn.Parameter:
-        weight = self.linear.weight
-        return nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device))
+        return nn.Parameter(torch.empty(shape, **self._form))
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object, **kwargs: object) -> None:
         for kind in ("weight", "bias"):
@@ -73,7 +87,7 @@ class LoRALinear(WrappedLinear):
         r: the rank; 0 leaves the layer as it is.
         lora_alpha: scales the product, see above.
         lora_dropout: probability with which an input of A is zero in training.
-        linear: the layer to adapt (None: a new one, made with `kwargs`).
+        linear, kwargs: as for `WrappedLinear`.
     """
 
     def __init__(
@@ -84,7 +98,7 @@ class LoRALinear(WrappedLinear):
         lora_alpha: int = 1,
         lora_dropout: float = 0.0,
         *,
-        linear: nn.Linear | None = None,
+        linear: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(in_features, out_features, linear, **kwargs)
@@ -121,7 +135,7 @@ class LoRALinear(WrappedLinear):
             return
         if not isinstance(self.linear, nn.Linear):
             raise ValueError(
-                f"LoRA matrices cannot be merged into a {type(self.linear).__name__}: merge before packing"
+                f"LoRA matrices cannot be merged into a {type(self.linear).__name__}: the layer must be a plain one"
             )
         self.linear.weight.copy_(self.linear.weight.float() + self.get_lora_AB().float())
         self.merged = True
@@ -163,7 +177,7 @@ class LoRAQKVLinear(LoRALinear):
         lora_dropout: float = 0.0,
         enable_lora: bool | tuple[bool, bool, bool] = False,
         *,
-        linear: nn.Linear | None = None,
+        linear: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
         super(LoRALinear, self).__init__(in_features, out_features, linear, **kwargs)
@@ -202,33 +216,35 @@ class GPT(BaseModel):
 def add_lora(model: BaseModel, config: Config) -> None:
     """Wrap the linear layers of `model`, in place, as `config` says. Layers without matrices are wrapped too, by which all
     have the names that checkpoints of LoRA models have; `unwrap_lora` undoes it."""
-    settings = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    heads = (config.head_size, config.n_head, config.n_query_groups)
+    enabled = (config.lora_query, config.lora_key, config.lora_value)
+    settings = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout, "dtype": model.dtype}
 
-    def wrap(parent: nn.Module, name: str, wanted: bool) -> None:
-        linear, r = getattr(parent, name), config.lora_r if wanted else 0
-        setattr(parent, name, LoRALinear(linear.in_features, linear.out_features, r, **settings, linear=linear))
+    def wrap(role: str, in_features: int, out_features: int, layer: nn.Module) -> LoRALinear:
+        sizes = (in_features, out_features)
+        if role == "qkv":
+            return LoRAQKVLinear(*sizes, *heads, config.lora_r, enable_lora=enabled, linear=layer, **settings)
+        return LoRALinear(*sizes, config.lora_r if getattr(config, f"lora_{role}") else 0, linear=layer, **settings)
 
-    wrap(model, "lm_head", config.lora_head)
-    for block in model.transformer.h:
-        if config.latent_attention is None:
-            qkv = block.attn.qkv
-            block.attn.qkv = LoRAQKVLinear(
-                qkv.in_features,
-                qkv.out_features,
-                config.head_size,
-                config.n_head,
-                config.n_query_groups,
-                config.lora_r,
-                enable_lora=(config.lora_query, config.lora_key, config.lora_value),
-                **settings,
-                linear=qkv,
-            )
-        wrap(block.attn, "proj", config.lora_projection)
-        for parent in list(block.mlp.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, nn.Linear):
-                    wrap(parent, name, config.lora_mlp)
+    wrap_linears(model, wrap)
     model.train(model.training)  # new layers with dropout too
+
+
+def wrap_linears(model: BaseModel, wrap: Callable[[str, int, int, nn.Module], nn.Module]) -> None:
+    """Put `wrap(role, in_features, out_features, layer)` in place of the linear layers of `model`, quantised ones too, where
+    the role is qkv, projection, mlp or head. Those by which latent attention replaces `qkv` stay."""
+    E, V = model.config.n_embd, model.config.padded_vocab_size
+    model.lm_head = wrap("head", E, V, model.lm_head)
+    for block in model.transformer.h:
+        places = [(block.attn, "proj", "projection")]
+        if model.config.latent_attention is None:
+            places.append((block.attn, "qkv", "qkv"))
+        for parent in block.mlp.modules():
+            names = [name for name, child in parent.named_children() if isinstance(child, (nn.Linear, QuantizedLinear))]
+            places += [(parent, name, "mlp") for name in names]
+        for parent, name, role in places:
+            layer = getattr(parent, name)
+            setattr(parent, name, wrap(role, layer.in_features, layer.out_features, layer))
 
 
 def unwrap_lora(model: BaseModel) -> None:

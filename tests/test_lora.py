@@ -264,7 +264,7 @@ def test_packed_layers_inside_give_the_same_logits():
     assert isinstance(model.transformer.h[0].attn.qkv.linear, PackedLinear)
     torch.testing.assert_close(model(idx), before, atol=0.05, rtol=0.05)
     assert all(torch.equal(x, weights[name]) for name, x in model.state_dict().items())
-    with pytest.raises(ValueError, match="merge before packing"):
+    with pytest.raises(ValueError, match="PackedLinear: the layer must be a plain one"):
         merge_lora_weights(model)
     unpack_linears(model)
     merge_lora_weights(model)

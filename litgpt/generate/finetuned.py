@@ -127,14 +127,19 @@ class Finetuned:
         settings = {"adapter_prompt_length": max(lengths.values()), "adapter_start_layer": min(lengths)}
         return adapter.Config.extending(base_config, **(settings if lengths else {}))
 
-    def load(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> GPT:
-        """The model of `checkpoint`, fine-tuned, for inference. Nothing is loaded if what was trained does not fit it."""
+    def load(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantize: str | None = None
+    ) -> GPT:
+        """The model of `checkpoint`, fine-tuned, for inference. Nothing is loaded if what was trained does not fit it.
+
+        With `quantize` the weights of the checkpoint are quantised, and what an adapter or LoRA adds to them is not.
+        """
         config = self.config(checkpoint.config)
         if self.method == "full":
-            return load_model(LitGPTCheckpoint(self.path.parent, self.path.name, config), dtype, device)
+            return load_model(LitGPTCheckpoint(self.path.parent, self.path.name, config), dtype, device, quantize)
         method = _METHODS[self.method]
         self._check(meta_model(config, method.kind), method)
-        model = load_model(checkpoint, dtype, device)
+        model = load_model(checkpoint, dtype, device, quantize)
         method.add(model, config)
         model.load_state_dict(self.weights, strict=False)
         method.finish(model)
