@@ -259,6 +259,10 @@ class MultiHeadSelfAttention:
         # keys that all heads share and that are longer than values: a fused kernel would copy them for every head
         self.shared_key_size = None if config.latent_attention is None else config.cache_head_size
 
+    def is_plain(self) -> bool:
+        """Whether no certain kernels are asked for."""
+        return self.sdpa_kernels is None and not self.use_eager_sdpa_always
+
     def attend(
         self,
         query: torch.Tensor,

@@ -69,7 +69,8 @@ class GPT(nn.Module):
         self.default_kv_caches = False  # True: made by `set_kv_caches`, which may replace them
         self.layer_devices: list[torch.device] | None = None  # where blocks are, if not all are where the embedding is
         self.static_decode = False  # plan single tokens with shapes that stay the same, for a compiled `decode`
-        self.decode: Callable[..., torch.Tensor] | None = None  # a compiled `run_layers` for single tokens
+        # a faster `run_layers` for few tokens, which gives None for those it is not made for
+        self.decode: Callable[..., torch.Tensor | None] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -196,9 +197,11 @@ class GPT(nn.Module):
             needed = self.needs_long_rope(max(T, self._expected_length))
             self._long_rope = needed or (rows is not None and self._long_rope)
         rope = self._rope_rows(starts[0] if len(set(starts)) == 1 else starts, T, self._long_rope)
-        run = self.decode if static and self.decode is not None else self.run_layers
+        decode = None if rows is not None or self._start_of_layer_hook is not None else self.decode
         try:
-            x = run(idx, rope, plans, input_pos)
+            x = None if decode is None else decode(idx, rope, plans, input_pos)
+            if x is None:
+                x = self.run_layers(idx, rope, plans, input_pos)
         except BaseException:
             for cache in caches:
                 cache.clear()  # slots may be half written: better empty than wrong

@@ -13,7 +13,6 @@ from torch import nn
 
 from litgpt.fingerprint import sample
 from litgpt.kernels import ops
-from litgpt.kernels.library import library
 
 ROWS_HINT = 128  # the layout is chosen for this many tokens; it also serves one token well
 
@@ -108,7 +107,7 @@ class SharedLinear(nn.Module):
         return self._plain
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() <= ops.MAX_ROWS * self.weight.shape[1] and library() is not None:
+        if x.numel() <= ops.MAX_ROWS * self.weight.shape[1] and ops.available():
             return ops.linear_plain(x, self.weight, self.bias)
         return nn.functional.linear(x, self.weight, self.bias)
 
@@ -134,16 +133,21 @@ class PackedGatedMLP(nn.Module):
 
     def weight_samples(self) -> dict[str, torch.Tensor]:
         """As that of `PackedLinear`."""
-        layers = zip(("fc_1", "fc_2", "proj"), self._first[0].samples + self.proj.samples, strict=True)
+        layers = zip(("fc_1", "fc_2", "proj"), self.first.samples + self.proj.samples, strict=True)
         return {f"{name}.weight": values for name, values in layers}
+
+    @property
+    def first(self) -> "PackedLinear":
+        """The product with `fc_1` and `fc_2`, one after the other."""
+        return self._first[0]
 
     def plain(self) -> nn.Module:
         """The module that this one was made from, as it was."""
-        self._first[0].plain(), self.proj.plain()
+        self.first.plain(), self.proj.plain()
         return self._plain[0]
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        (first,) = self._first
+        first = self.first
         if self.activation is not None and x.numel() <= ops.MAX_ROWS * first.in_features:
             return ops.gated_mlp_blocked(x, first.address, self.proj.address, self.proj.in_features, self.activation)
         gate, x = first(x).chunk(2, dim=-1)
@@ -155,8 +159,8 @@ class PackedGatedMLP(nn.Module):
         return self.product(x)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        (mlp,), (first,) = self._plain, self._first
-        for name, linear, weight in zip(("fc_1", "fc_2"), (mlp.fc_1, mlp.fc_2), first.weight.chunk(2), strict=True):
+        (mlp,) = self._plain
+        for name, linear, weight in zip(("fc_1", "fc_2"), (mlp.fc_1, mlp.fc_2), self.first.weight.chunk(2), strict=True):
             destination[f"{prefix}{name}.weight"] = weight
             if linear.bias is not None:
                 destination[f"{prefix}{name}.bias"] = linear.bias if keep_vars else linear.bias.detach()

@@ -14,8 +14,10 @@ def compile_decode(model: GPT) -> None:
     """
     step = torch.compile(model.run_layers, fullgraph=True)
 
-    def decode(idx: torch.Tensor, rope: torch.Tensor, plans: list[Plan] | None, input_pos: int | None) -> torch.Tensor:
-        for plan in plans or ():
+    def decode(idx: torch.Tensor, rope: torch.Tensor, plans: list[Plan], input_pos: int) -> torch.Tensor | None:
+        if idx.shape[1] > 1:
+            return None
+        for plan in plans:
             for part in plan.parts:
                 for planned in part.steps:
                     torch._dynamo.maybe_mark_dynamic(planned.bias, 3)

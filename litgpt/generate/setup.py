@@ -12,6 +12,7 @@ from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model
 from litgpt.generate.compiled import compile_decode
+from litgpt.generate.fused import fuse_decode
 from litgpt.kvcache.factory import create_kv_caches
 from litgpt.model import GPT
 from litgpt.packed import pack_linears
@@ -97,7 +98,7 @@ def make_ready(
     model = load(checkpoint, dtype, device).requires_grad_(False)
     if pack:
         pack_linears(model)
-    if compile:
+    if not (pack and fuse_decode(model)) and compile:
         compile_decode(model)
     return Ready(model, tokenizer, style, path)
 

@@ -8,13 +8,18 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace {
 
 using bf16 = uint16_t;
-constexpr int UNIT = 64;  // outputs that one thread computes at a time
-constexpr int ROWS = 4;   // rows that share one pass over the weights
+constexpr int ROWS = 4;       // rows that share one pass over the weights
+constexpr int ROW_UNIT = 32;  // outputs that one thread computes at a time, of weights that lie row by row
 
 inline float from_bits(uint32_t bits) {
     float x;
@@ -54,18 +59,29 @@ inline float activate(float x, int kind) {
     return x / (1.0f + exponential(std::min(-inner, 80.0f)));
 }
 
-// -- weights: each computes UNIT outputs for M rows of x
+// A weight of any kind: bfloat16 in oneDNN's order, int8, or int4 with its group size
+struct Weight {
+    int64_t kind, K, N, group;
+    const void *w, *scale, *minimum;
+    const bf16* bias;
+};
+
+// -- weights: each computes UNIT outputs y (M, UNIT) for M rows of x, whose length is `inputs()`
 
 // bfloat16 in oneDNN's order for such CPUs: blocks of 64 outputs, within them pairs of inputs, K padded to 32
 struct Blocked {
+    static constexpr int UNIT = 64;
     const uint32_t* w;
     int64_t K;
 
-    static int64_t inputs(int64_t K) { return (K + 31) / 32 * 32; }
+    Blocked(const uint32_t* w, int64_t K) : w(w), K(K) {}
+    explicit Blocked(const Weight& x) : w((const uint32_t*)x.w), K(x.K) {}
+
+    int64_t inputs() const { return (K + 31) / 32 * 32; }
 
     template <int M>
     void unit(int64_t u, const float* x, int64_t stride, float* y) const {
-        const int64_t pairs = inputs(K) / 2;
+        const int64_t pairs = inputs() / 2;
         const uint32_t* block = w + u * pairs * UNIT;
         float sums[M][UNIT] = {};
         for (int64_t p = 0; p < pairs; p++, block += UNIT) {
@@ -80,56 +96,141 @@ struct Blocked {
     }
 };
 
+constexpr int LANES = 64;  // sums that are kept apart, so that additions need not wait for each other
+
+// Sums over k of value(k) * x[m][k] for M rows, with `K` values.
+template <int M, class V>
+inline void row_sums(V value, int64_t K, const float* x, int64_t stride, float* y) {
+    float sums[M][LANES] = {};
+    int64_t k = 0;
+    for (; k + LANES <= K; k += LANES)
+        for (int m = 0; m < M; m++)
+#pragma omp simd
+            for (int l = 0; l < LANES; l++) sums[m][l] += value(k + l) * x[m * stride + k + l];
+    for (int m = 0; m < M; m++) {
+        float sum = 0;
+        for (int l = 0; l < LANES; l++) sum += sums[m][l];
+        for (int64_t rest = k; rest < K; rest++) sum += value(rest) * x[m * stride + rest];
+        y[m * ROW_UNIT] = sum;
+    }
+}
+
 // bfloat16 row by row
 struct Plain {
+    static constexpr int UNIT = ROW_UNIT;
     const bf16* w;
     int64_t K, N;
 
-    static int64_t inputs(int64_t K) { return K; }
+    int64_t inputs() const { return K; }
 
     template <int M>
     void unit(int64_t u, const float* x, int64_t stride, float* y) const {
-        for (int64_t j = 0; j < std::min<int64_t>(UNIT, N - u * UNIT); j++) {
-            const bf16* row = w + (u * UNIT + j) * K;
-            for (int m = 0; m < M; m++) {
-                float sum = 0;
-                const float* xm = x + m * stride;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t k = 0; k < K; k++) sum += widen(row[k]) * xm[k];
-                y[m * UNIT + j] = sum;
-            }
+        for (int64_t n = u * UNIT; n < std::min(N, (u + 1) * UNIT); n++, y++) {
+            const bf16* row = w + n * K;
+            row_sums<M>([row](int64_t k) { return widen(row[k]); }, K, x, stride, y);
         }
     }
 };
 
 // 8-bit integers row by row, and a factor for every row
 struct Int8 {
+    static constexpr int UNIT = ROW_UNIT;
     const int8_t* w;
     const float* scale;
     int64_t K, N;
 
-    static int64_t inputs(int64_t K) { return K; }
+    Int8(const int8_t* w, const float* scale, int64_t K, int64_t N) : w(w), scale(scale), K(K), N(N) {}
+    explicit Int8(const Weight& x) : Int8((const int8_t*)x.w, (const float*)x.scale, x.K, x.N) {}
+
+    int64_t inputs() const { return K; }
 
     template <int M>
     void unit(int64_t u, const float* x, int64_t stride, float* y) const {
-        for (int64_t j = 0; j < std::min<int64_t>(UNIT, N - u * UNIT); j++) {
-            const int8_t* row = w + (u * UNIT + j) * K;
-            for (int m = 0; m < M; m++) {
-                float sum = 0;
-                const float* xm = x + m * stride;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t k = 0; k < K; k++) sum += float(row[k]) * xm[k];
-                y[m * UNIT + j] = sum * scale[u * UNIT + j];
-            }
+        for (int64_t n = u * UNIT; n < std::min(N, (u + 1) * UNIT); n++, y++) {
+            const int8_t* row = w + n * K;
+            row_sums<M>([row](int64_t k) { return float(row[k]); }, K, x, stride, y);
+            for (int m = 0; m < M; m++) y[m * ROW_UNIT] *= scale[n];
         }
     }
 };
 
+// 4-bit integers row by row, with a scale and a minimum (float16) for each group of columns. Of every 64 columns, word l of 16
+// holds columns l, 16 + l, 32 + l and 48 + l, the first one lowest; K is padded to a multiple of 64.
+template <int GROUP>
+struct Int4 {
+    static constexpr int UNIT = ROW_UNIT;
+    const uint16_t *w, *scale, *minimum;
+    int64_t K, N;
+
+    explicit Int4(const Weight& x)
+        : w((const uint16_t*)x.w), scale((const uint16_t*)x.scale), minimum((const uint16_t*)x.minimum), K(x.K), N(x.N) {}
+
+    static float half(uint16_t x) {  // no infinities
+        return from_bits(uint32_t(x & 0x8000) << 16 | uint32_t(x & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112
+    }
+
+    int64_t inputs() const { return (K + 63) / 64 * 64; }
+
+    template <int M>
+    void unit(int64_t u, const float* x, int64_t stride, float* y) const {
+        const int64_t blocks = inputs() / 64, groups = (K + GROUP - 1) / GROUP;
+        for (int64_t n = u * UNIT; n < std::min(N, (u + 1) * UNIT); n++, y++) {
+            const uint16_t *row = w + n * blocks * 16, *scales = scale + n * groups, *minima = minimum + n * groups;
+#ifdef __AVX512F__
+            const __m512 steps = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+            __m512 sums[M][2], values = steps;  // `values`: what the 16 integers stand for in the present group
+            for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
+            for (int64_t b = 0; b < blocks; b++) {
+                const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(row + b * 16)));
+#pragma GCC unroll 4
+                for (int s = 0; s < 4; s++) {
+                    const int64_t k = b * 64 + s * 16;
+                    if (k % GROUP == 0 && k < K)
+                        values = _mm512_fmadd_ps(steps, _mm512_set1_ps(_cvtsh_ss(scales[k / GROUP])),
+                                                 _mm512_set1_ps(_cvtsh_ss(minima[k / GROUP])));
+                    const __m512 v = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * s), values);
+                    for (int m = 0; m < M; m++)
+                        sums[m][s % 2] = _mm512_fmadd_ps(v, _mm512_loadu_ps(x + m * stride + k), sums[m][s % 2]);
+                }
+            }
+            for (int m = 0; m < M; m++) y[m * UNIT] = _mm512_reduce_add_ps(_mm512_add_ps(sums[m][0], sums[m][1]));
+#else
+            float sums[M][16] = {};
+            for (int64_t b = 0; b < blocks; b++)
+                for (int s = 0; s < 4; s++) {
+                    const int64_t k = b * 64 + s * 16, g = std::min(k, K - 1) / GROUP;
+                    const float a = half(scales[g]), c = half(minima[g]);
+                    for (int m = 0; m < M; m++)
+#pragma omp simd
+                        for (int l = 0; l < 16; l++)
+                            sums[m][l] += (float((row[b * 16 + l] >> (4 * s)) & 15) * a + c) * x[m * stride + k + l];
+                }
+            for (int m = 0; m < M; m++) {
+                float sum = 0;
+                for (int l = 0; l < 16; l++) sum += sums[m][l];
+                y[m * UNIT] = sum;
+            }
+#endif
+        }
+    }
+};
+
+template <class F>
+void with_weight(const Weight& w, F f) {
+    if (w.kind == 0) return f(Blocked(w));
+    if (w.kind == 1) return f(Int8(w));
+    if (w.group == 32) return f(Int4<32>(w));
+    if (w.group == 64) return f(Int4<64>(w));
+    f(Int4<128>(w));
+}
+
 // Rows as floats, padded with zeros to what the weight reads.
-const float* widen_rows(const bf16* x, int64_t M, int64_t K, int64_t padded, std::vector<float>& room) {
-    room.assign(M * padded, 0.0f);
+template <class W>
+const float* widen_rows(const W& w, const bf16* x, int64_t M, int64_t K, std::vector<float>& room) {
+    const int64_t stride = w.inputs();
+    room.assign(M * stride, 0.0f);
     for (int64_t m = 0; m < M; m++)
-        for (int64_t k = 0; k < K; k++) room[m * padded + k] = widen(x[m * K + k]);
+        for (int64_t k = 0; k < K; k++) room[m * stride + k] = widen(x[m * K + k]);
     return room.data();
 }
 
@@ -146,6 +247,7 @@ void units(const W& w, int M, int64_t u, const float* x, int64_t stride, float* 
 // y (M, N) = x (M, K) w^T + bias, called by all threads of a team
 template <class W>
 void product(const W& w, const float* x, int64_t stride, const bf16* bias, bf16* y, int64_t M, int64_t N) {
+    constexpr int UNIT = W::UNIT;
 #pragma omp for schedule(static)
     for (int64_t u = 0; u < (N + UNIT - 1) / UNIT; u++) {
         float out[ROWS][UNIT];
@@ -163,36 +265,27 @@ void product(const W& w, const float* x, int64_t stride, const bf16* bias, bf16*
 template <class W>
 void linear(const W& w, const bf16* x, const bf16* bias, bf16* y, int64_t M, int64_t K, int64_t N) {
     static thread_local std::vector<float> room;
-    const int64_t stride = W::inputs(K);
-    const float* rows = widen_rows(x, M, K, stride, room);
+    const float* rows = widen_rows(w, x, M, K, room);
 #pragma omp parallel
-    product(w, rows, stride, bias, y, M, N);
+    product(w, rows, w.inputs(), bias, y, M, N);
 }
 
-// Gated MLP: `first` has the gate's I outputs and then as many more; I is a multiple of UNIT.
+// inner (M, I) = activation(x gate^T) * (x up^T), called by all threads of a team
 template <class W>
-void gated_mlp(const W& first, const W& second, const bf16* x, bf16* y, int64_t M, int64_t K, int64_t I, int64_t N,
-               int kind) {
-    static thread_local std::vector<float> room, inner_room;
-    const int64_t stride = W::inputs(K), inner_stride = W::inputs(I);
-    const float* rows = widen_rows(x, M, K, stride, room);
-    inner_room.assign(M * inner_stride, 0.0f);
-    float* inner = inner_room.data();
-#pragma omp parallel
-    {
+void gated(const W& gate, const W& up, const float* x, int64_t stride, float* inner, int64_t inner_stride, int64_t M,
+           int64_t I, int kind) {
+    constexpr int UNIT = W::UNIT;
 #pragma omp for schedule(static)
-        for (int64_t u = 0; u < I / UNIT; u++) {
-            float gate[ROWS][UNIT], up[ROWS][UNIT];
-            for (int64_t m0 = 0; m0 < M; m0 += ROWS) {
-                const int count = int(std::min<int64_t>(ROWS, M - m0));
-                units(first, count, u, rows + m0 * stride, stride, gate[0]);
-                units(first, count, u + I / UNIT, rows + m0 * stride, stride, up[0]);
-                for (int m = 0; m < count; m++)
-                    for (int j = 0; j < UNIT; j++)
-                        inner[(m0 + m) * inner_stride + u * UNIT + j] = activate(gate[m][j], kind) * up[m][j];
-            }
+    for (int64_t u = 0; u < (I + UNIT - 1) / UNIT; u++) {
+        float gates[ROWS][UNIT], ups[ROWS][UNIT];
+        for (int64_t m0 = 0; m0 < M; m0 += ROWS) {
+            const int rows = int(std::min<int64_t>(ROWS, M - m0));
+            units(gate, rows, u, x + m0 * stride, stride, gates[0]);
+            units(up, rows, u, x + m0 * stride, stride, ups[0]);
+            for (int m = 0; m < rows; m++)
+                for (int64_t j = 0; j < std::min<int64_t>(UNIT, I - u * UNIT); j++)
+                    inner[(m0 + m) * inner_stride + u * UNIT + j] = activate(gates[m][j], kind) * ups[m][j];
         }
-        product(second, (const float*)inner, inner_stride, (const bf16*)nullptr, y, M, N);
     }
 }
 
@@ -255,6 +348,137 @@ void attend_rows(const float* q, const bf16* k, const bf16* v, int64_t k_stride,
     attend_part<R, 0>(q, k, v, k_stride, v_stride, bias, n, D, cap, top, total, out);
 }
 
+// Attention of one call, in the order in which a team of threads does it: `parts`, then `combine`.
+struct Attention {
+    int64_t B, H, G, T, N, D;
+    float cap;
+    const bf16 *k, *v;
+    int64_t k_strides[3], v_strides[3];  // of rows, heads, slots
+    const bf16* bias;
+    int64_t bias_strides[2];  // of rows, queries
+    const bf16* sinks;
+    float *queries, *sums, *tops, *totals;  // queries (B, H, T, D), scaled
+
+    int64_t shared() const { return H / G * T; }  // queries that attend to the same keys
+    int64_t splits() const { return (N + SPLIT - 1) / SPLIT; }
+    int64_t room() const { return B * H * T * D + B * G * splits() * shared() * (D + 2); }
+
+    void settle(float* room) {
+        queries = room;
+        sums = queries + B * H * T * D;
+        tops = sums + B * G * splits() * shared() * D;
+        totals = tops + B * G * splits() * shared();
+    }
+
+    void parts() const {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < B * G * splits(); i++) {
+            const int64_t group = i / splits(), b = group / G, g = group % G, n0 = i % splits() * SPLIT;
+            const int64_t n = std::min<int64_t>(SPLIT, N - n0);
+            const bf16* keys = k + b * k_strides[0] + g * k_strides[1] + n0 * k_strides[2];
+            const bf16* values = v + b * v_strides[0] + g * v_strides[1] + n0 * v_strides[2];
+            for (int64_t r = 0; r < shared(); r += 4) {
+                const int count = int(std::min<int64_t>(4, shared() - r));
+                const bf16* rows_bias[4];
+                for (int c = 0; c < count; c++)
+                    rows_bias[c] = bias ? bias + b * bias_strides[0] + (r + c) % T * bias_strides[1] + n0 : nullptr;
+                const int64_t at = i * shared() + r;
+                const auto run = count == 1   ? attend_rows<1>
+                                 : count == 2 ? attend_rows<2>
+                                 : count == 3 ? attend_rows<3>
+                                              : attend_rows<4>;
+                run(queries + (group * shared() + r) * D, keys, values, k_strides[2], v_strides[2], rows_bias, n, D, cap,
+                    tops + at, totals + at, sums + at * D);
+            }
+        }
+    }
+
+    void combine(bf16* y) const {  // (B, T, H, D)
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < B * H * T; row++) {
+            const int64_t group = row / shared(), r = row % shared(), b = group / G, h = row / T % H, t = row % T;
+            float most = sinks ? widen(sinks[h]) : -INFINITY, out[MAX_D] = {};
+            for (int64_t s = 0; s < splits(); s++) most = std::max(most, tops[(group * splits() + s) * shared() + r]);
+            float total = sinks ? exponential(widen(sinks[h]) - most) : 0.0f;
+            for (int64_t s = 0; s < splits(); s++) {
+                const int64_t at = (group * splits() + s) * shared() + r;
+                const float factor = totals[at] > 0 ? exponential(tops[at] - most) : 0.0f;
+                total += factor * totals[at];
+                for (int64_t d = 0; d < D; d++) out[d] += factor * sums[at * D + d];
+            }
+            for (int64_t d = 0; d < D; d++) y[((b * T + t) * H + h) * D + d] = narrow(out[d] / total);
+        }
+    }
+};
+
+// -- all layers of a step
+
+struct Shape {
+    int64_t E, H, G, D, I, rope_n, interleave, activation, norm_all_heads;
+    float eps, norm_offset, scale, cap, attention_factor, mlp_factor;
+};
+
+struct Layer {
+    const bf16 *norm_1, *norm_q, *norm_k, *post_attention_norm, *norm_2, *post_mlp_norm, *sinks;
+    bf16 *keys, *values;
+    int64_t row_stride, head_stride;  // of keys and values; slots lie one after the other
+    int64_t rope, plan;               // which of the step's; rope -1: none
+    Weight qkv, proj, gate, up, down;
+};
+
+struct StepPlan {
+    const int64_t* slots;  // (T,) or, if `slots_by_row`, (B, T)
+    int64_t slots_by_row, first, N;
+    const bf16* bias;
+    int64_t bias_strides[2];
+};
+
+struct Rope {
+    const bf16 *cos, *sin;  // (T, n) with a stride between rows of the batch, sines with their signs
+    int64_t row_stride;
+};
+
+void norm_row(const bf16* x, const bf16* weight, bf16* y, int64_t size, float eps, float offset) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < size; i++) sum += widen(x[i]) * widen(x[i]);
+    const float factor = 1.0f / std::sqrt(sum / float(size) + eps);
+    for (int64_t i = 0; i < size; i++) y[i] = narrow(widen(x[i]) * factor * (widen(weight[i]) + offset));
+}
+
+// RoPE for one head in place: halves are pairs, or with `interleave` neighbours, which end up in halves
+void turn(bf16* head, const bf16* cos, const bf16* sin, int64_t n, bool interleave) {
+    float x[MAX_D], y[MAX_D];
+    const int64_t half = n / 2;
+    for (int64_t i = 0; i < n; i++) x[interleave ? i % 2 * half + i / 2 : i] = widen(head[i]);
+    for (int64_t i = 0; i < half; i++) {
+        y[i] = widen(narrow(x[i] * widen(cos[i]))) + x[i + half] * widen(sin[i]);
+        y[i + half] = widen(narrow(x[i + half] * widen(cos[i + half]))) + x[i] * widen(sin[i + half]);
+    }
+    for (int64_t i = 0; i < n; i++) head[i] = narrow(y[i]);
+}
+
+// y (M, N) = x (M, K) w^T + bias by all threads of a team, each of which has widened all of x to its own `room`
+void team_product(const Weight& w, const bf16* x, bf16* y, int64_t M, std::vector<float>& room) {
+    with_weight(w, [&](auto weight) {
+        const float* rows = widen_rows(weight, x, M, w.K, room);
+        product(weight, rows, weight.inputs(), w.bias, y, M, w.N);
+    });
+}
+
+// x += factor * norm(y), for rows that each thread has a copy of
+void add_rows(std::vector<bf16>& x, const bf16* y, const bf16* norm, float factor, int64_t M, const Shape& shape,
+              std::vector<bf16>& room) {
+    const int64_t E = shape.E;
+    if (norm) {
+        room.resize(M * E);
+        for (int64_t m = 0; m < M; m++) norm_row(y + m * E, norm, &room[m * E], E, shape.eps, shape.norm_offset);
+        y = room.data();
+    }
+    for (int64_t i = 0; i < M * E; i++)
+        x[i] = narrow(widen(x[i]) + (factor == 1.0f ? widen(y[i]) : widen(narrow(widen(y[i]) * factor))));
+}
+
 }  // namespace
 
 extern "C" {
@@ -272,22 +496,29 @@ void linear_int8(const bf16* x, const int8_t* w, const float* scale, const bf16*
     linear(Int8{w, scale, K, N}, x, bias, y, M, K, N);
 }
 
+void linear_int4(const bf16* x, const uint16_t* w, const uint16_t* scale, const uint16_t* minimum, const bf16* bias, bf16* y,
+                 int64_t M, int64_t K, int64_t N, int64_t group) {
+    with_weight(Weight{2, K, N, group, w, scale, minimum, bias}, [&](auto weight) { linear(weight, x, bias, y, M, K, N); });
+}
+
+// Gated MLP: `first` has the gate's I outputs and then as many more; I is a multiple of 64.
 void gated_mlp_blocked(const bf16* x, const uint32_t* first, const uint32_t* second, bf16* y, int64_t M, int64_t K,
                        int64_t I, int64_t N, int kind) {
-    gated_mlp(Blocked{first, K}, Blocked{second, I}, x, y, M, K, I, N, kind);
+    static thread_local std::vector<float> room, inner_room;
+    const Blocked gate{first, K}, up{first + I * gate.inputs() / 2, K}, down{second, I};
+    const float* rows = widen_rows(gate, x, M, K, room);
+    inner_room.assign(M * down.inputs(), 0.0f);
+    float* inner = inner_room.data();
+#pragma omp parallel
+    {
+        gated(gate, up, rows, gate.inputs(), inner, down.inputs(), M, I, kind);
+        product(down, (const float*)inner, down.inputs(), (const bf16*)nullptr, y, M, N);
+    }
 }
 
 void rms_norm(const bf16* x, const bf16* weight, bf16* y, int64_t rows, int64_t size, float eps, float offset) {
 #pragma omp parallel for schedule(static) if (rows > 64)
-    for (int64_t r = 0; r < rows; r++) {
-        const bf16* in = x + r * size;
-        bf16* out = y + r * size;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < size; i++) sum += widen(in[i]) * widen(in[i]);
-        const float factor = 1.0f / std::sqrt(sum / float(size) + eps);
-        for (int64_t i = 0; i < size; i++) out[i] = narrow(widen(in[i]) * factor * (widen(weight[i]) + offset));
-    }
+    for (int64_t r = 0; r < rows; r++) norm_row(x + r * size, weight, y + r * size, size, eps, offset);
 }
 
 // q (B, H, T, D) and keys, values (B, G, N, D) by strides over all but the last dimension, bias (null: none) by strides over
@@ -296,52 +527,111 @@ void attend(const bf16* q, const bf16* k, const bf16* v, const bf16* bias, const
             int64_t G, int64_t T, int64_t N, int64_t D, const int64_t* strides, float scale, float cap) {
     static thread_local std::vector<float> room;
     const int64_t *qs = strides, *ks = strides + 3, *vs = strides + 6, *bs = strides + 9;
-    const int64_t shared = H / G * T;  // queries that attend to the same keys
-    const int64_t splits = (N + SPLIT - 1) / SPLIT, items = B * G * splits;
-    room.resize(B * G * shared * D + items * shared * (D + 2));
-    float* queries = room.data();
-    float *sums = queries + B * G * shared * D, *tops = sums + items * shared * D, *totals = tops + items * shared;
+    Attention a{B, H, G, T, N, D, cap, k, v, {ks[0], ks[1], ks[2]}, {vs[0], vs[1], vs[2]}, bias, {bs[0], bs[1]}, sinks,
+                nullptr, nullptr, nullptr, nullptr};
+    room.resize(a.room());
+    a.settle(room.data());
     for (int64_t b = 0; b < B; b++)
         for (int64_t h = 0; h < H; h++)
             for (int64_t t = 0; t < T; t++)
                 for (int64_t d = 0; d < D; d++)
-                    queries[((b * H + h) * T + t) * D + d] = widen(q[b * qs[0] + h * qs[1] + t * qs[2] + d]) * scale;
+                    a.queries[((b * H + h) * T + t) * D + d] = widen(q[b * qs[0] + h * qs[1] + t * qs[2] + d]) * scale;
 #pragma omp parallel
     {
+        a.parts();
+        a.combine(y);
+    }
+}
+
+// x (B, T, E) through all layers, in place. Threads meet only where one needs what another has computed; what is small, each
+// computes for itself.
+void decode_layers(const Shape* shape_, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes,
+                   bf16* x, int64_t B, int64_t T) {
+    const Shape& shape = *shape_;
+    const int64_t E = shape.E, H = shape.H, G = shape.G, D = shape.D, M = B * T, heads = H + 2 * G;
+    static thread_local std::vector<bf16> shared;
+    static thread_local std::vector<float> inner_room, attention_room;
+    shared.resize(M * (heads * D + H * D + E));
+    bf16 *qkv = shared.data(), *attended = qkv + M * heads * D, *out = attended + M * H * D;
+    int64_t inner_stride = 0, most = 0;
+    for (int64_t l = 0; l < n_layers; l++) {
+        const StepPlan& plan = plans[layers[l].plan];
+        Attention a{};
+        a.B = B, a.H = H, a.G = G, a.T = T, a.N = plan.N, a.D = D;
+        most = std::max(most, a.room());
+        with_weight(layers[l].down, [&](auto w) { inner_stride = std::max(inner_stride, w.inputs()); });
+    }
+    attention_room.resize(most);
+    inner_room.assign(M * inner_stride, 0.0f);
+    float *inner = inner_room.data(), *attention = attention_room.data();
+#pragma omp parallel
+    {
+        static thread_local std::vector<float> room;
+        static thread_local std::vector<bf16> own, normed, post;
+        own.assign(x, x + M * E);
+        normed.resize(M * E);
+        for (int64_t l = 0; l < n_layers; l++) {
+            const Layer& layer = layers[l];
+            const StepPlan& plan = plans[layer.plan];
+            const auto norm = [&](const bf16* weight) {
+                for (int64_t m = 0; weight && m < M; m++)
+                    norm_row(&own[m * E], weight, &normed[m * E], E, shape.eps, shape.norm_offset);
+                return weight ? normed.data() : own.data();
+            };
+            team_product(layer.qkv, norm(layer.norm_1), qkv, M, room);
+
+            if (shape.norm_all_heads && layer.norm_q) {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < items; i++) {
-            const int64_t group = i / splits, b = group / G, g = group % G, n0 = i % splits * SPLIT;
-            const int64_t n = std::min<int64_t>(SPLIT, N - n0);
-            const bf16 *keys = k + b * ks[0] + g * ks[1] + n0 * ks[2], *values = v + b * vs[0] + g * vs[1] + n0 * vs[2];
-            for (int64_t r = 0; r < shared;) {
-                const bf16* rows_bias[4];
-                const int64_t left = shared - r, at = i * shared + r;
-                const int count = left >= 4 ? 4 : int(left);
-                for (int c = 0; c < count; c++)
-                    rows_bias[c] = bias ? bias + b * bs[0] + (r + c) % T * bs[1] + n0 : nullptr;
-                const float* rows = queries + (group * shared + r) * D;
-                const auto run = count == 1   ? attend_rows<1>
-                                 : count == 2 ? attend_rows<2>
-                                 : count == 3 ? attend_rows<3>
-                                              : attend_rows<4>;
-                run(rows, keys, values, ks[2], vs[2], rows_bias, n, D, cap, tops + at, totals + at, sums + at * D);
-                r += count;
+                for (int64_t m = 0; m < M; m++) {
+                    bf16* row = qkv + m * heads * D;
+                    norm_row(row, layer.norm_q, row, H * D, shape.eps, shape.norm_offset);
+                    norm_row(row + H * D, layer.norm_k, row + H * D, G * D, shape.eps, shape.norm_offset);
+                }
             }
-        }
+            Attention a{B, H, G, T, plan.N, D, shape.cap, layer.keys + plan.first * D, layer.values + plan.first * D,
+                        {layer.row_stride, layer.head_stride, D}, {layer.row_stride, layer.head_stride, D}, plan.bias,
+                        {plan.bias_strides[0], plan.bias_strides[1]}, layer.sinks, nullptr, nullptr, nullptr, nullptr};
+            a.settle(attention);
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < B * H * T; row++) {
-            const int64_t group = row / shared, r = row % shared, b = group / G, h = row / T % H, t = row % T;
-            float most = sinks ? widen(sinks[h]) : -INFINITY, out[MAX_D] = {};
-            for (int64_t s = 0; s < splits; s++) most = std::max(most, tops[(group * splits + s) * shared + r]);
-            float total = sinks ? exponential(widen(sinks[h]) - most) : 0.0f;
-            for (int64_t s = 0; s < splits; s++) {
-                const int64_t at = (group * splits + s) * shared + r;
-                const float factor = totals[at] > 0 ? exponential(tops[at] - most) : 0.0f;
-                total += factor * totals[at];
-                for (int64_t d = 0; d < D; d++) out[d] += factor * sums[at * D + d];
+            for (int64_t i = 0; i < M * heads; i++) {
+                const int64_t m = i / heads, h = i % heads, b = m / T, t = m % T;
+                bf16* head = qkv + i * D;
+                if (h < H + G) {
+                    const bf16* weight = h < H ? layer.norm_q : layer.norm_k;
+                    if (weight && !shape.norm_all_heads) norm_row(head, weight, head, D, shape.eps, shape.norm_offset);
+                    if (layer.rope >= 0) {
+                        const Rope& rope = ropes[layer.rope];
+                        const int64_t at = b * rope.row_stride + t * shape.rope_n;
+                        turn(head, rope.cos + at, rope.sin + at, shape.rope_n, shape.interleave);
+                    }
+                }
+                if (h < H) {
+                    float* query = a.queries + ((b * H + h) * T + t) * D;
+                    for (int64_t d = 0; d < D; d++) query[d] = widen(head[d]) * shape.scale;
+                } else {
+                    const int64_t g = (h - H) % G, slot = plan.slots[plan.slots_by_row ? m : t];
+                    bf16* buffer = h < H + G ? layer.keys : layer.values;
+                    std::memcpy(buffer + b * layer.row_stride + g * layer.head_stride + slot * D, head, D * sizeof(bf16));
+                }
             }
-            for (int64_t d = 0; d < D; d++) y[((b * T + t) * H + h) * D + d] = narrow(out[d] / total);
+            a.parts();
+            a.combine(attended);
+            team_product(layer.proj, attended, out, M, room);
+            add_rows(own, out, layer.post_attention_norm, shape.attention_factor, M, shape, post);
+
+            const bf16* mlp_input = norm(layer.norm_2);
+            with_weight(layer.gate, [&](auto gate) {
+                const decltype(gate) up(layer.up);
+                const float* rows = widen_rows(gate, mlp_input, M, E, room);
+                gated(gate, up, rows, gate.inputs(), inner, inner_stride, M, shape.I, int(shape.activation));
+            });
+            with_weight(layer.down, [&](auto down) {
+                product(down, (const float*)inner, inner_stride, layer.down.bias, out, M, E);
+            });
+            add_rows(own, out, layer.post_mlp_norm, shape.mlp_factor, M, shape, post);
         }
+#pragma omp single
+        std::memcpy(x, own.data(), M * E * sizeof(bf16));
     }
 }
 

@@ -17,6 +17,12 @@ UNIT = 64  # outputs of a block in oneDNN's layout, as in cpu.cpp
 _strides = struct.Struct("11q")
 
 
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether there are kernels on this machine."""
+    return library() is not None
+
+
 @functools.cache
 def reads_packed_weights() -> bool:
     """Whether oneDNN lays weights out on this machine as `linear_blocked` reads them."""
@@ -25,13 +31,18 @@ def reads_packed_weights() -> bool:
     N, K = 70, 40
     weight = torch.arange(N * K).remainder(251).view(N, K).to(torch.bfloat16)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 128)
-    padded = torch.zeros(-(-N // UNIT) * UNIT, -(-K // 32) * 32, dtype=torch.bfloat16)
+    padded = torch.zeros(-(-N // UNIT) * UNIT, packed_inputs(K), dtype=torch.bfloat16)
     padded[:N, :K] = weight
     expected = padded.view(-1, UNIT, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
     size = 2 * expected.numel()
     if torch.ops.mkldnn._nbytes(packed) != size:
         return False
     return ctypes.string_at(torch.ops.mkldnn.data_ptr(packed), size) == ctypes.string_at(expected.data_ptr(), size)
+
+
+def packed_inputs(K: int) -> int:
+    """Inputs that oneDNN's layout has for K of them."""
+    return -(-K // 32) * 32
 
 
 def linear_blocked(x: torch.Tensor, weight: int, bias: torch.Tensor | None, N: int) -> torch.Tensor:
@@ -67,7 +78,7 @@ def can_norm(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and x.device.type == "cpu"
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and not torch.compiler.is_compiling()
-        and library() is not None
+        and available()
     )
 
 
@@ -85,7 +96,7 @@ def can_attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bi
         query.dtype == torch.bfloat16
         and query.shape[2] <= MAX_QUERIES
         and query.device.type == "cpu"
-        and library() is not None
+        and available()
         and query.shape[-1] == values.shape[-1] <= MAX_HEAD_SIZE
         and not (torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad))
         and query.stride(-1) == keys.stride(-1) == values.stride(-1) == 1

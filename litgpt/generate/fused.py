@@ -1,0 +1,186 @@
+"""Decoding on CPU with one call for all layers: what PyTorch spends between operations costs as much as small models do.
+
+It is `GPT.run_layers` for a few tokens, made of the same weights, caches and plans; where something is not as it knows it,
+it leaves the call to `run_layers`.
+"""
+
+import ctypes
+import operator
+
+import torch
+from torch import nn
+
+from litgpt.attention import attention_scale
+from litgpt.kernels import ops
+from litgpt.kernels.library import library
+from litgpt.kernels.structs import BLOCKED, INT8, Layer, Rope, Shape, StepPlan, Weight, address
+from litgpt.kvcache import KVCache
+from litgpt.kvcache.default import DefaultKVCache
+from litgpt.kvcache.plan import Plan
+from litgpt.kvcache.storage import DefaultStorage
+from litgpt.model import GPT, Block, CausalSelfAttention, GemmaMLP, LLaMAMLP, Multiply, RMSNorm
+from litgpt.packed import PackedGatedMLP, PackedLinear
+from litgpt.quantize import Int8Linear
+from litgpt.rope import Rope as RopeRows
+
+
+def fuse_decode(model: GPT) -> bool:
+    """Have `model` decode with one call for all layers, if its layers are of the kinds that are known here.
+
+    Undone by `model.decode = None`, which has to be done before the layers or their weights are replaced.
+    """
+    layers = [_layer(block) for block in model.transformer.h] if ops.available() and _is_known(model) else [None]
+    if None in layers:
+        return False
+    model.decode = FusedDecode(model, layers)
+    return True
+
+
+class FusedDecode:
+    """A `GPT.decode`: takes the arguments of `GPT.run_layers`, and gives None where it cannot do the call."""
+
+    def __init__(self, model: GPT, layers: list[Layer]) -> None:
+        config, first = model.config, model.transformer.h[0]
+        self.model = model
+        self.blocks = list(model.transformer.h)
+        self.layers = (Layer * len(layers))(*layers)
+        self.shape = Shape(
+            *(config.n_embd, config.n_head, config.n_query_groups, config.head_size, layers[0].gate.N),
+            *(config.rope_n_elem, config.rope_interleave, _activation(first.mlp)),
+            *(config.norm_qk and config.norm_qk_type == "olmo2", config.norm_eps, config.norm_unit_offset),
+            *(attention_scale(config), config.attention_logit_softcapping or 0.0),
+            *(getattr(first.post_attention_norm, "factor", 1.0), getattr(first.post_mlp_norm, "factor", 1.0)),
+        )
+        self.plans = (StepPlan * len(layers))()
+        modules = [module for block in self.blocks for module in block.modules()]
+        self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self.caches: list[KVCache] = []  # that were found to be of a known kind
+
+    def __call__(self, idx: torch.Tensor, rope: list[RopeRows], plans: list[Plan], input_pos: int) -> torch.Tensor | None:
+        B, T = idx.shape
+        if B * T > ops.MAX_ROWS or any(self.hooks):
+            return None
+        caches = [block.attn.kv_cache for block in self.blocks]
+        if not (len(self.caches) == len(caches) and all(map(operator.is_, caches, self.caches))):
+            if not all(map(_is_known_cache, caches)):
+                return None
+            self.caches = caches
+        numbers: dict[int, int] = {}
+        for layer, cache, plan in zip(self.layers, caches, plans, strict=True):
+            number = numbers.get(id(plan))
+            if number is None:
+                number = numbers[id(plan)] = len(numbers)
+                if not _set_plan(self.plans[number], plan, T):
+                    return None
+            keys = cache.storage.k
+            layer.keys, layer.values, layer.plan = keys.data_ptr(), cache.storage.v.data_ptr(), number
+            layer.row_stride, layer.head_stride, _, _ = keys.stride()
+        tables = [(cos.contiguous(), sin.contiguous()) for cos, sin in rope]
+        ropes = (Rope * len(tables))(
+            *(Rope(cos.data_ptr(), sin.data_ptr(), cos.stride(0) if len(cos) > 1 else 0) for cos, sin in tables)
+        )
+        x = self.model.embed(idx).contiguous()
+        library().decode_layers(
+            ctypes.byref(self.shape), self.layers, len(self.layers), self.plans, ropes, x.data_ptr(), B, T
+        )
+        return self.model.transformer.ln_f(x)
+
+
+def _set_plan(target: StepPlan, plan: Plan, T: int) -> bool:
+    """Fill in what `plan` does, if it is of the usual kind: store the new tokens, then attend to a range of slots."""
+    part = plan.parts[0]
+    step = part.steps[0]
+    known = len(plan.parts) == len(part.steps) == 1 and part.rows is None and part.chunk_rows is None
+    whole = slice(0, T)
+    if not (known and step.write_first and step.new is None and step.write == whole == step.queries):
+        return False
+    bias, read = step.bias, step.read
+    if isinstance(read, torch.Tensor):
+        return False
+    target.slots, target.slots_by_row = step.slots.data_ptr(), step.slots.ndim > 1
+    target.first, target.N = (0, bias.shape[-1]) if read is None else (read.start, read.stop - read.start)
+    target.bias = address(bias)
+    if bias is not None:
+        if bias.dtype != torch.bfloat16 or bias.stride(-1) != 1 or (bias.ndim == 4 and bias.shape[1] != 1):
+            return False
+        target.bias_strides[0] = bias.stride(0) if bias.ndim == 4 and len(bias) > 1 else 0
+        target.bias_strides[1] = bias.stride(-2) if bias.shape[-2] > 1 else 0
+    return True
+
+
+def _is_known_cache(cache: KVCache | None) -> bool:
+    return (
+        isinstance(cache, DefaultKVCache)
+        and type(cache).run is DefaultKVCache.run
+        and type(cache.storage) is DefaultStorage
+        and cache.value_size is None
+        and cache.dtype == torch.bfloat16
+        and cache.mha.is_plain()
+    )
+
+
+def _layer(block: nn.Module) -> Layer | None:
+    """What is the same in all steps, or None if the layer is of another kind."""
+    if type(block) is not Block or type(block.attn) is not CausalSelfAttention:
+        return None
+    attn, mlp = block.attn, block.mlp
+    norms = {
+        "norm_1": block.norm_1,
+        "norm_q": attn.norm_q,
+        "norm_k": attn.norm_k,
+        "post_attention_norm": block.post_attention_norm,
+        "norm_2": block.norm_2,
+        "post_mlp_norm": block.post_mlp_norm,
+    }
+    weights = {"qkv": _weight(attn.qkv), "proj": _weight(attn.proj), **_mlp_weights(mlp)}
+    kinds = (RMSNorm, nn.Identity, Multiply, type(None))
+    if None in weights.values() or not weights or not all(type(norm) in kinds for norm in norms.values()):
+        return None
+    if weights["gate"].kind != weights["up"].kind or weights["gate"].bias or weights["up"].bias:
+        return None
+    return Layer(
+        **{name: norm.weight.data_ptr() if type(norm) is RMSNorm else None for name, norm in norms.items()},
+        **weights,
+        sinks=address(attn.sinks),
+        rope=-1 if attn.rope_kind is None else attn.rope_kind,
+    )
+
+
+def _mlp_weights(mlp: nn.Module) -> dict[str, Weight | None]:
+    if type(mlp) is PackedGatedMLP and mlp.activation is not None:
+        both, down = mlp.first, mlp.proj
+        half = both.out_features // 2
+        gate, up = _weight(both), _weight(both)
+        gate.N = up.N = half
+        up.w += half * ops.packed_inputs(both.in_features) * 2
+        return {"gate": gate, "up": up, "down": _weight(down)}
+    if type(mlp) in (LLaMAMLP, GemmaMLP):
+        return {"gate": _weight(mlp.fc_1), "up": _weight(mlp.fc_2), "down": _weight(mlp.proj)}
+    return {"gate": None}
+
+
+def _activation(mlp: nn.Module) -> int:
+    return mlp.activation if type(mlp) is PackedGatedMLP else ops.ACTIVATIONS[mlp.activation]
+
+
+def _weight(linear: nn.Module) -> Weight | None:
+    if type(linear) is PackedLinear and linear.address is not None:
+        size = {"kind": BLOCKED, "K": linear.in_features, "N": linear.out_features}
+        return Weight(**size, w=linear.address, bias=address(linear.bias))
+    if type(linear) is Int8Linear:
+        size = {"kind": INT8, "K": linear.in_features, "N": linear.out_features}
+        return Weight(
+            **size, w=linear.weight.data_ptr(), scale=linear.scale.data_ptr(), bias=address(linear.bias)
+        )
+    return None
+
+
+def _is_known(model: GPT) -> bool:
+    config, wte = model.config, model.transformer.wte
+    return (
+        wte.weight.device.type == "cpu"
+        and model.dtype == torch.bfloat16
+        and not config.parallel_residual
+        and config.head_size <= ops.MAX_HEAD_SIZE
+        and config.rope_n_elem <= config.head_size
+    )

@@ -1,0 +1,49 @@
+"""What `decode_layers` is told, as cpu.cpp has it."""
+
+import ctypes
+
+import torch
+
+_POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+BLOCKED, INT8, INT4 = range(3)  # kinds of weights
+
+
+class Weight(ctypes.Structure):
+    _fields_ = [
+        *((name, _COUNT) for name in ("kind", "K", "N", "group")),
+        *((name, _POINTER) for name in ("w", "scale", "minimum", "bias")),
+    ]
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [
+        *((name, _COUNT) for name in ("E", "H", "G", "D", "I", "rope_n", "interleave", "activation", "norm_all_heads")),
+        *((name, _FLOAT) for name in ("eps", "norm_offset", "scale", "cap", "attention_factor", "mlp_factor")),
+    ]
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _POINTER) for name in ("norm_1", "norm_q", "norm_k", "post_attention_norm", "norm_2", "post_mlp_norm")),
+        *((name, _POINTER) for name in ("sinks", "keys", "values")),
+        *((name, _COUNT) for name in ("row_stride", "head_stride", "rope", "plan")),
+        *((name, Weight) for name in ("qkv", "proj", "gate", "up", "down")),
+    ]
+
+
+class StepPlan(ctypes.Structure):
+    _fields_ = [
+        ("slots", _POINTER),
+        *((name, _COUNT) for name in ("slots_by_row", "first", "N")),
+        ("bias", _POINTER),
+        ("bias_strides", _COUNT * 2),
+    ]
+
+
+class Rope(ctypes.Structure):
+    _fields_ = [("cos", _POINTER), ("sin", _POINTER), ("row_stride", _COUNT)]
+
+
+def address(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
