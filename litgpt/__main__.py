@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "generate_tp": (
         "litgpt.generate.tp:main",
-        "Answer a prompt with a model whose layers are divided among several processes.",
+        "Answer a prompt with a model whose layers are divided among processes.",
     ),
     "download": ("litgpt.scripts.download:download_from_hub", "Fetch a model, or list those that can be had."),
     "convert_to_litgpt": (
