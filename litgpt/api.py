@@ -15,14 +15,18 @@ from litgpt.config import Config
 from litgpt.generate.answer import Answer
 from litgpt.generate.compiled import compile_decode
 from litgpt.generate.continuous import ContinuousBatch
+from litgpt.generate.processes import join_group, launched_outside, own_device
 from litgpt.generate.request import Request
 from litgpt.generate.sampling import LogitsProcessor, Sampling
+from litgpt.generate.sequentially import choose_devices, sequential
 from litgpt.generate.session import Session
 from litgpt.generate.setup import choose_kv_caches, default_device, make_ready, parse_precision
+from litgpt.generate.tp import number_of_processes
 from litgpt.model import GPT
 from litgpt.packed import pack_linears, unpack_linears
 from litgpt.prompts import ChatTemplate, PromptStyle, all_stop_tokens, encode_prompt, save_prompt_style
 from litgpt.quantize import BNB_MODES, quantize_model
+from litgpt.sharding import ShardedGPT, shard_model
 from litgpt.tokenizer import Tokenizer
 
 BYTES_PER_GB = 1e9
@@ -128,6 +132,8 @@ class LLM(nn.Module):
             prompt_style: to be saved (default: the one in use).
         """
         out_dir = Path(out_dir)
+        if isinstance(self.model, ShardedGPT):
+            raise ValueError("this process holds a part of the model only: save it before it is distributed")
         self._for_training()
         if self.model.quantization is None:
             save_litgpt(self.model, out_dir)
@@ -145,44 +151,79 @@ class LLM(nn.Module):
         devices: int | Literal["auto"] = "auto",
         precision: str | None = None,
         quantize: str | None = None,
-        generate_strategy: str | None = None,
+        generate_strategy: Literal["sequential", "tensor_parallel"] | None = None,
         fixed_kv_cache_size: int | Literal["max_model_supported"] | None = None,
     ) -> None:
-        """Put the model on its device, in its precision.
+        """Put the model on its device, or on several, in its precision.
 
         Args:
             accelerator: cpu, cuda, or auto: the GPU if there is one.
-            devices: 1 or auto.
+            devices: how many; auto: 1, or all there are with a `generate_strategy`.
             precision: bf16-true, 16-true or 32-true (default: what the device computes well in).
             quantize: keep the weights in fewer bits: int8, int4, or on a GPU one of bitsandbytes' ways.
-            generate_strategy: not available.
+            generate_strategy: how several devices share the model. sequential: each has some of the layers. tensor_parallel:
+                each has a part of every layer; the script then runs once for every device (`torchrun`), and all of
+                its processes have to ask for the same.
             fixed_kv_cache_size: tokens that the key-value caches are made for from the start, instead of as needed.
 
         Raises:
             ValueError: for what is not available here.
         """
-        if generate_strategy is not None:
-            raise ValueError(f"generate_strategy={generate_strategy!r} is not available: leave it out")
-        if devices not in ("auto", 1):
-            raise ValueError(f"devices={devices!r} is not available: one device holds the model")
+        if generate_strategy not in (None, "sequential", "tensor_parallel"):
+            raise ValueError(f"generate_strategy must be 'sequential' or 'tensor_parallel', got {generate_strategy!r}")
+        if generate_strategy is None and devices not in ("auto", 1):
+            raise ValueError(f"devices={devices!r} needs a generate_strategy: 'sequential' or 'tensor_parallel'")
+        if self._on_several_devices:
+            raise ValueError("the model is on several devices already: load it anew to distribute it otherwise")
         if accelerator == "cuda" and not torch.cuda.is_available():
             raise ValueError("accelerator='cuda', but there is no GPU that this build of torch can use")
         device = default_device() if accelerator == "auto" else torch.device(accelerator)
+        number = None if devices == "auto" else devices
+        several = choose_devices(number, device.type) if generate_strategy == "sequential" else [device]
+        if generate_strategy is not None and quantize in BNB_MODES:
+            raise ValueError(f"quantize={quantize!r} is for one device: use int8 or int4")
+        if len(several) > 1 and self.model.static_decode:
+            raise ValueError(f"a compiled model works on one device, not on {len(several)}: load it without compile")
         self._for_training()
         self.model.clear_kv_caches(assigned=True)
         dtype = parse_precision(precision, device)
+        if generate_strategy == "tensor_parallel":
+            device = self._divide(number, dtype, device)
         if quantize in BNB_MODES:
             self.model.to(dtype=dtype)  # is what its layers compute in
         if quantize is not None:
             quantize_model(self.model, quantize)
             self.model.requires_grad_(False)
-        self.model.to(device=device, dtype=dtype)
+        if len(several) > 1:
+            sequential(self.model.to(dtype=dtype), several)
+        else:
+            self.model.to(device=device, dtype=dtype)
         if self.preprocessor is not None:
             self.preprocessor.device = device
         if fixed_kv_cache_size is not None:
             length = self.config.block_size if fixed_kv_cache_size == "max_model_supported" else fixed_kv_cache_size
             self.model.set_kv_caches(1, max_seq_length=length)
         self.placed = True
+
+    def _divide(self, number: int | None, dtype: torch.dtype, device: torch.device) -> torch.device:
+        """Keep the part of the model that is this process's, on its device, which is returned."""
+        if (process := launched_outside()) is None:
+            raise ValueError(
+                "tensor_parallel divides the model among processes that all run this script: start it with "
+                "`torchrun --nproc-per-node N SCRIPT`, or use the command `litgpt generate_tp`"
+            )
+        rank, world_size = process[0], number_of_processes(number)
+        device = own_device(rank) if device.type == "cuda" else device
+        part = shard_model(self.model, dtype, device, rank, world_size)
+        join_group()
+        if self.model.static_decode:
+            compile_decode(part)
+        self.model = part
+        return device
+
+    @property
+    def _on_several_devices(self) -> bool:
+        return isinstance(self.model, ShardedGPT) or self.model.layer_devices is not None
 
     # -- generating
 

@@ -92,13 +92,13 @@ class _Arrival:
         return x.to(self.device), rope, plan, idx
 
 
-def choose_devices(number: int | None) -> list[torch.device]:
-    """The first `number` GPUs (None: all), or the CPU where there are none.
+def choose_devices(number: int | None, kind: str | None = None) -> list[torch.device]:
+    """The first `number` GPUs (None: all), or the CPU where there are none, or `kind` is "cpu".
 
     Raises:
         ValueError: if there are not as many.
     """
-    gpus = torch.cuda.device_count() if default_device().type == "cuda" else 0
+    gpus = torch.cuda.device_count() if (kind or default_device().type) == "cuda" else 0
     available = [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]
     if number is not None and not 1 <= number <= len(available):
         found = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "the CPU only, which is one device"
