@@ -112,6 +112,19 @@ def test_a_step_has_as_many_rows_as_it_must(name):
     assert sizes == ([3] * 14 if model.static_decode else [3] * 5 + [2] * 4 + [1] * 5)
 
 
+def test_idle_rows_stay_empty_however_long_the_others_go_on():
+    model = tiny_gpt()
+    model.static_decode = True
+    batch = ContinuousBatch(model, ROWS, 20)
+    for _ in range(6):
+        batch.submit(request(5, 15, 0, None))
+        while batch.unfinished:
+            batch.step()
+            lengths = model.kv_caches()[0].row_lengths
+            assert len(lengths) == ROWS
+            assert sum(length > 0 for length in lengths) == 1
+
+
 def test_what_will_never_fit_is_refused_and_disturbs_nobody():
     model = tiny_gpt()
     batch = ContinuousBatch(model, 2, 40)
