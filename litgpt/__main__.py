@@ -55,6 +55,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "litgpt.scripts.merge_lora:merge_lora",
         "Merge LoRA weights into those of the checkpoint that was fine-tuned.",
     ),
+    "quantize": (
+        "litgpt.scripts.quantize:quantize_checkpoint",
+        "Quantise a model's weights to 8 or 4 bits, once, into a folder of their own.",
+    ),
     "validate": ("litgpt.scripts.validate:validate_setup", "Check a checkpoint, and tell how much memory it needs."),
 }
 
