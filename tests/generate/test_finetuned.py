@@ -52,7 +52,8 @@ def tuned_model(method: str, base, seed: int = 0) -> tuple[GPT, dict[str, torch.
         trained = {"adapter": adapter.adapter_filter, "adapter_v2": adapter_v2.adapter_filter}[method]
     weights = {name: x for name, x in model.state_dict().items() if trained(name, x)}
     for name, x in weights.items():
-        torch.nn.init.normal_(x, mean=1.0 if x.ndim == 1 and "bias" not in name else 0.0, std=0.3)
+        mean = 1.0 if x.ndim == 1 and "bias" not in name else 0.0
+        torch.nn.init.normal_(x, mean=mean, std=2.0 if "gating_factor" in name else 0.3)
     return model, weights
 
 
@@ -237,13 +238,21 @@ def test_every_option_is_explained(method, capsys):
     not can_pack(torch.empty(1, 1, dtype=torch.bfloat16)), reason="no packed bfloat16 products on this machine"
 )
 @pytest.mark.parametrize("method", ["lora", "adapter", "adapter_v2"])
-def test_a_command_packs_the_layers_inside(method, base, tmp_path):
+def test_packed_layers_inside_decode_as_the_fine_tuned_model_does(method, base, tmp_path):
     from litgpt.generate.setup import make_ready
 
-    write_tuned(method, base, tmp_path / "tuned")
-    ready = make_ready(base, "bf16-true", load=Finetuned(tmp_path / "tuned", method).load)
-    layer = ready.model.transformer.h[1].attn.qkv
+    reference = write_tuned(method, base, tmp_path / "tuned")
+    model = make_ready(base, "bf16-true", load=Finetuned(tmp_path / "tuned", method).load).model
+    layer = model.transformer.h[1].attn.qkv
     assert isinstance(layer if method == "adapter" else layer.linear, PackedLinear)
+    idx = torch.randint(5, 261, (1, 30))
+    model.set_kv_caches(1)
+    with torch.inference_mode():
+        steps = [model(idx[:, :20], 0), *(model(idx[:, pos : pos + 1], pos) for pos in range(20, 30))]
+        expected, plain = reference(idx)[:, 20:], load_model(base)(idx)[:, 20:]
+    error = (torch.cat(steps[1:], 1) - expected).norm()
+    assert error < 0.1 * expected.norm()
+    assert error < 0.2 * (plain - expected).norm()  # so what was trained has not been left out
 
 
 @pytest.mark.parametrize("method", ["lora", "adapter", "adapter_v2"])
