@@ -15,7 +15,9 @@ from litgpt.config import Config
 from litgpt.generate.answer import Answer
 from litgpt.generate.compiled import compile_decode
 from litgpt.generate.continuous import ContinuousBatch
+from litgpt.generate.engine import Engine
 from litgpt.generate.processes import join_group, launched_outside, own_device
+from litgpt.generate.proposals import PromptLookup
 from litgpt.generate.request import Request
 from litgpt.generate.sampling import LogitsProcessor, Sampling
 from litgpt.generate.sequentially import choose_devices, sequential
@@ -60,6 +62,7 @@ class LLM(nn.Module):
         self.prompt_style = PromptStyle.from_config(model.config) if prompt_style is None else prompt_style
         self.config = model.config if config is None else config
         self.checkpoint_dir = checkpoint_dir
+        self._engine: Engine | None = None  # of the last `generate`
         self.placed = False  # whether `distribute` has put the model where it works
 
     # -- from and to disk
@@ -255,6 +258,7 @@ class LLM(nn.Module):
         logits_processors: Sequence[LogitsProcessor] = (),
         logprobs: int | None = None,
         batch_size: int | None = None,
+        prompt_lookup: int | None = None,
     ) -> (
         str
         | torch.Tensor
@@ -288,6 +292,8 @@ class LLM(nn.Module):
                 gets copies of its own.
             logprobs: give `Answer`s with the log-probability of every token, and those of this many likeliest ones.
             batch_size: most prompts at a time; an answer that is done makes room for the next (default: all at once).
+            prompt_lookup: guess up to this many next tokens at a time from the text so far, and check them in one call: the
+                same answer, faster where it repeats much of the prompt (default: no guesses).
 
         Returns:
             The answer, without the prompt: a text, tokens, or an `Answer`; a list of them for a list of prompts.
@@ -318,6 +324,7 @@ class LLM(nn.Module):
             logit_bias,
             processors=tuple(logits_processors),
         )
+        proposer = None if prompt_lookup is None else PromptLookup(prompt_lookup)
         prompts = {text: self._text_to_token_ids(text, sys_prompt) for text in texts}
         stops = all_stop_tokens(self.tokenizer, self.prompt_style)
         requests = [
@@ -335,7 +342,8 @@ class LLM(nn.Module):
         if not (kv_cache == "dense" and cache_length is None and not sinks and self.model.default_kv_caches):
             choose_kv_caches(self.model, kv_cache, cache_length, rows, sinks)
         longest = max(request.length for request in requests)
-        batch = ContinuousBatch(self.model, rows, longest, prompt_chunksize)
+        batch = ContinuousBatch(self.model, rows, longest, prompt_chunksize, proposer)
+        self._engine = batch.engine
         for request in requests:
             batch.submit(request)
         if stream:
@@ -350,6 +358,11 @@ class LLM(nn.Module):
         else:
             answers = [self.tokenizer.decode(request.output) for request in requests]
         return answers if several else answers[0]
+
+    @property
+    def acceptance_rate(self) -> float:
+        """What part of the guesses stood that the last `generate(prompt_lookup=...)` made (0 if there were none)."""
+        return 0.0 if self._engine is None else self._engine.acceptance_rate
 
     @staticmethod
     def _stream(batch: ContinuousBatch, device: torch.device) -> Iterator[torch.Tensor]:

@@ -217,6 +217,11 @@ class Engine:
         self._joined: list[tuple[Request, list[int]]] = []  # what the prefill gave
 
     @property
+    def acceptance_rate(self) -> float:
+        """What part of the guesses stood (0 if there were none)."""
+        return self.accepted / max(1, self.guessed)
+
+    @property
     def active(self) -> list[Request]:
         """Requests that are not finished."""
         return [row.request for row in self._rows if row is not None and row.request.finish_reason is None]

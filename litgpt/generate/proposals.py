@@ -1,7 +1,7 @@
 """Where guesses of the next tokens come from: the text so far, or a smaller model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -168,11 +168,12 @@ class DraftModel:
 def guess(row: Draws, logits: torch.Tensor, guesses: list[int], distributions: list[torch.Tensor]) -> None:
     """Add to the guesses of a row's next tokens one drawn from logits (V,), and to their distributions the one that it was
     drawn from; with greedy sampling guesses are certain, and have none."""
-    adjusted = row.sampling.adjust(logits, [*row.tokens, *guesses], row.prompt_length)
-    if row.sampling.is_greedy:
+    sampling = replace(row.sampling, processors=())  # they may keep state, and are to see tokens that stand
+    adjusted = sampling.adjust(logits, [*row.tokens, *guesses], row.prompt_length)
+    if sampling.is_greedy:
         guesses.append(int(adjusted.argmax()))
     else:
-        distributions.append(probabilities(adjusted[None], row.sampling)[0])
+        distributions.append(probabilities(adjusted[None], sampling)[0])
         guesses.append(draw_from(distributions[-1], row))
 
 

@@ -70,7 +70,7 @@ def generate(
     for _ in decode(engine, [request]):
         pass
     new = torch.tensor(request.output, device=prompt.device, dtype=torch.int64)
-    return torch.cat((prompt.to(torch.int64), new)) if include_prompt else new, engine.accepted / max(1, engine.guessed)
+    return torch.cat((prompt.to(torch.int64), new)) if include_prompt else new, engine.acceptance_rate
 
 
 @torch.inference_mode()

@@ -160,6 +160,33 @@ def test_sampled_rows_with_a_draft_are_reproduced_by_their_seeds(prompts):
     assert together == alone
 
 
+class NoneTwice:
+    """Allows no token twice. Keeps what was drawn, and so has to be told of every token once, in order."""
+
+    def __init__(self):
+        self.drawn = None
+
+    def __call__(self, tokens, logits):
+        self.drawn = [] if self.drawn is None else [*self.drawn, tokens[-1]]
+        assert self.drawn == tokens[len(tokens) - len(self.drawn) :]
+        return logits.index_fill(0, torch.tensor(self.drawn, dtype=torch.int64), -torch.inf)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_processors_that_keep_state_see_the_tokens_that_stand(prompts, temperature):
+    model = tiny_gpt(block_size=256)
+    sampling = Sampling(temperature=temperature, processors=(NoneTwice(),), seed=3)
+    plain = outputs(model, prompts, 40, sampling=sampling)
+    answers = {tuple(prompt.tolist()): row for prompt, row in zip(prompts, plain, strict=True)}
+    assert all(len(set(row)) == 40 for row in plain)
+    for proposer in (Oracle(answers), DraftModel(almost(model), 100, 3)):
+        _, requests, engine = run(model, prompts, 40, proposer, sampling=sampling)
+        assert all(len(set(request.output)) == 40 for request in requests)
+        assert engine.accepted
+        if temperature == 0 or isinstance(proposer, Oracle):
+            assert [request.output for request in requests] == plain
+
+
 def test_log_probabilities_are_those_of_plain_decoding(prompts):
     model = tiny_gpt(block_size=256)
     _, guessers = proposers(model, prompts, 40)
