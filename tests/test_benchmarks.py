@@ -223,3 +223,97 @@ def test_worker_of_conversions_converts_and_differences_are_an_error(
     torch.save(changed, other)
     with pytest.raises(RuntimeError, match=r"differ in transformer\.ln_f\.weight"):
         launcher.work(own, "compare_weights.py", {"files": [str(weights), str(other)]})
+
+
+def test_worker_of_sessions_prefills_saves_and_restores(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
+) -> None:
+    environments = module("environments", monkeypatch)
+    launcher = environments.Launcher(tmp_path, 1)
+    job = {"checkpoint": str(tiny_folder / "litgpt"), "tokens": str(tiny_folder / "tokens.json")}
+    job |= {"session": str(tmp_path / "s"), "document": 70, "question": 3}
+    fresh, saved, restored = (
+        launcher.work(Path(sys.executable), "long_document.py", job | {"kind": kind})
+        for kind in ("fresh", "save", "restore")
+    )
+    assert [found["reused"] for found in (fresh, saved, restored)] == [0, 69, 69]
+    assert restored["tokens"] == saved["tokens"]
+    assert len(restored["tokens"]) == 8
+    assert 0 < restored["load"] < restored["first"]
+    assert saved["save"] > 0
+
+
+def test_sessions_are_compared_round_by_round_and_must_say_the_same(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sessions, environments, layouts = (module(name, monkeypatch) for name in ("sessions", "environments", "layouts"))
+    asked, answers = [], {"save": [1, 2], "restore": [1, 2], "fresh": [1, 3]}
+
+    class Scripted(environments.Launcher):
+        """Answers instead of running workers."""
+
+        def work(self, python: Path, worker: str, job: dict) -> dict:
+            kind = job["kind"]
+            asked.append(kind)
+            Path(job["session"]).write_bytes(b"x" * 2_000_000)
+            seconds = len(asked) * (10.0 if kind == "fresh" else 1.0)
+            return {"first": seconds, "load": seconds / 2, "save": 0.25, "tokens": answers[kind]}
+
+    where = layouts.Layouts(tmp_path, tmp_path, tmp_path)
+    result = sessions.measure(Scripted(tmp_path, 1), where, 2, 500)
+    assert asked == ["save", "fresh", "restore", "restore", "fresh"]
+    assert result["samples"] == {"fresh": [20.0, 50.0], "restore": [3.0, 4.0], "load": [1.5, 2.0]}
+    table = sessions.markdown(result)
+    assert "| prefilled | 35.0 |\n| restored from a file | 3.500 |" in table
+    assert "9.6x sooner. The file has 2.0 MB; reading it took 1.750 s of that, writing it 0.25 s." in table
+    assert not (tmp_path / "document.session").exists()
+    answers["restore"] = [1, 4]
+    with pytest.raises(RuntimeError, match=r"restored: \[1, 4\], but the saved session: \[1, 2\]"):
+        sessions.measure(Scripted(tmp_path, 1), where, 1, 500)
+
+
+def test_worker_of_batches_answers_each_prompt_as_alone(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
+) -> None:
+    environments, batches = (module(name, monkeypatch) for name in ("environments", "batches"))
+    lengths = batches.prompt_lengths(2, 30, 4)
+    assert lengths == [2, 11, 21, 30]
+    job = {"checkpoint": str(tiny_folder / "litgpt"), "tokens": str(tiny_folder / "tokens.json"), "lengths": lengths}
+    job |= {"new_tokens": 5, "precision": "32-true", "kinds": batches.KINDS}
+    found = environments.Launcher(tmp_path, 1).work(Path(sys.executable), "ragged_batch.py", job)
+    assert found["together"]["tokens"] == found["alone"]["tokens"]
+    assert [len(row) for row in found["alone"]["tokens"]] == [5] * 4
+    assert min(found[kind][part] for kind in batches.KINDS for part in ("prefill", "decode")) > 0
+
+
+def test_batches_are_compared_round_by_round_and_must_equal_their_own_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    batches, environments, layouts = (module(name, monkeypatch) for name in ("batches", "environments", "layouts"))
+    asked, tokens = [], {"together": [[1], [2]], "alone": [[1], [2]]}
+
+    class Scripted(environments.Launcher):
+        """Answers instead of running workers."""
+
+        def work(self, python: Path, worker: str, job: dict) -> dict:
+            asked.append((job["precision"], *job["kinds"]))
+            speed = {"together": 1.0, "alone": 4.0 * len(asked)}
+            return {
+                kind: {"prefill": speed[kind], "decode": 2 * speed[kind], "tokens": tokens[kind]}
+                for kind in job["kinds"]
+            }
+
+    where = layouts.Layouts(tmp_path, tmp_path, tmp_path)
+    result = batches.measure(Scripted(tmp_path, 1), where, 2, [10, 50], 6)
+    assert asked == [
+        ("32-true", "together", "alone"),
+        ("bf16-true", "together", "alone"),
+        ("bf16-true", "alone", "together"),
+    ]
+    table = batches.markdown(result)
+    assert "| prefill, prompt tokens/s | 60.0 | 6.00 | 10.00x |" in table
+    assert "| decode, new tokens/s | 5.00 | 0.50 | 10.00x |" in table
+    assert "| all, new tokens/s | 4.00 | 0.40 | 10.00x |" in table
+    tokens["together"] = [[1], [3]]
+    with pytest.raises(RuntimeError, match=r"prompts of \[50\] tokens"):
+        batches.measure(Scripted(tmp_path, 1), where, 1, [10, 50], 6)
