@@ -66,7 +66,9 @@ def test_everything_that_a_layer_uses_is_on_its_device(kwargs, caches, tmp_path)
     else:
         choose_kv_caches(model, caches, 16, 3)
     assert [cache.device for cache in model.kv_caches()] == [CPU, CPU, META, META, META]
-    idx = torch.zeros(3, 9, dtype=torch.int64)
+    idx, token_devices = torch.zeros(3, 9, dtype=torch.int64), set()
+    for block in model.transformer.h:
+        block.attn.register_forward_pre_hook(lambda attn, inputs: token_devices.add((attn.block_idx, inputs[3].device)))
     with ZerosForMeta(), torch.inference_mode():
         assert model(idx).device == CPU  # without caches
         assert model(idx, 0).device == CPU
@@ -76,6 +78,7 @@ def test_everything_that_a_layer_uses_is_on_its_device(kwargs, caches, tmp_path)
         assert model(idx[:, :1], 15).device == CPU  # ragged
         model.start_kv_caches(3)
         assert model(idx[:2], 0, rows=[2, 0]).device == CPU
+    assert token_devices == {(0, CPU), (1, CPU), (2, META), (3, META), (4, META)}
 
 
 def test_what_blocks_share_moves_once_for_each_device():
@@ -115,6 +118,35 @@ def test_the_command_says_what_generate_says(folder, capsys):
     captured = capsys.readouterr()
     assert captured.out == expected
     assert "its layers on" in captured.err
+
+
+def test_llm_spreads_its_layers(folder, monkeypatch):
+    monkeypatch.setattr("litgpt.api.choose_devices", lambda number, kind: [CPU] * number)
+    answers = []
+    for options in ({}, {"devices": 3, "generate_strategy": "sequential", "fixed_kv_cache_size": 90}):
+        llm = LLM.load(folder, distribute=None)
+        llm.distribute("cpu", precision="32-true", **options)
+        answers.append(llm.generate("Hi!", temperature=0, max_new_tokens=9))
+    assert answers[0] == answers[1]
+    assert llm.model.layer_devices == [CPU] * 4
+    with pytest.raises(ValueError, match="on several devices already"):
+        llm.distribute("cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"devices": 2}, "devices=2 needs a generate_strategy"),
+        ({"generate_strategy": "tensor"}, "generate_strategy must be 'sequential' or 'tensor_parallel', got 'tensor'"),
+        ({"generate_strategy": "sequential", "devices": 2, "accelerator": "cpu"}, "there is the CPU only"),
+        ({"generate_strategy": "sequential", "quantize": "bnb.nf4"}, "quantize='bnb.nf4' is for one device"),
+        ({"generate_strategy": "tensor_parallel"}, "torchrun --nproc-per-node N SCRIPT.*litgpt generate_tp"),
+    ],
+)
+def test_llm_refuses_what_it_cannot_do(folder, options, message):
+    llm = LLM.load(folder, distribute=None)
+    with pytest.raises(ValueError, match=message):
+        llm.distribute(**options)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has GPUs")
