@@ -160,7 +160,9 @@ class PackedGatedMLP(nn.Module):
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         (mlp,) = self._plain
-        for name, linear, weight in zip(("fc_1", "fc_2"), (mlp.fc_1, mlp.fc_2), self.first.weight.chunk(2), strict=True):
+        for name, linear, weight in zip(
+            ("fc_1", "fc_2"), (mlp.fc_1, mlp.fc_2), self.first.weight.chunk(2), strict=True
+        ):
             destination[f"{prefix}{name}.weight"] = weight
             if linear.bias is not None:
                 destination[f"{prefix}{name}.bias"] = linear.bias if keep_vars else linear.bias.detach()

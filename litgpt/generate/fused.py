@@ -56,7 +56,9 @@ class FusedDecode:
         self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self.caches: list[KVCache] = []  # that were found to be of a known kind
 
-    def __call__(self, idx: torch.Tensor, rope: list[RopeRows], plans: list[Plan], input_pos: int) -> torch.Tensor | None:
+    def __call__(
+        self, idx: torch.Tensor, rope: list[RopeRows], plans: list[Plan], input_pos: int
+    ) -> torch.Tensor | None:
         B, T = idx.shape
         if B * T > ops.MAX_ROWS or any(self.hooks):
             return None
@@ -169,9 +171,7 @@ def _weight(linear: nn.Module) -> Weight | None:
         return Weight(**size, w=linear.address, bias=address(linear.bias))
     if type(linear) is Int8Linear:
         size = {"kind": INT8, "K": linear.in_features, "N": linear.out_features}
-        return Weight(
-            **size, w=linear.weight.data_ptr(), scale=linear.scale.data_ptr(), bias=address(linear.bias)
-        )
+        return Weight(**size, w=linear.weight.data_ptr(), scale=linear.scale.data_ptr(), bias=address(linear.bias))
     return None
 
 

@@ -18,7 +18,7 @@
 namespace {
 
 using bf16 = uint16_t;
-constexpr int ROWS = 4;       // rows that share one pass over the weights
+constexpr int ROWS = 6;       // rows that share one pass over the weights
 constexpr int ROW_UNIT = 32;  // outputs that one thread computes at a time, of weights that lie row by row
 
 inline float from_bits(uint32_t bits) {
@@ -66,10 +66,20 @@ struct Weight {
     const bf16* bias;
 };
 
-// -- weights: each computes UNIT outputs y (M, UNIT) for M rows of x, whose length is `inputs()`
+#ifdef __AVX512BF16__
+using Narrow = bf16;  // what bfloat16 weights are multiplied with: here pairs of products are one instruction
+#else
+using Narrow = float;
+#endif
+
+inline void store(float x, float* target) { *target = x; }
+inline void store(float x, bf16* target) { *target = narrow(x); }
+
+// -- weights: each computes UNIT outputs y (M, UNIT) for M rows of x (`Input`), whose length is `inputs()`
 
 // bfloat16 in oneDNN's order for such CPUs: blocks of 64 outputs, within them pairs of inputs, K padded to 32
 struct Blocked {
+    using Input = Narrow;
     static constexpr int UNIT = 64;
     const uint32_t* w;
     int64_t K;
@@ -80,9 +90,26 @@ struct Blocked {
     int64_t inputs() const { return (K + 31) / 32 * 32; }
 
     template <int M>
-    void unit(int64_t u, const float* x, int64_t stride, float* y) const {
+    void unit(int64_t u, const Narrow* x, int64_t stride, float* y) const {
         const int64_t pairs = inputs() / 2;
         const uint32_t* block = w + u * pairs * UNIT;
+#ifdef __AVX512BF16__
+        __m512 sums[M][4];  // with the weights, what the registers hold
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < 4; v++) sums[m][v] = _mm512_setzero_ps();
+        for (int64_t p = 0; p < pairs; p++, block += UNIT) {
+            __m512bh weights[4];
+            for (int v = 0; v < 4; v++) weights[v] = (__m512bh)_mm512_loadu_si512(block + 16 * v);
+            for (int m = 0; m < M; m++) {
+                uint32_t pair;
+                std::memcpy(&pair, x + m * stride + 2 * p, 4);
+                const __m512bh inputs = (__m512bh)_mm512_set1_epi32(int(pair));
+                for (int v = 0; v < 4; v++) sums[m][v] = _mm512_dpbf16_ps(sums[m][v], weights[v], inputs);
+            }
+        }
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < 4; v++) _mm512_storeu_ps(y + m * UNIT + 16 * v, sums[m][v]);
+#else
         float sums[M][UNIT] = {};
         for (int64_t p = 0; p < pairs; p++, block += UNIT) {
             for (int m = 0; m < M; m++) {
@@ -93,6 +120,7 @@ struct Blocked {
             }
         }
         std::memcpy(y, sums, sizeof sums);
+#endif
     }
 };
 
@@ -117,6 +145,7 @@ inline void row_sums(V value, int64_t K, const float* x, int64_t stride, float* 
 
 // bfloat16 row by row
 struct Plain {
+    using Input = Narrow;
     static constexpr int UNIT = ROW_UNIT;
     const bf16* w;
     int64_t K, N;
@@ -124,16 +153,35 @@ struct Plain {
     int64_t inputs() const { return K; }
 
     template <int M>
-    void unit(int64_t u, const float* x, int64_t stride, float* y) const {
+    void unit(int64_t u, const Narrow* x, int64_t stride, float* y) const {
         for (int64_t n = u * UNIT; n < std::min(N, (u + 1) * UNIT); n++, y++) {
             const bf16* row = w + n * K;
+#ifdef __AVX512BF16__
+            __m512 sums[M][2];
+            for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
+            int64_t k = 0;
+            for (; k + 64 <= K; k += 64)
+                for (int i = 0; i < 2; i++) {
+                    const __m512bh weights = (__m512bh)_mm512_loadu_si512(row + k + 32 * i);
+                    for (int m = 0; m < M; m++)
+                        sums[m][i] = _mm512_dpbf16_ps(sums[m][i], weights,
+                                                      (__m512bh)_mm512_loadu_si512(x + m * stride + k + 32 * i));
+                }
+            for (int m = 0; m < M; m++) {
+                float sum = _mm512_reduce_add_ps(_mm512_add_ps(sums[m][0], sums[m][1]));
+                for (int64_t rest = k; rest < K; rest++) sum += widen(row[rest]) * widen(x[m * stride + rest]);
+                y[m * UNIT] = sum;
+            }
+#else
             row_sums<M>([row](int64_t k) { return widen(row[k]); }, K, x, stride, y);
+#endif
         }
     }
 };
 
 // 8-bit integers row by row, and a factor for every row
 struct Int8 {
+    using Input = float;
     static constexpr int UNIT = ROW_UNIT;
     const int8_t* w;
     const float* scale;
@@ -158,6 +206,7 @@ struct Int8 {
 // holds columns l, 16 + l, 32 + l and 48 + l, the first one lowest; K is padded to a multiple of 64.
 template <int GROUP>
 struct Int4 {
+    using Input = float;
     static constexpr int UNIT = ROW_UNIT;
     const uint16_t *w, *scale, *minimum;
     int64_t K, N;
@@ -224,29 +273,32 @@ void with_weight(const Weight& w, F f) {
     f(Int4<128>(w));
 }
 
-// Rows as floats, padded with zeros to what the weight reads.
+// Rows as the weight wants them, padded with zeros.
 template <class W>
-const float* widen_rows(const W& w, const bf16* x, int64_t M, int64_t K, std::vector<float>& room) {
+const typename W::Input* rows_for(const W& w, const bf16* x, int64_t M, int64_t K, std::vector<float>& room) {
     const int64_t stride = w.inputs();
     room.assign(M * stride, 0.0f);
+    auto* rows = (typename W::Input*)room.data();
     for (int64_t m = 0; m < M; m++)
-        for (int64_t k = 0; k < K; k++) room[m * stride + k] = widen(x[m * K + k]);
-    return room.data();
+        for (int64_t k = 0; k < K; k++) store(widen(x[m * K + k]), rows + m * stride + k);
+    return rows;
 }
 
 template <class W>
-void units(const W& w, int M, int64_t u, const float* x, int64_t stride, float* y) {
+void units(const W& w, int M, int64_t u, const typename W::Input* x, int64_t stride, float* y) {
     switch (M) {
         case 1: return w.template unit<1>(u, x, stride, y);
         case 2: return w.template unit<2>(u, x, stride, y);
         case 3: return w.template unit<3>(u, x, stride, y);
-        default: return w.template unit<4>(u, x, stride, y);
+        case 4: return w.template unit<4>(u, x, stride, y);
+        case 5: return w.template unit<5>(u, x, stride, y);
+        default: return w.template unit<6>(u, x, stride, y);
     }
 }
 
 // y (M, N) = x (M, K) w^T + bias, called by all threads of a team
 template <class W>
-void product(const W& w, const float* x, int64_t stride, const bf16* bias, bf16* y, int64_t M, int64_t N) {
+void product(const W& w, const typename W::Input* x, int64_t stride, const bf16* bias, bf16* y, int64_t M, int64_t N) {
     constexpr int UNIT = W::UNIT;
 #pragma omp for schedule(static)
     for (int64_t u = 0; u < (N + UNIT - 1) / UNIT; u++) {
@@ -265,15 +317,15 @@ void product(const W& w, const float* x, int64_t stride, const bf16* bias, bf16*
 template <class W>
 void linear(const W& w, const bf16* x, const bf16* bias, bf16* y, int64_t M, int64_t K, int64_t N) {
     static thread_local std::vector<float> room;
-    const float* rows = widen_rows(w, x, M, K, room);
+    const auto* rows = rows_for(w, x, M, K, room);
 #pragma omp parallel
     product(w, rows, w.inputs(), bias, y, M, N);
 }
 
 // inner (M, I) = activation(x gate^T) * (x up^T), called by all threads of a team
-template <class W>
-void gated(const W& gate, const W& up, const float* x, int64_t stride, float* inner, int64_t inner_stride, int64_t M,
-           int64_t I, int kind) {
+template <class W, class In>
+void gated(const W& gate, const W& up, const typename W::Input* x, int64_t stride, In* inner, int64_t inner_stride,
+           int64_t M, int64_t I, int kind) {
     constexpr int UNIT = W::UNIT;
 #pragma omp for schedule(static)
     for (int64_t u = 0; u < (I + UNIT - 1) / UNIT; u++) {
@@ -284,15 +336,32 @@ void gated(const W& gate, const W& up, const float* x, int64_t stride, float* in
             units(up, rows, u, x + m0 * stride, stride, ups[0]);
             for (int m = 0; m < rows; m++)
                 for (int64_t j = 0; j < std::min<int64_t>(UNIT, I - u * UNIT); j++)
-                    inner[(m0 + m) * inner_stride + u * UNIT + j] = activate(gates[m][j], kind) * ups[m][j];
+                    store(activate(gates[m][j], kind) * ups[m][j], inner + (m0 + m) * inner_stride + u * UNIT + j);
         }
     }
 }
 
 // -- attention
 
-constexpr int SPLIT = 256;  // keys that one thread takes at a time
+constexpr int SPLIT = 64;  // keys that one thread takes at a time
 constexpr int MAX_D = 256;
+
+#ifdef __AVX512F__
+// The sum of the elements of each of 16 vectors
+inline __m512 sums_of_16(__m512* v) {
+    // halve the number of vectors four times, each new one with the partial sums of two in alternating places
+    for (int i = 0; i < 8; i++)
+        v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        const __m512d a = _mm512_castps_pd(v[2 * i]), b = _mm512_castps_pd(v[2 * i + 1]);
+        v[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    for (int i = 0; i < 2; i++)
+        v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x88), _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
+}
+#endif
 
 // Attention from R queries (float, scaled) over keys [n0, n1): their maxima, sums and weighted values.
 template <int R, int D0>
@@ -300,7 +369,26 @@ void attend_part(const float* q, const bf16* k, const bf16* v, int64_t k_stride,
                  int64_t n, int64_t any_D, float cap, float* top, float* total, float* out) {
     const int64_t D = D0 ? D0 : any_D;
     float scores[R][SPLIT];
-    for (int64_t j = 0; j < n; j++) {
+    int64_t done = 0;
+#ifdef __AVX512F__
+    if (D0)
+        for (; done + 16 <= n; done += 16) {
+            __m512 sums[R][16];
+            for (int j = 0; j < 16; j++) {
+                const bf16* key = k + (done + j) * k_stride;
+                for (int64_t d = 0; d < D0; d += 16) {
+                    const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(key + d)));
+                    const __m512 keys = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+                    for (int r = 0; r < R; r++) {
+                        const __m512 query = _mm512_loadu_ps(q + r * D0 + d);
+                        sums[r][j] = d ? _mm512_fmadd_ps(keys, query, sums[r][j]) : _mm512_mul_ps(keys, query);
+                    }
+                }
+            }
+            for (int r = 0; r < R; r++) _mm512_storeu_ps(scores[r] + done, sums_of_16(sums[r]));
+        }
+#endif
+    for (int64_t j = done; j < n; j++) {
         const bf16* key = k + j * k_stride;
         for (int r = 0; r < R; r++) {
             float sum = 0;
@@ -461,7 +549,7 @@ void turn(bf16* head, const bf16* cos, const bf16* sin, int64_t n, bool interlea
 // y (M, N) = x (M, K) w^T + bias by all threads of a team, each of which has widened all of x to its own `room`
 void team_product(const Weight& w, const bf16* x, bf16* y, int64_t M, std::vector<float>& room) {
     with_weight(w, [&](auto weight) {
-        const float* rows = widen_rows(weight, x, M, w.K, room);
+        const auto* rows = rows_for(weight, x, M, w.K, room);
         product(weight, rows, weight.inputs(), w.bias, y, M, w.N);
     });
 }
@@ -506,13 +594,13 @@ void gated_mlp_blocked(const bf16* x, const uint32_t* first, const uint32_t* sec
                        int64_t I, int64_t N, int kind) {
     static thread_local std::vector<float> room, inner_room;
     const Blocked gate{first, K}, up{first + I * gate.inputs() / 2, K}, down{second, I};
-    const float* rows = widen_rows(gate, x, M, K, room);
+    const auto* rows = rows_for(gate, x, M, K, room);
     inner_room.assign(M * down.inputs(), 0.0f);
-    float* inner = inner_room.data();
+    auto* inner = (Narrow*)inner_room.data();
 #pragma omp parallel
     {
         gated(gate, up, rows, gate.inputs(), inner, down.inputs(), M, I, kind);
-        product(down, (const float*)inner, down.inputs(), (const bf16*)nullptr, y, M, N);
+        product(down, (const Narrow*)inner, down.inputs(), (const bf16*)nullptr, y, M, N);
     }
 }
 
@@ -620,13 +708,14 @@ void decode_layers(const Shape* shape_, const Layer* layers, int64_t n_layers, c
             add_rows(own, out, layer.post_attention_norm, shape.attention_factor, M, shape, post);
 
             const bf16* mlp_input = norm(layer.norm_2);
-            with_weight(layer.gate, [&](auto gate) {
-                const decltype(gate) up(layer.up);
-                const float* rows = widen_rows(gate, mlp_input, M, E, room);
-                gated(gate, up, rows, gate.inputs(), inner, inner_stride, M, shape.I, int(shape.activation));
-            });
             with_weight(layer.down, [&](auto down) {
-                product(down, (const float*)inner, inner_stride, layer.down.bias, out, M, E);
+                auto* rows = (typename decltype(down)::Input*)inner;
+                with_weight(layer.gate, [&](auto gate) {
+                    const decltype(gate) up(layer.up);
+                    gated(gate, up, rows_for(gate, mlp_input, M, E, room), gate.inputs(), rows, down.inputs(), M, shape.I,
+                          int(shape.activation));
+                });
+                product(down, (const typename decltype(down)::Input*)rows, down.inputs(), layer.down.bias, out, M, E);
             });
             add_rows(own, out, layer.post_mlp_norm, shape.mlp_factor, M, shape, post);
         }

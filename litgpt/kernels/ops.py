@@ -8,7 +8,7 @@ import torch
 
 from litgpt.kernels.library import library
 
-MAX_ROWS = 8  # with more rows, torch's matrix products are faster
+MAX_ROWS = 16  # with more rows, torch's matrix products are faster
 MAX_QUERIES = 16  # of one sequence
 MAX_HEAD_SIZE = 256  # of `attend`, as in cpu.cpp
 ACTIVATIONS = {"silu": 0, "gelu-none": 1, "gelu-tanh": 2}  # of `gated_mlp_blocked`, as in cpu.cpp

@@ -25,7 +25,10 @@ class Shape(ctypes.Structure):
 
 class Layer(ctypes.Structure):
     _fields_ = [
-        *((name, _POINTER) for name in ("norm_1", "norm_q", "norm_k", "post_attention_norm", "norm_2", "post_mlp_norm")),
+        *(
+            (name, _POINTER)
+            for name in ("norm_1", "norm_q", "norm_k", "post_attention_norm", "norm_2", "post_mlp_norm")
+        ),
         *((name, _POINTER) for name in ("sinks", "keys", "values")),
         *((name, _COUNT) for name in ("row_stride", "head_stride", "rope", "plan")),
         *((name, Weight) for name in ("qkv", "proj", "gate", "up", "down")),
