@@ -190,7 +190,7 @@ class TiedHead(nn.Module):
     def __init__(self, table: Int8Embedding, bias: nn.Parameter | None) -> None:
         super().__init__()
         self._table = (table,)  # a tuple: no submodule, so that nothing is held or stored twice
-        self.bias = bias
+        self.in_features, self.out_features, self.bias = table.in_features, table.out_features, bias
 
     @property
     def weight(self) -> torch.Tensor:

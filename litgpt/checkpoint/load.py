@@ -193,7 +193,7 @@ def save_quantized(
         out_dir: Made if it does not exist; files of these names in it are replaced.
         how: To quantise a checkpoint: int8 or int4.
         tokenizer_dir: Where the tokenizer comes from (default: the checkpoint; a model has none).
-        progress: Called with the name and the bytes of every tensor that was written.
+        progress: Called with the name and the bytes of every tensor of a checkpoint that is done.
 
     Raises `ValueError` for what is quantised already, or with bitsandbytes, and `FileExistsError` if `out_dir` holds
     weights of another kind. Nothing is written then.
@@ -209,7 +209,7 @@ def save_quantized(
         check_weights(source, model)
         stored = {name: piece.dtype for name, _, piece in source.pieces(meta=True)}
         quantize_meta(model, how, dtype, source.tied)
-        tensors = _quantized_tensors(source, model)
+        tensors = _quantized_tensors(source, model, progress)
         layout = {
             name: torch.empty_like(x, dtype=stored[name] if x.is_floating_point() and name in stored else None)
             for name, x in model.state_dict().items()
@@ -221,15 +221,16 @@ def save_quantized(
         raise ValueError(f"weights quantised as {how.mode} cannot be saved, only {' and '.join(MODES)}")
     about = {"quantization": how.mode, "group_size": str(how.group_size), "dtype": str(dtype).removeprefix("torch.")}
     out_dir.mkdir(parents=True, exist_ok=True)
-    reported = ((name, tensor) for name, _, tensor in _reporting(((n, 0, t) for n, t in tensors), progress))
-    write_safetensors(out_dir, {QUANTIZED_NAME: layout}, reported, about)
+    write_safetensors(out_dir, {QUANTIZED_NAME: layout}, tensors, about)
     _write_side_files(source, out_dir, tokenizer_dir)
 
 
-def _quantized_tensors(checkpoint: Checkpoint, model: GPT) -> Iterator[tuple[str, torch.Tensor]]:
+def _quantized_tensors(
+    checkpoint: Checkpoint, model: GPT, progress: Callable[[str, int], None] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The state dict of a quantised model, which need not have memory, for the weights of a checkpoint."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
-    for name, tensor in checkpoint.tensors():
+    for name, _, tensor in _reporting(((name, 0, tensor) for name, tensor in checkpoint.tensors()), progress):
         module, _, kind = name.rpartition(".")
         if name == HEAD and checkpoint.tied:
             continue
