@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from litgpt.kernels import ops
 from litgpt.model import GPT, LLaMAMoE
 
 MODES = ("int8", "int4")
@@ -122,7 +123,7 @@ class QuantizedLinear(nn.Module):
         raise NotImplementedError
 
     def kernel(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """Torch's product of few rows (n, K) with the quantised weight, if there is one for such rows."""
+        """A product of few rows (n, K) with the quantised weight, if there is one for such rows."""
         raise NotImplementedError
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -170,7 +171,9 @@ class Int8Linear(QuantizedLinear):
         return dequantize_int8(self.weight, self.scale, dtype)
 
     def kernel(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        # the kernel reads past the end of rows that are no multiple of its vectors
+        if _has_kernels(x):
+            return lambda rows: ops.linear_int8(rows, self.weight, self.scale)
+        # torch's kernel reads past the end of rows that are no multiple of its vectors
         if x.device.type != "cpu" or x.dtype not in _KERNEL_DTYPES or self.in_features % 32:
             return None
         return lambda rows: torch._weight_int8pack_mm(rows, self.weight, self.scale.to(rows.dtype))
@@ -240,13 +243,17 @@ class Int4Linear(QuantizedLinear):
         return bits.flatten(0, 1).to(dtype).T
 
     def kernel(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        if self.packed is None and _has_kernels(x):
+            return lambda rows: ops.linear_int4(rows, self.weight, self.scale, self.minimum)
         if self.packed is None or x.dtype != self.factors.dtype:
             return None
         return lambda rows: torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group_size, self.factors)
 
     def pack(self) -> None:
-        """Use torch's kernel from now on, where there is one for this weight and machine."""
+        """Use torch's kernel from now on, where there is one for this weight and machine, and none of our own."""
         if self.packed is not None or self.weight.device.type != "cpu" or self.dtype not in _KERNEL_DTYPES:
+            return
+        if self.dtype == torch.bfloat16 and ops.available():
             return
         block = _kernel_block()
         if block is None or self.out_features % block:
@@ -277,6 +284,11 @@ class Int4Linear(QuantizedLinear):
     def _load_from_state_dict(self, *args: Any) -> None:
         self.unpack()
         super()._load_from_state_dict(*args)
+
+
+def _has_kernels(x: torch.Tensor) -> bool:
+    """Whether `litgpt.kernels` multiplies such rows."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and ops.available()
 
 
 def _bits(pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

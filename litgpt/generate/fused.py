@@ -13,14 +13,14 @@ from torch import nn
 from litgpt.attention import attention_scale
 from litgpt.kernels import ops
 from litgpt.kernels.library import library
-from litgpt.kernels.structs import BLOCKED, INT8, Layer, Rope, Shape, StepPlan, Weight, address
+from litgpt.kernels.structs import BLOCKED, INT4, INT8, Layer, Rope, Shape, StepPlan, Weight, address
 from litgpt.kvcache import KVCache
 from litgpt.kvcache.default import DefaultKVCache
 from litgpt.kvcache.plan import Plan
 from litgpt.kvcache.storage import DefaultStorage
 from litgpt.model import GPT, Block, CausalSelfAttention, GemmaMLP, LLaMAMLP, Multiply, RMSNorm
 from litgpt.packed import PackedGatedMLP, PackedLinear
-from litgpt.quantize import Int8Linear
+from litgpt.quantize import Int4Linear, Int8Linear
 from litgpt.rope import Rope as RopeRows
 
 
@@ -172,6 +172,10 @@ def _weight(linear: nn.Module) -> Weight | None:
     if type(linear) is Int8Linear:
         size = {"kind": INT8, "K": linear.in_features, "N": linear.out_features}
         return Weight(**size, w=linear.weight.data_ptr(), scale=linear.scale.data_ptr(), bias=address(linear.bias))
+    if type(linear) is Int4Linear and linear.packed is None:
+        size = {"kind": INT4, "K": linear.in_features, "N": linear.out_features, "group": linear.group_size}
+        factors = {"scale": linear.scale.data_ptr(), "minimum": linear.minimum.data_ptr()}
+        return Weight(**size, **factors, w=linear.weight.data_ptr(), bias=address(linear.bias))
     return None
 
 

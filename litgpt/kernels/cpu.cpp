@@ -75,7 +75,8 @@ using Narrow = float;
 inline void store(float x, float* target) { *target = x; }
 inline void store(float x, bf16* target) { *target = narrow(x); }
 
-// -- weights: each computes UNIT outputs y (M, UNIT) for M rows of x (`Input`), whose length is `inputs()`
+// -- weights: each computes UNIT outputs y (M, UNIT) for M rows of x (`Input`), whose length is `inputs()` and whose element k is
+// at `place(k)`
 
 // bfloat16 in oneDNN's order for such CPUs: blocks of 64 outputs, within them pairs of inputs, K padded to 32
 struct Blocked {
@@ -88,6 +89,7 @@ struct Blocked {
     explicit Blocked(const Weight& x) : w((const uint32_t*)x.w), K(x.K) {}
 
     int64_t inputs() const { return (K + 31) / 32 * 32; }
+    static int64_t place(int64_t k) { return k; }
 
     template <int M>
     void unit(int64_t u, const Narrow* x, int64_t stride, float* y) const {
@@ -151,6 +153,7 @@ struct Plain {
     int64_t K, N;
 
     int64_t inputs() const { return K; }
+    static int64_t place(int64_t k) { return k; }
 
     template <int M>
     void unit(int64_t u, const Narrow* x, int64_t stride, float* y) const {
@@ -191,6 +194,7 @@ struct Int8 {
     explicit Int8(const Weight& x) : Int8((const int8_t*)x.w, (const float*)x.scale, x.K, x.N) {}
 
     int64_t inputs() const { return K; }
+    static int64_t place(int64_t k) { return k; }
 
     template <int M>
     void unit(int64_t u, const float* x, int64_t stride, float* y) const {
@@ -202,63 +206,71 @@ struct Int8 {
     }
 };
 
-// 4-bit integers row by row, with a scale and a minimum (float16) for each group of columns. Of every 64 columns, word l of 16
-// holds columns l, 16 + l, 32 + l and 48 + l, the first one lowest; K is padded to a multiple of 64.
+// pairs of 4-bit integers row by row, even columns in the low halves, with a scale and a minimum (float16) for each group of
+// columns, of which K is a multiple
 template <int GROUP>
 struct Int4 {
     using Input = float;
     static constexpr int UNIT = ROW_UNIT;
-    const uint16_t *w, *scale, *minimum;
+    const uint8_t* w;
+    const uint16_t *scale, *minimum;
     int64_t K, N;
 
     explicit Int4(const Weight& x)
-        : w((const uint16_t*)x.w), scale((const uint16_t*)x.scale), minimum((const uint16_t*)x.minimum), K(x.K), N(x.N) {}
+        : w((const uint8_t*)x.w), scale((const uint16_t*)x.scale), minimum((const uint16_t*)x.minimum), K(x.K), N(x.N) {}
+
+    int64_t inputs() const { return (K + 63) / 64 * 64; }
+
+    // Of every 64 columns, x has first each fourth one, so that a vector of x is what a shift of the integers gives.
+    static int64_t place(int64_t k) { return k / 64 * 64 + k % 4 * 16 + k % 64 / 4; }
 
     static float half(uint16_t x) {  // no infinities
         return from_bits(uint32_t(x & 0x8000) << 16 | uint32_t(x & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112
     }
 
-    int64_t inputs() const { return (K + 63) / 64 * 64; }
-
     template <int M>
     void unit(int64_t u, const float* x, int64_t stride, float* y) const {
-        const int64_t blocks = inputs() / 64, groups = (K + GROUP - 1) / GROUP;
+        const int64_t groups = K / GROUP;
         for (int64_t n = u * UNIT; n < std::min(N, (u + 1) * UNIT); n++, y++) {
-            const uint16_t *row = w + n * blocks * 16, *scales = scale + n * groups, *minima = minimum + n * groups;
-#ifdef __AVX512F__
+            const uint8_t* row = w + n * (K / 2);
+            const uint16_t *scales = scale + n * groups, *minima = minimum + n * groups;
+#ifdef __AVX512BW__
             const __m512 steps = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-            __m512 sums[M][2], values = steps;  // `values`: what the 16 integers stand for in the present group
+            const __m512i low = _mm512_set1_epi32(15);
+            // lanes 8 to 15 are columns 32 to 63, whose values are in the second table
+            const __m512i table = _mm512_set_epi32(16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0);
+            __m512 sums[M][2], first = steps, second = steps;  // the tables: what each integer stands for
             for (int m = 0; m < M; m++) sums[m][0] = sums[m][1] = _mm512_setzero_ps();
-            for (int64_t b = 0; b < blocks; b++) {
-                const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(row + b * 16)));
+            for (int64_t k0 = 0; k0 < K; k0 += 64) {
+                const auto values = [&](int64_t g) {
+                    return _mm512_fmadd_ps(steps, _mm512_set1_ps(half(scales[g])), _mm512_set1_ps(half(minima[g])));
+                };
+                if (k0 % GROUP == 0) first = second = values(k0 / GROUP);
+                const bool whole = k0 + 64 <= K;
+                if (GROUP == 32 && whole) second = values(k0 / GROUP + 1);
+                const __m256i bytes = _mm256_maskz_loadu_epi16(whole ? 0xffff : 0x00ff, row + k0 / 2);
+                const __m512i words = _mm512_cvtepu16_epi32(bytes);
 #pragma GCC unroll 4
                 for (int s = 0; s < 4; s++) {
-                    const int64_t k = b * 64 + s * 16;
-                    if (k % GROUP == 0 && k < K)
-                        values = _mm512_fmadd_ps(steps, _mm512_set1_ps(_cvtsh_ss(scales[k / GROUP])),
-                                                 _mm512_set1_ps(_cvtsh_ss(minima[k / GROUP])));
-                    const __m512 v = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * s), values);
+                    // (words >> 4 s) & 15 | table
+                    const __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi32(words, 4 * s), low, table, 0xea);
+                    const __m512 v = _mm512_permutex2var_ps(first, index, second);
                     for (int m = 0; m < M; m++)
-                        sums[m][s % 2] = _mm512_fmadd_ps(v, _mm512_loadu_ps(x + m * stride + k), sums[m][s % 2]);
+                        sums[m][s % 2] =
+                            _mm512_fmadd_ps(v, _mm512_loadu_ps(x + m * stride + k0 + 16 * s), sums[m][s % 2]);
                 }
             }
             for (int m = 0; m < M; m++) y[m * UNIT] = _mm512_reduce_add_ps(_mm512_add_ps(sums[m][0], sums[m][1]));
 #else
-            float sums[M][16] = {};
-            for (int64_t b = 0; b < blocks; b++)
-                for (int s = 0; s < 4; s++) {
-                    const int64_t k = b * 64 + s * 16, g = std::min(k, K - 1) / GROUP;
-                    const float a = half(scales[g]), c = half(minima[g]);
-                    for (int m = 0; m < M; m++)
-#pragma omp simd
-                        for (int l = 0; l < 16; l++)
-                            sums[m][l] += (float((row[b * 16 + l] >> (4 * s)) & 15) * a + c) * x[m * stride + k + l];
+            float sums[M] = {};
+            for (int64_t g = 0; g < groups; g++) {
+                const float a = half(scales[g]), b = half(minima[g]);
+                for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k++) {
+                    const float v = float(row[k / 2] >> k % 2 * 4 & 15) * a + b;
+                    for (int m = 0; m < M; m++) sums[m] += v * x[m * stride + place(k)];
                 }
-            for (int m = 0; m < M; m++) {
-                float sum = 0;
-                for (int l = 0; l < 16; l++) sum += sums[m][l];
-                y[m * UNIT] = sum;
             }
+            for (int m = 0; m < M; m++) y[m * UNIT] = sums[m];
 #endif
         }
     }
@@ -280,7 +292,7 @@ const typename W::Input* rows_for(const W& w, const bf16* x, int64_t M, int64_t 
     room.assign(M * stride, 0.0f);
     auto* rows = (typename W::Input*)room.data();
     for (int64_t m = 0; m < M; m++)
-        for (int64_t k = 0; k < K; k++) store(widen(x[m * K + k]), rows + m * stride + k);
+        for (int64_t k = 0; k < K; k++) store(widen(x[m * K + k]), rows + m * stride + W::place(k));
     return rows;
 }
 
@@ -322,10 +334,11 @@ void linear(const W& w, const bf16* x, const bf16* bias, bf16* y, int64_t M, int
     product(w, rows, w.inputs(), bias, y, M, N);
 }
 
-// inner (M, I) = activation(x gate^T) * (x up^T), called by all threads of a team
-template <class W, class In>
-void gated(const W& gate, const W& up, const typename W::Input* x, int64_t stride, In* inner, int64_t inner_stride,
-           int64_t M, int64_t I, int kind) {
+// inner (M, I) = activation(x gate^T) * (x up^T), as `next` wants it, called by all threads of a team
+template <class W, class Next>
+void gated(const W& gate, const W& up, const Next& next, const typename W::Input* x, typename Next::Input* inner, int64_t M,
+           int64_t I, int kind) {
+    const int64_t stride = gate.inputs(), inner_stride = next.inputs();
     constexpr int UNIT = W::UNIT;
 #pragma omp for schedule(static)
     for (int64_t u = 0; u < (I + UNIT - 1) / UNIT; u++) {
@@ -336,7 +349,7 @@ void gated(const W& gate, const W& up, const typename W::Input* x, int64_t strid
             units(up, rows, u, x + m0 * stride, stride, ups[0]);
             for (int m = 0; m < rows; m++)
                 for (int64_t j = 0; j < std::min<int64_t>(UNIT, I - u * UNIT); j++)
-                    store(activate(gates[m][j], kind) * ups[m][j], inner + (m0 + m) * inner_stride + u * UNIT + j);
+                    store(activate(gates[m][j], kind) * ups[m][j], inner + (m0 + m) * inner_stride + next.place(u * UNIT + j));
         }
     }
 }
@@ -584,7 +597,7 @@ void linear_int8(const bf16* x, const int8_t* w, const float* scale, const bf16*
     linear(Int8{w, scale, K, N}, x, bias, y, M, K, N);
 }
 
-void linear_int4(const bf16* x, const uint16_t* w, const uint16_t* scale, const uint16_t* minimum, const bf16* bias, bf16* y,
+void linear_int4(const bf16* x, const uint8_t* w, const uint16_t* scale, const uint16_t* minimum, const bf16* bias, bf16* y,
                  int64_t M, int64_t K, int64_t N, int64_t group) {
     with_weight(Weight{2, K, N, group, w, scale, minimum, bias}, [&](auto weight) { linear(weight, x, bias, y, M, K, N); });
 }
@@ -599,7 +612,7 @@ void gated_mlp_blocked(const bf16* x, const uint32_t* first, const uint32_t* sec
     auto* inner = (Narrow*)inner_room.data();
 #pragma omp parallel
     {
-        gated(gate, up, rows, gate.inputs(), inner, down.inputs(), M, I, kind);
+        gated(gate, up, down, rows, inner, M, I, kind);
         product(down, (const Narrow*)inner, down.inputs(), (const bf16*)nullptr, y, M, N);
     }
 }
@@ -712,8 +725,7 @@ void decode_layers(const Shape* shape_, const Layer* layers, int64_t n_layers, c
                 auto* rows = (typename decltype(down)::Input*)inner;
                 with_weight(layer.gate, [&](auto gate) {
                     const decltype(gate) up(layer.up);
-                    gated(gate, up, rows_for(gate, mlp_input, M, E, room), gate.inputs(), rows, down.inputs(), M, shape.I,
-                          int(shape.activation));
+                    gated(gate, up, down, rows_for(gate, mlp_input, M, E, room), rows, M, shape.I, int(shape.activation));
                 });
                 product(down, (const typename decltype(down)::Input*)rows, down.inputs(), layer.down.bias, out, M, E);
             });

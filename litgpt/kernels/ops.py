@@ -62,6 +62,32 @@ def linear_plain(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
     return y
 
 
+def linear_int8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x (..., K) times a weight of integers (N, K) int8, whose row n counts `scale[n]` (float32): (..., N)."""
+    x = x.contiguous()
+    N, K = weight.shape
+    y = x.new_empty(*x.shape[:-1], N)
+    library().linear_int8(
+        x.data_ptr(), weight.data_ptr(), scale.data_ptr(), None, y.data_ptr(), x.numel() // K, K, N
+    )
+    return y
+
+
+def linear_int4(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
+    """x (..., K) times a weight of pairs of integers (N, K / 2) uint8, the even columns in the low halves: (..., N).
+
+    `scale` and `minimum` (N, K / group) float16 say for groups of 32, 64 or 128 columns what 1 and 0 stand for.
+    """
+    x = x.contiguous()
+    (N, groups), K = scale.shape, x.shape[-1]
+    y = x.new_empty(*x.shape[:-1], N)
+    library().linear_int4(
+        *(x.data_ptr(), weight.data_ptr(), scale.data_ptr(), minimum.data_ptr(), None, y.data_ptr()),
+        *(x.numel() // K, K, N, K // groups),
+    )
+    return y
+
+
 def gated_mlp_blocked(x: torch.Tensor, first: int, second: int, inner: int, activation: int) -> torch.Tensor:
     """A gated MLP (..., E) to (..., E): `first` is the address of the gate's and then as many (`inner`, a multiple of UNIT)
     other outputs, `second` that of the way back. `activation` is one of `ACTIVATIONS`."""
