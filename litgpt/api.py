@@ -372,6 +372,22 @@ class LLM(nn.Module):
                 if tokens:
                     yield torch.tensor(tokens, device=device)
 
+    def session(
+        self,
+        kv_cache: str = "dense",
+        cache_length: int | None = None,
+        sinks: int = 0,
+        prompt_chunksize: int | None = None,
+    ) -> Session:
+        """A sequence of tokens with caches of its own, which can go on, go back, be copied and saved.
+
+        The arguments are those of `generate`.
+        """
+        if not self.placed:
+            raise ValueError("the model is not placed on a device yet: call distribute() first")
+        self._for_inference()
+        return Session(self.model, kv_cache, cache_length, sinks, prompt_chunksize)
+
     def _text_to_token_ids(self, prompt: str, sys_prompt: str | None = None) -> torch.Tensor:
         """The prompt as the model is to see it, (T,)."""
         preprocessor = self._preprocessor()
