@@ -17,8 +17,10 @@ _IRRELEVANT = ("name", "hf_config", "block_size", "vocab_size", "padding_multipl
 def sample(weight: torch.Tensor) -> torch.Tensor:
     """Up to `VALUES` values of a weight, from places spread over its rows and columns, (n,) float64."""
     flat = weight.detach().reshape(-1)
-    step = max(flat.numel() // VALUES - 1, 1) | 1  # odd, so that not all of them lie in one column
-    return flat[::step][:VALUES].double()
+    size, count = flat.numel(), min(flat.numel(), VALUES)
+    part = torch.arange(count, device=flat.device)
+    # one of each of as many equal parts, at another place in each: they should not all lie in one column
+    return flat[part * size // count + part * 7919 % max(size // max(count, 1), 1)].double()
 
 
 def fingerprint(model: nn.Module) -> str:
