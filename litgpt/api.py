@@ -13,7 +13,6 @@ from torch import nn
 from litgpt.checkpoint.load import save_litgpt, save_quantized
 from litgpt.config import Config
 from litgpt.generate.answer import Answer
-from litgpt.generate.compiled import compile_decode
 from litgpt.generate.continuous import ContinuousBatch
 from litgpt.generate.engine import Engine
 from litgpt.generate.processes import join_group, launched_outside, own_device
@@ -22,10 +21,16 @@ from litgpt.generate.request import Request
 from litgpt.generate.sampling import LogitsProcessor, Sampling
 from litgpt.generate.sequentially import choose_devices, sequential
 from litgpt.generate.session import Session
-from litgpt.generate.setup import choose_kv_caches, default_device, make_ready, parse_precision
+from litgpt.generate.setup import (
+    choose_kv_caches,
+    default_device,
+    make_ready,
+    parse_precision,
+    slow_down_decode,
+    speed_up_decode,
+)
 from litgpt.generate.tp import number_of_processes
 from litgpt.model import GPT
-from litgpt.packed import pack_linears, unpack_linears
 from litgpt.prompts import ChatTemplate, PromptStyle, all_stop_tokens, encode_prompt, save_prompt_style
 from litgpt.quantize import BNB_MODES, quantize_model
 from litgpt.sharding import ShardedGPT, shard_model
@@ -63,6 +68,7 @@ class LLM(nn.Module):
         self.config = model.config if config is None else config
         self.checkpoint_dir = checkpoint_dir
         self._engine: Engine | None = None  # of the last `generate`
+        self.compile_decode = False  # whether the decoding step is to be compiled
         self.placed = False  # whether `distribute` has put the model where it works
 
     # -- from and to disk
@@ -119,8 +125,7 @@ class LLM(nn.Module):
                 ready.prompt_style,
                 checkpoint_dir=ready.checkpoint_dir,
             )
-        if compile:
-            compile_decode(gpt)
+        llm.compile_decode = compile
         if distribute:
             llm.distribute(precision=precision if init == "pretrained" else precision or "32-true")
         return llm
@@ -185,7 +190,7 @@ class LLM(nn.Module):
         several = choose_devices(number, device.type) if generate_strategy == "sequential" else [device]
         if generate_strategy is not None and quantize in BNB_MODES:
             raise ValueError(f"quantize={quantize!r} is for one device: use int8 or int4")
-        if len(several) > 1 and self.model.static_decode:
+        if len(several) > 1 and self.compile_decode:
             raise ValueError(f"a compiled model works on one device, not on {len(several)}: load it without compile")
         self._for_training()
         self.model.clear_kv_caches(assigned=True)
@@ -219,8 +224,6 @@ class LLM(nn.Module):
         device = own_device(rank) if device.type == "cuda" else device
         part = shard_model(self.model, dtype, device, rank, world_size)
         join_group()
-        if self.model.static_decode:
-            compile_decode(part)
         self.model = part
         return device
 
@@ -479,10 +482,11 @@ class LLM(nn.Module):
 
     def _for_inference(self) -> None:
         self.model.eval()
-        pack_linears(self.model)
+        if self.model.decode is None:
+            speed_up_decode(self.model, self.compile_decode)
 
     def _for_training(self) -> None:
-        unpack_linears(self.model)
+        slow_down_decode(self.model)
 
 
 class Preprocessor:

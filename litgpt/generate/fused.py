@@ -32,7 +32,10 @@ def fuse_decode(model: GPT) -> bool:
     layers = [_layer(block) for block in model.transformer.h] if ops.available() and _is_known(model) else [None]
     if None in layers:
         return False
-    model.decode = FusedDecode(model, layers)
+    decode = FusedDecode(model, layers)
+    if any(decode.hooks):
+        return False
+    model.decode = decode
     return True
 
 
@@ -52,15 +55,21 @@ class FusedDecode:
             *(getattr(first.post_attention_norm, "factor", 1.0), getattr(first.post_mlp_norm, "factor", 1.0)),
         )
         self.plans = (StepPlan * len(layers))()
-        modules = [module for block in self.blocks for module in block.modules()]
-        self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self.caches: list[KVCache] = []  # that were found to be of a known kind
+        modules = [module for block in self.blocks for module in block.modules()]
+        self.projections = [block.attn.qkv for block in self.blocks]
+        # what the layers' addresses are those of
+        own = {id(x) for cache in model.kv_caches() for x in cache.buffers()}
+        self.weights = [x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None]
+        self.weights = [x for x in self.weights if id(x) not in own]
+        self.addresses = [x.data_ptr() for x in self.weights]
+        self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
     def __call__(
         self, idx: torch.Tensor, rope: list[RopeRows], plans: list[Plan], input_pos: int
     ) -> torch.Tensor | None:
         B, T = idx.shape
-        if B * T > ops.MAX_ROWS or any(self.hooks):
+        if B * T > ops.MAX_ROWS or any(self.hooks) or not self._is_current():
             return None
         caches = [block.attn.kv_cache for block in self.blocks]
         if not (len(self.caches) == len(caches) and all(map(operator.is_, caches, self.caches))):
@@ -86,6 +95,13 @@ class FusedDecode:
             ctypes.byref(self.shape), self.layers, len(self.layers), self.plans, ropes, x.data_ptr(), B, T
         )
         return self.model.transformer.ln_f(x)
+
+    def _is_current(self) -> bool:
+        """Whether the layers are still those that `fuse_decode` found, and their weights where they were."""
+        projections = [block.attn.qkv for block in self.blocks]
+        return all(map(operator.is_, projections, self.projections)) and self.addresses == [
+            x.data_ptr() for x in self.weights
+        ]
 
 
 def _set_plan(target: StepPlan, plan: Plan, T: int) -> bool:

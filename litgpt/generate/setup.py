@@ -15,7 +15,7 @@ from litgpt.generate.compiled import compile_decode
 from litgpt.generate.fused import fuse_decode
 from litgpt.kvcache.factory import create_kv_caches
 from litgpt.model import GPT
-from litgpt.packed import pack_linears
+from litgpt.packed import pack_linears, unpack_linears
 from litgpt.prompt_style import PromptStyle
 from litgpt.prompts import all_stop_tokens
 from litgpt.quantize import Scheme
@@ -97,10 +97,22 @@ def make_ready(
     tokenizer, style = checkpoint.tokenizer(), checkpoint.prompt_style()
     model = load(checkpoint, dtype, device).requires_grad_(False)
     if pack:
-        pack_linears(model)
-    if not (pack and fuse_decode(model)) and compile:
-        compile_decode(model)
+        speed_up_decode(model, compile)
     return Ready(model, tokenizer, style, path)
+
+
+def speed_up_decode(model: GPT, compile: bool = False) -> None:
+    """Have the model decode as fast as it can: with packed weights and all layers in one call, where that works, else layer
+    by layer, or with `compile` by a compiled graph."""
+    pack_linears(model)
+    if not fuse_decode(model) and compile:
+        compile_decode(model)
+
+
+def slow_down_decode(model: GPT) -> None:
+    """Undo `speed_up_decode`: plain layers, with the same parameters as before."""
+    model.decode, model.static_decode = None, False
+    unpack_linears(model)
 
 
 def choose_kv_caches(model: GPT, kv_cache: str, cache_length: int | None, batch_size: int = 1, sinks: int = 0) -> None:
