@@ -11,6 +11,7 @@ import torch
 
 from litgpt.chat.conversation import Conversation
 from litgpt.generate.base import generate_fn
+from litgpt.generate.proposals import PromptLookup
 from litgpt.generate.sampling import check_sampling
 from litgpt.generate.session import Session
 from litgpt.generate.session_file import read_session
@@ -63,6 +64,7 @@ def main(
     cache_length: int | None = None,
     sinks: int = 0,
     prompt_chunksize: int | None = None,
+    prompt_lookup: int | None = None,
     session: Path | None = None,
     seed: int = 1234,
 ) -> None:
@@ -87,6 +89,8 @@ def main(
         cache_length: Tokens that the key-value cache holds. Default: as many as are needed (dense), 1024 (lastrec).
         sinks: First tokens that a lastrec cache never drops.
         prompt_chunksize: Most tokens of a prompt that go through the model at once. Default: all of them.
+        prompt_lookup: Guess up to this many next tokens at a time from what was said, and check them in one call: the same
+            answers, faster where they repeat much of it. 16 is a good value. Default: no guesses.
         session: File to go on from, with the caches as they were, and to save to: after every answer (while it is no larger
             than 64 MB) and on leaving. It is made if it does not exist.
         seed: Of the random numbers.
@@ -96,6 +100,7 @@ def main(
     if cache_length is not None and cache_length < 1:
         raise ValueError(f"cache_length must be at least 1, got {cache_length}")
     check_sampling(temperature, top_k, top_p)
+    proposer = None if prompt_lookup is None else PromptLookup(prompt_lookup)
     if session is not None and not session.absolute().parent.is_dir():
         raise FileNotFoundError(f"--session {session}: there is no folder {session.parent}")
     saved = read_session(session) if session is not None and session.exists() else None
@@ -103,7 +108,7 @@ def main(
     ready = make_ready(checkpoint_dir, precision, quantize, compile, access_token=access_token)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     caches = Session(ready.model, kv_cache, cache_length, sinks, prompt_chunksize)
-    conversation = Conversation(ready, caches, max_new_tokens, sampling, sys_prompt, notify=_tell)
+    conversation = Conversation(ready, caches, max_new_tokens, sampling, sys_prompt, notify=_tell, proposer=proposer)
     if saved is not None:
         conversation.resume(saved)
     with contextlib.suppress(ImportError):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from litgpt.generate.engine import Proposer
 from litgpt.generate.session import Session
 from litgpt.generate.session_file import SessionFile
 from litgpt.generate.setup import Ready
@@ -24,6 +25,7 @@ class Conversation:
         sampling: arguments of `sample`.
         sys_prompt: system prompt (None: what the chat template has).
         notify: is told, in one line, what the user should know.
+        proposer: guesses the next tokens of answers (None: no guesses).
     """
 
     ready: Ready
@@ -32,6 +34,7 @@ class Conversation:
     sampling: dict[str, Any]
     sys_prompt: str | None = None
     notify: Callable[[str], None] = print
+    proposer: Proposer | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -80,7 +83,11 @@ class Conversation:
 
         def tokens() -> Iterator[int]:
             for token in self.session.generate(
-                prompt, self.max_new_tokens, stop_tokens=self.ready.stop_tokens, **self.sampling
+                prompt,
+                self.max_new_tokens,
+                stop_tokens=self.ready.stop_tokens,
+                proposer=self.proposer,
+                **self.sampling,
             ):
                 answer.append(token)
                 yield token

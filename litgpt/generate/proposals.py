@@ -12,7 +12,7 @@ from litgpt.generate.sampling import Draws, probabilities
 from litgpt.generate.verification import draw_from
 from litgpt.model import GPT
 
-LEAST_GUESSES = 2  # of a prompt lookup: a call of three tokens takes hardly longer than one of a single token
+LEAST_GUESSES = 3  # of a prompt lookup: a call of four tokens takes hardly longer than one of two
 
 
 class PromptLookup:
@@ -45,7 +45,7 @@ class PromptLookup:
     def _guess(self, row: Draws, limit: int) -> list[int]:
         text = self._texts.get(row)
         if text is None:
-            text = self._texts[row] = _Text(self.sizes, min(self.most, 2 * LEAST_GUESSES))
+            text = self._texts[row] = _Text(self.sizes, min(self.most, LEAST_GUESSES))
         text.count = min(self.most, text.next_count(row.tokens))
         text.guesses = text.continuation(row.tokens, min(text.count, limit))
         return text.guesses

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from litgpt.fingerprint import fingerprint
-from litgpt.generate.engine import ROOM, Engine, prefill, prepare_caches
+from litgpt.generate.engine import ROOM, Engine, Proposer, prefill, prepare_caches
 from litgpt.generate.request import Request
 from litgpt.generate.sampling import Sampling
 from litgpt.generate.session_file import SessionFile, read_session, write_session
@@ -116,6 +116,7 @@ class Session:
         max_new_tokens: int = 50,
         *,
         stop_tokens: Sequence[Sequence[int]] = (),
+        proposer: Proposer | None = None,
         **sampling: Any,
     ) -> Iterator[int]:
         """Let the model go on.
@@ -125,6 +126,7 @@ class Session:
                 beginning is not computed again, and the rest of the session is forgotten.
             max_new_tokens: most tokens to draw.
             stop_tokens: sequences of tokens, each of which ends the output.
+            proposer: guesses the next tokens (None: no guesses).
             sampling: fields of `Sampling`, such as `temperature=0`.
 
         Yields:
@@ -138,7 +140,7 @@ class Session:
         if not tokens:
             raise ValueError("the prompt is empty: it needs at least one token")
         request = Request(self._tensor(tokens), max_new_tokens, Sampling(**sampling), stop_tokens)
-        engine = Engine(self.model, self.prompt_chunksize)
+        engine = Engine(self.model, self.prompt_chunksize, proposer)
         self._make_room(request.length)
         turn = self._next_turn()
         self.reused = self._rewind(tokens)

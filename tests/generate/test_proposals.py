@@ -46,9 +46,12 @@ def test_a_lookup_finds_what_a_scan_of_the_whole_text_finds(longest, shortest):
 
 
 def test_copies_may_overlap_themselves():
-    row = row_of([7, 8, 1, 2, 3, 1, 2, 3, 1, 2])
-    ((guesses, _),) = PromptLookup(4).propose([row], [9])
-    assert guesses == [3, 1, 2, 3]
+    row, lookup = row_of([7, 8, 1, 2, 3, 1, 2, 3, 1, 2]), PromptLookup(8)
+    ((guesses, _),) = lookup.propose([row], [9])
+    assert guesses == [3, 1, 2]
+    row.tokens += [3, 1, 2, 3]
+    ((guesses, _),) = lookup.propose([row], [9])
+    assert guesses == [1, 2, 3, 1, 2, 3]
 
 
 class Counted(list):
@@ -84,15 +87,17 @@ def test_the_number_of_guesses_follows_how_many_stood():
         ((guesses, _),) = lookup.propose([row], [limit])
         return guesses
 
-    assert propose() == [2, 3, 4, 5]
-    row.tokens += range(2, 7)  # all of them and one more
-    assert propose() == list(range(7, 15))
-    row.tokens += range(7, 16)
-    assert propose() == list(range(16, 32))  # the most
-    row.tokens += [16, 17, 18, 3, 4]  # three stood
-    assert propose() == list(range(5, 11))
+    assert propose() == [2, 3, 4]
+    row.tokens += range(2, 6)  # all of them and one more
+    assert propose() == list(range(6, 12))
+    row.tokens += range(6, 13)
+    assert propose() == list(range(13, 25))
+    row.tokens += range(13, 26)
+    assert propose() == list(range(26, 42))  # the most
+    row.tokens += [26, 27, 28, 29, 3, 4]  # four stood
+    assert propose() == list(range(5, 13))
     row.tokens += [0, 1]  # none did
-    assert propose() == [2, 3]
+    assert propose() == [2, 3, 4]
     assert propose(limit=1) == [2]
 
 

@@ -11,6 +11,7 @@ from litgpt.generate.engine import Engine, decode, prepare_caches
 from litgpt.generate.proposals import DraftModel, PromptLookup
 from litgpt.generate.request import Request
 from litgpt.generate.sampling import Sampling
+from litgpt.generate.session import Session
 from litgpt.generate.speculative_decoding import check_same_vocabulary, generate, speculative_decoding
 from litgpt.kvcache.factory import create_kv_caches
 
@@ -237,6 +238,33 @@ def test_generate_refuses_what_means_nothing(prompts):
             generate(tiny_gpt(), target, prompts[0], **{"max_returned_tokens": 20, **settings})
 
 
+def test_a_session_goes_on_exactly_after_guesses(prompts):
+    model = tiny_gpt(block_size=256)
+    plain, guessing = Session(model), Session(model)
+    for text in (prompts[1].tolist(), prompts[3].tolist(), prompts[0].tolist()):
+        one = list(plain.generate(plain.tokens + text, 25, temperature=0))
+        answers = {tuple(guessing.tokens + text): one}
+        other = list(guessing.generate(guessing.tokens + text, 25, temperature=0, proposer=Oracle(answers)))
+        assert one == other
+        assert plain.tokens == guessing.tokens
+        assert plain.reused == guessing.reused
+
+
+def test_the_llm_answers_as_without_guesses_and_tells_the_rate():
+    llm = LLM(tiny_gpt(block_size=512, **VOCABULARY), Preprocessor(tiny_tokenizer()))
+    llm.distribute("cpu", precision="32-true")
+    settings = {"logit_bias": {50: 99.0, 60: 99.0}, "seed": 5, "max_new_tokens": 60, "return_as_token_ids": True}
+    for prompt in ("abcabcabc", ["abab", "a", "cdcdcdcdcd"]):
+        plain = llm.generate(prompt, **settings)
+        assert llm.acceptance_rate == 0
+        guessed = llm.generate(prompt, prompt_lookup=8, **settings)
+        assert 0 < llm.acceptance_rate < 1
+        pairs = [(plain, guessed)] if isinstance(prompt, str) else zip(plain, guessed, strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+    with pytest.raises(ValueError, match="at least 1"):
+        llm.generate("a", prompt_lookup=0)
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_steps_by_hand_make_the_targets_text(prompts, k):
     target = tiny_gpt()
@@ -289,6 +317,19 @@ def test_the_commands_answer_as_plain_decoding_does_and_tell_how_many_guesses_st
         assert guessed.out == looked_up.out == plain.out != ""
         assert "guesses stood" in guessed.err
         assert "guesses stood" in looked_up.err
+
+
+def test_a_conversation_with_guesses_is_the_one_without(tmp_path, capsys, monkeypatch):
+    model = save(tmp_path / "model", tiny_gpt(block_size=512, **VOCABULARY))
+    answers = []
+    for more in ([], ["--prompt_lookup", "6"]):
+        said = iter(["abcabc", "abc", "abcabc"])
+        monkeypatch.setattr("builtins.input", lambda said=said: next(said, "/exit"))
+        assert (
+            main(["chat", model, "--temperature", "0", "--max_new_tokens", "30", "--precision", "32-true", *more]) == 0
+        )
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != ""
 
 
 def test_models_with_different_vocabularies_are_refused_before_they_are_loaded(tmp_path, capsys, monkeypatch):
