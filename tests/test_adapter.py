@@ -111,6 +111,12 @@ def test_caches_chunks_and_frozen_prefixes_change_nothing(family, cuts, frozen):
     torch.testing.assert_close(through_caches(model, idx, cuts), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_rows_of_a_batch_are_what_they_are_alone():
+    model, idx = adapter_gpt(), torch.randint(0, 100, (3, 11))
+    alone = torch.cat([model(row[None]) for row in idx])
+    torch.testing.assert_close(model(idx), alone, atol=1e-5, rtol=1e-5)
+
+
 def test_the_prefix_is_seen_also_when_the_cache_has_dropped_the_beginning():
     model = adapter_gpt(n_layer=2)
     model.assign_kv_caches(create_kv_caches("lastrec", model.config, 1, 8))
