@@ -60,9 +60,10 @@ class FusedDecode:
         self.projections = [block.attn.qkv for block in self.blocks]
         # what the layers' addresses are those of
         own = {id(x) for cache in model.kv_caches() for x in cache.buffers()}
-        self.weights = [x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None]
-        self.weights = [x for x in self.weights if id(x) not in own]
-        self.addresses = [x.data_ptr() for x in self.weights]
+        tensors = [
+            (owner, name, x) for m in modules for owner in (m._parameters, m._buffers) for name, x in owner.items()
+        ]
+        self.weights = [(*place, x, x.data_ptr()) for *place, x in tensors if x is not None and id(x) not in own]
         self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
     def __call__(
@@ -99,9 +100,9 @@ class FusedDecode:
     def _is_current(self) -> bool:
         """Whether the layers are still those that `fuse_decode` found, and their weights where they were."""
         projections = [block.attn.qkv for block in self.blocks]
-        return all(map(operator.is_, projections, self.projections)) and self.addresses == [
-            x.data_ptr() for x in self.weights
-        ]
+        return all(map(operator.is_, projections, self.projections)) and all(
+            owner.get(name) is x and x.data_ptr() == at for owner, name, x, at in self.weights
+        )
 
 
 def _set_plan(target: StepPlan, plan: Plan, T: int) -> bool:

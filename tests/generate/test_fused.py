@@ -1,0 +1,204 @@
+"""One call for all layers gives what `GPT.run_layers` gives, and keeps away from what it does not know."""
+
+import pytest
+import torch
+from tiny import tiny_gpt
+from torch import nn
+
+from litgpt.generate.fused import FusedDecode, fuse_decode
+from litgpt.generate.setup import slow_down_decode, speed_up_decode
+from litgpt.kernels import ops
+from litgpt.kvcache.factory import create_kv_caches
+from litgpt.quantize import quantize_model
+
+pytestmark = pytest.mark.skipif(not ops.reads_packed_weights(), reason="no kernels on this machine")
+
+LLAMA = {
+    "norm_class_name": "RMSNorm",
+    "mlp_class_name": "LLaMAMLP",
+    "parallel_residual": False,
+    "bias": False,
+    "rotary_percentage": 1.0,
+    "intermediate_size": 128,
+}
+GEMMA = LLAMA | {
+    "mlp_class_name": "GemmaMLP",
+    "gelu_approximate": "tanh",
+    "norm_unit_offset": True,
+    "post_attention_norm": True,
+    "post_mlp_norm": True,
+    "scale_embeddings": True,
+    "sliding_window_size": 6,
+    "sliding_window_indices": [1, 0],
+    "norm_qk": True,
+    "rope_local_base_freq": 1000.0,
+    "rope_indices": [1, 0],
+}
+FAMILIES = {
+    "llama": LLAMA,
+    "multi-query": LLAMA | {"n_query_groups": 1},
+    "qkv bias": LLAMA | {"attn_bias": True},
+    "partial rotary": LLAMA | {"rotary_percentage": 0.5},
+    "interleaved": LLAMA | {"rope_interleave": True},
+    "no rope": LLAMA | {"nope_indices": [1, 0]},
+    "sinks": LLAMA | {"attention_sinks": True},
+    "multipliers": LLAMA | {"residual_multiplier": 0.5, "embedding_multiplier": 3.0},
+    "norms over all heads": LLAMA
+    | {"norm_qk": True, "norm_qk_type": "olmo2", "norm_1": False, "norm_2": False}
+    | {"post_attention_norm": True, "post_mlp_norm": True},
+    "gemma": GEMMA,
+    "soft-capping": GEMMA | {"attention_logit_softcapping": 2.0, "norm_qk": False},
+}
+
+
+def bf16_gpt(**flags):
+    model = tiny_gpt(**(LLAMA | flags)).to(torch.bfloat16).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "sinks" in name or "bias" in name:
+            nn.init.normal_(parameter, mean=0.5, std=0.3)
+    return model
+
+
+def run(model, calls, batch_size=1, **caches):
+    """Outputs for calls of so many tokens, one after the other."""
+    model.clear_kv_caches(assigned=True)
+    if caches:
+        model.assign_kv_caches(
+            create_kv_caches(config=model.config, batch_size=batch_size, dtype=torch.bfloat16, **caches)
+        )
+    else:
+        model.set_kv_caches(batch_size, max_seq_length=40)
+    idx = torch.randint(0, 90, (batch_size, sum(calls)), generator=torch.Generator().manual_seed(1))
+    outputs, position = [], 0
+    with torch.inference_mode():
+        for T in calls:
+            outputs.append(model(idx[:, position : position + T], position))
+            position += T
+    return torch.cat(outputs, dim=1).float()
+
+
+def count(model):
+    """Notes how many tokens the fused decode was asked for and has done."""
+    done, decode = [], model.decode
+
+    def counted(idx, *args):
+        x = decode(idx, *args)
+        done.append(x is not None)
+        return x
+
+    model.decode = counted
+    return done
+
+
+def assert_same(found, expected):
+    """Up to roundings of bfloat16, which layers may enlarge."""
+    scale = expected.abs().max()
+    assert (found - expected).abs().max() < 0.06 * scale
+    assert (found - expected).abs().mean() < 0.01 * scale
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_outputs_are_those_of_the_layers_one_by_one(family, batch_size):
+    model = bf16_gpt(**FAMILIES[family])
+    calls = [5, 1, 1, 4, 1, 1, 1, 1]
+    expected = run(model, calls, batch_size)
+    speed_up_decode(model)
+    assert isinstance(model.decode, FusedDecode)
+    done = count(model)
+    assert_same(run(model, calls, batch_size), expected)
+    assert done[1:] == [True] * 7
+
+
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantised_layers(mode):
+    model = bf16_gpt()
+    quantize_model(model, mode)
+    calls = [5] + [1] * 8
+    expected = run(model, calls)
+    speed_up_decode(model)
+    done = count(model)
+    assert_same(run(model, calls), expected)
+    assert all(done[1:])
+
+
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_caches_that_evict(sinks):
+    model = bf16_gpt()
+    caches = {"name": "lastrec", "cache_length": 8, "sinks": sinks}
+    calls = [5] + [1] * 20
+    expected = run(model, calls, **caches)
+    speed_up_decode(model)
+    done = count(model)
+    assert_same(run(model, calls, **caches), expected)
+    assert all(done[1:])
+
+
+def test_rows_of_different_lengths():
+    model = bf16_gpt(**GEMMA)
+    prompts = [torch.randint(0, 90, (T,)) for T in (3, 12, 7)]
+
+    def ragged():
+        model.set_kv_caches(3, max_seq_length=40)
+        model.start_kv_caches(3)
+        with torch.inference_mode():
+            for row, prompt in enumerate(prompts):
+                model(prompt[None], 0, rows=[row])
+            return torch.cat([model(torch.full((3, 1), t), 12 + t) for t in range(6)], dim=1).float()
+
+    expected = ragged()
+    speed_up_decode(model)
+    done = count(model)
+    assert_same(ragged(), expected)
+    assert done == [True] * 6
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"parallel_residual": True},
+        {"norm_class_name": "LayerNorm"},
+        {"mlp_class_name": "GptNeoxMLP"},
+        {"bias": True},
+        {"mlp_class_name": "LLaMAMoE", "n_expert": 4, "n_expert_per_token": 2},
+    ],
+)
+def test_other_layers_are_left_alone(flags):
+    model = bf16_gpt(**flags)
+    speed_up_decode(model)
+    assert model.decode is None
+
+
+def test_calls_that_are_not_known_are_left_alone():
+    model = bf16_gpt()
+    speed_up_decode(model)
+    done = count(model)
+    run(model, [2, 3, ops.MAX_ROWS + 1, 1])
+    assert done == [False, True, False, True]  # the first is the prefill
+    seen = []
+    handle = model.transformer.h[1].mlp.register_forward_hook(lambda *_: seen.append(1))
+    run(model, [2, 1, 1])
+    assert len(seen) == 3
+    handle.remove()
+    model.set_start_of_layer_hook(lambda *args: seen.append(args))
+    run(model, [2, 1])
+    assert len(seen) == 3 + 2 * (model.config.n_layer + 1)
+
+
+def test_weights_that_were_replaced_are_noticed():
+    model = bf16_gpt()
+    speed_up_decode(model)
+    run(model, [2, 1])
+    block = model.transformer.h[0]
+    block.norm_1.weight = nn.Parameter(torch.zeros_like(block.norm_1.weight), requires_grad=False)
+    expected = run(model, [2, 1])
+    decode, model.decode = model.decode, None
+    torch.testing.assert_close(run(model, [2, 1]), expected)
+    model.decode = decode
+    slow_down_decode(model)
+    assert model.decode is None
+    assert type(block.attn.qkv) is nn.Linear
+
+
+def test_nothing_is_fused_without_packed_weights():
+    assert not fuse_decode(bf16_gpt())
