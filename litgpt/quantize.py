@@ -11,6 +11,7 @@ its `dequantized` weight, up to the rounding of the data type. Its state dict is
 Letters: N outputs and K inputs of a layer.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -28,8 +29,9 @@ MODES = ("int8", "int4")
 BNB_MODES = ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8")
 GROUP_SIZES = (32, 64, 128)
 KERNEL_ROWS = 24  # with more rows of inputs, an ordinary product with the dequantised weight beats torch's kernels
+_CUTS = (1.0, 0.9, 0.8)  # parts of a group's range that are tried for either end in int4
 _KERNEL_DTYPES = (torch.bfloat16, torch.float32)
-PIECE = 2**21  # weights that are quantised at a time, so that what is needed in between stays small
+PIECE = 2**18  # weights that are quantised at a time, so that what is needed in between stays small
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,65 @@ def dequantize_int8(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtyp
 
 
 def quantize_int4(values: torch.Tensor, group_size: int = 32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pairs of integers (N, K / 2), scales and minima (N, K / group_size) of weights (N, K)."""
+    """Pairs of integers (N, K / 2), scales and minima (N, K / group_size) of weights (N, K).
+
+    Of a few ranges for each group, the one is taken by which the squared error is least; a group's outermost weights may be
+    cut off for the sake of the others. Weights that had 4 bits before, in groups of that size, keep their integers.
+    """
     groups = values.float().unflatten(1, (-1, group_size))
     low, high = groups.aminmax(dim=2)
-    scale, minimum = ((high - low) / 15).half(), low.half()
-    steps = scale.float().clamp(min=1e-30).unsqueeze(2)
-    bits = ((groups - minimum.float().unsqueeze(2)) / steps).round_().clamp_(0, 15).to(torch.uint8).flatten(1)
-    return _pairs(bits), scale, minimum
+    fit = _Fit(groups, (high - low) / 15, low)
+    if _have_few_values(groups):
+        for steps in range(14, 0, -1):
+            fit.try_out((high - low) / steps, low)
+    else:
+        for a, b in itertools.product(_CUTS, _CUTS):
+            fit.try_out((high * b - low * a) / 15, low * a)
+        fit.try_out(*fit.least_squares())
+    return _pairs(fit.bits(fit.scale, fit.minimum).to(torch.uint8).flatten(1)), fit.scale, fit.minimum
+
+
+class _Fit:
+    """The best scales and minima so far (N, K / group_size) for groups of weights (N, K / group_size, group_size)."""
+
+    def __init__(self, groups: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor) -> None:
+        self.groups, self.scale, self.minimum = groups, scale.half(), minimum.half()
+        self.error = self._error(self.scale, self.minimum)
+        self.exact = not self.error.any()
+
+    def bits(self, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
+        """The nearest integers, as floats."""
+        steps = scale.float().clamp(min=1e-30).unsqueeze(2)
+        return (self.groups - minimum.float().unsqueeze(2)).div_(steps).round_().clamp_(0, 15)
+
+    def _error(self, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
+        rounded = self.bits(scale, minimum).mul_(scale.float().unsqueeze(2)).add_(minimum.float().unsqueeze(2))
+        return rounded.sub_(self.groups).square_().sum(dim=2)
+
+    def try_out(self, scale: torch.Tensor, minimum: torch.Tensor) -> None:
+        """Take these for the groups where they are better."""
+        if self.exact:
+            return
+        scale, minimum = scale.half(), minimum.half()
+        error = self._error(scale, minimum)
+        better = error < self.error
+        self.scale, self.minimum = torch.where(better, scale, self.scale), torch.where(better, minimum, self.minimum)
+        self.error = torch.where(better, error, self.error)
+
+    def least_squares(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scales and minima that suit the integers best."""
+        bits = self.bits(self.scale, self.minimum)
+        bits_mean, mean = bits.mean(dim=2), self.groups.mean(dim=2)
+        bits -= bits_mean.unsqueeze(2)
+        scale = (bits * self.groups).sum(dim=2) / bits.square_().sum(dim=2).clamp(min=1e-30)
+        return scale, mean - scale * bits_mean
+
+
+def _have_few_values(groups: torch.Tensor) -> bool:
+    """Whether groups, of which some are looked at, have at most 16 different values each."""
+    some = groups.flatten(0, 1)
+    some = some[:: max(1, len(some) // 64)].sort(dim=1).values
+    return bool((some.diff(dim=1) > 0).sum(dim=1).lt(16).all())
 
 
 def dequantize_int4(
@@ -293,14 +347,13 @@ def _has_kernels(x: torch.Tensor) -> bool:
 
 def _bits(pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Integers (N, K) out of pairs (N, K / 2)."""
-    bits = torch.empty(len(pairs), pairs.shape[1] * 2, dtype=dtype, device=pairs.device)
-    bits[:, ::2], bits[:, 1::2] = pairs & 15, pairs >> 4
-    return bits
+    wide = pairs.to(torch.int16)  # its two bytes: first the low one
+    return wide.bitwise_or_(wide << 4).bitwise_and_(0x0F0F).view(torch.uint8).to(dtype)
 
 
 def _pairs(bits: torch.Tensor) -> torch.Tensor:
     """Pairs (N, K / 2) of integers (N, K) in uint8."""
-    return bits[:, ::2] | bits[:, 1::2] << 4
+    return (bits[:, ::2] | bits[:, 1::2] << 4).contiguous()
 
 
 def _from_kernel(packed: torch.Tensor, block: int, dtype: torch.dtype) -> torch.Tensor:

@@ -195,14 +195,13 @@ def measured(path, out, mode):
 def test_memory_stays_near_the_quantised_size(mode, large_folder, tmp_path):
     """While quantising as weights are read, while writing, and while reading what was written: never the whole model."""
     plain = (large_folder / "lit_model.pth").stat().st_size
-    tensor = 4 * 4096 * 1024  # the largest matrix, in float32
     loaded = measured(large_folder, "-", mode)
     assert loaded["held"] < plain * (0.52 if mode == "int8" else 0.37)  # the two tables have 8 bits in any case
-    assert loaded["held"] < loaded["peak"] < loaded["held"] + 3 * tensor
-    assert measured(large_folder, tmp_path / "out", mode)["peak"] < 4 * tensor
+    assert 0.95 * loaded["held"] < loaded["peak"] < loaded["held"] + plain / 3
+    assert measured(large_folder, tmp_path / "out", mode)["peak"] < plain / 3
     again = measured(tmp_path / "out", "-", "stored")
     assert again["held"] == loaded["held"]
-    assert again["peak"] < again["held"] + 2 * tensor
+    assert again["peak"] < again["held"] + plain / 10
 
 
 # --- front ends
@@ -212,10 +211,8 @@ def test_the_command_writes_a_folder_that_others_open(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["quantize", str(folder), str(out), "--quantize", "int4", "--group_size", "64"]) == 0
     assert capsys.readouterr().out == f"{out / QUANTIZED_NAME}\n"
-    assert sorted(file.name for file in out.iterdir() if "token" not in file.name) == [
-        QUANTIZED_NAME,
-        "model_config.yaml",
-    ]
+    weights = [file.name for file in out.iterdir() if file.suffix in (".pth", ".safetensors")]
+    assert weights == [QUANTIZED_NAME]
     assert main(["generate", str(folder), "--quantize", "int4", "--max_new_tokens", "3", "--temperature", "0"]) == 0
     assert main(["validate", str(out)]) == 0
     assert main(["generate", str(out), "--max_new_tokens", "3", "--temperature", "0"]) == 0
