@@ -13,6 +13,7 @@ from torch import nn
 
 from litgpt.fingerprint import sample
 from litgpt.kernels import ops
+from litgpt.quantize import Int4Linear
 
 ROWS_HINT = 128  # the layout is chosen for this many tokens; it also serves one token well
 
@@ -195,6 +196,8 @@ def _pack(module: nn.Module, embeddings: set[int]) -> None:
         elif _is_plain(child):
             kind = SharedLinear if id(child.weight) in embeddings else PackedLinear
             setattr(module, name, kind(child))
+        elif isinstance(child, Int4Linear):
+            child.pack()
         else:
             _pack(child, embeddings)
 
@@ -210,5 +213,7 @@ def unpack_linears(model: nn.Module) -> None:
             setattr(model, name, child.plain())
         elif isinstance(child, (PackedLinear, SharedLinear)):
             setattr(model, name, child.plain()[0])
+        elif isinstance(child, Int4Linear):
+            child.unpack()
         else:
             unpack_linears(child)
