@@ -1,0 +1,122 @@
+"""Kernels against the same sums in float64."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from litgpt.attention import DefaultKeysAndValues, scaled_dot_product_attention
+from litgpt.kernels import ops
+from litgpt.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+
+pytestmark = pytest.mark.skipif(not ops.available(), reason="no kernels on this machine")
+
+SHAPES = [(1, 64, 64), (1, 40, 70), (3, 576, 130), (5, 96, 33), (6, 70, 64), (7, 160, 100), (16, 1536, 576)]
+
+
+def rows(*shape):
+    return torch.randn(*shape).to(torch.bfloat16)
+
+
+def assert_rounded(found, expected):
+    """`found` is `expected`, computed in float32 and rounded to bfloat16."""
+    assert found.dtype == torch.bfloat16
+    error = (found.double() - expected).abs()
+    assert (error <= expected.abs() * 2**-8 + expected.abs().max() * 2**-14).all()
+
+
+@pytest.mark.parametrize(("M", "K", "N"), SHAPES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_plain_weights(M, K, N, biased):
+    x, weight, bias = rows(M, K), rows(N, K), rows(N) if biased else None
+    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert_rounded(ops.linear_plain(x, weight, bias), expected)
+    if ops.reads_packed_weights():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 128)
+        assert_rounded(ops.linear_blocked(x, torch.ops.mkldnn.data_ptr(packed), bias, N), expected)
+
+
+@pytest.mark.parametrize(("M", "K", "N"), SHAPES)
+def test_integer_weights(M, K, N):
+    x, weight = rows(M, K), torch.randn(N, K)
+    integers, scale = quantize_int8(weight)
+    assert_rounded(ops.linear_int8(x, integers, scale), x.double() @ dequantize_int8(integers, scale, torch.float64).T)
+    for group in (32, 64, 128):
+        if K % group == 0:
+            form = quantize_int4(weight, group)
+            assert_rounded(ops.linear_int4(x, *form), x.double() @ dequantize_int4(*form, torch.float64).T)
+
+
+@pytest.mark.parametrize("M", [2, 5, 9, 16])
+def test_a_row_does_not_depend_on_those_beside_it(M):
+    x, weight = rows(M, 576), rows(192, 576)
+    alone = torch.cat([ops.linear_plain(row, weight) for row in x.split(1)])
+    assert torch.equal(ops.linear_plain(x, weight), alone)
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("silu", F.silu),
+        ("gelu-none", F.gelu),
+        ("gelu-tanh", lambda x: F.gelu(x, approximate="tanh")),
+    ],
+)
+@pytest.mark.parametrize("M", [1, 7])
+def test_gated_mlp(name, function, M):
+    if not ops.reads_packed_weights():
+        pytest.skip("packed weights are laid out differently here")
+    x, gate, up, down = rows(M, 96), rows(128, 96) / 4, rows(128, 96), rows(96, 128)
+    first, second = (torch.ops.mkldnn._reorder_linear_weight(w, 128) for w in (torch.cat((gate, up)), down))
+    addresses = (torch.ops.mkldnn.data_ptr(first), torch.ops.mkldnn.data_ptr(second))
+    found = ops.gated_mlp_blocked(x, *addresses, 128, ops.ACTIVATIONS[name])
+    inner = function(x.double() @ gate.double().T) * (x.double() @ up.double().T)
+    expected = inner @ down.double().T
+    assert (found.double() - expected).abs().max() < 2**-7 * expected.abs().max()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("count", [1, 100])
+def test_rms_norm(offset, count):
+    x, weight = rows(count, 3, 70), rows(70)
+    expected = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * (weight.double() + offset)
+    assert_rounded(ops.rms_norm(x, weight, 1e-5, offset), expected)
+
+
+@pytest.mark.parametrize(
+    ("B", "H", "G", "D"), [(1, 9, 3, 64), (2, 4, 1, 128), (3, 2, 2, 96), (1, 5, 5, 256), (2, 8, 1, 16)]
+)
+@pytest.mark.parametrize(("T", "N"), [(1, 1), (1, 63), (1, 200), (4, 77), (16, 1000)])
+def test_attention(B, H, G, D, T, N):
+    for masked, cap, with_sinks in itertools.product((False, True), (0.0, 5.0), (False, True)):
+        keys, values = (rows(B, G, N + 3, D)[:, :, :N] for _ in range(2))  # parts of larger buffers
+        query = rows(B, T, H, D).transpose(1, 2)
+        bias = torch.zeros(B, 1, T, N, dtype=torch.bfloat16)
+        if masked:
+            hidden = torch.rand(B, 1, T, N) < 0.4
+            hidden[..., 0] = False
+            bias.masked_fill_(hidden, -torch.inf)
+        sinks = rows(H) if with_sinks else None
+        assert ops.can_attend(query, keys, values, bias)
+        found = ops.attend(query, keys, values, bias if masked else None, sinks, D**-0.5, cap)
+        expected, _ = scaled_dot_product_attention(
+            query.float(),
+            DefaultKeysAndValues(keys.float(), values.float()),
+            D**-0.5,
+            bias.float(),
+            cap or None,
+            None if sinks is None else sinks.float(),
+        )
+        assert (found.transpose(1, 2).float() - expected).abs().max() < 0.01
+
+
+def test_what_attention_is_not_for():
+    query, keys = rows(1, 2, 1, 16), rows(1, 1, 5, 16)
+    assert ops.can_attend(query, keys, keys, None)
+    assert not ops.can_attend(query.float(), keys.float(), keys.float(), None)
+    assert not ops.can_attend(query, keys, keys[..., :8], None)
+    assert not ops.can_attend(query.requires_grad_(), keys, keys, None)
+    assert not ops.can_attend(rows(1, 2, ops.MAX_QUERIES + 1, 16), keys, keys, None)
+    assert not ops.can_attend(rows(1, 2, 1, 512), rows(1, 1, 5, 512), rows(1, 1, 5, 512), None)
+    assert not ops.can_attend(rows(1, 2, 1, 16), keys, keys, torch.zeros(1, 2, 1, 5, dtype=torch.bfloat16))
