@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from litgpt.fingerprint import sample
 from litgpt.kernels import ops
 from litgpt.model import GPT, LLaMAMoE
 
@@ -318,6 +319,7 @@ class Int4Linear(QuantizedLinear):
         scale = self.scale.float()
         factors = torch.stack((scale, self.minimum.float() + 8 * scale), dim=2)
         self.factors = factors.transpose(0, 1).to(self.dtype).contiguous()
+        self.samples = sample(self.weight)
         self.weight = None
 
     def unpack(self) -> None:
@@ -325,6 +327,11 @@ class Int4Linear(QuantizedLinear):
         if self.packed is not None:
             self.weight = _pairs(_from_kernel(self.packed, _kernel_block(), torch.uint8).T)
             self.packed = self.factors = None
+
+    def weight_samples(self) -> dict[str, torch.Tensor]:
+        """A few values of the buffers, for `litgpt.fingerprint`."""
+        weight = sample(self.weight) if self.packed is None else self.samples
+        return {"weight": weight, "scale": sample(self.scale), "minimum": sample(self.minimum)}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "Int4Linear":
         self.unpack()

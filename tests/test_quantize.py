@@ -7,7 +7,9 @@ from tiny import tiny_gpt
 from torch import nn
 
 from litgpt import quantize
+from litgpt.fingerprint import fingerprint
 from litgpt.model import LatentExpansion
+from litgpt.packed import pack_linears, unpack_linears
 from litgpt.quantize import (
     KERNEL_ROWS,
     Int4Linear,
@@ -188,6 +190,23 @@ def test_packed_layers_are_brought_to_other_types_and_filled_anew(monkeypatch):
     layer.pack()
     layer.load_state_dict(other.state_dict())
     assert torch.equal(layer.dequantized(torch.float32), other.dequantized(torch.float32))
+
+
+@needs_kernel
+def test_packing_a_model_packs_its_int4_layers_and_it_stays_the_same_model(monkeypatch):
+    monkeypatch.setattr(quantize.ops, "available", lambda: False)
+    model = tiny_gpt_quantized("int4", bias=True)
+    idx, before = torch.randint(0, 100, (1, 9)), fingerprint(model)
+    logits, one = model(idx), model(idx[:, :1])
+    pack_linears(model)
+    assert model.transformer.h[0].attn.qkv.packed is not None
+    assert fingerprint(model) == before
+    torch.testing.assert_close(model(idx), logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(idx[:, :1]), one, atol=1e-4, rtol=1e-4)
+    unpack_linears(model)
+    assert model.transformer.h[0].attn.qkv.packed is None
+    assert torch.equal(model(idx), logits)
+    assert fingerprint(tiny_gpt_quantized("int4", bias=True)) != before
 
 
 def test_what_the_kernel_does_not_take_stays_as_it_is():
