@@ -16,7 +16,7 @@ class ContinuousBatch:
     Args:
         model: in evaluation mode. Caches that were assigned are used; otherwise default ones are made, once.
         batch_size: most requests at a time. In a compiled model every step has that many rows, some of them idle.
-        cache_length: most tokens of a request, prompt and answer (default: what the caches take, or the model's context).
+        cache_length: tokens of a request, prompt and answer, that default caches are made for (default: the model's context).
         prompt_chunksize: most tokens of a call in the prefill (None: as many as the caches take).
         proposer: guesses the next tokens.
 
@@ -40,7 +40,6 @@ class ContinuousBatch:
             check_caches(model, batch_size, cache_length or 1)
         self.model = model
         self.batch_size = batch_size
-        self.cache_length = cache_length
         self.engine = Engine(model, prompt_chunksize, proposer, batch_size if model.static_decode else None)
         self.waiting: deque[Request] = deque()
 
@@ -55,10 +54,6 @@ class ContinuousBatch:
         Raises:
             ValueError: if it will never fit. The others are not disturbed.
         """
-        if self.cache_length is not None and request.length > self.cache_length:
-            raise ValueError(
-                f"prompt and new tokens come to {request.length} tokens, but this batch takes {self.cache_length} a request"
-            )
         self.engine.check([request])
         self.waiting.append(request)
 
