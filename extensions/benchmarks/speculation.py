@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--text", type=Path, help="file of the text to repeat (default: the licence)")
     add("--words", type=int, default=300, help="words of it (default: %(default)s)")
     add("--new_tokens", type=int, default=400, help="most tokens of an answer (default: %(default)s)")
-    add("--prompt_lookup", type=int, default=16, help="most guesses at a time (default: %(default)s)")
+    add("--prompt_lookup", type=int, default=15, help="most guesses at a time (default: %(default)s)")
     add("--rounds", type=int, default=5, help="times that both are measured, in turn (default: %(default)s)")
     add("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     add("--out", type=Path, help="write all samples as JSON")

@@ -90,7 +90,7 @@ def main(
         sinks: First tokens that a lastrec cache never drops.
         prompt_chunksize: Most tokens of a prompt that go through the model at once. Default: all of them.
         prompt_lookup: Guess up to this many next tokens at a time from what was said, and check them in one call: the same
-            answers, faster where they repeat much of it. 16 is a good value. Default: no guesses.
+            answers, faster where they repeat much of it. 15 is a good value. Default: no guesses.
         session: File to go on from, with the caches as they were, and to save to: after every answer (while it is no larger
             than 64 MB) and on leaving. It is made if it does not exist.
         seed: Of the random numbers.

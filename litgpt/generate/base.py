@@ -248,7 +248,7 @@ def main(
         sinks: First tokens that a lastrec cache never drops.
         prompt_chunksize: Most tokens of the prompt that go through the model at once. Default: all of them.
         prompt_lookup: Guess up to this many next tokens at a time from the text so far, and check them in one call. The
-            answer stays the same; one that repeats much of the prompt comes faster. 16 is a good value. Default: no guesses.
+            answer stays the same; one that repeats much of the prompt comes faster. 15 is a good value. Default: no guesses.
         seed: Of the random numbers. Every answer has its own; they count up from this.
     """
     check_options(prompt, num_samples, max_new_tokens, cache_length)

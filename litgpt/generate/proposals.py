@@ -29,7 +29,7 @@ class PromptLookup:
         ValueError: for numbers that mean nothing.
     """
 
-    def __init__(self, most: int = 16, longest: int = 4, shortest: int = 2) -> None:
+    def __init__(self, most: int = 15, longest: int = 4, shortest: int = 2) -> None:
         if most < 1:
             raise ValueError(f"prompt lookup needs at least 1 guess at a time, got {most}")
         if not 1 <= shortest <= longest:
