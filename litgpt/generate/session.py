@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from litgpt.fingerprint import fingerprint
-from litgpt.generate.engine import ROOM, Engine, Proposer, prefill, prepare_caches
+from litgpt.generate.engine import Engine, Proposer, prefill, prepare_caches
 from litgpt.generate.request import Request
 from litgpt.generate.sampling import Sampling
 from litgpt.generate.session_file import SessionFile, read_session, write_session
@@ -221,7 +221,7 @@ class Session:
         fresh = copy.copy(self)
         fresh._caches = LayerCaches([cache.twin() for cache in self.kv_caches if not self._grows])
         if self._grows and about["caches"]:
-            fresh._make_room(min(len(tokens) + ROOM, self.model.max_seq_length))
+            fresh._make_room(len(tokens))
         try:
             for layer, (cache, state) in enumerate(zip(fresh.kv_caches, about["caches"], strict=False)):
                 prefix = f"layers.{layer}."

@@ -2,16 +2,19 @@
 
 import importlib
 import random
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from tiny import greedy_without_caches, tiny_gpt
+from torch._dynamo.utils import counters
 
 from litgpt.config import Config
 from litgpt.fingerprint import fingerprint
 from litgpt.generate import Session
+from litgpt.generate.compiled import compile_decode
 from litgpt.generate.session_file import read_session
 from litgpt.kvcache.default import DefaultKVCache
 from litgpt.model import GPT
@@ -234,6 +237,25 @@ def test_a_fork_in_the_middle_of_an_answer_has_what_was_said():
     rest = list(run)
     assert twin.tokens == FIRST + said
     assert list(twin.generate(max_new_tokens=5, **GREEDY)) == rest
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_sessions_forks_and_restored_ones_share_one_compiled_graph(tmp_path):
+    torch._dynamo.reset()
+    counters.clear()
+    model = tiny_gpt(n_layer=1)
+    prompts = [some_tokens(n, n) for n in (12, 20)]
+    alone = [expected(model, prompt, 6) for prompt in prompts]
+    compile_decode(model)
+    sessions = [Session(model) for _ in prompts]
+    runs = [session.generate(prompt, 6, **GREEDY) for session, prompt in zip(sessions, prompts, strict=True)]
+    assert [list(answer) for answer in zip(*zip(*runs, strict=True), strict=True)] == alone
+    graphs = counters["stats"]["unique_graphs"]
+    sessions[0].save(tmp_path / "s")
+    restored, twin = Session(model), sessions[0].fork()
+    restored.load(tmp_path / "s")
+    assert list(restored.generate(max_new_tokens=4, **GREEDY)) == list(twin.generate(max_new_tokens=4, **GREEDY))
+    assert graphs == counters["stats"]["unique_graphs"] == 1
 
 
 # -- room
