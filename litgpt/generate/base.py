@@ -240,7 +240,7 @@ def main(
         presence_penalty: Taken off the logits of tokens that the answer has.
         frequency_penalty: Taken off the logits of the answer's tokens as often as it has them.
         logprobs: Give answers as JSON with each token's log-probability, and those of this many likeliest ones.
-        quantize: Quantisation of the weights (needs a GPU).
+        quantize: Keep the weights in fewer bits: int8, int4, or those of bitsandbytes (bnb.*, needs a GPU).
         precision: bf16-true, 16-true or 32-true. Default: what the device computes well in.
         compile: Compile the decoding step. Takes a while at first, and is faster then.
         kv_cache: What the key-value cache keeps: dense (every token) or lastrec (the last cache_length ones).
