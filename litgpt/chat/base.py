@@ -80,7 +80,7 @@ def main(
         top_k: Draw each token from the k likeliest ones only.
         top_p: Draw each token from the likeliest ones whose probabilities add up to this.
         temperature: Below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest.
-        quantize: Quantisation of the weights (needs a GPU).
+        quantize: Keep the weights in fewer bits: int8, int4, or those of bitsandbytes (bnb.*, needs a GPU).
         precision: bf16-true, 16-true or 32-true. Default: what the device computes well in.
         compile: Compile the decoding step. Takes a while at first, and is faster then.
         multiline: Messages of several lines, each ended by a line with !submit.
