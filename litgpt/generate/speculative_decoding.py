@@ -172,7 +172,7 @@ def main(
         top_k: Draw each token from the k likeliest ones only.
         top_p: Draw each token from the likeliest ones whose probabilities add up to this.
         temperature: Below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest.
-        quantize: Quantisation of both models' weights (needs a GPU).
+        quantize: Keep both models' weights in fewer bits: int8, int4, or those of bitsandbytes (bnb.*, needs a GPU).
         precision: bf16-true, 16-true or 32-true. Default: what the device computes well in.
         compile: Compile the steps of the small model. Takes a while at first, and is faster then.
         kv_cache: What the large model's key-value cache keeps: dense (every token) or lastrec (the last cache_length ones).
