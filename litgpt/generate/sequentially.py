@@ -141,7 +141,7 @@ def main(
         top_k: Draw each token from the k likeliest ones only.
         top_p: Draw each token from the likeliest ones whose probabilities add up to this.
         temperature: Below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest.
-        quantize: Quantisation of the weights.
+        quantize: Keep the weights in fewer bits: int8 or int4 (with one device also bnb.*).
         precision: bf16-true, 16-true or 32-true. Default: what the device computes well in.
         compile: Compile the decoding step; on one device only.
         kv_cache: What the key-value cache keeps: dense (every token) or lastrec (the last cache_length ones).
