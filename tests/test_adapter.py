@@ -210,6 +210,14 @@ def test_training_opens_gates_that_begin_closed():
     assert model.transformer.h[0].attn.gating_factor.any()
 
 
+def test_frozen_prefixes_are_not_computed_again():
+    model, idx = adapter_gpt(), torch.randint(0, 100, (1, 9))
+    expected = model(idx)
+    freeze_prefixes(model)
+    model.transformer.h[1].attn.adapter_wte.weight.zero_()
+    torch.testing.assert_close(model(idx), expected)
+
+
 def test_frozen_prefixes_move_with_the_model():
     model = adapter_gpt()
     freeze_prefixes(model)

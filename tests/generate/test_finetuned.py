@@ -256,6 +256,16 @@ def test_packed_layers_inside_decode_as_the_fine_tuned_model_does(method, base, 
 
 
 @pytest.mark.parametrize("method", ["lora", "adapter", "adapter_v2"])
+def test_nothing_is_left_that_inference_need_not_do(method, base, tmp_path):
+    write_tuned(method, base, tmp_path / "tuned")
+    model = Finetuned(tmp_path / "tuned", method).load(open_checkpoint(base), torch.float32, torch.device("cpu"))
+    if method == "lora":
+        assert all(layer.r for layer in model.modules() if isinstance(layer, lora.LoRALinear))
+    else:
+        assert all(block.attn.frozen_keys is not None for block in model.transformer.h[1:])
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "adapter_v2"])
 def test_the_checkpoint_below_may_be_quantised(method, base, tmp_path):
     model = write_tuned(method, base, tmp_path / "tuned")
     finetuned = Finetuned(tmp_path / "tuned", method)
