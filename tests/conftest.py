@@ -12,6 +12,11 @@ def _fixed_seed() -> None:
     torch.manual_seed(1234)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 def _first_existing(*candidates: str | None) -> Path | None:
     return next((Path(c) for c in candidates if c and Path(c).exists()), None)
 

@@ -18,6 +18,7 @@ from litgpt.generate.verification import draw_beside
 from litgpt.model import GPT
 
 ROOM = 1024  # least capacity of default caches that are to last
+COMPILED_ROOM = 4096  # and of those that code is compiled for
 
 
 def prepare_caches(model: GPT, batch_size: int, max_length: int, roomy: bool = False) -> None:
@@ -39,7 +40,9 @@ def prepare_caches(model: GPT, batch_size: int, max_length: int, roomy: bool = F
             for cache in caches
         )
         if not fits:
-            room = max(ROOM, 1 << (max_length - 1).bit_length()) if roomy or model.static_decode else max_length
+            room = max_length
+            if roomy or model.static_decode:
+                room = max(COMPILED_ROOM if model.static_decode else ROOM, 1 << (max_length - 1).bit_length())
             model.set_kv_caches(batch_size, max_seq_length=min(room, model.max_seq_length))
     check_caches(model, batch_size, max_length)
 
