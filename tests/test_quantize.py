@@ -388,5 +388,5 @@ def test_bitsandbytes_keeps_the_logits_about_as_they_are(mode):
     quantize_model(model, mode)
     model.to("cuda")
     logits = model(idx.cuda()).cpu().float()
-    assert F.cosine_similarity(logits, expected, dim=-1).mean() > 0.9
+    assert F.cosine_similarity(logits, expected, dim=-1).mean() > (0.95 if mode == "bnb.int8" else 0.6)
     assert type(model.transformer.h[0].attn.qkv).__module__.startswith("bitsandbytes.")

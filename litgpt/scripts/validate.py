@@ -65,7 +65,7 @@ def validate_setup(
         if fits:
             check("forward", lambda: _forward(checkpoint, torch_dtype, tokens))
         if config:
-            print(_memory(config, torch_dtype, training, bool(fits and checkpoint.tied)))
+            print(_memory(checkpoint, torch_dtype, training, bool(fits and checkpoint.tied)))
     if failed:
         raise ValueError(f"{checkpoint_dir} is not usable, failed: {', '.join(failed)}")
 
@@ -103,7 +103,8 @@ def _config(checkpoint: Checkpoint) -> tuple[Config, str]:
 def _weights(checkpoint: Checkpoint) -> tuple[bool, str]:
     model = meta_model(checkpoint.config)
     check_weights(checkpoint, model)
-    stored = str(checkpoint.dtype).removeprefix("torch.")
+    how = checkpoint.quantization
+    stored = str(checkpoint.dtype).removeprefix("torch.") if how is None else how.mode
     return True, f"{len(model.state_dict())} names and shapes as the config wants them, stored as {stored}"
 
 
@@ -135,12 +136,16 @@ def _forward(checkpoint: Checkpoint, dtype: torch.dtype, tokens: torch.Tensor | 
     return True, f"finite logits for {len(idx)} tokens"
 
 
-def _memory(config: Config, dtype: torch.dtype, training: bool, tied: bool) -> str:
+def _memory(checkpoint: Checkpoint, dtype: torch.dtype, training: bool, tied: bool) -> str:
+    config, how = checkpoint.config, checkpoint.quantization
     needs = estimate_model_memory(config, dtype, training, tied=tied)
+    weights = f"{_bytes(needs['param_bytes'])} in {str(dtype).removeprefix('torch.')}"
+    if how is not None:
+        weights = f"{_bytes(sum(file.stat().st_size for file in checkpoint.files))} in {how.mode}"
     per_token, whole = _bytes(needs["kv_cache_bytes_per_token"]), _bytes(needs["kv_cache_bytes"])
     rows = {
         "parameters": f"{needs['param_count']:,}",
-        "weights": f"{_bytes(needs['param_bytes'])} in {str(dtype).removeprefix('torch.')}",
+        "weights": weights,
         "key-value cache": f"{per_token} a token, {whole} for the context of {config.block_size:,} tokens",
     }
     if training:
