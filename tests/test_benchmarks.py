@@ -11,7 +11,8 @@ import torch
 from tiny import VOCABULARY, tiny_gpt, tiny_tokenizer
 
 from litgpt.checkpoint.export import save_huggingface
-from litgpt.checkpoint.load import save_litgpt
+from litgpt.checkpoint.load import load_model, save_litgpt
+from litgpt.checkpoint.open import open_checkpoint
 from litgpt.generate.base import generate
 from litgpt.generate.setup import choose_kv_caches
 
@@ -317,3 +318,19 @@ def test_batches_are_compared_round_by_round_and_must_equal_their_own_runs(
     tokens["together"] = [[1], [3]]
     with pytest.raises(RuntimeError, match=r"prompts of \[50\] tokens"):
         batches.measure(Scripted(tmp_path, 1), where, 1, [10, 50], 6)
+
+
+def test_perplexity_is_that_of_a_texts_tokens_and_compared_token_by_token(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    perplexity = module("perplexity", monkeypatch)
+    windows = torch.randint(0, 261, (2, 16))
+    checkpoint = open_checkpoint(tiny_folder / "litgpt")
+    results = perplexity.measure(checkpoint, windows, ["int8", "int4"])
+    probabilities = load_model(checkpoint)(windows).float().softmax(-1)
+    chosen = probabilities[:, :-1].gather(-1, windows[:, 1:, None]).log()
+    assert results["bf16"].loss == pytest.approx(-chosen.mean().item(), rel=0.02)
+    assert (results["bf16"].divergence, results["bf16"].agreement) == (pytest.approx(0, abs=1e-6), 1)
+    assert 0 < results["int8"].divergence < results["int4"].divergence
+    assert results["bf16"].bytes > results["int8"].bytes > results["int4"].bytes
+    assert perplexity.table(results).count("|") == 5 * 6

@@ -129,9 +129,12 @@ def test_a_quantised_layer_is_a_product_with_its_dequantised_weight(mode, dtype,
     assert layer(x).dtype == dtype
 
 
+@pytest.mark.parametrize("kernels", ["ours", "torch's"])
 @pytest.mark.parametrize("sizes", [(100, 64), (7, 9), (3, 33), (1, 1)])
 @DTYPES
-def test_int8_layers_of_any_size(sizes, dtype):
+def test_int8_layers_of_any_size(sizes, dtype, kernels, monkeypatch):
+    if kernels != "ours":
+        monkeypatch.setattr(quantize.ops, "available", lambda: False)
     layer = quantized_layer("int8", *sizes, dtype=dtype)
     x = torch.randn(2, sizes[1], dtype=dtype)
     expected = x.double() @ layer.dequantized(torch.float64).T
