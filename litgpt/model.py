@@ -175,7 +175,7 @@ class GPT(nn.Module):
     def _run_with_caches(self, idx: torch.Tensor, input_pos: int, rows: Sequence[int] | None) -> torch.Tensor:
         B, T = idx.shape
         caches = self.kv_caches()
-        if not self.are_kv_caches_assigned():
+        if len(caches) != self.config.n_layer:
             raise ValueError("there are no key-value caches: call set_kv_caches or assign_kv_caches first")
         static = self.static_decode and T == 1 and rows is None
         shared: dict[tuple, Plan] = {}
@@ -285,10 +285,9 @@ class GPT(nn.Module):
             cos, sin = self.cos[positions], self.sin[positions]
         if cos.ndim == 3:
             cos, sin = cos.unsqueeze(-1), sin.unsqueeze(-1)
-        half = torch.ones(cos.shape[2], device=cos.device)
-        half[: cos.shape[2] // 2] = -1
-        sin = sin * half[:, None]
         cos, sin = cos.unsqueeze(1).to(self.dtype), sin.unsqueeze(1).to(self.dtype)
+        left, right = sin.chunk(2, dim=3)
+        sin = torch.cat((-left, right), dim=3)
         return list(zip(cos.unbind(-1), sin.unbind(-1), strict=True))
 
     # -- key-value caches

@@ -5,7 +5,7 @@ it leaves the call to `run_layers`.
 """
 
 import ctypes
-import operator
+import weakref
 
 import torch
 from torch import nn
@@ -55,15 +55,19 @@ class FusedDecode:
             *(getattr(first.post_attention_norm, "factor", 1.0), getattr(first.post_mlp_norm, "factor", 1.0)),
         )
         self.plans = (StepPlan * len(layers))()
-        self.caches: list[KVCache] = []  # that were found to be of a known kind
+        self.caches: list[weakref.ref[KVCache]] = []  # whose buffers the layers have
+        self.places: list[tuple[int, int]] = []
         modules = [module for block in self.blocks for module in block.modules()]
-        self.projections = [block.attn.qkv for block in self.blocks]
-        # what the layers' addresses are those of
+        # what the layers' addresses are those of: of every module one tensor, for they move together
         own = {id(x) for cache in model.kv_caches() for x in cache.buffers()}
         tensors = [
-            (owner, name, x) for m in modules for owner in (m._parameters, m._buffers) for name, x in owner.items()
+            next(((d, n, x) for d in (m._parameters, m._buffers) for n, x in d.items() if x is not None), None)
+            for m in modules
         ]
-        self.weights = [(*place, x, x.data_ptr()) for *place, x in tensors if x is not None and id(x) not in own]
+        self.weights = [
+            (*place, place[2].data_ptr()) for place in tensors if place is not None and id(place[2]) not in own
+        ]
+        self.projections = [(block.attn._modules, block.attn.qkv) for block in self.blocks]
         self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
     def __call__(
@@ -72,21 +76,16 @@ class FusedDecode:
         B, T = idx.shape
         if B * T > ops.MAX_ROWS or any(self.hooks) or not self._is_current():
             return None
-        caches = [block.attn.kv_cache for block in self.blocks]
-        if not (len(self.caches) == len(caches) and all(map(operator.is_, caches, self.caches))):
-            if not all(map(_is_known_cache, caches)):
-                return None
-            self.caches = caches
+        if not self._has_caches([attn["kv_cache"] for attn, _ in self.projections]):
+            return None
         numbers: dict[int, int] = {}
-        for layer, cache, plan in zip(self.layers, caches, plans, strict=True):
+        for layer, plan in zip(self.layers, plans, strict=True):
             number = numbers.get(id(plan))
             if number is None:
                 number = numbers[id(plan)] = len(numbers)
                 if not _set_plan(self.plans[number], plan, T):
                     return None
-            keys = cache.storage.k
-            layer.keys, layer.values, layer.plan = keys.data_ptr(), cache.storage.v.data_ptr(), number
-            layer.row_stride, layer.head_stride, _, _ = keys.stride()
+            layer.plan = number
         tables = [(cos.contiguous(), sin.contiguous()) for cos, sin in rope]
         ropes = (Rope * len(tables))(
             *(Rope(cos.data_ptr(), sin.data_ptr(), cos.stride(0) if len(cos) > 1 else 0) for cos, sin in tables)
@@ -99,10 +98,31 @@ class FusedDecode:
 
     def _is_current(self) -> bool:
         """Whether the layers are still those that `fuse_decode` found, and their weights where they were."""
-        projections = [block.attn.qkv for block in self.blocks]
-        return all(map(operator.is_, projections, self.projections)) and all(
+        return all(modules["qkv"] is projection for modules, projection in self.projections) and all(
             owner.get(name) is x and x.data_ptr() == at for owner, name, x, at in self.weights
         )
+
+    def _has_caches(self, caches: list[KVCache]) -> bool:
+        """Note where the caches are, if they are of a kind that is known."""
+        if len(self.caches) == len(caches) and all(
+            ref() is cache for ref, cache in zip(self.caches, caches, strict=True)
+        ):
+            places = [_place(cache) for cache in caches]
+            if places == self.places:
+                return True
+        if not all(map(_is_known_cache, caches)):
+            return False
+        self.caches = list(map(weakref.ref, caches))  # their memory is not held here
+        self.places = list(map(_place, caches))
+        for layer, cache, place in zip(self.layers, caches, self.places, strict=True):
+            layer.keys, layer.values = place
+            layer.row_stride, layer.head_stride, _, _ = cache.storage.k.stride()
+        return True
+
+
+def _place(cache: KVCache) -> tuple[int, int]:
+    buffers = cache.storage._buffers
+    return buffers["k"].data_ptr(), buffers["v"].data_ptr()
 
 
 def _set_plan(target: StepPlan, plan: Plan, T: int) -> bool:

@@ -165,12 +165,15 @@ class DefaultKVCache(KVCache):
 
     def commit(self, plan: Plan) -> None:
         """Note that `plan` was run."""
-        oldest = self._oldest + (0,) * (len(plan.after) - len(self._oldest))
-        self._oldest = tuple(
-            max(old if before else 0, after - self.policy.reach)
-            for old, before, after in zip(oldest, plan.before, plan.after, strict=False)
-        )
-        self._lengths = plan.after
+        oldest = (self._oldest + (0,) * len(plan.after))[: len(plan.after)]
+        if self.policy.evicts:
+            oldest = tuple(
+                max(old if before else 0, after - self.policy.reach)
+                for old, before, after in zip(oldest, plan.before, plan.after, strict=True)
+            )
+        if oldest != self._oldest:
+            self._oldest = oldest
+        object.__setattr__(self, "_lengths", plan.after)  # that of modules takes time, in every layer of every step
 
     def run(
         self,

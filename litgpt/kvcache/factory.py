@@ -65,4 +65,6 @@ def create_kv_caches(
     devices = device if isinstance(device, Sequence) else [device] * config.n_layer
     params = [KVCacheParams.from_config(config, batch_size, cache_length, device, dtype) for device in devices]
     kwargs = {"sinks": sinks} if evicts else {}
-    return [create_kv_cache(name, config, params[block_idx], block_idx, **kwargs) for block_idx in range(config.n_layer)]
+    return [
+        create_kv_cache(name, config, params[block_idx], block_idx, **kwargs) for block_idx in range(config.n_layer)
+    ]

@@ -130,8 +130,8 @@ class DefaultStorage(Storage):
 
     @property
     def device(self) -> torch.device:
-        return self.k.device
+        return self._buffers["k"].device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.k.dtype
+        return self._buffers["k"].dtype
