@@ -46,21 +46,78 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios_not_of_the_medians(monkeypat
         results.ratio([1.0, 2.0], [1.0])
 
 
-def test_table_has_medians_and_ratios_and_leaves_out_what_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_have_medians_and_ratios_and_leave_out_what_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     results = module("results", monkeypatch)
-    samples = {
-        "decode at 128, tokens/s": {
-            results.OURS: [90.0, 99.5, 1975.0],
-            results.LITGPT: [45.0, 39.8, 1000.0],
-            results.COMPILED: [180.0, 39.8, 1000.0],
-        },
-        "answer, s": {results.OURS: [2.0], results.LITGPT: [8.0]},
+    decode = {
+        results.OURS: [90.0, 99.5, 1975.0],
+        results.LITGPT: [45.0, 39.8, 1000.0],
+        results.LLAMA_BF16: [100.0, 199.0, 1975.0],
+        results.INT8: [150.0, 180.0, 160.0],
+        results.LLAMA_Q8_0: [100.0, 90.0, 80.0],
     }
-    header, rule, decode, answer = results.markdown(samples).splitlines()
-    assert [header.count("|"), rule.count("|"), decode.count("|"), answer.count("|")] == [9, 9, 9, 9]
-    assert decode == "| decode at 128, tokens/s | 99.5 | 180 | 45.0 |  | 2.00x | 1.00x |  |"
-    assert answer == "| answer, s | 2.00 |  | 8.00 |  | 0.25x |  |  |"
-    assert results.ratios(samples)["answer, s"] == {f"{results.OURS} / {results.LITGPT}": 0.25}
+    samples = {
+        results.at(results.DECODE, 2048): decode,
+        results.at(results.PREFILL, 2048): {name: [1000.0, 1000.0, 2000.0] for name in decode},
+        results.at(results.MEMORY, 2048): {name: [float(500 + 500 * i)] * 3 for i, name in enumerate(decode)},
+        results.at(results.ABOVE_IMPORTS, 2048): {name: [7.0] * 3 for name in decode},
+        results.ANSWER: {results.OURS: [2.0], results.LITGPT: [8.0]},
+    }
+    header, rule, bf16, int8 = results.comparison(samples, (128, 2048)).splitlines()
+    assert [header.count("|"), rule.count("|"), bf16.count("|"), int8.count("|")] == [11] * 4
+    assert bf16 == "| this, at 2,048 | 99.5 | 2.00x | 0.90x | 1,000 | 1.00x | 1.00x | 500 | 0.50x | 0.33x |"
+    assert int8 == "| this, `--quantize int8`, at 2,048 | 160 |  | 2.00x | 1,000 |  | 1.00x | 2,000 |  | 0.80x |"
+    header, rule, *rows, _, seconds = results.medians(samples, (128, 2048)).splitlines()
+    assert {header.count("|"), rule.count("|")} == {line.count("|") for line in rows} == {6}
+    assert rows[1] == f"| {results.LITGPT}, at 2,048 | 45.0 | 1,000 | 1,000 | 7.00 |"
+    assert [line.split(", at")[0] for line in rows] == [
+        f"| {name}" for name in (results.OURS, results.LITGPT, results.LLAMA_BF16, results.INT8, results.LLAMA_Q8_0)
+    ]
+    assert seconds == f"{results.ANSWER}: this 2.00, {results.LITGPT} 8.00"
+    assert results.ratios(samples)[results.ANSWER] == {f"{results.OURS} / {results.LITGPT}": 0.25}
+    assert "llama" not in results.medians({results.at(results.DECODE, 8): {}}, (8,))
+
+
+def test_systems_are_those_that_the_tables_compare(monkeypatch: pytest.MonkeyPatch) -> None:
+    systems, results, environments = (module(name, monkeypatch) for name in ("systems", "results", "environments"))
+    names = [system.name for system in systems.SYSTEMS]
+    ours = [system.name for system in systems.SYSTEMS if system.group == "ours"]
+    assert sorted(ours) == sorted(results.COMPARED)
+    assert {*ours, *(peer for peers in results.COMPARED.values() for peer in peers.values())} == set(names)
+    assert len(set(names)) == len({system.key for system in systems.SYSTEMS}) == len(names)
+    assert {system.group for system in systems.SYSTEMS} == {"ours", *environments.PEERS}
+    assert all((environments.WORKERS / system.worker).is_file() for system in systems.SYSTEMS)
+
+
+def test_a_part_of_the_systems_is_chosen_by_group_or_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    systems = module("systems", monkeypatch)
+
+    def keys(*words: str) -> list[str]:
+        return [system.key for system in systems.choose(words)]
+
+    assert keys("litgpt", "ours-bf16") == ["ours-bf16", "litgpt"]
+    assert sorted(keys("llama")) == ["llama-bf16", "llama-q4_1", "llama-q8_0"]
+    assert keys("ours", "litgpt", "llama", "transformers") == [system.key for system in systems.SYSTEMS]
+    with pytest.raises(ValueError, match="no system 'our', only ours, ours-bf16, litgpt, llama,"):
+        systems.choose(["llama", "our"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--systems", "ours,gpt"], "--systems: there is no system 'gpt', only ours"),
+        (["--contexts", "128,0"], "--contexts: a context has at least 1 token, got 0"),
+        (["--contexts", "128,"], "--contexts: invalid contexts value: '128,'"),
+        (["--rounds", "0"], "--rounds must be at least 1, got 0"),
+    ],
+)
+def test_arguments_that_mean_nothing_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    compare = module("compare", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        compare.main()
+    assert message in capsys.readouterr().err
 
 
 def test_numbers_keep_three_digits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,16 +131,17 @@ def test_common_beginning_of_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_systems_take_turns_and_go_backwards_every_other_round(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    rounds, environments, layouts = (module(name, monkeypatch) for name in ("rounds", "environments", "layouts"))
+    rounds, environments = module("rounds", monkeypatch), module("environments", monkeypatch)
+    systems, results = module("systems", monkeypatch), module("results", monkeypatch)
     asked = []
 
     class Scripted(environments.Launcher):
         """Answers instead of running workers."""
 
         def work(self, python: Path, worker: str, job: dict) -> dict:
-            asked.append((worker, job["context"]))
+            asked.append((str(python), job))
             speed = float(len(asked))
-            answer = [1, 2, 3] if worker == "a.py" else [1, 2, 4]
+            answer, note = ([1, 2, 3], "fast") if worker == "a.py" else ([1, 2, 4], "slow")
             return {
                 "prefill": 10 * speed,
                 "decode": speed,
@@ -91,33 +149,49 @@ def test_systems_take_turns_and_go_backwards_every_other_round(monkeypatch: pyte
                 "peak_above_import": 1e6,
                 "threads": self.threads,
                 "answer": answer,
+                "note": note,
             }
 
-    systems = [
-        rounds.System(name, Path(sys.executable), worker, tmp_path)
-        for name, worker in ((rounds.OURS, "a.py"), (rounds.LITGPT, "b.py"))
+    options = {"quantize": "int8"}
+    measured = [
+        systems.System("ours-bf16", systems.OURS, "a.py", "folder", options, long=True),
+        systems.System("litgpt", systems.LITGPT, "b.py", "file"),
     ]
-    where = layouts.Layouts(tmp_path, tmp_path, tmp_path)
-    samples, notes = rounds.measure(Scripted(tmp_path, 2), systems, where, 2, rounds.Sizes((16,), 2))
-    assert asked == [("a.py", 16), ("b.py", 16), ("b.py", 16), ("a.py", 16)]
-    assert samples["decode at 16, tokens/s"] == {rounds.OURS: [1.0, 4.0], rounds.LITGPT: [2.0, 3.0]}
-    assert samples["peak memory at 16, MB"][rounds.OURS] == [5.0, 5.0]
-    assert notes == [f"{rounds.LITGPT} at 16: the first 2 of 3 greedy tokens are ours"]
+    places = rounds.Places(
+        {"ours": Path("ours"), "litgpt": Path("peer")}, {"folder": Path("x"), "file": Path("y")}, Path("text")
+    )
+    samples, notes = rounds.measure(Scripted(tmp_path, 2), measured, places, 2, rounds.Sizes((16, 64), 2, 64, 1))
+    common = {"tokens": "text", "threads": 2}
+    a, b = ("ours", {"checkpoint": "x", **options, **common}), ("peer", {"checkpoint": "y", **common})
+    short, long = {"context": 16, "new_tokens": 2}, {"context": 64, "new_tokens": 1}
+    turns = [(a, short), (b, short), (a, long), (b, short), (a, short), (a, long)]
+    assert asked == [(python, job | sizes) for (python, job), sizes in turns]
+    assert samples[results.at(results.DECODE, 16)] == {systems.OURS: [1.0, 5.0], systems.LITGPT: [2.0, 4.0]}
+    assert samples[results.at(results.PREFILL, 64)] == {systems.OURS: [30.0, 60.0]}
+    assert samples[results.at(results.MEMORY, 16)][systems.OURS] == [5.0, 5.0]
+    assert notes == [
+        f"{systems.OURS}: fast",
+        f"{systems.LITGPT}: slow",
+        f"greedy tokens in common with this, of 3 at 16: {systems.LITGPT} 2",
+    ]
 
 
+@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"quantize": "int4"}])
 def test_worker_of_ours_generates_what_the_package_generates(
-    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path, options: dict
 ) -> None:
     environments = module("environments", monkeypatch)
     job = {"checkpoint": str(tiny_folder / "litgpt"), "tokens": str(tiny_folder / "tokens.json")}
-    job |= {"context": 8, "new_tokens": 4, "compile": False}
+    job |= {"context": 8, "new_tokens": 4, **options}
     found = environments.Launcher(tmp_path, 1).work(Path(sys.executable), "ours.py", job)
     assert found["threads"] == 1
     assert min(found["prefill"], found["decode"]) > 0 <= found["peak_above_import"]
     assert found["peak_bytes"] > found["peak_above_import"]
-    model = module("ours", monkeypatch).make_ready(tiny_folder / "litgpt", "bf16-true").model
+    ours = module("ours", monkeypatch)
+    model = ours.make_ready(tiny_folder / "litgpt", "bf16-true", **options).model
     prompt = torch.tensor([7, 50, 91, 12, 200, 7, 50, 91])
     assert found["answer"] == generate(model, prompt, 13, temperature=0.0, include_prompt=False).tolist()
+    assert found["note"] == f"decoded {ours.how_it_decodes(model)}"
 
 
 def test_a_failing_worker_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -131,6 +205,51 @@ def test_an_interpreter_without_the_peer_is_refused(monkeypatch: pytest.MonkeyPa
     environments = module("environments", monkeypatch)
     with pytest.raises(ValueError, match=r"should have litgpt 0\.5\.13 and torch 0\.0\.1, but: .+"):
         environments.check_python(Path(sys.executable), "litgpt", "0.0.1")
+    with pytest.raises(ValueError, match=r"should have llama-cpp-python \d\.\d\.\d+, but: .+"):
+        environments.check_python(Path(sys.executable), "llama", "0.0.1")
+
+
+def test_only_the_peers_that_were_chosen_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
+) -> None:
+    compare, environments = module("compare", monkeypatch), module("environments", monkeypatch)
+    arguments = ["--systems", "ours-int8", "--llama_python", "nowhere", "--checkpoint", str(tiny_folder / "litgpt")]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+    places = compare.prepare(environments.Launcher(tmp_path, 1), compare.parse_arguments())
+    assert places.pythons == {"ours": Path(sys.executable)}
+    assert places.tokens.is_file()
+    assert {name: path.is_dir() for name, path in places.weights.items()} == {"litgpt": True, "huggingface": True}
+
+
+def test_gguf_files_are_made_once_and_wholly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    layouts, environments = module("layouts", monkeypatch), module("environments", monkeypatch)
+    source, asked = tmp_path / "model.gguf", []
+    source.touch()
+
+    class Scripted(environments.Launcher):
+        """Finds the file as it is done in earnest, and writes names instead of weights; the first time it fails."""
+
+        def work(self, python: Path, worker: str, job: dict) -> dict:
+            if worker == "find_gguf.py":
+                return super().work(python, worker, job)
+            asked.append((str(python), worker, job["source"]))
+            Path(job["out_dir"], "bf16.gguf").touch()
+            if len(asked) == 1:
+                raise RuntimeError("no space left")
+            return {}
+
+    launcher = Scripted(tmp_path, 1)
+    with pytest.raises(RuntimeError, match="no space left"):
+        layouts.ensure_ggufs(launcher, source, Path("peer"))
+    found = [layouts.ensure_ggufs(launcher, source, Path("peer")) for _ in range(2)]
+    assert asked == [("peer", "write_ggufs.py", str(source))] * 2
+    assert found[0] == found[1]
+    assert sorted(found[0]) == ["bf16", "q8_0", "shipped"]
+    assert found[0]["bf16"].is_file()
+    with pytest.raises(
+        RuntimeError, match=r"(?s)find_gguf.py failed.*needs a \.gguf file, not .*; name one by --checkpoint"
+    ):
+        layouts.ensure_ggufs(launcher, tmp_path, Path("peer"))
 
 
 def test_windows_of_a_long_text_cover_it_and_the_caches_keep_their_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
-"""Measures this package side by side with LitGPT and transformers, and prints a Markdown table.
+"""Measures this package side by side with LitGPT, llama.cpp and transformers, and prints Markdown tables.
 
     python extensions/benchmarks/compare.py --out results.json
+    python extensions/benchmarks/compare.py --systems ours,llama --contexts 128
     python extensions/benchmarks/compare.py --lastrec
 
 See README.md next to this file.
@@ -10,14 +11,16 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import lastrec
 import rounds
 from environments import PEERS, Launcher, check_python, ensure_environment, processor_name, public_version
-from layouts import ensure_layouts
-from results import markdown, ratios
+from layouts import ensure_ggufs, ensure_layouts
+from results import comparison, medians, ratios
+from systems import SYSTEMS, System, choose
 
 
 def main() -> int:
@@ -39,8 +42,10 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--work_dir", type=Path, default=Path("~/.cache/litgpt-benchmarks"), help="environments and weights, kept")
     add("--checkpoint", type=Path, help="the default model's folder or .gguf file (default: found, or fetched once)")
-    add("--litgpt_python", type=Path, help="interpreter that has the LitGPT to compare with (default: set one up)")
-    add("--transformers_python", type=Path, help="interpreter that has transformers (default: set one up)")
+    for name, peer in PEERS.items():
+        add(f"--{name}_python", type=Path, help=f"interpreter that has {peer.distribution} (default: set one up)")
+    add("--systems", type=systems, default=SYSTEMS, help="a part of them only, such as ours,llama or ours-bf16,litgpt")
+    add("--contexts", type=contexts, help="tokens of context (default: 128,2048,8000)")
     add("--rounds", type=int, default=5, help="times that every system is measured, in turn (default: %(default)s)")
     add("--threads", type=int, default=2, help="CPU threads of every process (default: %(default)s)")
     add("--lastrec", action="store_true", help="measure an evicting cache over a long text instead; needs no peers")
@@ -53,8 +58,24 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
+def systems(text: str) -> tuple[System, ...]:
+    """The value of `--systems`."""
+    try:
+        return choose(text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def contexts(text: str) -> tuple[int, ...]:
+    """The value of `--contexts`."""
+    numbers = tuple(int(word) for word in text.split(","))
+    if min(numbers) < 1:
+        raise argparse.ArgumentTypeError(f"a context has at least 1 token, got {min(numbers)}")
+    return numbers
+
+
 def run(args: argparse.Namespace, work_dir: Path) -> dict:
-    """Measures what the arguments ask for, prints the table, and returns everything as plain data."""
+    """Measures what the arguments ask for, prints the tables, and returns everything as plain data."""
     repeats = 1 if args.quick else args.rounds
     launcher = Launcher(work_dir, args.threads)
     about = {"torch": version("torch"), "threads": args.threads, "processor": processor_name(), "rounds": repeats}
@@ -65,21 +86,33 @@ def run(args: argparse.Namespace, work_dir: Path) -> dict:
         print(f"{lastrec.markdown(result)}\n\n{caption}")
         return about | result
 
-    named = {"litgpt": args.litgpt_python, "transformers": args.transformers_python}
-    torch_version = public_version(about["torch"])
+    sizes = rounds.QUICK if args.quick else rounds.FULL
+    if args.contexts is not None:
+        sizes = replace(sizes, contexts=args.contexts)
+    places = prepare(launcher, args)
+    samples, notes = rounds.measure(launcher, args.systems, places, repeats, sizes)
+    tables = (comparison(samples, sizes.contexts), caption, medians(samples, sizes.contexts), "\n".join(notes))
+    print("\n\n".join(tables))
+    peers = {peer.distribution: peer.version for peer in PEERS.values()}
+    return about | {"peers": peers, "samples": samples, "ratios": ratios(samples), "notes": notes}
+
+
+def prepare(launcher: Launcher, args: argparse.Namespace) -> rounds.Places:
+    """Everything that the chosen systems need, made once."""
+    torch_version = public_version(version("torch"))
     pythons = {}
-    for peer, python in named.items():
+    for group in dict.fromkeys(system.group for system in args.systems):
+        python = Path(sys.executable) if group == "ours" else getattr(args, f"{group}_python")
         if python is None:
-            pythons[peer] = ensure_environment(work_dir, peer, torch_version)
-        else:
-            pythons[peer] = check_python(python, peer, torch_version)
+            python = ensure_environment(launcher.work_dir, group, torch_version)
+        elif group in PEERS:
+            python = check_python(python, group, torch_version)
+        pythons[group] = python
     layouts = ensure_layouts(launcher, args.checkpoint)
-    systems = rounds.systems(pythons, layouts)
-    samples, notes = rounds.measure(launcher, systems, layouts, repeats, rounds.QUICK if args.quick else rounds.FULL)
-    print(f"{markdown(samples)}\n\n{caption}")
-    for note in notes:
-        print(note)
-    return about | {"peers": PEERS, "samples": samples, "ratios": ratios(samples), "notes": notes}
+    weights = {"litgpt": layouts.litgpt, "huggingface": layouts.huggingface}
+    if "llama" in pythons:
+        weights |= ensure_ggufs(launcher, args.checkpoint, pythons["llama"])
+    return rounds.Places(pythons, weights, layouts.tokens)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKERS = Path(__file__).resolve().parent / "workers"
-PEERS = {"litgpt": "0.5.13", "transformers": "5.3.0"}
-UNDECLARED = {"litgpt": ["requests"]}  # its command line does not start without it, and it does not ask for it
 ERROR_LINES = 15
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What is installed to compare with: a distribution, with our version of torch if it runs on that."""
+
+    distribution: str
+    version: str
+    torch: bool = True
+    undeclared: tuple[str, ...] = ()  # what it needs and does not ask for
+
+    def versions(self, torch_version: str) -> dict[str, str]:
+        """Of the distributions that matter."""
+        return {self.distribution: self.version} | ({"torch": torch_version} if self.torch else {})
+
+
+PEERS = {
+    "litgpt": Peer("litgpt", "0.5.13", undeclared=("requests",)),  # its command line does not start without it
+    "transformers": Peer("transformers", "5.3.0"),
+    "llama": Peer("llama-cpp-python", "0.3.36", torch=False),
+}
 
 
 def public_version(version: str) -> str:
@@ -21,15 +40,16 @@ def public_version(version: str) -> str:
 
 
 def ensure_environment(work_dir: Path, peer: str, torch_version: str) -> Path:
-    """The interpreter of a virtual environment with a peer and our version of torch, made with pip if it is not there.
+    """The interpreter of a virtual environment with a peer and what it runs on, made with pip if it is not there.
 
     Raises `subprocess.CalledProcessError` if that fails; the next call starts anew.
     """
-    folder = work_dir / f"{peer}-{PEERS[peer]}-torch-{torch_version}"
+    versions = PEERS[peer].versions(torch_version)
+    folder = work_dir / "-".join(word for item in versions.items() for word in item)
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     complete = folder / "complete"
     if not complete.is_file():
-        requirements = [f"{peer}=={PEERS[peer]}", f"torch=={torch_version}", *UNDECLARED.get(peer, ())]
+        requirements = [*(f"{name}=={version}" for name, version in versions.items()), *PEERS[peer].undeclared]
         print(f"Installing {' '.join(requirements)} into {folder} (once)", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *requirements], check=True, stdout=sys.stderr)
@@ -38,15 +58,16 @@ def ensure_environment(work_dir: Path, peer: str, torch_version: str) -> Path:
 
 
 def check_python(python: Path, peer: str, torch_version: str) -> Path:
-    """`python` itself; `ValueError` if it is not one with the expected versions of the peer and torch."""
-    code = f"from importlib.metadata import version; print(version({peer!r}), version('torch'))"
+    """`python` itself; `ValueError` if it is not one with the expected versions of the peer and of torch, if it needs that."""
+    versions = PEERS[peer].versions(torch_version)
+    code = f"from importlib.metadata import version; print(*(version(name) for name in {list(versions)}))"
     python = Path(os.path.abspath(python.expanduser()))  # not resolve: a virtual environment's python is a link
     # isolated: the folder that we are in may hold another `litgpt`
     found = subprocess.run([str(python), "-I", "-c", code], capture_output=True, text=True)
-    expected = [PEERS[peer], torch_version]
-    if [public_version(word) for word in found.stdout.split()] != expected:
+    if [public_version(word) for word in found.stdout.split()] != list(versions.values()):
         answer = (found.stdout + found.stderr).strip().splitlines() or ["no answer"]
-        raise ValueError(f"{python} should have {peer} {expected[0]} and torch {expected[1]}, but: {answer[-1]}")
+        expected = " and ".join(f"{name} {version}" for name, version in versions.items())
+        raise ValueError(f"{python} should have {expected}, but: {answer[-1]}")
     return python
 
 

@@ -1,16 +1,27 @@
-"""From samples to medians, ratios and a table."""
+"""From samples to medians, ratios and tables."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 
-from environments import PEERS
+from systems import COMPILED, INT4, INT8, LITGPT, LLAMA_BF16, LLAMA_Q4_1, LLAMA_Q8_0, OURS, SYSTEMS, TRANSFORMERS
 
-OURS, COMPILED = "this", "this, `--compile`"
-LITGPT, TRANSFORMERS = f"LitGPT {PEERS['litgpt']}", f"transformers {PEERS['transformers']}"
-SYSTEMS = (OURS, COMPILED, LITGPT, TRANSFORMERS)
-COMPARED = ((OURS, LITGPT), (COMPILED, LITGPT), (OURS, TRANSFORMERS))
+# system of ours -> peers with the same weights, or with their own of as many bits
+COMPARED = {
+    OURS: {"LitGPT": LITGPT, "llama.cpp": LLAMA_BF16, "transformers": TRANSFORMERS},
+    COMPILED: {"LitGPT": LITGPT, "llama.cpp": LLAMA_BF16},
+    INT8: {"llama.cpp": LLAMA_Q8_0},
+    INT4: {"llama.cpp": LLAMA_Q4_1},
+}
+DECODE, PREFILL = "decode, tokens/s", "prefill, tokens/s"
+MEMORY, ABOVE_IMPORTS = "peak memory, MB", "peak memory above imports, MB"
+ANSWER = "`litgpt generate` to the first of the answer, s"
 
 Samples = dict[str, dict[str, list[float]]]  # figure -> system -> one value for every round
+
+
+def at(figure: str, context: int) -> str:
+    """The name of a figure that is measured at several lengths of context."""
+    return f"{figure}, at {context:,}"
 
 
 def ratio(ours: Sequence[float], peer: Sequence[float]) -> float:
@@ -23,21 +34,53 @@ def ratio(ours: Sequence[float], peer: Sequence[float]) -> float:
 
 def ratios(samples: Samples) -> dict[str, dict[str, float]]:
     """For every figure, the ratios of those pairs that were both measured."""
+    pairs = [(ours, peer) for ours, peers in COMPARED.items() for peer in peers.values()]
     return {
-        figure: {f"{a} / {b}": ratio(of[a], of[b]) for a, b in COMPARED if a in of and b in of}
+        figure: {f"{a} / {b}": ratio(of[a], of[b]) for a, b in pairs if a in of and b in of}
         for figure, of in samples.items()
     }
 
 
-def markdown(samples: Samples) -> str:
-    """A row for every figure: each system's median, and the ratios."""
-    pairs = [f"{a} / {b}" for a, b in COMPARED]
-    lines = [row(["", *SYSTEMS, *pairs]), row(["---"] + ["---:"] * (len(SYSTEMS) + len(pairs)))]
-    for figure, ratios_of in ratios(samples).items():
-        of = samples[figure]
-        medians = [number(median(of[system])) if system in of else "" for system in SYSTEMS]
-        lines.append(row([figure, *medians, *(f"{ratios_of[p]:.2f}x" if p in ratios_of else "" for p in pairs)]))
+def comparison(samples: Samples, contexts: Sequence[int]) -> str:
+    """A row for every context and system of ours: medians, and beside each its ratios to LitGPT and to llama.cpp."""
+    figures, peers = (DECODE, PREFILL, MEMORY), ("LitGPT", "llama.cpp")
+    lines = heading(cell for figure in figures for cell in (figure, *(f"/ {peer}" for peer in peers)))
+    for context in contexts:
+        for system, compared in COMPARED.items():
+            of = {figure: samples.get(at(figure, context), {}) for figure in figures}
+            if system not in of[DECODE]:
+                continue
+            cells = []
+            for figure in figures:
+                cells.append(number(median(of[figure][system])))
+                for peer in peers:
+                    values = of[figure].get(compared.get(peer))
+                    cells.append("" if values is None else f"{ratio(of[figure][system], values):.2f}x")
+            lines.append(row([f"{system}, at {context:,}", *cells]))
     return "\n".join(lines)
+
+
+def medians(samples: Samples, contexts: Sequence[int]) -> str:
+    """A row for every context and system, and the times of `litgpt generate`."""
+    figures = (DECODE, PREFILL, MEMORY, ABOVE_IMPORTS)
+    lines = heading(figures)
+    for context in contexts:
+        of = [samples.get(at(figure, context), {}) for figure in figures]
+        lines += [
+            row([f"{system.name}, at {context:,}", *(number(median(values[system.name])) for values in of)])
+            for system in SYSTEMS
+            if system.name in of[0]
+        ]
+    if ANSWER in samples:
+        seconds = [f"{system} {number(median(values))}" for system, values in samples[ANSWER].items()]
+        lines.append(f"\n{ANSWER}: {', '.join(seconds)}")
+    return "\n".join(lines)
+
+
+def heading(columns: Iterable[str]) -> list[str]:
+    """The first lines of a table with numbers in all columns but the first."""
+    columns = list(columns)
+    return [row(["", *columns]), row(["---"] + ["---:"] * len(columns))]
 
 
 def row(cells: Sequence[str]) -> str:

@@ -7,47 +7,44 @@ from pathlib import Path
 
 from environments import Launcher
 from first_token import seconds_to_answer
-from layouts import Layouts
-from results import COMPILED, LITGPT, OURS, TRANSFORMERS, Samples, common_beginning
+from results import ABOVE_IMPORTS, ANSWER, DECODE, MEMORY, PREFILL, Samples, at, common_beginning
+from systems import OURS, System
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Tokens of context at which speeds are measured, and tokens decoded after it."""
+    """Tokens of context at which speeds are measured, and tokens decoded after it.
+
+    From `long` tokens of context on, few systems are measured (`System.long`), over few tokens.
+    """
 
     contexts: tuple[int, ...]
     new_tokens: int
+    long: int
+    long_new_tokens: int
 
 
-FULL = Sizes((128, 2048), 64)
-QUICK = Sizes((16, 48), 4)
+FULL = Sizes((128, 2048, 8000), 64, 4096, 16)
+QUICK = Sizes((16, 48, 80), 4, 64, 2)
 
 
 @dataclass(frozen=True)
-class System:
-    """Something to measure: a worker in an interpreter, and the weights it reads."""
+class Places:
+    """Where on this machine things are.
 
-    name: str
-    python: Path
-    worker: str
-    checkpoint: Path
-    compile: bool = False
-    command: bool = False  # whether it has a `generate` command to measure
+    Attributes:
+        pythons: interpreters, by group of systems.
+        weights: files and folders, by what systems call them.
+        tokens: JSON list of the text's tokens.
+    """
 
-
-def systems(pythons: Mapping[str, Path], layouts: Layouts) -> list[System]:
-    """All that are compared; `pythons` are the peers' interpreters."""
-    own = Path(sys.executable)
-    return [
-        System(OURS, own, "ours.py", layouts.litgpt, command=True),
-        System(LITGPT, pythons["litgpt"], "litgpt_peer.py", layouts.litgpt, command=True),
-        System(COMPILED, own, "ours.py", layouts.litgpt, compile=True),
-        System(TRANSFORMERS, pythons["transformers"], "transformers_peer.py", layouts.huggingface),
-    ]
+    pythons: Mapping[str, Path]
+    weights: Mapping[str, Path]
+    tokens: Path
 
 
 def measure(
-    launcher: Launcher, systems: Sequence[System], layouts: Layouts, repeats: int, sizes: Sizes
+    launcher: Launcher, systems: Sequence[System], places: Places, repeats: int, sizes: Sizes
 ) -> tuple[Samples, list[str]]:
     """Every figure of every system, once a round; and what is to be said about them.
 
@@ -62,38 +59,41 @@ def measure(
     for round_idx in range(repeats):
         in_turn = list(systems) if round_idx % 2 == 0 else list(reversed(systems))
         for context in sizes.contexts:
-            answers = {}
+            long, answers = context >= sizes.long, {}
             for system in in_turn:
+                if long and not system.long:
+                    continue
                 print(f"round {round_idx + 1}/{repeats}, {context} tokens: {system.name}", file=sys.stderr)
                 job = {
-                    "checkpoint": str(system.checkpoint),
-                    "tokens": str(layouts.tokens),
+                    "checkpoint": str(places.weights[system.weights]),
+                    "tokens": str(places.tokens),
                     "context": context,
-                    "new_tokens": sizes.new_tokens,
-                    "compile": system.compile,
+                    "new_tokens": sizes.long_new_tokens if long else sizes.new_tokens,
+                    "threads": launcher.threads,
                 }
-                found = launcher.work(system.python, system.worker, job)
+                found = launcher.work(places.pythons[system.group], system.worker, job | system.options)
                 if found["threads"] != launcher.threads:
                     raise RuntimeError(f"{system.name} ran on {found['threads']} threads, not {launcher.threads}")
-                add(f"prefill at {context:,}, tokens/s", system, found["prefill"])
-                add(f"decode at {context:,}, tokens/s", system, found["decode"])
-                add(f"peak memory at {context:,}, MB", system, found["peak_bytes"] / 1e6)
-                add(f"peak memory above imports at {context:,}, MB", system, found["peak_above_import"] / 1e6)
+                add(at(DECODE, context), system, found["decode"])
+                add(at(PREFILL, context), system, found["prefill"])
+                add(at(MEMORY, context), system, found["peak_bytes"] / 1e6)
+                add(at(ABOVE_IMPORTS, context), system, found["peak_above_import"] / 1e6)
                 answers[system.name] = found["answer"]
-                if round_idx == 0 and "graphs" in found:
-                    notes.append(f"{system.name} at {context:,}: {found['graphs']} compiled graph(s) for all positions")
-            if round_idx == 0:
-                notes += [
-                    f"{name} at {context:,}: the first {common_beginning(answers[OURS], answer)} of {len(answer)} greedy "
-                    "tokens are ours"
-                    for name, answer in answers.items()
-                    if name != OURS
-                ]
+                note = f"{system.name}: {found.get('note')}"
+                if "note" in found and note not in notes:
+                    notes.append(note)
+            if round_idx == 0 and OURS in answers:
+                ours = answers.pop(OURS)
+                shared = [f"{name} {common_beginning(ours, answer)}" for name, answer in answers.items()]
+                if shared:
+                    notes.append(
+                        f"greedy tokens in common with {OURS}, of {len(ours)} at {context:,}: {', '.join(shared)}"
+                    )
         for system in in_turn:
             if system.command:
                 print(f"round {round_idx + 1}/{repeats}, command: {system.name}", file=sys.stderr)
+                python, checkpoint = places.pythons[system.group], places.weights[system.weights]
                 if round_idx == 0:
-                    seconds_to_answer(launcher, system.python, system.checkpoint)  # files cached, bytecode written
-                seconds = seconds_to_answer(launcher, system.python, system.checkpoint)
-                add("`litgpt generate` to the first of the answer, s", system, seconds)
+                    seconds_to_answer(launcher, python, checkpoint)  # files cached, bytecode written
+                add(ANSWER, system, seconds_to_answer(launcher, python, checkpoint))
     return samples, notes

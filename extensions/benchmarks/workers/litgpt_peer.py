@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lightning
+import torch
 from litgpt.utils import load_checkpoint
 from timing import measure, peak_bytes, read_job, read_tokens, report
 
@@ -14,7 +15,7 @@ from litgpt.model import GPT
 
 def main() -> None:
     job, imported = read_job(), peak_bytes()
-    prompt = read_tokens(job, job["context"])
+    prompt = torch.tensor(read_tokens(job, job["context"]))
     length = len(prompt) + job["new_tokens"] + 1
     folder = Path(job["checkpoint"])
     fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="bf16-true")
@@ -32,7 +33,7 @@ def main() -> None:
         for block in model.transformer.h:
             block.attn.kv_cache.reset_parameters()
 
-    report(measure(job, imported, generate))
+    report(measure(job, imported, torch.get_num_threads(), generate))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ NEW_TOKENS = 8
 def main() -> None:
     job = read_job()
     model = make_ready(job["checkpoint"], "bf16-true", device=torch.device("cpu")).model
-    text = read_tokens(job, job["document"] + job["question"]).tolist()
+    text = read_tokens(job, job["document"] + job["question"])
     report(measure(model, text[: job["document"]], text[job["document"] :], job["session"], job["kind"]))
 
 

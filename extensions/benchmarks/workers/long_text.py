@@ -14,7 +14,8 @@ def main() -> None:
     job = read_job()
     model = make_ready(job["checkpoint"], "bf16-true", device=torch.device("cpu")).model
     choose_kv_caches(model, "lastrec", job["slots"])
-    report(measure_windows(model, read_tokens(job, job["text"]), job["slots"], job["start"], job["windows"]))
+    tokens = torch.tensor(read_tokens(job, job["text"]))
+    report(measure_windows(model, tokens, job["slots"], job["start"], job["windows"]))
 
 
 @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""This package as `litgpt generate` runs it: bfloat16, packed weights, dense caches; with `compile` as with `--compile`."""
+"""This package as `litgpt generate` runs it, with `--quantize` and `--compile` if the job says so: bfloat16, dense caches."""
 
 from collections.abc import Iterator
 
@@ -6,23 +6,33 @@ import torch
 from timing import measure, peak_bytes, read_job, read_tokens, report
 
 from litgpt.generate.base import generate_fn
+from litgpt.generate.fused import FusedDecode
 from litgpt.generate.setup import make_ready
+from litgpt.model import GPT
 
 
 def main() -> None:
     job, imported = read_job(), peak_bytes()
-    prompt = read_tokens(job, job["context"])
-    model = make_ready(job["checkpoint"], "bf16-true", compile=job["compile"], device=torch.device("cpu")).model
+    prompt = torch.tensor(read_tokens(job, job["context"]))
+    options = {name: job[name] for name in ("quantize", "compile") if name in job}
+    model = make_ready(job["checkpoint"], "bf16-true", device=torch.device("cpu"), **options).model
 
     def generate() -> Iterator[int]:
         length = len(prompt) + job["new_tokens"] + 1
         for token in generate_fn(model, prompt, length, temperature=0.0, include_prompt=False, include_eos=False):
             yield int(token)
 
-    result = measure(job, imported, generate)
-    if job["compile"]:
-        result["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    report(result)
+    result = measure(job, imported, torch.get_num_threads(), generate)
+    report(result | {"note": f"decoded {how_it_decodes(model)}"})
+
+
+def how_it_decodes(model: GPT) -> str:
+    """Which of the ways to decode the model takes, after it did."""
+    if isinstance(model.decode, FusedDecode):
+        return "by one call of the kernels for all layers"
+    if model.decode is None:
+        return "layer by layer"
+    return f"by {torch._dynamo.utils.counters['stats']['unique_graphs']} compiled graph(s)"
 
 
 if __name__ == "__main__":

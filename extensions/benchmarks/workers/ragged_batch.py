@@ -16,7 +16,7 @@ def main() -> None:
     job = read_job()
     model = make_ready(job["checkpoint"], job["precision"], device=torch.device("cpu")).model
     lengths, new_tokens = job["lengths"], job["new_tokens"]
-    text = read_tokens(job, sum(lengths))
+    text = torch.tensor(read_tokens(job, sum(lengths)))
     prompts = list(text.split(lengths))
     answer(model, prompts, 2)  # the first calls are not counted
     answer(model, prompts[:1], 2)

@@ -1,4 +1,4 @@
-"""What all workers share: the job, the clock, the memory, the answer. Runs in every interpreter, so it imports torch only."""
+"""What all workers share: the job, the clock, the memory, the answer. Runs in every interpreter, so it imports the standard library only."""
 
 import json
 import resource
@@ -7,18 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
 
 def read_job() -> dict:
     """What is to be measured, from the command line."""
     return json.loads(sys.argv[1])
 
 
-def read_tokens(job: dict, count: int) -> torch.Tensor:
-    """The first `count` tokens of the text, over and over again if it is shorter: (count,) int64."""
+def read_tokens(job: dict, count: int) -> list[int]:
+    """The first `count` tokens of the text, over and over again if it is shorter."""
     tokens = json.loads(Path(job["tokens"]).read_text(encoding="utf-8"))
-    return torch.tensor((tokens * -(-count // len(tokens)))[:count])
+    return (tokens * -(-count // len(tokens)))[:count]
 
 
 def peak_bytes() -> int:
@@ -27,16 +25,17 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def measure(job: dict, imported: int, generate: Callable[[], Iterator[int]]) -> dict:
+def measure(job: dict, imported: int, threads: int, generate: Callable[[], Iterator[int]]) -> dict:
     """Runs `generate` once to warm up and once by the clock.
 
     Args:
         job: with `context` and `new_tokens`.
         imported: `peak_bytes()` before the model was loaded.
+        threads: that the computations use.
         generate: prefills the context and yields 1 + `new_tokens` tokens: the first one comes with the prefill.
 
     Returns:
-        Tokens per second of prefill and decode, bytes of memory, and the tokens.
+        Tokens per second of prefill and decode, bytes of memory, the threads and the tokens.
     """
     for _ in generate():
         pass
@@ -51,7 +50,7 @@ def measure(job: dict, imported: int, generate: Callable[[], Iterator[int]]) -> 
         "decode": job["new_tokens"] / (times[-1] - times[0]),
         "peak_bytes": peak_bytes(),
         "peak_above_import": peak_bytes() - imported,
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "answer": tokens,
     }
 

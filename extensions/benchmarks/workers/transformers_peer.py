@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 def main() -> None:
     job, imported = read_job(), peak_bytes()
-    prompt = read_tokens(job, job["context"])
+    prompt = torch.tensor(read_tokens(job, job["context"]))
     model = AutoModelForCausalLM.from_pretrained(job["checkpoint"], dtype=torch.bfloat16).eval()
 
     @torch.inference_mode()
@@ -20,7 +20,7 @@ def main() -> None:
             tokens = logits[:, -1].argmax(-1, keepdim=True)
             yield int(tokens)
 
-    report(measure(job, imported, generate))
+    report(measure(job, imported, torch.get_num_threads(), generate))
 
 
 if __name__ == "__main__":
