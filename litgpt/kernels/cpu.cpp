@@ -376,6 +376,33 @@ inline __m512 sums_of_16(__m512* v) {
 }
 #endif
 
+// With AVX-512 a query's output is the same to the last bit whatever other queries and later keys, which it does not see, are in
+// the call: guesses of tokens are checked in calls of many, and should stand or fall as if tokens came one by one. So all of
+// SPLIT scores are summed always, and by one piece of code; compilers reorder sums as they see fit, in each place otherwise.
+
+// Turns scores s (SPLIT,) into weights relative to the largest one, `top`; their sum.
+__attribute__((noinline)) float weigh(float* s, float* top) {
+    float most = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t j = 0; j < SPLIT; j++) most = std::max(most, s[j]);
+    const float base = most == -INFINITY ? 0.0f : most;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < SPLIT; j++) {
+        s[j] = exponential(s[j] - base);
+        sum += s[j];
+    }
+    *top = most;
+    return sum;
+}
+
+inline float multiply_add(float a, float b, float c) {  // in one step where there is an instruction: cannot be reordered
+#ifdef __FP_FAST_FMAF
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 // Attention from R queries (float, scaled) over keys [n0, n1): their maxima, sums and weighted values.
 template <int R, int D0>
 void attend_part(const float* q, const bf16* k, const bf16* v, int64_t k_stride, int64_t v_stride, const bf16* const* bias,
@@ -385,10 +412,10 @@ void attend_part(const float* q, const bf16* k, const bf16* v, int64_t k_stride,
     int64_t done = 0;
 #ifdef __AVX512F__
     if (D0)
-        for (; done + 16 <= n; done += 16) {
+        for (; done < n; done += 16) {
             __m512 sums[R][16];
             for (int j = 0; j < 16; j++) {
-                const bf16* key = k + (done + j) * k_stride;
+                const bf16* key = k + std::min(done + j, n - 1) * k_stride;  // after the last one, it again
                 for (int64_t d = 0; d < D0; d += 16) {
                     const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(key + d)));
                     const __m512 keys = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
@@ -416,18 +443,8 @@ void attend_part(const float* q, const bf16* k, const bf16* v, int64_t k_stride,
             for (int64_t j = 0; j < n; j++) s[j] = cap * std::tanh(s[j] / cap);
         if (bias[r])
             for (int64_t j = 0; j < n; j++) s[j] += widen(bias[r][j]);
-        float most = -INFINITY;
-#pragma omp simd reduction(max : most)
-        for (int64_t j = 0; j < n; j++) most = std::max(most, s[j]);
-        const float base = most == -INFINITY ? 0.0f : most;
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t j = 0; j < n; j++) {
-            s[j] = exponential(s[j] - base);
-            sum += s[j];
-        }
-        top[r] = most;
-        total[r] = sum;
+        for (int64_t j = n; j < SPLIT; j++) s[j] = -INFINITY;
+        total[r] = weigh(s, top + r);
     }
     float sums[R][D0 ? D0 : MAX_D] = {};
     for (int64_t j = 0; j < n; j++) {
@@ -435,7 +452,7 @@ void attend_part(const float* q, const bf16* k, const bf16* v, int64_t k_stride,
         for (int r = 0; r < R; r++) {
             const float weight = scores[r][j];
 #pragma omp simd
-            for (int64_t d = 0; d < D; d++) sums[r][d] += weight * widen(value[d]);
+            for (int64_t d = 0; d < D; d++) sums[r][d] = multiply_add(weight, widen(value[d]), sums[r][d]);
         }
     }
     for (int r = 0; r < R; r++) std::memcpy(out + r * D, sums[r], D * sizeof(float));

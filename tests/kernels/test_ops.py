@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from litgpt.attention import DefaultKeysAndValues, scaled_dot_product_attention
+from litgpt.attention import DefaultKeysAndValues, position_bias, scaled_dot_product_attention
 from litgpt.kernels import ops
 from litgpt.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 
@@ -120,3 +120,24 @@ def test_what_attention_is_not_for():
     assert not ops.can_attend(rows(1, 2, ops.MAX_QUERIES + 1, 16), keys, keys, None)
     assert not ops.can_attend(rows(1, 2, 1, 512), rows(1, 1, 5, 512), rows(1, 1, 5, 512), None)
     assert not ops.can_attend(rows(1, 2, 1, 16), keys, keys, torch.zeros(1, 2, 1, 5, dtype=torch.bfloat16))
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="not promised on this machine")
+@pytest.mark.parametrize(("H", "G", "D"), [(9, 3, 64), (8, 8, 128), (8, 2, 64), (4, 1, 128)])
+def test_a_querys_output_is_the_same_to_the_last_bit_however_many_queries_a_call_brings(H, G, D):
+    """What speculation needs: guesses that are checked together stand as if tokens came one by one."""
+    keys, values = torch.randn(2, 1, G, 216, D).bfloat16()
+    queries = torch.randn(1, H, 16, D).bfloat16()
+
+    def attend(start, first, count):
+        """Queries `first`, ..., that stand at `start + first`, ... and see all keys until then."""
+        stop = start + first + count
+        positions = torch.arange(start + first, stop)
+        bias = None if count == 1 else position_bias(positions, torch.arange(stop), torch.bfloat16)[None, None]
+        query = queries[:, :, first : first + count].contiguous()
+        return ops.attend(query, keys[:, :, :stop], values[:, :, :stop], bias, None, 0.1, 0.0)
+
+    for start in (100, 112, 120, 126, 127, 128, 129, 150, 200):
+        one_by_one = torch.cat([attend(start, t, 1) for t in range(16)], dim=1)
+        for count in range(2, 17):
+            assert torch.equal(attend(start, 0, count), one_by_one[:, :count]), (start, count)
