@@ -453,3 +453,20 @@ def test_perplexity_is_that_of_a_texts_tokens_and_compared_token_by_token(
     assert 0 < results["int8"].divergence < results["int4"].divergence
     assert results["bf16"].bytes > results["int8"].bytes > results["int4"].bytes
     assert perplexity.table(results).count("|") == 5 * 6
+
+
+def test_speculation_is_measured_and_compared_token_by_token(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speculation = module("speculation", monkeypatch)
+    monkeypatch.setattr(speculation, "tasks", lambda text, words: {"repeat": "abab", "tell": "x"})
+    results = speculation.measure(tiny_folder / "litgpt", "", 2, 10, 12, 3)
+    assert set(results) == {"repeat", "tell"}
+    for found in results.values():
+        assert [len(found["speeds"][kind]) for kind in ("plain", "lookup")] == [2, 2]
+        assert found["same, 32-true"] == found["new, 32-true"] > 0
+        assert 0 <= found["accepted"] <= found["guessed"]
+    found["speeds"] = {"plain": [10.0, 20.0, 90.0], "lookup": [40.0, 30.0, 180.0]}
+    found |= {"same, bf16-true": 5, "new, bf16-true": 12, "guessed": 9, "accepted": 4}
+    last = speculation.markdown(results).splitlines()[-1]
+    assert "| 20.0 | 40.0 | 2.00x | 4 of 9 | 5 of 12 |" in last
