@@ -217,7 +217,14 @@ def test_a_file_that_is_none_is_refused(base, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "option", [("--prompt", ""), ("--max_new_tokens", "0"), ("--top_p", "2"), ("--cache_length", "0")]
+    "option",
+    [
+        ("--prompt", ""),
+        ("--max_new_tokens", "0"),
+        ("--top_p", "2"),
+        ("--cache_length", "0"),
+        ("--prompt_chunksize", "0"),
+    ],
 )
 def test_options_that_mean_nothing_are_refused(option, base, tmp_path, capsys):
     write_tuned("full", base, tmp_path / "tuned")
