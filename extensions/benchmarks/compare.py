@@ -79,7 +79,8 @@ def run(args: argparse.Namespace, work_dir: Path) -> dict:
     repeats = 1 if args.quick else args.rounds
     launcher = Launcher(work_dir, args.threads)
     about = {"torch": version("torch"), "threads": args.threads, "processor": processor_name(), "rounds": repeats}
-    caption = "bf16, batch 1, {threads} threads, torch {torch}, {processor}; rounds: {rounds}".format(**about)
+    caption = "bf16 unless said, batch 1, {threads} threads, torch {torch}, {processor}; rounds: {rounds}"
+    caption = caption.format(**about)
     if args.lastrec:
         layouts = ensure_layouts(launcher, args.checkpoint)
         result = lastrec.measure(launcher, layouts, repeats, lastrec.QUICK if args.quick else lastrec.FULL)

@@ -51,7 +51,8 @@ def measure(
     Systems take turns, so that all of them see the same state of the machine; every other round goes backwards.
     """
     samples: Samples = {}
-    notes: list[str] = []
+    ways: dict[str, list[str]] = {}  # what is said of how it ran, and the systems that say it
+    common: list[str] = []
 
     def add(figure: str, system: System, value: float) -> None:
         samples.setdefault(figure, {}).setdefault(system.name, []).append(value)
@@ -79,16 +80,14 @@ def measure(
                 add(at(MEMORY, context), system, found["peak_bytes"] / 1e6)
                 add(at(ABOVE_IMPORTS, context), system, found["peak_above_import"] / 1e6)
                 answers[system.name] = found["answer"]
-                note = f"{system.name}: {found.get('note')}"
-                if "note" in found and note not in notes:
-                    notes.append(note)
+                if "note" in found and system.name not in ways.setdefault(found["note"], []):
+                    ways[found["note"]].append(system.name)
             if round_idx == 0 and OURS in answers:
                 ours = answers.pop(OURS)
                 shared = [f"{name} {common_beginning(ours, answer)}" for name, answer in answers.items()]
                 if shared:
-                    notes.append(
-                        f"greedy tokens in common with {OURS}, of {len(ours)} at {context:,}: {', '.join(shared)}"
-                    )
+                    tokens = f"greedy tokens in common with {OURS}, of {len(ours)} at {context:,}"
+                    common.append(f"{tokens}: {'; '.join(shared)}")
         for system in in_turn:
             if system.command:
                 print(f"round {round_idx + 1}/{repeats}, command: {system.name}", file=sys.stderr)
@@ -96,4 +95,4 @@ def measure(
                 if round_idx == 0:
                     seconds_to_answer(launcher, python, checkpoint)  # files cached, bytecode written
                 add(ANSWER, system, seconds_to_answer(launcher, python, checkpoint))
-    return samples, notes
+    return samples, [f"{'; '.join(names)}: {note}" for note, names in ways.items()] + common

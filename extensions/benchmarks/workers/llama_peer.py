@@ -32,7 +32,8 @@ def main() -> None:
             yield tokens[0]
 
     result = measure(job, imported, llama_cpp.llama_n_threads(model.ctx), generate)
-    report(result | {"note": llama_cpp.llama_print_system_info().decode().strip()})
+    features = llama_cpp.llama_print_system_info().decode().strip(" |").replace(" = 1", "").replace(" | ", ", ")
+    report(result | {"note": f"compiled for {features}"})
 
 
 if __name__ == "__main__":
