@@ -197,7 +197,7 @@ def test_memory_stays_near_the_quantised_size(mode, large_folder, tmp_path):
     plain = (large_folder / "lit_model.pth").stat().st_size
     loaded = measured(large_folder, "-", mode)
     assert loaded["held"] < plain * (0.52 if mode == "int8" else 0.37)  # the two tables have 8 bits in any case
-    assert 0.95 * loaded["held"] < loaded["peak"] < loaded["held"] + plain / 3
+    assert 0.8 * loaded["held"] < loaded["peak"] < loaded["held"] + plain / 3  # of samples: a busy machine misses some
     assert measured(large_folder, tmp_path / "out", mode)["peak"] < plain / 3
     again = measured(tmp_path / "out", "-", "stored")
     assert again["held"] == loaded["held"]
