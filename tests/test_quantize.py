@@ -141,8 +141,11 @@ def test_int8_layers_of_any_size(sizes, dtype, kernels, monkeypatch):
     torch.testing.assert_close(layer(x).double(), expected, atol=0.03, rtol=0.03)
 
 
-def test_inputs_need_not_be_contiguous():
-    layer = quantized_layer("int8", 32, 64)
+@MODES
+def test_inputs_need_not_be_contiguous(mode):
+    layer = quantized_layer(mode, 64, 64)
+    if mode == "int4":
+        layer.pack()
     x = torch.randn(2, 5, 64)
     torch.testing.assert_close(layer(x[:, -1:]), layer(x)[:, -1:])
     torch.testing.assert_close(layer(x.mT.contiguous().mT), layer(x))
