@@ -107,6 +107,16 @@ def test_rows_of_zeros_or_of_one_value_are_exact(mode):
     torch.testing.assert_close(layer.dequantized(torch.float32), values, atol=0, rtol=1e-2 if mode == "int8" else 0)
 
 
+@MODES
+def test_large_weights_are_quantised_in_parts_as_they_are_in_one(mode, monkeypatch):
+    layer, values = quantized_layer(mode, 50, 64), torch.randn(40, 64)
+    whole = layer.quantized(values)
+    monkeypatch.setattr(quantize, "PIECE", 3 * 64)
+    layer.set_rows(7, values)
+    for name, expected in whole.items():
+        assert torch.equal(getattr(layer, name)[7:47], expected)
+
+
 # --- layers
 
 
