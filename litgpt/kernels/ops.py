@@ -67,9 +67,7 @@ def linear_int8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> t
     x = x.contiguous()
     N, K = weight.shape
     y = x.new_empty(*x.shape[:-1], N)
-    library().linear_int8(
-        x.data_ptr(), weight.data_ptr(), scale.data_ptr(), None, y.data_ptr(), x.numel() // K, K, N
-    )
+    library().linear_int8(x.data_ptr(), weight.data_ptr(), scale.data_ptr(), None, y.data_ptr(), x.numel() // K, K, N)
     return y
 
 
