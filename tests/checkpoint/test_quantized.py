@@ -135,35 +135,31 @@ def test_the_default_models_own_integers_are_kept(default_gguf):
 
 
 SCRIPT = """
-import json, sys, threading, time
-def rss():
+import json, sys
+def memory():
     with open("/proc/self/status") as file:
-        return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in file if line.startswith(("RssAnon", "VmHWM"))}
-import torch
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 from litgpt.checkpoint.load import load_model, save_quantized
 from litgpt.checkpoint.open import open_checkpoint
-from litgpt.quantize import Scheme
+from litgpt.quantize import QuantizedLinear, Scheme
 path, out, mode = sys.argv[1:]
-peak, done = 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, rss()["RssAnon"])
-        time.sleep(0.002)
+samples = []
+quantized_part = QuantizedLinear.quantized
+def quantized(layer, values):
+    parts = quantized_part(layer, values)
+    samples.append(memory())
+    return parts
+QuantizedLinear.quantized = quantized
 checkpoint = open_checkpoint(path)
 checkpoint.config, checkpoint.tied
-before = rss()["RssAnon"]
-thread = threading.Thread(target=watch, daemon=True)
-thread.start()
+before, held = memory(), 0
 if out == "-":
     model = load_model(checkpoint, quantize=mode if mode != "stored" else None)
     held = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
 else:
     save_quantized(checkpoint, out, Scheme(mode))
-    held = 0
-done = True
-thread.join()
-print(json.dumps({"peak": peak - before, "held": held}))
+samples.append(memory())
+print(json.dumps({"peak": max(samples) - before, "held": held, "samples": len(samples)}))
 """
 
 
@@ -197,8 +193,10 @@ def test_memory_stays_near_the_quantised_size(mode, large_folder, tmp_path):
     plain = (large_folder / "lit_model.pth").stat().st_size
     loaded = measured(large_folder, "-", mode)
     assert loaded["held"] < plain * (0.52 if mode == "int8" else 0.37)  # the two tables have 8 bits in any case
-    assert 0.8 * loaded["held"] < loaded["peak"] < loaded["held"] + plain / 3  # of samples: a busy machine misses some
-    assert measured(large_folder, tmp_path / "out", mode)["peak"] < plain / 3
+    assert loaded["samples"] > 30
+    # not much less: a system short of memory takes idle pages away
+    assert 0.5 * loaded["held"] < loaded["peak"] < loaded["held"] + plain / 4
+    assert measured(large_folder, tmp_path / "out", mode)["peak"] < plain / 4
     again = measured(tmp_path / "out", "-", "stored")
     assert again["held"] == loaded["held"]
     assert again["peak"] < again["held"] + plain / 10
