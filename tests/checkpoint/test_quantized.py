@@ -195,11 +195,11 @@ def test_memory_stays_near_the_quantised_size(mode, large_folder, tmp_path):
     assert loaded["held"] < plain * (0.52 if mode == "int8" else 0.37)  # the two tables have 8 bits in any case
     assert loaded["samples"] > 30
     # not much less: a system short of memory takes idle pages away
-    assert 0.5 * loaded["held"] < loaded["peak"] < loaded["held"] + plain / 4
-    assert measured(large_folder, tmp_path / "out", mode)["peak"] < plain / 4
+    assert 0.5 * loaded["held"] < loaded["peak"] < loaded["held"] + plain / 3
+    assert measured(large_folder, tmp_path / "out", mode)["peak"] < plain / 3
     again = measured(tmp_path / "out", "-", "stored")
     assert again["held"] == loaded["held"]
-    assert again["peak"] < again["held"] + plain / 10
+    assert again["peak"] < again["held"] + plain / 5
 
 
 # --- front ends
