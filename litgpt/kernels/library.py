@@ -1,4 +1,4 @@
-"""Compiles `cpu.cpp` for this machine, once, and loads it.
+"""Compiles `cpu.cpp` and what it includes for this machine, once, and loads it.
 
 That takes seconds and a C++ compiler. Without one everything works as well, by torch's own operations, only slower.
 """
@@ -13,7 +13,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+FOLDER = Path(__file__).parent
+SOURCE = FOLDER / "cpu.cpp"
 # sums may be reordered, for vectors of them; infinities and NaN keep their meaning
 FLAGS = "-std=c++17 -O3 -march=native -fPIC -fopenmp -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros"
 
@@ -26,6 +27,7 @@ _SIGNATURES = {
     "gated_mlp_blocked": [_POINTER] * 4 + [_COUNT] * 4 + [ctypes.c_int],
     "decode_layers": [_POINTER, _POINTER, _COUNT] + [_POINTER] * 3 + [_COUNT] * 2,
     "rms_norm": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT] * 2,
+    "attend_causally": [_POINTER] * 5 + [_COUNT] * 7 + [_POINTER] + [_FLOAT] * 2,
     "attend": [_POINTER] * 6 + [_COUNT] * 6 + [_POINTER] + [_FLOAT] * 2,
 }
 
@@ -51,7 +53,8 @@ def library() -> ctypes.CDLL | None:
 def _compiled(compiler: str) -> Path:
     """The shared library of this source, compiler and processor; compiled if it is not there yet."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
-    key = hashlib.sha256(b"\0".join((SOURCE.read_bytes(), FLAGS.encode(), version, _processor()))).hexdigest()[:16]
+    source = b"".join(path.read_bytes() for path in (SOURCE, *sorted(FOLDER.glob("*.h"))))
+    key = hashlib.sha256(b"\0".join((source, FLAGS.encode(), version, _processor()))).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "litgpt"
     path = folder / f"kernels-{key}.so"
     if not path.exists():

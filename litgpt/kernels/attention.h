@@ -1,0 +1,168 @@
+// Attention from a few queries of every sequence, as in decoding: it waits for memory, so keys and values are read once for all
+// queries that share them, by all threads. Letters as in attention.py.
+//
+// With AVX-512 a query's output is the same to the last bit whatever other queries and later keys, which it does not see, are in
+// the call: guesses of tokens are checked in calls of many, and should stand or fall as if tokens came one by one. So all of
+// SPLIT scores are summed always, and by one piece of code; compilers reorder sums as they see fit, in each place otherwise.
+
+#pragma once
+
+#include "numbers.h"
+
+constexpr int SPLIT = 64;  // keys that one thread takes at a time
+constexpr int MAX_D = 256;
+constexpr bf16 HIDDEN = 0xff80;  // the bias of a key that a query does not see: minus infinity
+
+// Turns scores s (n,) into weights relative to the largest one, `top`; their sum.
+template <int N0 = 0>
+__attribute__((noinline)) float weigh(float* s, float* top, int64_t any_n = N0) {
+    const int64_t n = N0 ? N0 : any_n;
+    float most = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t j = 0; j < n; j++) most = std::max(most, s[j]);
+    const float base = most == -INFINITY ? 0.0f : most;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; j++) {
+        s[j] = exponential(s[j] - base);
+        sum += s[j];
+    }
+    *top = most;
+    return sum;
+}
+
+inline float squash(float score, float cap) { return cap * (1.0f - 2.0f / (1.0f + exponential(std::min(2.0f * score / cap, 80.0f)))); }
+
+// Attention from R queries over n keys, SPLIT at most: their maxima, sums and weighted values.
+template <int R, int D0>
+void attend_part(const bf16* q, const bf16* k, const bf16* v, int64_t k_stride, int64_t v_stride, const bf16* const* bias,
+                 int64_t n, int64_t any_D, float scale, float cap, float* top, float* total, float* out) {
+    const int64_t D = D0 ? D0 : any_D;
+    float scores[R][SPLIT];
+    int64_t done = 0;
+#ifdef __AVX512BW__
+    if (D % 32 == 0)
+        for (; done < n; done += 16) {
+            __m512 sums[R][16];
+            for (int j = 0; j < 16; j++) {
+                const bf16* key = k + std::min(done + j, n - 1) * k_stride;  // after the last one, it again
+                __m512 own[R];
+                for (int r = 0; r < R; r++) own[r] = _mm512_setzero_ps();
+                for (int64_t d = 0; d < D; d += 32) {
+                    const __m512i keys = _mm512_loadu_si512(key + d);
+                    for (int r = 0; r < R; r++) own[r] = add_products(own[r], keys, _mm512_loadu_si512(q + r * D + d));
+                }
+                for (int r = 0; r < R; r++) sums[r][j] = own[r];
+            }
+            for (int r = 0; r < R; r++) _mm512_storeu_ps(scores[r] + done, sums_of_16(sums[r]));
+        }
+#endif
+    for (int64_t j = done; j < n; j++) {
+        const bf16* key = k + j * k_stride;
+        for (int r = 0; r < R; r++) {
+            float sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t d = 0; d < D; d++) sum += widen(key[d]) * widen(q[r * D + d]);
+            scores[r][j] = sum;
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        float* s = scores[r];
+        for (int64_t j = 0; j < n; j++) s[j] *= scale;
+        if (cap > 0)
+            for (int64_t j = 0; j < n; j++) s[j] = squash(s[j], cap);
+        if (bias[r])
+            for (int64_t j = 0; j < n; j++) s[j] += widen(bias[r][j]);
+        for (int64_t j = n; j < SPLIT; j++) s[j] = -INFINITY;
+        total[r] = weigh<SPLIT>(s, top + r);
+    }
+    float sums[R][D0 ? D0 : MAX_D] = {};
+    for (int64_t j = 0; j < n; j++) {
+        const bf16* value = v + j * v_stride;
+        for (int r = 0; r < R; r++) {
+            const float weight = scores[r][j];
+#pragma omp simd
+            for (int64_t d = 0; d < D; d++) sums[r][d] = multiply_add(weight, widen(value[d]), sums[r][d]);
+        }
+    }
+    for (int r = 0; r < R; r++) std::memcpy(out + r * D, sums[r], D * sizeof(float));
+}
+
+template <int R>
+void attend_rows(const bf16* q, const bf16* k, const bf16* v, int64_t k_stride, int64_t v_stride, const bf16* const* bias,
+                 int64_t n, int64_t D, float scale, float cap, float* top, float* total, float* out) {
+    const auto run = D == 64 ? attend_part<R, 64> : D == 128 ? attend_part<R, 128> : attend_part<R, 0>;
+    run(q, k, v, k_stride, v_stride, bias, n, D, scale, cap, top, total, out);
+}
+
+// Attention of one call, in the order in which a team of threads does it: `parts`, then `combine`.
+struct Attention {
+    int64_t B, H, G, T, N, D;
+    float scale, cap;
+    const bf16 *k, *v;
+    int64_t k_strides[3], v_strides[3];  // of rows, heads, slots
+    const bf16* bias;
+    int64_t bias_strides[2];  // of rows, queries
+    const bf16* sinks;
+    float *sums, *tops, *totals;
+    bf16* queries;  // (B, H, T, D)
+
+    int64_t shared() const { return H / G * T; }  // queries that attend to the same keys
+    int64_t splits() const { return (N + SPLIT - 1) / SPLIT; }
+    int64_t room() const { return B * G * splits() * shared() * (D + 2) + (B * H * T * D + 1) / 2; }
+
+    void settle(float* room) {
+        sums = room;
+        tops = sums + B * G * splits() * shared() * D;
+        totals = tops + B * G * splits() * shared();
+        queries = (bf16*)(totals + B * G * splits() * shared());
+    }
+
+    void parts() const {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < B * G * splits(); i++) {
+            const int64_t group = i / splits(), b = group / G, g = group % G, n0 = i % splits() * SPLIT;
+            const int64_t n = std::min<int64_t>(SPLIT, N - n0);
+            const bf16* keys = k + b * k_strides[0] + g * k_strides[1] + n0 * k_strides[2];
+            const bf16* values = v + b * v_strides[0] + g * v_strides[1] + n0 * v_strides[2];
+            for (int64_t r = 0; r < shared(); r += 4) {
+                const int count = int(std::min<int64_t>(4, shared() - r));
+                const bf16* rows_bias[4];
+                bool seen = false;
+                for (int c = 0; c < count; c++) {
+                    rows_bias[c] = bias ? bias + b * bias_strides[0] + (r + c) % T * bias_strides[1] + n0 : nullptr;
+                    seen = seen || !bias || !std::all_of(rows_bias[c], rows_bias[c] + n, [](bf16 x) { return x == HIDDEN; });
+                }
+                const int64_t at = i * shared() + r;
+                if (!seen) {  // in a ragged batch, what is beyond a row's own length
+                    std::fill_n(totals + at, count, 0.0f);
+                    std::fill_n(tops + at, count, -INFINITY);
+                    continue;
+                }
+                const auto run = count == 1   ? attend_rows<1>
+                                 : count == 2 ? attend_rows<2>
+                                 : count == 3 ? attend_rows<3>
+                                              : attend_rows<4>;
+                run(queries + (group * shared() + r) * D, keys, values, k_strides[2], v_strides[2], rows_bias, n, D, scale,
+                    cap, tops + at, totals + at, sums + at * D);
+            }
+        }
+    }
+
+    void combine(bf16* y) const {  // (B, T, H, D)
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < B * H * T; row++) {
+            const int64_t group = row / shared(), r = row % shared(), b = group / G, h = row / T % H, t = row % T;
+            float most = sinks ? widen(sinks[h]) : -INFINITY, out[MAX_D] = {};
+            for (int64_t s = 0; s < splits(); s++) most = std::max(most, tops[(group * splits() + s) * shared() + r]);
+            float total = sinks ? exponential(widen(sinks[h]) - most) : 0.0f;
+            for (int64_t s = 0; s < splits(); s++) {
+                const int64_t at = (group * splits() + s) * shared() + r;
+                if (!(totals[at] > 0)) continue;
+                const float factor = exponential(tops[at] - most);
+                total += factor * totals[at];
+                for (int64_t d = 0; d < D; d++) out[d] += factor * sums[at * D + d];
+            }
+            for (int64_t d = 0; d < D; d++) y[((b * T + t) * H + h) * D + d] = narrow(out[d] / total);
+        }
+    }
+};

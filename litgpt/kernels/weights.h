@@ -1,0 +1,439 @@
+// Products of a few rows with large weights. They wait for memory, so weights are read once, in order, by all threads.
+//
+// Letters: M rows, K inputs, N outputs. Each kind of weight computes UNIT outputs at a time for up to ROWS rows, which it may
+// want in a form of its own (`prepare`; `row_bytes` is 0 where it takes them as they are). What a row gives does not depend on
+// the rows beside it, to the last bit.
+
+#pragma once
+
+#include "numbers.h"
+
+constexpr int ROWS = 6;       // most rows that share one pass over the weights: as many sums as there are registers
+constexpr int ROW_UNIT = 32;  // outputs of a unit, where weights lie row by row
+
+// A weight of any kind: bfloat16 in oneDNN's order, int8, or int4 with its group size
+struct Weight {
+    int64_t kind, K, N, group;
+    const void *w, *scale, *minimum;
+    const bf16* bias;
+};
+
+// Has memory brought nearer while something else is computed.
+inline void prefetch(const void* start, int64_t bytes) {
+    for (int64_t i = 0; start && i < bytes; i += 64) __builtin_prefetch((const char*)start + i, 0, 2);
+}
+
+// bfloat16 in oneDNN's order for such CPUs: blocks of 64 outputs, within them pairs of inputs, K padded to 32
+struct Blocked {
+    static constexpr int UNIT = 64, PASS = ROWS;
+    const uint32_t* w;
+    int64_t K, N;
+
+    Blocked(const void* w, int64_t K, int64_t N) : w((const uint32_t*)w), K(K), N(N) {}
+    explicit Blocked(const Weight& x) : Blocked(x.w, x.K, x.N) {}
+
+    int64_t pairs() const { return (K + 31) / 32 * 16; }
+    int64_t row_bytes() const { return K % 32 ? pairs() * 4 : 0; }
+    void prepare(const bf16* x, char* row) const {
+        std::memset(row, 0, row_bytes());
+        std::memcpy(row, x, K * sizeof(bf16));
+    }
+    const void* at(int64_t u) const { return w + u * pairs() * UNIT; }
+
+    template <int M>
+    void unit(int64_t u, const char* x, int64_t stride, float* y, const void* ahead) const {
+        const uint32_t* block = w + u * pairs() * UNIT;
+#ifdef __AVX512BW__
+        __m512 sums[M][4];
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < 4; v++) sums[m][v] = _mm512_setzero_ps();
+        for (int64_t p = 0; p < pairs(); p++, block += UNIT) {
+            if (ahead) prefetch((const char*)ahead + p * UNIT * 4, UNIT * 4);
+            __m512i weights[4];
+            for (int v = 0; v < 4; v++) weights[v] = _mm512_loadu_si512(block + 16 * v);
+            for (int m = 0; m < M; m++) {
+                int pair;
+                std::memcpy(&pair, x + m * stride + 4 * p, 4);
+                for (int v = 0; v < 4; v++) sums[m][v] = add_products(sums[m][v], weights[v], _mm512_set1_epi32(pair));
+            }
+        }
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < 4; v++) _mm512_storeu_ps(y + m * UNIT + 16 * v, sums[m][v]);
+#else
+        float sums[M][UNIT] = {};
+        for (int64_t p = 0; p < pairs(); p++, block += UNIT)
+            for (int m = 0; m < M; m++) {
+                const bf16* row = (const bf16*)(x + m * stride);
+                const float a = widen(row[2 * p]), b = widen(row[2 * p + 1]);
+#pragma omp simd
+                for (int j = 0; j < UNIT; j++)
+                    sums[m][j] += from_bits(block[j] << 16) * a + from_bits(block[j] & 0xffff0000u) * b;
+            }
+        std::memcpy(y, sums, sizeof sums);
+#endif
+    }
+};
+
+// Weights that lie row by row: outputs are computed by fours, after the last one it again
+template <class W>
+struct ByRow {
+    static constexpr int UNIT = ROW_UNIT, PASS = ROWS;
+    static constexpr int AHEAD = 16;  // rows
+
+    template <int M>
+    void unit(int64_t u, const char* x, int64_t stride, float* y, const void* ahead) const {
+        const W& w = *static_cast<const W*>(this);
+        for (int64_t i = 0; i < UNIT && u * UNIT + i < w.N; i += 4) {
+            int64_t rows[4];
+            for (int r = 0; r < 4; r++) rows[r] = std::min(u * UNIT + i + r, w.N - 1);
+            const char* next = ahead ? (const char*)ahead + i * w.weight_bytes() : (const char*)at(u) + (i + AHEAD) * w.weight_bytes();
+            w.template fours<M>(rows, x, stride, y + i, next);
+        }
+    }
+
+    const void* at(int64_t u) const {
+        const W& w = *static_cast<const W*>(this);
+        return (const char*)w.w + u * UNIT * w.weight_bytes();
+    }
+};
+
+constexpr int LANES = 64;  // sums that are kept apart, so that additions need not wait for each other
+
+// The sum over k of value(k) * x(k), with `K` values
+template <class V, class X>
+inline float sum_products(V value, X x, int64_t K) {
+    float sums[LANES] = {};
+    int64_t k = 0;
+    for (; k + LANES <= K; k += LANES)
+#pragma omp simd
+        for (int l = 0; l < LANES; l++) sums[l] += value(k + l) * x(k + l);
+    float sum = 0;
+    for (int l = 0; l < LANES; l++) sum += sums[l];
+    for (; k < K; k++) sum += value(k) * x(k);
+    return sum;
+}
+
+// bfloat16 row by row
+struct Plain : ByRow<Plain> {
+    const bf16* w;
+    int64_t K, N;
+
+    Plain(const bf16* w, int64_t K, int64_t N) : w(w), K(K), N(N) {}
+
+    int64_t weight_bytes() const { return K * 2; }
+    int64_t row_bytes() const { return 0; }
+    void prepare(const bf16*, char*) const {}
+
+    template <int M>
+    void fours(const int64_t* n, const char* x, int64_t stride, float* y, const char* ahead) const {
+#ifdef __AVX512BW__
+        const bf16* rows[4] = {w + n[0] * K, w + n[1] * K, w + n[2] * K, w + n[3] * K};
+        __m512 sums[M][4];
+        for (int m = 0; m < M; m++)
+            for (int r = 0; r < 4; r++) sums[m][r] = _mm512_setzero_ps();
+        for (int64_t k = 0; k < K; k += 32) {
+            const __mmask32 some = k + 32 <= K ? ~0u : (1u << (K - k)) - 1;
+            prefetch(ahead + 8 * k, 256);
+            __m512i weights[4];
+            for (int r = 0; r < 4; r++) weights[r] = _mm512_maskz_loadu_epi16(some, rows[r] + k);
+            for (int m = 0; m < M; m++) {
+                const __m512i inputs = _mm512_maskz_loadu_epi16(some, x + m * stride + 2 * k);
+                for (int r = 0; r < 4; r++) sums[m][r] = add_products(sums[m][r], weights[r], inputs);
+            }
+        }
+        for (int m = 0; m < M; m++) _mm_storeu_ps(y + m * UNIT, sums_of_4(sums[m]));
+#else
+        for (int m = 0; m < M; m++)
+            for (int r = 0; r < 4; r++) {
+                const bf16 *row = (const bf16*)(x + m * stride), *weights = w + n[r] * K;
+                y[m * UNIT + r] = sum_products([&](int64_t k) { return widen(weights[k]); },
+                                               [&](int64_t k) { return widen(row[k]); }, K);
+            }
+#endif
+    }
+};
+
+// 8-bit integers row by row, and a factor for every row. Rows are turned to 16-bit integers with a factor of their own, so sums
+// are exact, and off by less than a rounding of the result to bfloat16.
+struct Int8 : ByRow<Int8> {
+    static constexpr int64_t PART = 8192;  // products that a 32-bit sum of every second or more holds
+    static constexpr int64_t HEAD = 64;    // bytes before the integers of a row, where its factor is
+    const int8_t* w;
+    const float* scale;
+    int64_t K, N;
+
+    Int8(const int8_t* w, const float* scale, int64_t K, int64_t N) : w(w), scale(scale), K(K), N(N) {}
+    explicit Int8(const Weight& x) : Int8((const int8_t*)x.w, (const float*)x.scale, x.K, x.N) {}
+
+    int64_t weight_bytes() const { return K; }
+    int64_t row_bytes() const { return HEAD + (K + 31) / 32 * 64; }
+    void prepare(const bf16* x, char* row) const {
+        bf16 most = 0;  // without the sign, floats are in the order of their bits
+        for (int64_t k = 0; k < K; k++) most = std::max(most, bf16(x[k] & 0x7fff));
+        const float largest = widen(most);
+        const float factor = most < 0x7f80 ? largest / 32767.0f : NAN, inverse = largest > 1e-30f ? 32767.0f / largest : 0.0f;
+        std::memset(row, 0, row_bytes());
+        std::memcpy(row, &factor, sizeof factor);
+        int16_t* integers = (int16_t*)(row + HEAD);
+        for (int64_t k = 0; most < 0x7f80 && k < K; k++) integers[k] = int16_t(std::rint(widen(x[k]) * inverse));
+    }
+
+    template <int M>
+    void fours(const int64_t* n, const char* x, int64_t stride, float* y, const char* ahead) const {
+        const int8_t* rows[4] = {w + n[0] * K, w + n[1] * K, w + n[2] * K, w + n[3] * K};
+        float totals[M][4] = {};
+        for (int64_t first = 0; first < K; first += PART) {
+            const int64_t end = std::min(K, first + PART);
+#ifdef __AVX512BW__
+            __m512i sums[M][4];
+            for (int m = 0; m < M; m++)
+                for (int r = 0; r < 4; r++) sums[m][r] = _mm512_setzero_si512();
+            for (int64_t k = first; k < end; k += 32) {
+                const __mmask32 some = k + 32 <= K ? ~0u : (1u << (K - k)) - 1;
+                prefetch(ahead + 4 * k, 128);
+                __m512i weights[4];
+                for (int r = 0; r < 4; r++)
+                    weights[r] = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(some, rows[r] + k));
+                for (int m = 0; m < M; m++) {
+                    const __m512i inputs = _mm512_loadu_si512(x + m * stride + HEAD + 2 * k);
+                    for (int r = 0; r < 4; r++) sums[m][r] = add_integer_products(sums[m][r], weights[r], inputs);
+                }
+            }
+            for (int m = 0; m < M; m++) {
+                __m512 floats[4];
+                for (int r = 0; r < 4; r++) floats[r] = _mm512_cvtepi32_ps(sums[m][r]);
+                _mm_storeu_ps(totals[m], _mm_add_ps(_mm_loadu_ps(totals[m]), sums_of_4(floats)));
+            }
+#else
+            for (int m = 0; m < M; m++)
+                for (int r = 0; r < 4; r++) {
+                    const int16_t* integers = (const int16_t*)(x + m * stride + HEAD);
+                    const int8_t* weights = rows[r];
+                    int64_t sum = 0;
+                    for (int64_t start = first; start < end; start += 256) {  // what a single 32-bit sum holds
+                        int32_t part = 0;
+                        for (int64_t k = start; k < std::min(end, start + 256); k++) part += int32_t(weights[k]) * integers[k];
+                        sum += part;
+                    }
+                    totals[m][r] += float(sum);
+                }
+#endif
+        }
+        for (int m = 0; m < M; m++) {
+            float factor;
+            std::memcpy(&factor, x + m * stride, sizeof factor);
+            for (int r = 0; r < 4; r++) y[m * UNIT + r] = totals[m][r] * (factor * scale[n[r]]);
+        }
+    }
+};
+
+// Pairs of 4-bit integers row by row, even columns in the low halves, with a scale and a minimum (float16) for each group of
+// columns, of which K is a multiple. Of every 64 columns a row has first the even ones, and after its values the sums of groups,
+// which minima are multiplied with.
+template <int GROUP>
+struct Int4 : ByRow<Int4<GROUP>> {
+    static constexpr int UNIT = ROW_UNIT, PASS = 4;
+    const uint8_t* w;
+    const uint16_t *scale, *minimum;
+    int64_t K, N;
+
+    explicit Int4(const Weight& x)
+        : w((const uint8_t*)x.w), scale((const uint16_t*)x.scale), minimum((const uint16_t*)x.minimum), K(x.K), N(x.N) {}
+
+    int64_t groups() const { return K / GROUP; }
+    int64_t weight_bytes() const { return K / 2; }
+    int64_t value_bytes() const { return (K + 63) / 64 * 128; }
+    int64_t row_bytes() const { return value_bytes() + (groups() + 15) / 16 * 64; }
+    static int64_t place(int64_t k) { return k / 64 * 64 + k % 2 * 32 + k % 64 / 2; }
+    void prepare(const bf16* x, char* row) const {
+        std::memset(row, 0, row_bytes());
+        bf16* values = (bf16*)row;
+        float* sums = (float*)(row + value_bytes());
+        for (int64_t k = 0; k < K; k++) values[place(k)] = x[k];
+        for (int64_t g = 0; g < groups(); g++)
+            for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k++) sums[g] += widen(x[k]);
+    }
+
+    template <int M>
+    void fours(const int64_t* n, const char* x, int64_t stride, float* y, const char* ahead) const {
+#ifdef __AVX512BW__
+        // bfloat16 of 0 to 15, twice, since 5 bits are looked up
+        const __m512i integers = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+            0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160,
+            0x4170));
+        const uint8_t* rows[4];
+        for (int r = 0; r < 4; r++) rows[r] = w + n[r] * (K / 2);
+        __m512 sums[M][4];
+        for (int m = 0; m < M; m++)
+            for (int r = 0; r < 4; r++) sums[m][r] = _mm512_setzero_ps();
+        for (int64_t g0 = 0; g0 < groups(); g0 += 16) {
+            const __mmask16 some = g0 + 16 <= groups() ? 0xffff : (1 << (groups() - g0)) - 1;
+            __m512 scales[4];
+            for (int r = 0; r < 4; r++) {
+                const int64_t at = n[r] * groups() + g0;
+                scales[r] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, scale + at));
+                const __m512 minima = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, minimum + at));
+                for (int m = 0; m < M; m++) {
+                    const __m512 of_groups = _mm512_loadu_ps(x + m * stride + value_bytes() + 4 * g0);
+                    sums[m][r] = _mm512_fmadd_ps(minima, of_groups, sums[m][r]);
+                }
+            }
+            __m512i group = GROUP == 32 ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
+                                        : _mm512_setzero_si512();  // of each lane, counted from g0
+            for (int64_t k = g0 * GROUP; k < std::min(K, (g0 + 16) * GROUP); k += 64) {
+                const bool whole = k + 64 <= K;
+                prefetch(ahead + 2 * k, 128);
+                for (int r = 0; r < 4; r++) {
+                    const uint8_t* at = rows[r] + k / 2;
+                    const __m256i bytes = whole ? _mm256_loadu_si256((const __m256i*)at)
+                                                : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)at));
+                    const __m512i words = _mm512_cvtepu8_epi16(bytes);
+                    const __m512i even = _mm512_permutexvar_epi16(words, integers);
+                    const __m512i odd = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), integers);
+                    const __m512 factors = _mm512_permutexvar_ps(group, scales[r]);
+                    for (int m = 0; m < M; m++) {
+                        const char* values = x + m * stride + 2 * k;
+                        __m512 part = add_products(_mm512_setzero_ps(), even, _mm512_loadu_si512(values));
+                        part = add_products(part, odd, _mm512_loadu_si512(values + 64));
+                        sums[m][r] = _mm512_fmadd_ps(part, factors, sums[m][r]);
+                    }
+                }
+                if (GROUP < 128 || k % 128) group = _mm512_add_epi32(group, _mm512_set1_epi32(GROUP == 32 ? 2 : 1));
+            }
+        }
+        for (int m = 0; m < M; m++) _mm_storeu_ps(y + m * UNIT, sums_of_4(sums[m]));
+#else
+        for (int m = 0; m < M; m++)
+            for (int r = 0; r < 4; r++) {
+                const bf16* values = (const bf16*)(x + m * stride);
+                const float* of_groups = (const float*)(x + m * stride + value_bytes());
+                const uint8_t* weights = w + n[r] * (K / 2);
+                float total = 0;
+                for (int64_t g = 0; g < groups(); g++) {
+                    float even = 0, odd = 0;
+                    for (int64_t i = g * GROUP / 2; i < (g + 1) * GROUP / 2; i++) {
+                        const bf16* pair = values + i / 32 * 64 + i % 32;
+                        even += float(weights[i] & 15) * widen(pair[0]);
+                        odd += float(weights[i] >> 4) * widen(pair[32]);
+                    }
+                    const int64_t at = n[r] * groups() + g;
+                    total += from_half(scale[at]) * (even + odd) + from_half(minimum[at]) * of_groups[g];
+                }
+                y[m * UNIT + r] = total;
+            }
+#endif
+    }
+};
+
+// Calls `f` with the weight as what it is.
+template <class F>
+void with_weight(const Weight& w, F f) {
+    if (w.kind == 0) return f(Blocked(w));
+    if (w.kind == 1) return f(Int8(w));
+    if (w.group == 32) return f(Int4<32>(w));
+    if (w.group == 64) return f(Int4<64>(w));
+    f(Int4<128>(w));
+}
+
+// Rows in the form that a weight wants, with a stride in bytes
+struct Rows {
+    const char* start;
+    int64_t stride;
+};
+
+template <class W>
+Rows rows_for(const W& w, const bf16* x, int64_t M, std::vector<float>& room) {
+    const int64_t bytes = (w.row_bytes() + 63) / 64 * 64;
+    if (bytes == 0) return {(const char*)x, w.K * int64_t(sizeof(bf16))};
+    room.resize(M * bytes / 4 + 16);
+    char* start = (char*)((uintptr_t(room.data()) + 63) / 64 * 64);
+    for (int64_t m = 0; m < M; m++) w.prepare(x + m * w.K, start + m * bytes);
+    return {start, bytes};
+}
+
+// Outputs of unit u for up to PASS rows from row m on. `ahead`: see `prefetch`.
+template <class W>
+void unit(const W& w, int64_t u, const Rows& x, int64_t m, int rows, float* y, const void* ahead) {
+    const char* start = x.start + m * x.stride;
+    switch (rows) {
+        case 1: return w.template unit<1>(u, start, x.stride, y, ahead);
+        case 2: return w.template unit<2>(u, start, x.stride, y, ahead);
+        case 3: return w.template unit<3>(u, start, x.stride, y, ahead);
+        case 4: return w.template unit<4>(u, start, x.stride, y, ahead);
+    }
+    if constexpr (W::PASS == ROWS) {
+        if (rows == 5) return w.template unit<5>(u, start, x.stride, y, ahead);
+        if (rows == 6) return w.template unit<6>(u, start, x.stride, y, ahead);
+    }
+}
+
+template <class W>
+int64_t units(const W& w) {
+    return (w.N + W::UNIT - 1) / W::UNIT;
+}
+
+// Calls f(m, rows, ahead) for parts of M rows, which have about the same size; `ahead` tells the part that is to bring the next
+// unit's weights nearer: it has its own weights near already.
+template <class W, class F>
+void in_passes(const W&, int64_t M, F f) {
+    const int64_t passes = (M + W::PASS - 1) / W::PASS;
+    for (int64_t i = 0, m = 0; i < passes; i++) {
+        const int rows = int((M - m + passes - i - 1) / (passes - i));
+        f(m, rows, i == 1);
+        m += rows;
+    }
+}
+
+// y (M, N) = x (M, K) w^T + bias, called by all threads of a team
+template <class W>
+void product(const W& w, const Rows& x, const bf16* bias, bf16* y, int64_t M) {
+    constexpr int UNIT = W::UNIT;
+    const int64_t N = w.N;
+#pragma omp for schedule(static)
+    for (int64_t u = 0; u < units(w); u++) {
+        const int64_t first = u * UNIT, size = std::min<int64_t>(UNIT, N - first);
+        in_passes(w, M, [&](int64_t m0, int rows, bool ahead) {
+            float out[ROWS * UNIT];
+            unit(w, u, x, m0, rows, out, ahead && u + 1 < units(w) ? w.at(u + 1) : nullptr);
+            for (int m = 0; m < rows; m++)
+                for (int64_t j = 0; j < size; j++)
+                    y[(m0 + m) * N + first + j] = narrow(out[m * UNIT + j] + (bias ? widen(bias[first + j]) : 0.0f));
+        });
+    }
+}
+
+template <class W>
+void linear(const W& w, const bf16* x, const bf16* bias, bf16* y, int64_t M) {
+    static thread_local std::vector<float> room;
+    const Rows rows = rows_for(w, x, M, room);
+#pragma omp parallel
+    product(w, rows, bias, y, M);
+}
+
+// inner (M, I) = activation(x gate^T) * (x up^T), called by all threads of a team
+template <class W>
+void gated(const W& gate, const W& up, const Rows& x, bf16* inner, int64_t M, int kind) {
+    constexpr int UNIT = W::UNIT;
+    const int64_t I = gate.N;
+#pragma omp for schedule(static)
+    for (int64_t u = 0; u < units(gate); u++) {
+        const int64_t first = u * UNIT, size = std::min<int64_t>(UNIT, I - first);
+        in_passes(gate, M, [&](int64_t m0, int rows, bool ahead) {
+            float gates[ROWS * UNIT], ups[ROWS * UNIT];
+            ahead = ahead && u + 1 < units(gate);
+            unit(gate, u, x, m0, rows, gates, ahead ? gate.at(u + 1) : nullptr);
+            unit(up, u, x, m0, rows, ups, ahead ? up.at(u + 1) : nullptr);
+            for (int m = 0; m < rows; m++) {
+                bf16* out = inner + (m0 + m) * I + first;
+                const auto all = [&](auto activation) {
+#pragma omp simd
+                    for (int64_t j = 0; j < size; j++)
+                        out[j] = narrow(activation(gates[m * UNIT + j]) * ups[m * UNIT + j]);
+                };
+                if (kind == SILU) all([](float x) { return activate(x, SILU); });
+                if (kind == GELU) all([](float x) { return activate(x, GELU); });
+                if (kind == GELU_TANH) all([](float x) { return activate(x, GELU_TANH); });
+            }
+        });
+    }
+}
