@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import pad
 
 from litgpt.generate.engine import Guesses, prefill, prepare_caches
-from litgpt.generate.sampling import Draws, probabilities
+from litgpt.generate.sampling import Draws, likeliest, probabilities
 from litgpt.generate.verification import draw_from
 from litgpt.model import GPT
 
@@ -171,7 +171,7 @@ def guess(row: Draws, logits: torch.Tensor, guesses: list[int], distributions: l
     sampling = replace(row.sampling, processors=())  # they may keep state, and are to see tokens that stand
     adjusted = sampling.adjust(logits, [*row.tokens, *guesses], row.prompt_length)
     if sampling.is_greedy:
-        guesses.append(int(adjusted.argmax()))
+        guesses.append(int(likeliest(adjusted[None])))
     else:
         distributions.append(probabilities(adjusted[None], sampling)[0])
         guesses.append(draw_from(distributions[-1], row))

@@ -32,19 +32,42 @@ __attribute__((noinline)) float weigh(float* s, float* top, int64_t any_n = N0) 
 
 inline float squash(float score, float cap) { return cap * (1.0f - 2.0f / (1.0f + exponential(std::min(2.0f * score / cap, 80.0f)))); }
 
+// Adds n values, with R weights each, in numbers [d0, d0 + 16 V) of their D: out (R, D).
+#ifdef __AVX512BW__
+template <int R, int V>
+inline void add_values(const float (*weights)[SPLIT], const bf16* k, int64_t k_stride, const bf16* v, int64_t v_stride, int64_t n, int64_t D, int64_t d0,
+                       float* out) {
+    __m512 sums[R][V];
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < V; i++) sums[r][i] = _mm512_setzero_ps();
+    for (int64_t j = 0; j < n; j++) {
+        __m512 values[V];
+        prefetch(k + (SPLIT + j) * k_stride + d0, 32 * V);
+        for (int i = 0; i < V; i++) values[i] = widen_16(v + j * v_stride + d0 + 16 * i);
+        for (int r = 0; r < R; r++) {
+            const __m512 weight = _mm512_set1_ps(weights[r][j]);
+            for (int i = 0; i < V; i++) sums[r][i] = _mm512_fmadd_ps(weight, values[i], sums[r][i]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < V; i++) _mm512_storeu_ps(out + r * D + d0 + 16 * i, sums[r][i]);
+}
+#endif
+
 // Attention from R queries over n keys, SPLIT at most: their maxima, sums and weighted values.
 template <int R, int D0>
 void attend_part(const bf16* q, const bf16* k, const bf16* v, int64_t k_stride, int64_t v_stride, const bf16* const* bias,
                  int64_t n, int64_t any_D, float scale, float cap, float* top, float* total, float* out) {
     const int64_t D = D0 ? D0 : any_D;
     float scores[R][SPLIT];
-    int64_t done = 0;
+    int64_t done = 0, d0 = 0;
 #ifdef __AVX512BW__
     if (D % 32 == 0)
         for (; done < n; done += 16) {
             __m512 sums[R][16];
             for (int j = 0; j < 16; j++) {
                 const bf16* key = k + std::min(done + j, n - 1) * k_stride;  // after the last one, it again
+                prefetch(v + std::min(done + j, n - 1) * v_stride, D * 2);
                 __m512 own[R];
                 for (int r = 0; r < R; r++) own[r] = _mm512_setzero_ps();
                 for (int64_t d = 0; d < D; d += 32) {
@@ -56,15 +79,13 @@ void attend_part(const bf16* q, const bf16* k, const bf16* v, int64_t k_stride, 
             for (int r = 0; r < R; r++) _mm512_storeu_ps(scores[r] + done, sums_of_16(sums[r]));
         }
 #endif
-    for (int64_t j = done; j < n; j++) {
-        const bf16* key = k + j * k_stride;
+    for (int64_t j = done; j < n; j++)
         for (int r = 0; r < R; r++) {
             float sum = 0;
 #pragma omp simd reduction(+ : sum)
-            for (int64_t d = 0; d < D; d++) sum += widen(key[d]) * widen(q[r * D + d]);
+            for (int64_t d = 0; d < D; d++) sum += widen(k[j * k_stride + d]) * widen(q[r * D + d]);
             scores[r][j] = sum;
         }
-    }
     for (int r = 0; r < R; r++) {
         float* s = scores[r];
         for (int64_t j = 0; j < n; j++) s[j] *= scale;
@@ -75,16 +96,17 @@ void attend_part(const bf16* q, const bf16* k, const bf16* v, int64_t k_stride, 
         for (int64_t j = n; j < SPLIT; j++) s[j] = -INFINITY;
         total[r] = weigh<SPLIT>(s, top + r);
     }
-    float sums[R][D0 ? D0 : MAX_D] = {};
-    for (int64_t j = 0; j < n; j++) {
-        const bf16* value = v + j * v_stride;
-        for (int r = 0; r < R; r++) {
-            const float weight = scores[r][j];
+#ifdef __AVX512BW__
+    for (; d0 + 64 <= D; d0 += 64) add_values<R, 4>(scores, k, k_stride, v, v_stride, n, D, d0, out);
+    for (; d0 + 16 <= D; d0 += 16) add_values<R, 1>(scores, k, k_stride, v, v_stride, n, D, d0, out);
+#endif
+    for (int r = 0; d0 < D && r < R; r++) {
+        float sums[MAX_D] = {};
+        for (int64_t j = 0; j < n; j++)
 #pragma omp simd
-            for (int64_t d = 0; d < D; d++) sums[r][d] = multiply_add(weight, widen(value[d]), sums[r][d]);
-        }
+            for (int64_t d = d0; d < D; d++) sums[d] = multiply_add(scores[r][j], widen(v[j * v_stride + d]), sums[d]);
+        std::copy(sums + d0, sums + D, out + r * D + d0);
     }
-    for (int r = 0; r < R; r++) std::memcpy(out + r * D, sums[r], D * sizeof(float));
 }
 
 template <int R>

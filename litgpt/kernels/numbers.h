@@ -55,6 +55,11 @@ inline float exponential(float x) {  // relative error below 3e-7; 0 for what fl
     return x < -87.0f ? 0.0f : p * scale;
 }
 
+// Has memory brought nearer while something else is computed.
+inline void prefetch(const void* start, int64_t bytes) {
+    for (int64_t i = 0; start && i < bytes; i += 64) __builtin_prefetch((const char*)start + i, 0, 2);
+}
+
 enum Activation { SILU = 0, GELU = 1, GELU_TANH = 2 };
 
 inline float activate(float x, int kind) {
@@ -86,6 +91,10 @@ inline __m512i add_integer_products(__m512i sum, __m512i a, __m512i b) {
 #else
     return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
 #endif
+}
+
+inline __m512 widen_16(const bf16* x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
 }
 
 // The sum of the elements of each of 4 vectors

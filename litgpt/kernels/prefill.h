@@ -81,7 +81,7 @@ private:
         const Blocked key_blocks(keys, size, PIECE);
         for (int64_t j = from; j < to; j += KEYS) {
             float part[ROWS * KEYS];
-            unit(key_blocks, j / KEYS, {(const char*)queries, size * 2}, 0, some, part, nullptr);
+            unit(key_blocks, j / KEYS, {(const char*)queries, size * 2}, 0, some, part);
             for (int m = 0; m < some; m++) {
                 float* s = scores + m * n + j - from;
                 const int64_t first = first_key(t + m) - k0 - j, last = last_key(t + m) - k0 - j;
@@ -106,7 +106,7 @@ private:
         for (int64_t u = 0; u < outputs / KEYS; u++) {
             float part[ROWS * KEYS];
             const Blocked value_blocks(values + u * PIECE / 2 * KEYS + from / 2 * KEYS, n, KEYS);
-            unit(value_blocks, 0, {(const char*)weights, n * 2}, 0, some, part, nullptr);
+            unit(value_blocks, 0, {(const char*)weights, n * 2}, 0, some, part);
             for (int m = 0; m < some; m++) {
                 float* out = sums + m * outputs + u * KEYS;
                 for (int64_t d = 0; d < KEYS; d++) out[d] = out[d] * factors[m] + part[m * KEYS + d];

@@ -18,10 +18,11 @@ struct Weight {
     const bf16* bias;
 };
 
-// Has memory brought nearer while something else is computed.
-inline void prefetch(const void* start, int64_t bytes) {
-    for (int64_t i = 0; start && i < bytes; i += 64) __builtin_prefetch((const char*)start + i, 0, 2);
-}
+// The weights of the next unit, which are brought nearer while this one is computed, in one of its `passes` or in all.
+struct Ahead {
+    const void* start;  // null: there are none
+    int pass, passes;
+};
 
 // bfloat16 in oneDNN's order for such CPUs: blocks of 64 outputs, within them pairs of inputs, K padded to 32
 struct Blocked {
@@ -41,14 +42,18 @@ struct Blocked {
     const void* at(int64_t u) const { return w + u * pairs() * UNIT; }
 
     template <int M>
-    void unit(int64_t u, const char* x, int64_t stride, float* y, const void* ahead) const {
+    void unit(int64_t u, const char* x, int64_t stride, float* y, Ahead ahead) const {
         const uint32_t* block = w + u * pairs() * UNIT;
 #ifdef __AVX512BW__
         __m512 sums[M][4];
         for (int m = 0; m < M; m++)
             for (int v = 0; v < 4; v++) sums[m][v] = _mm512_setzero_ps();
+        int turn = ahead.pass;
         for (int64_t p = 0; p < pairs(); p++, block += UNIT) {
-            if (ahead) prefetch((const char*)ahead + p * UNIT * 4, UNIT * 4);
+            if (ahead.start && turn-- == 0) {
+                prefetch((const uint32_t*)ahead.start + p * UNIT, UNIT * 4);
+                turn = ahead.passes - 1;
+            }
             __m512i weights[4];
             for (int v = 0; v < 4; v++) weights[v] = _mm512_loadu_si512(block + 16 * v);
             for (int m = 0; m < M; m++) {
@@ -81,12 +86,13 @@ struct ByRow {
     static constexpr int AHEAD = 16;  // rows
 
     template <int M>
-    void unit(int64_t u, const char* x, int64_t stride, float* y, const void* ahead) const {
+    void unit(int64_t u, const char* x, int64_t stride, float* y, Ahead ahead) const {
         const W& w = *static_cast<const W*>(this);
         for (int64_t i = 0; i < UNIT && u * UNIT + i < w.N; i += 4) {
             int64_t rows[4];
             for (int r = 0; r < 4; r++) rows[r] = std::min(u * UNIT + i + r, w.N - 1);
-            const char* next = ahead ? (const char*)ahead + i * w.weight_bytes() : (const char*)at(u) + (i + AHEAD) * w.weight_bytes();
+            const char* next = (const char*)at(u) + (i + AHEAD) * w.weight_bytes();
+            if (ahead.start && ahead.pass == 1) next = (const char*)ahead.start + i * w.weight_bytes();
             w.template fours<M>(rows, x, stride, y + i, next);
         }
     }
@@ -351,9 +357,9 @@ Rows rows_for(const W& w, const bf16* x, int64_t M, std::vector<float>& room) {
     return {start, bytes};
 }
 
-// Outputs of unit u for up to PASS rows from row m on. `ahead`: see `prefetch`.
+// Outputs of unit u for up to PASS rows from row m on.
 template <class W>
-void unit(const W& w, int64_t u, const Rows& x, int64_t m, int rows, float* y, const void* ahead) {
+void unit(const W& w, int64_t u, const Rows& x, int64_t m, int rows, float* y, Ahead ahead = {nullptr, 0, 1}) {
     const char* start = x.start + m * x.stride;
     switch (rows) {
         case 1: return w.template unit<1>(u, start, x.stride, y, ahead);
@@ -372,16 +378,21 @@ int64_t units(const W& w) {
     return (w.N + W::UNIT - 1) / W::UNIT;
 }
 
-// Calls f(m, rows, ahead) for parts of M rows, which have about the same size; `ahead` tells the part that is to bring the next
-// unit's weights nearer: it has its own weights near already.
+// Calls f(m, rows, pass, passes) for parts of M rows, which have about the same size.
 template <class W, class F>
 void in_passes(const W&, int64_t M, F f) {
-    const int64_t passes = (M + W::PASS - 1) / W::PASS;
+    const int passes = int((M + W::PASS - 1) / W::PASS);
     for (int64_t i = 0, m = 0; i < passes; i++) {
         const int rows = int((M - m + passes - i - 1) / (passes - i));
-        f(m, rows, i == 1);
+        f(m, rows, int(i), passes);
         m += rows;
     }
+}
+
+// What to bring nearer in a pass over unit u
+template <class W>
+Ahead ahead(const W& w, int64_t u, int pass, int passes) {
+    return {passes > 1 && u + 1 < units(w) ? w.at(u + 1) : nullptr, pass, passes};
 }
 
 // y (M, N) = x (M, K) w^T + bias, called by all threads of a team
@@ -392,9 +403,9 @@ void product(const W& w, const Rows& x, const bf16* bias, bf16* y, int64_t M) {
 #pragma omp for schedule(static)
     for (int64_t u = 0; u < units(w); u++) {
         const int64_t first = u * UNIT, size = std::min<int64_t>(UNIT, N - first);
-        in_passes(w, M, [&](int64_t m0, int rows, bool ahead) {
+        in_passes(w, M, [&](int64_t m0, int rows, int pass, int passes) {
             float out[ROWS * UNIT];
-            unit(w, u, x, m0, rows, out, ahead && u + 1 < units(w) ? w.at(u + 1) : nullptr);
+            unit(w, u, x, m0, rows, out, ahead(w, u, pass, passes));
             for (int m = 0; m < rows; m++)
                 for (int64_t j = 0; j < size; j++)
                     y[(m0 + m) * N + first + j] = narrow(out[m * UNIT + j] + (bias ? widen(bias[first + j]) : 0.0f));
@@ -418,11 +429,10 @@ void gated(const W& gate, const W& up, const Rows& x, bf16* inner, int64_t M, in
 #pragma omp for schedule(static)
     for (int64_t u = 0; u < units(gate); u++) {
         const int64_t first = u * UNIT, size = std::min<int64_t>(UNIT, I - first);
-        in_passes(gate, M, [&](int64_t m0, int rows, bool ahead) {
+        in_passes(gate, M, [&](int64_t m0, int rows, int pass, int passes) {
             float gates[ROWS * UNIT], ups[ROWS * UNIT];
-            ahead = ahead && u + 1 < units(gate);
-            unit(gate, u, x, m0, rows, gates, ahead ? gate.at(u + 1) : nullptr);
-            unit(up, u, x, m0, rows, ups, ahead ? up.at(u + 1) : nullptr);
+            unit(gate, u, x, m0, rows, gates, ahead(gate, u, pass, passes));
+            unit(up, u, x, m0, rows, ups, ahead(up, u, pass, passes));
             for (int m = 0; m < rows; m++) {
                 bf16* out = inner + (m0 + m) * I + first;
                 const auto all = [&](auto activation) {
