@@ -8,6 +8,8 @@ made from positions, and never for all T x N pairs of a long prompt at once.
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -125,6 +127,22 @@ def causal_tiles(T: int, N: int, window: int | None, dtype: torch.dtype, device:
     return tiles
 
 
+@dataclass(frozen=True)
+class Consecutive:
+    """T queries that are the last of N consecutive positions, each seeing the last `window` keys (None: all) up to its own."""
+
+    T: int
+    N: int
+    window: int | None
+    dtype: torch.dtype
+    device: torch.device
+
+    @cached_property
+    def tiles(self) -> list[Tile]:
+        """As `causal_tiles` has them."""
+        return causal_tiles(self.T, self.N, self.window, self.dtype, self.device)
+
+
 def scaled_dot_product_attention(
     query: torch.Tensor,
     k_and_v: KeysAndValues,
@@ -196,6 +214,9 @@ def attend(
         if (not is_causal or query.shape[2] == 1) and ops.can_attend(query, keys, values, bias):
             run = torch.ops.litgpt.attend if torch.compiler.is_compiling() else ops.attend
             return run(query, keys, values, bias, sinks, scale, softcapping or 0.0).transpose(1, 2), None
+        if is_causal and ops.can_attend_causally(query, keys, values):
+            y = ops.attend_causally(query, keys, values, sinks, None, scale, softcapping or 0.0)
+            return y.transpose(1, 2), None
         if softcapping is None and sinks is None:
             grouped, shape = query.shape[1] != keys.shape[1], (*query.shape[:3], values.shape[-1])
             if grouped and query.shape[2] == 1 and (bias is None or bias.shape[1] == 1):
@@ -287,6 +308,51 @@ class MultiHeadSelfAttention:
                 sinks=sinks,
             )
 
+    def attend_consecutive(
+        self,
+        query: torch.Tensor,
+        k_and_v: KeysAndValues,
+        consecutive: Consecutive,
+        return_weights: bool = False,
+        sinks: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`attend` for T queries among N consecutive positions: by one kernel where that is there, else tile by tile."""
+        T = consecutive.T
+        # few queries, as when guesses are checked, get to the last bit what they get one by one
+        if T > ops.MAX_QUERIES and not return_weights and self.is_plain() and query.shape[-1] != self.shared_key_size:
+            keys, values = _together(k_and_v)
+            if ops.can_attend_causally(query, keys, values):
+                y = ops.attend_causally(
+                    query, keys, values, sinks, consecutive.window, self.scale, self.softcapping or 0.0
+                )
+                return y.transpose(1, 2), None
+        return self._attend_tiles(query, k_and_v, consecutive.tiles, return_weights, sinks)
+
+    def _attend_tiles(
+        self,
+        query: torch.Tensor,
+        k_and_v: KeysAndValues,
+        tiles: Sequence[Tile],
+        return_weights: bool,
+        sinks: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`attend` for tiles that come one after the other and have all queries."""
+        B, H = query.shape[:2]
+        N = k_and_v.keys().shape[2]
+        outputs, summed = [], None
+        for tile in tiles:
+            part, own = k_and_v, query
+            if (tile.k0, tile.k1) != (0, N):
+                part = DefaultKeysAndValues(*(x[:, :, tile.k0 : tile.k1] for x in _together(k_and_v)))
+            if len(tiles) > 1:
+                own = query[:, :, tile.q0 : tile.q1]
+            output, weights = self.attend(own, part, tile.bias, tile.is_causal, return_weights, sinks)
+            outputs.append(output)
+            if return_weights:
+                summed = torch.zeros(B, H, N, device=query.device) if summed is None else summed
+                summed[:, :, tile.k0 : tile.k1] += weights
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), summed
+
     def __call__(
         self,
         query: torch.Tensor,
@@ -325,24 +391,13 @@ class MultiHeadSelfAttention:
             )
         window = self.config.window(block_idx)
         if token_positions is None:
-            tiles = causal_tiles(T, N, window, query.dtype, query.device)
+            consecutive = Consecutive(T, N, window, query.dtype, query.device)
+            output, summed = self.attend_consecutive(query, k_and_v, consecutive, return_attn_weights, sinks)
         else:
             if tuple(token_positions.shape) != (B, G, N):
                 raise ValueError(f"token_positions must be {(B, G, N)}, got {tuple(token_positions.shape)}")
             tiles = self._tiles_by_position(query, token_positions, first, window)
-        outputs, summed = [], None
-        for tile in tiles:
-            part = k_and_v
-            if (tile.k0, tile.k1) != (0, N):
-                part = DefaultKeysAndValues(*(x[:, :, tile.k0 : tile.k1] for x in _together(k_and_v)))
-            output, weights = self.attend(
-                query[:, :, tile.q0 : tile.q1], part, tile.bias, tile.is_causal, return_attn_weights, sinks
-            )
-            outputs.append(output)
-            if return_attn_weights:
-                summed = torch.zeros(B, H, N, device=query.device) if summed is None else summed
-                summed[:, :, tile.k0 : tile.k1] += weights
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+            output, summed = self._attend_tiles(query, k_and_v, tiles, return_attn_weights, sinks)
         return output.transpose(1, 2).flatten(2), summed
 
     @staticmethod

@@ -134,6 +134,11 @@ def _set_plan(target: StepPlan, plan: Plan, T: int) -> bool:
     if not (known and step.write_first and step.new is None and step.write == whole == step.queries):
         return False
     bias, read = step.bias, step.read
+    if step.consecutive is not None:
+        tiles = step.consecutive.tiles
+        if len(tiles) > 1:
+            return False
+        bias, read = tiles[0].bias, slice(read.start + tiles[0].k0, read.start + tiles[0].k1)
     if isinstance(read, torch.Tensor):
         return False
     target.slots, target.slots_by_row = step.slots.data_ptr(), step.slots.ndim > 1

@@ -3,7 +3,7 @@
 //
 // With AVX-512 a query's output is the same to the last bit whatever other queries and later keys, which it does not see, are in
 // the call: guesses of tokens are checked in calls of many, and should stand or fall as if tokens came one by one. So all of
-// SPLIT scores are summed always, and by one piece of code; compilers reorder sums as they see fit, in each place otherwise.
+// SPLIT scores are summed always, in an order that is written out: compilers reorder sums as they see fit.
 
 #pragma once
 
@@ -13,21 +13,38 @@ constexpr int SPLIT = 64;  // keys that one thread takes at a time
 constexpr int MAX_D = 256;
 constexpr bf16 HIDDEN = 0xff80;  // the bias of a key that a query does not see: minus infinity
 
+// The largest of x (n,); n is a multiple of 16.
+inline float largest(const float* x, int64_t n) {
+#ifdef __AVX512BW__
+    __m512 most = _mm512_loadu_ps(x);
+    for (int64_t i = 16; i < n; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(x + i));
+    return _mm512_reduce_max_ps(most);
+#else
+    return *std::max_element(x, x + n);
+#endif
+}
+
 // Turns scores s (n,) into weights relative to the largest one, `top`; their sum.
-template <int N0 = 0>
-__attribute__((noinline)) float weigh(float* s, float* top, int64_t any_n = N0) {
-    const int64_t n = N0 ? N0 : any_n;
-    float most = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : most)
-    for (int64_t j = 0; j < n; j++) most = std::max(most, s[j]);
+inline float weigh(float* s, float* top, int64_t n) {
+    const float most = *top = largest(s, n);
     const float base = most == -INFINITY ? 0.0f : most;
+#ifdef __AVX512BW__
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t j = 0; j < n; j += 16) {
+        const __m512 weights = exponential_16(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(base)));
+        _mm512_storeu_ps(s + j, weights);
+        sum = _mm512_add_ps(sum, weights);
+    }
+    return _mm512_reduce_add_ps(sum);
+#else
+    float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; j++) {
         s[j] = exponential(s[j] - base);
         sum += s[j];
     }
-    *top = most;
     return sum;
+#endif
 }
 
 inline float squash(float score, float cap) { return cap * (1.0f - 2.0f / (1.0f + exponential(std::min(2.0f * score / cap, 80.0f)))); }
@@ -94,7 +111,7 @@ void attend_part(const bf16* q, const bf16* k, const bf16* v, int64_t k_stride, 
         if (bias[r])
             for (int64_t j = 0; j < n; j++) s[j] += widen(bias[r][j]);
         for (int64_t j = n; j < SPLIT; j++) s[j] = -INFINITY;
-        total[r] = weigh<SPLIT>(s, top + r);
+        total[r] = weigh(s, top + r, SPLIT);
     }
 #ifdef __AVX512BW__
     for (; d0 + 64 <= D; d0 += 64) add_values<R, 4>(scores, k, k_stride, v, v_stride, n, D, d0, out);

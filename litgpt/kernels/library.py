@@ -26,6 +26,7 @@ _SIGNATURES = {
     "linear_int4": [_POINTER] * 6 + [_COUNT] * 4,
     "gated_mlp_blocked": [_POINTER] * 4 + [_COUNT] * 4 + [ctypes.c_int],
     "decode_layers": [_POINTER, _POINTER, _COUNT] + [_POINTER] * 3 + [_COUNT] * 2,
+    "multiplies_fast": [],
     "rms_norm": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT] * 2,
     "attend_causally": [_POINTER] * 5 + [_COUNT] * 7 + [_POINTER] + [_FLOAT] * 2,
     "attend": [_POINTER] * 6 + [_COUNT] * 6 + [_POINTER] + [_FLOAT] * 2,
@@ -46,7 +47,7 @@ def library() -> ctypes.CDLL | None:
         return None
     for name, arguments in _SIGNATURES.items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, ctypes.c_int if name == "multiplies_fast" else None
     return loaded
 
 

@@ -93,6 +93,27 @@ inline __m512i add_integer_products(__m512i sum, __m512i a, __m512i b) {
 #endif
 }
 
+inline __m512 exponential_16(__m512 x) {  // of what is at most 80; relative error below 3e-7
+    x = _mm512_max_ps(x, _mm512_set1_ps(-200.0f));  // 0
+    const __m512 log2 = _mm512_set1_ps(1.44269504f);
+    const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, log2), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 f = _mm512_fmsub_ps(x, log2, n);
+    __m512 p = _mm512_set1_ps(1.5403530e-4f);  // 2^f by its series
+    for (float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
+        p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(c));
+    return _mm512_scalef_ps(p, n);
+}
+
+inline __m256i narrow_16(__m512 x) {  // as `narrow`, of numbers
+#ifdef __AVX512BF16__
+    return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+    const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#endif
+}
+
 inline __m512 widen_16(const bf16* x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
 }

@@ -162,6 +162,46 @@ def attend(
     return y
 
 
+@functools.cache
+def _multiplies_fast() -> bool:
+    return library() is not None and bool(library().multiplies_fast())
+
+
+def can_attend_causally(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether `attend_causally` is there for these, on a machine where it is faster than torch's kernels."""
+    return (
+        query.dtype == keys.dtype == torch.bfloat16
+        and query.device.type == "cpu"
+        and query.shape[-1] == values.shape[-1] <= MAX_HEAD_SIZE
+        and not (torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad))
+        and query.stride(-1) == keys.stride(-1) == values.stride(-1) == 1
+        and not torch.compiler.is_compiling()
+        and _multiplies_fast()
+    )
+
+
+def attend_causally(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sinks: torch.Tensor | None,
+    window: int | None,
+    scale: float,
+    cap: float,
+) -> torch.Tensor:
+    """As `attend`, for queries that are the last T of N consecutive positions: each sees the last `window` keys (None: all)
+    up to its own."""
+    B, H, T, D = query.shape
+    G, N = keys.shape[1:3]
+    y = query.new_empty(B, T, H, D)
+    strides = _strides.pack(*query.stride()[:3], *keys.stride()[:3], *values.stride()[:3], 0, 0)
+    library().attend_causally(
+        *(query.data_ptr(), keys.data_ptr(), values.data_ptr(), _address(sinks), y.data_ptr()),
+        *(B, H, G, T, N, D, N if window is None else window, strides, scale, cap),
+    )
+    return y
+
+
 # Compiled graphs call it as an operator, since they cannot look into it.
 _library = torch.library.Library("litgpt", "FRAGMENT")
 _library.define(

@@ -95,13 +95,9 @@ private:
         }
         float factors[ROWS];  // of what the rows have so far
         for (int m = 0; m < some; m++) {
-            float top;
-            const float sum = weigh(scores + m * n, &top, n), most = std::max(top, tops[m]);
-            const float own = top == -INFINITY ? 0.0f : exponential(top - most);
-            factors[m] = tops[m] == -INFINITY ? 0.0f : exponential(tops[m] - most);
-            totals[m] = totals[m] * factors[m] + sum * own;
-            tops[m] = most;
-            for (int64_t j = 0; j < n; j++) weights[m * n + j] = narrow(scores[m * n + j] * own);
+            const float before = tops[m];
+            totals[m] = weigh_row(scores + m * n, n, tops + m, totals[m], weights + m * n);
+            factors[m] = before == -INFINITY ? 0.0f : exponential(before - tops[m]);
         }
         for (int64_t u = 0; u < outputs / KEYS; u++) {
             float part[ROWS * KEYS];
@@ -112,6 +108,30 @@ private:
                 for (int64_t d = 0; d < KEYS; d++) out[d] = out[d] * factors[m] + part[m * KEYS + d];
             }
         }
+    }
+
+    // Turns scores s (n,) into weights relative to the largest one so far, `top`; the sum of all weights so far.
+    static float weigh_row(const float* s, int64_t n, float* top, float total, bf16* weights) {
+        const float most = std::max(*top, largest(s, n));
+        const float base = most == -INFINITY ? 0.0f : most;
+        if (total > 0) total *= exponential(*top - base);
+        *top = most;
+#ifdef __AVX512BW__
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t j = 0; j < n; j += 16) {
+            const __m512 weight = exponential_16(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(base)));
+            _mm256_storeu_si256((__m256i*)(weights + j), narrow_16(weight));
+            sum = _mm512_add_ps(sum, weight);
+        }
+        return total + _mm512_reduce_add_ps(sum);
+#else
+        for (int64_t j = 0; j < n; j++) {
+            const float weight = exponential(s[j] - base);
+            weights[j] = narrow(weight);
+            total += weight;
+        }
+        return total;
+#endif
     }
 
     // Keys [k0, k0 + n) of group g in blocks of 64: for pairs of their numbers, one after the other; zeros after the last.

@@ -202,7 +202,11 @@ class DefaultKVCache(KVCache):
             if step.write_first and step.write is not None:
                 self._write(step, part.rows, key, value)
             kv = self._keys_values(step, part.rows, key, value)
-            output, _ = self.mha.attend(_take(query, step.queries), kv, step.bias, step.is_causal, sinks=sinks)
+            own = _take(query, step.queries)
+            if step.consecutive is None:
+                output, _ = self.mha.attend(own, kv, step.bias, False, sinks=sinks)
+            else:
+                output, _ = self.mha.attend_consecutive(own, kv, step.consecutive, sinks=sinks)
             outputs.append(output)
             if not step.write_first and step.write is not None:
                 self._write(step, part.rows, key, value)

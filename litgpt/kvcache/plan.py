@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from litgpt.attention import causal_tiles, position_bias
+from litgpt.attention import Consecutive, position_bias
 from litgpt.kvcache.policy import Policy
 
 READ_BUCKET = 256  # a static decode step reads a multiple of this many slots
@@ -26,7 +26,7 @@ class Step:
         new: tokens of the chunk attended to directly, following those read (None: none). With neither `read` nor `new`
             it is the first slots, as many as the mask has columns: a number that compiled code takes from its shape.
         bias: additive mask, broadcastable to (B, H, T, keys), or None.
-        is_causal: query t sees keys 0..t.
+        consecutive: in place of `bias`, where keys stand at consecutive positions and queries are the last of them.
         write: tokens of the chunk that are stored, a slice or indices (None: none).
         slots: where, (T,) or (B, T).
         write_first: store before attending.
@@ -36,7 +36,7 @@ class Step:
     read: slice | torch.Tensor | None = None
     new: slice | None = None
     bias: torch.Tensor | None = None
-    is_causal: bool = False
+    consecutive: Consecutive | None = None
     write: slice | torch.Tensor | None = None
     slots: torch.Tensor | None = None
     write_first: bool = False
@@ -124,32 +124,27 @@ def _uniform_steps(
     seen = policy.reach if window is None else min(window, policy.reach)
     if start == 0:
         written = _span(policy.held(stop), 0, stop, device)
-        slots = policy.slots(written)
-        tiles = causal_tiles(T, T, window, dtype, device)
         return [
             Step(
-                slice(tile.q0, tile.q1),
-                new=slice(tile.k0, tile.k1),
-                bias=tile.bias,
-                is_causal=tile.is_causal,
-                write=None if tile.q1 < T else slice(0, T) if len(written) == T else written,
-                slots=slots if tile.q1 == T else None,
+                slice(0, T),
+                new=slice(0, T),
+                consecutive=Consecutive(T, T, window, dtype, device),
+                write=slice(0, T) if len(written) == T else written,
+                slots=policy.slots(written),
             )
-            for tile in tiles
         ]
     new = torch.arange(start, stop, device=device)
     if stop <= policy.cache_length:
-        tiles = causal_tiles(T, stop, window, dtype, device)
+        first = 0 if window is None else max(0, start + 1 - window)
         return [
             Step(
-                slice(tile.q0, tile.q1),
-                read=slice(tile.k0, tile.k1),
-                bias=tile.bias,
-                write=slice(0, T) if tile.q0 == 0 else None,
-                slots=policy.slots(new) if tile.q0 == 0 else None,
+                slice(0, T),
+                read=slice(first, stop),
+                consecutive=Consecutive(T, stop - first, window, dtype, device),
+                write=slice(0, T),
+                slots=policy.slots(new),
                 write_first=True,
             )
-            for tile in tiles
         ]
     if T <= policy.reach - seen + 1:  # nothing that a query sees is overwritten
         bias = None
@@ -157,7 +152,7 @@ def _uniform_steps(
             stored = policy.slot_positions(torch.tensor([stop], device=device))[0]
             bias = position_bias(new, stored, dtype, window=window, reach=policy.reach, sinks=policy.sinks)
         whole = slice(0, policy.cache_length)
-        return [Step(slice(0, T), whole, None, bias, False, slice(0, T), policy.slots(new), True)]
+        return [Step(slice(0, T), whole, None, bias, None, slice(0, T), policy.slots(new), True)]
     return _attend_then_evict(policy, window, start, T, dtype, device)
 
 
@@ -214,7 +209,7 @@ def _decode_step(
     ).unsqueeze(1)
     slots = policy.slots(positions)
     whole = slice(0, 1)
-    return Step(whole, None, None, bias, False, whole, slots if len(lengths) == 1 else slots[:, None], True)
+    return Step(whole, None, None, bias, None, whole, slots if len(lengths) == 1 else slots[:, None], True)
 
 
 def read_bucket(length: int) -> int:

@@ -141,3 +141,29 @@ def test_a_querys_output_is_the_same_to_the_last_bit_however_many_queries_a_call
         one_by_one = torch.cat([attend(start, t, 1) for t in range(16)], dim=1)
         for count in range(2, 17):
             assert torch.equal(attend(start, 0, count), one_by_one[:, :count]), (start, count)
+
+
+needs_fast_products = pytest.mark.skipif(not ops.can_attend_causally(*[rows(1, 1, 1, 16)] * 3), reason="no such kernel")
+
+
+@needs_fast_products
+@pytest.mark.parametrize(
+    ("B", "H", "G", "D"), [(1, 9, 3, 64), (2, 4, 1, 128), (1, 2, 2, 96), (1, 3, 3, 256), (1, 8, 1, 16), (1, 4, 2, 80)]
+)
+@pytest.mark.parametrize(("T", "N"), [(1, 1), (7, 7), (40, 40), (17, 300), (200, 1100), (700, 700)])
+def test_attention_of_many_queries(B, H, G, D, T, N):
+    for window, cap, with_sinks in itertools.product((None, 30, 600), (0.0, 5.0), (False, True)):
+        keys, values = (rows(B, G, N + 3, D)[:, :, :N] for _ in range(2))
+        query = rows(B, T, H, D).transpose(1, 2)
+        sinks = rows(H) if with_sinks else None
+        found = ops.attend_causally(query, keys, values, sinks, window, D**-0.5, cap)
+        expected, _ = scaled_dot_product_attention(
+            query.float(),
+            DefaultKeysAndValues(keys.float(), values.float()),
+            D**-0.5,
+            position_bias(torch.arange(N - T, N), torch.arange(N), torch.float32, window=window),
+            cap or None,
+            None if sinks is None else sinks.float(),
+        )
+        assert (found.transpose(1, 2).float() - expected).abs().max() < 0.02
+        assert (found.transpose(1, 2).float() - expected).abs().mean() < 0.0015
