@@ -8,6 +8,7 @@ given, to `attention.py` otherwise. It knows neither masks nor slots.
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -68,9 +69,9 @@ class GPT(nn.Module):
         self._start_of_layer_hook: StartOfLayerHook | None = config.start_of_layer_hook
         self.default_kv_caches = False  # True: made by `set_kv_caches`, which may replace them
         self.layer_devices: list[torch.device] | None = None  # where blocks are, if not all are where the embedding is
-        self.static_decode = False  # plan single tokens with shapes that stay the same, for a compiled `decode`
-        # a faster `run_layers` for few tokens, which gives None for those it is not made for
-        self.decode: Callable[..., torch.Tensor | None] | None = None
+        self.static_decode = False  # plan single tokens with shapes that stay the same, for compiled `fast_layers`
+        # a faster `run_layers`, which gives None for calls that it is not made for
+        self.fast_layers: Callable[..., torch.Tensor | None] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,6 +95,7 @@ class GPT(nn.Module):
         *,
         last_token_only: bool = False,
         rows: Sequence[int] | None = None,
+        row_sizes: Sequence[int] | None = None,
         input_pos_maxp1: int | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
         """Logits for every token of `idx`, given what came before it.
@@ -107,6 +109,8 @@ class GPT(nn.Module):
             skip_lm_head: return the final norm's output instead of logits.
             last_token_only: compute logits for the last token only, (B, 1, V).
             rows: rows of the caches that the B rows of `idx` stand for (None: the first B).
+            row_sizes: tokens that each of `rows` gets, if not all get as many. Then `idx` is (1, sum(row_sizes)), one row's
+                tokens after the other's, and so is the output; that of `last_token_only` is (rows, 1, V).
             input_pos_maxp1: not needed; accepted for scripts written for LitGPT.
 
         Returns:
@@ -121,16 +125,20 @@ class GPT(nn.Module):
         if idx.ndim != 2 or idx.shape[1] == 0:
             raise ValueError(f"idx must be (B, T) or (T,) with at least one token, got {tuple(idx.shape)}")
         B, T = idx.shape
+        if row_sizes is not None and (rows is None or input_pos is None or (B, T) != (1, sum(row_sizes))):
+            raise ValueError(
+                f"row_sizes={list(row_sizes)} need rows, input_pos and idx (1, {sum(row_sizes)}), got {tuple(idx.shape)}"
+            )
         if input_pos is None:
             if T > self.max_seq_length:
                 raise ValueError(f"{T} tokens are more than max_seq_length = {self.max_seq_length}")
             x = self.run_layers(idx, self._rope_rows(0, T, self.needs_long_rope(T)), None, None)
         else:
-            x = self._run_with_caches(idx, _first_position(input_pos), rows)
+            x = self._run_with_caches(idx, _first_position(input_pos), rows, row_sizes)
         if skip_lm_head:
             return x
         if last_token_only:
-            x = x[:, -1:]
+            x = x[:, -1:] if row_sizes is None else x[0, _last_of(row_sizes), None]
         if lm_head_chunk_size > 0:
             return [self.logits(chunk) for chunk in x.split(lm_head_chunk_size, dim=1)]
         return self.logits(x)
@@ -172,34 +180,43 @@ class GPT(nn.Module):
             logits = logits / self.config.logits_divisor
         return do_softcapping(logits, self.config.final_logit_softcapping)
 
-    def _run_with_caches(self, idx: torch.Tensor, input_pos: int, rows: Sequence[int] | None) -> torch.Tensor:
+    def _run_with_caches(
+        self, idx: torch.Tensor, input_pos: int, rows: Sequence[int] | None, row_sizes: Sequence[int] | None
+    ) -> torch.Tensor:
         B, T = idx.shape
         caches = self.kv_caches()
         if len(caches) != self.config.n_layer:
             raise ValueError("there are no key-value caches: call set_kv_caches or assign_kv_caches first")
         static = self.static_decode and T == 1 and rows is None
+        sizes = [T] * B if row_sizes is None else row_sizes
         shared: dict[tuple, Plan] = {}
         plans = []
         for cache in caches:
             key = cache.plan_key()
             if key not in shared:
-                shared[key] = cache.plan(input_pos, B, T, rows, static)
+                shared[key] = cache.plan(input_pos, len(sizes), T if row_sizes is None else row_sizes, rows, static)
             plans.append(shared[key])
         starts = plans[0].before if rows is None else [plans[0].before[row] for row in rows]
-        if input_pos == 0 and T > self.max_seq_length:  # a prefill attends to all of its tokens
-            raise ValueError(f"a prefill of {T} tokens is more than max_seq_length = {self.max_seq_length}: use chunks")
-        if max(starts) + T > self.max_seq_length and not all(cache.unbounded for cache in caches):
+        if input_pos == 0 and max(sizes) > self.max_seq_length:  # a prefill attends to all of its tokens
             raise ValueError(
-                f"{max(starts) + T} tokens are more than max_seq_length = {self.max_seq_length}: "
+                f"a prefill of {max(sizes)} tokens is more than max_seq_length = {self.max_seq_length}: use chunks"
+            )
+        longest = max(start + size for start, size in zip(starts, sizes, strict=True))
+        if longest > self.max_seq_length and not all(cache.unbounded for cache in caches):
+            raise ValueError(
+                f"{longest} tokens are more than max_seq_length = {self.max_seq_length}: "
                 "only caches that evict go on beyond the model's context"
             )
         if input_pos == 0:  # what is in the caches was turned by one set of factors, and so has to be what follows
-            needed = self.needs_long_rope(max(T, self._expected_length))
+            needed = self.needs_long_rope(max(*sizes, self._expected_length))
             self._long_rope = needed or (rows is not None and self._long_rope)
-        rope = self._rope_rows(starts[0] if len(set(starts)) == 1 else starts, T, self._long_rope)
-        decode = None if rows is not None or self._start_of_layer_hook is not None else self.decode
+        if row_sizes is not None:
+            rope = self._rope_rows(starts, row_sizes, self._long_rope)
+        else:
+            rope = self._rope_rows(starts[0] if len(set(starts)) == 1 else starts, T, self._long_rope)
+        fast = self.fast_layers if self._start_of_layer_hook is None else None
         try:
-            x = None if decode is None else decode(idx, rope, plans, input_pos)
+            x = None if fast is None else fast(idx, rope, plans, input_pos)
             if x is None:
                 x = self.run_layers(idx, rope, plans, input_pos)
         except BaseException:
@@ -265,12 +282,14 @@ class GPT(nn.Module):
         """Whether LongRoPE turns positions of sequences of that length by its long factors."""
         return self._short_context is not None and length > self._short_context
 
-    def _rope_rows(self, start: int | Sequence[int], T: int, long: bool = False) -> list[Rope]:
-        """Cosines and signed sines for T tokens from position `start` (one, or one for every row) on.
+    def _rope_rows(self, start: int | Sequence[int], T: int | Sequence[int], long: bool = False) -> list[Rope]:
+        """Cosines and signed sines for T tokens from position `start` (one, or one for every row) on. With a T for every row,
+        too, the rows lie one after the other.
 
         Returns pairs of (B or 1, 1, T, rope_n_elem) in the model's dtype, one for each table that layers choose from.
         """
-        stop = T + (start if isinstance(start, int) else max(start))
+        starts = [start] if isinstance(start, int) else start
+        stop = max(map(sum, zip(starts, [T] * len(starts) if isinstance(T, int) else T, strict=True)))
         weight = self.transformer.wte.weight
         if stop > self.rope_cache_length() or self.cos.device != weight.device or long != self._long_table:
             self._long_table = long
@@ -281,7 +300,11 @@ class GPT(nn.Module):
         if isinstance(start, int):
             cos, sin = self.cos[start:stop].unsqueeze(0), self.sin[start:stop].unsqueeze(0)
         else:
-            positions = torch.tensor(list(start), device=weight.device)[:, None] + torch.arange(T, device=weight.device)
+            if isinstance(T, int):
+                positions = torch.tensor(list(start))[:, None] + torch.arange(T)
+            else:
+                positions = torch.cat([torch.arange(a, a + size) for a, size in zip(start, T, strict=True)])[None]
+            positions = positions.to(weight.device)
             cos, sin = self.cos[positions], self.sin[positions]
         if cos.ndim == 3:
             cos, sin = cos.unsqueeze(-1), sin.unsqueeze(-1)
@@ -782,6 +805,11 @@ class RMSNorm(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, 0.0 if self.add_unit_offset else 1.0)
+
+
+def _last_of(row_sizes: Sequence[int]) -> list[int]:
+    """Where the last token of each row is, if rows lie one after the other."""
+    return [end - 1 for end in accumulate(row_sizes)]
 
 
 def _first_position(input_pos: int | torch.Tensor) -> int:

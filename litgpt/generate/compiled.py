@@ -30,5 +30,5 @@ def compile_decode(model: GPT) -> None:
             torch.compiler.cudagraph_mark_step_begin()
         return step(idx, rope, plans, None)  # not the position: a host integer would be compiled in
 
-    model.decode = decode
+    model.fast_layers = decode
     model.static_decode = True

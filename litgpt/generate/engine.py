@@ -4,7 +4,6 @@ A batch of one is a batch. Rows of a ragged batch are prefilled at their own len
 finished leaves the computation, and others may take its place at any time.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -19,6 +18,7 @@ from litgpt.model import GPT
 
 ROOM = 1024  # least capacity of default caches that are to last
 COMPILED_ROOM = 4096  # and of those that code is compiled for
+PACKED_TOKENS = 1024  # most tokens of several prompts that go through the model in one call
 
 
 def prepare_caches(model: GPT, batch_size: int, max_length: int, roomy: bool = False) -> None:
@@ -98,25 +98,46 @@ def prefill(
     leaders: dict[int, int] = {}  # the first one of those that share a tensor runs it
     leader = [leaders.setdefault(id(prompt), i) if start == 0 else i for i, prompt in enumerate(prompts)]
     run = sorted(set(leader))
-    groups: dict[int, list[int]] = defaultdict(list)
-    for i in run:
-        groups[len(prompts[i])].append(i)
-    if rows is None and len(groups) == 1:  # in one call, of the whole batch
+    if rows is None and len({len(prompts[i]) for i in run}) == 1:  # in one call, of the whole batch
         last = dict(zip(run, _prefill_rows(model, [prompts[i] for i in run], chunksize, start, None), strict=True))
         copies = [run.index(i) for i in leader]
     else:
         if rows is None and start == 0:
             model.start_kv_caches(len(prompts))
         last = {}
-        for members in groups.values():
+        for members in _in_calls(model, {i: len(prompts[i]) for i in run}, chunksize, start):
             inputs, into = [prompts[i] for i in members], [places[i] for i in members]
-            last.update(zip(members, _prefill_rows(model, inputs, chunksize, start, into), strict=True))
+            prefill_members = _prefill_rows if len(set(map(len, inputs))) == 1 else _prefill_packed
+            last.update(zip(members, prefill_members(model, inputs, chunksize, start, into), strict=True))
         copies = list(range(len(model.kv_caches()[0].row_lengths)))
         for i, place in enumerate(places):
             copies[place] = places[leader[i]]
     if len(run) < len(prompts):
         model.reorder_kv_caches(copies)
     return torch.stack([last[i] for i in leader])
+
+
+def _in_calls(model: GPT, lengths: dict[int, int], chunksize: int | None, start: int) -> list[list[int]]:
+    """Prompts of these lengths, those together that one call takes: a few short ones, or one that is long."""
+    most = PACKED_TOKENS if chunksize is None else min(chunksize, PACKED_TOKENS)
+    limit = model.kv_cache_max_prefill_length() if start == 0 else model.kv_cache_max_tokens_forward()
+    calls: list[list[int]] = []
+    room = 0
+    for i in sorted(lengths, key=lengths.__getitem__):
+        if lengths[i] > room:
+            calls.append([])
+            room = most if limit is None or lengths[i] <= limit else 0
+        calls[-1].append(i)
+        room -= lengths[i]
+    return calls
+
+
+def _prefill_packed(
+    model: GPT, prompts: Sequence[torch.Tensor], chunksize: int | None, start: int, rows: list[int]
+) -> torch.Tensor:
+    """Prefill prompts of several lengths into `rows` of the caches by one call; logits (B, V)."""
+    idx = torch.cat(list(prompts))[None]
+    return model(idx, start, last_token_only=True, rows=rows, row_sizes=list(map(len, prompts)))[:, -1]
 
 
 def _prefill_rows(

@@ -1,7 +1,7 @@
-"""Decoding on CPU with one call for all layers: what PyTorch spends between operations costs as much as small models do.
+"""All layers on CPU by one call: what PyTorch spends between operations costs as much as small models do.
 
-It is `GPT.run_layers` for a few tokens, made of the same weights, caches and plans; where something is not as it knows it,
-it leaves the call to `run_layers`.
+It is `GPT.run_layers` made of the same weights, caches and plans; where something is not as it knows it, it leaves the call to
+`run_layers`. A few tokens, as in decoding, and many, as in the prefill, are computed in ways of their own.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ from torch import nn
 from litgpt.attention import attention_scale
 from litgpt.kernels import ops
 from litgpt.kernels.library import library
-from litgpt.kernels.structs import BLOCKED, INT4, INT8, Layer, Rope, Shape, StepPlan, Weight, address
+from litgpt.kernels.structs import BLOCKED, INT4, INT8, Layer, Rope, Segment, Shape, StepPlan, Weight, address
 from litgpt.kvcache import KVCache
 from litgpt.kvcache.default import DefaultKVCache
 from litgpt.kvcache.plan import Plan
@@ -24,23 +24,23 @@ from litgpt.quantize import Int4Linear, Int8Linear
 from litgpt.rope import Rope as RopeRows
 
 
-def fuse_decode(model: GPT) -> bool:
-    """Have `model` decode with one call for all layers, if its layers are of the kinds that are known here.
+def fuse_layers(model: GPT) -> bool:
+    """Have `model` run all layers by one call, if they are of the kinds that are known here.
 
-    Undone by `model.decode = None`, which has to be done before the layers or their weights are replaced.
+    Undone by `model.fast_layers = None`, which has to be done before the layers or their weights are replaced.
     """
     layers = [_layer(block) for block in model.transformer.h] if ops.available() and _is_known(model) else [None]
     if None in layers:
         return False
-    decode = FusedDecode(model, layers)
-    if any(decode.hooks):
+    fused = FusedLayers(model, layers)
+    if any(fused.hooks):
         return False
-    model.decode = decode
+    model.fast_layers = fused
     return True
 
 
-class FusedDecode:
-    """A `GPT.decode`: takes the arguments of `GPT.run_layers`, and gives None where it cannot do the call."""
+class FusedLayers:
+    """A `GPT.fast_layers`: takes the arguments of `GPT.run_layers`, and gives None where it cannot do the call."""
 
     def __init__(self, model: GPT, layers: list[Layer]) -> None:
         config, first = model.config, model.transformer.h[0]
@@ -74,30 +74,36 @@ class FusedDecode:
         self, idx: torch.Tensor, rope: list[RopeRows], plans: list[Plan], input_pos: int
     ) -> torch.Tensor | None:
         B, T = idx.shape
-        if B * T > ops.MAX_ROWS or any(self.hooks) or not self._is_current():
+        if any(self.hooks) or not self._is_current():
             return None
         if not self._has_caches([attn["kv_cache"] for attn, _ in self.projections]):
             return None
-        numbers: dict[int, int] = {}
+        different = list({id(plan): plan for plan in plans}.values())
+        if B * T <= ops.MAX_ROWS and all(_set_few(*pair, T) for pair in zip(self.plans, different, strict=False)):
+            pass
+        elif ops.multiplies_fast():
+            segments = [_segments(plan, B, T) for plan in different]
+            if None in segments:
+                return None
+            for target, own in zip(self.plans, segments, strict=False):
+                target.segments, target.n_segments = ctypes.addressof(own), len(own)
+        else:
+            return None
+        numbers = {id(plan): number for number, plan in enumerate(different)}
         for layer, plan in zip(self.layers, plans, strict=True):
-            number = numbers.get(id(plan))
-            if number is None:
-                number = numbers[id(plan)] = len(numbers)
-                if not _set_plan(self.plans[number], plan, T):
-                    return None
-            layer.plan = number
+            layer.plan = numbers[id(plan)]
         tables = [(cos.contiguous(), sin.contiguous()) for cos, sin in rope]
         ropes = (Rope * len(tables))(
             *(Rope(cos.data_ptr(), sin.data_ptr(), cos.stride(0) if len(cos) > 1 else 0) for cos, sin in tables)
         )
         x = self.model.embed(idx).contiguous()
-        library().decode_layers(
+        library().run_layers(
             ctypes.byref(self.shape), self.layers, len(self.layers), self.plans, ropes, x.data_ptr(), B, T
         )
         return self.model.transformer.ln_f(x)
 
     def _is_current(self) -> bool:
-        """Whether the layers are still those that `fuse_decode` found, and their weights where they were."""
+        """Whether the layers are still those that `fuse_layers` found, and their weights where they were."""
         return all(modules["qkv"] is projection for modules, projection in self.projections) and all(
             owner.get(name) is x and x.data_ptr() == at for owner, name, x, at in self.weights
         )
@@ -125,8 +131,8 @@ def _place(cache: KVCache) -> tuple[int, int]:
     return buffers["k"].data_ptr(), buffers["v"].data_ptr()
 
 
-def _set_plan(target: StepPlan, plan: Plan, T: int) -> bool:
-    """Fill in what `plan` does, if it is of the usual kind: store the new tokens, then attend to a range of slots."""
+def _set_few(target: StepPlan, plan: Plan, T: int) -> bool:
+    """Fill in what `plan` does with a few tokens, if it is of the usual kind: store them, then attend to a range of slots."""
     part = plan.parts[0]
     step = part.steps[0]
     known = len(plan.parts) == len(part.steps) == 1 and part.rows is None and part.chunk_rows is None
@@ -143,13 +149,36 @@ def _set_plan(target: StepPlan, plan: Plan, T: int) -> bool:
         return False
     target.slots, target.slots_by_row = step.slots.data_ptr(), step.slots.ndim > 1
     target.first, target.N = (0, bias.shape[-1]) if read is None else (read.start, read.stop - read.start)
-    target.bias = address(bias)
+    target.bias, target.n_segments = address(bias), 0
     if bias is not None:
         if bias.dtype != torch.bfloat16 or bias.stride(-1) != 1 or (bias.ndim == 4 and bias.shape[1] != 1):
             return False
         target.bias_strides[0] = bias.stride(0) if bias.ndim == 4 and len(bias) > 1 else 0
         target.bias_strides[1] = bias.stride(-2) if bias.shape[-2] > 1 else 0
     return True
+
+
+def _segments(plan: Plan, B: int, T: int) -> "ctypes.Array[Segment] | None":
+    """What `plan` does with many tokens of every row, if they attend to consecutive ones; None: it is of another kind."""
+    found = []
+    for part in plan.parts:
+        step = part.steps[0]
+        if len(part.steps) > 1 or step.consecutive is None or not (step.write_first or step.read is None):
+            return None
+        chunk_rows = range(B) if part.chunk_rows is None else part.chunk_rows.tolist()
+        rows = chunk_rows if part.rows is None else part.rows.tolist()
+        starts = [b * T for b in chunk_rows] if part.spans is None else [span.start for span in part.spans]
+        size, kept = step.consecutive.T, None if isinstance(step.write, slice) else step.write
+        read = slice(0, 0) if step.read is None else step.read
+        for row, start in zip(rows, starts, strict=True):
+            found.append(
+                Segment(
+                    *(start, size, row, read.start, read.stop - read.start),
+                    step.consecutive.window or step.consecutive.N,
+                    *(address(kept), step.slots.data_ptr(), size if kept is None else len(kept)),
+                )
+            )
+    return (Segment * len(found))(*found)
 
 
 def _is_known_cache(cache: KVCache | None) -> bool:

@@ -12,7 +12,7 @@ from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model
 from litgpt.generate.compiled import compile_decode
-from litgpt.generate.fused import fuse_decode
+from litgpt.generate.fused import fuse_layers
 from litgpt.kvcache.factory import create_kv_caches
 from litgpt.model import GPT
 from litgpt.packed import pack_linears, unpack_linears
@@ -105,13 +105,13 @@ def speed_up_decode(model: GPT, compile: bool = False) -> None:
     """Have the model decode as fast as it can: with packed weights and all layers in one call, where that works, else layer
     by layer, or with `compile` by a compiled graph."""
     pack_linears(model)
-    if not fuse_decode(model) and compile:
+    if not fuse_layers(model) and compile:
         compile_decode(model)
 
 
 def slow_down_decode(model: GPT) -> None:
     """Undo `speed_up_decode`: plain layers, with the same parameters as before."""
-    model.decode, model.static_decode = None, False
+    model.fast_layers, model.static_decode = None, False
     unpack_linears(model)
 
 

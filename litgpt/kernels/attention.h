@@ -7,10 +7,9 @@
 
 #pragma once
 
-#include "numbers.h"
+#include "layers.h"
 
 constexpr int SPLIT = 64;  // keys that one thread takes at a time
-constexpr int MAX_D = 256;
 constexpr bf16 HIDDEN = 0xff80;  // the bias of a key that a query does not see: minus infinity
 
 // The largest of x (n,); n is a multiple of 16.
@@ -55,19 +54,19 @@ template <int R, int V>
 inline void add_values(const float (*weights)[SPLIT], const bf16* k, int64_t k_stride, const bf16* v, int64_t v_stride, int64_t n, int64_t D, int64_t d0,
                        float* out) {
     __m512 sums[R][V];
-    for (int r = 0; r < R; r++)
-        for (int i = 0; i < V; i++) sums[r][i] = _mm512_setzero_ps();
+    UNROLLED for (int r = 0; r < R; r++)
+        UNROLLED for (int i = 0; i < V; i++) sums[r][i] = _mm512_setzero_ps();
     for (int64_t j = 0; j < n; j++) {
         __m512 values[V];
         prefetch(k + (SPLIT + j) * k_stride + d0, 32 * V);
-        for (int i = 0; i < V; i++) values[i] = widen_16(v + j * v_stride + d0 + 16 * i);
-        for (int r = 0; r < R; r++) {
+        UNROLLED for (int i = 0; i < V; i++) values[i] = widen_16(v + j * v_stride + d0 + 16 * i);
+        UNROLLED for (int r = 0; r < R; r++) {
             const __m512 weight = _mm512_set1_ps(weights[r][j]);
-            for (int i = 0; i < V; i++) sums[r][i] = _mm512_fmadd_ps(weight, values[i], sums[r][i]);
+            UNROLLED for (int i = 0; i < V; i++) sums[r][i] = _mm512_fmadd_ps(weight, values[i], sums[r][i]);
         }
     }
-    for (int r = 0; r < R; r++)
-        for (int i = 0; i < V; i++) _mm512_storeu_ps(out + r * D + d0 + 16 * i, sums[r][i]);
+    UNROLLED for (int r = 0; r < R; r++)
+        UNROLLED for (int i = 0; i < V; i++) _mm512_storeu_ps(out + r * D + d0 + 16 * i, sums[r][i]);
 }
 #endif
 
@@ -86,14 +85,14 @@ void attend_part(const bf16* q, const bf16* k, const bf16* v, int64_t k_stride, 
                 const bf16* key = k + std::min(done + j, n - 1) * k_stride;  // after the last one, it again
                 prefetch(v + std::min(done + j, n - 1) * v_stride, D * 2);
                 __m512 own[R];
-                for (int r = 0; r < R; r++) own[r] = _mm512_setzero_ps();
+                UNROLLED for (int r = 0; r < R; r++) own[r] = _mm512_setzero_ps();
                 for (int64_t d = 0; d < D; d += 32) {
                     const __m512i keys = _mm512_loadu_si512(key + d);
-                    for (int r = 0; r < R; r++) own[r] = add_products(own[r], keys, _mm512_loadu_si512(q + r * D + d));
+                    UNROLLED for (int r = 0; r < R; r++) own[r] = add_products(own[r], keys, _mm512_loadu_si512(q + r * D + d));
                 }
-                for (int r = 0; r < R; r++) sums[r][j] = own[r];
+                UNROLLED for (int r = 0; r < R; r++) sums[r][j] = own[r];
             }
-            for (int r = 0; r < R; r++) _mm512_storeu_ps(scores[r] + done, sums_of_16(sums[r]));
+            UNROLLED for (int r = 0; r < R; r++) _mm512_storeu_ps(scores[r] + done, sums_of_16(sums[r]));
         }
 #endif
     for (int64_t j = done; j < n; j++)

@@ -1,7 +1,7 @@
 // What models consist of on a CPU, as functions for Python. Rows are bfloat16 outside and float inside. Plain loops for the
 // compiler to vectorise, and intrinsics where that is worth while. Letters as in attention.py; M rows, K inputs, N outputs.
 
-#include "layers.h"
+#include "decode.h"
 #include "prefill.h"
 
 extern "C" {
@@ -27,12 +27,11 @@ void linear_int4(const bf16* x, const uint8_t* w, const uint16_t* scale, const u
 // Gated MLP: `first` has the gate's I outputs and then as many more; I is a multiple of 64.
 void gated_mlp_blocked(const bf16* x, const uint32_t* first, const uint32_t* second, bf16* y, int64_t M, int64_t K,
                        int64_t I, int64_t N, int kind) {
-    static thread_local std::vector<float> room, more_room;
-    static thread_local std::vector<bf16> inner;
+    static thread_local Room<char> room, more_room;
+    static thread_local Room<bf16> inner;
     const Blocked gate(first, K, I), up(gate.at(I / Blocked::UNIT), K, I), down(second, I, N);
     const Rows rows = rows_for(gate, x, M, room);
-    inner.resize(M * I);
-    bf16* shared = inner.data();
+    bf16* shared = inner.get(M * I);
 #pragma omp parallel
     {
         gated(gate, up, rows, shared, M, kind);
@@ -49,12 +48,11 @@ void rms_norm(const bf16* x, const bf16* weight, bf16* y, int64_t rows, int64_t 
 // B, T; sinks (H,) or null; y (B, T, H, D). Scores are squashed into (-cap, cap) if that is positive.
 void attend(const bf16* q, const bf16* k, const bf16* v, const bf16* bias, const bf16* sinks, bf16* y, int64_t B, int64_t H,
             int64_t G, int64_t T, int64_t N, int64_t D, const int64_t* strides, float scale, float cap) {
-    static thread_local std::vector<float> room;
+    static thread_local Room<float> room;
     const int64_t *qs = strides, *ks = strides + 3, *vs = strides + 6, *bs = strides + 9;
     Attention a{B, H, G, T, N, D, scale, cap, k, v, {ks[0], ks[1], ks[2]}, {vs[0], vs[1], vs[2]}, bias, {bs[0], bs[1]},
                 sinks, nullptr, nullptr, nullptr, nullptr};
-    room.resize(a.room());
-    a.settle(room.data());
+    a.settle(room.get(a.room()));
     for (int64_t b = 0; b < B; b++)
         for (int64_t h = 0; h < H; h++)
             for (int64_t t = 0; t < T; t++)
@@ -80,7 +78,7 @@ void attend_causally(const bf16* q, const bf16* k, const bf16* v, const bf16* si
                      int64_t T, int64_t N, int64_t D, int64_t window, const int64_t* strides, float scale, float cap) {
     const int64_t *qs = strides, *ks = strides + 3, *vs = strides + 6;
     const auto row = [&](int64_t b) {
-        return Prefill{H, G, T, N, D, window, scale, cap, q + b * qs[0], k + b * ks[0], v + b * vs[0], sinks,
+        return CausalAttention{H, G, T, N, D, window, scale, cap, q + b * qs[0], k + b * ks[0], v + b * vs[0], sinks,
                        {qs[1], qs[2]}, {ks[1], ks[2]}, {vs[1], vs[2]}, y + b * T * H * D};
     };
     const int64_t tasks = row(0).tasks();
@@ -89,9 +87,10 @@ void attend_causally(const bf16* q, const bf16* k, const bf16* v, const bf16* si
 }
 
 // x (B, T, E) through all layers, in place.
-void decode_layers(const Shape* shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes, bf16* x,
-                   int64_t B, int64_t T) {
-    run_layers(*shape, layers, n_layers, plans, ropes, x, B, T);
+void run_layers(const Shape* shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes, bf16* x,
+                int64_t B, int64_t T) {
+    const auto run = plans->n_segments ? run_many : run_few;
+    run(*shape, layers, n_layers, plans, ropes, x, B, T);
 }
 
 }  // extern "C"

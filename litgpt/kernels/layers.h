@@ -1,9 +1,10 @@
-// All layers of a step of decoding.
+// What layers are told, and what they do with one token.
 
 #pragma once
 
-#include "attention.h"
 #include "weights.h"
+
+constexpr int MAX_D = 256;  // most numbers of a head
 
 struct Shape {
     int64_t E, H, G, D, I, rope_n, interleave, activation, norm_all_heads;
@@ -18,11 +19,23 @@ struct Layer {
     Weight qkv, proj, gate, up, down;
 };
 
+// Many consecutive tokens of a row of the caches: tokens [first, first + T) of the call
+struct Segment {
+    int64_t first, T, row;
+    int64_t key, N;              // they attend to N slots from `key` on; N = 0: to themselves
+    int64_t window;              // each sees the last so many keys
+    const int64_t *kept, *slots;  // which of them are stored (null: the first ones), and where
+    int64_t n_kept;
+};
+
+// What a call does in a cache: for a few tokens T of every row, or by segments
 struct StepPlan {
     const int64_t* slots;  // (T,) or, if `slots_by_row`, (B, T)
     int64_t slots_by_row, first, N;
     const bf16* bias;
     int64_t bias_strides[2];
+    const Segment* segments;
+    int64_t n_segments;
 };
 
 struct Rope {
@@ -50,106 +63,25 @@ inline void turn(bf16* head, const bf16* cos, const bf16* sin, int64_t n, bool i
     for (int64_t i = 0; i < n; i++) head[i] = narrow(y[i]);
 }
 
-// y (M, N) = x (M, K) w^T + bias by all threads of a team, each of which has brought x into the weight's form in its own `room`
-inline void team_product(const Weight& w, const bf16* x, bf16* y, int64_t M, std::vector<float>& room) {
-    with_weight(w, [&](auto weight) { product(weight, rows_for(weight, x, M, room), w.bias, y, M); });
+// Norm and RoPE of head h of the queries and keys of a token, in row b and at t of the call
+inline void finish_head(const Shape& shape, const Layer& layer, const Rope* ropes, bf16* head, int64_t h, int64_t b, int64_t t) {
+    const bf16* weight = h < shape.H ? layer.norm_q : layer.norm_k;
+    if (weight && !shape.norm_all_heads) norm_row(head, weight, head, shape.D, shape.eps, shape.norm_offset);
+    if (layer.rope < 0) return;
+    const Rope& rope = ropes[layer.rope];
+    const int64_t at = b * rope.row_stride + t * shape.rope_n;
+    turn(head, rope.cos + at, rope.sin + at, shape.rope_n, shape.interleave);
 }
 
-// x += factor * norm(y), for rows that each thread has a copy of
-inline void add_rows(std::vector<bf16>& x, const bf16* y, const bf16* norm, float factor, int64_t M, const Shape& shape,
-              std::vector<bf16>& room) {
-    const int64_t E = shape.E;
-    if (norm) {
-        room.resize(M * E);
-        for (int64_t m = 0; m < M; m++) norm_row(y + m * E, norm, &room[m * E], E, shape.eps, shape.norm_offset);
-        y = room.data();
-    }
-    for (int64_t i = 0; i < M * E; i++)
-        x[i] = narrow(widen(x[i]) + (factor == 1.0f ? widen(y[i]) : widen(narrow(widen(y[i]) * factor))));
+// Norm over all heads of the queries and keys of a token, in models that have it
+inline void norm_heads(const Shape& shape, const Layer& layer, bf16* qkv) {
+    if (!shape.norm_all_heads || !layer.norm_q) return;
+    bf16* keys = qkv + shape.H * shape.D;
+    norm_row(qkv, layer.norm_q, qkv, shape.H * shape.D, shape.eps, shape.norm_offset);
+    norm_row(keys, layer.norm_k, keys, shape.G * shape.D, shape.eps, shape.norm_offset);
 }
 
-// x (B, T, E) through all layers, in place. Threads meet only where one needs what another has computed; what is small, each
-// computes for itself.
-inline void run_layers(const Shape& shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes,
-                       bf16* x, int64_t B, int64_t T) {
-    const int64_t E = shape.E, H = shape.H, G = shape.G, D = shape.D, M = B * T, heads = H + 2 * G;
-    static thread_local std::vector<bf16> shared;
-    static thread_local std::vector<float> attention_room;
-    shared.resize(M * (heads * D + H * D + E + shape.I));
-    bf16 *qkv = shared.data(), *attended = qkv + M * heads * D, *out = attended + M * H * D, *inner = out + M * E;
-    const auto attention_of = [&](const Layer& layer) {
-        const StepPlan& plan = plans[layer.plan];
-        return Attention{B, H, G, T, plan.N, D, shape.scale, shape.cap,
-                         layer.keys + plan.first * D, layer.values + plan.first * D,
-                         {layer.row_stride, layer.head_stride, D}, {layer.row_stride, layer.head_stride, D},
-                         plan.bias, {plan.bias_strides[0], plan.bias_strides[1]}, layer.sinks,
-                         nullptr, nullptr, nullptr, nullptr};
-    };
-    int64_t most = 0;
-    for (int64_t l = 0; l < n_layers; l++) most = std::max(most, attention_of(layers[l]).room());
-    attention_room.resize(most);
-    float* room_of_attention = attention_room.data();
-#pragma omp parallel
-    {
-        static thread_local std::vector<float> room;
-        static thread_local std::vector<bf16> own, normed, post;
-        own.assign(x, x + M * E);
-        normed.resize(M * E);
-        for (int64_t l = 0; l < n_layers; l++) {
-            const Layer& layer = layers[l];
-            const StepPlan& plan = plans[layer.plan];
-            const auto norm = [&](const bf16* weight) {
-                for (int64_t m = 0; weight && m < M; m++)
-                    norm_row(&own[m * E], weight, &normed[m * E], E, shape.eps, shape.norm_offset);
-                return weight ? normed.data() : own.data();
-            };
-            team_product(layer.qkv, norm(layer.norm_1), qkv, M, room);
-
-            if (shape.norm_all_heads && layer.norm_q) {
-#pragma omp for schedule(static)
-                for (int64_t m = 0; m < M; m++) {
-                    bf16* row = qkv + m * heads * D;
-                    norm_row(row, layer.norm_q, row, H * D, shape.eps, shape.norm_offset);
-                    norm_row(row + H * D, layer.norm_k, row + H * D, G * D, shape.eps, shape.norm_offset);
-                }
-            }
-            Attention attention = attention_of(layer);
-            attention.settle(room_of_attention);
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < M * heads; i++) {
-                const int64_t m = i / heads, h = i % heads, b = m / T, t = m % T;
-                bf16* head = qkv + i * D;
-                if (h < H + G) {
-                    const bf16* weight = h < H ? layer.norm_q : layer.norm_k;
-                    if (weight && !shape.norm_all_heads) norm_row(head, weight, head, D, shape.eps, shape.norm_offset);
-                    if (layer.rope >= 0) {
-                        const Rope& rope = ropes[layer.rope];
-                        const int64_t at = b * rope.row_stride + t * shape.rope_n;
-                        turn(head, rope.cos + at, rope.sin + at, shape.rope_n, shape.interleave);
-                    }
-                }
-                if (h < H) {
-                    std::memcpy(attention.queries + ((b * H + h) * T + t) * D, head, D * sizeof(bf16));
-                } else {
-                    const int64_t g = (h - H) % G, slot = plan.slots[plan.slots_by_row ? m : t];
-                    bf16* buffer = h < H + G ? layer.keys : layer.values;
-                    std::memcpy(buffer + b * layer.row_stride + g * layer.head_stride + slot * D, head, D * sizeof(bf16));
-                }
-            }
-            attention.parts();
-            attention.combine(attended);
-            team_product(layer.proj, attended, out, M, room);
-            add_rows(own, out, layer.post_attention_norm, shape.attention_factor, M, shape, post);
-
-            const bf16* mlp_input = norm(layer.norm_2);
-            with_weight(layer.gate, [&](auto gate) {
-                const decltype(gate) up(layer.up);
-                gated(gate, up, rows_for(gate, mlp_input, M, room), inner, M, int(shape.activation));
-            });
-            team_product(layer.down, inner, out, M, room);
-            add_rows(own, out, layer.post_mlp_norm, shape.mlp_factor, M, shape, post);
-        }
-#pragma omp single
-        std::memcpy(x, own.data(), M * E * sizeof(bf16));
-    }
+// x + factor * y, rounded as two operations
+inline bf16 add(bf16 x, float y, float factor) {
+    return narrow(widen(x) + (factor == 1.0f ? y : widen(narrow(y * factor))));
 }

@@ -14,6 +14,18 @@
 
 using bf16 = uint16_t;
 
+// Memory that is kept from call to call, and begins where cache lines do.
+template <class T>
+class Room {
+    std::vector<char> bytes;
+
+public:
+    T* get(int64_t n) {
+        bytes.resize(std::max(bytes.size(), n * sizeof(T) + 64));
+        return (T*)((uintptr_t(bytes.data()) + 63) / 64 * 64);
+    }
+};
+
 inline float from_bits(uint32_t bits) {
     float x;
     std::memcpy(&x, &bits, 4);
@@ -55,9 +67,12 @@ inline float exponential(float x) {  // relative error below 3e-7; 0 for what fl
     return x < -87.0f ? 0.0f : p * scale;
 }
 
+// For loops over arrays of vectors that are to stay in registers, which GCC sees to only where indices are constants.
+#define UNROLLED _Pragma("GCC unroll 16")
+
 // Has memory brought nearer while something else is computed.
 inline void prefetch(const void* start, int64_t bytes) {
-    for (int64_t i = 0; start && i < bytes; i += 64) __builtin_prefetch((const char*)start + i, 0, 2);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)start + i, 0, 2);
 }
 
 enum Activation { SILU = 0, GELU = 1, GELU_TANH = 2 };
@@ -118,10 +133,10 @@ inline __m512 widen_16(const bf16* x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
 }
 
-// The sum of the elements of each of 4 vectors
-inline __m128 sums_of_4(const __m512* v) {
-    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
-    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+// The sum of the elements of each of 4 vectors, which are no array, for those would be kept in memory
+inline __m128 sums_of_4(__m512 v0, __m512 v1, __m512 v2, __m512 v3) {
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v0, v1), _mm512_unpackhi_ps(v0, v1));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v2, v3), _mm512_unpackhi_ps(v2, v3));
     const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
     const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));

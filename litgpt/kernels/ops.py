@@ -10,9 +10,9 @@ from litgpt.kernels.library import library
 
 MAX_ROWS = 16  # with more rows, torch's matrix products are faster
 MAX_QUERIES = 16  # of one sequence
-MAX_HEAD_SIZE = 256  # of `attend`, as in cpu.cpp
-ACTIVATIONS = {"silu": 0, "gelu-none": 1, "gelu-tanh": 2}  # of `gated_mlp_blocked`, as in cpu.cpp
-UNIT = 64  # outputs of a block in oneDNN's layout, as in cpu.cpp
+MAX_HEAD_SIZE = 256  # of `attend`, as in layers.h
+ACTIVATIONS = {"silu": 0, "gelu-none": 1, "gelu-tanh": 2}  # of `gated_mlp_blocked`, as in numbers.h
+UNIT = 64  # outputs of a block in oneDNN's layout, as in weights.h
 
 _strides = struct.Struct("11q")
 
@@ -163,7 +163,8 @@ def attend(
 
 
 @functools.cache
-def _multiplies_fast() -> bool:
+def multiplies_fast() -> bool:
+    """Whether products of many rows are faster by the kernels than by torch on this machine."""
     return library() is not None and bool(library().multiplies_fast())
 
 
@@ -176,7 +177,7 @@ def can_attend_causally(query: torch.Tensor, keys: torch.Tensor, values: torch.T
         and not (torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad))
         and query.stride(-1) == keys.stride(-1) == values.stride(-1) == 1
         and not torch.compiler.is_compiling()
-        and _multiplies_fast()
+        and multiplies_fast()
     )
 
 

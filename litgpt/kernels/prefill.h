@@ -1,196 +1,249 @@
-// Attention from many queries, as in the prefill: it waits for the processor. Scores and weighted values are products of six
-// rows with 64 columns, like those with weights, of keys and values that are laid out for it piece by piece.
-//
-// T queries are the last of N consecutive positions, and each sees the last `window` keys up to its own.
+// All layers for many tokens, as in the prefill. Threads share the work between the points where they meet; what lies between two
+// products is done while it is near, for BLOCK tokens at a time.
 
 #pragma once
 
-#include "attention.h"
-#include "weights.h"
+#include "causal_attention.h"
+#include "layers.h"
+
+constexpr int64_t BLOCK = 256;
+constexpr int64_t CHUNK = 96;  // rows that a thread takes at a time, with one unit of a weight
+
+// 4-bit integers, each unit of which is turned into bfloat16 before it is multiplied with many rows
+template <int GROUP>
+struct Widened {
+    static constexpr int UNIT = ROW_UNIT, PASS = ROWS;
+    Int4<GROUP> w;
+    int64_t K, N;
+    bf16* rows;                    // of a unit
+    mutable int64_t current = -1;  // the unit that they are of
+
+    Widened(const Weight& x, Room<bf16>& room) : w(x), K(x.K), N(x.N), rows(room.get(UNIT * K)) {}
+
+    int64_t row_bytes() const { return 0; }
+    void prepare(const bf16*, char*) const {}
+    const void* at(int64_t u) const { return w.at(u); }
+
+    template <int M>
+    void unit(int64_t u, const char* x, int64_t stride, float* y, Ahead) const {
+        const int64_t size = std::min<int64_t>(UNIT, N - u * UNIT);
+        if (current != u)
+            for (int64_t i = 0; i < size; i++) w.widen_row(u * UNIT + i, rows + i * K);
+        current = u;
+        Plain(rows, K, size).template unit<M>(0, x, stride, y, {nullptr, 0, 0});
+    }
+};
+
+template <class F>
+void with_wide_weight(const Weight& w, Room<bf16>& room, F f) {
+    if (w.kind == 0) return f(Blocked(w));
+    if (w.kind == 1) return f(Int8(w));
+    if (w.group == 32) return f(Widened<32>(w, room));
+    if (w.group == 64) return f(Widened<64>(w, room));
+    f(Widened<128>(w, room));
+}
 
 struct Prefill {
-    static constexpr int64_t PIECE = 512;       // keys that are laid out at a time
-    static constexpr int64_t TILE_ROWS = 144;   // about so many rows (queries of heads that share keys) go together
-    static constexpr int64_t KEYS = Blocked::UNIT;
+    const Shape& shape;
+    const Rope* ropes;
+    bf16* x;  // (M, E)
+    int64_t B, T, M, heads;
+    bf16 *normed, *out, *inner;  // BLOCK rows
+    bf16 *qkv, *attended;        // M rows
+    char* prepared;              // BLOCK rows in the form that a weight wants
 
-    int64_t H, G, T, N, D, window;
-    float scale, cap;
-    const bf16 *q, *k, *v, *sinks;
-    int64_t q_strides[2], k_strides[2], v_strides[2];  // of heads, tokens
-    bf16* y;                                           // (T, H, D)
-
-    int64_t tile_tokens() const {
-        const int64_t wanted = (TILE_ROWS * G / H + ROWS - 1) / ROWS * ROWS;
-        return std::max<int64_t>(4 * ROWS, wanted);
+    Prefill(const Shape& shape, const Layer* layers, int64_t n_layers, const Rope* ropes, bf16* x, int64_t B, int64_t T)
+        : shape(shape), ropes(ropes), x(x), B(B), T(T), M(B * T), heads(shape.H + 2 * shape.G) {
+        static thread_local Room<bf16> room, none;
+        static thread_local Room<char> prepared_room;
+        normed = room.get(BLOCK * (2 * shape.E + shape.I) + M * (heads + shape.H) * shape.D);
+        out = normed + BLOCK * shape.E;
+        inner = out + BLOCK * shape.E;
+        qkv = inner + BLOCK * shape.I;
+        attended = qkv + M * heads * shape.D;
+        int64_t bytes = 0;
+        for (int64_t l = 0; l < n_layers; l++)
+            for (const Weight& weight : {layers[l].qkv, layers[l].proj, layers[l].gate, layers[l].down})
+                with_wide_weight(weight, none, [&](const auto& w) { bytes = std::max(bytes, padded(w.row_bytes())); });
+        prepared = prepared_room.get(BLOCK * bytes);
     }
-    int64_t tiles() const { return (T + tile_tokens() - 1) / tile_tokens(); }
-    int64_t tasks() const { return G * tiles(); }
 
-    int64_t last_key(int64_t t) const { return N - T + t + 1; }                                  // after it
-    int64_t first_key(int64_t t) const { return std::max<int64_t>(0, last_key(t) - window); }
-
-    // One of `tasks()`, each of which any thread may do; the longest come first.
-    void run(int64_t task) const {
-        static thread_local std::vector<float> room;
-        const int64_t g = task % G, tile = tiles() - 1 - task / G, heads = H / G;
-        const int64_t t0 = tile * tile_tokens(), count = std::min(tile_tokens(), T - t0), rows = heads * count;
-        const int64_t size = (D + 31) / 32 * 32, outputs = (D + KEYS - 1) / KEYS * KEYS;
-        room.resize(PIECE * size / 2 + PIECE * outputs / 2 + rows * size / 2 + rows * (outputs + 2) + ROWS * PIECE * 3 / 2);
-        uint32_t *keys = (uint32_t*)room.data(), *values = keys + PIECE * size / 2;
-        bf16* queries = (bf16*)(values + PIECE * outputs / 2);
-        float* sums = (float*)(queries + rows * size);
-        float *tops = sums + rows * outputs, *totals = tops + rows, *scores = totals + rows;
-        bf16* weights = (bf16*)(scores + ROWS * PIECE);
-
-        std::fill_n((uint32_t*)queries, rows * size / 2, 0u);
-        std::fill_n(sums, rows * outputs, 0.0f);
-        for (int64_t row = 0; row < rows; row++) {
-            const int64_t h = g * heads + row / count, t = t0 + row % count;
-            std::memcpy(queries + row * size, q + h * q_strides[0] + t * q_strides[1], D * sizeof(bf16));
-            tops[row] = sinks ? widen(sinks[h]) : -INFINITY;
-            totals[row] = sinks ? 1.0f : 0.0f;
+    // One layer, called by all threads of a team.
+    void run(const Layer& layer, const StepPlan& plan) {
+        const int64_t E = shape.E, H = shape.H, G = shape.G, D = shape.D;
+        static thread_local Room<bf16> room;
+        for (int64_t m0 = 0; m0 < M; m0 += BLOCK) {
+            const int64_t n = std::min(BLOCK, M - m0);
+            const bf16* input = norm(layer.norm_1, x + m0 * E, n);
+            with_wide_weight(layer.qkv, room, [&](const auto& w) {
+                product(w, input, n, [&](int64_t m, int64_t first, int64_t size, const float* values) {
+                    store(values, layer.qkv.bias, first, size, qkv + (m0 + m) * heads * D + first);
+                });
+            });
         }
-        const int64_t end = last_key(t0 + count - 1);
-        for (int64_t k0 = first_key(t0) / KEYS * KEYS; k0 < end; k0 += PIECE) {
-            const int64_t n = std::min(PIECE, end - k0), padded = (n + KEYS - 1) / KEYS * KEYS;
-            lay_out_keys(keys, g, k0, n, size);
-            lay_out_values(values, g, k0, n, outputs);
-            for (int64_t row = 0; row < rows;) {
-                const int64_t t = t0 + row % count;
-                const int some = int(std::min<int64_t>(ROWS, count - row % count));  // consecutive tokens of one head
-                const int64_t from = std::max<int64_t>(0, first_key(t) - k0) / KEYS * KEYS;
-                const int64_t to = std::min(padded, (last_key(t + some - 1) - k0 + KEYS - 1) / KEYS * KEYS);
-                if (from < to)
-                    attend(queries + row * size, keys, values, scores, weights, k0, from, to, t, some, size, outputs,
-                           tops + row, totals + row, sums + row * outputs);
-                row += some;
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < M; m++) {
+            bf16* token = qkv + m * heads * D;
+            norm_heads(shape, layer, token);
+            for (int64_t h = 0; h < H + G; h++) finish_head(shape, layer, ropes, token + h * D, h, m / T, m % T);
+        }
+        for (int64_t s = 0; s < plan.n_segments; s++) keep(layer, plan.segments[s]);
+#pragma omp barrier
+        int64_t tasks = 0;
+        for (int64_t s = 0; s < plan.n_segments; s++) tasks += attention(layer, plan.segments[s]).tasks();
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < tasks; i++) {
+            int64_t task = i;
+            for (int64_t s = 0; s < plan.n_segments; s++) {
+                const CausalAttention of = attention(layer, plan.segments[s]);
+                if (task < of.tasks()) {
+                    of.run(task);
+                    break;
+                }
+                task -= of.tasks();
             }
         }
-        for (int64_t row = 0; row < rows; row++) {
-            bf16* out = y + ((t0 + row % count) * H + g * heads + row / count) * D;
-            for (int64_t d = 0; d < D; d++) out[d] = narrow(sums[row * outputs + d] / totals[row]);
+        for (int64_t m0 = 0; m0 < M; m0 += BLOCK) {
+            const int64_t n = std::min(BLOCK, M - m0);
+            bf16* own = x + m0 * E;
+            add_product(layer.proj, attended + m0 * H * D, own, n, layer.post_attention_norm, shape.attention_factor, room);
+            const bf16* input = norm(layer.norm_2, own, n);
+            with_wide_weight(layer.gate, room, [&](const auto& gate) { gated(gate, layer, input, n); });
+            add_product(layer.down, inner, own, n, layer.post_mlp_norm, shape.mlp_factor, room);
         }
     }
 
 private:
-    // What `some` queries from t on get from the keys [from, to) of a piece that begins at k0, added to what they have.
-    void attend(const bf16* queries, const uint32_t* keys, const uint32_t* values, float* scores, bf16* weights, int64_t k0,
-                int64_t from, int64_t to, int64_t t, int some, int64_t size, int64_t outputs, float* tops, float* totals,
-                float* sums) const {
-        const int64_t n = to - from;
-        const Blocked key_blocks(keys, size, PIECE);
-        for (int64_t j = from; j < to; j += KEYS) {
-            float part[ROWS * KEYS];
-            unit(key_blocks, j / KEYS, {(const char*)queries, size * 2}, 0, some, part);
-            for (int m = 0; m < some; m++) {
-                float* s = scores + m * n + j - from;
-                const int64_t first = first_key(t + m) - k0 - j, last = last_key(t + m) - k0 - j;
-                if (cap > 0)
-                    for (int64_t i = 0; i < KEYS; i++) s[i] = squash(part[m * KEYS + i] * scale, cap);
-                else
-                    for (int64_t i = 0; i < KEYS; i++) s[i] = part[m * KEYS + i] * scale;
-                if (first > 0 || last < KEYS)
-                    for (int64_t i = 0; i < KEYS; i++) s[i] = i >= first && i < last ? s[i] : -INFINITY;
-            }
+    static int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+    static void store(const float* values, const bf16* bias, int64_t first, int64_t size, bf16* target) {
+        if (bias)
+            for (int64_t j = 0; j < size; j++) target[j] = narrow(values[j] + widen(bias[first + j]));
+        else
+            for (int64_t j = 0; j < size; j++) target[j] = narrow(values[j]);
+    }
+
+    const bf16* norm(const bf16* weight, const bf16* rows, int64_t n) {
+        if (!weight) return rows;
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < n; m++)
+            norm_row(rows + m * shape.E, weight, normed + m * shape.E, shape.E, shape.eps, shape.norm_offset);
+        return normed;
+    }
+
+    template <class W>
+    Rows rows_of(const W& w, const bf16* rows, int64_t n) {
+        const int64_t bytes = padded(w.row_bytes());
+        if (bytes == 0) return {(const char*)rows, w.K * int64_t(sizeof(bf16))};
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < n; m++) w.prepare(rows + m * w.K, prepared + m * bytes);
+        return {prepared, bytes};
+    }
+
+    // Calls f(u, m0, rows, pass, passes) for parts of n rows and all units.
+    template <class W, class F>
+    void in_tasks(const W& w, int64_t n, F f) {
+        const int64_t chunks = (n + CHUNK - 1) / CHUNK, each = ((n + chunks - 1) / chunks + ROWS - 1) / ROWS * ROWS;
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < units(w) * chunks; task++) {
+            const int64_t u = task / chunks, m0 = task % chunks * each;
+            if (m0 < n)
+                in_passes(w, std::min(each, n - m0), [&](int64_t m, int rows, int pass, int passes) {
+                    f(u, m0 + m, rows, pass, passes);
+                });
         }
-        float factors[ROWS];  // of what the rows have so far
-        for (int m = 0; m < some; m++) {
-            const float before = tops[m];
-            totals[m] = weigh_row(scores + m * n, n, tops + m, totals[m], weights + m * n);
-            factors[m] = before == -INFINITY ? 0.0f : exponential(before - tops[m]);
+    }
+
+    // Calls f(m, first, size, values) for outputs [first, first + size) of each row m.
+    template <class W, class F>
+    void product(const W& w, const bf16* input, int64_t n, F f) {
+        const Rows rows = rows_of(w, input, n);
+        in_tasks(w, n, [&](int64_t u, int64_t m0, int some, int pass, int passes) {
+            float values[ROWS * W::UNIT];
+            unit(w, u, rows, m0, some, values, ahead(w, u, pass, passes));
+            const int64_t first = u * W::UNIT, size = std::min<int64_t>(W::UNIT, w.N - first);
+            for (int m = 0; m < some; m++) f(m0 + m, first, size, values + m * W::UNIT);
+        });
+    }
+
+    // own += factor * norm(input w^T + bias)
+    void add_product(const Weight& weight, const bf16* input, bf16* own, int64_t n, const bf16* norm, float factor,
+                     Room<bf16>& room) {
+        const int64_t E = shape.E;
+        with_wide_weight(weight, room, [&](const auto& w) {
+            product(w, input, n, [&](int64_t m, int64_t first, int64_t size, const float* values) {
+                bf16* target = out + m * E + first;
+                store(values, weight.bias, first, size, target);
+                bf16* sum = own + m * E + first;
+                if (!norm)
+                    for (int64_t j = 0; j < size; j++) sum[j] = add(sum[j], widen(target[j]), factor);
+            });
+        });
+        if (!norm) return;
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < n; m++) {
+            bf16* row = out + m * E;
+            norm_row(row, norm, row, E, shape.eps, shape.norm_offset);
+            for (int64_t i = 0; i < E; i++) own[m * E + i] = add(own[m * E + i], widen(row[i]), factor);
         }
-        for (int64_t u = 0; u < outputs / KEYS; u++) {
-            float part[ROWS * KEYS];
-            const Blocked value_blocks(values + u * PIECE / 2 * KEYS + from / 2 * KEYS, n, KEYS);
-            unit(value_blocks, 0, {(const char*)weights, n * 2}, 0, some, part);
-            for (int m = 0; m < some; m++) {
-                float* out = sums + m * outputs + u * KEYS;
-                for (int64_t d = 0; d < KEYS; d++) out[d] = out[d] * factors[m] + part[m * KEYS + d];
+    }
+
+    // inner = activation(input gate^T) * (input up^T)
+    template <class W>
+    void gated(const W& gate, const Layer& layer, const bf16* input, int64_t n) {
+        static thread_local Room<bf16> room;
+        const Rows rows = rows_of(gate, input, n);
+        const auto both = [&](const W& up) {
+            in_tasks(gate, n, [&](int64_t u, int64_t m0, int some, int pass, int passes) {
+                float gates[ROWS * W::UNIT], ups[ROWS * W::UNIT];
+                unit(gate, u, rows, m0, some, gates, ahead(gate, u, pass, passes));
+                unit(up, u, rows, m0, some, ups, ahead(up, u, pass, passes));
+                const int64_t first = u * W::UNIT, size = std::min<int64_t>(W::UNIT, gate.N - first);
+                for (int m = 0; m < some; m++)
+                    activate_row(gates + m * W::UNIT, ups + m * W::UNIT, inner + (m0 + m) * shape.I + first, size,
+                                 int(shape.activation));
+            });
+        };
+        with_wide_weight(layer.up, room, [&](const auto& up) {
+            if constexpr (std::is_same_v<std::decay_t<decltype(up)>, W>) both(up);
+        });
+    }
+
+    // Stores the tokens of a segment that are kept.
+    void keep(const Layer& layer, const Segment& segment) {
+        const int64_t H = shape.H, G = shape.G, D = shape.D;
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < segment.n_kept; i++) {
+            const bf16* token = qkv + (segment.first + (segment.kept ? segment.kept[i] : i)) * heads * D;
+            for (int64_t g = 0; g < G; g++) {
+                const int64_t at = segment.row * layer.row_stride + g * layer.head_stride + segment.slots[i] * D;
+                std::memcpy(layer.keys + at, token + (H + g) * D, D * sizeof(bf16));
+                std::memcpy(layer.values + at, token + (H + G + g) * D, D * sizeof(bf16));
             }
         }
     }
 
-    // Turns scores s (n,) into weights relative to the largest one so far, `top`; the sum of all weights so far.
-    static float weigh_row(const float* s, int64_t n, float* top, float total, bf16* weights) {
-        const float most = std::max(*top, largest(s, n));
-        const float base = most == -INFINITY ? 0.0f : most;
-        if (total > 0) total *= exponential(*top - base);
-        *top = most;
-#ifdef __AVX512BW__
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t j = 0; j < n; j += 16) {
-            const __m512 weight = exponential_16(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(base)));
-            _mm256_storeu_si256((__m256i*)(weights + j), narrow_16(weight));
-            sum = _mm512_add_ps(sum, weight);
+    CausalAttention attention(const Layer& layer, const Segment& segment) {
+        const int64_t H = shape.H, G = shape.G, D = shape.D, width = heads * D;
+        const bf16* tokens = qkv + segment.first * width;
+        CausalAttention a{H, G, segment.T, segment.N, D, segment.window, shape.scale, shape.cap, tokens,
+                          nullptr, nullptr, layer.sinks, {D, width}, {}, {}, attended + segment.first * H * D};
+        if (segment.N) {
+            const int64_t at = segment.row * layer.row_stride + segment.key * D;
+            a.k = layer.keys + at, a.v = layer.values + at;
+            for (auto strides : {a.k_strides, a.v_strides}) strides[0] = layer.head_stride, strides[1] = D;
+        } else {
+            a.N = segment.T, a.k = tokens + H * D, a.v = tokens + (H + G) * D;
+            for (auto strides : {a.k_strides, a.v_strides}) strides[0] = D, strides[1] = width;
         }
-        return total + _mm512_reduce_add_ps(sum);
-#else
-        for (int64_t j = 0; j < n; j++) {
-            const float weight = exponential(s[j] - base);
-            weights[j] = narrow(weight);
-            total += weight;
-        }
-        return total;
-#endif
-    }
-
-    // Keys [k0, k0 + n) of group g in blocks of 64: for pairs of their numbers, one after the other; zeros after the last.
-    void lay_out_keys(uint32_t* target, int64_t g, int64_t k0, int64_t n, int64_t size) const {
-        const bf16* start = k + g * k_strides[0] + k0 * k_strides[1];
-        for (int64_t j = 0; j < (n + KEYS - 1) / KEYS * KEYS; j += 16) {
-            uint32_t* block = target + j / KEYS * KEYS * size / 2 + j % KEYS;
-            for (int64_t d = 0; d < size; d += 32) {
-                uint32_t rows[16][16] = {};
-                for (int64_t i = 0; i < std::min<int64_t>(16, n - j); i++)
-                    std::memcpy(rows[i], start + (j + i) * k_strides[1] + d, std::min<int64_t>(32, D - d) * sizeof(bf16));
-                transpose(rows);
-                for (int64_t p = 0; p < 16; p++) std::memcpy(block + (d / 2 + p) * KEYS, rows[p], sizeof rows[p]);
-            }
-        }
-    }
-
-    static void transpose(uint32_t (*rows)[16]) {
-#ifdef __AVX512BW__
-        __m512i a[16], b[16];
-        for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(rows[i]);
-        for (int i = 0; i < 16; i += 2) {
-            b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-            b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-        }
-        for (int i = 0; i < 16; i += 4)
-            for (int j = 0; j < 2; j++) {
-                a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-                a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-            }
-        // a[4 i + c] has, in its quarter q, column 4 q + c of rows 4 i to 4 i + 3
-        for (int c = 0; c < 4; c++) {
-            const __m512i low_0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), high_0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
-            const __m512i low_1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
-            const __m512i high_1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
-            _mm512_storeu_si512(rows[c], _mm512_shuffle_i32x4(low_0, low_1, 0x88));
-            _mm512_storeu_si512(rows[4 + c], _mm512_shuffle_i32x4(high_0, high_1, 0x88));
-            _mm512_storeu_si512(rows[8 + c], _mm512_shuffle_i32x4(low_0, low_1, 0xdd));
-            _mm512_storeu_si512(rows[12 + c], _mm512_shuffle_i32x4(high_0, high_1, 0xdd));
-        }
-#else
-        for (int i = 0; i < 16; i++)
-            for (int j = 0; j < i; j++) std::swap(rows[i][j], rows[j][i]);
-#endif
-    }
-
-    // Values [k0, k0 + n) of group g in blocks of 64 numbers: for pairs of tokens, one after the other; zeros after the last.
-    void lay_out_values(uint32_t* target, int64_t g, int64_t k0, int64_t n, int64_t outputs) const {
-        const bf16* start = v + g * v_strides[0] + k0 * v_strides[1];
-        const bf16 none[MAX_D] = {};
-        for (int64_t j = 0; j < (n + KEYS - 1) / KEYS * KEYS; j += 2) {
-            const bf16* first = j < n ? start + j * v_strides[1] : none;
-            const bf16* second = j + 1 < n ? start + (j + 1) * v_strides[1] : none;
-            for (int64_t u = 0; u < outputs / KEYS; u++) {
-                uint32_t* row = target + u * PIECE / 2 * KEYS + j / 2 * KEYS;
-                const int64_t d0 = u * KEYS, some = std::min(KEYS, D - d0);
-                for (int64_t d = 0; d < some; d++) row[d] = uint32_t(first[d0 + d]) | uint32_t(second[d0 + d]) << 16;
-                for (int64_t d = some; d < KEYS; d++) row[d] = 0;
-            }
-        }
+        return a;
     }
 };
+
+// x (B, T, E) through all layers, in place; plans have segments.
+inline void run_many(const Shape& shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes, bf16* x,
+                     int64_t B, int64_t T) {
+    Prefill prefill(shape, layers, n_layers, ropes, x, B, T);
+#pragma omp parallel
+    for (int64_t l = 0; l < n_layers; l++) prefill.run(layers[l], plans[layers[l].plan]);
+}

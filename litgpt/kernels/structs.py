@@ -1,4 +1,4 @@
-"""What `decode_layers` is told, as cpu.cpp has it."""
+"""What `run_layers` is told, as layers.h has it."""
 
 import ctypes
 
@@ -35,12 +35,22 @@ class Layer(ctypes.Structure):
     ]
 
 
+class Segment(ctypes.Structure):
+    _fields_ = [
+        *((name, _COUNT) for name in ("first", "T", "row", "key", "N", "window")),
+        *((name, _POINTER) for name in ("kept", "slots")),
+        ("n_kept", _COUNT),
+    ]
+
+
 class StepPlan(ctypes.Structure):
     _fields_ = [
         ("slots", _POINTER),
         *((name, _COUNT) for name in ("slots_by_row", "first", "N")),
         ("bias", _POINTER),
         ("bias_strides", _COUNT * 2),
+        ("segments", _POINTER),
+        ("n_segments", _COUNT),
     ]
 
 

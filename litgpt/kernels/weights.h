@@ -21,7 +21,7 @@ struct Weight {
 // The weights of the next unit, which are brought nearer while this one is computed, in one of its `passes` or in all.
 struct Ahead {
     const void* start;  // null: there are none
-    int pass, passes;
+    int pass, passes;   // 0 passes: all is near already
 };
 
 // bfloat16 in oneDNN's order for such CPUs: blocks of 64 outputs, within them pairs of inputs, K padded to 32
@@ -46,8 +46,8 @@ struct Blocked {
         const uint32_t* block = w + u * pairs() * UNIT;
 #ifdef __AVX512BW__
         __m512 sums[M][4];
-        for (int m = 0; m < M; m++)
-            for (int v = 0; v < 4; v++) sums[m][v] = _mm512_setzero_ps();
+        UNROLLED for (int m = 0; m < M; m++)
+            UNROLLED for (int v = 0; v < 4; v++) sums[m][v] = _mm512_setzero_ps();
         int turn = ahead.pass;
         for (int64_t p = 0; p < pairs(); p++, block += UNIT) {
             if (ahead.start && turn-- == 0) {
@@ -55,15 +55,15 @@ struct Blocked {
                 turn = ahead.passes - 1;
             }
             __m512i weights[4];
-            for (int v = 0; v < 4; v++) weights[v] = _mm512_loadu_si512(block + 16 * v);
-            for (int m = 0; m < M; m++) {
+            UNROLLED for (int v = 0; v < 4; v++) weights[v] = _mm512_loadu_si512(block + 16 * v);
+            UNROLLED for (int m = 0; m < M; m++) {
                 int pair;
                 std::memcpy(&pair, x + m * stride + 4 * p, 4);
-                for (int v = 0; v < 4; v++) sums[m][v] = add_products(sums[m][v], weights[v], _mm512_set1_epi32(pair));
+                UNROLLED for (int v = 0; v < 4; v++) sums[m][v] = add_products(sums[m][v], weights[v], _mm512_set1_epi32(pair));
             }
         }
-        for (int m = 0; m < M; m++)
-            for (int v = 0; v < 4; v++) _mm512_storeu_ps(y + m * UNIT + 16 * v, sums[m][v]);
+        UNROLLED for (int m = 0; m < M; m++)
+            UNROLLED for (int v = 0; v < 4; v++) _mm512_storeu_ps(y + m * UNIT + 16 * v, sums[m][v]);
 #else
         float sums[M][UNIT] = {};
         for (int64_t p = 0; p < pairs(); p++, block += UNIT)
@@ -91,7 +91,7 @@ struct ByRow {
         for (int64_t i = 0; i < UNIT && u * UNIT + i < w.N; i += 4) {
             int64_t rows[4];
             for (int r = 0; r < 4; r++) rows[r] = std::min(u * UNIT + i + r, w.N - 1);
-            const char* next = (const char*)at(u) + (i + AHEAD) * w.weight_bytes();
+            const char* next = ahead.passes ? (const char*)at(u) + (i + AHEAD) * w.weight_bytes() : nullptr;
             if (ahead.start && ahead.pass == 1) next = (const char*)ahead.start + i * w.weight_bytes();
             w.template fours<M>(rows, x, stride, y + i, next);
         }
@@ -135,19 +135,19 @@ struct Plain : ByRow<Plain> {
 #ifdef __AVX512BW__
         const bf16* rows[4] = {w + n[0] * K, w + n[1] * K, w + n[2] * K, w + n[3] * K};
         __m512 sums[M][4];
-        for (int m = 0; m < M; m++)
-            for (int r = 0; r < 4; r++) sums[m][r] = _mm512_setzero_ps();
+        UNROLLED for (int m = 0; m < M; m++)
+            UNROLLED for (int r = 0; r < 4; r++) sums[m][r] = _mm512_setzero_ps();
         for (int64_t k = 0; k < K; k += 32) {
             const __mmask32 some = k + 32 <= K ? ~0u : (1u << (K - k)) - 1;
-            prefetch(ahead + 8 * k, 256);
+            if (ahead) prefetch(ahead + 8 * k, 256);
             __m512i weights[4];
-            for (int r = 0; r < 4; r++) weights[r] = _mm512_maskz_loadu_epi16(some, rows[r] + k);
-            for (int m = 0; m < M; m++) {
+            UNROLLED for (int r = 0; r < 4; r++) weights[r] = _mm512_maskz_loadu_epi16(some, rows[r] + k);
+            UNROLLED for (int m = 0; m < M; m++) {
                 const __m512i inputs = _mm512_maskz_loadu_epi16(some, x + m * stride + 2 * k);
-                for (int r = 0; r < 4; r++) sums[m][r] = add_products(sums[m][r], weights[r], inputs);
+                UNROLLED for (int r = 0; r < 4; r++) sums[m][r] = add_products(sums[m][r], weights[r], inputs);
             }
         }
-        for (int m = 0; m < M; m++) _mm_storeu_ps(y + m * UNIT, sums_of_4(sums[m]));
+        UNROLLED for (int m = 0; m < M; m++) _mm_storeu_ps(y + m * UNIT, sums_of_4(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
 #else
         for (int m = 0; m < M; m++)
             for (int r = 0; r < 4; r++) {
@@ -192,23 +192,23 @@ struct Int8 : ByRow<Int8> {
             const int64_t end = std::min(K, first + PART);
 #ifdef __AVX512BW__
             __m512i sums[M][4];
-            for (int m = 0; m < M; m++)
-                for (int r = 0; r < 4; r++) sums[m][r] = _mm512_setzero_si512();
+            UNROLLED for (int m = 0; m < M; m++)
+                UNROLLED for (int r = 0; r < 4; r++) sums[m][r] = _mm512_setzero_si512();
             for (int64_t k = first; k < end; k += 32) {
                 const __mmask32 some = k + 32 <= K ? ~0u : (1u << (K - k)) - 1;
-                prefetch(ahead + 4 * k, 128);
+                if (ahead) prefetch(ahead + 4 * k, 128);
                 __m512i weights[4];
-                for (int r = 0; r < 4; r++)
+                UNROLLED for (int r = 0; r < 4; r++)
                     weights[r] = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(some, rows[r] + k));
-                for (int m = 0; m < M; m++) {
+                UNROLLED for (int m = 0; m < M; m++) {
                     const __m512i inputs = _mm512_loadu_si512(x + m * stride + HEAD + 2 * k);
-                    for (int r = 0; r < 4; r++) sums[m][r] = add_integer_products(sums[m][r], weights[r], inputs);
+                    UNROLLED for (int r = 0; r < 4; r++) sums[m][r] = add_integer_products(sums[m][r], weights[r], inputs);
                 }
             }
-            for (int m = 0; m < M; m++) {
-                __m512 floats[4];
-                for (int r = 0; r < 4; r++) floats[r] = _mm512_cvtepi32_ps(sums[m][r]);
-                _mm_storeu_ps(totals[m], _mm_add_ps(_mm_loadu_ps(totals[m]), sums_of_4(floats)));
+            UNROLLED for (int m = 0; m < M; m++) {
+                const auto floats = [&](int r) { return _mm512_cvtepi32_ps(sums[m][r]); };
+                const __m128 part = sums_of_4(floats(0), floats(1), floats(2), floats(3));
+                _mm_storeu_ps(totals[m], _mm_add_ps(_mm_loadu_ps(totals[m]), part));
             }
 #else
             for (int m = 0; m < M; m++)
@@ -260,6 +260,27 @@ struct Int4 : ByRow<Int4<GROUP>> {
             for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k++) sums[g] += widen(x[k]);
     }
 
+    // Row n of the weight in bfloat16, (K,)
+    void widen_row(int64_t n, bf16* y) const {
+        const uint8_t* row = w + n * (K / 2);
+        for (int64_t g = 0; g < groups(); g++) {
+            const float a = from_half(scale[n * groups() + g]), b = from_half(minimum[n * groups() + g]);
+#ifdef __AVX512BW__
+            const __m512 count = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            const __m512 numbers = _mm512_add_ps(_mm512_mul_ps(count, _mm512_set1_ps(a)), _mm512_set1_ps(b));
+            const __m512i rounded = _mm512_cvtepu16_epi32(narrow_16(numbers));  // what each integer stands for
+            for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k += 32) {
+                const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(row + k / 2)));
+                const __m512i even = _mm512_permutexvar_epi32(pairs, rounded);
+                const __m512i odd = _mm512_permutexvar_epi32(_mm512_srli_epi32(pairs, 4), rounded);
+                _mm512_storeu_si512(y + k, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+            }
+#else
+            for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k++) y[k] = narrow(float(row[k / 2] >> k % 2 * 4 & 15) * a + b);
+#endif
+        }
+    }
+
     template <int M>
     void fours(const int64_t* n, const char* x, int64_t stride, float* y, const char* ahead) const {
 #ifdef __AVX512BW__
@@ -268,18 +289,18 @@ struct Int4 : ByRow<Int4<GROUP>> {
             0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160,
             0x4170));
         const uint8_t* rows[4];
-        for (int r = 0; r < 4; r++) rows[r] = w + n[r] * (K / 2);
+        UNROLLED for (int r = 0; r < 4; r++) rows[r] = w + n[r] * (K / 2);
         __m512 sums[M][4];
-        for (int m = 0; m < M; m++)
-            for (int r = 0; r < 4; r++) sums[m][r] = _mm512_setzero_ps();
+        UNROLLED for (int m = 0; m < M; m++)
+            UNROLLED for (int r = 0; r < 4; r++) sums[m][r] = _mm512_setzero_ps();
         for (int64_t g0 = 0; g0 < groups(); g0 += 16) {
             const __mmask16 some = g0 + 16 <= groups() ? 0xffff : (1 << (groups() - g0)) - 1;
             __m512 scales[4];
-            for (int r = 0; r < 4; r++) {
+            UNROLLED for (int r = 0; r < 4; r++) {
                 const int64_t at = n[r] * groups() + g0;
                 scales[r] = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, scale + at));
                 const __m512 minima = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, minimum + at));
-                for (int m = 0; m < M; m++) {
+                UNROLLED for (int m = 0; m < M; m++) {
                     const __m512 of_groups = _mm512_loadu_ps(x + m * stride + value_bytes() + 4 * g0);
                     sums[m][r] = _mm512_fmadd_ps(minima, of_groups, sums[m][r]);
                 }
@@ -288,8 +309,8 @@ struct Int4 : ByRow<Int4<GROUP>> {
                                         : _mm512_setzero_si512();  // of each lane, counted from g0
             for (int64_t k = g0 * GROUP; k < std::min(K, (g0 + 16) * GROUP); k += 64) {
                 const bool whole = k + 64 <= K;
-                prefetch(ahead + 2 * k, 128);
-                for (int r = 0; r < 4; r++) {
+                if (ahead) prefetch(ahead + 2 * k, 128);
+                UNROLLED for (int r = 0; r < 4; r++) {
                     const uint8_t* at = rows[r] + k / 2;
                     const __m256i bytes = whole ? _mm256_loadu_si256((const __m256i*)at)
                                                 : _mm256_zextsi128_si256(_mm_loadu_si128((const __m128i*)at));
@@ -297,7 +318,7 @@ struct Int4 : ByRow<Int4<GROUP>> {
                     const __m512i even = _mm512_permutexvar_epi16(words, integers);
                     const __m512i odd = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), integers);
                     const __m512 factors = _mm512_permutexvar_ps(group, scales[r]);
-                    for (int m = 0; m < M; m++) {
+                    UNROLLED for (int m = 0; m < M; m++) {
                         const char* values = x + m * stride + 2 * k;
                         __m512 part = add_products(_mm512_setzero_ps(), even, _mm512_loadu_si512(values));
                         part = add_products(part, odd, _mm512_loadu_si512(values + 64));
@@ -307,7 +328,7 @@ struct Int4 : ByRow<Int4<GROUP>> {
                 if (GROUP < 128 || k % 128) group = _mm512_add_epi32(group, _mm512_set1_epi32(GROUP == 32 ? 2 : 1));
             }
         }
-        for (int m = 0; m < M; m++) _mm_storeu_ps(y + m * UNIT, sums_of_4(sums[m]));
+        UNROLLED for (int m = 0; m < M; m++) _mm_storeu_ps(y + m * UNIT, sums_of_4(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
 #else
         for (int m = 0; m < M; m++)
             for (int r = 0; r < 4; r++) {
@@ -348,18 +369,17 @@ struct Rows {
 };
 
 template <class W>
-Rows rows_for(const W& w, const bf16* x, int64_t M, std::vector<float>& room) {
+Rows rows_for(const W& w, const bf16* x, int64_t M, Room<char>& room) {
     const int64_t bytes = (w.row_bytes() + 63) / 64 * 64;
     if (bytes == 0) return {(const char*)x, w.K * int64_t(sizeof(bf16))};
-    room.resize(M * bytes / 4 + 16);
-    char* start = (char*)((uintptr_t(room.data()) + 63) / 64 * 64);
+    char* start = room.get(M * bytes);
     for (int64_t m = 0; m < M; m++) w.prepare(x + m * w.K, start + m * bytes);
     return {start, bytes};
 }
 
 // Outputs of unit u for up to PASS rows from row m on.
 template <class W>
-void unit(const W& w, int64_t u, const Rows& x, int64_t m, int rows, float* y, Ahead ahead = {nullptr, 0, 1}) {
+void unit(const W& w, int64_t u, const Rows& x, int64_t m, int rows, float* y, Ahead ahead = {nullptr, 0, 0}) {
     const char* start = x.start + m * x.stride;
     switch (rows) {
         case 1: return w.template unit<1>(u, start, x.stride, y, ahead);
@@ -415,10 +435,21 @@ void product(const W& w, const Rows& x, const bf16* bias, bf16* y, int64_t M) {
 
 template <class W>
 void linear(const W& w, const bf16* x, const bf16* bias, bf16* y, int64_t M) {
-    static thread_local std::vector<float> room;
+    static thread_local Room<char> room;
     const Rows rows = rows_for(w, x, M, room);
 #pragma omp parallel
     product(w, rows, bias, y, M);
+}
+
+// y (n,) = activation(gates) * ups
+inline void activate_row(const float* gates, const float* ups, bf16* y, int64_t n, int kind) {
+    const auto all = [&](auto activation) {
+#pragma omp simd
+        for (int64_t j = 0; j < n; j++) y[j] = narrow(activation(gates[j]) * ups[j]);
+    };
+    if (kind == SILU) all([](float x) { return activate(x, SILU); });
+    if (kind == GELU) all([](float x) { return activate(x, GELU); });
+    if (kind == GELU_TANH) all([](float x) { return activate(x, GELU_TANH); });
 }
 
 // inner (M, I) = activation(x gate^T) * (x up^T), called by all threads of a team
@@ -433,17 +464,8 @@ void gated(const W& gate, const W& up, const Rows& x, bf16* inner, int64_t M, in
             float gates[ROWS * UNIT], ups[ROWS * UNIT];
             unit(gate, u, x, m0, rows, gates, ahead(gate, u, pass, passes));
             unit(up, u, x, m0, rows, ups, ahead(up, u, pass, passes));
-            for (int m = 0; m < rows; m++) {
-                bf16* out = inner + (m0 + m) * I + first;
-                const auto all = [&](auto activation) {
-#pragma omp simd
-                    for (int64_t j = 0; j < size; j++)
-                        out[j] = narrow(activation(gates[m * UNIT + j]) * ups[m * UNIT + j]);
-                };
-                if (kind == SILU) all([](float x) { return activate(x, SILU); });
-                if (kind == GELU) all([](float x) { return activate(x, GELU); });
-                if (kind == GELU_TANH) all([](float x) { return activate(x, GELU_TANH); });
-            }
+            for (int m = 0; m < rows; m++)
+                activate_row(gates + m * UNIT, ups + m * UNIT, inner + (m0 + m) * I + first, size, kind);
         });
     }
 }

@@ -113,7 +113,12 @@ class KVCache(nn.Module, ABC):
         """
 
     def plan(
-        self, input_pos: int, batch_size: int, T: int, rows: Sequence[int] | None = None, static: bool = False
+        self,
+        input_pos: int,
+        batch_size: int,
+        T: int | Sequence[int],
+        rows: Sequence[int] | None = None,
+        static: bool = False,
     ) -> Plan | Unplanned:
         """Decide, outside the layers, what a call of T new tokens for `batch_size` rows is to do.
 
@@ -121,7 +126,7 @@ class KVCache(nn.Module, ABC):
         end lets the caches `commit` it. Here nothing is planned: `run` is `forward`.
 
         Args:
-            input_pos, batch_size, T: of the call.
+            input_pos, batch_size, T: of the call; with `rows`, T may be a number for each, as `GPT.forward` has them.
             rows: rows of the cache that the call's batch stands for (None: the first ones).
             static: plan shapes that do not depend on the position, for compiled code.
 

@@ -146,9 +146,15 @@ class DefaultKVCache(KVCache):
         return output
 
     def plan(
-        self, input_pos: int, batch_size: int, T: int, rows: Sequence[int] | None = None, static: bool = False
+        self,
+        input_pos: int,
+        batch_size: int,
+        T: int | Sequence[int],
+        rows: Sequence[int] | None = None,
+        static: bool = False,
     ) -> Plan:
-        """Plan a call with T new tokens for each of `batch_size` rows (`rows` names them; None: the first ones).
+        """Plan a call with T new tokens for each of `batch_size` rows (`rows` names them; None: the first ones). Several T,
+        one for every row, are for a call of shape (1, sum(T)), which has the rows one after the other.
 
         `input_pos=0` empties the rows of the call first; without `rows` it starts a new batch, and all others are gone.
 
@@ -185,7 +191,13 @@ class DefaultKVCache(KVCache):
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self._check_dtype(query, key, value)
-        if len(plan.parts) == 1:
+        if plan.parts[0].spans is not None:
+            output = query.new_empty(*query.shape[:-1], value.shape[-1])
+            for part in plan.parts:
+                own = [torch.stack([x[0, :, span] for span in part.spans]) for x in (query, key, value)]
+                for span, of_row in zip(part.spans, self._run_part(part, *own, sinks), strict=True):
+                    output[0, :, span] = of_row
+        elif len(plan.parts) == 1:
             output = self._run_part(plan.parts[0], query, key, value, sinks)
         else:
             output = query.new_empty(*query.shape[:-1], value.shape[-1])
@@ -230,10 +242,13 @@ class DefaultKVCache(KVCache):
 
     # -- errors
 
-    def _check_call(self, input_pos: int, batch_size: int, T: int, rows: Sequence[int] | None) -> tuple[int, ...]:
+    def _check_call(
+        self, input_pos: int, batch_size: int, T: int | Sequence[int], rows: Sequence[int] | None
+    ) -> tuple[int, ...]:
         """Lengths of all rows as the call finds them."""
-        if T < 1:
-            raise ValueError(f"a call needs at least one token, got {T}")
+        sizes = [T] * batch_size if isinstance(T, int) else list(T)
+        if len(sizes) != batch_size or min(sizes) < 1:
+            raise ValueError(f"a call needs at least one token for each of {batch_size} rows, got {T}")
         if input_pos == 0 and rows is None:
             self._check_batch_size(batch_size)
             lengths = (0,) * batch_size
@@ -256,7 +271,8 @@ class DefaultKVCache(KVCache):
             expected = max(lengths[row] for row in named)
             if input_pos != expected:
                 raise ValueError(f"input_pos={input_pos}, but the next token's position is {expected}")
-        longest = max(lengths[row] for row in (range(len(lengths)) if rows is None else rows)) + T
+        chosen = range(len(lengths)) if rows is None else rows
+        longest = max(lengths[row] + size for row, size in zip(chosen, sizes, strict=True))
         if not self.policy.evicts and longest > self.cache_length:
             raise IndexError(
                 f"{longest} tokens do not fit into a dense cache of cache_length={self.cache_length}: "

@@ -4,6 +4,7 @@ Positions are host integers, so which slots are written, which are read and unde
 outside the layers; every layer with the same policy, window and history runs the same plan, which is tensor code only.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,11 +45,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Part:
-    """Steps for some rows of the call. `chunk_rows` index the call's rows, `rows` those of the cache (None: all)."""
+    """Steps for some rows of the call. `chunk_rows` index the call's rows, `rows` those of the cache (None: all). In a call
+    whose rows lie one after the other, `spans` are the tokens of each."""
 
     steps: list[Step]
     chunk_rows: torch.Tensor | None = None
     rows: torch.Tensor | None = None
+    spans: list[slice] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def plan_call(
     window: int | None,
     lengths: Sequence[int],
     rows: Sequence[int] | None,
-    T: int,
+    T: int | Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
     static: bool = False,
@@ -88,31 +91,37 @@ def plan_call(
         policy, window: of the cache and its layer.
         lengths: tokens so far of every row in use, also of those not in `rows`.
         rows: rows of the cache that the call's batch stands for.
-        T: new tokens per row.
+        T: new tokens of every row, or of each its own: then they lie one row after the other in the call.
         dtype: of masks, which is that of queries.
         device: of the plan's tensors.
         static: plan a single token with tensors whose shapes depend on buckets of the length only, for compiled code.
     """
     chosen = range(len(lengths)) if rows is None else rows
     before = [lengths[row] for row in chosen]
+    packed = not isinstance(T, int)
+    sizes = list(T) if packed else [T] * len(before)
     after = list(lengths)
-    for row in chosen:
-        after[row] += T
+    for row, size in zip(chosen, sizes, strict=True):
+        after[row] += size
     row_index = None if rows is None else torch.tensor(list(rows), device=device)
     if T == 1 and (static or len(set(before)) > 1):
         parts = [Part([_decode_step(policy, window, before, dtype, device, static)], rows=row_index)]
-    else:
-        groups: dict[int, list[int]] = defaultdict(list)
-        for i, length in enumerate(before):
-            groups[length].append(i)
-        parts = []
-        for length, members in groups.items():
-            steps = _uniform_steps(policy, window, length, T, dtype, device)
-            if len(groups) == 1:
-                parts.append(Part(steps, rows=row_index))
-            else:
-                chunk_rows = torch.tensor(members, device=device)
-                parts.append(Part(steps, chunk_rows, chunk_rows if rows is None else row_index[chunk_rows]))
+        return Plan(parts, tuple(lengths), tuple(after))
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, key in enumerate(zip(before, sizes, strict=True)):
+        groups[key].append(i)
+    ends = list(itertools.accumulate(sizes))
+    parts = []
+    for (length, size), members in groups.items():
+        steps = _uniform_steps(policy, window, length, size, dtype, device)
+        if packed:
+            spans = [slice(ends[i] - size, ends[i]) for i in members]
+            parts.append(Part(steps, rows=torch.tensor([chosen[i] for i in members], device=device), spans=spans))
+        elif len(groups) == 1:
+            parts.append(Part(steps, rows=row_index))
+        else:
+            chunk_rows = torch.tensor(members, device=device)
+            parts.append(Part(steps, chunk_rows, chunk_rows if rows is None else row_index[chunk_rows]))
     return Plan(parts, tuple(lengths), tuple(after))
 
 

@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_gpt
 from torch import nn
 
-from litgpt.generate.fused import FusedDecode, fuse_decode
+from litgpt.generate.fused import FusedLayers, fuse_layers
 from litgpt.generate.setup import slow_down_decode, speed_up_decode
 from litgpt.kernels import ops
 from litgpt.kvcache.factory import create_kv_caches
@@ -67,7 +67,7 @@ def run(model, calls, batch_size=1, **caches):
             create_kv_caches(config=model.config, batch_size=batch_size, dtype=torch.bfloat16, **caches)
         )
     else:
-        model.set_kv_caches(batch_size, max_seq_length=40)
+        model.set_kv_caches(batch_size, max_seq_length=sum(calls) + 20)
     idx = torch.randint(0, 90, (batch_size, sum(calls)), generator=torch.Generator().manual_seed(1))
     outputs, position = [], 0
     with torch.inference_mode():
@@ -79,14 +79,14 @@ def run(model, calls, batch_size=1, **caches):
 
 def count(model):
     """Notes how many tokens the fused decode was asked for and has done."""
-    done, decode = [], model.decode
+    done, decode = [], model.fast_layers
 
     def counted(idx, *args):
         x = decode(idx, *args)
         done.append(x is not None)
         return x
 
-    model.decode = counted
+    model.fast_layers = counted
     return done
 
 
@@ -104,10 +104,10 @@ def test_outputs_are_those_of_the_layers_one_by_one(family, batch_size):
     calls = [5, 1, 1, 4, 1, 1, 1, 1]
     expected = run(model, calls, batch_size)
     speed_up_decode(model)
-    assert isinstance(model.decode, FusedDecode)
+    assert isinstance(model.fast_layers, FusedLayers)
     done = count(model)
     assert_same(run(model, calls, batch_size), expected)
-    assert done[1:] == [True] * 7
+    assert done == [ops.multiplies_fast()] + [True] * 7
 
 
 @pytest.mark.parametrize("mode", ["int8", "int4"])
@@ -120,6 +120,61 @@ def test_quantised_layers(mode):
     done = count(model)
     assert_same(run(model, calls), expected)
     assert all(done[1:])
+
+
+needs_fast_products = pytest.mark.skipif(not ops.multiplies_fast(), reason="many tokens are torch's on this machine")
+
+
+@needs_fast_products
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+def test_many_tokens(family, mode):
+    """In calls that begin sequences or go on, of more tokens than are a block of products, with windows and without."""
+    model = bf16_gpt(**FAMILIES[family], block_size=800)
+    if mode is not None:
+        quantize_model(model, mode)
+    calls = [300, 1, 40, 20, 2]
+    expected = run(model, calls, batch_size=2)
+    speed_up_decode(model)
+    done = count(model)
+    assert_same(run(model, calls, batch_size=2), expected)
+    assert all(done)
+
+
+@needs_fast_products
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_prefill_of_more_tokens_than_an_evicting_cache_holds(sinks):
+    model = bf16_gpt()
+    caches = {"name": "lastrec", "cache_length": 8, "sinks": sinks}
+    expected = run(model, [30, 1, 1, 1], **caches)
+    speed_up_decode(model)
+    done = count(model)
+    assert_same(run(model, [30, 1, 1, 1], **caches), expected)
+    assert all(done)
+
+
+@needs_fast_products
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_rows_one_after_the_other(family):
+    """Prompts of several lengths in one call, into rows of their own, beside one that is there already."""
+    model = bf16_gpt(**FAMILIES[family])
+    prompts = [torch.randint(0, 90, (T,)) for T in (3, 25, 7)]
+
+    def packed():
+        model.set_kv_caches(4, max_seq_length=50)
+        with torch.inference_mode():
+            model.start_kv_caches(4)
+            model(torch.arange(9)[None], 0, rows=[1])
+            first = model(torch.cat(prompts)[None], 0, rows=[3, 0, 2], row_sizes=[3, 25, 7])
+            assert first.shape[:2] == (1, 35)
+            more = [model(torch.arange(4)[:, None] + t, 25 + t)[:, 0] for t in range(4)]
+            return torch.cat([first[0], *more]).float()
+
+    expected = packed()
+    speed_up_decode(model)
+    done = count(model)
+    assert_same(packed(), expected)
+    assert all(done)
 
 
 @pytest.mark.parametrize("sinks", [0, 2])
@@ -150,7 +205,7 @@ def test_rows_of_different_lengths():
     speed_up_decode(model)
     done = count(model)
     assert_same(ragged(), expected)
-    assert done == [True] * 6
+    assert done == [ops.multiplies_fast()] * 3 + [True] * 6
 
 
 @pytest.mark.parametrize(
@@ -166,15 +221,15 @@ def test_rows_of_different_lengths():
 def test_other_layers_are_left_alone(flags):
     model = bf16_gpt(**flags)
     speed_up_decode(model)
-    assert model.decode is None
+    assert model.fast_layers is None
 
 
 def test_calls_that_are_not_known_are_left_alone():
     model = bf16_gpt()
     speed_up_decode(model)
     done = count(model)
-    run(model, [2, 3, ops.MAX_ROWS + 1, 1])
-    assert done == [False, True, False, True]  # the first is the prefill
+    run(model, [5, 30], name="lastrec", cache_length=8)  # what the second evicts its own queries still see
+    assert done == [ops.multiplies_fast(), False]
     seen = []
     handle = model.transformer.h[1].mlp.register_forward_hook(lambda *_: seen.append(1))
     run(model, [2, 1, 1])
@@ -192,13 +247,13 @@ def test_weights_that_were_replaced_are_noticed():
     block = model.transformer.h[0]
     block.norm_1.weight = nn.Parameter(torch.zeros_like(block.norm_1.weight), requires_grad=False)
     expected = run(model, [2, 1])
-    decode, model.decode = model.decode, None
+    decode, model.fast_layers = model.fast_layers, None
     torch.testing.assert_close(run(model, [2, 1]), expected)
-    model.decode = decode
+    model.fast_layers = decode
     slow_down_decode(model)
-    assert model.decode is None
+    assert model.fast_layers is None
     assert type(block.attn.qkv) is nn.Linear
 
 
 def test_nothing_is_fused_without_packed_weights():
-    assert not fuse_decode(bf16_gpt())
+    assert not fuse_layers(bf16_gpt())

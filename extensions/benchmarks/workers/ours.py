@@ -6,7 +6,7 @@ import torch
 from timing import measure, peak_bytes, read_job, read_tokens, report
 
 from litgpt.generate.base import generate_fn
-from litgpt.generate.fused import FusedDecode
+from litgpt.generate.fused import FusedLayers
 from litgpt.generate.setup import make_ready
 from litgpt.model import GPT
 
@@ -28,9 +28,9 @@ def main() -> None:
 
 def how_it_decodes(model: GPT) -> str:
     """Which of the ways to decode the model takes, after it did."""
-    if isinstance(model.decode, FusedDecode):
+    if isinstance(model.fast_layers, FusedLayers):
         return "by one call of the kernels for all layers"
-    if model.decode is None:
+    if model.fast_layers is None:
         return "layer by layer"
     return f"by {torch._dynamo.utils.counters['stats']['unique_graphs']} compiled graph(s)"
 

@@ -1,0 +1,197 @@
+// Attention from many queries, as in the prefill: it waits for the processor. Scores and weighted values are products of six
+// rows with 64 columns, like those with weights, of keys and values that are laid out for it piece by piece.
+//
+// T queries are the last of N consecutive positions, and each sees the last `window` keys up to its own.
+
+#pragma once
+
+#include "attention.h"
+#include "weights.h"
+
+struct CausalAttention {
+    static constexpr int64_t PIECE = 512;       // keys that are laid out at a time
+    static constexpr int64_t TILE_ROWS = 144;   // about so many rows (queries of heads that share keys) go together
+    static constexpr int64_t KEYS = Blocked::UNIT;
+
+    int64_t H, G, T, N, D, window;
+    float scale, cap;
+    const bf16 *q, *k, *v, *sinks;
+    int64_t q_strides[2], k_strides[2], v_strides[2];  // of heads, tokens
+    bf16* y;                                           // (T, H, D)
+
+    int64_t tile_tokens() const {
+        const int64_t wanted = (TILE_ROWS * G / H + ROWS - 1) / ROWS * ROWS;
+        return std::max<int64_t>(4 * ROWS, wanted);
+    }
+    int64_t tiles() const { return (T + tile_tokens() - 1) / tile_tokens(); }
+    int64_t tasks() const { return G * tiles(); }
+
+    int64_t last_key(int64_t t) const { return N - T + t + 1; }                                  // after it
+    int64_t first_key(int64_t t) const { return std::max<int64_t>(0, last_key(t) - window); }
+
+    // One of `tasks()`, each of which any thread may do; the longest come first.
+    void run(int64_t task) const {
+        static thread_local Room<float> room;
+        const int64_t g = task % G, tile = tiles() - 1 - task / G, heads = H / G;
+        const int64_t t0 = tile * tile_tokens(), count = std::min(tile_tokens(), T - t0), rows = heads * count;
+        const int64_t size = (D + 31) / 32 * 32, outputs = (D + KEYS - 1) / KEYS * KEYS;
+        float* start = room.get(PIECE * size / 2 + PIECE * outputs / 2 + rows * size / 2 + rows * (outputs + 2) +
+                                ROWS * PIECE * 3 / 2);
+        uint32_t *keys = (uint32_t*)start, *values = keys + PIECE * size / 2;
+        bf16* queries = (bf16*)(values + PIECE * outputs / 2);
+        float* sums = (float*)(queries + rows * size);
+        float *tops = sums + rows * outputs, *totals = tops + rows, *scores = totals + rows;
+        bf16* weights = (bf16*)(scores + ROWS * PIECE);
+
+        std::fill_n((uint32_t*)queries, rows * size / 2, 0u);
+        std::fill_n(sums, rows * outputs, 0.0f);
+        for (int64_t row = 0; row < rows; row++) {
+            const int64_t h = g * heads + row / count, t = t0 + row % count;
+            std::memcpy(queries + row * size, q + h * q_strides[0] + t * q_strides[1], D * sizeof(bf16));
+            tops[row] = sinks ? widen(sinks[h]) : -INFINITY;
+            totals[row] = sinks ? 1.0f : 0.0f;
+        }
+        const int64_t end = last_key(t0 + count - 1);
+        for (int64_t k0 = first_key(t0) / KEYS * KEYS; k0 < end; k0 += PIECE) {
+            const int64_t n = std::min(PIECE, end - k0), padded = (n + KEYS - 1) / KEYS * KEYS;
+            lay_out_keys(keys, g, k0, n, size);
+            lay_out_values(values, g, k0, n, outputs);
+            for (int64_t row = 0; row < rows;) {
+                const int64_t t = t0 + row % count;
+                const int some = int(std::min<int64_t>(ROWS, count - row % count));  // consecutive tokens of one head
+                const int64_t from = std::max<int64_t>(0, first_key(t) - k0) / KEYS * KEYS;
+                const int64_t to = std::min(padded, (last_key(t + some - 1) - k0 + KEYS - 1) / KEYS * KEYS);
+                if (from < to)
+                    attend(queries + row * size, keys, values, scores, weights, k0, from, to, t, some, size, outputs,
+                           tops + row, totals + row, sums + row * outputs);
+                row += some;
+            }
+        }
+        for (int64_t row = 0; row < rows; row++) {
+            bf16* out = y + ((t0 + row % count) * H + g * heads + row / count) * D;
+            for (int64_t d = 0; d < D; d++) out[d] = narrow(sums[row * outputs + d] / totals[row]);
+        }
+    }
+
+private:
+    // What `some` queries from t on get from the keys [from, to) of a piece that begins at k0, added to what they have.
+    void attend(const bf16* queries, const uint32_t* keys, const uint32_t* values, float* scores, bf16* weights, int64_t k0,
+                int64_t from, int64_t to, int64_t t, int some, int64_t size, int64_t outputs, float* tops, float* totals,
+                float* sums) const {
+        const int64_t n = to - from;
+        const Blocked key_blocks(keys, size, PIECE);
+        for (int64_t j = from; j < to; j += KEYS) {
+            float part[ROWS * KEYS];
+            unit(key_blocks, j / KEYS, {(const char*)queries, size * 2}, 0, some, part);
+            for (int m = 0; m < some; m++) {
+                float* s = scores + m * n + j - from;
+                const int64_t first = first_key(t + m) - k0 - j, last = last_key(t + m) - k0 - j;
+                if (cap > 0)
+                    for (int64_t i = 0; i < KEYS; i++) s[i] = squash(part[m * KEYS + i] * scale, cap);
+                else
+                    for (int64_t i = 0; i < KEYS; i++) s[i] = part[m * KEYS + i] * scale;
+                if (first > 0 || last < KEYS)
+                    for (int64_t i = 0; i < KEYS; i++) s[i] = i >= first && i < last ? s[i] : -INFINITY;
+            }
+        }
+        float factors[ROWS];  // of what the rows have so far
+        for (int m = 0; m < some; m++) {
+            const float before = tops[m];
+            totals[m] = weigh_row(scores + m * n, n, tops + m, totals[m], weights + m * n);
+            factors[m] = before == -INFINITY ? 0.0f : exponential(before - tops[m]);
+        }
+        for (int64_t u = 0; u < outputs / KEYS; u++) {
+            float part[ROWS * KEYS];
+            const Blocked value_blocks(values + u * PIECE / 2 * KEYS + from / 2 * KEYS, n, KEYS);
+            unit(value_blocks, 0, {(const char*)weights, n * 2}, 0, some, part);
+            for (int m = 0; m < some; m++) {
+                float* out = sums + m * outputs + u * KEYS;
+                for (int64_t d = 0; d < KEYS; d++) out[d] = out[d] * factors[m] + part[m * KEYS + d];
+            }
+        }
+    }
+
+    // Turns scores s (n,) into weights relative to the largest one so far, `top`; the sum of all weights so far.
+    static float weigh_row(const float* s, int64_t n, float* top, float total, bf16* weights) {
+        const float most = std::max(*top, largest(s, n));
+        const float base = most == -INFINITY ? 0.0f : most;
+        if (total > 0) total *= exponential(*top - base);
+        *top = most;
+#ifdef __AVX512BW__
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t j = 0; j < n; j += 16) {
+            const __m512 weight = exponential_16(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(base)));
+            _mm256_storeu_si256((__m256i*)(weights + j), narrow_16(weight));
+            sum = _mm512_add_ps(sum, weight);
+        }
+        return total + _mm512_reduce_add_ps(sum);
+#else
+        for (int64_t j = 0; j < n; j++) {
+            const float weight = exponential(s[j] - base);
+            weights[j] = narrow(weight);
+            total += weight;
+        }
+        return total;
+#endif
+    }
+
+    // Keys [k0, k0 + n) of group g in blocks of 64: for pairs of their numbers, one after the other; zeros after the last.
+    void lay_out_keys(uint32_t* target, int64_t g, int64_t k0, int64_t n, int64_t size) const {
+        const bf16* start = k + g * k_strides[0] + k0 * k_strides[1];
+        for (int64_t j = 0; j < (n + KEYS - 1) / KEYS * KEYS; j += 16) {
+            uint32_t* block = target + j / KEYS * KEYS * size / 2 + j % KEYS;
+            for (int64_t d = 0; d < size; d += 32) {
+                uint32_t rows[16][16] = {};
+                for (int64_t i = 0; i < std::min<int64_t>(16, n - j); i++)
+                    std::memcpy(rows[i], start + (j + i) * k_strides[1] + d, std::min<int64_t>(32, D - d) * sizeof(bf16));
+                transpose(rows);
+                for (int64_t p = 0; p < 16; p++) std::memcpy(block + (d / 2 + p) * KEYS, rows[p], sizeof rows[p]);
+            }
+        }
+    }
+
+    static void transpose(uint32_t (*rows)[16]) {
+#ifdef __AVX512BW__
+        __m512i a[16], b[16];
+        for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(rows[i]);
+        for (int i = 0; i < 16; i += 2) {
+            b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+            b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+        }
+        for (int i = 0; i < 16; i += 4)
+            for (int j = 0; j < 2; j++) {
+                a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+                a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+            }
+        // a[4 i + c] has, in its quarter q, column 4 q + c of rows 4 i to 4 i + 3
+        for (int c = 0; c < 4; c++) {
+            const __m512i low_0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), high_0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+            const __m512i low_1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
+            const __m512i high_1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
+            _mm512_storeu_si512(rows[c], _mm512_shuffle_i32x4(low_0, low_1, 0x88));
+            _mm512_storeu_si512(rows[4 + c], _mm512_shuffle_i32x4(high_0, high_1, 0x88));
+            _mm512_storeu_si512(rows[8 + c], _mm512_shuffle_i32x4(low_0, low_1, 0xdd));
+            _mm512_storeu_si512(rows[12 + c], _mm512_shuffle_i32x4(high_0, high_1, 0xdd));
+        }
+#else
+        for (int i = 0; i < 16; i++)
+            for (int j = 0; j < i; j++) std::swap(rows[i][j], rows[j][i]);
+#endif
+    }
+
+    // Values [k0, k0 + n) of group g in blocks of 64 numbers: for pairs of tokens, one after the other; zeros after the last.
+    void lay_out_values(uint32_t* target, int64_t g, int64_t k0, int64_t n, int64_t outputs) const {
+        const bf16* start = v + g * v_strides[0] + k0 * v_strides[1];
+        const bf16 none[MAX_D] = {};
+        for (int64_t j = 0; j < (n + KEYS - 1) / KEYS * KEYS; j += 2) {
+            const bf16* first = j < n ? start + j * v_strides[1] : none;
+            const bf16* second = j + 1 < n ? start + (j + 1) * v_strides[1] : none;
+            for (int64_t u = 0; u < outputs / KEYS; u++) {
+                uint32_t* row = target + u * PIECE / 2 * KEYS + j / 2 * KEYS;
+                const int64_t d0 = u * KEYS, some = std::min(KEYS, D - d0);
+                for (int64_t d = 0; d < some; d++) row[d] = uint32_t(first[d0 + d]) | uint32_t(second[d0 + d]) << 16;
+                for (int64_t d = some; d < KEYS; d++) row[d] = 0;
+            }
+        }
+    }
+};
