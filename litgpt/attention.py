@@ -8,8 +8,6 @@ made from positions, and never for all T x N pairs of a long prompt at once.
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import torch
@@ -127,20 +125,23 @@ def causal_tiles(T: int, N: int, window: int | None, dtype: torch.dtype, device:
     return tiles
 
 
-@dataclass(frozen=True)
 class Consecutive:
-    """T queries that are the last of N consecutive positions, each seeing the last `window` keys (None: all) up to its own."""
+    """T queries that are the last of N consecutive positions, each seeing the last `window` keys (None: all) up to its own.
 
-    T: int
-    N: int
-    window: int | None
-    dtype: torch.dtype
-    device: torch.device
+    `dtype` and `device` are those of masks.
+    """
 
-    @cached_property
+    def __init__(self, T: int, N: int, window: int | None, dtype: torch.dtype, device: torch.device) -> None:
+        self.T, self.N, self.window = T, N, window
+        self._form = dtype, device
+        self._tiles: list[Tile] | None = None
+
+    @property
     def tiles(self) -> list[Tile]:
-        """As `causal_tiles` has them."""
-        return causal_tiles(self.T, self.N, self.window, self.dtype, self.device)
+        """As `causal_tiles` has them, made when they are first asked for."""
+        if self._tiles is None:
+            self._tiles = causal_tiles(self.T, self.N, self.window, *self._form)
+        return self._tiles
 
 
 def scaled_dot_product_attention(

@@ -189,12 +189,13 @@ class GPT(nn.Module):
             raise ValueError("there are no key-value caches: call set_kv_caches or assign_kv_caches first")
         static = self.static_decode and T == 1 and rows is None
         sizes = [T] * B if row_sizes is None else row_sizes
+        n_rows = B if row_sizes is None else len(rows)
         shared: dict[tuple, Plan] = {}
         plans = []
         for cache in caches:
             key = cache.plan_key()
             if key not in shared:
-                shared[key] = cache.plan(input_pos, len(sizes), T if row_sizes is None else row_sizes, rows, static)
+                shared[key] = cache.plan(input_pos, n_rows, T if row_sizes is None else row_sizes, rows, static)
             plans.append(shared[key])
         starts = plans[0].before if rows is None else [plans[0].before[row] for row in rows]
         if input_pos == 0 and max(sizes) > self.max_seq_length:  # a prefill attends to all of its tokens

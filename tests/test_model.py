@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 import json
 import math
 import weakref
@@ -16,6 +17,7 @@ from litgpt import attention
 from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention
 from litgpt.config import Config
 from litgpt.kvcache import DenseKVCache, KVCache, LastRecentlyInsertedKVCache, default, plan
+from litgpt.kvcache.factory import create_kv_caches
 from litgpt.model import GPT, RMSNorm
 
 ARCHITECTURES = {
@@ -571,3 +573,56 @@ def test_a_cache_that_only_implements_the_abstract_methods_serves_a_model():
         model(idx, 3)
     with pytest.raises(ValueError, match="rows"):
         model(idx, 0, rows=[0, 1])
+
+
+# -- rows one after the other
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("evicts", [False, True])
+def test_rows_one_after_the_other_give_what_each_gives_alone(window, evicts):
+    flags = {} if window is None else {"sliding_window_size": window, "sliding_window_indices": [1, 0]}
+    model = tiny_gpt(n_layer=2, **flags).eval()
+    sizes, rows, more = [5, 19, 2, 5], [2, 0, 3, 1], [3, 1, 4, 3]
+    prompts = [tokens(size + extra, 1)[0] for size, extra in zip(sizes, more, strict=True)]
+
+    def caches(batch_size):
+        model.clear_kv_caches(assigned=True)
+        if evicts:
+            model.assign_kv_caches(create_kv_caches("lastrec", model.config, batch_size, 9, dtype=torch.float32))
+        else:
+            model.set_kv_caches(batch_size, max_seq_length=30)
+
+    alone = []
+    for prompt, size in zip(prompts, sizes, strict=True):
+        caches(1)
+        alone.append(torch.cat((model(prompt[None, :size], 0), model(prompt[None, size:], size)), dim=1)[0])
+    caches(4)
+    model.start_kv_caches(4)
+    begun = torch.cat([prompt[:size] for prompt, size in zip(prompts, sizes, strict=True)])[None]
+    first = model(begun, 0, rows=rows, row_sizes=sizes)[0].split(sizes)
+    ends = [end - 1 for end in itertools.accumulate(sizes)]
+    model.start_kv_caches(4)
+    last = model(begun, 0, rows=rows, row_sizes=sizes, last_token_only=True)
+    assert last.shape == (4, 1, model.config.padded_vocab_size)
+    torch.testing.assert_close(last[:, 0], torch.cat(first)[ends])
+    rest = torch.cat([prompt[size:] for prompt, size in zip(prompts, sizes, strict=True)])[None]
+    second = model(rest, 19, rows=rows, row_sizes=more)[0].split(more)
+    for i, expected in enumerate(alone):
+        torch.testing.assert_close(torch.cat((first[i], second[i])), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_whose_sizes_do_not_fit_are_refused():
+    model = tiny_gpt()
+    model.set_kv_caches(2, max_seq_length=20)
+    model.start_kv_caches(2)
+    idx = tokens(7, 1)
+    for arguments in ({"row_sizes": [3, 4]}, {"rows": [0, 1], "row_sizes": [3, 3]}):
+        with pytest.raises(ValueError, match=r"row_sizes=\[3, .*\(1, 7\)"):
+            model(idx, 0, **arguments)
+    for rows, sizes in (([0], [3, 4]), ([0, 1, 1], [3, 4]), ([0, 1], [7, 0])):
+        with pytest.raises(ValueError, match=f"at least one token for each of {len(rows)} rows"):
+            model(idx, 0, rows=rows, row_sizes=sizes)
+    with pytest.raises(IndexError, match="21 tokens do not fit"):
+        model(tokens(24, 1), 0, rows=[0, 1], row_sizes=[21, 3])
+    model(idx, 0, rows=[0, 1], row_sizes=[3, 4])

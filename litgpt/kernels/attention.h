@@ -156,33 +156,41 @@ struct Attention {
     }
 
     void parts() const {
+        if (!bias) {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < B * G * splits(); i++) {
-            const int64_t group = i / splits(), b = group / G, g = group % G, n0 = i % splits() * SPLIT;
-            const int64_t n = std::min<int64_t>(SPLIT, N - n0);
-            const bf16* keys = k + b * k_strides[0] + g * k_strides[1] + n0 * k_strides[2];
-            const bf16* values = v + b * v_strides[0] + g * v_strides[1] + n0 * v_strides[2];
-            for (int64_t r = 0; r < shared(); r += 4) {
-                const int count = int(std::min<int64_t>(4, shared() - r));
-                const bf16* rows_bias[4];
-                bool seen = false;
-                for (int c = 0; c < count; c++) {
-                    rows_bias[c] = bias ? bias + b * bias_strides[0] + (r + c) % T * bias_strides[1] + n0 : nullptr;
-                    seen = seen || !bias || !std::all_of(rows_bias[c], rows_bias[c] + n, [](bf16 x) { return x == HIDDEN; });
-                }
-                const int64_t at = i * shared() + r;
-                if (!seen) {  // in a ragged batch, what is beyond a row's own length
-                    std::fill_n(totals + at, count, 0.0f);
-                    std::fill_n(tops + at, count, -INFINITY);
-                    continue;
-                }
-                const auto run = count == 1   ? attend_rows<1>
-                                 : count == 2 ? attend_rows<2>
-                                 : count == 3 ? attend_rows<3>
-                                              : attend_rows<4>;
-                run(queries + (group * shared() + r) * D, keys, values, k_strides[2], v_strides[2], rows_bias, n, D, scale,
-                    cap, tops + at, totals + at, sums + at * D);
+            for (int64_t i = 0; i < B * G * splits(); i++) part(i);
+        } else {  // of rows of different lengths, nobody knows who has less to do
+#pragma omp for schedule(dynamic, 3)
+            for (int64_t i = 0; i < B * G * splits(); i++) part(i);
+        }
+    }
+
+    // What the queries of a group get from SPLIT keys
+    void part(int64_t i) const {
+        const int64_t group = i / splits(), b = group / G, g = group % G, n0 = i % splits() * SPLIT;
+        const int64_t n = std::min<int64_t>(SPLIT, N - n0);
+        const bf16* keys = k + b * k_strides[0] + g * k_strides[1] + n0 * k_strides[2];
+        const bf16* values = v + b * v_strides[0] + g * v_strides[1] + n0 * v_strides[2];
+        for (int64_t r = 0; r < shared(); r += 4) {
+            const int count = int(std::min<int64_t>(4, shared() - r));
+            const bf16* rows_bias[4];
+            bool seen = false;
+            for (int c = 0; c < count; c++) {
+                rows_bias[c] = bias ? bias + b * bias_strides[0] + (r + c) % T * bias_strides[1] + n0 : nullptr;
+                seen = seen || !bias || !std::all_of(rows_bias[c], rows_bias[c] + n, [](bf16 x) { return x == HIDDEN; });
             }
+            const int64_t at = i * shared() + r;
+            if (!seen) {  // in a ragged batch, what is beyond a row's own length
+                std::fill_n(totals + at, count, 0.0f);
+                std::fill_n(tops + at, count, -INFINITY);
+                continue;
+            }
+            const auto run = count == 1   ? attend_rows<1>
+                             : count == 2 ? attend_rows<2>
+                             : count == 3 ? attend_rows<3>
+                                          : attend_rows<4>;
+            run(queries + (group * shared() + r) * D, keys, values, k_strides[2], v_strides[2], rows_bias, n, D, scale, cap,
+                tops + at, totals + at, sums + at * D);
         }
     }
 

@@ -7,7 +7,6 @@
 #include "layers.h"
 
 constexpr int64_t BLOCK = 256;
-constexpr int64_t CHUNK = 96;  // rows that a thread takes at a time, with one unit of a weight
 
 // 4-bit integers, each unit of which is turned into bfloat16 before it is multiplied with many rows
 template <int GROUP>
@@ -140,25 +139,11 @@ private:
         return {prepared, bytes};
     }
 
-    // Calls f(u, m0, rows, pass, passes) for parts of n rows and all units.
-    template <class W, class F>
-    void in_tasks(const W& w, int64_t n, F f) {
-        const int64_t chunks = (n + CHUNK - 1) / CHUNK, each = ((n + chunks - 1) / chunks + ROWS - 1) / ROWS * ROWS;
-#pragma omp for schedule(static)
-        for (int64_t task = 0; task < units(w) * chunks; task++) {
-            const int64_t u = task / chunks, m0 = task % chunks * each;
-            if (m0 < n)
-                in_passes(w, std::min(each, n - m0), [&](int64_t m, int rows, int pass, int passes) {
-                    f(u, m0 + m, rows, pass, passes);
-                });
-        }
-    }
-
     // Calls f(m, first, size, values) for outputs [first, first + size) of each row m.
     template <class W, class F>
     void product(const W& w, const bf16* input, int64_t n, F f) {
         const Rows rows = rows_of(w, input, n);
-        in_tasks(w, n, [&](int64_t u, int64_t m0, int some, int pass, int passes) {
+        in_passes(w, n, [&](int64_t u, int64_t m0, int some, int pass, int passes) {
             float values[ROWS * W::UNIT];
             unit(w, u, rows, m0, some, values, ahead(w, u, pass, passes));
             const int64_t first = u * W::UNIT, size = std::min<int64_t>(W::UNIT, w.N - first);
@@ -194,7 +179,7 @@ private:
         static thread_local Room<bf16> room;
         const Rows rows = rows_of(gate, input, n);
         const auto both = [&](const W& up) {
-            in_tasks(gate, n, [&](int64_t u, int64_t m0, int some, int pass, int passes) {
+            in_passes(gate, n, [&](int64_t u, int64_t m0, int some, int pass, int passes) {
                 float gates[ROWS * W::UNIT], ups[ROWS * W::UNIT];
                 unit(gate, u, rows, m0, some, gates, ahead(gate, u, pass, passes));
                 unit(up, u, rows, m0, some, ups, ahead(up, u, pass, passes));

@@ -398,14 +398,14 @@ int64_t units(const W& w) {
     return (w.N + W::UNIT - 1) / W::UNIT;
 }
 
-// Calls f(m, rows, pass, passes) for parts of M rows, which have about the same size.
+// Calls f(u, m, rows, pass, passes) for all units u and parts of M rows, which have about the same size: by all threads of a team.
 template <class W, class F>
-void in_passes(const W&, int64_t M, F f) {
-    const int passes = int((M + W::PASS - 1) / W::PASS);
-    for (int64_t i = 0, m = 0; i < passes; i++) {
-        const int rows = int((M - m + passes - i - 1) / (passes - i));
-        f(m, rows, int(i), passes);
-        m += rows;
+void in_passes(const W& w, int64_t M, F f) {
+    const int64_t passes = (M + W::PASS - 1) / W::PASS;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < units(w) * passes; i++) {
+        const int64_t pass = i % passes, m = M * pass / passes;
+        f(i / passes, m, int(M * (pass + 1) / passes - m), int(pass), int(passes));
     }
 }
 
@@ -419,18 +419,14 @@ Ahead ahead(const W& w, int64_t u, int pass, int passes) {
 template <class W>
 void product(const W& w, const Rows& x, const bf16* bias, bf16* y, int64_t M) {
     constexpr int UNIT = W::UNIT;
-    const int64_t N = w.N;
-#pragma omp for schedule(static)
-    for (int64_t u = 0; u < units(w); u++) {
-        const int64_t first = u * UNIT, size = std::min<int64_t>(UNIT, N - first);
-        in_passes(w, M, [&](int64_t m0, int rows, int pass, int passes) {
-            float out[ROWS * UNIT];
-            unit(w, u, x, m0, rows, out, ahead(w, u, pass, passes));
-            for (int m = 0; m < rows; m++)
-                for (int64_t j = 0; j < size; j++)
-                    y[(m0 + m) * N + first + j] = narrow(out[m * UNIT + j] + (bias ? widen(bias[first + j]) : 0.0f));
-        });
-    }
+    in_passes(w, M, [&](int64_t u, int64_t m0, int rows, int pass, int passes) {
+        float out[ROWS * UNIT];
+        unit(w, u, x, m0, rows, out, ahead(w, u, pass, passes));
+        const int64_t first = u * UNIT, size = std::min<int64_t>(UNIT, w.N - first);
+        for (int m = 0; m < rows; m++)
+            for (int64_t j = 0; j < size; j++)
+                y[(m0 + m) * w.N + first + j] = narrow(out[m * UNIT + j] + (bias ? widen(bias[first + j]) : 0.0f));
+    });
 }
 
 template <class W>
@@ -456,16 +452,12 @@ inline void activate_row(const float* gates, const float* ups, bf16* y, int64_t 
 template <class W>
 void gated(const W& gate, const W& up, const Rows& x, bf16* inner, int64_t M, int kind) {
     constexpr int UNIT = W::UNIT;
-    const int64_t I = gate.N;
-#pragma omp for schedule(static)
-    for (int64_t u = 0; u < units(gate); u++) {
-        const int64_t first = u * UNIT, size = std::min<int64_t>(UNIT, I - first);
-        in_passes(gate, M, [&](int64_t m0, int rows, int pass, int passes) {
-            float gates[ROWS * UNIT], ups[ROWS * UNIT];
-            unit(gate, u, x, m0, rows, gates, ahead(gate, u, pass, passes));
-            unit(up, u, x, m0, rows, ups, ahead(up, u, pass, passes));
-            for (int m = 0; m < rows; m++)
-                activate_row(gates + m * UNIT, ups + m * UNIT, inner + (m0 + m) * I + first, size, kind);
-        });
-    }
+    in_passes(gate, M, [&](int64_t u, int64_t m0, int rows, int pass, int passes) {
+        float gates[ROWS * UNIT], ups[ROWS * UNIT];
+        unit(gate, u, x, m0, rows, gates, ahead(gate, u, pass, passes));
+        unit(up, u, x, m0, rows, ups, ahead(up, u, pass, passes));
+        const int64_t first = u * UNIT, size = std::min<int64_t>(UNIT, gate.N - first);
+        for (int m = 0; m < rows; m++)
+            activate_row(gates + m * UNIT, ups + m * UNIT, inner + (m0 + m) * gate.N + first, size, kind);
+    });
 }

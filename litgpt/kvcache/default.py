@@ -247,7 +247,7 @@ class DefaultKVCache(KVCache):
     ) -> tuple[int, ...]:
         """Lengths of all rows as the call finds them."""
         sizes = [T] * batch_size if isinstance(T, int) else list(T)
-        if len(sizes) != batch_size or min(sizes) < 1:
+        if len(sizes) != batch_size or min(sizes, default=0) < 1:
             raise ValueError(f"a call needs at least one token for each of {batch_size} rows, got {T}")
         if input_pos == 0 and rows is None:
             self._check_batch_size(batch_size)

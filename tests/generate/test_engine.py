@@ -35,7 +35,7 @@ def test_samples_of_one_prompt_share_its_prefill_also_when_they_join_others():
     more = [Request(prompt, 12, GREEDY) for prompt in (other, PROMPT)]
     engine.add(first)
     engine.add([samples[0], more[0], samples[1], samples[2], more[1]])
-    assert sizes == [(1, 3), (1, 20), (1, 3)]
+    assert sizes == [(1, 3), (1, 23)]  # the prompt that is shared and the other one, in one call
     finish(engine)
     model.set_start_of_layer_hook(None)
     assert more[1].output == greedy_without_caches(model, PROMPT, 12).tolist()

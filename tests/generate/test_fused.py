@@ -138,7 +138,8 @@ def test_many_tokens(family, mode):
     speed_up_decode(model)
     done = count(model)
     assert_same(run(model, calls, batch_size=2), expected)
-    assert all(done)
+    evicting = any(cache.policy.evicts for cache in model.kv_caches())  # chunks that evict are left to `run_layers`
+    assert done == [True, True, not evicting, not evicting, True]
 
 
 @needs_fast_products
