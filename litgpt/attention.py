@@ -193,6 +193,7 @@ def attend(
     return_weights: bool = False,
     eager: bool = False,
     sinks: torch.Tensor | None = None,
+    own_kernels: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention by the fastest way that gives what is asked: fused kernel, or written out in blocks of queries.
 
@@ -206,16 +207,19 @@ def attend(
         return_weights: also return the weights, summed over the T queries.
         eager: never use the fused kernel.
         sinks: (H,), as for `scaled_dot_product_attention`.
+        own_kernels: whether `litgpt.kernels` may be used, and not only those of torch.
 
     Returns:
         Output (B, H, T, D); weights (B, H, N) in float32, or None.
     """
     if not (eager or return_weights):
         keys, values = _together(k_and_v)
-        if (not is_causal or query.shape[2] == 1) and ops.can_attend(query, keys, values, bias):
+        if bias is not None and bias.ndim == 2:
+            bias = bias[None, None]
+        if own_kernels and (not is_causal or query.shape[2] == 1) and ops.can_attend(query, keys, values, bias, sinks):
             run = torch.ops.litgpt.attend if torch.compiler.is_compiling() else ops.attend
             return run(query, keys, values, bias, sinks, scale, softcapping or 0.0).transpose(1, 2), None
-        if is_causal and ops.can_attend_causally(query, keys, values):
+        if own_kernels and is_causal and ops.can_attend_causally(query, keys, values, sinks):
             y = ops.attend_causally(query, keys, values, sinks, None, scale, softcapping or 0.0)
             return y.transpose(1, 2), None
         if softcapping is None and sinks is None:
@@ -307,6 +311,7 @@ class MultiHeadSelfAttention:
                 return_weights=return_weights,
                 eager=self.use_eager_sdpa_always or query.shape[-1] == self.shared_key_size,
                 sinks=sinks,
+                own_kernels=self.is_plain(),
             )
 
     def attend_consecutive(
@@ -322,7 +327,7 @@ class MultiHeadSelfAttention:
         # few queries, as when guesses are checked, get to the last bit what they get one by one
         if T > ops.MAX_QUERIES and not return_weights and self.is_plain() and query.shape[-1] != self.shared_key_size:
             keys, values = _together(k_and_v)
-            if ops.can_attend_causally(query, keys, values):
+            if ops.can_attend_causally(query, keys, values, sinks):
                 y = ops.attend_causally(
                     query, keys, values, sinks, consecutive.window, self.scale, self.softcapping or 0.0
                 )
@@ -341,6 +346,8 @@ class MultiHeadSelfAttention:
         B, H = query.shape[:2]
         N = k_and_v.keys().shape[2]
         outputs, summed = [], None
+        if len(tiles) > 1:
+            k_and_v = DefaultKeysAndValues(*_together(k_and_v))
         for tile in tiles:
             part, own = k_and_v, query
             if (tile.k0, tile.k1) != (0, N):

@@ -273,6 +273,9 @@ def test_kernels_that_are_allowed_are_those_used():
         close(output, expected.double())
     with pytest.raises(RuntimeError):
         MultiHeadSelfAttention(config(), sdpa_kernels=SDPBackend.CUDNN_ATTENTION)(query, kv, 0)
+    short = DefaultKeysAndValues(keys.bfloat16(), values.bfloat16())  # for which there are kernels of our own
+    with pytest.raises(RuntimeError):
+        MultiHeadSelfAttention(config(), sdpa_kernels=SDPBackend.CUDNN_ATTENTION)(query.bfloat16(), short, 0)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

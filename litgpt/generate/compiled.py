@@ -17,7 +17,7 @@ def compile_decode(model: GPT) -> None:
     step = torch.compile(model.run_layers, fullgraph=True, mode="reduce-overhead" if on_gpu else None)
 
     def decode(idx: torch.Tensor, rope: torch.Tensor, plans: list[Plan], input_pos: int) -> torch.Tensor | None:
-        if idx.shape[1] > 1:
+        if idx.shape[1] > 1 or any(part.rows is not None for plan in plans for part in plan.parts):
             return None
         for plan in plans:
             for part in plan.parts:

@@ -4,6 +4,7 @@ A batch of one is a batch. Rows of a ragged batch are prefilled at their own len
 finished leaves the computation, and others may take its place at any time.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -86,7 +87,8 @@ def prefill(
 
     Args:
         model: with caches for as many rows as there are prompts.
-        prompts: B tensors of tokens (T_b,), each of at least one token. One tensor several times over is run once.
+        prompts: B tensors of tokens (T_b,), each of at least one token. One tensor several times over is run once; several
+            short ones go through the model in one call.
         chunksize: most tokens of a call (None: as many as the caches take).
         start: tokens that the caches hold already for every row; 0 starts anew.
         rows: rows in use that the prompts go to (None: they are the batch).
@@ -118,17 +120,25 @@ def prefill(
 
 
 def _in_calls(model: GPT, lengths: dict[int, int], chunksize: int | None, start: int) -> list[list[int]]:
-    """Prompts of these lengths, those together that one call takes: a few short ones, or one that is long."""
-    most = PACKED_TOKENS if chunksize is None else min(chunksize, PACKED_TOKENS)
+    """Prompts of these lengths, those together that go through the model together: several that are short, or all that have
+    the same length and are long."""
     limit = model.kv_cache_max_prefill_length() if start == 0 else model.kv_cache_max_tokens_forward()
+    most = min(x for x in (PACKED_TOKENS, chunksize, limit) if x is not None)
+    alike: dict[int, list[int]] = defaultdict(list)
+    for i, length in lengths.items():
+        alike[length].append(i)
     calls: list[list[int]] = []
     room = 0
-    for i in sorted(lengths, key=lengths.__getitem__):
-        if lengths[i] > room:
-            calls.append([])
-            room = most if limit is None or lengths[i] <= limit else 0
-        calls[-1].append(i)
-        room -= lengths[i]
+    for length, members in sorted(alike.items()):
+        if length > most:
+            calls.append(members)
+            continue
+        for i in members:
+            if length > room:
+                calls.append([])
+                room = PACKED_TOKENS if chunksize is None else min(chunksize, PACKED_TOKENS)
+            calls[-1].append(i)
+            room -= length
     return calls
 
 

@@ -55,6 +55,7 @@ class FusedLayers:
             *(getattr(first.post_attention_norm, "factor", 1.0), getattr(first.post_mlp_norm, "factor", 1.0)),
         )
         self.plans = (StepPlan * len(layers))()
+        self.room = 2 * (config.n_head + config.n_query_groups) * config.head_size  # numbers for a token of a prefill
         self.caches: list[weakref.ref[KVCache]] = []  # whose buffers the layers have
         self.places: list[tuple[int, int]] = []
         modules = [module for block in self.blocks for module in block.modules()]
@@ -97,8 +98,10 @@ class FusedLayers:
             *(Rope(cos.data_ptr(), sin.data_ptr(), cos.stride(0) if len(cos) > 1 else 0) for cos, sin in tables)
         )
         x = self.model.embed(idx).contiguous()
+        room = x.new_empty(B * T * self.room if self.plans[0].n_segments else 0)
         library().run_layers(
-            ctypes.byref(self.shape), self.layers, len(self.layers), self.plans, ropes, x.data_ptr(), B, T
+            *(ctypes.byref(self.shape), self.layers, len(self.layers), self.plans, ropes),
+            *(x.data_ptr(), room.data_ptr(), B, T),
         )
         return self.model.transformer.ln_f(x)
 
@@ -165,6 +168,8 @@ def _segments(plan: Plan, B: int, T: int) -> "ctypes.Array[Segment] | None":
         step = part.steps[0]
         if len(part.steps) > 1 or step.consecutive is None or not (step.write_first or step.read is None):
             return None
+        if step.read is not None and step.consecutive.T <= ops.MAX_QUERIES:  # laying out all keys would take longer
+            return None
         chunk_rows = range(B) if part.chunk_rows is None else part.chunk_rows.tolist()
         rows = chunk_rows if part.rows is None else part.rows.tolist()
         starts = [b * T for b in chunk_rows] if part.spans is None else [span.start for span in part.spans]
@@ -209,7 +214,9 @@ def _layer(block: nn.Module) -> Layer | None:
     kinds = (RMSNorm, nn.Identity, Multiply, type(None))
     if None in weights.values() or not weights or not all(type(norm) in kinds for norm in norms.values()):
         return None
-    if weights["gate"].kind != weights["up"].kind or weights["gate"].bias or weights["up"].bias:
+    if any(getattr(weights["gate"], name) != getattr(weights["up"], name) for name in ("kind", "group")):
+        return None
+    if weights["gate"].bias or weights["up"].bias:
         return None
     return Layer(
         **{name: norm.weight.data_ptr() if type(norm) is RMSNorm else None for name, norm in norms.items()},

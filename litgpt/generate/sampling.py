@@ -173,9 +173,8 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
     """The likeliest token of each row of logits (B, V), the first of equally likely ones: (B,) int64."""
     if logits.device.type != "cpu":
         return logits.argmax(dim=-1)
-    return torch.from_numpy(
-        logits.detach().float().numpy().argmax(axis=-1)
-    )  # torch's own takes up to ten times as long
+    # torch's own takes up to ten times as long
+    return torch.from_numpy(logits.detach().float().numpy().argmax(axis=-1))
 
 
 def pick(probs: torch.Tensor, chances: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,15 +1,16 @@
-// Attention from a few queries of every sequence, as in decoding: it waits for memory, so keys and values are read once for all
-// queries that share them, by all threads. Letters as in attention.py.
+// Attention from a few queries of every sequence, as in decoding: it waits for memory, so keys and values are read once
+// for all queries that share them, by all threads. Letters as in attention.py.
 //
-// With AVX-512 a query's output is the same to the last bit whatever other queries and later keys, which it does not see, are in
-// the call: guesses of tokens are checked in calls of many, and should stand or fall as if tokens came one by one. So all of
-// SPLIT scores are summed always, in an order that is written out: compilers reorder sums as they see fit.
+// With AVX-512 a query's output is the same to the last bit whatever other queries and later keys, which it does not
+// see, are in the call: guesses of tokens are checked in calls of many, and should stand or fall as if tokens came one
+// by one. So all of SPLIT scores are summed always, and by one piece of code; compilers reorder sums as they see fit,
+// in each place otherwise.
 
 #pragma once
 
 #include "layers.h"
 
-constexpr int SPLIT = 64;  // keys that one thread takes at a time
+constexpr int SPLIT = 64;        // keys that one thread takes at a time
 constexpr bf16 HIDDEN = 0xff80;  // the bias of a key that a query does not see: minus infinity
 
 // The largest of x (n,); n is a multiple of 16.
@@ -24,7 +25,7 @@ inline float largest(const float* x, int64_t n) {
 }
 
 // Turns scores s (n,) into weights relative to the largest one, `top`; their sum.
-inline float weigh(float* s, float* top, int64_t n) {
+__attribute__((noinline)) inline float weigh(float* s, float* top, int64_t n) {
     const float most = *top = largest(s, n);
     const float base = most == -INFINITY ? 0.0f : most;
 #ifdef __AVX512BW__
@@ -46,16 +47,17 @@ inline float weigh(float* s, float* top, int64_t n) {
 #endif
 }
 
-inline float squash(float score, float cap) { return cap * (1.0f - 2.0f / (1.0f + exponential(std::min(2.0f * score / cap, 80.0f)))); }
+inline float squash(float score, float cap) {
+    return cap * (1.0f - 2.0f / (1.0f + exponential(std::min(2.0f * score / cap, 80.0f))));
+}
 
 // Adds n values, with R weights each, in numbers [d0, d0 + 16 V) of their D: out (R, D).
 #ifdef __AVX512BW__
 template <int R, int V>
-inline void add_values(const float (*weights)[SPLIT], const bf16* k, int64_t k_stride, const bf16* v, int64_t v_stride, int64_t n, int64_t D, int64_t d0,
-                       float* out) {
+inline void add_values(const float (*weights)[SPLIT], const bf16* k, int64_t k_stride, const bf16* v, int64_t v_stride,
+                       int64_t n, int64_t D, int64_t d0, float* out) {
     __m512 sums[R][V];
-    UNROLLED for (int r = 0; r < R; r++)
-        UNROLLED for (int i = 0; i < V; i++) sums[r][i] = _mm512_setzero_ps();
+    UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int i = 0; i < V; i++) sums[r][i] = _mm512_setzero_ps();
     for (int64_t j = 0; j < n; j++) {
         __m512 values[V];
         prefetch(k + (SPLIT + j) * k_stride + d0, 32 * V);
@@ -65,15 +67,16 @@ inline void add_values(const float (*weights)[SPLIT], const bf16* k, int64_t k_s
             UNROLLED for (int i = 0; i < V; i++) sums[r][i] = _mm512_fmadd_ps(weight, values[i], sums[r][i]);
         }
     }
-    UNROLLED for (int r = 0; r < R; r++)
-        UNROLLED for (int i = 0; i < V; i++) _mm512_storeu_ps(out + r * D + d0 + 16 * i, sums[r][i]);
+    UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int i = 0; i < V; i++)
+        _mm512_storeu_ps(out + r * D + d0 + 16 * i, sums[r][i]);
 }
 #endif
 
 // Attention from R queries over n keys, SPLIT at most: their maxima, sums and weighted values.
 template <int R, int D0>
-void attend_part(const bf16* q, const bf16* k, const bf16* v, int64_t k_stride, int64_t v_stride, const bf16* const* bias,
-                 int64_t n, int64_t any_D, float scale, float cap, float* top, float* total, float* out) {
+void attend_part(const bf16* q, const bf16* k, const bf16* v, int64_t k_stride, int64_t v_stride,
+                 const bf16* const* bias, int64_t n, int64_t any_D, float scale, float cap, float* top, float* total,
+                 float* out) {
     const int64_t D = D0 ? D0 : any_D;
     float scores[R][SPLIT];
     int64_t done = 0, d0 = 0;
@@ -88,7 +91,8 @@ void attend_part(const bf16* q, const bf16* k, const bf16* v, int64_t k_stride, 
                 UNROLLED for (int r = 0; r < R; r++) own[r] = _mm512_setzero_ps();
                 for (int64_t d = 0; d < D; d += 32) {
                     const __m512i keys = _mm512_loadu_si512(key + d);
-                    UNROLLED for (int r = 0; r < R; r++) own[r] = add_products(own[r], keys, _mm512_loadu_si512(q + r * D + d));
+                    UNROLLED for (int r = 0; r < R; r++) own[r] =
+                        add_products(own[r], keys, _mm512_loadu_si512(q + r * D + d));
                 }
                 UNROLLED for (int r = 0; r < R; r++) sums[r][j] = own[r];
             }
@@ -126,8 +130,9 @@ void attend_part(const bf16* q, const bf16* k, const bf16* v, int64_t k_stride, 
 }
 
 template <int R>
-void attend_rows(const bf16* q, const bf16* k, const bf16* v, int64_t k_stride, int64_t v_stride, const bf16* const* bias,
-                 int64_t n, int64_t D, float scale, float cap, float* top, float* total, float* out) {
+void attend_rows(const bf16* q, const bf16* k, const bf16* v, int64_t k_stride, int64_t v_stride,
+                 const bf16* const* bias, int64_t n, int64_t D, float scale, float cap, float* top, float* total,
+                 float* out) {
     const auto run = D == 64 ? attend_part<R, 64> : D == 128 ? attend_part<R, 128> : attend_part<R, 0>;
     run(q, k, v, k_stride, v_stride, bias, n, D, scale, cap, top, total, out);
 }
@@ -177,7 +182,8 @@ struct Attention {
             bool seen = false;
             for (int c = 0; c < count; c++) {
                 rows_bias[c] = bias ? bias + b * bias_strides[0] + (r + c) % T * bias_strides[1] + n0 : nullptr;
-                seen = seen || !bias || !std::all_of(rows_bias[c], rows_bias[c] + n, [](bf16 x) { return x == HIDDEN; });
+                seen =
+                    seen || !bias || !std::all_of(rows_bias[c], rows_bias[c] + n, [](bf16 x) { return x == HIDDEN; });
             }
             const int64_t at = i * shared() + r;
             if (!seen) {  // in a ragged batch, what is beyond a row's own length
@@ -189,8 +195,8 @@ struct Attention {
                              : count == 2 ? attend_rows<2>
                              : count == 3 ? attend_rows<3>
                                           : attend_rows<4>;
-            run(queries + (group * shared() + r) * D, keys, values, k_strides[2], v_strides[2], rows_bias, n, D, scale, cap,
-                tops + at, totals + at, sums + at * D);
+            run(queries + (group * shared() + r) * D, keys, values, k_strides[2], v_strides[2], rows_bias, n, D, scale,
+                cap, tops + at, totals + at, sums + at * D);
         }
     }
 
@@ -203,7 +209,7 @@ struct Attention {
             float total = sinks ? exponential(widen(sinks[h]) - most) : 0.0f;
             for (int64_t s = 0; s < splits(); s++) {
                 const int64_t at = (group * splits() + s) * shared() + r;
-                if (!(totals[at] > 0)) continue;
+                if (totals[at] == 0) continue;
                 const float factor = exponential(tops[at] - most);
                 total += factor * totals[at];
                 for (int64_t d = 0; d < D; d++) out[d] += factor * sums[at * D + d];

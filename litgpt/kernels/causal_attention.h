@@ -1,5 +1,5 @@
-// Attention from many queries, as in the prefill: it waits for the processor. Scores and weighted values are products of six
-// rows with 64 columns, like those with weights, of keys and values that are laid out for it piece by piece.
+// Attention from many queries, as in the prefill: it waits for the processor. Scores and weighted values are products
+// of six rows with 64 columns, like those with weights, of keys and values that are laid out for it piece by piece.
 //
 // T queries are the last of N consecutive positions, and each sees the last `window` keys up to its own.
 
@@ -9,8 +9,8 @@
 #include "weights.h"
 
 struct CausalAttention {
-    static constexpr int64_t PIECE = 512;       // keys that are laid out at a time
-    static constexpr int64_t TILE_ROWS = 144;   // about so many rows (queries of heads that share keys) go together
+    static constexpr int64_t PIECE = 512;      // keys that are laid out at a time
+    static constexpr int64_t TILE_ROWS = 144;  // about so many rows (queries of heads that share keys) go together
     static constexpr int64_t KEYS = Blocked::UNIT;
 
     int64_t H, G, T, N, D, window;
@@ -26,7 +26,7 @@ struct CausalAttention {
     int64_t tiles() const { return (T + tile_tokens() - 1) / tile_tokens(); }
     int64_t tasks() const { return G * tiles(); }
 
-    int64_t last_key(int64_t t) const { return N - T + t + 1; }                                  // after it
+    int64_t last_key(int64_t t) const { return N - T + t + 1; }  // after it
     int64_t first_key(int64_t t) const { return std::max<int64_t>(0, last_key(t) - window); }
 
     // One of `tasks()`, each of which any thread may do; the longest come first.
@@ -75,9 +75,9 @@ struct CausalAttention {
 
 private:
     // What `some` queries from t on get from the keys [from, to) of a piece that begins at k0, added to what they have.
-    void attend(const bf16* queries, const uint32_t* keys, const uint32_t* values, float* scores, bf16* weights, int64_t k0,
-                int64_t from, int64_t to, int64_t t, int some, int64_t size, int64_t outputs, float* tops, float* totals,
-                float* sums) const {
+    void attend(const bf16* queries, const uint32_t* keys, const uint32_t* values, float* scores, bf16* weights,
+                int64_t k0, int64_t from, int64_t to, int64_t t, int some, int64_t size, int64_t outputs, float* tops,
+                float* totals, float* sums) const {
         const int64_t n = to - from;
         const Blocked key_blocks(keys, size, PIECE);
         for (int64_t j = from; j < to; j += KEYS) {
@@ -135,7 +135,8 @@ private:
 #endif
     }
 
-    // Keys [k0, k0 + n) of group g in blocks of 64: for pairs of their numbers, one after the other; zeros after the last.
+    // Keys [k0, k0 + n) of group g in blocks of 64: for pairs of their numbers, one after the other; zeros after the
+    // last.
     void lay_out_keys(uint32_t* target, int64_t g, int64_t k0, int64_t n, int64_t size) const {
         const bf16* start = k + g * k_strides[0] + k0 * k_strides[1];
         for (int64_t j = 0; j < (n + KEYS - 1) / KEYS * KEYS; j += 16) {
@@ -143,7 +144,8 @@ private:
             for (int64_t d = 0; d < size; d += 32) {
                 uint32_t rows[16][16] = {};
                 for (int64_t i = 0; i < std::min<int64_t>(16, n - j); i++)
-                    std::memcpy(rows[i], start + (j + i) * k_strides[1] + d, std::min<int64_t>(32, D - d) * sizeof(bf16));
+                    std::memcpy(rows[i], start + (j + i) * k_strides[1] + d,
+                                std::min<int64_t>(32, D - d) * sizeof(bf16));
                 transpose(rows);
                 for (int64_t p = 0; p < 16; p++) std::memcpy(block + (d / 2 + p) * KEYS, rows[p], sizeof rows[p]);
             }
@@ -165,7 +167,8 @@ private:
             }
         // a[4 i + c] has, in its quarter q, column 4 q + c of rows 4 i to 4 i + 3
         for (int c = 0; c < 4; c++) {
-            const __m512i low_0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88), high_0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+            const __m512i low_0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88),
+                          high_0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
             const __m512i low_1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
             const __m512i high_1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
             _mm512_storeu_si512(rows[c], _mm512_shuffle_i32x4(low_0, low_1, 0x88));
@@ -179,7 +182,8 @@ private:
 #endif
     }
 
-    // Values [k0, k0 + n) of group g in blocks of 64 numbers: for pairs of tokens, one after the other; zeros after the last.
+    // Values [k0, k0 + n) of group g in blocks of 64 numbers: for pairs of tokens, one after the other; zeros after the
+    // last.
     void lay_out_values(uint32_t* target, int64_t g, int64_t k0, int64_t n, int64_t outputs) const {
         const bf16* start = v + g * v_strides[0] + k0 * v_strides[1];
         const bf16 none[MAX_D] = {};

@@ -1,5 +1,6 @@
-// What models consist of on a CPU, as functions for Python. Rows are bfloat16 outside and float inside. Plain loops for the
-// compiler to vectorise, and intrinsics where that is worth while. Letters as in attention.py; M rows, K inputs, N outputs.
+// What models consist of on a CPU, as functions for Python. Rows are bfloat16 outside and float inside. Plain loops for
+// the compiler to vectorise, and intrinsics where that is worth while. Letters as in attention.py; M rows, K inputs, N
+// outputs.
 
 #include "decode.h"
 #include "prefill.h"
@@ -19,15 +20,15 @@ void linear_int8(const bf16* x, const int8_t* w, const float* scale, const bf16*
     linear(Int8(w, scale, K, N), x, bias, y, M);
 }
 
-void linear_int4(const bf16* x, const uint8_t* w, const uint16_t* scale, const uint16_t* minimum, const bf16* bias, bf16* y,
-                 int64_t M, int64_t K, int64_t N, int64_t group) {
+void linear_int4(const bf16* x, const uint8_t* w, const uint16_t* scale, const uint16_t* minimum, const bf16* bias,
+                 bf16* y, int64_t M, int64_t K, int64_t N, int64_t group) {
     with_weight(Weight{2, K, N, group, w, scale, minimum, bias}, [&](auto weight) { linear(weight, x, bias, y, M); });
 }
 
 // Gated MLP: `first` has the gate's I outputs and then as many more; I is a multiple of 64.
 void gated_mlp_blocked(const bf16* x, const uint32_t* first, const uint32_t* second, bf16* y, int64_t M, int64_t K,
                        int64_t I, int64_t N, int kind) {
-    static thread_local Room<char> room, more_room;
+    static thread_local Room<char> room;
     static thread_local Room<bf16> inner;
     const Blocked gate(first, K, I), up(gate.at(I / Blocked::UNIT), K, I), down(second, I, N);
     const Rows rows = rows_for(gate, x, M, room);
@@ -35,7 +36,7 @@ void gated_mlp_blocked(const bf16* x, const uint32_t* first, const uint32_t* sec
 #pragma omp parallel
     {
         gated(gate, up, rows, shared, M, kind);
-        product(down, rows_for(down, shared, M, more_room), nullptr, y, M);
+        product(down, Rows{(const char*)shared, I * int64_t(sizeof(bf16))}, nullptr, y, M);
     }
 }
 
@@ -44,19 +45,37 @@ void rms_norm(const bf16* x, const bf16* weight, bf16* y, int64_t rows, int64_t 
     for (int64_t r = 0; r < rows; r++) norm_row(x + r * size, weight, y + r * size, size, eps, offset);
 }
 
-// q (B, H, T, D) and keys, values (B, G, N, D) by strides over all but the last dimension, bias (null: none) by strides over
-// B, T; sinks (H,) or null; y (B, T, H, D). Scores are squashed into (-cap, cap) if that is positive.
-void attend(const bf16* q, const bf16* k, const bf16* v, const bf16* bias, const bf16* sinks, bf16* y, int64_t B, int64_t H,
-            int64_t G, int64_t T, int64_t N, int64_t D, const int64_t* strides, float scale, float cap) {
+// q (B, H, T, D) and keys, values (B, G, N, D) by strides over all but the last dimension, bias (null: none) by strides
+// over B, T; sinks (H,) or null; y (B, T, H, D). Scores are squashed into (-cap, cap) if that is positive.
+void attend(const bf16* q, const bf16* k, const bf16* v, const bf16* bias, const bf16* sinks, bf16* y, int64_t B,
+            int64_t H, int64_t G, int64_t T, int64_t N, int64_t D, const int64_t* strides, float scale, float cap) {
     static thread_local Room<float> room;
     const int64_t *qs = strides, *ks = strides + 3, *vs = strides + 6, *bs = strides + 9;
-    Attention a{B, H, G, T, N, D, scale, cap, k, v, {ks[0], ks[1], ks[2]}, {vs[0], vs[1], vs[2]}, bias, {bs[0], bs[1]},
-                sinks, nullptr, nullptr, nullptr, nullptr};
+    Attention a{B,
+                H,
+                G,
+                T,
+                N,
+                D,
+                scale,
+                cap,
+                k,
+                v,
+                {ks[0], ks[1], ks[2]},
+                {vs[0], vs[1], vs[2]},
+                bias,
+                {bs[0], bs[1]},
+                sinks,
+                nullptr,
+                nullptr,
+                nullptr,
+                nullptr};
     a.settle(room.get(a.room()));
     for (int64_t b = 0; b < B; b++)
         for (int64_t h = 0; h < H; h++)
             for (int64_t t = 0; t < T; t++)
-                std::memcpy(a.queries + ((b * H + h) * T + t) * D, q + b * qs[0] + h * qs[1] + t * qs[2], D * sizeof(bf16));
+                std::memcpy(a.queries + ((b * H + h) * T + t) * D, q + b * qs[0] + h * qs[1] + t * qs[2],
+                            D * sizeof(bf16));
 #pragma omp parallel
     {
         a.parts();
@@ -64,7 +83,36 @@ void attend(const bf16* q, const bf16* k, const bf16* v, const bf16* bias, const
     }
 }
 
-// Whether the processor multiplies bfloat16 twice as fast as float: then `attend_causally` is worth while.
+// The same where queries are the last T of N consecutive positions, and each sees the last `window` keys up to its own.
+void attend_causally(const bf16* q, const bf16* k, const bf16* v, const bf16* sinks, bf16* y, int64_t B, int64_t H,
+                     int64_t G, int64_t T, int64_t N, int64_t D, int64_t window, const int64_t* strides, float scale,
+                     float cap) {
+    const int64_t *qs = strides, *ks = strides + 3, *vs = strides + 6;
+    const auto row = [&](int64_t b) {
+        return CausalAttention{H,
+                               G,
+                               T,
+                               N,
+                               D,
+                               window,
+                               scale,
+                               cap,
+                               q + b * qs[0],
+                               k + b * ks[0],
+                               v + b * vs[0],
+                               sinks,
+                               {qs[1], qs[2]},
+                               {ks[1], ks[2]},
+                               {vs[1], vs[2]},
+                               y + b * T * H * D};
+    };
+    const int64_t tasks = row(0).tasks();
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t i = 0; i < B * tasks; i++) row(i / tasks).run(i % tasks);
+}
+
+// Whether the processor multiplies bfloat16 twice as fast as float: then many rows are no worse off here than in
+// libraries.
 int multiplies_fast() {
 #ifdef __AVX512BF16__
     return 1;
@@ -73,24 +121,14 @@ int multiplies_fast() {
 #endif
 }
 
-// The same where queries are the last T of N consecutive positions, and each sees the last `window` keys up to its own.
-void attend_causally(const bf16* q, const bf16* k, const bf16* v, const bf16* sinks, bf16* y, int64_t B, int64_t H, int64_t G,
-                     int64_t T, int64_t N, int64_t D, int64_t window, const int64_t* strides, float scale, float cap) {
-    const int64_t *qs = strides, *ks = strides + 3, *vs = strides + 6;
-    const auto row = [&](int64_t b) {
-        return CausalAttention{H, G, T, N, D, window, scale, cap, q + b * qs[0], k + b * ks[0], v + b * vs[0], sinks,
-                       {qs[1], qs[2]}, {ks[1], ks[2]}, {vs[1], vs[2]}, y + b * T * H * D};
-    };
-    const int64_t tasks = row(0).tasks();
-#pragma omp parallel for schedule(dynamic)
-    for (int64_t i = 0; i < B * tasks; i++) row(i / tasks).run(i % tasks);
-}
-
 // x (B, T, E) through all layers, in place.
-void run_layers(const Shape* shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes, bf16* x,
-                int64_t B, int64_t T) {
-    const auto run = plans->n_segments ? run_many : run_few;
-    run(*shape, layers, n_layers, plans, ropes, x, B, T);
+// `room` (B T (2 H + 2 G) D) is needed where plans have segments.
+void run_layers(const Shape* shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes,
+                bf16* x, bf16* room, int64_t B, int64_t T) {
+    if (plans->n_segments)
+        run_many(*shape, layers, n_layers, plans, ropes, x, room, B, T);
+    else
+        run_few(*shape, layers, n_layers, plans, ropes, x, B, T);
 }
 
 }  // extern "C"

@@ -5,7 +5,8 @@
 #include "attention.h"
 #include "layers.h"
 
-// y (M, N) = x (M, K) w^T + bias by all threads of a team, each of which has brought x into the weight's form in its own `room`
+// y (M, N) = x (M, K) w^T + bias by all threads of a team, each of which has brought x into the weight's form in its
+// own `room`
 inline void team_product(const Weight& w, const bf16* x, bf16* y, int64_t M, Room<char>& room) {
     with_weight(w, [&](auto weight) { product(weight, rows_for(weight, x, M, room), w.bias, y, M); });
 }
@@ -22,21 +23,36 @@ inline void add_rows(bf16* x, const bf16* y, const bf16* norm, float factor, int
     for (int64_t i = 0; i < M * E; i++) x[i] = add(x[i], widen(y[i]), factor);
 }
 
-// x (B, T, E) through all layers, in place. Threads meet only where one needs what another has computed; what is small, each
-// computes for itself.
+// x (B, T, E) through all layers, in place. Threads meet only where one needs what another has computed; what is small,
+// each computes for itself.
 inline void run_few(const Shape& shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes,
                     bf16* x, int64_t B, int64_t T) {
     const int64_t E = shape.E, H = shape.H, G = shape.G, D = shape.D, M = B * T, heads = H + 2 * G;
     static thread_local Room<bf16> shared;
     static thread_local Room<float> attention_room;
-    bf16 *qkv = shared.get(M * (heads * D + H * D + E + shape.I)), *attended = qkv + M * heads * D, *out = attended + M * H * D, *inner = out + M * E;
+    bf16 *qkv = shared.get(M * (heads * D + H * D + E + shape.I)), *attended = qkv + M * heads * D,
+         *out = attended + M * H * D, *inner = out + M * E;
     const auto attention_of = [&](const Layer& layer) {
         const StepPlan& plan = plans[layer.plan];
-        return Attention{B, H, G, T, plan.N, D, shape.scale, shape.cap,
-                         layer.keys + plan.first * D, layer.values + plan.first * D,
-                         {layer.row_stride, layer.head_stride, D}, {layer.row_stride, layer.head_stride, D},
-                         plan.bias, {plan.bias_strides[0], plan.bias_strides[1]}, layer.sinks,
-                         nullptr, nullptr, nullptr, nullptr};
+        return Attention{B,
+                         H,
+                         G,
+                         T,
+                         plan.N,
+                         D,
+                         shape.scale,
+                         shape.cap,
+                         layer.keys + plan.first * D,
+                         layer.values + plan.first * D,
+                         {layer.row_stride, layer.head_stride, D},
+                         {layer.row_stride, layer.head_stride, D},
+                         plan.bias,
+                         {plan.bias_strides[0], plan.bias_strides[1]},
+                         layer.sinks,
+                         nullptr,
+                         nullptr,
+                         nullptr,
+                         nullptr};
     };
     int64_t most = 0;
     for (int64_t l = 0; l < n_layers; l++) most = std::max(most, attention_of(layers[l]).room());
@@ -73,7 +89,8 @@ inline void run_few(const Shape& shape, const Layer* layers, int64_t n_layers, c
                 } else {
                     const int64_t g = (h - H) % G, slot = plan.slots[plan.slots_by_row ? m : t];
                     bf16* buffer = h < H + G ? layer.keys : layer.values;
-                    std::memcpy(buffer + b * layer.row_stride + g * layer.head_stride + slot * D, head, D * sizeof(bf16));
+                    std::memcpy(buffer + b * layer.row_stride + g * layer.head_stride + slot * D, head,
+                                D * sizeof(bf16));
                 }
             }
             attention.parts();

@@ -22,8 +22,8 @@ struct Layer {
 // Many consecutive tokens of a row of the caches: tokens [first, first + T) of the call
 struct Segment {
     int64_t first, T, row;
-    int64_t key, N;              // they attend to N slots from `key` on; N = 0: to themselves
-    int64_t window;              // each sees the last so many keys
+    int64_t key, N;               // they attend to N slots from `key` on; N = 0: to themselves
+    int64_t window;               // each sees the last so many keys
     const int64_t *kept, *slots;  // which of them are stored (null: the first ones), and where
     int64_t n_kept;
 };
@@ -64,7 +64,8 @@ inline void turn(bf16* head, const bf16* cos, const bf16* sin, int64_t n, bool i
 }
 
 // Norm and RoPE of head h of the queries and keys of a token, in row b and at t of the call
-inline void finish_head(const Shape& shape, const Layer& layer, const Rope* ropes, bf16* head, int64_t h, int64_t b, int64_t t) {
+inline void finish_head(const Shape& shape, const Layer& layer, const Rope* ropes, bf16* head, int64_t h, int64_t b,
+                        int64_t t) {
     const bf16* weight = h < shape.H ? layer.norm_q : layer.norm_k;
     if (weight && !shape.norm_all_heads) norm_row(head, weight, head, shape.D, shape.eps, shape.norm_offset);
     if (layer.rope < 0) return;

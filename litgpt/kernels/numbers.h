@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #ifdef __AVX512BW__
@@ -17,12 +18,18 @@ using bf16 = uint16_t;
 // Memory that is kept from call to call, and begins where cache lines do.
 template <class T>
 class Room {
-    std::vector<char> bytes;
+    std::unique_ptr<char[]> bytes;
+    size_t size = 0;
 
 public:
     T* get(int64_t n) {
-        bytes.resize(std::max(bytes.size(), n * sizeof(T) + 64));
-        return (T*)((uintptr_t(bytes.data()) + 63) / 64 * 64);
+        const size_t wanted = n * sizeof(T) + 64;
+        if (size < wanted) {
+            bytes.reset();  // before there is more
+            bytes.reset(new char[wanted]);
+            size = wanted;
+        }
+        return (T*)((uintptr_t(bytes.get()) + 63) / 64 * 64);
     }
 };
 
@@ -45,7 +52,8 @@ inline float from_half(uint16_t x) {  // float16, no infinities
     return from_bits(uint32_t(x & 0x8000) << 16 | uint32_t(x & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112
 }
 
-inline float multiply_add(float a, float b, float c) {  // in one step where there is an instruction: cannot be reordered
+inline float multiply_add(float a, float b,
+                          float c) {  // in one step where there is an instruction: cannot be reordered
 #ifdef __FP_FAST_FMAF
     return __builtin_fmaf(a, b, c);
 #else
@@ -98,18 +106,8 @@ inline __m512 add_products(__m512 sum, __m512i a, __m512i b) {
 #endif
 }
 
-// The same for 16-bit integers
-inline __m512i add_integer_products(__m512i sum, __m512i a, __m512i b) {
-#ifdef __AVX512VNNI__
-    __asm__("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));  // by its intrinsic, GCC 12 keeps moving the sums about
-    return sum;
-#else
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
-#endif
-}
-
-inline __m512 exponential_16(__m512 x) {  // of what is at most 80; relative error below 3e-7
-    x = _mm512_max_ps(x, _mm512_set1_ps(-200.0f));  // 0
+inline __m512 exponential_16(__m512 x) {            // of what is at most 80; relative error below 3e-7
+    x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // in this order NaN stays; below it is 0
     const __m512 log2 = _mm512_set1_ps(1.44269504f);
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, log2), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const __m512 f = _mm512_fmsub_ps(x, log2, n);
@@ -123,7 +121,8 @@ inline __m256i narrow_16(__m512 x) {  // as `narrow`, of numbers
 #ifdef __AVX512BF16__
     return (__m256i)_mm512_cvtneps_pbh(x);
 #else
-    const __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i bits = _mm512_castps_si512(x),
+                  odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 #endif
@@ -138,7 +137,8 @@ inline __m128 sums_of_4(__m512 v0, __m512 v1, __m512 v2, __m512 v3) {
     const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v0, v1), _mm512_unpackhi_ps(v0, v1));
     const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v2, v3), _mm512_unpackhi_ps(v2, v3));
     const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
-    const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+    const __m512 all =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }

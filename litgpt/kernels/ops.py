@@ -8,7 +8,7 @@ import torch
 
 from litgpt.kernels.library import library
 
-MAX_ROWS = 16  # with more rows, torch's matrix products are faster
+MAX_ROWS = 16  # of a single layer; with more rows, torch's matrix products are as fast or faster
 MAX_QUERIES = 16  # of one sequence
 MAX_HEAD_SIZE = 256  # of `attend`, as in layers.h
 ACTIVATIONS = {"silu": 0, "gelu-none": 1, "gelu-tanh": 2}  # of `gated_mlp_blocked`, as in numbers.h
@@ -114,7 +114,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 
     return y
 
 
-def can_attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def _wants_gradients(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def can_attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    bias: torch.Tensor | None,
+    sinks: torch.Tensor | None = None,
+) -> bool:
     """Whether `attend` is there for these: a few queries, bfloat16 on CPU, no gradients."""
     return (
         query.dtype == torch.bfloat16
@@ -122,7 +132,7 @@ def can_attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, bi
         and query.device.type == "cpu"
         and available()
         and query.shape[-1] == values.shape[-1] <= MAX_HEAD_SIZE
-        and not (torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad))
+        and not _wants_gradients(query, keys, values, sinks)
         and query.stride(-1) == keys.stride(-1) == values.stride(-1) == 1
         and (bias is None or (bias.dtype == torch.bfloat16 and bias.shape[1] == 1 and bias.stride(-1) == 1))
     )
@@ -168,13 +178,15 @@ def multiplies_fast() -> bool:
     return library() is not None and bool(library().multiplies_fast())
 
 
-def can_attend_causally(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+def can_attend_causally(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sinks: torch.Tensor | None = None
+) -> bool:
     """Whether `attend_causally` is there for these, on a machine where it is faster than torch's kernels."""
     return (
         query.dtype == keys.dtype == torch.bfloat16
         and query.device.type == "cpu"
         and query.shape[-1] == values.shape[-1] <= MAX_HEAD_SIZE
-        and not (torch.is_grad_enabled() and (query.requires_grad or keys.requires_grad))
+        and not _wants_gradients(query, keys, values, sinks)
         and query.stride(-1) == keys.stride(-1) == values.stride(-1) == 1
         and not torch.compiler.is_compiling()
         and multiplies_fast()

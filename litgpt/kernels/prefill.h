@@ -1,5 +1,5 @@
-// All layers for many tokens, as in the prefill. Threads share the work between the points where they meet; what lies between two
-// products is done while it is near, for BLOCK tokens at a time.
+// All layers for many tokens, as in the prefill. Threads share the work between the points where they meet; what lies
+// between two products is done while it is near, for BLOCK tokens at a time.
 
 #pragma once
 
@@ -46,20 +46,21 @@ struct Prefill {
     const Shape& shape;
     const Rope* ropes;
     bf16* x;  // (M, E)
-    int64_t B, T, M, heads;
-    bf16 *normed, *out, *inner;  // BLOCK rows
+    int64_t T, M, heads;
     bf16 *qkv, *attended;        // M rows
+    bf16 *normed, *out, *inner;  // BLOCK rows
     char* prepared;              // BLOCK rows in the form that a weight wants
 
-    Prefill(const Shape& shape, const Layer* layers, int64_t n_layers, const Rope* ropes, bf16* x, int64_t B, int64_t T)
-        : shape(shape), ropes(ropes), x(x), B(B), T(T), M(B * T), heads(shape.H + 2 * shape.G) {
-        static thread_local Room<bf16> room, none;
+    // `room` has M (2 H + 2 G) D numbers, for queries, keys, values and what attention gives.
+    Prefill(const Shape& shape, const Layer* layers, int64_t n_layers, const Rope* ropes, bf16* x, bf16* room,
+            int64_t B, int64_t T)
+        : shape(shape), ropes(ropes), x(x), T(T), M(B * T), heads(shape.H + 2 * shape.G), qkv(room) {
+        static thread_local Room<bf16> block_room, none;
         static thread_local Room<char> prepared_room;
-        normed = room.get(BLOCK * (2 * shape.E + shape.I) + M * (heads + shape.H) * shape.D);
+        attended = qkv + M * heads * shape.D;
+        normed = block_room.get(BLOCK * (2 * shape.E + shape.I));
         out = normed + BLOCK * shape.E;
         inner = out + BLOCK * shape.E;
-        qkv = inner + BLOCK * shape.I;
-        attended = qkv + M * heads * shape.D;
         int64_t bytes = 0;
         for (int64_t l = 0; l < n_layers; l++)
             for (const Weight& weight : {layers[l].qkv, layers[l].proj, layers[l].gate, layers[l].down})
@@ -88,24 +89,23 @@ struct Prefill {
         }
         for (int64_t s = 0; s < plan.n_segments; s++) keep(layer, plan.segments[s]);
 #pragma omp barrier
-        int64_t tasks = 0;
-        for (int64_t s = 0; s < plan.n_segments; s++) tasks += attention(layer, plan.segments[s]).tasks();
+        static thread_local std::vector<CausalAttention> attentions;
+        static thread_local std::vector<int64_t> ends;  // of their tasks
+        attentions.clear(), ends.clear();
+        for (int64_t s = 0; s < plan.n_segments; s++) {
+            attentions.push_back(attention(layer, plan.segments[s]));
+            ends.push_back((s ? ends.back() : 0) + attentions.back().tasks());
+        }
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < tasks; i++) {
-            int64_t task = i;
-            for (int64_t s = 0; s < plan.n_segments; s++) {
-                const CausalAttention of = attention(layer, plan.segments[s]);
-                if (task < of.tasks()) {
-                    of.run(task);
-                    break;
-                }
-                task -= of.tasks();
-            }
+        for (int64_t i = 0; i < ends.back(); i++) {
+            const int64_t s = std::upper_bound(ends.begin(), ends.end(), i) - ends.begin();
+            attentions[s].run(i - (s ? ends[s - 1] : 0));
         }
         for (int64_t m0 = 0; m0 < M; m0 += BLOCK) {
             const int64_t n = std::min(BLOCK, M - m0);
             bf16* own = x + m0 * E;
-            add_product(layer.proj, attended + m0 * H * D, own, n, layer.post_attention_norm, shape.attention_factor, room);
+            add_product(layer.proj, attended + m0 * H * D, own, n, layer.post_attention_norm, shape.attention_factor,
+                        room);
             const bf16* input = norm(layer.norm_2, own, n);
             with_wide_weight(layer.gate, room, [&](const auto& gate) { gated(gate, layer, input, n); });
             add_product(layer.down, inner, own, n, layer.post_mlp_norm, shape.mlp_factor, room);
@@ -151,8 +151,8 @@ private:
         });
     }
 
-    // own += factor * norm(input w^T + bias)
-    void add_product(const Weight& weight, const bf16* input, bf16* own, int64_t n, const bf16* norm, float factor,
+    // own += factor * post_norm(input w^T + bias)
+    void add_product(const Weight& weight, const bf16* input, bf16* own, int64_t n, const bf16* post_norm, float factor,
                      Room<bf16>& room) {
         const int64_t E = shape.E;
         with_wide_weight(weight, room, [&](const auto& w) {
@@ -160,15 +160,15 @@ private:
                 bf16* target = out + m * E + first;
                 store(values, weight.bias, first, size, target);
                 bf16* sum = own + m * E + first;
-                if (!norm)
+                if (!post_norm)
                     for (int64_t j = 0; j < size; j++) sum[j] = add(sum[j], widen(target[j]), factor);
             });
         });
-        if (!norm) return;
+        if (!post_norm) return;
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < n; m++) {
             bf16* row = out + m * E;
-            norm_row(row, norm, row, E, shape.eps, shape.norm_offset);
+            norm_row(row, post_norm, row, E, shape.eps, shape.norm_offset);
             for (int64_t i = 0; i < E; i++) own[m * E + i] = add(own[m * E + i], widen(row[i]), factor);
         }
     }
@@ -211,8 +211,14 @@ private:
     CausalAttention attention(const Layer& layer, const Segment& segment) {
         const int64_t H = shape.H, G = shape.G, D = shape.D, width = heads * D;
         const bf16* tokens = qkv + segment.first * width;
-        CausalAttention a{H, G, segment.T, segment.N, D, segment.window, shape.scale, shape.cap, tokens,
-                          nullptr, nullptr, layer.sinks, {D, width}, {}, {}, attended + segment.first * H * D};
+        CausalAttention a{H,           G,
+                          segment.T,   segment.N,
+                          D,           segment.window,
+                          shape.scale, shape.cap,
+                          tokens,      nullptr,
+                          nullptr,     layer.sinks,
+                          {D, width},  {},
+                          {},          attended + segment.first * H * D};
         if (segment.N) {
             const int64_t at = segment.row * layer.row_stride + segment.key * D;
             a.k = layer.keys + at, a.v = layer.values + at;
@@ -226,9 +232,9 @@ private:
 };
 
 // x (B, T, E) through all layers, in place; plans have segments.
-inline void run_many(const Shape& shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes, bf16* x,
-                     int64_t B, int64_t T) {
-    Prefill prefill(shape, layers, n_layers, ropes, x, B, T);
+inline void run_many(const Shape& shape, const Layer* layers, int64_t n_layers, const StepPlan* plans,
+                     const Rope* ropes, bf16* x, bf16* room, int64_t B, int64_t T) {
+    Prefill prefill(shape, layers, n_layers, ropes, x, room, B, T);
 #pragma omp parallel
     for (int64_t l = 0; l < n_layers; l++) prefill.run(layers[l], plans[layers[l].plan]);
 }

@@ -1,8 +1,8 @@
 // Products of a few rows with large weights. They wait for memory, so weights are read once, in order, by all threads.
 //
-// Letters: M rows, K inputs, N outputs. Each kind of weight computes UNIT outputs at a time for up to ROWS rows, which it may
-// want in a form of its own (`prepare`; `row_bytes` is 0 where it takes them as they are). What a row gives does not depend on
-// the rows beside it, to the last bit.
+// Letters: M rows, K inputs, N outputs. Each kind of weight computes UNIT outputs at a time for up to ROWS rows, which
+// it may want in a form of its own (`prepare`; `row_bytes` is 0 where it takes them as they are). What a row gives does
+// not depend on the rows beside it, to the last bit.
 
 #pragma once
 
@@ -46,8 +46,7 @@ struct Blocked {
         const uint32_t* block = w + u * pairs() * UNIT;
 #ifdef __AVX512BW__
         __m512 sums[M][4];
-        UNROLLED for (int m = 0; m < M; m++)
-            UNROLLED for (int v = 0; v < 4; v++) sums[m][v] = _mm512_setzero_ps();
+        UNROLLED for (int m = 0; m < M; m++) UNROLLED for (int v = 0; v < 4; v++) sums[m][v] = _mm512_setzero_ps();
         int turn = ahead.pass;
         for (int64_t p = 0; p < pairs(); p++, block += UNIT) {
             if (ahead.start && turn-- == 0) {
@@ -59,11 +58,12 @@ struct Blocked {
             UNROLLED for (int m = 0; m < M; m++) {
                 int pair;
                 std::memcpy(&pair, x + m * stride + 4 * p, 4);
-                UNROLLED for (int v = 0; v < 4; v++) sums[m][v] = add_products(sums[m][v], weights[v], _mm512_set1_epi32(pair));
+                UNROLLED for (int v = 0; v < 4; v++) sums[m][v] =
+                    add_products(sums[m][v], weights[v], _mm512_set1_epi32(pair));
             }
         }
-        UNROLLED for (int m = 0; m < M; m++)
-            UNROLLED for (int v = 0; v < 4; v++) _mm512_storeu_ps(y + m * UNIT + 16 * v, sums[m][v]);
+        UNROLLED for (int m = 0; m < M; m++) UNROLLED for (int v = 0; v < 4; v++)
+            _mm512_storeu_ps(y + m * UNIT + 16 * v, sums[m][v]);
 #else
         float sums[M][UNIT] = {};
         for (int64_t p = 0; p < pairs(); p++, block += UNIT)
@@ -135,8 +135,7 @@ struct Plain : ByRow<Plain> {
 #ifdef __AVX512BW__
         const bf16* rows[4] = {w + n[0] * K, w + n[1] * K, w + n[2] * K, w + n[3] * K};
         __m512 sums[M][4];
-        UNROLLED for (int m = 0; m < M; m++)
-            UNROLLED for (int r = 0; r < 4; r++) sums[m][r] = _mm512_setzero_ps();
+        UNROLLED for (int m = 0; m < M; m++) UNROLLED for (int r = 0; r < 4; r++) sums[m][r] = _mm512_setzero_ps();
         for (int64_t k = 0; k < K; k += 32) {
             const __mmask32 some = k + 32 <= K ? ~0u : (1u << (K - k)) - 1;
             if (ahead) prefetch(ahead + 8 * k, 256);
@@ -147,7 +146,8 @@ struct Plain : ByRow<Plain> {
                 UNROLLED for (int r = 0; r < 4; r++) sums[m][r] = add_products(sums[m][r], weights[r], inputs);
             }
         }
-        UNROLLED for (int m = 0; m < M; m++) _mm_storeu_ps(y + m * UNIT, sums_of_4(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
+        UNROLLED for (int m = 0; m < M; m++)
+            _mm_storeu_ps(y + m * UNIT, sums_of_4(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
 #else
         for (int m = 0; m < M; m++)
             for (int r = 0; r < 4; r++) {
@@ -159,11 +159,8 @@ struct Plain : ByRow<Plain> {
     }
 };
 
-// 8-bit integers row by row, and a factor for every row. Rows are turned to 16-bit integers with a factor of their own, so sums
-// are exact, and off by less than a rounding of the result to bfloat16.
+// 8-bit integers row by row, and a factor for every row: bfloat16 holds them exactly
 struct Int8 : ByRow<Int8> {
-    static constexpr int64_t PART = 8192;  // products that a 32-bit sum of every second or more holds
-    static constexpr int64_t HEAD = 64;    // bytes before the integers of a row, where its factor is
     const int8_t* w;
     const float* scale;
     int64_t K, N;
@@ -172,70 +169,54 @@ struct Int8 : ByRow<Int8> {
     explicit Int8(const Weight& x) : Int8((const int8_t*)x.w, (const float*)x.scale, x.K, x.N) {}
 
     int64_t weight_bytes() const { return K; }
-    int64_t row_bytes() const { return HEAD + (K + 31) / 32 * 64; }
-    void prepare(const bf16* x, char* row) const {
-        bf16 most = 0;  // without the sign, floats are in the order of their bits
-        for (int64_t k = 0; k < K; k++) most = std::max(most, bf16(x[k] & 0x7fff));
-        const float largest = widen(most);
-        const float factor = most < 0x7f80 ? largest / 32767.0f : NAN, inverse = largest > 1e-30f ? 32767.0f / largest : 0.0f;
-        std::memset(row, 0, row_bytes());
-        std::memcpy(row, &factor, sizeof factor);
-        int16_t* integers = (int16_t*)(row + HEAD);
-        for (int64_t k = 0; most < 0x7f80 && k < K; k++) integers[k] = int16_t(std::rint(widen(x[k]) * inverse));
-    }
+    int64_t row_bytes() const { return 0; }
+    void prepare(const bf16*, char*) const {}
 
     template <int M>
     void fours(const int64_t* n, const char* x, int64_t stride, float* y, const char* ahead) const {
         const int8_t* rows[4] = {w + n[0] * K, w + n[1] * K, w + n[2] * K, w + n[3] * K};
-        float totals[M][4] = {};
-        for (int64_t first = 0; first < K; first += PART) {
-            const int64_t end = std::min(K, first + PART);
 #ifdef __AVX512BW__
-            __m512i sums[M][4];
-            UNROLLED for (int m = 0; m < M; m++)
-                UNROLLED for (int r = 0; r < 4; r++) sums[m][r] = _mm512_setzero_si512();
-            for (int64_t k = first; k < end; k += 32) {
-                const __mmask32 some = k + 32 <= K ? ~0u : (1u << (K - k)) - 1;
-                if (ahead) prefetch(ahead + 4 * k, 128);
-                __m512i weights[4];
-                UNROLLED for (int r = 0; r < 4; r++)
-                    weights[r] = _mm512_cvtepi8_epi16(_mm256_maskz_loadu_epi8(some, rows[r] + k));
-                UNROLLED for (int m = 0; m < M; m++) {
-                    const __m512i inputs = _mm512_loadu_si512(x + m * stride + HEAD + 2 * k);
-                    UNROLLED for (int r = 0; r < 4; r++) sums[m][r] = add_integer_products(sums[m][r], weights[r], inputs);
-                }
-            }
+        __m512 sums[M][4];
+        UNROLLED for (int m = 0; m < M; m++) UNROLLED for (int r = 0; r < 4; r++) sums[m][r] = _mm512_setzero_ps();
+        for (int64_t k = 0; k < K; k += 32) {
+            const __mmask32 some = k + 32 <= K ? ~0u : (1u << (K - k)) - 1;
+            if (ahead) prefetch(ahead + 4 * k, 128);
+            __m512i weights[4];
+            UNROLLED for (int r = 0; r < 4; r++) weights[r] = integers(_mm256_maskz_loadu_epi8(some, rows[r] + k));
             UNROLLED for (int m = 0; m < M; m++) {
-                const auto floats = [&](int r) { return _mm512_cvtepi32_ps(sums[m][r]); };
-                const __m128 part = sums_of_4(floats(0), floats(1), floats(2), floats(3));
-                _mm_storeu_ps(totals[m], _mm_add_ps(_mm_loadu_ps(totals[m]), part));
+                const __m512i inputs = _mm512_maskz_loadu_epi16(some, x + m * stride + 2 * k);
+                UNROLLED for (int r = 0; r < 4; r++) sums[m][r] = add_products(sums[m][r], weights[r], inputs);
             }
+        }
+        const __m128 scales = _mm_setr_ps(scale[n[0]], scale[n[1]], scale[n[2]], scale[n[3]]);
+        UNROLLED for (int m = 0; m < M; m++)
+            _mm_storeu_ps(y + m * UNIT, _mm_mul_ps(sums_of_4(sums[m][0], sums[m][1], sums[m][2], sums[m][3]), scales));
 #else
-            for (int m = 0; m < M; m++)
-                for (int r = 0; r < 4; r++) {
-                    const int16_t* integers = (const int16_t*)(x + m * stride + HEAD);
-                    const int8_t* weights = rows[r];
-                    int64_t sum = 0;
-                    for (int64_t start = first; start < end; start += 256) {  // what a single 32-bit sum holds
-                        int32_t part = 0;
-                        for (int64_t k = start; k < std::min(end, start + 256); k++) part += int32_t(weights[k]) * integers[k];
-                        sum += part;
-                    }
-                    totals[m][r] += float(sum);
-                }
+        for (int m = 0; m < M; m++)
+            for (int r = 0; r < 4; r++) {
+                const bf16* row = (const bf16*)(x + m * stride);
+                y[m * UNIT + r] = scale[n[r]] * sum_products([&](int64_t k) { return float(rows[r][k]); },
+                                                             [&](int64_t k) { return widen(row[k]); }, K);
+            }
 #endif
-        }
-        for (int m = 0; m < M; m++) {
-            float factor;
-            std::memcpy(&factor, x + m * stride, sizeof factor);
-            for (int r = 0; r < 4; r++) y[m * UNIT + r] = totals[m][r] * (factor * scale[n[r]]);
-        }
     }
+
+#ifdef __AVX512BW__
+    static __m512i integers(__m256i bytes) {  // as bfloat16
+        const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
+        const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
+#ifdef __AVX512BF16__
+        return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+#else
+        return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_16(low)), narrow_16(high), 1);
+#endif
+    }
+#endif
 };
 
-// Pairs of 4-bit integers row by row, even columns in the low halves, with a scale and a minimum (float16) for each group of
-// columns, of which K is a multiple. Of every 64 columns a row has first the even ones, and after its values the sums of groups,
-// which minima are multiplied with.
+// Pairs of 4-bit integers row by row, even columns in the low halves, with a scale and a minimum (float16) for each
+// group of columns, of which K is a multiple. Of every 64 columns a row has first the even ones, and after its values
+// the sums of groups, which minima are multiplied with.
 template <int GROUP>
 struct Int4 : ByRow<Int4<GROUP>> {
     static constexpr int UNIT = ROW_UNIT, PASS = 4;
@@ -244,7 +225,11 @@ struct Int4 : ByRow<Int4<GROUP>> {
     int64_t K, N;
 
     explicit Int4(const Weight& x)
-        : w((const uint8_t*)x.w), scale((const uint16_t*)x.scale), minimum((const uint16_t*)x.minimum), K(x.K), N(x.N) {}
+        : w((const uint8_t*)x.w),
+          scale((const uint16_t*)x.scale),
+          minimum((const uint16_t*)x.minimum),
+          K(x.K),
+          N(x.N) {}
 
     int64_t groups() const { return K / GROUP; }
     int64_t weight_bytes() const { return K / 2; }
@@ -276,7 +261,8 @@ struct Int4 : ByRow<Int4<GROUP>> {
                 _mm512_storeu_si512(y + k, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
             }
 #else
-            for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k++) y[k] = narrow(float(row[k / 2] >> k % 2 * 4 & 15) * a + b);
+            for (int64_t k = g * GROUP; k < (g + 1) * GROUP; k++)
+                y[k] = narrow(float(row[k / 2] >> k % 2 * 4 & 15) * a + b);
 #endif
         }
     }
@@ -285,14 +271,13 @@ struct Int4 : ByRow<Int4<GROUP>> {
     void fours(const int64_t* n, const char* x, int64_t stride, float* y, const char* ahead) const {
 #ifdef __AVX512BW__
         // bfloat16 of 0 to 15, twice, since 5 bits are looked up
-        const __m512i integers = _mm512_broadcast_i64x4(_mm256_setr_epi16(
-            0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100, 0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160,
-            0x4170));
+        const __m512i integers =
+            _mm512_broadcast_i64x4(_mm256_setr_epi16(0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0x4100,
+                                                     0x4110, 0x4120, 0x4130, 0x4140, 0x4150, 0x4160, 0x4170));
         const uint8_t* rows[4];
         UNROLLED for (int r = 0; r < 4; r++) rows[r] = w + n[r] * (K / 2);
         __m512 sums[M][4];
-        UNROLLED for (int m = 0; m < M; m++)
-            UNROLLED for (int r = 0; r < 4; r++) sums[m][r] = _mm512_setzero_ps();
+        UNROLLED for (int m = 0; m < M; m++) UNROLLED for (int r = 0; r < 4; r++) sums[m][r] = _mm512_setzero_ps();
         for (int64_t g0 = 0; g0 < groups(); g0 += 16) {
             const __mmask16 some = g0 + 16 <= groups() ? 0xffff : (1 << (groups() - g0)) - 1;
             __m512 scales[4];
@@ -328,7 +313,8 @@ struct Int4 : ByRow<Int4<GROUP>> {
                 if (GROUP < 128 || k % 128) group = _mm512_add_epi32(group, _mm512_set1_epi32(GROUP == 32 ? 2 : 1));
             }
         }
-        UNROLLED for (int m = 0; m < M; m++) _mm_storeu_ps(y + m * UNIT, sums_of_4(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
+        UNROLLED for (int m = 0; m < M; m++)
+            _mm_storeu_ps(y + m * UNIT, sums_of_4(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
 #else
         for (int m = 0; m < M; m++)
             for (int r = 0; r < 4; r++) {
@@ -382,10 +368,14 @@ template <class W>
 void unit(const W& w, int64_t u, const Rows& x, int64_t m, int rows, float* y, Ahead ahead = {nullptr, 0, 0}) {
     const char* start = x.start + m * x.stride;
     switch (rows) {
-        case 1: return w.template unit<1>(u, start, x.stride, y, ahead);
-        case 2: return w.template unit<2>(u, start, x.stride, y, ahead);
-        case 3: return w.template unit<3>(u, start, x.stride, y, ahead);
-        case 4: return w.template unit<4>(u, start, x.stride, y, ahead);
+        case 1:
+            return w.template unit<1>(u, start, x.stride, y, ahead);
+        case 2:
+            return w.template unit<2>(u, start, x.stride, y, ahead);
+        case 3:
+            return w.template unit<3>(u, start, x.stride, y, ahead);
+        case 4:
+            return w.template unit<4>(u, start, x.stride, y, ahead);
     }
     if constexpr (W::PASS == ROWS) {
         if (rows == 5) return w.template unit<5>(u, start, x.stride, y, ahead);
@@ -398,7 +388,8 @@ int64_t units(const W& w) {
     return (w.N + W::UNIT - 1) / W::UNIT;
 }
 
-// Calls f(u, m, rows, pass, passes) for all units u and parts of M rows, which have about the same size: by all threads of a team.
+// Calls f(u, m, rows, pass, passes) for all units u and parts of M rows, which have about the same size: by all threads
+// of a team.
 template <class W, class F>
 void in_passes(const W& w, int64_t M, F f) {
     const int64_t passes = (M + W::PASS - 1) / W::PASS;

@@ -7,6 +7,7 @@ from torch._dynamo.utils import counters
 
 from litgpt.generate.base import batched_generate_fn
 from litgpt.generate.compiled import compile_decode
+from litgpt.generate.engine import prefill
 from litgpt.kvcache.factory import create_kv_caches
 
 pytestmark = [
@@ -48,6 +49,22 @@ def test_a_ragged_batch_decodes_compiled_as_it_does_plain():
     compile_decode(model)
     prompts = [torch.tensor([3, 1, 4]), torch.tensor([1, 5, 9, 2, 6]), torch.tensor([7])]
     assert run(model, prompts, 40) == run(plain, prompts, 40)
+
+
+def test_single_tokens_of_a_prefill_are_not_those_that_are_compiled():
+    """What is left of a prompt after its chunks, and a prompt of one token that joins others."""
+    plain, model = tiny_gpt(n_layer=1), tiny_gpt(n_layer=1)
+    model.load_state_dict(plain.state_dict())
+    torch._dynamo.reset()
+    compile_decode(model)
+    prompts = [torch.arange(5), torch.arange(9)]
+    results = []
+    for gpt in (plain, model):
+        gpt.set_kv_caches(3, max_seq_length=20)
+        logits = prefill(gpt, prompts, chunksize=4)
+        gpt.extend_kv_caches(1)
+        results.append(torch.cat((logits, prefill(gpt, [torch.tensor([7])], rows=[2]))))
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """Kernels against the same sums in float64."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -49,10 +50,43 @@ def test_integer_weights(M, K, N):
 
 
 @pytest.mark.parametrize("M", [2, 5, 9, 16])
-def test_a_row_does_not_depend_on_those_beside_it(M):
-    x, weight = rows(M, 576), rows(192, 576)
-    alone = torch.cat([ops.linear_plain(row, weight) for row in x.split(1)])
-    assert torch.equal(ops.linear_plain(x, weight), alone)
+@pytest.mark.parametrize("kind", ["blocked", "plain", "int8", "int4"])
+def test_a_row_does_not_depend_on_those_beside_it(M, kind):
+    x, weight = rows(M, 576), rows(200, 576)
+    if kind == "blocked":
+        if not ops.reads_packed_weights():
+            pytest.skip("packed weights are laid out differently here")
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 128)
+        product = partial(ops.linear_blocked, weight=torch.ops.mkldnn.data_ptr(packed), bias=None, N=200)
+    else:
+        form = {"plain": (weight,), "int8": quantize_int8(weight), "int4": quantize_int4(weight)}[kind]
+        product = lambda x: getattr(ops, f"linear_{kind}")(x, *form)  # noqa: E731
+    assert torch.equal(product(x), torch.cat([product(row) for row in x.split(1)]))
+
+
+@pytest.mark.parametrize("K", [64, 9000])
+def test_one_large_number_in_a_row_hides_no_others(K):
+    x, weight = rows(1, K) / 10, torch.randn(32, K)
+    x[0, 0], weight[:, 0] = 1e4, 0
+    integers, scale = quantize_int8(weight)
+    assert_rounded(ops.linear_int8(x, integers, scale), x.double() @ dequantize_int8(integers, scale, torch.float64).T)
+
+
+def test_what_is_no_number_stays_so_in_its_own_row():
+    x, weight = rows(3, 64), torch.randn(32, 64)
+    x[1, 5] = torch.nan
+    for y in (ops.linear_int8(x, *quantize_int8(weight)), ops.linear_int4(x, *quantize_int4(weight))):
+        assert y.isnan().all(dim=1).tolist() == [False, True, False]
+    query, keys, values = rows(2, 4, 1, 64), rows(2, 2, 70, 64), rows(2, 2, 70, 64)
+    keys[1, 0, 3, 7] = torch.nan
+    expected = torch.tensor([[[False] * 4], [[True, True, False, False]]])
+    for sinks in (None, rows(4)):
+        found = [ops.attend(query, keys, values, None, sinks, 0.1, 0.0)]
+        if ops.can_attend_causally(query, keys, values):
+            found.append(ops.attend_causally(query, keys, values, sinks, None, 0.1, 0.0))
+        for y in found:
+            assert torch.equal(y.isnan().all(dim=3), expected)
+            assert torch.equal(y.isnan().any(dim=3), expected)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +150,10 @@ def test_what_attention_is_not_for():
     assert ops.can_attend(query, keys, keys, None)
     assert not ops.can_attend(query.float(), keys.float(), keys.float(), None)
     assert not ops.can_attend(query, keys, keys[..., :8], None)
+    assert not ops.can_attend(query, keys, keys.clone().requires_grad_(), None)
+    assert not ops.can_attend(query, keys, keys, None, rows(2).requires_grad_())
+    assert not ops.can_attend_causally(query, keys, keys.clone().requires_grad_())
+    assert not ops.can_attend_causally(query, keys, keys, rows(2).requires_grad_())
     assert not ops.can_attend(query.requires_grad_(), keys, keys, None)
     assert not ops.can_attend(rows(1, 2, ops.MAX_QUERIES + 1, 16), keys, keys, None)
     assert not ops.can_attend(rows(1, 2, 1, 512), rows(1, 1, 5, 512), rows(1, 1, 5, 512), None)
