@@ -117,7 +117,8 @@ class GPT(nn.Module):
             Logits (B, T, padded_vocab_size), or a list of (B, <= lm_head_chunk_size, padded_vocab_size), or (B, T, E).
 
         Raises:
-            ValueError: if the caches are missing or not at `input_pos`, or the sequence is longer than the model takes.
+            ValueError: if the caches are missing or not at `input_pos`, the sequence is longer than the model takes, or
+                `row_sizes` do not fit.
             IndexError: if a dense cache is full.
         """
         if idx.ndim == 1:

@@ -1,8 +1,9 @@
 """Linear layers whose weights are laid out once for the CPU's matrix kernels.
 
 A matrix product in bfloat16 spends much of its time bringing the weight into the kernel's own order. `pack_linears` does
-that once, in place of the plain weight, so memory stays the same. Many rows then go through oneDNN's product; few rows, as
-in decoding, through our own (`litgpt.kernels`), which reads the same layout as fast as memory gives it.
+that once, in place of the plain weight, so memory stays the same. Single layers then put many rows through oneDNN's product and
+few through our own (`litgpt.kernels`), which reads the same layout as fast as memory gives it; so do all layers in one call
+(`litgpt.generate.fused`), for any number of rows.
 """
 
 import itertools

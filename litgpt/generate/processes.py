@@ -82,7 +82,8 @@ def run_in_processes(function: Callable[..., None], count: int, *args: Any) -> N
             process.start()
         running = list(processes)
         while running:
-            connection.wait([process.sentinel for process in running])
+            # now and then it is asked anyway: what a process started may outlive it, and hold its sentinel
+            connection.wait([process.sentinel for process in running], timeout=1)
             if any(process.exitcode for process in running):
                 raise _cause(processes, errors)
             running = [process for process in running if process.exitcode is None]

@@ -102,8 +102,8 @@ def make_ready(
 
 
 def speed_up_decode(model: GPT, compile: bool = False) -> None:
-    """Have the model decode as fast as it can: with packed weights and all layers in one call, where that works, else layer
-    by layer, or with `compile` by a compiled graph."""
+    """Have the model run as fast as it can: with packed weights and all layers in one call, where that works, else layer by
+    layer, or with `compile` single tokens by a compiled graph."""
     pack_linears(model)
     if not fuse_layers(model) and compile:
         compile_decode(model)

@@ -1,1 +1,1 @@
-"""Operations of our own for decoding on CPUs, where torch's leave most of the memory's bandwidth unused."""
+"""Operations of our own for CPUs, where torch's leave much of what memory and processor can do unused."""

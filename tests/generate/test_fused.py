@@ -78,7 +78,7 @@ def run(model, calls, batch_size=1, **caches):
 
 
 def count(model):
-    """Notes how many tokens the fused decode was asked for and has done."""
+    """Notes which calls the fused layers were asked for and have done."""
     done, decode = [], model.fast_layers
 
     def counted(idx, *args):
