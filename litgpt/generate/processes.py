@@ -82,11 +82,12 @@ def run_in_processes(function: Callable[..., None], count: int, *args: Any) -> N
             process.start()
         running = list(processes)
         while running:
-            # now and then it is asked anyway: what a process started may outlive it, and hold its sentinel
-            connection.wait([process.sentinel for process in running], timeout=1)
-            if any(process.exitcode for process in running):
+            connection.wait([process.sentinel for process in running])
+            # asked once: a sentinel closes a moment before there is an exit code, which may come between two questions
+            codes = {process: process.exitcode for process in running}
+            if any(codes.values()):
                 raise _cause(processes, errors)
-            running = [process for process in running if process.exitcode is None]
+            running = [process for process, code in codes.items() if code is None]
     finally:
         for process in processes:
             if process.is_alive():

@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import redirect_stdout
 from functools import partial
 from io import StringIO
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -356,16 +355,22 @@ def test_a_process_that_fails_ends_the_others_and_says_why():
     assert time.monotonic() - started < 120
 
 
-def test_a_process_that_is_killed_ends_the_others(tmp_path):
-    script = tmp_path / "script.py"  # a process of its own: what it waits for, nothing else here can take away
-    script.write_text(
-        f"from {fail_midway.__module__} import fail_midway, run_in_processes\n"
-        "if __name__ == '__main__':\n    run_in_processes(fail_midway, 2, 'is killed')\n"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1
-    assert "process 1 of 2 was ended by SIGKILL" in done.stderr
+@pytest.mark.parametrize("late", [False, True])
+def test_a_process_that_is_killed_ends_the_others(late, monkeypatch):
+    exitcode, ended = SpawnProcess.exitcode.fget, set()
+
+    def exitcode_known_when_asked_again(process: SpawnProcess) -> int | None:
+        code = exitcode(process)
+        if code is None or process in ended:
+            return code
+        return ended.add(process)
+
+    if late:  # a process can close its files, and so its sentinel, before there is an exit code
+        monkeypatch.setattr(SpawnProcess, "exitcode", property(exitcode_known_when_asked_again))
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="process 1 of 2 was ended by SIGKILL"):
+        run_in_processes(fail_midway, 2, "is killed")
+    assert time.monotonic() - started < 120
 
 
 # --- the command, and LLM
