@@ -22,7 +22,7 @@ void linear_int8(const bf16* x, const int8_t* w, const float* scale, const bf16*
 
 void linear_int4(const bf16* x, const uint8_t* w, const uint16_t* scale, const uint16_t* minimum, const bf16* bias,
                  bf16* y, int64_t M, int64_t K, int64_t N, int64_t group) {
-    with_weight(Weight{2, K, N, group, w, scale, minimum, bias}, [&](auto weight) { linear(weight, x, bias, y, M); });
+    with_weight<Int4>(Weight{2, K, N, group, w, scale, minimum, bias}, [&](auto weight) { linear(weight, x, bias, y, M); });
 }
 
 // Gated MLP: `first` has the gate's I outputs and then as many more; I is a multiple of 64.
@@ -51,25 +51,8 @@ void attend(const bf16* q, const bf16* k, const bf16* v, const bf16* bias, const
             int64_t H, int64_t G, int64_t T, int64_t N, int64_t D, const int64_t* strides, float scale, float cap) {
     static thread_local Room<float> room;
     const int64_t *qs = strides, *ks = strides + 3, *vs = strides + 6, *bs = strides + 9;
-    Attention a{B,
-                H,
-                G,
-                T,
-                N,
-                D,
-                scale,
-                cap,
-                k,
-                v,
-                {ks[0], ks[1], ks[2]},
-                {vs[0], vs[1], vs[2]},
-                bias,
-                {bs[0], bs[1]},
-                sinks,
-                nullptr,
-                nullptr,
-                nullptr,
-                nullptr};
+    Attention a{B, H, G, T, N, D, scale, cap, k, v, {ks[0], ks[1], ks[2]}, {vs[0], vs[1], vs[2]}, bias, {bs[0], bs[1]},
+                sinks, nullptr, nullptr, nullptr, nullptr};
     a.settle(room.get(a.room()));
     for (int64_t b = 0; b < B; b++)
         for (int64_t h = 0; h < H; h++)
@@ -89,30 +72,15 @@ void attend_causally(const bf16* q, const bf16* k, const bf16* v, const bf16* si
                      float cap) {
     const int64_t *qs = strides, *ks = strides + 3, *vs = strides + 6;
     const auto row = [&](int64_t b) {
-        return CausalAttention{H,
-                               G,
-                               T,
-                               N,
-                               D,
-                               window,
-                               scale,
-                               cap,
-                               q + b * qs[0],
-                               k + b * ks[0],
-                               v + b * vs[0],
-                               sinks,
-                               {qs[1], qs[2]},
-                               {ks[1], ks[2]},
-                               {vs[1], vs[2]},
-                               y + b * T * H * D};
+        return CausalAttention{H, G, T, N, D, window, scale, cap, q + b * qs[0], k + b * ks[0], v + b * vs[0], sinks,
+                               {qs[1], qs[2]}, {ks[1], ks[2]}, {vs[1], vs[2]}, y + b * T * H * D};
     };
     const int64_t tasks = row(0).tasks();
 #pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < B * tasks; i++) row(i / tasks).run(i % tasks);
 }
 
-// Whether the processor multiplies bfloat16 twice as fast as float: then many rows are no worse off here than in
-// libraries.
+// Whether the processor multiplies bfloat16 twice as fast as float: then many rows are as well off here as in libraries.
 int multiplies_fast() {
 #ifdef __AVX512BF16__
     return 1;

@@ -52,8 +52,8 @@ inline float from_half(uint16_t x) {  // float16, no infinities
     return from_bits(uint32_t(x & 0x8000) << 16 | uint32_t(x & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112
 }
 
-inline float multiply_add(float a, float b,
-                          float c) {  // in one step where there is an instruction: cannot be reordered
+// a b + c, in one step where there is an instruction: cannot be reordered
+inline float multiply_add(float a, float b, float c) {
 #ifdef __FP_FAST_FMAF
     return __builtin_fmaf(a, b, c);
 #else

@@ -33,15 +33,6 @@ struct Widened {
     }
 };
 
-template <class F>
-void with_wide_weight(const Weight& w, Room<bf16>& room, F f) {
-    if (w.kind == 0) return f(Blocked(w));
-    if (w.kind == 1) return f(Int8(w));
-    if (w.group == 32) return f(Widened<32>(w, room));
-    if (w.group == 64) return f(Widened<64>(w, room));
-    f(Widened<128>(w, room));
-}
-
 struct Prefill {
     const Shape& shape;
     const Rope* ropes;
@@ -55,17 +46,17 @@ struct Prefill {
     Prefill(const Shape& shape, const Layer* layers, int64_t n_layers, const Rope* ropes, bf16* x, bf16* room,
             int64_t B, int64_t T)
         : shape(shape), ropes(ropes), x(x), T(T), M(B * T), heads(shape.H + 2 * shape.G), qkv(room) {
-        static thread_local Room<bf16> block_room, none;
+        static thread_local Room<bf16> block_room;
         static thread_local Room<char> prepared_room;
         attended = qkv + M * heads * shape.D;
         normed = block_room.get(BLOCK * (2 * shape.E + shape.I));
         out = normed + BLOCK * shape.E;
         inner = out + BLOCK * shape.E;
-        int64_t bytes = 0;
+        int64_t most = 0;
         for (int64_t l = 0; l < n_layers; l++)
-            for (const Weight& weight : {layers[l].qkv, layers[l].proj, layers[l].gate, layers[l].down})
-                with_wide_weight(weight, none, [&](const auto& w) { bytes = std::max(bytes, padded(w.row_bytes())); });
-        prepared = prepared_room.get(BLOCK * bytes);
+            for (const Weight* weight : {&layers[l].qkv, &layers[l].proj, &layers[l].gate, &layers[l].down})
+                if (weight->kind == 0) most = std::max(most, stride_of_rows(Blocked(*weight)));  // others need none
+        prepared = prepared_room.get(BLOCK * most);
     }
 
     // One layer, called by all threads of a team.
@@ -75,11 +66,10 @@ struct Prefill {
         for (int64_t m0 = 0; m0 < M; m0 += BLOCK) {
             const int64_t n = std::min(BLOCK, M - m0);
             const bf16* input = norm(layer.norm_1, x + m0 * E, n);
-            with_wide_weight(layer.qkv, room, [&](const auto& w) {
-                product(w, input, n, [&](int64_t m, int64_t first, int64_t size, const float* values) {
-                    store(values, layer.qkv.bias, first, size, qkv + (m0 + m) * heads * D + first);
-                });
-            });
+            const auto multiply = [&](const auto& w) {
+                product(w, rows_of(w, input, n), layer.qkv.bias, qkv + m0 * heads * D, n);
+            };
+            with_weight<Widened>(layer.qkv, multiply, room);
         }
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < M; m++) {
@@ -107,21 +97,12 @@ struct Prefill {
             add_product(layer.proj, attended + m0 * H * D, own, n, layer.post_attention_norm, shape.attention_factor,
                         room);
             const bf16* input = norm(layer.norm_2, own, n);
-            with_wide_weight(layer.gate, room, [&](const auto& gate) { gated(gate, layer, input, n); });
+            gated_product(layer, input, n, room);
             add_product(layer.down, inner, own, n, layer.post_mlp_norm, shape.mlp_factor, room);
         }
     }
 
 private:
-    static int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
-    static void store(const float* values, const bf16* bias, int64_t first, int64_t size, bf16* target) {
-        if (bias)
-            for (int64_t j = 0; j < size; j++) target[j] = narrow(values[j] + widen(bias[first + j]));
-        else
-            for (int64_t j = 0; j < size; j++) target[j] = narrow(values[j]);
-    }
-
     const bf16* norm(const bf16* weight, const bf16* rows, int64_t n) {
         if (!weight) return rows;
 #pragma omp for schedule(static)
@@ -132,38 +113,26 @@ private:
 
     template <class W>
     Rows rows_of(const W& w, const bf16* rows, int64_t n) {
-        const int64_t bytes = padded(w.row_bytes());
-        if (bytes == 0) return {(const char*)rows, w.K * int64_t(sizeof(bf16))};
+        const int64_t stride = stride_of_rows(w);
+        if (w.row_bytes() == 0) return {(const char*)rows, stride};
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < n; m++) w.prepare(rows + m * w.K, prepared + m * bytes);
-        return {prepared, bytes};
-    }
-
-    // Calls f(m, first, size, values) for outputs [first, first + size) of each row m.
-    template <class W, class F>
-    void product(const W& w, const bf16* input, int64_t n, F f) {
-        const Rows rows = rows_of(w, input, n);
-        in_passes(w, n, [&](int64_t u, int64_t m0, int some, int pass, int passes) {
-            float values[ROWS * W::UNIT];
-            unit(w, u, rows, m0, some, values, ahead(w, u, pass, passes));
-            const int64_t first = u * W::UNIT, size = std::min<int64_t>(W::UNIT, w.N - first);
-            for (int m = 0; m < some; m++) f(m0 + m, first, size, values + m * W::UNIT);
-        });
+        for (int64_t m = 0; m < n; m++) w.prepare(rows + m * w.K, prepared + m * stride);
+        return {prepared, stride};
     }
 
     // own += factor * post_norm(input w^T + bias)
     void add_product(const Weight& weight, const bf16* input, bf16* own, int64_t n, const bf16* post_norm, float factor,
                      Room<bf16>& room) {
         const int64_t E = shape.E;
-        with_wide_weight(weight, room, [&](const auto& w) {
-            product(w, input, n, [&](int64_t m, int64_t first, int64_t size, const float* values) {
-                bf16* target = out + m * E + first;
-                store(values, weight.bias, first, size, target);
-                bf16* sum = own + m * E + first;
+        const auto multiply = [&](const auto& w) {
+            product(w, rows_of(w, input, n), n, [&](int64_t m, int64_t first, int64_t size, const float* values) {
+                bf16 *target = out + m * E + first, *sum = own + m * E + first;
+                store_row(values, weight.bias ? weight.bias + first : nullptr, target, size);
                 if (!post_norm)
                     for (int64_t j = 0; j < size; j++) sum[j] = add(sum[j], widen(target[j]), factor);
             });
-        });
+        };
+        with_weight<Widened>(weight, multiply, room);
         if (!post_norm) return;
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < n; m++) {
@@ -174,24 +143,17 @@ private:
     }
 
     // inner = activation(input gate^T) * (input up^T)
-    template <class W>
-    void gated(const W& gate, const Layer& layer, const bf16* input, int64_t n) {
-        static thread_local Room<bf16> room;
-        const Rows rows = rows_of(gate, input, n);
-        const auto both = [&](const W& up) {
-            in_passes(gate, n, [&](int64_t u, int64_t m0, int some, int pass, int passes) {
-                float gates[ROWS * W::UNIT], ups[ROWS * W::UNIT];
-                unit(gate, u, rows, m0, some, gates, ahead(gate, u, pass, passes));
-                unit(up, u, rows, m0, some, ups, ahead(up, u, pass, passes));
-                const int64_t first = u * W::UNIT, size = std::min<int64_t>(W::UNIT, gate.N - first);
-                for (int m = 0; m < some; m++)
-                    activate_row(gates + m * W::UNIT, ups + m * W::UNIT, inner + (m0 + m) * shape.I + first, size,
-                                 int(shape.activation));
-            });
+    void gated_product(const Layer& layer, const bf16* input, int64_t n, Room<bf16>& room) {
+        static thread_local Room<bf16> up_room;
+        const auto multiply = [&](const auto& gate) {
+            using W = std::decay_t<decltype(gate)>;
+            const Rows rows = rows_of(gate, input, n);
+            if constexpr (std::is_constructible_v<W, const Weight&>)
+                gated(gate, W(layer.up), rows, inner, n, int(shape.activation));
+            else
+                gated(gate, W(layer.up, up_room), rows, inner, n, int(shape.activation));
         };
-        with_wide_weight(layer.up, room, [&](const auto& up) {
-            if constexpr (std::is_same_v<std::decay_t<decltype(up)>, W>) both(up);
-        });
+        with_weight<Widened>(layer.gate, multiply, room);
     }
 
     // Stores the tokens of a segment that are kept.
@@ -211,14 +173,8 @@ private:
     CausalAttention attention(const Layer& layer, const Segment& segment) {
         const int64_t H = shape.H, G = shape.G, D = shape.D, width = heads * D;
         const bf16* tokens = qkv + segment.first * width;
-        CausalAttention a{H,           G,
-                          segment.T,   segment.N,
-                          D,           segment.window,
-                          shape.scale, shape.cap,
-                          tokens,      nullptr,
-                          nullptr,     layer.sinks,
-                          {D, width},  {},
-                          {},          attended + segment.first * H * D};
+        CausalAttention a{H, G, segment.T, segment.N, D, segment.window, shape.scale, shape.cap, tokens, nullptr, nullptr,
+                          layer.sinks, {D, width}, {}, {}, attended + segment.first * H * D};
         if (segment.N) {
             const int64_t at = segment.row * layer.row_stride + segment.key * D;
             a.k = layer.keys + at, a.v = layer.values + at;

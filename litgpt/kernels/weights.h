@@ -1,4 +1,5 @@
-// Products of a few rows with large weights. They wait for memory, so weights are read once, in order, by all threads.
+// Products of rows with large weights. Those of a few rows wait for memory: weights are read in order, by all threads, and
+// brought nearer ahead of time. Those of many wait for the processor, which finds a unit of the weights near.
 //
 // Letters: M rows, K inputs, N outputs. Each kind of weight computes UNIT outputs at a time for up to ROWS rows, which
 // it may want in a form of its own (`prepare`; `row_bytes` is 0 where it takes them as they are). What a row gives does
@@ -79,30 +80,6 @@ struct Blocked {
     }
 };
 
-// Weights that lie row by row: outputs are computed by fours, after the last one it again
-template <class W>
-struct ByRow {
-    static constexpr int UNIT = ROW_UNIT, PASS = ROWS;
-    static constexpr int AHEAD = 16;  // rows
-
-    template <int M>
-    void unit(int64_t u, const char* x, int64_t stride, float* y, Ahead ahead) const {
-        const W& w = *static_cast<const W*>(this);
-        for (int64_t i = 0; i < UNIT && u * UNIT + i < w.N; i += 4) {
-            int64_t rows[4];
-            for (int r = 0; r < 4; r++) rows[r] = std::min(u * UNIT + i + r, w.N - 1);
-            const char* next = ahead.passes ? (const char*)at(u) + (i + AHEAD) * w.weight_bytes() : nullptr;
-            if (ahead.start && ahead.pass == 1) next = (const char*)ahead.start + i * w.weight_bytes();
-            w.template fours<M>(rows, x, stride, y + i, next);
-        }
-    }
-
-    const void* at(int64_t u) const {
-        const W& w = *static_cast<const W*>(this);
-        return (const char*)w.w + u * UNIT * w.weight_bytes();
-    }
-};
-
 constexpr int LANES = 64;  // sums that are kept apart, so that additions need not wait for each other
 
 // The sum over k of value(k) * x(k), with `K` values
@@ -119,48 +96,82 @@ inline float sum_products(V value, X x, int64_t K) {
     return sum;
 }
 
-// bfloat16 row by row
-struct Plain : ByRow<Plain> {
-    const bf16* w;
-    int64_t K, N;
+// Weights that lie row by row; four outputs are computed at a time, where fewer are left the last one again. A kind whose
+// numbers are looked up one by one has SIZE bytes for each, gives 32 of them as bfloat16 (`load`), and a `factor` for a row.
+template <class W>
+struct ByRow {
+    static constexpr int UNIT = ROW_UNIT, PASS = ROWS;
+    static constexpr int AHEAD = 16;  // rows
 
-    Plain(const bf16* w, int64_t K, int64_t N) : w(w), K(K), N(N) {}
-
-    int64_t weight_bytes() const { return K * 2; }
+    const W& self() const { return *static_cast<const W*>(this); }
+    const char* row(int64_t n) const { return (const char*)self().w + n * self().weight_bytes(); }
+    const void* at(int64_t u) const { return row(u * UNIT); }
+    int64_t weight_bytes() const { return self().K * W::SIZE; }
     int64_t row_bytes() const { return 0; }
     void prepare(const bf16*, char*) const {}
 
     template <int M>
+    void unit(int64_t u, const char* x, int64_t stride, float* y, Ahead ahead) const {
+        for (int64_t i = 0; i < UNIT && u * UNIT + i < self().N; i += 4) {
+            int64_t rows[4];
+            for (int r = 0; r < 4; r++) rows[r] = std::min(u * UNIT + i + r, self().N - 1);
+            const char* next = ahead.passes ? row(u * UNIT + i + AHEAD) : nullptr;
+            if (ahead.start && ahead.pass == 1) next = (const char*)ahead.start + i * self().weight_bytes();
+            self().template fours<M>(rows, x, stride, y + i, next);
+        }
+    }
+
+    template <int M>
     void fours(const int64_t* n, const char* x, int64_t stride, float* y, const char* ahead) const {
+        const int64_t K = self().K;
+        const char* rows[4] = {row(n[0]), row(n[1]), row(n[2]), row(n[3])};
+        const float factors[4] = {self().factor(n[0]), self().factor(n[1]), self().factor(n[2]), self().factor(n[3])};
 #ifdef __AVX512BW__
-        const bf16* rows[4] = {w + n[0] * K, w + n[1] * K, w + n[2] * K, w + n[3] * K};
         __m512 sums[M][4];
         UNROLLED for (int m = 0; m < M; m++) UNROLLED for (int r = 0; r < 4; r++) sums[m][r] = _mm512_setzero_ps();
         for (int64_t k = 0; k < K; k += 32) {
             const __mmask32 some = k + 32 <= K ? ~0u : (1u << (K - k)) - 1;
-            if (ahead) prefetch(ahead + 8 * k, 256);
+            if (ahead) prefetch(ahead + 4 * W::SIZE * k, 128 * W::SIZE);
             __m512i weights[4];
-            UNROLLED for (int r = 0; r < 4; r++) weights[r] = _mm512_maskz_loadu_epi16(some, rows[r] + k);
+            UNROLLED for (int r = 0; r < 4; r++) weights[r] = W::load(rows[r], k, some);
             UNROLLED for (int m = 0; m < M; m++) {
                 const __m512i inputs = _mm512_maskz_loadu_epi16(some, x + m * stride + 2 * k);
                 UNROLLED for (int r = 0; r < 4; r++) sums[m][r] = add_products(sums[m][r], weights[r], inputs);
             }
         }
-        UNROLLED for (int m = 0; m < M; m++)
-            _mm_storeu_ps(y + m * UNIT, sums_of_4(sums[m][0], sums[m][1], sums[m][2], sums[m][3]));
+        UNROLLED for (int m = 0; m < M; m++) {
+            const __m128 totals = sums_of_4(sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
+            _mm_storeu_ps(y + m * UNIT, _mm_mul_ps(totals, _mm_loadu_ps(factors)));
+        }
 #else
         for (int m = 0; m < M; m++)
             for (int r = 0; r < 4; r++) {
-                const bf16 *row = (const bf16*)(x + m * stride), *weights = w + n[r] * K;
-                y[m * UNIT + r] = sum_products([&](int64_t k) { return widen(weights[k]); },
-                                               [&](int64_t k) { return widen(row[k]); }, K);
+                const bf16* inputs = (const bf16*)(x + m * stride);
+                y[m * UNIT + r] = factors[r] * sum_products([&](int64_t k) { return W::value(rows[r], k); },
+                                                            [&](int64_t k) { return widen(inputs[k]); }, K);
             }
 #endif
     }
 };
 
-// 8-bit integers row by row, and a factor for every row: bfloat16 holds them exactly
+// bfloat16 row by row
+struct Plain : ByRow<Plain> {
+    static constexpr int SIZE = 2;
+    const bf16* w;
+    int64_t K, N;
+
+    Plain(const bf16* w, int64_t K, int64_t N) : w(w), K(K), N(N) {}
+
+    float factor(int64_t) const { return 1.0f; }
+    static float value(const char* row, int64_t k) { return widen(((const bf16*)row)[k]); }
+#ifdef __AVX512BW__
+    static __m512i load(const char* row, int64_t k, __mmask32 some) { return _mm512_maskz_loadu_epi16(some, row + 2 * k); }
+#endif
+};
+
+// 8-bit integers row by row, and a factor for every row: bfloat16 holds the integers exactly
 struct Int8 : ByRow<Int8> {
+    static constexpr int SIZE = 1;
     const int8_t* w;
     const float* scale;
     int64_t K, N;
@@ -168,41 +179,11 @@ struct Int8 : ByRow<Int8> {
     Int8(const int8_t* w, const float* scale, int64_t K, int64_t N) : w(w), scale(scale), K(K), N(N) {}
     explicit Int8(const Weight& x) : Int8((const int8_t*)x.w, (const float*)x.scale, x.K, x.N) {}
 
-    int64_t weight_bytes() const { return K; }
-    int64_t row_bytes() const { return 0; }
-    void prepare(const bf16*, char*) const {}
-
-    template <int M>
-    void fours(const int64_t* n, const char* x, int64_t stride, float* y, const char* ahead) const {
-        const int8_t* rows[4] = {w + n[0] * K, w + n[1] * K, w + n[2] * K, w + n[3] * K};
+    float factor(int64_t n) const { return scale[n]; }
+    static float value(const char* row, int64_t k) { return float(((const int8_t*)row)[k]); }
 #ifdef __AVX512BW__
-        __m512 sums[M][4];
-        UNROLLED for (int m = 0; m < M; m++) UNROLLED for (int r = 0; r < 4; r++) sums[m][r] = _mm512_setzero_ps();
-        for (int64_t k = 0; k < K; k += 32) {
-            const __mmask32 some = k + 32 <= K ? ~0u : (1u << (K - k)) - 1;
-            if (ahead) prefetch(ahead + 4 * k, 128);
-            __m512i weights[4];
-            UNROLLED for (int r = 0; r < 4; r++) weights[r] = integers(_mm256_maskz_loadu_epi8(some, rows[r] + k));
-            UNROLLED for (int m = 0; m < M; m++) {
-                const __m512i inputs = _mm512_maskz_loadu_epi16(some, x + m * stride + 2 * k);
-                UNROLLED for (int r = 0; r < 4; r++) sums[m][r] = add_products(sums[m][r], weights[r], inputs);
-            }
-        }
-        const __m128 scales = _mm_setr_ps(scale[n[0]], scale[n[1]], scale[n[2]], scale[n[3]]);
-        UNROLLED for (int m = 0; m < M; m++)
-            _mm_storeu_ps(y + m * UNIT, _mm_mul_ps(sums_of_4(sums[m][0], sums[m][1], sums[m][2], sums[m][3]), scales));
-#else
-        for (int m = 0; m < M; m++)
-            for (int r = 0; r < 4; r++) {
-                const bf16* row = (const bf16*)(x + m * stride);
-                y[m * UNIT + r] = scale[n[r]] * sum_products([&](int64_t k) { return float(rows[r][k]); },
-                                                             [&](int64_t k) { return widen(row[k]); }, K);
-            }
-#endif
-    }
-
-#ifdef __AVX512BW__
-    static __m512i integers(__m256i bytes) {  // as bfloat16
+    static __m512i load(const char* row, int64_t k, __mmask32 some) {
+        const __m256i bytes = _mm256_maskz_loadu_epi8(some, row + k);
         const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
         const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
 #ifdef __AVX512BF16__
@@ -338,14 +319,14 @@ struct Int4 : ByRow<Int4<GROUP>> {
     }
 };
 
-// Calls `f` with the weight as what it is.
-template <class F>
-void with_weight(const Weight& w, F f) {
+// Calls `f` with the weight as what it is; one of 4-bit integers is a `Four`, made with what else is given.
+template <template <int> class Four, class F, class... More>
+void with_weight(const Weight& w, F f, More&... more) {
     if (w.kind == 0) return f(Blocked(w));
     if (w.kind == 1) return f(Int8(w));
-    if (w.group == 32) return f(Int4<32>(w));
-    if (w.group == 64) return f(Int4<64>(w));
-    f(Int4<128>(w));
+    if (w.group == 32) return f(Four<32>(w, more...));
+    if (w.group == 64) return f(Four<64>(w, more...));
+    f(Four<128>(w, more...));
 }
 
 // Rows in the form that a weight wants, with a stride in bytes
@@ -355,12 +336,17 @@ struct Rows {
 };
 
 template <class W>
+int64_t stride_of_rows(const W& w) {
+    return w.row_bytes() ? (w.row_bytes() + 63) / 64 * 64 : w.K * int64_t(sizeof(bf16));
+}
+
+template <class W>
 Rows rows_for(const W& w, const bf16* x, int64_t M, Room<char>& room) {
-    const int64_t bytes = (w.row_bytes() + 63) / 64 * 64;
-    if (bytes == 0) return {(const char*)x, w.K * int64_t(sizeof(bf16))};
-    char* start = room.get(M * bytes);
-    for (int64_t m = 0; m < M; m++) w.prepare(x + m * w.K, start + m * bytes);
-    return {start, bytes};
+    const int64_t stride = stride_of_rows(w);
+    if (w.row_bytes() == 0) return {(const char*)x, stride};
+    char* start = room.get(M * stride);
+    for (int64_t m = 0; m < M; m++) w.prepare(x + m * w.K, start + m * stride);
+    return {start, stride};
 }
 
 // Outputs of unit u for up to PASS rows from row m on.
@@ -406,17 +392,31 @@ Ahead ahead(const W& w, int64_t u, int pass, int passes) {
     return {passes > 1 && u + 1 < units(w) ? w.at(u + 1) : nullptr, pass, passes};
 }
 
+// y (n,) = values + bias
+inline void store_row(const float* values, const bf16* bias, bf16* y, int64_t n) {
+    if (bias)
+        for (int64_t j = 0; j < n; j++) y[j] = narrow(values[j] + widen(bias[j]));
+    else
+        for (int64_t j = 0; j < n; j++) y[j] = narrow(values[j]);
+}
+
+// x (M, K) w^T, called by all threads of a team: f(m, first, size, values) gets outputs [first, first + size) of row m.
+template <class W, class F>
+void product(const W& w, const Rows& x, int64_t M, F f) {
+    constexpr int UNIT = W::UNIT;
+    in_passes(w, M, [&](int64_t u, int64_t m0, int rows, int pass, int passes) {
+        float values[ROWS * UNIT];
+        unit(w, u, x, m0, rows, values, ahead(w, u, pass, passes));
+        const int64_t first = u * UNIT, size = std::min<int64_t>(UNIT, w.N - first);
+        for (int m = 0; m < rows; m++) f(m0 + m, first, size, values + m * UNIT);
+    });
+}
+
 // y (M, N) = x (M, K) w^T + bias, called by all threads of a team
 template <class W>
 void product(const W& w, const Rows& x, const bf16* bias, bf16* y, int64_t M) {
-    constexpr int UNIT = W::UNIT;
-    in_passes(w, M, [&](int64_t u, int64_t m0, int rows, int pass, int passes) {
-        float out[ROWS * UNIT];
-        unit(w, u, x, m0, rows, out, ahead(w, u, pass, passes));
-        const int64_t first = u * UNIT, size = std::min<int64_t>(UNIT, w.N - first);
-        for (int m = 0; m < rows; m++)
-            for (int64_t j = 0; j < size; j++)
-                y[(m0 + m) * w.N + first + j] = narrow(out[m * UNIT + j] + (bias ? widen(bias[first + j]) : 0.0f));
+    product(w, x, M, [&](int64_t m, int64_t first, int64_t size, const float* values) {
+        store_row(values, bias ? bias + first : nullptr, y + m * w.N + first, size);
     });
 }
 

@@ -5,7 +5,7 @@ import torch
 from tiny import VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
 from litgpt.generate.answer import Answer
-from litgpt.generate.engine import Engine, decode, prepare_caches
+from litgpt.generate.engine import Engine, decode, prefill, prepare_caches
 from litgpt.generate.request import Request
 from litgpt.generate.sampling import Sampling
 
@@ -23,6 +23,24 @@ def counted(model):
     sizes = []
     model.set_start_of_layer_hook(lambda x, block_idx, input_pos: block_idx == 0 and sizes.append(tuple(x.shape[:2])))
     return sizes
+
+
+@pytest.mark.parametrize(
+    ("lengths", "chunksize", "expected"),
+    [
+        ((3, 9, 3, 7), None, [(1, 22)]),  # what is short, together
+        ((3, 9, 3, 7), 10, [(2, 3), (1, 7), (1, 9)]),  # of as many tokens as a call may have
+        ((12, 5, 12), 5, [(1, 5), (2, 5), (2, 5), (2, 2)]),  # what is too long for a call, those alike together
+        ((1100, 1100, 30), None, [(1, 30), (2, 1100)]),
+    ],
+)
+def test_prompts_go_through_the_model_in_few_calls(lengths, chunksize, expected):
+    model = tiny_gpt(block_size=2000, n_layer=1)
+    model.set_kv_caches(len(lengths), max_seq_length=1200)
+    sizes = counted(model)
+    logits = prefill(model, [torch.randint(0, 90, (length,)) for length in lengths], chunksize)
+    assert len(logits) == len(lengths)
+    assert sizes == expected
 
 
 def test_samples_of_one_prompt_share_its_prefill_also_when_they_join_others():

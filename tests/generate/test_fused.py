@@ -127,12 +127,12 @@ needs_fast_products = pytest.mark.skipif(not ops.multiplies_fast(), reason="many
 
 @needs_fast_products
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mode", [None, "int8", "int4"])
+@pytest.mark.parametrize("mode", [None, "int8", "int4", "int4 in groups of 64"])
 def test_many_tokens(family, mode):
     """In calls that begin sequences or go on, of more tokens than are a block of products, with windows and without."""
     model = bf16_gpt(**FAMILIES[family], block_size=800)
     if mode is not None:
-        quantize_model(model, mode)
+        quantize_model(model, mode[:4], 64 if "64" in mode else 32)
     calls = [300, 1, 40, 20, 2]
     expected = run(model, calls, batch_size=2)
     speed_up_decode(model)
@@ -140,6 +140,16 @@ def test_many_tokens(family, mode):
     assert_same(run(model, calls, batch_size=2), expected)
     evicting = any(cache.policy.evicts for cache in model.kv_caches())  # chunks that evict are left to `run_layers`
     assert done == [True, True, not evicting, not evicting, True]
+
+
+@needs_fast_products
+def test_single_tokens_of_many_rows_do_not_have_whole_caches_laid_out():
+    model = bf16_gpt()
+    expected = run(model, [3, 1, 1], batch_size=ops.MAX_ROWS + 4)
+    speed_up_decode(model)
+    done = count(model)
+    assert_same(run(model, [3, 1, 1], batch_size=ops.MAX_ROWS + 4), expected)
+    assert done == [True, False, False]
 
 
 @needs_fast_products
