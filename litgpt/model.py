@@ -66,11 +66,13 @@ class GPT(nn.Module):
         self._short_context = short_context(config.rope_adjustments)
         self._long_rope = False  # with LongRoPE: sequences in the caches are turned by the long factors,
         self._long_table = False  # and so is the table
+        self._turns: list[Rope] = []  # the table as layers want it, in the model's dtype
+        self._turns_of: torch.Tensor | None = None  # and the one that it was made of
         self._start_of_layer_hook: StartOfLayerHook | None = config.start_of_layer_hook
         self.default_kv_caches = False  # True: made by `set_kv_caches`, which may replace them
         self.layer_devices: list[torch.device] | None = None  # where blocks are, if not all are where the embedding is
         self.static_decode = False  # plan single tokens with shapes that stay the same, for compiled `fast_layers`
-        # a faster `run_layers`, which gives None for calls that it is not made for
+        # a faster `run_layers`, also given the tokens that are wanted; None where it is not made for a call
         self.fast_layers: Callable[..., torch.Tensor | None] | None = None
 
     @property
@@ -107,10 +109,10 @@ class GPT(nn.Module):
                 go on at their own lengths. (A tensor of consecutive positions is accepted, as LitGPT has it.)
             lm_head_chunk_size: if positive, return a list of logits for chunks of that many tokens.
             skip_lm_head: return the final norm's output instead of logits.
-            last_token_only: compute logits for the last token only, (B, 1, V).
+            last_token_only: give the output of the last token only, (B, 1, V).
             rows: rows of the caches that the B rows of `idx` stand for (None: the first B).
             row_sizes: tokens that each of `rows` gets, if not all get as many. Then `idx` is (1, sum(row_sizes)), one row's
-                tokens after the other's, and so is the output; that of `last_token_only` is (rows, 1, V).
+                tokens after the other's, and so is the output; with `last_token_only` it is (rows, 1, V).
             input_pos_maxp1: not needed; accepted for scripts written for LitGPT.
 
         Returns:
@@ -134,12 +136,13 @@ class GPT(nn.Module):
             if T > self.max_seq_length:
                 raise ValueError(f"{T} tokens are more than max_seq_length = {self.max_seq_length}")
             x = self.run_layers(idx, self._rope_rows(0, T, self.needs_long_rope(T)), None, None)
+            x = x[:, -1:] if last_token_only else x
         else:
-            x = self._run_with_caches(idx, _first_position(input_pos), rows, row_sizes)
+            sizes = [T] * B if row_sizes is None else row_sizes
+            wanted = [end - 1 for end in accumulate(sizes)] if last_token_only and T > 1 else None
+            x = self._run_with_caches(idx, _first_position(input_pos), rows, row_sizes, wanted)
         if skip_lm_head:
             return x
-        if last_token_only:
-            x = x[:, -1:] if row_sizes is None else x[0, _last_of(row_sizes), None]
         if lm_head_chunk_size > 0:
             return [self.logits(chunk) for chunk in x.split(lm_head_chunk_size, dim=1)]
         return self.logits(x)
@@ -182,8 +185,14 @@ class GPT(nn.Module):
         return do_softcapping(logits, self.config.final_logit_softcapping)
 
     def _run_with_caches(
-        self, idx: torch.Tensor, input_pos: int, rows: Sequence[int] | None, row_sizes: Sequence[int] | None
+        self,
+        idx: torch.Tensor,
+        input_pos: int,
+        rows: Sequence[int] | None,
+        row_sizes: Sequence[int] | None,
+        wanted: Sequence[int] | None,
     ) -> torch.Tensor:
+        """`run_layers` with the caches. Of the tokens `wanted`, counted through all rows, the output is (wanted, 1, E)."""
         B, T = idx.shape
         caches = self.kv_caches()
         if len(caches) != self.config.n_layer:
@@ -218,9 +227,10 @@ class GPT(nn.Module):
             rope = self._rope_rows(starts[0] if len(set(starts)) == 1 else starts, T, self._long_rope)
         fast = self.fast_layers if self._start_of_layer_hook is None else None
         try:
-            x = None if fast is None else fast(idx, rope, plans, input_pos)
+            x = None if fast is None else fast(idx, rope, plans, input_pos, wanted)
             if x is None:
                 x = self.run_layers(idx, rope, plans, input_pos)
+                x = x if wanted is None else x.flatten(0, 1)[wanted, None]
         except BaseException:
             for cache in caches:
                 cache.clear()  # slots may be half written: better empty than wrong
@@ -299,27 +309,34 @@ class GPT(nn.Module):
             length = 2 * stop if stop > self.max_seq_length else min(self.max_seq_length, 2 * stop)
             with torch.inference_mode(False):  # the table outlives the call that makes it
                 self.cos, self.sin = self.rope_cache(length, device=weight.device)
+        if self._turns_of is not self.cos or self._turns[0][0].dtype != self.dtype:
+            with torch.inference_mode(False):
+                self._turns, self._turns_of = self._turns_from_table(), self.cos
         if isinstance(start, int):
-            cos, sin = self.cos[start:stop].unsqueeze(0), self.sin[start:stop].unsqueeze(0)
+            return [(cos[None, None, start:stop], sin[None, None, start:stop]) for cos, sin in self._turns]
+        if isinstance(T, int):
+            positions = torch.tensor(list(start))[:, None] + torch.arange(T)
         else:
-            if isinstance(T, int):
-                positions = torch.tensor(list(start))[:, None] + torch.arange(T)
-            else:
-                positions = torch.cat([torch.arange(a, a + size) for a, size in zip(start, T, strict=True)])[None]
-            positions = positions.to(weight.device)
-            cos, sin = self.cos[positions], self.sin[positions]
-        if cos.ndim == 3:
+            positions = torch.cat([torch.arange(a, a + size) for a, size in zip(start, T, strict=True)])[None]
+        positions = positions.to(weight.device).unsqueeze(1)
+        return [(cos[positions], sin[positions]) for cos, sin in self._turns]
+
+    def _turns_from_table(self) -> list[Rope]:
+        """Cosines and signed sines (positions, rope_n_elem) of every table, in the model's dtype."""
+        cos, sin = self.cos.to(self.dtype), self.sin.to(self.dtype)
+        if cos.ndim == 2:
             cos, sin = cos.unsqueeze(-1), sin.unsqueeze(-1)
-        cos, sin = cos.unsqueeze(1).to(self.dtype), sin.unsqueeze(1).to(self.dtype)
-        left, right = sin.chunk(2, dim=3)
-        sin = torch.cat((-left, right), dim=3)
-        return list(zip(cos.unbind(-1), sin.unbind(-1), strict=True))
+        left, right = sin.chunk(2, dim=1)
+        sin = torch.cat((-left, right), dim=1)
+        return [(c.contiguous(), s.contiguous()) for c, s in zip(cos.unbind(-1), sin.unbind(-1), strict=True)]
 
     # -- key-value caches
 
     def kv_caches(self) -> list[KVCache]:
         """The layers' caches, those there are."""
-        caches = [block.attn.kv_cache for block in self.transformer.h]
+        # not `block.attn.kv_cache`, which takes three times as long, several times in every step
+        blocks = self.transformer.h._modules.values()
+        caches = [block._modules["attn"]._modules.get("kv_cache") for block in blocks]
         return [cache for cache in caches if cache is not None]
 
     def are_kv_caches_assigned(self) -> bool:
@@ -807,11 +824,6 @@ class RMSNorm(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.weight, 0.0 if self.add_unit_offset else 1.0)
-
-
-def _last_of(row_sizes: Sequence[int]) -> list[int]:
-    """Where the last token of each row is, if rows lie one after the other."""
-    return [end - 1 for end in accumulate(row_sizes)]
 
 
 def _first_position(input_pos: int | torch.Tensor) -> int:

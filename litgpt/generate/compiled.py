@@ -1,9 +1,12 @@
 """Compiled decoding: one graph for the step of one token, whatever the position."""
 
+from collections.abc import Sequence
+
 import torch
 
 from litgpt.kvcache.plan import Plan
 from litgpt.model import GPT
+from litgpt.rope import Rope
 
 
 def compile_decode(model: GPT) -> None:
@@ -16,8 +19,10 @@ def compile_decode(model: GPT) -> None:
     on_gpu = model.transformer.wte.weight.is_cuda
     step = torch.compile(model.run_layers, fullgraph=True, mode="reduce-overhead" if on_gpu else None)
 
-    def decode(idx: torch.Tensor, rope: torch.Tensor, plans: list[Plan], input_pos: int) -> torch.Tensor | None:
-        if idx.shape[1] > 1 or any(part.rows is not None for plan in plans for part in plan.parts):
+    def decode(
+        idx: torch.Tensor, rope: list[Rope], plans: list[Plan], input_pos: int, wanted: Sequence[int] | None = None
+    ) -> torch.Tensor | None:
+        if idx.shape[1] > 1 or wanted is not None or any(part.rows is not None for plan in plans for part in plan.parts):
             return None
         for plan in plans:
             for part in plan.parts:

@@ -162,7 +162,7 @@ def _prefill_rows(
         chunk = idx[:, done : done + size]
         if done + size == T:
             return model(chunk, start + done, last_token_only=True, rows=rows)[:, -1]
-        model(chunk, start + done, skip_lm_head=True, rows=rows)
+        model(chunk, start + done, skip_lm_head=True, last_token_only=True, rows=rows)
         done += size
 
 

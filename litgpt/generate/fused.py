@@ -6,6 +6,7 @@ It is `GPT.run_layers` made of the same weights, caches and plans; where somethi
 
 import ctypes
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -53,12 +54,13 @@ class FusedLayers:
             *(config.norm_qk and config.norm_qk_type == "olmo2", config.norm_eps, config.norm_unit_offset),
             *(attention_scale(config), config.attention_logit_softcapping or 0.0),
             *(getattr(first.post_attention_norm, "factor", 1.0), getattr(first.post_mlp_norm, "factor", 1.0)),
+            model.transformer.ln_f.weight.data_ptr(),
         )
         self.plans = (StepPlan * len(layers))()
         self.room = 2 * (config.n_head + config.n_query_groups) * config.head_size  # numbers for a token of a prefill
         self.caches: list[weakref.ref[KVCache]] = []  # whose buffers the layers have
         self.places: list[tuple[int, int]] = []
-        modules = [module for block in self.blocks for module in block.modules()]
+        modules = [module for block in self.blocks for module in block.modules()] + [model.transformer.ln_f]
         # what the layers' addresses are those of: of every module one tensor, for they move together
         own = {id(x) for cache in model.kv_caches() for x in cache.buffers()}
         tensors = [
@@ -72,7 +74,12 @@ class FusedLayers:
         self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
     def __call__(
-        self, idx: torch.Tensor, rope: list[RopeRows], plans: list[Plan], input_pos: int
+        self,
+        idx: torch.Tensor,
+        rope: list[RopeRows],
+        plans: list[Plan],
+        input_pos: int,
+        wanted: Sequence[int] | None = None,
     ) -> torch.Tensor | None:
         B, T = idx.shape
         if any(self.hooks) or not self._is_current():
@@ -97,13 +104,18 @@ class FusedLayers:
         ropes = (Rope * len(tables))(
             *(Rope(cos.data_ptr(), sin.data_ptr(), cos.stride(0) if len(cos) > 1 else 0) for cos, sin in tables)
         )
-        x = self.model.embed(idx).contiguous()
-        room = x.new_empty(B * T * self.room if self.plans[0].n_segments else 0)
+        x, room, rows = self.model.embed(idx).contiguous(), None, None
+        if self.plans[0].n_segments:
+            room = x.new_empty(B * T * self.room)
+            rows = None if wanted is None else (ctypes.c_int64 * len(wanted))(*wanted)
         library().run_layers(
             *(ctypes.byref(self.shape), self.layers, len(self.layers), self.plans, ropes),
-            *(x.data_ptr(), room.data_ptr(), B, T),
+            *(x.data_ptr(), address(room), B, T, rows, 0 if rows is None else len(rows)),
         )
-        return self.model.transformer.ln_f(x)
+        if wanted is None:
+            return x
+        x = x.view(-1, x.shape[-1])
+        return (x[wanted] if rows is None else x[: len(rows)])[:, None]
 
     def _is_current(self) -> bool:
         """Whether the layers are still those that `fuse_layers` found, and their weights where they were."""
@@ -130,7 +142,7 @@ class FusedLayers:
 
 
 def _place(cache: KVCache) -> tuple[int, int]:
-    buffers = cache.storage._buffers
+    buffers = cache._modules["storage"]._buffers
     return buffers["k"].data_ptr(), buffers["v"].data_ptr()
 
 
@@ -265,4 +277,5 @@ def _is_known(model: GPT) -> bool:
         and not config.parallel_residual
         and config.head_size <= ops.MAX_HEAD_SIZE
         and config.rope_n_elem <= config.head_size
+        and type(model.transformer.ln_f) is RMSNorm
     )

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 
 LogitsProcessor = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
@@ -173,8 +174,14 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
     """The likeliest token of each row of logits (B, V), the first of equally likely ones: (B,) int64."""
     if logits.device.type != "cpu":
         return logits.argmax(dim=-1)
-    # torch's own takes up to ten times as long
-    return torch.from_numpy(logits.detach().float().numpy().argmax(axis=-1))
+    # by numpy, since torch's own takes up to ten times as long
+    logits = logits.detach()
+    if logits.dtype == torch.bfloat16:  # positive ones are ordered as their bits are
+        bits = logits.view(torch.int16).numpy()
+        tokens = bits.argmax(axis=-1)
+        if (np.take_along_axis(bits, tokens[:, None], axis=-1) > 0).all():
+            return torch.from_numpy(tokens)
+    return torch.from_numpy(logits.float().numpy().argmax(axis=-1))
 
 
 def pick(probs: torch.Tensor, chances: torch.Tensor | None = None) -> torch.Tensor:

@@ -51,16 +51,16 @@ inline float squash(float score, float cap) {
     return cap * (1.0f - 2.0f / (1.0f + exponential(std::min(2.0f * score / cap, 80.0f))));
 }
 
-// Adds n values, with R weights each, in numbers [d0, d0 + 16 V) of their D: out (R, D).
+// Adds n values, with R weights each, in numbers [d0, d0 + 16 V) of their D: out (R, D). The keys `ahead` are brought nearer.
 #ifdef __AVX512BW__
 template <int R, int V>
-inline void add_values(const float (*weights)[SPLIT], const bf16* k, int64_t k_stride, const bf16* v, int64_t v_stride,
-                       int64_t n, int64_t D, int64_t d0, float* out) {
+inline void add_values(const float (*weights)[SPLIT], const bf16* ahead, int64_t k_stride, const bf16* v,
+                       int64_t v_stride, int64_t n, int64_t D, int64_t d0, float* out) {
     __m512 sums[R][V];
     UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int i = 0; i < V; i++) sums[r][i] = _mm512_setzero_ps();
     for (int64_t j = 0; j < n; j++) {
         __m512 values[V];
-        prefetch(k + (SPLIT + j) * k_stride + d0, 32 * V);
+        prefetch(ahead + j * k_stride + d0, 32 * V);
         UNROLLED for (int i = 0; i < V; i++) values[i] = widen_16(v + j * v_stride + d0 + 16 * i);
         UNROLLED for (int r = 0; r < R; r++) {
             const __m512 weight = _mm512_set1_ps(weights[r][j]);
@@ -74,7 +74,7 @@ inline void add_values(const float (*weights)[SPLIT], const bf16* k, int64_t k_s
 
 // Attention from R queries over n keys, SPLIT at most: their maxima, sums and weighted values.
 template <int R, int D0>
-void attend_part(const bf16* q, const bf16* k, const bf16* v, int64_t k_stride, int64_t v_stride,
+void attend_part(const bf16* q, const bf16* k, const bf16* v, const bf16* ahead, int64_t k_stride, int64_t v_stride,
                  const bf16* const* bias, int64_t n, int64_t any_D, float scale, float cap, float* top, float* total,
                  float* out) {
     const int64_t D = D0 ? D0 : any_D;
@@ -117,8 +117,8 @@ void attend_part(const bf16* q, const bf16* k, const bf16* v, int64_t k_stride, 
         total[r] = weigh(s, top + r, SPLIT);
     }
 #ifdef __AVX512BW__
-    for (; d0 + 64 <= D; d0 += 64) add_values<R, 4>(scores, k, k_stride, v, v_stride, n, D, d0, out);
-    for (; d0 + 16 <= D; d0 += 16) add_values<R, 1>(scores, k, k_stride, v, v_stride, n, D, d0, out);
+    for (; d0 + 64 <= D; d0 += 64) add_values<R, 4>(scores, ahead, k_stride, v, v_stride, n, D, d0, out);
+    for (; d0 + 16 <= D; d0 += 16) add_values<R, 1>(scores, ahead, k_stride, v, v_stride, n, D, d0, out);
 #endif
     for (int r = 0; d0 < D && r < R; r++) {
         float sums[MAX_D] = {};
@@ -130,12 +130,44 @@ void attend_part(const bf16* q, const bf16* k, const bf16* v, int64_t k_stride, 
 }
 
 template <int R>
-void attend_rows(const bf16* q, const bf16* k, const bf16* v, int64_t k_stride, int64_t v_stride,
+void attend_rows(const bf16* q, const bf16* k, const bf16* v, const bf16* ahead, int64_t k_stride, int64_t v_stride,
                  const bf16* const* bias, int64_t n, int64_t D, float scale, float cap, float* top, float* total,
                  float* out) {
     const auto run = D == 64 ? attend_part<R, 64> : D == 128 ? attend_part<R, 128> : attend_part<R, 0>;
-    run(q, k, v, k_stride, v_stride, bias, n, D, scale, cap, top, total, out);
+    run(q, k, v, ahead, k_stride, v_stride, bias, n, D, scale, cap, top, total, out);
 }
+
+// Pieces of SPLIT keys that some query of their row sees, by rows and groups of heads: in a ragged batch, none beyond a row's
+// own length.
+struct Pieces {
+    struct Piece {
+        int64_t b, g, n0;
+    };
+    std::vector<Piece> all;
+    std::vector<int64_t> first;  // of each row's group; and the end
+
+    void find(int64_t B, int64_t G, int64_t T, int64_t N, const bf16* bias, const int64_t* bias_strides) {
+        all.clear(), first.assign(1, 0);
+        for (int64_t b = 0; b < B; b++) {
+            std::vector<int64_t> seen;
+            for (int64_t n0 = 0; n0 < N; n0 += SPLIT) {
+                const bf16* own = bias ? bias + b * bias_strides[0] + n0 : nullptr;
+                if (is_seen(own, bias_strides[1], T, std::min<int64_t>(SPLIT, N - n0))) seen.push_back(n0);
+            }
+            for (int64_t g = 0; g < G; g++) {
+                for (int64_t n0 : seen) all.push_back({b, g, n0});
+                first.push_back(int64_t(all.size()));
+            }
+        }
+    }
+
+private:
+    static bool is_seen(const bf16* bias, int64_t stride, int64_t T, int64_t n) {
+        for (int64_t t = 0; bias && t < T; t++)
+            if (!std::all_of(bias + t * stride, bias + t * stride + n, [](bf16 x) { return x == HIDDEN; })) return true;
+        return !bias;
+    }
+};
 
 // Attention of one call, in the order in which a team of threads does it: `parts`, then `combine`.
 struct Attention {
@@ -146,57 +178,48 @@ struct Attention {
     const bf16* bias;
     int64_t bias_strides[2];  // of rows, queries
     const bf16* sinks;
-    float *sums, *tops, *totals;
-    bf16* queries;  // (B, H, T, D)
+    const Pieces* pieces;
+    float *sums, *tops, *totals;  // of each piece, by the queries that share it
+    bf16* queries;                // (B, H, T, D)
 
     int64_t shared() const { return H / G * T; }  // queries that attend to the same keys
-    int64_t splits() const { return (N + SPLIT - 1) / SPLIT; }
-    int64_t room() const { return B * G * splits() * shared() * (D + 2) + (B * H * T * D + 1) / 2; }
+    int64_t results() const { return int64_t(pieces->all.size()) * shared(); }
+    int64_t room() const { return results() * (D + 2) + (B * H * T * D + 1) / 2; }
 
     void settle(float* room) {
         sums = room;
-        tops = sums + B * G * splits() * shared() * D;
-        totals = tops + B * G * splits() * shared();
-        queries = (bf16*)(totals + B * G * splits() * shared());
+        tops = sums + results() * D;
+        totals = tops + results();
+        queries = (bf16*)(totals + results());
     }
 
     void parts() const {
-        if (!bias) {
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < B * G * splits(); i++) part(i);
-        } else {  // of rows of different lengths, nobody knows who has less to do
-#pragma omp for schedule(dynamic, 3)
-            for (int64_t i = 0; i < B * G * splits(); i++) part(i);
-        }
+        for (int64_t i = 0; i < int64_t(pieces->all.size()); i++) part(i);
     }
 
-    // What the queries of a group get from SPLIT keys
+    const bf16* keys(const Pieces::Piece& p) const {
+        return k + p.b * k_strides[0] + p.g * k_strides[1] + p.n0 * k_strides[2];
+    }
+
+    // What the queries of a group get from a piece
     void part(int64_t i) const {
-        const int64_t group = i / splits(), b = group / G, g = group % G, n0 = i % splits() * SPLIT;
-        const int64_t n = std::min<int64_t>(SPLIT, N - n0);
-        const bf16* keys = k + b * k_strides[0] + g * k_strides[1] + n0 * k_strides[2];
-        const bf16* values = v + b * v_strides[0] + g * v_strides[1] + n0 * v_strides[2];
+        const Pieces::Piece& p = pieces->all[i];
+        const int64_t n = std::min<int64_t>(SPLIT, N - p.n0), group = p.b * G + p.g;
+        const bf16* values = v + p.b * v_strides[0] + p.g * v_strides[1] + p.n0 * v_strides[2];
+        const bf16* ahead = keys(i + 1 < int64_t(pieces->all.size()) ? pieces->all[i + 1] : p);
         for (int64_t r = 0; r < shared(); r += 4) {
             const int count = int(std::min<int64_t>(4, shared() - r));
             const bf16* rows_bias[4];
-            bool seen = false;
-            for (int c = 0; c < count; c++) {
-                rows_bias[c] = bias ? bias + b * bias_strides[0] + (r + c) % T * bias_strides[1] + n0 : nullptr;
-                seen =
-                    seen || !bias || !std::all_of(rows_bias[c], rows_bias[c] + n, [](bf16 x) { return x == HIDDEN; });
-            }
-            const int64_t at = i * shared() + r;
-            if (!seen) {  // in a ragged batch, what is beyond a row's own length
-                std::fill_n(totals + at, count, 0.0f);
-                std::fill_n(tops + at, count, -INFINITY);
-                continue;
-            }
+            for (int c = 0; c < count; c++)
+                rows_bias[c] = bias ? bias + p.b * bias_strides[0] + (r + c) % T * bias_strides[1] + p.n0 : nullptr;
             const auto run = count == 1   ? attend_rows<1>
                              : count == 2 ? attend_rows<2>
                              : count == 3 ? attend_rows<3>
                                           : attend_rows<4>;
-            run(queries + (group * shared() + r) * D, keys, values, k_strides[2], v_strides[2], rows_bias, n, D, scale,
-                cap, tops + at, totals + at, sums + at * D);
+            const int64_t at = i * shared() + r;
+            run(queries + (group * shared() + r) * D, keys(p), values, ahead, k_strides[2], v_strides[2], rows_bias, n, D,
+                scale, cap, tops + at, totals + at, sums + at * D);
         }
     }
 
@@ -204,11 +227,12 @@ struct Attention {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < B * H * T; row++) {
             const int64_t group = row / shared(), r = row % shared(), b = group / G, h = row / T % H, t = row % T;
-            float most = sinks ? widen(sinks[h]) : -INFINITY, out[MAX_D] = {};
-            for (int64_t s = 0; s < splits(); s++) most = std::max(most, tops[(group * splits() + s) * shared() + r]);
+            const int64_t begin = pieces->first[group] * shared() + r, end = pieces->first[group + 1] * shared();
+            float most = sinks ? widen(sinks[h]) : -INFINITY, out[MAX_D];
+            for (int64_t at = begin; at < end; at += shared()) most = std::max(most, tops[at]);
             float total = sinks ? exponential(widen(sinks[h]) - most) : 0.0f;
-            for (int64_t s = 0; s < splits(); s++) {
-                const int64_t at = (group * splits() + s) * shared() + r;
+            std::fill_n(out, D, 0.0f);
+            for (int64_t at = begin; at < end; at += shared()) {
                 if (totals[at] == 0) continue;
                 const float factor = exponential(tops[at] - most);
                 total += factor * totals[at];

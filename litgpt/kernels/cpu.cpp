@@ -50,9 +50,11 @@ void rms_norm(const bf16* x, const bf16* weight, bf16* y, int64_t rows, int64_t 
 void attend(const bf16* q, const bf16* k, const bf16* v, const bf16* bias, const bf16* sinks, bf16* y, int64_t B,
             int64_t H, int64_t G, int64_t T, int64_t N, int64_t D, const int64_t* strides, float scale, float cap) {
     static thread_local Room<float> room;
+    static thread_local Pieces pieces;
     const int64_t *qs = strides, *ks = strides + 3, *vs = strides + 6, *bs = strides + 9;
+    pieces.find(B, G, T, N, bias, bs);
     Attention a{B, H, G, T, N, D, scale, cap, k, v, {ks[0], ks[1], ks[2]}, {vs[0], vs[1], vs[2]}, bias, {bs[0], bs[1]},
-                sinks, nullptr, nullptr, nullptr, nullptr};
+                sinks, &pieces};
     a.settle(room.get(a.room()));
     for (int64_t b = 0; b < B; b++)
         for (int64_t h = 0; h < H; h++)
@@ -89,12 +91,12 @@ int multiplies_fast() {
 #endif
 }
 
-// x (B, T, E) through all layers, in place.
-// `room` (B T (2 H + 2 G) D) is needed where plans have segments.
+// x (B, T, E) through all layers and the final norm, in place.
+// Where plans have segments, `room` (B T (2 H + 2 G) D) is needed, and `wanted` tokens are as in `run_many`.
 void run_layers(const Shape* shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes,
-                bf16* x, bf16* room, int64_t B, int64_t T) {
+                bf16* x, bf16* room, int64_t B, int64_t T, const int64_t* wanted, int64_t n_wanted) {
     if (plans->n_segments)
-        run_many(*shape, layers, n_layers, plans, ropes, x, room, B, T);
+        run_many(*shape, layers, n_layers, plans, ropes, x, room, B, T, wanted, n_wanted);
     else
         run_few(*shape, layers, n_layers, plans, ropes, x, B, T);
 }

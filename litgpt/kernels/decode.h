@@ -23,7 +23,7 @@ inline void add_rows(bf16* x, const bf16* y, const bf16* norm, float factor, int
     for (int64_t i = 0; i < M * E; i++) x[i] = add(x[i], widen(y[i]), factor);
 }
 
-// x (B, T, E) through all layers, in place. Threads meet only where one needs what another has computed; what is small,
+// x (B, T, E) through all layers and the final norm, in place. Threads meet only where one needs what another has computed; what is small,
 // each computes for itself.
 inline void run_few(const Shape& shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes,
                     bf16* x, int64_t B, int64_t T) {
@@ -32,6 +32,13 @@ inline void run_few(const Shape& shape, const Layer* layers, int64_t n_layers, c
     static thread_local Room<float> attention_room;
     bf16 *qkv = shared.get(M * (heads * D + H * D + E + shape.I)), *attended = qkv + M * heads * D,
          *out = attended + M * H * D, *inner = out + M * E;
+    int64_t n_plans = 0;
+    for (int64_t l = 0; l < n_layers; l++) n_plans = std::max(n_plans, layers[l].plan + 1);
+    static thread_local std::vector<Pieces> all_pieces;
+    if (int64_t(all_pieces.size()) < n_plans) all_pieces.resize(n_plans);
+    for (int64_t p = 0; p < n_plans; p++)
+        all_pieces[p].find(B, G, T, plans[p].N, plans[p].bias, plans[p].bias_strides);
+    Pieces* pieces = all_pieces.data();
     const auto attention_of = [&](const Layer& layer) {
         const StepPlan& plan = plans[layer.plan];
         return Attention{B,
@@ -49,10 +56,7 @@ inline void run_few(const Shape& shape, const Layer* layers, int64_t n_layers, c
                          plan.bias,
                          {plan.bias_strides[0], plan.bias_strides[1]},
                          layer.sinks,
-                         nullptr,
-                         nullptr,
-                         nullptr,
-                         nullptr};
+                         pieces + layer.plan};
     };
     int64_t most = 0;
     for (int64_t l = 0; l < n_layers; l++) most = std::max(most, attention_of(layers[l]).room());
@@ -106,7 +110,11 @@ inline void run_few(const Shape& shape, const Layer* layers, int64_t n_layers, c
             team_product(layer.down, inner, out, M, room);
             add_rows(own, out, layer.post_mlp_norm, shape.mlp_factor, M, shape, post);
         }
-#pragma omp single
-        std::memcpy(x, own, M * E * sizeof(bf16));
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < M; m++)
+            if (shape.final_norm)
+                norm_row(own + m * E, shape.final_norm, x + m * E, E, shape.eps, shape.norm_offset);
+            else
+                std::memcpy(x + m * E, own + m * E, E * sizeof(bf16));
     }
 }

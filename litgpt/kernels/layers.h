@@ -9,6 +9,7 @@ constexpr int MAX_D = 256;  // most numbers of a head
 struct Shape {
     int64_t E, H, G, D, I, rope_n, interleave, activation, norm_all_heads;
     float eps, norm_offset, scale, cap, attention_factor, mlp_factor;
+    const bf16* final_norm;  // after the last layer; null: none
 };
 
 struct Layer {

@@ -25,7 +25,7 @@ _SIGNATURES = {
     "linear_int8": [_POINTER] * 5 + [_COUNT] * 3,
     "linear_int4": [_POINTER] * 6 + [_COUNT] * 4,
     "gated_mlp_blocked": [_POINTER] * 4 + [_COUNT] * 4 + [ctypes.c_int],
-    "run_layers": [_POINTER, _POINTER, _COUNT] + [_POINTER] * 4 + [_COUNT] * 2,
+    "run_layers": [_POINTER, _POINTER, _COUNT] + [_POINTER] * 4 + [_COUNT] * 2 + [_POINTER, _COUNT],
     "multiplies_fast": [],
     "rms_norm": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT] * 2,
     "attend_causally": [_POINTER] * 5 + [_COUNT] * 7 + [_POINTER] + [_FLOAT] * 2,

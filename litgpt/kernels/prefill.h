@@ -59,8 +59,9 @@ struct Prefill {
         prepared = prepared_room.get(BLOCK * most);
     }
 
-    // One layer, called by all threads of a team.
-    void run(const Layer& layer, const StepPlan& plan) {
+    // One layer, called by all threads of a team. With `wanted` (ascending), what follows attention is done for those tokens
+    // only, which are then the first ones of x.
+    void run(const Layer& layer, const StepPlan& plan, const int64_t* wanted, int64_t n_wanted) {
         const int64_t E = shape.E, H = shape.H, G = shape.G, D = shape.D;
         static thread_local Room<bf16> room;
         for (int64_t m0 = 0; m0 < M; m0 += BLOCK) {
@@ -91,8 +92,14 @@ struct Prefill {
             const int64_t s = std::upper_bound(ends.begin(), ends.end(), i) - ends.begin();
             attentions[s].run(i - (s ? ends[s - 1] : 0));
         }
-        for (int64_t m0 = 0; m0 < M; m0 += BLOCK) {
-            const int64_t n = std::min(BLOCK, M - m0);
+#pragma omp single
+        for (int64_t i = 0; wanted && i < n_wanted; i++) {
+            std::memmove(x + i * E, x + wanted[i] * E, E * sizeof(bf16));
+            std::memmove(attended + i * H * D, attended + wanted[i] * H * D, H * D * sizeof(bf16));
+        }
+        const int64_t left = wanted ? n_wanted : M;
+        for (int64_t m0 = 0; m0 < left; m0 += BLOCK) {
+            const int64_t n = std::min(BLOCK, left - m0);
             bf16* own = x + m0 * E;
             add_product(layer.proj, attended + m0 * H * D, own, n, layer.post_attention_norm, shape.attention_factor,
                         room);
@@ -187,10 +194,21 @@ private:
     }
 };
 
-// x (B, T, E) through all layers, in place; plans have segments.
+// x (B, T, E) through all layers and the final norm, in place; plans have segments. With `wanted`, tokens of the call in
+// ascending order, their outputs are the first rows of x, and others are not computed.
 inline void run_many(const Shape& shape, const Layer* layers, int64_t n_layers, const StepPlan* plans,
-                     const Rope* ropes, bf16* x, bf16* room, int64_t B, int64_t T) {
+                     const Rope* ropes, bf16* x, bf16* room, int64_t B, int64_t T, const int64_t* wanted,
+                     int64_t n_wanted) {
     Prefill prefill(shape, layers, n_layers, ropes, x, room, B, T);
+    const int64_t rows = wanted ? n_wanted : B * T;
 #pragma omp parallel
-    for (int64_t l = 0; l < n_layers; l++) prefill.run(layers[l], plans[layers[l].plan]);
+    {
+        for (int64_t l = 0; l < n_layers; l++)
+            prefill.run(layers[l], plans[layers[l].plan], l + 1 < n_layers ? nullptr : wanted, n_wanted);
+#pragma omp for schedule(static)
+        for (int64_t m = 0; m < rows; m++) {
+            bf16* row = x + m * shape.E;
+            if (shape.final_norm) norm_row(row, shape.final_norm, row, shape.E, shape.eps, shape.norm_offset);
+        }
+    }
 }

@@ -20,6 +20,7 @@ class Shape(ctypes.Structure):
     _fields_ = [
         *((name, _COUNT) for name in ("E", "H", "G", "D", "I", "rope_n", "interleave", "activation", "norm_all_heads")),
         *((name, _FLOAT) for name in ("eps", "norm_offset", "scale", "cap", "attention_factor", "mlp_factor")),
+        ("final_norm", _POINTER),
     ]
 
 

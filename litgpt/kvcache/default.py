@@ -167,7 +167,8 @@ class DefaultKVCache(KVCache):
 
     def plan_key(self) -> tuple:
         """Caches with equal keys have equal plans for the same call."""
-        return self._policy_text, self.window, self._lengths, self.dtype, self.device
+        storage = self._modules["storage"]  # not `self.storage`, as in `commit`
+        return self._policy_text, self.window, self._lengths, storage.dtype, storage.device
 
     def commit(self, plan: Plan) -> None:
         """Note that `plan` was run."""

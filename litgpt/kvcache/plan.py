@@ -212,9 +212,12 @@ def _decode_step(
     if len(set(lengths)) == 1:
         lengths = lengths[:1]
     positions = torch.tensor(lengths, device=device)
-    stored = policy.slot_positions(positions + 1)[:, :used]
+    if max(lengths) < policy.cache_length:  # in order, and nothing has to go
+        stored, reach = torch.arange(used, device=device)[None], None
+    else:
+        stored, reach = policy.slot_positions(positions + 1)[:, :used], policy.reach
     bias = position_bias(
-        positions[:, None], stored, dtype, window=window, reach=policy.reach, sinks=policy.sinks
+        positions[:, None], stored, dtype, window=window, reach=reach, sinks=policy.sinks
     ).unsqueeze(1)
     slots = policy.slots(positions)
     whole = slice(0, 1)
