@@ -431,8 +431,9 @@ class GPT(nn.Module):
 
     @property
     def next_token_pos(self) -> int:
-        """The `input_pos` of the next token, by the caches (0: they are empty, or there are none)."""
-        return max((cache.next_token_pos for cache in self.kv_caches()), default=0)
+        """The `input_pos` of the next token, the same in all caches (0: they are empty, or there are none)."""
+        caches = self.kv_caches()
+        return caches[0].next_token_pos if caches else 0
 
     def start_kv_caches(self, batch_size: int) -> None:
         """Begin a batch of empty rows, each to be filled by calls with `rows`."""

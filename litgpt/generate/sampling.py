@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any
 
-import numpy as np
 import torch
 
 LogitsProcessor = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
@@ -178,9 +177,8 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
     logits = logits.detach()
     if logits.dtype == torch.bfloat16:  # positive ones are ordered as their bits are
         bits = logits.view(torch.int16).numpy()
-        tokens = bits.argmax(axis=-1)
-        if (np.take_along_axis(bits, tokens[:, None], axis=-1) > 0).all():
-            return torch.from_numpy(tokens)
+        if bits.max(axis=-1).min() > 0:
+            return torch.from_numpy(bits.argmax(axis=-1))
     return torch.from_numpy(logits.float().numpy().argmax(axis=-1))
 
 

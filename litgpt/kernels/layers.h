@@ -56,7 +56,10 @@ inline void norm_row(const bf16* x, const bf16* weight, bf16* y, int64_t size, f
 inline void turn(bf16* head, const bf16* cos, const bf16* sin, int64_t n, bool interleave) {
     float x[MAX_D], y[MAX_D];
     const int64_t half = n / 2;
-    for (int64_t i = 0; i < n; i++) x[interleave ? i % 2 * half + i / 2 : i] = widen(head[i]);
+    if (interleave)
+        for (int64_t i = 0; i < half; i++) x[i] = widen(head[2 * i]), x[i + half] = widen(head[2 * i + 1]);
+    else
+        for (int64_t i = 0; i < n; i++) x[i] = widen(head[i]);
     for (int64_t i = 0; i < half; i++) {
         y[i] = widen(narrow(x[i] * widen(cos[i]))) + x[i + half] * widen(sin[i]);
         y[i + half] = widen(narrow(x[i + half] * widen(cos[i + half]))) + x[i] * widen(sin[i + half]);
