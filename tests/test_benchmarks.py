@@ -438,6 +438,33 @@ def test_batches_are_compared_round_by_round_and_must_equal_their_own_runs(
         batches.measure(Scripted(tmp_path, 1), where, 1, [10, 50], 6)
 
 
+def test_warm_up_is_that_of_a_process_that_finds_nothing_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    environments, warmup = (module(name, monkeypatch) for name in ("environments", "warmup"))
+    runs = []
+
+    def run(command: list[str], env: dict[str, str], **_: object) -> subprocess.CompletedProcess:
+        folder = Path(env["XDG_CACHE_HOME"])
+        runs.append(("--compile" in command, env.get("LITGPT_KERNELS"), folder, sorted(folder.iterdir())))
+        (folder / f"made {len(runs)}").touch()
+        return subprocess.CompletedProcess(command, int("fails" in str(command)), "", "no such model")
+
+    monkeypatch.setattr(warmup.subprocess, "run", run)
+    launcher = environments.Launcher(tmp_path, 1)
+    result = {kind: warmup.measure(launcher, Path("model"), kind, 2, 4) for kind in warmup.KINDS}
+    assert [(compiles, kernels) for compiles, kernels, *_ in runs[::2]] == [(False, None), (False, "0"), (True, "0")]
+    for first, later in zip(runs[::2], runs[1::2], strict=True):
+        assert first[2] == later[2]
+        assert (len(first[3]), len(later[3])) == (0, 1)
+        assert not first[2].exists()
+    assert all(len(seconds) == 2 for seconds in result.values())
+    table = warmup.markdown({"kernels": [20.04, 5.0, 4.96]}, 4)
+    assert table.splitlines()[-1] == "| kernels | 20.0 | 5.0 |"
+    with pytest.raises(RuntimeError, match="no such model"):
+        warmup.measure(launcher, Path("fails"), "kernels", 2, 4)
+
+
 def test_perplexity_is_that_of_a_texts_tokens_and_compared_token_by_token(
     monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -243,6 +243,7 @@ def test_what_comes_back_is_what_was_asked_for():
         close(model(idx, input_pos), expected)
         close(model(idx, input_pos, skip_lm_head=True), final)
         close(model(idx, input_pos, last_token_only=True), expected[:, -1:])
+        close(model(idx, input_pos, skip_lm_head=True, last_token_only=True), final[:, -1:])
         chunks = model(idx, input_pos, 4)
         assert [chunk.shape[1] for chunk in chunks] == [4, 4, 2]
         close(torch.cat(chunks, 1), expected)
@@ -250,6 +251,9 @@ def test_what_comes_back_is_what_was_asked_for():
     close(model(idx[0, :4], 0), expected[:1, :4])
     close(model(idx[0, 4:], torch.arange(4, 10), input_pos_maxp1=10), expected[:1, 4:])
     close(model(idx[:1, :1], torch.tensor([0])), expected[:1, :1])
+    model.start_kv_caches(2)
+    packed = model(idx.reshape(1, -1)[:, 6:], 0, rows=[1, 0], row_sizes=[4, 10], last_token_only=True)
+    close(packed, torch.cat([model(idx[:1, 6:])[:, -1:], expected[1:, -1:]]))
     for wrong in (torch.tensor([0, 2]), torch.tensor([], dtype=torch.int64), torch.tensor([3, 2])):
         with pytest.raises(ValueError, match="consecutive"):
             model(idx[:, :2], wrong)

@@ -54,7 +54,7 @@ FAMILIES = {
 def bf16_gpt(**flags):
     model = tiny_gpt(**(LLAMA | flags)).to(torch.bfloat16).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
-        if "norm" in name or "sinks" in name or "bias" in name:
+        if "norm" in name or "ln_f" in name or "sinks" in name or "bias" in name:
             nn.init.normal_(parameter, mean=0.5, std=0.3)
     return model
 
@@ -140,6 +140,29 @@ def test_many_tokens(family, mode):
     assert_same(run(model, calls, batch_size=2), expected)
     evicting = any(cache.policy.evicts for cache in model.kv_caches())  # chunks that evict are left to `run_layers`
     assert done == [True, True, not evicting, not evicting, True]
+
+
+@needs_fast_products
+def test_last_tokens_alone_are_the_same_to_the_last_bit():
+    model = bf16_gpt()
+    speed_up_decode(model)
+    model.set_kv_caches(3, max_seq_length=400)
+    idx = torch.randint(0, 90, (3, 310))
+    done = count(model)
+    for tokens, call in (
+        (idx[:, :300], {"input_pos": 0}),
+        (idx[:, 300:], {"input_pos": 300}),
+        (idx[:, :4].reshape(1, 12), {"input_pos": 0, "rows": [2, 0, 1], "row_sizes": [3, 8, 1]}),
+    ):
+        with torch.inference_mode():
+            expected = model(tokens, **call)
+            model.crop_kv_caches(call["input_pos"])
+            if "rows" in call:
+                model.start_kv_caches(3)
+            found = model(tokens, **call, last_token_only=True)
+        ends = [2, 10, 11] if "rows" in call else [T * tokens.shape[1] - 1 for T in (1, 2, 3)]
+        assert torch.equal(found[:, 0], expected.flatten(0, 1)[ends])
+    assert done == [True] * 6
 
 
 @needs_fast_products
@@ -251,12 +274,14 @@ def test_calls_that_are_not_known_are_left_alone():
     assert len(seen) == 3 + 2 * (model.config.n_layer + 1)
 
 
-def test_weights_that_were_replaced_are_noticed():
+@pytest.mark.parametrize("of_a_layer", [True, False])
+def test_weights_that_were_replaced_are_noticed(of_a_layer):
     model = bf16_gpt()
     speed_up_decode(model)
     run(model, [2, 1])
     block = model.transformer.h[0]
-    block.norm_1.weight = nn.Parameter(torch.zeros_like(block.norm_1.weight), requires_grad=False)
+    norm = block.norm_1 if of_a_layer else model.transformer.ln_f
+    norm.weight = nn.Parameter(torch.zeros_like(norm.weight), requires_grad=False)
     expected = run(model, [2, 1])
     decode, model.fast_layers = model.fast_layers, None
     torch.testing.assert_close(run(model, [2, 1]), expected)

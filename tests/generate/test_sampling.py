@@ -4,7 +4,17 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from litgpt.generate.sampling import Draws, Sampling, batched_sample, draw, pick, probabilities, sample, sample_top_p
+from litgpt.generate.sampling import (
+    Draws,
+    Sampling,
+    batched_sample,
+    draw,
+    likeliest,
+    pick,
+    probabilities,
+    sample,
+    sample_top_p,
+)
 
 DRAWS = 20_000
 
@@ -40,6 +50,16 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
 def test_temperature_zero_takes_the_likeliest():
     logits = torch.randn(50, 33)
     assert torch.equal(sample(logits[:, None], temperature=0.0, top_p=0.3), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shift", [0.0, -100.0, 100.0])
+def test_the_first_of_equally_likely_tokens_is_taken(dtype, shift):
+    rows = [[0, 3, -1, 3], [-2, -1, -1, -3], [-0.0, 0.0, 0.0, -1], [float("-inf"), 0.5, float("inf"), float("inf")]]
+    logits = (torch.tensor(rows) + shift).to(dtype)
+    for some in (logits, *logits[:, None]):  # also where one row is all there is
+        assert torch.equal(likeliest(some), some.float().argmax(-1))
+    assert likeliest(torch.tensor([[1.0, float("nan"), 2.0]]).to(dtype)).item() == 1
 
 
 @pytest.mark.parametrize(("shape", "result"), [((7,), (1,)), ((3, 7), (1,)), ((1, 3, 7), (1,)), ((2, 3, 7), (2,))])
