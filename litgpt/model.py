@@ -313,7 +313,7 @@ class GPT(nn.Module):
             with torch.inference_mode(False):
                 self._turns, self._turns_of = self._turns_from_table(), self.cos
         if isinstance(start, int):
-            return [(cos[None, None, start:stop], sin[None, None, start:stop]) for cos, sin in self._turns]
+            return [(cos[start:stop][None, None], sin[start:stop][None, None]) for cos, sin in self._turns]
         if isinstance(T, int):
             positions = torch.tensor(list(start))[:, None] + torch.arange(T)
         else:

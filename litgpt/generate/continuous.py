@@ -17,7 +17,8 @@ class ContinuousBatch:
         model: in evaluation mode. Caches that were assigned are used; otherwise default ones are made, once.
         batch_size: most requests at a time. In a compiled model every step has that many rows, some of them idle.
         cache_length: tokens of a request, prompt and answer, that default caches are made for (default: the model's context).
-        prompt_chunksize: most tokens of a call in the prefill (None: as many as the caches take).
+        prompt_chunksize: most tokens of a call in the prefill (None: as many as the caches take, or 512 where others wait for
+            it).
         proposer: guesses the next tokens.
 
     Raises:
@@ -68,6 +69,7 @@ class ContinuousBatch:
     def step(self) -> list[tuple[Request, list[int]]]:
         """Let waiting requests join, and go one step on: requests, and their tokens that are now known to be output.
 
+        While others are active, prompts enter piece by piece, so that a long one does not hold up the others' next tokens.
         The list is empty when nothing is left to do. A request has come to its end when it has a `finish_reason`.
         """
         joining: list[Request] = []
@@ -75,5 +77,5 @@ class ContinuousBatch:
         while self.waiting and len(joining) < free and self.engine.can_join(self.waiting[0], joining):
             joining.append(self.waiting.popleft())
         if joining:
-            self.engine.add(joining)
+            self.engine.add(joining, gradually=bool(self.engine.active))
         return self.engine.step()

@@ -7,6 +7,7 @@ finished leaves the computation, and others may take its place at any time.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,6 +21,7 @@ from litgpt.model import GPT
 ROOM = 1024  # least capacity of default caches that are to last
 COMPILED_ROOM = 4096  # and of those that code is compiled for
 PACKED_TOKENS = 1024  # most tokens of several prompts that go through the model in one call
+ENTERING_TOKENS = 512  # and of prompts that enter beside others, which wait meanwhile
 
 
 def prepare_caches(model: GPT, batch_size: int, max_length: int, roomy: bool = False) -> None:
@@ -157,13 +159,18 @@ def _prefill_rows(
     idx = torch.stack(list(prompts))
     T, done = idx.shape[1], 0
     while True:
-        limit = model.kv_cache_max_prefill_length() if start + done == 0 else model.kv_cache_max_tokens_forward()
-        size = min(x for x in (T - done, chunksize, limit, model.max_seq_length) if x is not None)
+        size = _call_size(model, T - done, chunksize, start + done)
         chunk = idx[:, done : done + size]
         if done + size == T:
             return model(chunk, start + done, last_token_only=True, rows=rows)[:, -1]
         model(chunk, start + done, skip_lm_head=True, last_token_only=True, rows=rows)
         done += size
+
+
+def _call_size(model: GPT, left: int, chunksize: int | None, done: int) -> int:
+    """How many of the tokens that are left of a prompt, of which the caches hold `done`, go through the model in a call."""
+    limit = model.kv_cache_max_tokens_forward() if done else model.kv_cache_max_prefill_length()
+    return min(x for x in (left, chunksize, limit, model.max_seq_length) if x is not None)
 
 
 Guesses = tuple[Sequence[int], torch.Tensor | None]
@@ -185,6 +192,7 @@ class _Row:
         self.request = request
         self.draws = Draws(request.sampling, request.prompt.tolist(), len(request.prompt))
         self.matcher = StopMatcher(request.stop_tokens, request.include_eos)
+        self.ready = False  # whether the prompt is in the caches, and the first token drawn
 
     @property
     def left(self) -> int:
@@ -193,7 +201,7 @@ class _Row:
 
     def take(self, token: int, logits: torch.Tensor) -> list[int]:
         """Take the next drawn token; give those that are now known to be output. May finish the request."""
-        request = self.request
+        request, self.ready = self.request, True
         if request.logprobs is not None:
             self._note_logprobs(token, logits)
         self.draws.tokens.append(token)
@@ -214,6 +222,15 @@ class _Row:
         self.request.top_logprobs.append(dict(zip(tokens.tolist(), values.tolist(), strict=True)))
 
 
+@dataclass(eq=False)
+class _Entering:
+    """A prompt of which `done` tokens are in the caches, in the first of the rows that it is for."""
+
+    prompt: torch.Tensor
+    rows: list[_Row]
+    done: int = 0
+
+
 class Engine:
     """A batch of sequences that are decoded together; requests join and leave between steps.
 
@@ -226,7 +243,8 @@ class Engine:
 
     Args:
         model: in evaluation mode, with caches.
-        prompt_chunksize: most tokens of a call in the prefill (None: as many as the caches take).
+        prompt_chunksize: most tokens of a call in the prefill (None: as many as the caches take, or ENTERING_TOKENS where
+            others wait for it).
         proposer: guesses the next tokens of every row; several may then come in a step.
         batch_size: rows of every step, some of them idle, as compiled code wants it (None: as many as there are requests,
             or, in a compiled model, were at most).
@@ -249,6 +267,7 @@ class Engine:
         self._rows: list[_Row | None] = []  # by row of the caches; None is idle
         self._long = False  # whether LongRoPE turns positions by its long factors
         self._joined: list[tuple[Request, list[int]]] = []  # what the prefill gave
+        self._entering: list[_Entering] = []
 
     @property
     def acceptance_rate(self) -> float:
@@ -261,12 +280,14 @@ class Engine:
         return [row.request for row in self._rows if row is not None and row.request.finish_reason is None]
 
     @torch.inference_mode()
-    def add(self, requests: Sequence[Request], held: int = 0) -> None:
+    def add(self, requests: Sequence[Request], held: int = 0, gradually: bool = False) -> None:
         """Prefill requests into free rows, and draw the first token of each.
 
         Args:
             requests: those that share a prompt's tensor share its prefill.
             held: first tokens of the prompts that the caches hold already, where these requests are the whole batch.
+            gradually: leave the prefill to the next steps, each of which does a part of it: so those that are active go
+                on meanwhile, however long the prompts are.
 
         Raises:
             ValueError: if a request does not fit, before any work; those that are active are not disturbed.
@@ -280,8 +301,8 @@ class Engine:
             raise ValueError(
                 "with LongRoPE, long and short sequences cannot be in one batch: wait until the others are done"
             )
-        prompts = {id(request.prompt): request.prompt[held:] for request in requests}
-        prompts = [prompts[id(request.prompt)] for request in requests]
+        if held and gradually:
+            raise ValueError("prompts that are held in part cannot be added gradually")
         rows = [_Row(request) for request in requests]
         with self._emptied_on_failure():
             if active:
@@ -298,22 +319,44 @@ class Engine:
                 self._long = self.model.needs_long_rope(longest)
                 if not held:
                     self.model.expect_length(longest)
-            logits = prefill(self.model, prompts, self.prompt_chunksize, held, places)
+            if gradually:
+                self._let_enter(rows, places)
+            else:
+                prompts = {id(request.prompt): request.prompt[held:] for request in requests}
+                prompts = [prompts[id(request.prompt)] for request in requests]
+                logits = prefill(self.model, prompts, self.prompt_chunksize, held, places)
             for place, row in zip(range(len(rows)) if places is None else places, rows, strict=True):
                 self._rows[place] = row
             if self.batch_size is not None and len(self._rows) < self.batch_size:
                 self.model.extend_kv_caches(self.batch_size - len(self._rows))
                 self._rows += [None] * (self.batch_size - len(self._rows))
-            tokens = self._draw(logits, rows)
-            for row, token, last in zip(rows, tokens, logits, strict=True):
-                self._joined.append((row.request, row.take(token, last)))
+            if not gradually:
+                self._joined += self._first_tokens(rows, logits)
+
+    def _first_tokens(self, rows: Sequence[_Row], logits: torch.Tensor) -> list[tuple[Request, list[int]]]:
+        """Draw the first token of each row."""
+        tokens = self._draw(logits, rows)
+        return [(row.request, row.take(token, x)) for row, token, x in zip(rows, tokens, logits, strict=True)]
+
+    def _let_enter(self, rows: Sequence[_Row], places: Sequence[int] | None) -> None:
+        """Note the prompts of rows, for which the caches have these places, empty from now on (None: the whole batch)."""
+        if places is None:
+            self.model.start_kv_caches(len(rows))
+        else:
+            lengths = self.model.kv_caches()[0].row_lengths
+            self.model.rewind_kv_caches([x if i in places else 0 for i, x in enumerate(lengths)])
+        alike: dict[int, list[_Row]] = defaultdict(list)
+        for row in rows:
+            alike[id(row.request.prompt)].append(row)
+        self._entering += [_Entering(same[0].request.prompt, same) for same in alike.values()]
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Request, list[int]]]:
         """Go one step on in every active request: the tokens that are now known to be output.
 
         These are often one, none while a stop sequence may have begun, several when it turns out that it had not or when
-        guesses stand. The first tokens of requests that have just joined come in a step of their own.
+        guesses stand. The first tokens of requests that have just been added come in a step of their own, unless they were
+        added gradually.
         """
         if self._joined:
             released, self._joined = self._joined, []
@@ -321,41 +364,102 @@ class Engine:
         if not self.active:
             return []
         with self._emptied_on_failure():
+            released = dict(self._enter()) if self._entering else {}
             self._let_finished_leave()
-            return self._advance()
+            if any(row is not None and row.ready for row in self._rows):
+                for request, tokens in self._advance():
+                    released[request] = released.get(request, []) + tokens
+            return list(released.items())
 
     def cancel(self, request: Request) -> None:
         """End a request: its row is free, and no more tokens come."""
         if request in self.active:
             request.finish_reason = "cancelled"
             self._joined = [(joined, out) for joined, out in self._joined if joined is not request]
+            for entering in self._entering:
+                first = entering.rows[0]
+                entering.rows = [row for row in entering.rows if row.request is not request]
+                if entering.rows and entering.rows[0] is not first:  # which takes over what is in the caches
+                    i, j = self._rows.index(first), self._rows.index(entering.rows[0])
+                    self._rows[i], self._rows[j] = self._rows[j], self._rows[i]
+            self._entering = [entering for entering in self._entering if entering.rows]
 
     def _advance(self) -> list[tuple[Request, list[int]]]:
-        """Feed every row its last token and its guesses, and see what follows."""
+        """Feed every row that is ready its last token and its guesses, and see what follows."""
         guesses = self._guess()
         T = 1 + max((len(tokens) for tokens, _ in guesses.values()), default=0)
-        fed = [[0] * T for _ in self._rows]
-        for i, row in enumerate(self._rows):
-            if row is not None:
-                tokens = [row.draws.tokens[-1], *(guesses[i][0] if i in guesses else ())]
-                fed[i] = tokens + [0] * (T - len(tokens))
+        ready = [i for i, row in enumerate(self._rows) if row is not None and row.ready]
+        called = (
+            ready if self._entering else list(range(len(self._rows)))
+        )  # idle rows come along, as compiled code wants it
+        fed = [[0] * T for _ in called]
+        for at, i in enumerate(called):
+            if self._rows[i] is not None:
+                tokens = [self._rows[i].draws.tokens[-1], *(guesses[i][0] if i in guesses else ())]
+                fed[at] = tokens + [0] * (T - len(tokens))
         idx = torch.tensor(fed, device=self.model.transformer.wte.weight.device)
-        logits = self.model(idx, self.model.next_token_pos, last_token_only=T == 1)
-        here = [i for i, row in enumerate(self._rows) if row is not None]
-        released, undo = [], [T] * len(self._rows)  # idle rows stay empty
+        lengths = self.model.kv_caches()[0].row_lengths
+        position, rows = max(lengths[i] for i in called), called if self._entering else None
+        logits = self.model(idx, position, last_token_only=T == 1, rows=rows)
+        if len(ready) < len(called):
+            logits = logits[ready]
+        released, undo = [], [T if i in called else 0 for i in range(len(self._rows))]  # idle rows stay empty
         if T == 1:
-            last = logits[:, -1] if len(here) == len(self._rows) else logits[here, -1]
-            for i, token in zip(here, self._draw(last, [self._rows[i] for i in here]), strict=True):
-                released.append((self._rows[i].request, self._rows[i].take(token, logits[i, -1])))
+            tokens = self._draw(logits[:, -1], [self._rows[i] for i in ready])
+            for i, token, x in zip(ready, tokens, logits, strict=True):
+                released.append((self._rows[i].request, self._rows[i].take(token, x[-1])))
                 undo[i] = 0
         else:
-            for i in here:
-                out, taken = self._settle(self._rows[i], logits[i], guesses.get(i, ((), None)))
+            for i, x in zip(ready, logits, strict=True):
+                out, taken = self._settle(self._rows[i], x, guesses.get(i, ((), None)))
                 released.append((self._rows[i].request, out))
                 undo[i] -= taken
         if any(undo):
             self.model.rewind_kv_caches(undo)
         return released
+
+    def _enter(self) -> list[tuple[Request, list[int]]]:
+        """Bring the next tokens of prompts that enter; what comes of those that are in the caches then.
+
+        Where outputs depend on how a prompt is cut into calls, they do on the first one, which is that of its own run.
+        """
+        room = self.prompt_chunksize or ENTERING_TOKENS
+        some: list[tuple[_Entering, torch.Tensor]] = []
+        for entering in self._entering:
+            left = len(entering.prompt) - entering.done
+            own = _call_size(self.model, left, self.prompt_chunksize, entering.done)
+            if not entering.done and not all(
+                cache.is_chunk_invariant(len(entering.prompt)) for cache in self.model.kv_caches()
+            ):
+                if some and own > room:
+                    break
+                room = max(room, own)
+            some.append((entering, entering.prompt[entering.done : entering.done + min(own, room)]))
+            room -= len(some[-1][1])
+            if not room:
+                break
+        places = [self._rows.index(entering.rows[0]) for entering, _ in some]
+        logits = self.model(
+            torch.cat([tokens for _, tokens in some])[None],
+            max(entering.done for entering, _ in some),
+            last_token_only=True,
+            rows=places,
+            row_sizes=[len(tokens) for _, tokens in some],
+        )[:, -1]
+        copies, rows, of = list(range(len(self._rows))), [], []
+        for at, (entering, tokens) in enumerate(some):
+            entering.done += len(tokens)
+            if entering.done == len(entering.prompt):
+                for row in entering.rows:
+                    copies[self._rows.index(row)] = places[at]
+                rows += entering.rows
+                of += [at] * len(entering.rows)
+        if not rows:
+            return []
+        self._entering = [entering for entering in self._entering if entering.done < len(entering.prompt)]
+        if len(rows) > len(set(of)):
+            self.model.reorder_kv_caches(copies)
+        return self._first_tokens(rows, logits[of])
 
     def _settle(self, row: _Row, logits: torch.Tensor, guesses: Guesses) -> tuple[list[int], int]:
         """Draw a row's next tokens for as long as its guesses stand, and one more; logits (n + 1 or more, V).
@@ -385,7 +489,7 @@ class Engine:
         if self.proposer is None:
             return {}
         room = self.model.kv_cache_max_tokens_tentative() - 1
-        limits = {i: min(room, row.left - 1) for i, row in enumerate(self._rows) if row is not None}
+        limits = {i: min(room, row.left - 1) for i, row in enumerate(self._rows) if row is not None and row.ready}
         asked = [i for i, limit in limits.items() if limit > 0]
         if not asked:
             return {}
@@ -444,7 +548,7 @@ class Engine:
         except BaseException:
             for cache in self.model.kv_caches():
                 cache.clear()
-            self._rows, self._joined = [], []
+            self._rows, self._joined, self._entering = [], [], []
             raise
 
 

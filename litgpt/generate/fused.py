@@ -150,7 +150,7 @@ def _set_few(target: StepPlan, plan: Plan, T: int) -> bool:
     """Fill in what `plan` does with a few tokens, if it is of the usual kind: store them, then attend to a range of slots."""
     part = plan.parts[0]
     step = part.steps[0]
-    known = len(plan.parts) == len(part.steps) == 1 and part.rows is None and part.chunk_rows is None
+    known = len(plan.parts) == len(part.steps) == 1 and part.spans is None and part.chunk_rows is None
     whole = slice(0, T)
     if not (known and step.write_first and step.new is None and step.write == whole == step.queries):
         return False
@@ -162,6 +162,7 @@ def _set_few(target: StepPlan, plan: Plan, T: int) -> bool:
         bias, read = tiles[0].bias, slice(read.start + tiles[0].k0, read.start + tiles[0].k1)
     if isinstance(read, torch.Tensor):
         return False
+    target.rows = address(part.rows)
     target.slots, target.slots_by_row = step.slots.data_ptr(), step.slots.ndim > 1
     target.first, target.N = (0, bias.shape[-1]) if read is None else (read.start, read.stop - read.start)
     target.bias, target.n_segments = address(bias), 0

@@ -179,6 +179,7 @@ struct Attention {
     int64_t bias_strides[2];  // of rows, queries
     const bf16* sinks;
     const Pieces* pieces;
+    const int64_t* rows;          // of keys and values, those of the queries (B,); null: the first ones
     float *sums, *tops, *totals;  // of each piece, by the queries that share it
     bf16* queries;                // (B, H, T, D)
 
@@ -198,16 +199,17 @@ struct Attention {
         for (int64_t i = 0; i < int64_t(pieces->all.size()); i++) part(i);
     }
 
-    const bf16* keys(const Pieces::Piece& p) const {
-        return k + p.b * k_strides[0] + p.g * k_strides[1] + p.n0 * k_strides[2];
+    // Where a piece of the keys or values begins
+    const bf16* start(const Pieces::Piece& p, const bf16* x, const int64_t* strides) const {
+        return x + (rows ? rows[p.b] : p.b) * strides[0] + p.g * strides[1] + p.n0 * strides[2];
     }
 
     // What the queries of a group get from a piece
     void part(int64_t i) const {
         const Pieces::Piece& p = pieces->all[i];
         const int64_t n = std::min<int64_t>(SPLIT, N - p.n0), group = p.b * G + p.g;
-        const bf16* values = v + p.b * v_strides[0] + p.g * v_strides[1] + p.n0 * v_strides[2];
-        const bf16* ahead = keys(i + 1 < int64_t(pieces->all.size()) ? pieces->all[i + 1] : p);
+        const bf16 *keys = start(p, k, k_strides), *values = start(p, v, v_strides);
+        const bf16* ahead = i + 1 < int64_t(pieces->all.size()) ? start(pieces->all[i + 1], k, k_strides) : keys;
         for (int64_t r = 0; r < shared(); r += 4) {
             const int count = int(std::min<int64_t>(4, shared() - r));
             const bf16* rows_bias[4];
@@ -218,7 +220,7 @@ struct Attention {
                              : count == 3 ? attend_rows<3>
                                           : attend_rows<4>;
             const int64_t at = i * shared() + r;
-            run(queries + (group * shared() + r) * D, keys(p), values, ahead, k_strides[2], v_strides[2], rows_bias, n, D,
+            run(queries + (group * shared() + r) * D, keys, values, ahead, k_strides[2], v_strides[2], rows_bias, n, D,
                 scale, cap, tops + at, totals + at, sums + at * D);
         }
     }

@@ -54,7 +54,7 @@ void attend(const bf16* q, const bf16* k, const bf16* v, const bf16* bias, const
     const int64_t *qs = strides, *ks = strides + 3, *vs = strides + 6, *bs = strides + 9;
     pieces.find(B, G, T, N, bias, bs);
     Attention a{B, H, G, T, N, D, scale, cap, k, v, {ks[0], ks[1], ks[2]}, {vs[0], vs[1], vs[2]}, bias, {bs[0], bs[1]},
-                sinks, &pieces};
+                sinks, &pieces, nullptr};
     a.settle(room.get(a.room()));
     for (int64_t b = 0; b < B; b++)
         for (int64_t h = 0; h < H; h++)

@@ -56,7 +56,8 @@ inline void run_few(const Shape& shape, const Layer* layers, int64_t n_layers, c
                          plan.bias,
                          {plan.bias_strides[0], plan.bias_strides[1]},
                          layer.sinks,
-                         pieces + layer.plan};
+                         pieces + layer.plan,
+                         plan.rows};
     };
     int64_t most = 0;
     for (int64_t l = 0; l < n_layers; l++) most = std::max(most, attention_of(layers[l]).room());
@@ -93,7 +94,8 @@ inline void run_few(const Shape& shape, const Layer* layers, int64_t n_layers, c
                 } else {
                     const int64_t g = (h - H) % G, slot = plan.slots[plan.slots_by_row ? m : t];
                     bf16* buffer = h < H + G ? layer.keys : layer.values;
-                    std::memcpy(buffer + b * layer.row_stride + g * layer.head_stride + slot * D, head,
+                    const int64_t row = plan.rows ? plan.rows[b] : b;
+                    std::memcpy(buffer + row * layer.row_stride + g * layer.head_stride + slot * D, head,
                                 D * sizeof(bf16));
                 }
             }

@@ -31,6 +31,7 @@ struct Segment {
 
 // What a call does in a cache: for a few tokens T of every row, or by segments
 struct StepPlan {
+    const int64_t* rows;   // of the caches, those of the call (B,); null: the first ones
     const int64_t* slots;  // (T,) or, if `slots_by_row`, (B, T)
     int64_t slots_by_row, first, N;
     const bf16* bias;

@@ -46,6 +46,7 @@ class Segment(ctypes.Structure):
 
 class StepPlan(ctypes.Structure):
     _fields_ = [
+        ("rows", _POINTER),
         ("slots", _POINTER),
         *((name, _COUNT) for name in ("slots_by_row", "first", "N")),
         ("bias", _POINTER),

@@ -139,6 +139,10 @@ class KVCache(nn.Module, ABC):
             raise ValueError(f"input_pos={input_pos}, but the next token's position is {self.next_token_pos}")
         return Unplanned(input_pos, batch_size)
 
+    def is_chunk_invariant(self, length: int) -> bool:
+        """Whether the outputs for a sequence of that many tokens do not depend on how it is cut into calls."""
+        return length <= self.cache_length
+
     def plan_key(self) -> tuple:
         """Caches with equal keys have equal plans for the same call."""
         return (id(self),)

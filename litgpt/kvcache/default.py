@@ -95,6 +95,10 @@ class DefaultKVCache(KVCache):
         """Whether sequences may be longer than the model's context: all that is seen stays within its distances."""
         return self.policy.evicts and not self.policy.sinks and self.cache_length <= self.config.block_size
 
+    def is_chunk_invariant(self, length: int) -> bool:
+        within_window = self.window is not None and self.window <= self.policy.reach
+        return not self.policy.evicts or within_window or super().is_chunk_invariant(length)
+
     def update_requires_attn_weights(self) -> bool:
         """Whether attention weights, summed over the new tokens, decide what stays; not by a policy of positions."""
         return False

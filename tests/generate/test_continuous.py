@@ -40,10 +40,10 @@ def request(length, count, kind, stop):
     return Request(prompt, count, SETTINGS[kind], stops, include_eos=bool(length % 2))
 
 
-def alone(model, *args):
+def alone(model, *args, chunksize=None):
     wanted = request(*args)
     prepare_caches(model, ROWS, 64)  # the same caches, so that nothing but the company differs
-    for _ in decode(Engine(model), [wanted]):
+    for _ in decode(Engine(model, chunksize), [wanted]):
         pass
     return wanted
 
@@ -51,15 +51,16 @@ def alone(model, *args):
 arguments = st.tuples(
     st.integers(1, 30), st.integers(1, 20), st.integers(0, len(SETTINGS) - 1), st.none() | st.integers(0, 97)
 )
-events = st.lists(st.tuples(st.sampled_from(["submit", "submit", "step", "steps", "cancel"]), arguments), max_size=12)
+actions = st.sampled_from(["submit", "submit", "share", "step", "steps", "cancel"])
+events = st.lists(st.tuples(actions, arguments), max_size=12)
 
 
 @pytest.mark.parametrize("name", MODELS)
-@given(events, st.integers(0, 99))
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
-def test_every_request_gets_its_own_answer_whatever_joins_and_leaves(name, events, chance):
+@given(events, st.integers(0, 99), st.sampled_from([None, 1, 7]))
+@settings(max_examples=35, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+def test_every_request_gets_its_own_answer_whatever_joins_and_leaves(name, events, chance, chunksize):
     model = MODELS[name]
-    batch = ContinuousBatch(model, ROWS, 64)
+    batch = ContinuousBatch(model, ROWS, 64, chunksize)
     buffers = [x.data_ptr() for cache in model.kv_caches() for x in cache.buffers()]
     requests, given_out = [], {}
 
@@ -70,8 +71,12 @@ def test_every_request_gets_its_own_answer_whatever_joins_and_leaves(name, event
 
     cancelled = set()
     for action, args in events:
-        if action == "submit":
+        if action == "submit" or (action == "share" and requests):
+            if action == "share":  # one prompt, which goes through the model once, if they join together
+                args = (len(requests[-1][0].prompt), *args[1:])
             requests.append((request(*args), args))
+            if action == "share":
+                requests[-1][0].prompt = requests[-2][0].prompt
             given_out[requests[-1][0]] = []
             batch.submit(requests[-1][0])
         elif action == "cancel" and requests:
@@ -88,7 +93,7 @@ def test_every_request_gets_its_own_answer_whatever_joins_and_leaves(name, event
     assert batch.step() == []
     assert buffers == [x.data_ptr() for cache in model.kv_caches() for x in cache.buffers()]
     for one, args in requests:
-        other = alone(model, *args)
+        other = alone(model, *args, chunksize=chunksize)
         assert given_out[one] == one.output
         if one in cancelled:
             assert one.finish_reason == "cancelled"
@@ -110,6 +115,57 @@ def test_a_step_has_as_many_rows_as_it_must(name):
     model.set_start_of_layer_hook(None)
     # the fourth takes the place of the second at once; then the third leaves, and the first
     assert sizes == ([3] * 14 if model.static_decode else [3] * 5 + [2] * 4 + [1] * 5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_long_prompt_does_not_hold_up_the_others(name):
+    model, calls = MODELS[name], []
+    batch = ContinuousBatch(model, ROWS, 64, prompt_chunksize=8)
+    first, others = request(3, 20, 0, None), [request(29, 3, 0, None) for _ in range(2)]
+    others[1].prompt = others[0].prompt
+    batch.submit(first)
+    batch.step()
+    for other in others:
+        batch.submit(other)
+    model.set_start_of_layer_hook(lambda x, block_idx, _: block_idx or calls.append(tuple(x.shape[:2])))
+    counts = []
+    while not others[0].tokens:
+        counts.append([len(tokens) for _, tokens in batch.step()])
+    model.set_start_of_layer_hook(None)
+    assert counts == [[1]] * 3 + [[2, 2, 1]]
+    assert calls == [(1, 8), (1, 1), (1, 8), (1, 1), (1, 8), (1, 1), (1, 5), (3, 1)]
+    batch.cancel(others[0])
+    while batch.unfinished:
+        batch.step()
+    for one, args in ((first, (3, 20, 0, None)), (others[1], (29, 3, 0, None))):
+        assert one.output == alone(model, *args, chunksize=8).output
+
+
+@pytest.mark.parametrize("cancelled", [(0,), (1,), (0, 2), (0, 1, 2)])
+def test_prompts_that_enter_may_be_cancelled(cancelled):
+    model = MODELS["dense"]
+    batch = ContinuousBatch(model, 5, 64, prompt_chunksize=8)
+    first, same = request(3, 20, 0, None), [request(20, 6, 0, None) for _ in range(3)]
+    for other in same:
+        other.prompt = same[0].prompt
+    batch.submit(first)
+    batch.step()
+    for other in same:
+        batch.submit(other)
+    batch.step()
+    for i in cancelled:
+        batch.cancel(same[i])
+    last = request(6, 6, 0, None)
+    batch.submit(last)  # takes a place that is free now, before the others have gone on
+    steps = 0
+    while batch.unfinished:
+        batch.step()
+        steps += 1
+    assert steps < 30
+    expected = alone(model, 20, 6, 0, None).output
+    assert [one.output for one in same] == [[] if i in cancelled else expected for i in range(3)]
+    assert last.output == alone(model, 6, 6, 0, None).output
+    assert first.output == alone(model, 3, 20, 0, None).output
 
 
 def test_idle_rows_stay_empty_however_long_the_others_go_on():

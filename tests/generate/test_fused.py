@@ -144,9 +144,9 @@ def test_many_tokens(family, mode):
 
 @needs_fast_products
 def test_last_tokens_alone_are_the_same_to_the_last_bit():
-    model = bf16_gpt()
+    model = bf16_gpt(block_size=400)
     speed_up_decode(model)
-    model.set_kv_caches(3, max_seq_length=400)
+    model.set_kv_caches(3)
     idx = torch.randint(0, 90, (3, 310))
     done = count(model)
     for tokens, call in (
@@ -240,6 +240,28 @@ def test_rows_of_different_lengths():
     done = count(model)
     assert_same(ragged(), expected)
     assert done == [ops.multiplies_fast()] * 3 + [True] * 6
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_some_rows_of_the_caches(family):
+    model = bf16_gpt(**FAMILIES[family])
+
+    def some_rows():
+        model.set_kv_caches(4, max_seq_length=50)
+        with torch.inference_mode():
+            model.start_kv_caches(4)
+            for row, length in enumerate((20, 3, 11, 11)):
+                model(torch.arange(length)[None], 0, rows=[row])
+            ragged = [model(torch.tensor([[t], [7]]), 11 + t, rows=[2, 1])[:, 0] for t in range(3)]
+            alike = [model(torch.tensor([[t], [7]]), 14 + t, rows=[2, 3])[:, 0] for t in range(3) if not t]
+            all_rows = model(torch.arange(4)[:, None], 20)[:, 0]
+            return torch.cat([*ragged, *alike, all_rows]).float()
+
+    expected = some_rows()
+    speed_up_decode(model)
+    done = count(model)
+    assert_same(some_rows(), expected)
+    assert done[-5:] == [True] * 5
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,6 @@ def test_the_first_of_equally_likely_tokens_is_taken(dtype, shift):
     logits = (torch.tensor(rows) + shift).to(dtype)
     for some in (logits, *logits[:, None]):  # also where one row is all there is
         assert torch.equal(likeliest(some), some.float().argmax(-1))
-    assert likeliest(torch.tensor([[1.0, float("nan"), 2.0]]).to(dtype)).item() == 1
 
 
 @pytest.mark.parametrize(("shape", "result"), [((7,), (1,)), ((3, 7), (1,)), ((1, 3, 7), (1,)), ((2, 3, 7), (2,))])
