@@ -136,6 +136,14 @@ def test_help_imports_little_and_takes_little_time():
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
 
 
+def test_generating_does_not_import_compilers():
+    """They take a second, also of those who do not compile anything."""
+    code = "import sys, litgpt.generate.base, litgpt.chat.base, litgpt.api; print(*sys.modules)"
+    loaded = set(process("-c", code).stdout.split())
+    assert "torch" in loaded
+    assert not loaded & {"torch._dynamo", "torch._inductor", "filelock", "huggingface_hub"}
+
+
 def test_runs_as_a_module():
     result = process("-m", "litgpt", "--help")
     assert result.returncode == 0

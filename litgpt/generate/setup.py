@@ -94,7 +94,8 @@ def make_ready(
         load = partial(load, quantize=quantize)
     path = find_checkpoint(checkpoint_dir, access_token)
     checkpoint = open_checkpoint(path)
-    tokenizer, style = checkpoint.tokenizer(), checkpoint.prompt_style()
+    tokenizer = checkpoint.tokenizer()
+    style = checkpoint.prompt_style(tokenizer)
     model = load(checkpoint, dtype, device).requires_grad_(False)
     if pack:
         speed_up_decode(model, compile)

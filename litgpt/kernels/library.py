@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def _compiled(compiler: str) -> Path:
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            print("Compiling kernels for this processor, once, which takes seconds", file=sys.stderr, flush=True)
             unlinked, linked = Path(temporary, "kernels.o"), Path(temporary, "kernels.so")
             run = functools.partial(subprocess.run, capture_output=True, check=True, timeout=300)
             run([compiler, *FLAGS.split(), "-c", str(SOURCE), "-o", str(unlinked)])

@@ -17,10 +17,13 @@ UNIT = 64  # outputs of a block in oneDNN's layout, as in weights.h
 _strides = struct.Struct("11q")
 
 
-@torch.compiler.assume_constant_result
 def available() -> bool:
     """Whether there are kernels on this machine."""
     return library() is not None
+
+
+# a constant of compiled graphs, as `torch.compiler.assume_constant_result` says it, which imports a second's worth of torch
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
