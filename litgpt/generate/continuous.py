@@ -17,7 +17,7 @@ class ContinuousBatch:
         model: in evaluation mode. Caches that were assigned are used; otherwise default ones are made, once.
         batch_size: most requests at a time. In a compiled model every step has that many rows, some of them idle.
         cache_length: tokens of a request, prompt and answer, that default caches are made for (default: the model's context).
-        prompt_chunksize: most tokens of a call in the prefill (None: as many as the caches take, or 512 where others wait for
+        prompt_chunksize: most tokens of a call in the prefill (None: as many as the caches take, or 256 where others wait for
             it).
         proposer: guesses the next tokens.
 

@@ -21,7 +21,7 @@ from litgpt.model import GPT
 ROOM = 1024  # least capacity of default caches that are to last
 COMPILED_ROOM = 4096  # and of those that code is compiled for
 PACKED_TOKENS = 1024  # most tokens of several prompts that go through the model in one call
-ENTERING_TOKENS = 512  # and of prompts that enter beside others, which wait meanwhile
+ENTERING_TOKENS = 256  # and of prompts that enter beside others, which wait meanwhile
 
 
 def prepare_caches(model: GPT, batch_size: int, max_length: int, roomy: bool = False) -> None:
