@@ -1,11 +1,14 @@
 """The interpreters that measurements run in, and how processes are started in them."""
 
+import argparse
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,6 +101,32 @@ class Launcher:
         if done.returncode != 0:
             raise RuntimeError(f"{worker} failed in {python}:\n{last_lines(done.stderr)}")
         return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every comparison of our own ways takes."""
+    add = parser.add_argument
+    add("--work_dir", type=Path, default=Path("~/.cache/litgpt-benchmarks"), help="weights, kept")
+    add("--checkpoint", type=Path, help="the default model's folder or .gguf file (default: found, or fetched once)")
+    add("--threads", type=int, default=2, help="CPU threads of every process (default: %(default)s)")
+    add("--out", type=Path, help="write all samples as JSON")
+
+
+def run_script(args: argparse.Namespace, measure: Callable[[Launcher], tuple[dict, str]]) -> int:
+    """Print the table that `measure` gives beside its result, and write the result to `--out`. What goes wrong ends in one
+    line."""
+    work_dir = args.work_dir.expanduser().resolve()
+    try:
+        work_dir.mkdir(parents=True, exist_ok=True)
+        result, table = measure(Launcher(work_dir, args.threads))
+        about = f"bf16, {args.threads} threads, torch {version('torch')}, {processor_name()}"
+        print(f"{table}\n\n{about}")
+        if args.out is not None:
+            args.out.write_text(json.dumps(result | {"about": about}, indent=1) + "\n", encoding="utf-8")
+    except (ValueError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def last_lines(text: str) -> str:

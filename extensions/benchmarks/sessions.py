@@ -6,14 +6,11 @@ See README.md next to this file.
 """
 
 import argparse
-import json
-import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-from environments import Launcher, processor_name
+from environments import Launcher, add_arguments, run_script
 from layouts import Layouts, ensure_layouts
 from results import number, ratio, row
 
@@ -22,30 +19,20 @@ QUESTION = 16  # tokens
 
 def main() -> int:
     args = parse_arguments()
-    work_dir = args.work_dir.expanduser().resolve()
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        launcher = Launcher(work_dir, args.threads)
+
+    def run(launcher: Launcher) -> tuple[dict, str]:
         result = measure(launcher, ensure_layouts(launcher, args.checkpoint), args.rounds, args.document)
-        about = f"bf16, {args.threads} threads, torch {version('torch')}, {processor_name()}; rounds: {args.rounds}"
-        print(f"{markdown(result)}\n\n{about}")
-        if args.out is not None:
-            args.out.write_text(json.dumps(result | {"about": about}, indent=1) + "\n", encoding="utf-8")
-    except (ValueError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        print(f"sessions.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return result, markdown(result)
+
+    return run_script(args, run)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--work_dir", type=Path, default=Path("~/.cache/litgpt-benchmarks"), help="weights, kept; and the session")
-    add("--checkpoint", type=Path, help="the default model's folder or .gguf file (default: found, or fetched once)")
+    add_arguments(parser)
     add("--document", type=int, default=6000, help="tokens of the document (default: %(default)s)")
     add("--rounds", type=int, default=5, help="times that both are measured, in turn (default: %(default)s)")
-    add("--threads", type=int, default=2, help="CPU threads of every process (default: %(default)s)")
-    add("--out", type=Path, help="write all samples as JSON")
     args = parser.parse_args()
     for name in ("document", "rounds", "threads"):
         if getattr(args, name) < 1:

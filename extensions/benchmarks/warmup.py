@@ -6,15 +6,13 @@ See README.md next to this file.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-from environments import Launcher, last_lines, processor_name
+from environments import Launcher, add_arguments, last_lines, run_script
 from layouts import ensure_layouts
 from results import row
 
@@ -29,31 +27,21 @@ KINDS = {
 
 def main() -> int:
     args = parse_arguments()
-    work_dir = args.work_dir.expanduser().resolve()
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        launcher = Launcher(work_dir, args.threads)
+
+    def run(launcher: Launcher) -> tuple[dict, str]:
         checkpoint = ensure_layouts(launcher, args.checkpoint).litgpt
         result = {kind: measure(launcher, checkpoint, kind, args.processes, args.new_tokens) for kind in KINDS}
-        about = f"bf16, {args.threads} threads, torch {version('torch')}, {processor_name()}"
-        print(f"{markdown(result, args.new_tokens)}\n\n{about}")
-        if args.out is not None:
-            args.out.write_text(json.dumps({"seconds": result, "about": about}, indent=1) + "\n", encoding="utf-8")
-    except (ValueError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
-        print(f"warmup.py: error: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return {"seconds": result}, markdown(result, args.new_tokens)
+
+    return run_script(args, run)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--work_dir", type=Path, default=Path("~/.cache/litgpt-benchmarks"), help="weights, kept")
-    add("--checkpoint", type=Path, help="the default model's folder or .gguf file (default: found, or fetched once)")
+    add_arguments(parser)
     add("--processes", type=int, default=3, help="processes one after the other (default: %(default)s)")
     add("--new_tokens", type=int, default=16, help="tokens of each answer (default: %(default)s)")
-    add("--threads", type=int, default=2, help="CPU threads of every process (default: %(default)s)")
-    add("--out", type=Path, help="write all samples as JSON")
     args = parser.parse_args()
     if args.processes < 2:
         parser.error(f"--processes must be at least 2, of which the first one compiles, got {args.processes}")
