@@ -437,6 +437,7 @@ class GPT(nn.Module):
 
     def start_kv_caches(self, batch_size: int) -> None:
         """Begin a batch of empty rows, each to be filled by calls with `rows`."""
+        self._long_rope = self.needs_long_rope(self._expected_length)
         for cache in self.kv_caches():
             cache.start(batch_size)
 

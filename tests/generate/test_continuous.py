@@ -248,6 +248,12 @@ def test_with_long_rope_long_and_short_sequences_take_turns():
     while batch.unfinished:
         batch.step()
     assert [one.output for one in requests] == expected
+    together = [request(*sizes[i], 0, None) for i in (0, 2)]  # two short ones begin a batch, after a long one
+    for one in together:
+        batch.submit(one)
+    while batch.unfinished:
+        batch.step()
+    assert [one.output for one in together] == [expected[0], expected[2]]
     batch.submit(request(4, 6, 0, None))
     batch.step()
     with pytest.raises(ValueError, match="LongRoPE"):
