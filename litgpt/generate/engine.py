@@ -389,9 +389,8 @@ class Engine:
         guesses = self._guess()
         T = 1 + max((len(tokens) for tokens, _ in guesses.values()), default=0)
         ready = [i for i, row in enumerate(self._rows) if row is not None and row.ready]
-        called = (
-            ready if self._entering else list(range(len(self._rows)))
-        )  # idle rows come along, as compiled code wants it
+        # idle rows come along, as compiled code wants it, but not those whose prompts are still on their way
+        called = ready if self._entering else list(range(len(self._rows)))
         fed = [[0] * T for _ in called]
         for at, i in enumerate(called):
             if self._rows[i] is not None:

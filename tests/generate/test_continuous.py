@@ -8,6 +8,7 @@ from tiny import greedy_without_caches, tiny_gpt
 
 from litgpt.generate.continuous import ContinuousBatch
 from litgpt.generate.engine import Engine, decode, prepare_caches
+from litgpt.generate.proposals import PromptLookup
 from litgpt.generate.request import Request
 from litgpt.generate.sampling import Sampling
 from litgpt.kvcache.factory import create_kv_caches
@@ -139,6 +140,27 @@ def test_a_long_prompt_does_not_hold_up_the_others(name):
         batch.step()
     for one, args in ((first, (3, 20, 0, None)), (others[1], (29, 3, 0, None))):
         assert one.output == alone(model, *args, chunksize=8).output
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_guesses_stand_beside_prompts_that_enter(name):
+    model = MODELS[name]
+    batch = ContinuousBatch(model, ROWS, 64, 8, PromptLookup(3))
+    prompts = [torch.arange(length) % 4 for length in (9, 5, 27)]
+    requests = [Request(prompt, 20, Sampling(temperature=0)) for prompt in prompts]
+    for one in requests:
+        batch.submit(one)
+        batch.step()
+        batch.step()
+    while batch.unfinished:
+        batch.step()
+    assert batch.engine.guessed > 0 or name.endswith("lastrec")  # what was evicted cannot be taken back
+    for one, prompt in zip(requests, prompts, strict=True):
+        prepare_caches(model, ROWS, 64)
+        wanted = Request(prompt, 20, Sampling(temperature=0))
+        for _ in decode(Engine(model, 8), [wanted]):
+            pass
+        assert one.output == wanted.output
 
 
 @pytest.mark.parametrize("cancelled", [(0,), (1,), (0, 2), (0, 1, 2)])
