@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_gpt
+from tiny import greedy_without_caches, tiny_gpt
 
 import litgpt.model
 from litgpt import attention
 from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention
 from litgpt.config import Config
+from litgpt.generate.base import generate
 from litgpt.kvcache import DenseKVCache, KVCache, LastRecentlyInsertedKVCache, default, plan
 from litgpt.kvcache.factory import create_kv_caches
 from litgpt.model import GPT, RMSNorm
@@ -577,6 +578,8 @@ def test_a_cache_that_only_implements_the_abstract_methods_serves_a_model():
         model(idx, 3)
     with pytest.raises(ValueError, match="rows"):
         model(idx, 0, rows=[0, 1])
+    prompt = idx[0, :5]
+    assert torch.equal(generate(model, prompt, 20, temperature=0.0)[5:], greedy_without_caches(model, prompt, 15))
 
 
 # -- rows one after the other

@@ -397,8 +397,10 @@ class Engine:
                 tokens = [self._rows[i].draws.tokens[-1], *(guesses[i][0] if i in guesses else ())]
                 fed[at] = tokens + [0] * (T - len(tokens))
         idx = torch.tensor(fed, device=self.model.transformer.wte.weight.device)
-        lengths = self.model.kv_caches()[0].row_lengths
-        position, rows = max(lengths[i] for i in called), called if self._entering else None
+        rows, position = None, self.model.next_token_pos
+        if self._entering:
+            lengths = self.model.kv_caches()[0].row_lengths
+            rows, position = called, max(lengths[i] for i in called)
         logits = self.model(idx, position, last_token_only=T == 1, rows=rows)
         if len(ready) < len(called):
             logits = logits[ready]
