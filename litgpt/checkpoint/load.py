@@ -211,7 +211,10 @@ def save_quantized(
         quantize_meta(model, how, dtype, source.tied)
         tensors = _quantized_tensors(source, model, progress)
         layout = {
-            name: torch.empty_like(x, dtype=stored[name] if x.is_floating_point() and name in stored else None)
+            # not `empty_like`, which without memory takes what torch compiles with: 40 MB more
+            name: torch.empty(
+                x.shape, dtype=stored.get(name, x.dtype) if x.is_floating_point() else x.dtype, device="meta"
+            )
             for name, x in model.state_dict().items()
         }
     else:
