@@ -109,7 +109,7 @@ class GPT(nn.Module):
                 go on at their own lengths. (A tensor of consecutive positions is accepted, as LitGPT has it.)
             lm_head_chunk_size: if positive, return a list of logits for chunks of that many tokens.
             skip_lm_head: return the final norm's output instead of logits.
-            last_token_only: give the output of the last token only, (B, 1, V).
+            last_token_only: give the output of the last token only, (B, 1, V), or (B, 1, E) with `skip_lm_head`.
             rows: rows of the caches that the B rows of `idx` stand for (None: the first B).
             row_sizes: tokens that each of `rows` gets, if not all get as many. Then `idx` is (1, sum(row_sizes)), one row's
                 tokens after the other's, and so is the output; with `last_token_only` it is (rows, 1, V).

@@ -22,12 +22,8 @@ def compile_decode(model: GPT) -> None:
     def decode(
         idx: torch.Tensor, rope: list[Rope], plans: list[Plan], input_pos: int, wanted: Sequence[int] | None = None
     ) -> torch.Tensor | None:
-        if (
-            idx.shape[1] > 1
-            or wanted is not None
-            or any(part.rows is not None for plan in plans for part in plan.parts)
-        ):
-            return None
+        if idx.shape[1] > 1 or any(part.rows is not None for plan in plans for part in plan.parts):
+            return None  # of single tokens, all are wanted
         for plan in plans:
             for part in plan.parts:
                 for planned in part.steps:

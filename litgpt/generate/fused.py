@@ -41,7 +41,10 @@ def fuse_layers(model: GPT) -> bool:
 
 
 class FusedLayers:
-    """A `GPT.fast_layers`: takes the arguments of `GPT.run_layers`, and gives None where it cannot do the call."""
+    """A `GPT.fast_layers`: takes the arguments of `GPT.run_layers`, and gives None where it cannot do the call.
+
+    With `wanted`, tokens counted through all rows in ascending order, it gives their outputs only, (wanted, 1, E).
+    """
 
     def __init__(self, model: GPT, layers: list[Layer]) -> None:
         config, first = model.config, model.transformer.h[0]

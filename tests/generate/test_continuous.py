@@ -12,6 +12,7 @@ from litgpt.generate.request import Request
 from litgpt.generate.sampling import Sampling
 from litgpt.kvcache.factory import create_kv_caches
 
+pytestmark = pytest.mark.usefixtures("small_pieces")
 ROWS = 3
 WINDOWS = {"sliding_window_size": 6, "sliding_window_indices": [1, 0]}
 SETTINGS = [
@@ -32,6 +33,14 @@ for name, gpt in MODELS.items():
     gpt.static_decode = name.startswith("static")
     if name.endswith("lastrec"):
         gpt.assign_kv_caches(create_kv_caches("lastrec", gpt.config, ROWS, 12, sinks=2))
+
+
+@pytest.fixture(scope="module")
+def small_pieces():
+    """Prompts enter by 8 tokens where no chunk size is given, so that short ones enter in pieces, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("litgpt.generate.engine.ENTERING_TOKENS", 8)
+        yield
 
 
 def request(length, count, kind, stop):
@@ -237,6 +246,9 @@ def test_a_failure_leaves_an_empty_batch_that_works():
     lost, later = request(5, 10, 0, None), request(6, 10, 0, None)
     batch.submit(lost)
     batch.step()
+    batch.submit(entering := request(20, 10, 0, None))
+    batch.step()
+    assert not entering.tokens
 
     def interrupt(x, block_idx, input_pos):
         raise KeyboardInterrupt
