@@ -12,16 +12,11 @@ from torch import nn
 
 from litgpt.checkpoint.load import save_litgpt, save_quantized
 from litgpt.config import Config
-from litgpt.generate.answer import Answer
-from litgpt.generate.continuous import ContinuousBatch
-from litgpt.generate.engine import Engine
-from litgpt.generate.processes import join_group, launched_outside, own_device
-from litgpt.generate.proposals import PromptLookup
-from litgpt.generate.request import Request
-from litgpt.generate.sampling import LogitsProcessor, Sampling
-from litgpt.generate.sequentially import choose_devices, sequential
-from litgpt.generate.session import Session
-from litgpt.generate.setup import (
+from litgpt.engine.answer import Answer
+from litgpt.engine.continuous import ContinuousBatch
+from litgpt.engine.drafting import PromptLookup
+from litgpt.engine.engine import Engine
+from litgpt.engine.loading import (
     choose_kv_caches,
     default_device,
     make_ready,
@@ -29,11 +24,16 @@ from litgpt.generate.setup import (
     slow_down_decode,
     speed_up_decode,
 )
+from litgpt.engine.request import Request
+from litgpt.engine.sampling import LogitsProcessor, Sampling
+from litgpt.engine.session import Session
+from litgpt.generate.sequentially import choose_devices, sequential
 from litgpt.generate.tp import number_of_processes
 from litgpt.model import GPT
+from litgpt.parallel.processes import join_group, launched_outside, own_device
+from litgpt.parallel.tensor import ShardedGPT, shard_model
 from litgpt.prompts import ChatTemplate, PromptStyle, all_stop_tokens, encode_prompt, save_prompt_style
-from litgpt.quantize import BNB_MODES, quantize_model
-from litgpt.sharding import ShardedGPT, shard_model
+from litgpt.runners.quantized_weights import BNB_MODES, quantize_model
 from litgpt.tokenizer import Tokenizer
 
 BYTES_PER_GB = 1e9
@@ -42,7 +42,7 @@ BYTES_PER_GB = 1e9
 class LLM(nn.Module):
     """A language model with its tokenizer and prompt style. Make one with `LLM.load`.
 
-    For generating, weights may be kept in a layout of the CPU's own (`litgpt.packed`); asking for the parameters, or
+    For generating, weights may be kept in a layout of the CPU's own (`litgpt.runners.packed_weights`); asking for the parameters, or
     training, brings the plain ones back.
 
     Attributes:
@@ -288,7 +288,7 @@ class LLM(nn.Module):
             sinks: first tokens that a lastrec cache never drops.
             prompt_chunksize: most tokens of the prompt that go through the model at once (default: all of them).
             min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias: as for
-                `litgpt.generate.sampling.Sampling`.
+                `litgpt.engine.sampling.Sampling`.
             seed: of the first answer's own random numbers; the next answer has the next seed (default: all draw from
                 torch's generator).
             logits_processors: change the logits before each draw, called as `(tokens so far, logits (V,))`. Every answer

@@ -24,7 +24,7 @@ def sample(weight: torch.Tensor) -> torch.Tensor:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """What a model is, in 16 letters. Equal however weights are laid out (`litgpt.packed`), different as soon as training,
+    """What a model is, in 16 letters. Equal however weights are laid out (`litgpt.runners.packed_weights`), different as soon as training,
     merging or quantising has changed them; takes milliseconds, since it reads few of them.
 
     Biases are left out: not every layout keeps them apart.

@@ -15,7 +15,7 @@ from torch import nn
 from litgpt.config import Config as BaseConfig
 from litgpt.model import GPT as BaseModel
 from litgpt.model import Block as Block
-from litgpt.quantize import QuantizedLinear
+from litgpt.runners.quantized_weights import QuantizedLinear
 
 
 @dataclass

@@ -46,7 +46,9 @@ class GPT(nn.Module):
     Key-value caches are made by `set_kv_caches` (or given by `assign_kv_caches`) and used by calls with `input_pos`.
     """
 
-    quantization: object = None  # how the weights are quantised, if they are: `litgpt.quantize` sets it
+    quantization: object = (
+        None  # how the weights are quantised, if they are: `litgpt.runners.quantized_weights` sets it
+    )
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from litgpt.adapter import (
 )
 from litgpt.kvcache.factory import create_kv_caches
 from litgpt.model import CausalSelfAttention as PlainAttention
-from litgpt.packed import can_pack, pack_linears
+from litgpt.runners.packed_weights import can_pack, pack_linears
 
 FAMILIES = {
     "llama": {},

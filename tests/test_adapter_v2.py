@@ -13,7 +13,7 @@ from litgpt.adapter_v2 import (
     mark_only_adapter_v2_as_trainable,
 )
 from litgpt.kvcache.factory import create_kv_caches
-from litgpt.packed import PackedLinear, can_pack, pack_linears
+from litgpt.runners.packed_weights import PackedLinear, can_pack, pack_linears
 
 FAMILIES = {
     "llama": {},

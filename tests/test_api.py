@@ -3,8 +3,8 @@ import torch
 from tiny import CHAT_TEMPLATE, VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
 from litgpt.api import LLM, Preprocessor, benchmark_dict_to_markdown_table
-from litgpt.packed import PackedLinear
 from litgpt.prompts import ChatTemplate
+from litgpt.runners.packed_weights import PackedLinear
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from tiny import VOCABULARY, tiny_gpt, tiny_tokenizer
 from litgpt.checkpoint.export import save_huggingface
 from litgpt.checkpoint.load import load_model, save_litgpt
 from litgpt.checkpoint.open import open_checkpoint
+from litgpt.engine.loading import choose_kv_caches
 from litgpt.generate.base import generate
-from litgpt.generate.setup import choose_kv_caches
 
 BENCHMARKS = Path(__file__).parents[1] / "extensions" / "benchmarks"
 

@@ -17,7 +17,7 @@ from litgpt.lora import (
     unwrap_lora,
 )
 from litgpt.model import GPT as BaseModel
-from litgpt.packed import PackedLinear, can_pack, pack_linears, unpack_linears
+from litgpt.runners.packed_weights import PackedLinear, can_pack, pack_linears, unpack_linears
 
 ALL = {f"lora_{part}": True for part in ("query", "key", "value", "projection", "mlp", "head")}
 FAMILIES = {

@@ -6,7 +6,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from litgpt.config import Config
-from litgpt.generate.engine import prefill, prepare_caches
+from litgpt.engine.engine import prefill, prepare_caches
 from litgpt.model import GPT
 from litgpt.rope import build_rope_cache
 

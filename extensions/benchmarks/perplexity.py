@@ -18,9 +18,9 @@ from litgpt.checkpoint.base import Checkpoint
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model
 from litgpt.checkpoint.open import open_checkpoint
-from litgpt.generate.setup import default_device
+from litgpt.engine.loading import default_device
 from litgpt.model import GPT
-from litgpt.packed import pack_linears
+from litgpt.runners.packed_weights import pack_linears
 
 REFERENCE = "bf16"
 

@@ -20,11 +20,11 @@ from environments import processor_name
 from results import number, ratio, row
 
 from litgpt.checkpoint.find import find_checkpoint
-from litgpt.generate.engine import Engine, decode, prepare_caches
-from litgpt.generate.proposals import PromptLookup
-from litgpt.generate.request import Request
-from litgpt.generate.sampling import Sampling
-from litgpt.generate.setup import Ready, make_ready
+from litgpt.engine.drafting import PromptLookup
+from litgpt.engine.engine import Engine, decode, prepare_caches
+from litgpt.engine.loading import Ready, make_ready
+from litgpt.engine.request import Request
+from litgpt.engine.sampling import Sampling
 from litgpt.prompts import encode_prompt
 
 LICENSE = Path(__file__).parents[2] / "LICENSE"

@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 
 from litgpt.chat.conversation import Conversation
+from litgpt.engine.drafting import PromptLookup
+from litgpt.engine.loading import Quantization, make_ready
+from litgpt.engine.sampling import check_sampling
+from litgpt.engine.session import Session
+from litgpt.engine.session_file import read_session
 from litgpt.generate.base import generate_fn
-from litgpt.generate.proposals import PromptLookup
-from litgpt.generate.sampling import check_sampling
-from litgpt.generate.session import Session
-from litgpt.generate.session_file import read_session
-from litgpt.generate.setup import Quantization, make_ready
 from litgpt.model import GPT
 
 HELP = "/reset starts anew, /system TEXT sets the system prompt, /exit leaves, Ctrl-C stops an answer"

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from litgpt.generate.engine import Proposer
-from litgpt.generate.session import Session
-from litgpt.generate.session_file import SessionFile
-from litgpt.generate.setup import Ready
+from litgpt.engine.engine import Proposer
+from litgpt.engine.loading import Ready
+from litgpt.engine.session import Session
+from litgpt.engine.session_file import SessionFile
 from litgpt.prompts import encode_prompt
 
 

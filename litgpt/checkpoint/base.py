@@ -13,7 +13,7 @@ from litgpt.config import Config, read_json
 
 if TYPE_CHECKING:
     from litgpt.prompt_style import PromptStyle
-    from litgpt.quantize import Scheme
+    from litgpt.runners.quantized_weights import Scheme
     from litgpt.tokenizer import Tokenizer
 
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"

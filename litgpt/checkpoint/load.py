@@ -13,7 +13,7 @@ from litgpt.checkpoint.files import copy_side_files, replacing, write_safetensor
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.config import Config
 from litgpt.model import GPT
-from litgpt.quantize import BNB_MODES, MODES, QuantizedLinear, Scheme, quantize_model
+from litgpt.runners.quantized_weights import BNB_MODES, MODES, QuantizedLinear, Scheme, quantize_model
 
 
 def load_model(

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from litgpt.checkpoint.base import EMBEDDING, HEAD, QUANTIZED_NAME, Piece
 from litgpt.checkpoint.files import parse_dtype
 from litgpt.checkpoint.litgpt_folder import LitGPTCheckpoint
-from litgpt.quantize import Scheme, dequantize_int4, dequantize_int8
+from litgpt.runners.quantized_weights import Scheme, dequantize_int4, dequantize_int8
 
 
 class QuantizedCheckpoint(LitGPTCheckpoint):

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
+from litgpt.engine.loading import Quantization
 from litgpt.generate.base import main as generate
 from litgpt.generate.finetuned import Finetuned, answer, explained_by
-from litgpt.generate.setup import Quantization
 
 
 @explained_by(generate)

@@ -9,18 +9,18 @@ from typing import Any, Literal
 
 import torch
 
-from litgpt.generate.engine import Engine, Proposer, decode, prepare_caches
-from litgpt.generate.prompts_file import PromptLine, answer_prompts, read_prompts
-from litgpt.generate.proposals import PromptLookup
-from litgpt.generate.request import Request
-from litgpt.generate.sampling import (
+from litgpt.engine.drafting import PromptLookup
+from litgpt.engine.engine import Engine, Proposer, decode, prepare_caches
+from litgpt.engine.loading import Quantization, Ready, cache_bytes, choose_kv_caches, make_ready
+from litgpt.engine.request import Request
+from litgpt.engine.sampling import (
     Sampling,
     batched_sample,
     multinomial_num_samples_1,
     sample,
     sample_top_p,
 )
-from litgpt.generate.setup import Quantization, Ready, cache_bytes, choose_kv_caches, make_ready
+from litgpt.generate.prompts_file import PromptLine, answer_prompts, read_prompts
 from litgpt.model import GPT
 from litgpt.prompts import encode_prompt
 

@@ -19,9 +19,9 @@ from litgpt.checkpoint.files import load_state_dict
 from litgpt.checkpoint.litgpt_folder import LitGPTCheckpoint
 from litgpt.checkpoint.load import load_model, meta_model
 from litgpt.config import Config
+from litgpt.engine.loading import choose_kv_caches, make_ready
+from litgpt.engine.sampling import Sampling
 from litgpt.generate import base
-from litgpt.generate.sampling import Sampling
-from litgpt.generate.setup import choose_kv_caches, make_ready
 from litgpt.model import GPT
 from litgpt.prompts import PromptStyle, encode_prompt, has_prompt_style, load_prompt_style
 from litgpt.tokenizer import Tokenizer

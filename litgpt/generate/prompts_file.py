@@ -10,12 +10,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from litgpt.generate.answer import Answer
-from litgpt.generate.continuous import ContinuousBatch
-from litgpt.generate.engine import Proposer
-from litgpt.generate.request import Request
-from litgpt.generate.sampling import Sampling
-from litgpt.generate.setup import Ready
+from litgpt.engine.answer import Answer
+from litgpt.engine.continuous import ContinuousBatch
+from litgpt.engine.engine import Proposer
+from litgpt.engine.loading import Ready
+from litgpt.engine.request import Request
+from litgpt.engine.sampling import Sampling
 from litgpt.prompts import encode_prompt
 
 SAMPLING_KEYS = tuple(field.name for field in fields(Sampling) if field.name != "processors")

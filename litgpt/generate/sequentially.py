@@ -11,13 +11,13 @@ from torch import nn
 
 from litgpt.checkpoint.base import Checkpoint
 from litgpt.checkpoint.load import load_model
+from litgpt.engine.loading import Quantization, choose_kv_caches, default_device, make_ready
+from litgpt.engine.sampling import Sampling
 from litgpt.generate.base import check_options, print_answers
-from litgpt.generate.sampling import Sampling
-from litgpt.generate.setup import Quantization, choose_kv_caches, default_device, make_ready
 from litgpt.model import GPT
+from litgpt.parallel.tensor import chunk_sizes
 from litgpt.prompts import encode_prompt
 from litgpt.rope import Rope
-from litgpt.sharding import chunk_sizes
 
 
 def devices_of_layers(n_layer: int, devices: Sequence[torch.device | str]) -> list[torch.device]:

@@ -14,13 +14,13 @@ import torch
 
 from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.find import find_checkpoint
+from litgpt.engine.drafting import DraftModel, guess
+from litgpt.engine.engine import Engine, decode, prepare_caches
+from litgpt.engine.loading import Quantization, choose_kv_caches, make_ready
+from litgpt.engine.request import Request
+from litgpt.engine.sampling import Draws, Sampling, draw, sample
+from litgpt.engine.verification import draw_beside
 from litgpt.generate.base import check_options, print_answers
-from litgpt.generate.engine import Engine, decode, prepare_caches
-from litgpt.generate.proposals import DraftModel, guess
-from litgpt.generate.request import Request
-from litgpt.generate.sampling import Draws, Sampling, draw, sample
-from litgpt.generate.setup import Quantization, choose_kv_caches, make_ready
-from litgpt.generate.verification import draw_beside
 from litgpt.model import GPT
 from litgpt.prompts import encode_prompt
 from litgpt.tokenizer import Tokenizer

@@ -10,13 +10,13 @@ import torch
 
 from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.find import find_checkpoint
+from litgpt.engine.loading import Quantization, choose_kv_caches, make_ready, parse_precision
+from litgpt.engine.sampling import Sampling
 from litgpt.generate.base import check_options, print_answers
-from litgpt.generate.processes import join_group, launched_outside, only_first_speaks, own_device, run_in_processes
-from litgpt.generate.sampling import Sampling
-from litgpt.generate.setup import Quantization, choose_kv_caches, make_ready, parse_precision
+from litgpt.parallel.processes import join_group, launched_outside, only_first_speaks, own_device, run_in_processes
+from litgpt.parallel.tensor import Shard, load_shard
 from litgpt.prompts import encode_prompt
-from litgpt.quantize import MODES
-from litgpt.sharding import Shard, load_shard
+from litgpt.runners.quantized_weights import MODES
 
 CPU_PROCESSES = 2  # where there are no GPUs and no number is given
 

@@ -9,8 +9,8 @@ from litgpt.checkpoint.base import WEIGHTS_NAME
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import save_litgpt
 from litgpt.checkpoint.open import open_checkpoint
+from litgpt.engine.loading import parse_precision
 from litgpt.generate.finetuned import Finetuned
-from litgpt.generate.setup import parse_precision
 from litgpt.lora import merge_lora_weights, unwrap_lora
 
 

@@ -7,7 +7,7 @@ from litgpt.checkpoint.base import QUANTIZED_NAME
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import save_quantized
 from litgpt.checkpoint.open import open_checkpoint
-from litgpt.quantize import Scheme
+from litgpt.runners.quantized_weights import Scheme
 from litgpt.scripts.progress import weights_progress
 
 

@@ -12,8 +12,8 @@ from tiny import CHAT_TEMPLATE, VOCABULARY, tiny_gpt, tiny_tokenizer
 import litgpt.chat.base as chat
 from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
-from litgpt.generate import Session
-from litgpt.generate.session_file import read_session
+from litgpt.engine import Session
+from litgpt.engine.session_file import read_session
 from litgpt.prompts import ChatTemplate
 
 EVICTING = ("--kv_cache", "lastrec", "--cache_length", "32")

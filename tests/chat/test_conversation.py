@@ -3,8 +3,8 @@ import torch
 from tiny import CHAT_TEMPLATE, VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
 from litgpt.chat.conversation import Conversation
-from litgpt.generate.session import Session
-from litgpt.generate.setup import Ready
+from litgpt.engine.loading import Ready
+from litgpt.engine.session import Session
 from litgpt.prompts import ChatTemplate, PromptStyle
 
 

@@ -3,7 +3,7 @@ import torch
 from tiny_models import CASES, save_tiny
 
 from litgpt.checkpoint import load_model
-from litgpt.generate.engine import prefill, prepare_caches
+from litgpt.engine.engine import prefill, prepare_caches
 from litgpt.kvcache.factory import create_kv_caches
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}

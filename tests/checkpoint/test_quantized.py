@@ -17,8 +17,8 @@ from litgpt.checkpoint.export import save_huggingface
 from litgpt.checkpoint.load import load_model, save_litgpt, save_quantized
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.checkpoint.quantized_folder import QuantizedCheckpoint
-from litgpt.generate.setup import make_ready
-from litgpt.quantize import Int4Linear, Int8Linear, Scheme, TiedHead, quantize_model
+from litgpt.engine.loading import make_ready
+from litgpt.runners.quantized_weights import Int4Linear, Int8Linear, Scheme, TiedHead, quantize_model
 
 MODES = pytest.mark.parametrize("mode", ["int8", "int4"])
 MOE = {"mlp_class_name": "LLaMAMoE", "n_expert": 4, "n_expert_per_token": 2, "intermediate_size": 32}
@@ -141,7 +141,7 @@ def memory():
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 from litgpt.checkpoint.load import load_model, save_quantized
 from litgpt.checkpoint.open import open_checkpoint
-from litgpt.quantize import QuantizedLinear, Scheme
+from litgpt.runners.quantized_weights import QuantizedLinear, Scheme
 path, out, mode = sys.argv[1:]
 samples = []
 quantized_part = QuantizedLinear.quantized
@@ -247,8 +247,8 @@ def test_llm_quantises_at_load_or_later_and_saves_what_it_has(mode, folder, tmp_
 def test_readiness_takes_the_modes_that_there_are(folder):
     from typing import get_args
 
-    from litgpt import quantize
-    from litgpt.generate.setup import Quantization
+    from litgpt.engine.loading import Quantization
+    from litgpt.runners import quantized_weights as quantize
 
     assert get_args(Quantization) == quantize.MODES + quantize.BNB_MODES
 

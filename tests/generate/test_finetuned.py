@@ -12,12 +12,12 @@ from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
 from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.load import load_model
-from litgpt.generate.compiled import compile_decode
 from litgpt.generate.finetuned import Finetuned
 from litgpt.model import GPT
-from litgpt.packed import PackedLinear, can_pack
 from litgpt.prompts import Alpaca, ChatTemplate, encode_prompt, save_prompt_style
-from litgpt.quantize import Int8Linear
+from litgpt.runners.compiled import compile_decode
+from litgpt.runners.packed_weights import PackedLinear, can_pack
+from litgpt.runners.quantized_weights import Int8Linear
 
 GREEDY = ["--temperature", "0", "--max_new_tokens", "12", "--precision", "32-true", "--prompt", "Hi!"]
 PATHS = {"full": "finetuned_path", "lora": "lora_path", "adapter": "adapter_path", "adapter_v2": "adapter_path"}
@@ -246,7 +246,7 @@ def test_every_option_is_explained(method, capsys):
 )
 @pytest.mark.parametrize("method", ["lora", "adapter", "adapter_v2"])
 def test_packed_layers_inside_decode_as_the_fine_tuned_model_does(method, base, tmp_path):
-    from litgpt.generate.setup import make_ready
+    from litgpt.engine.loading import make_ready
 
     reference = write_tuned(method, base, tmp_path / "tuned")
     model = make_ready(base, "bf16-true", load=Finetuned(tmp_path / "tuned", method).load).model

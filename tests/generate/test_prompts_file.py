@@ -8,8 +8,8 @@ from tiny import VOCABULARY, tiny_gpt, tiny_tokenizer
 
 from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
+from litgpt.engine.sampling import Sampling
 from litgpt.generate.prompts_file import read_prompts
-from litgpt.generate.sampling import Sampling
 from litgpt.prompts import ChatTemplate
 
 BASE = Sampling(0.8, 50, seed=100)

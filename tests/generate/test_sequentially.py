@@ -9,11 +9,11 @@ from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
 from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.load import save_litgpt
+from litgpt.engine.loading import choose_kv_caches
 from litgpt.generate.base import generate
 from litgpt.generate.sequentially import choose_devices, devices_of_layers, load_sequential, sequential
-from litgpt.generate.setup import choose_kv_caches
+from litgpt.parallel.tensor import chunk_sizes
 from litgpt.prompts import ChatTemplate
-from litgpt.sharding import chunk_sizes
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 HYBRID = {"sliding_window_size": 6, "rope_local_base_freq": 1000.0, "rope_indices": [0, 1, 0, 1, 0]}

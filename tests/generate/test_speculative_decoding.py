@@ -7,11 +7,11 @@ from tiny import VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
 from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
-from litgpt.generate.engine import Engine, decode, prepare_caches
-from litgpt.generate.proposals import DraftModel, PromptLookup
-from litgpt.generate.request import Request
-from litgpt.generate.sampling import Sampling
-from litgpt.generate.session import Session
+from litgpt.engine.drafting import DraftModel, PromptLookup
+from litgpt.engine.engine import Engine, decode, prepare_caches
+from litgpt.engine.request import Request
+from litgpt.engine.sampling import Sampling
+from litgpt.engine.session import Session
 from litgpt.generate.speculative_decoding import check_same_vocabulary, generate, speculative_decoding
 from litgpt.kvcache.factory import create_kv_caches
 

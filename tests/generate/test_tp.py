@@ -19,15 +19,15 @@ from litgpt.api import LLM, Preprocessor
 from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.load import fill_model, meta_model, save_litgpt, weight_differences
 from litgpt.config import Config
+from litgpt.engine.loading import choose_kv_caches
 from litgpt.generate.base import batched_generate_fn, generate
-from litgpt.generate.compiled import compile_decode
-from litgpt.generate.processes import run_in_processes
-from litgpt.generate.setup import choose_kv_caches
 from litgpt.generate.tp import number_of_processes
 from litgpt.model import GPT
-from litgpt.packed import pack_linears
+from litgpt.parallel.processes import run_in_processes
+from litgpt.parallel.tensor import Shard, ShardedGPT, load_shard, shard_model
 from litgpt.prompts import ChatTemplate
-from litgpt.sharding import Shard, ShardedGPT, load_shard, shard_model
+from litgpt.runners.compiled import compile_decode
+from litgpt.runners.packed_weights import pack_linears
 
 CPU = torch.device("cpu")
 CAN_TELL_MEMORY = Path("/proc/self/clear_refs").exists()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from litgpt.attention import DefaultKeysAndValues, position_bias, scaled_dot_product_attention
 from litgpt.kernels import ops
-from litgpt.quantize import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from litgpt.runners.quantized_weights import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 
 pytestmark = pytest.mark.skipif(not ops.available(), reason="no kernels on this machine")
 

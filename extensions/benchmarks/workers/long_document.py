@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from timing import read_job, read_tokens, report
 
-from litgpt.generate.session import Session
-from litgpt.generate.setup import make_ready
+from litgpt.engine.loading import make_ready
+from litgpt.engine.session import Session
 from litgpt.model import GPT
 
 NEW_TOKENS = 8

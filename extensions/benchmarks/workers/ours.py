@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import torch
 from timing import measure, peak_bytes, read_job, read_tokens, report
 
+from litgpt.engine.loading import make_ready
 from litgpt.generate.base import generate_fn
-from litgpt.generate.fused import FusedLayers
-from litgpt.generate.setup import make_ready
 from litgpt.model import GPT
+from litgpt.runners.fused import FusedLayers
 
 
 def main() -> None:

@@ -5,10 +5,10 @@ import time
 import torch
 from timing import read_job, read_tokens, report
 
-from litgpt.generate.engine import Engine, prepare_caches
-from litgpt.generate.request import Request
-from litgpt.generate.sampling import Sampling
-from litgpt.generate.setup import make_ready
+from litgpt.engine.engine import Engine, prepare_caches
+from litgpt.engine.loading import make_ready
+from litgpt.engine.request import Request
+from litgpt.engine.sampling import Sampling
 from litgpt.model import GPT
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from tiny import VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
-from litgpt.generate.answer import Answer
-from litgpt.generate.engine import Engine, decode, prefill, prepare_caches
-from litgpt.generate.request import Request
-from litgpt.generate.sampling import Sampling
+from litgpt.engine.answer import Answer
+from litgpt.engine.engine import Engine, decode, prefill, prepare_caches
+from litgpt.engine.request import Request
+from litgpt.engine.sampling import Sampling
 
 GREEDY = Sampling(temperature=0)
 PROMPT = torch.arange(5, 25)

@@ -2,8 +2,8 @@
 
 from collections import deque
 
-from litgpt.generate.engine import Engine, Proposer, check_caches, prepare_caches
-from litgpt.generate.request import Request
+from litgpt.engine.engine import Engine, Proposer, check_caches, prepare_caches
+from litgpt.engine.request import Request
 from litgpt.model import GPT
 
 

@@ -6,10 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import greedy_without_caches, tiny_gpt
 
-from litgpt.generate.continuous import ContinuousBatch
-from litgpt.generate.engine import Engine, decode, prepare_caches
-from litgpt.generate.request import Request
-from litgpt.generate.sampling import Sampling
+from litgpt.engine.continuous import ContinuousBatch
+from litgpt.engine.engine import Engine, decode, prepare_caches
+from litgpt.engine.request import Request
+from litgpt.engine.sampling import Sampling
 from litgpt.kvcache.factory import create_kv_caches
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
@@ -39,7 +39,7 @@ for name, gpt in MODELS.items():
 def small_pieces():
     """Prompts enter by 8 tokens where no chunk size is given, so that short ones enter in pieces, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("litgpt.generate.engine.ENTERING_TOKENS", 8)
+        patch.setattr("litgpt.engine.engine.ENTERING_TOKENS", 8)
         yield
 
 

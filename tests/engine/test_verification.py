@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny import tiny_gpt
 
-from litgpt.generate.engine import Engine, decode, prepare_caches
-from litgpt.generate.proposals import DraftModel, PromptLookup
-from litgpt.generate.request import Request
-from litgpt.generate.sampling import Draws, Sampling
-from litgpt.generate.verification import draw_beside, draw_from
+from litgpt.engine.drafting import DraftModel, PromptLookup
+from litgpt.engine.engine import Engine, decode, prepare_caches
+from litgpt.engine.request import Request
+from litgpt.engine.sampling import Draws, Sampling
+from litgpt.engine.verification import draw_beside, draw_from
 
 GRID = [(i + 0.5) / 40 for i in range(40)]
 

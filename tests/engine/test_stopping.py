@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from litgpt.generate.stopping import StopMatcher
+from litgpt.engine.stopping import StopMatcher
 
 
 def run(tokens, stops, include_eos):

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from litgpt.engine.engine import Engine, Proposer, prefill, prepare_caches
+from litgpt.engine.loading import choose_kv_caches
+from litgpt.engine.request import Request
+from litgpt.engine.sampling import Sampling
+from litgpt.engine.session_file import SessionFile, read_session, write_session
 from litgpt.fingerprint import fingerprint
-from litgpt.generate.engine import Engine, Proposer, prefill, prepare_caches
-from litgpt.generate.request import Request
-from litgpt.generate.sampling import Sampling
-from litgpt.generate.session_file import SessionFile, read_session, write_session
-from litgpt.generate.setup import choose_kv_caches
 from litgpt.kvcache.base import KVCache
 from litgpt.model import GPT, LayerCaches
 

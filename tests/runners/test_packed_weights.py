@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny import tiny_gpt
 
-from litgpt.packed import PackedLinear, can_pack, pack_linears, unpack_linears
+from litgpt.runners.packed_weights import PackedLinear, can_pack, pack_linears, unpack_linears
 
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.empty(1, 1, dtype=torch.bfloat16)), reason="no packed bfloat16 products on this machine"

@@ -11,14 +11,14 @@ import torch
 from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model
-from litgpt.generate.compiled import compile_decode
-from litgpt.generate.fused import fuse_layers
 from litgpt.kvcache.factory import create_kv_caches
 from litgpt.model import GPT
-from litgpt.packed import pack_linears, unpack_linears
 from litgpt.prompt_style import PromptStyle
 from litgpt.prompts import all_stop_tokens
-from litgpt.quantize import Scheme
+from litgpt.runners.compiled import compile_decode
+from litgpt.runners.fused import fuse_layers
+from litgpt.runners.packed_weights import pack_linears, unpack_linears
+from litgpt.runners.quantized_weights import Scheme
 from litgpt.tokenizer import Tokenizer
 
 Quantization = Literal["int8", "int4", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"]
@@ -79,11 +79,11 @@ def make_ready(
     Args:
         checkpoint_dir: a folder, a `.gguf` file, or a model's name.
         precision: see `parse_precision`.
-        quantize: how to quantise the weights as they are read (`litgpt.quantize`).
+        quantize: how to quantise the weights as they are read (`litgpt.runners.quantized_weights`).
         compile: compile the decoding step.
         device: default: the first GPU, else the CPU.
         access_token: of the Hugging Face hub, where the model has to be fetched.
-        pack: lay the weights out for the CPU's kernels (`litgpt.packed`); no training then.
+        pack: lay the weights out for the CPU's kernels (`litgpt.runners.packed_weights`); no training then.
         load: makes the model of the checkpoint, in that dtype and on that device; and with `quantize` as a keyword, if
             that is given.
     """

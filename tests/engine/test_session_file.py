@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from litgpt.generate import session_file
-from litgpt.generate.session_file import checksum, read_session, write_session
+from litgpt.engine import session_file
+from litgpt.engine.session_file import checksum, read_session, write_session
 
 ABOUT = {"notes": {"who": "Ümit"}, "length": 3}
 
@@ -161,7 +161,7 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from litgpt.generate.session_file import read_session, write_session
+from litgpt.engine.session_file import read_session, write_session
 
 torch.set_num_threads(1)
 path = Path(sys.argv[1])

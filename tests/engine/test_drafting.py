@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import greedy_without_caches, tiny_gpt
 
-from litgpt.generate.proposals import DraftModel, PromptLookup
-from litgpt.generate.sampling import Draws, Sampling
+from litgpt.engine.drafting import DraftModel, PromptLookup
+from litgpt.engine.sampling import Draws, Sampling
 
 GREEDY = Sampling(temperature=0.0)
 

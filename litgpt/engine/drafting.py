@@ -7,9 +7,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn.functional import pad
 
-from litgpt.generate.engine import Guesses, prefill, prepare_caches
-from litgpt.generate.sampling import Draws, likeliest, probabilities
-from litgpt.generate.verification import draw_from
+from litgpt.engine.engine import Guesses, prefill, prepare_caches
+from litgpt.engine.sampling import Draws, likeliest, probabilities
+from litgpt.engine.verification import draw_from
 from litgpt.model import GPT
 
 LEAST_GUESSES = 3  # of a prompt lookup: a call of four tokens takes hardly longer than one of two

@@ -2,7 +2,7 @@
 
 import torch
 
-from litgpt.generate.sampling import Draws, draw, pick, probabilities
+from litgpt.engine.sampling import Draws, draw, pick, probabilities
 
 
 def draw_beside(logits: torch.Tensor, guess: int, guessed_from: torch.Tensor | None, row: Draws) -> int:

@@ -3,7 +3,7 @@
 A matrix product in bfloat16 spends much of its time bringing the weight into the kernel's own order. `pack_linears` does
 that once, in place of the plain weight, so memory stays the same. Single layers then put many rows through oneDNN's product and
 few through our own (`litgpt.kernels`), which reads the same layout as fast as memory gives it; so do all layers in one call
-(`litgpt.generate.fused`), for any number of rows.
+(`litgpt.runners.fused`), for any number of rows.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from torch import nn
 
 from litgpt.fingerprint import sample
 from litgpt.kernels import ops
-from litgpt.quantize import Int4Linear
+from litgpt.runners.quantized_weights import Int4Linear
 
 ROWS_HINT = 128  # the layout is chosen for this many tokens; it also serves one token well
 

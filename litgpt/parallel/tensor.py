@@ -19,7 +19,7 @@ from litgpt.checkpoint.base import Checkpoint, Piece
 from litgpt.checkpoint.load import check_weights, fill_model, is_tied, meta_model, quantize_meta
 from litgpt.config import Config
 from litgpt.model import GPT, RMSNorm
-from litgpt.quantize import BNB_MODES, Scheme
+from litgpt.runners.quantized_weights import BNB_MODES, Scheme
 
 _LAYER_OR_EXPERT = re.compile(r"^transformer\.h\.\d+\.|(?<=\.experts)\.\d+")
 

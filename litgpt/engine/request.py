@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from litgpt.generate.sampling import Sampling
+from litgpt.engine.sampling import Sampling
 
 
 @dataclass(eq=False)

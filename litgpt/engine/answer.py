@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from litgpt.generate.request import Request
+from litgpt.engine.request import Request
 from litgpt.tokenizer import Tokenizer
 
 

@@ -20,9 +20,9 @@ from litgpt.kvcache.default import DefaultKVCache
 from litgpt.kvcache.plan import Plan
 from litgpt.kvcache.storage import DefaultStorage
 from litgpt.model import GPT, Block, CausalSelfAttention, GemmaMLP, LLaMAMLP, Multiply, RMSNorm
-from litgpt.packed import PackedGatedMLP, PackedLinear
-from litgpt.quantize import Int4Linear, Int8Linear
 from litgpt.rope import Rope as RopeRows
+from litgpt.runners.packed_weights import PackedGatedMLP, PackedLinear
+from litgpt.runners.quantized_weights import Int4Linear, Int8Linear
 
 
 def fuse_layers(model: GPT) -> bool:

@@ -12,10 +12,10 @@ from typing import Protocol
 
 import torch
 
-from litgpt.generate.request import Request
-from litgpt.generate.sampling import Draws, draw
-from litgpt.generate.stopping import StopMatcher
-from litgpt.generate.verification import draw_beside
+from litgpt.engine.request import Request
+from litgpt.engine.sampling import Draws, draw
+from litgpt.engine.stopping import StopMatcher
+from litgpt.engine.verification import draw_beside
 from litgpt.model import GPT
 
 ROOM = 1024  # least capacity of default caches that are to last

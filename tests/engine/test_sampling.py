@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
-from litgpt.generate.sampling import (
+from litgpt.engine.sampling import (
     Draws,
     Sampling,
     batched_sample,

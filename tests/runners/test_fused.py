@@ -5,11 +5,11 @@ import torch
 from tiny import tiny_gpt
 from torch import nn
 
-from litgpt.generate.fused import FusedLayers, fuse_layers
-from litgpt.generate.setup import slow_down_decode, speed_up_decode
+from litgpt.engine.loading import slow_down_decode, speed_up_decode
 from litgpt.kernels import ops
 from litgpt.kvcache.factory import create_kv_caches
-from litgpt.quantize import quantize_model
+from litgpt.runners.fused import FusedLayers, fuse_layers
+from litgpt.runners.quantized_weights import quantize_model
 
 pytestmark = pytest.mark.skipif(not ops.reads_packed_weights(), reason="no kernels on this machine")
 

@@ -12,13 +12,13 @@ from tiny import greedy_without_caches, tiny_gpt
 from torch._dynamo.utils import counters
 
 from litgpt.config import Config
+from litgpt.engine import Session
+from litgpt.engine.session_file import read_session
 from litgpt.fingerprint import fingerprint
-from litgpt.generate import Session
-from litgpt.generate.compiled import compile_decode
-from litgpt.generate.session_file import read_session
 from litgpt.kvcache.default import DefaultKVCache
 from litgpt.model import GPT
-from litgpt.packed import can_pack, pack_linears
+from litgpt.runners.compiled import compile_decode
+from litgpt.runners.packed_weights import can_pack, pack_linears
 
 GREEDY = {"temperature": 0.0}
 FIRST = list(range(5, 15))
@@ -263,7 +263,7 @@ def test_sessions_forks_and_restored_ones_share_one_compiled_graph(tmp_path):
 
 @pytest.mark.parametrize("flags", [{}, WINDOW, LATENT], ids=["dense", "sliding windows", "latent attention"])
 def test_caches_grow_with_the_sequence_and_keep_what_they_hold(monkeypatch, flags):
-    monkeypatch.setattr("litgpt.generate.engine.ROOM", 16)
+    monkeypatch.setattr("litgpt.engine.engine.ROOM", 16)
     model = tiny_gpt(**flags)
     session, sizes = Session(model), counted(model)
     prompt = list(FIRST)

@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from tiny import tiny_gpt
 from torch import nn
 
-from litgpt import quantize
 from litgpt.fingerprint import fingerprint
 from litgpt.model import LatentExpansion
-from litgpt.packed import pack_linears, unpack_linears
-from litgpt.quantize import (
+from litgpt.runners import quantized_weights as quantize
+from litgpt.runners.packed_weights import pack_linears, unpack_linears
+from litgpt.runners.quantized_weights import (
     KERNEL_ROWS,
     Int4Linear,
     Int8Embedding,

@@ -5,10 +5,10 @@ import torch
 from tiny import tiny_gpt
 from torch._dynamo.utils import counters
 
+from litgpt.engine.engine import prefill
 from litgpt.generate.base import batched_generate_fn
-from litgpt.generate.compiled import compile_decode
-from litgpt.generate.engine import prefill
 from litgpt.kvcache.factory import create_kv_caches
+from litgpt.runners.compiled import compile_decode
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"),

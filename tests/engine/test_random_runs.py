@@ -6,10 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import tiny_gpt
 
-from litgpt.generate.engine import Engine, prepare_caches
-from litgpt.generate.request import Request
-from litgpt.generate.sampling import Sampling
-from litgpt.generate.session import Session
+from litgpt.engine.engine import Engine, prepare_caches
+from litgpt.engine.request import Request
+from litgpt.engine.sampling import Sampling
+from litgpt.engine.session import Session
 from litgpt.kvcache.factory import create_kv_caches
 
 RUNS = 500  # of each of the two kinds
