@@ -515,7 +515,10 @@ class Engine:
         for i in reversed(gone):
             places[i], self._rows[i] = places[-1], self._rows[-1]
             places.pop(), self._rows.pop()
-        self.model.reorder_kv_caches(places)
+        if places:
+            self.model.reorder_kv_caches(places)
+        else:
+            self.model.crop_kv_caches(0)
 
     def can_join(self, request: Request, others: Sequence[Request] = ()) -> bool:
         """Whether a request goes with those that are active, or with `others` where none are: with LongRoPE, positions of
