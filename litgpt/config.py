@@ -28,6 +28,10 @@ _NOT_IN_LITGPT = (
 )
 
 
+StartOfLayerHook = Callable[[Any, int, int | None], None]
+"""`hook(x, block_idx, input_pos)`: see `litgpt.model.GPT.set_start_of_layer_hook`."""
+
+
 @dataclass
 class Config:
     """Sizes and flags of one model.
@@ -108,7 +112,7 @@ class Config:
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
     # `hook(x, block_idx, input_pos)`, the default of `GPT.set_start_of_layer_hook`; never written to a file
-    start_of_layer_hook: Callable | None = field(default=None, repr=False, compare=False)
+    start_of_layer_hook: "StartOfLayerHook | None" = field(default=None, repr=False, compare=False)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Config":
         unknown = [key for key in kwargs if key not in cls.__dataclass_fields__]

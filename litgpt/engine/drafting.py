@@ -122,7 +122,7 @@ class DraftModel:
         followers, limit = self._followers, dict(zip(rows, limits, strict=True))
         fed = max(follower.behind for follower in followers)  # 2 if all guesses of some row stood, else 1
         self.model.rewind_kv_caches([f.held - (len(f.row.tokens) - fed) for f in followers])
-        count = min(self.count, max(limits), self.model.kv_cache_max_tokens_tentative() - 1)
+        count = min(self.count, max(limits), self.model.kv_cache_max_rewindable_tokens())
         inputs = [follower.row.tokens[-fed:] for follower in followers]
         guesses: dict[Draws, tuple[list[int], list[torch.Tensor]]] = {row: ([], []) for row in rows}
         for follower in followers:

@@ -489,7 +489,7 @@ class Engine:
         """Guesses by row, those rows that have any, not more than can be taken back."""
         if self.proposer is None:
             return {}
-        room = self.model.kv_cache_max_tokens_tentative() - 1
+        room = self.model.kv_cache_max_rewindable_tokens()
         limits = {i: min(room, row.left - 1) for i, row in enumerate(self._rows) if row is not None and row.ready}
         asked = [i for i, limit in limits.items() if limit > 0]
         if not asked:

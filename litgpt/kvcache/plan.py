@@ -65,10 +65,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Unplanned:
-    """Stands for a plan where a cache does all of its work in `forward`."""
+    """Stands for a plan where a cache does all of its work in `forward`. No steps are known of it."""
 
     input_pos: int
     batch_size: int
+    parts: tuple[Part, ...] = ()
 
     @property
     def before(self) -> tuple[int, ...]:

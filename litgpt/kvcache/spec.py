@@ -152,13 +152,17 @@ class CacheSpec:
         **kwargs: Any,
     ) -> KVCache:
         """The cache of one layer, of `cache_length` slots or those of its window. `kwargs` as for the cache's class."""
-        window = config.window(block_idx)
-        policy = self.make_policy(cache_length)
-        if window is not None and window + WINDOW_SLACK < cache_length:
-            policy = LastRecentPolicy(window + WINDOW_SLACK)
+        policy = self.layer_policy(config, block_idx, cache_length)
         device = None if device is None else torch.device(device)
         params = KVCacheParams.from_config(config, batch_size, policy.cache_length, device, dtype)
         return make_kv_cache(config, params, policy, block_idx, self.storage_class, self.storage_args, **kwargs)
+
+    def layer_policy(self, config: Config, block_idx: int, cache_length: int) -> Policy:
+        """The policy of one layer: with `cache_length` slots, or that of its window."""
+        window = config.window(block_idx)
+        if window is not None and window + WINDOW_SLACK < cache_length:
+            return LastRecentPolicy(window + WINDOW_SLACK)
+        return self.make_policy(cache_length)
 
     def make_policy(self, cache_length: int) -> Policy:
         """The policy for a cache of that many slots."""

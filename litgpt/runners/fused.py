@@ -15,10 +15,9 @@ from litgpt.attention import attention_scale
 from litgpt.kernels import ops
 from litgpt.kernels.library import library
 from litgpt.kernels.structs import BLOCKED, INT4, INT8, Layer, Rope, Segment, Shape, StepPlan, Weight, address
-from litgpt.kvcache import KVCache
-from litgpt.kvcache.default import DefaultKVCache
+from litgpt.kvcache import KVCache, PositionalKVCache
 from litgpt.kvcache.plan import Plan
-from litgpt.kvcache.storage import DefaultStorage
+from litgpt.kvcache.storages.default import DefaultStorage
 from litgpt.model import GPT, Block, CausalSelfAttention, GemmaMLP, LLaMAMLP, Multiply, RMSNorm
 from litgpt.rope import Rope as RopeRows
 from litgpt.runners.packed_weights import PackedGatedMLP, PackedLinear
@@ -206,8 +205,8 @@ def _segments(plan: Plan, B: int, T: int) -> "ctypes.Array[Segment] | None":
 
 def _is_known_cache(cache: KVCache | None) -> bool:
     return (
-        isinstance(cache, DefaultKVCache)
-        and type(cache).run is DefaultKVCache.run
+        isinstance(cache, PositionalKVCache)
+        and type(cache).run is PositionalKVCache.run
         and type(cache.storage) is DefaultStorage
         and cache.value_size is None
         and cache.dtype == torch.bfloat16
