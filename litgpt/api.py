@@ -27,6 +27,7 @@ from litgpt.engine.loading import (
 from litgpt.engine.request import Request
 from litgpt.engine.sampling import LogitsProcessor, Sampling
 from litgpt.engine.session import Session
+from litgpt.kvcache import CacheSpec
 from litgpt.model import GPT
 from litgpt.parallel.pipeline import choose_devices, spread_layers
 from litgpt.parallel.processes import join_group, launched_outside, number_of_processes, own_device
@@ -246,9 +247,8 @@ class LLM(nn.Module):
         top_p: float = 1.0,
         return_as_token_ids: bool = False,
         stream: bool = False,
-        kv_cache: str = "dense",
+        kv_cache: CacheSpec | str = "dense",
         cache_length: int | None = None,
-        sinks: int = 0,
         prompt_chunksize: int | None = None,
         *,
         min_p: float = 0.0,
@@ -261,6 +261,7 @@ class LLM(nn.Module):
         logprobs: int | None = None,
         batch_size: int | None = None,
         prompt_lookup: int | None = None,
+        **kv_cache_args: Any,
     ) -> (
         str
         | torch.Tensor
@@ -282,9 +283,9 @@ class LLM(nn.Module):
             top_p: draw each token from the likeliest ones whose probabilities add up to this.
             return_as_token_ids: give tokens (n,) instead of text.
             stream: give an iterator over pieces of the answer (of one prompt).
-            kv_cache: what the key-value cache keeps: "dense" (every token) or "lastrec" (the last `cache_length` ones).
+            kv_cache: which key-value caches: a `CacheSpec`, or the name of one, such as "dense" (every token) or "lastrec" (the
+                last `cache_length` ones).
             cache_length: tokens that the cache holds (default: as many as are needed, or 1024 for lastrec).
-            sinks: first tokens that a lastrec cache never drops.
             prompt_chunksize: most tokens of the prompt that go through the model at once (default: all of them).
             min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias: as for
                 `litgpt.engine.sampling.Sampling`.
@@ -296,6 +297,7 @@ class LLM(nn.Module):
             batch_size: most prompts at a time; an answer that is done makes room for the next (default: all at once).
             prompt_lookup: guess up to this many next tokens at a time from the text so far, and check them in one call: the
                 same answer, faster where it repeats much of the prompt (default: no guesses).
+            kv_cache_args: further arguments of the caches, such as `n_sink`: first tokens that lastrec never drops.
 
         Returns:
             The answer, without the prompt: a text, tokens, or an `Answer`; a list of them for a list of prompts.
@@ -341,8 +343,9 @@ class LLM(nn.Module):
         ]
         rows = len(texts) if batch_size is None else min(batch_size, len(texts))
         self._for_inference()
-        if not (kv_cache == "dense" and cache_length is None and not sinks and self.model.default_kv_caches):
-            choose_kv_caches(self.model, kv_cache, cache_length, rows, sinks)
+        spec = CacheSpec.parse(kv_cache, cache_length, **kv_cache_args)
+        if not (spec == CacheSpec() and self.model.default_kv_caches):
+            choose_kv_caches(self.model, spec, rows)
         longest = max(request.length for request in requests)
         batch = ContinuousBatch(self.model, rows, longest, prompt_chunksize, proposer)
         self._engine = batch.engine
@@ -376,10 +379,10 @@ class LLM(nn.Module):
 
     def session(
         self,
-        kv_cache: str = "dense",
+        kv_cache: CacheSpec | str = "dense",
         cache_length: int | None = None,
-        sinks: int = 0,
         prompt_chunksize: int | None = None,
+        **kv_cache_args: Any,
     ) -> Session:
         """A sequence of tokens with caches of its own, which can go on, go back, be copied and saved.
 
@@ -388,7 +391,7 @@ class LLM(nn.Module):
         if not self.placed:
             raise ValueError("the model is not placed on a device yet: call distribute() first")
         self._for_inference()
-        return Session(self.model, kv_cache, cache_length, sinks, prompt_chunksize)
+        return Session(self.model, kv_cache, cache_length, prompt_chunksize, **kv_cache_args)
 
     def _text_to_token_ids(self, prompt: str, sys_prompt: str | None = None) -> torch.Tensor:
         """The prompt as the model is to see it, (T,)."""

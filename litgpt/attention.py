@@ -216,7 +216,11 @@ def attend(
         keys, values = _together(k_and_v)
         if bias is not None and bias.ndim == 2:
             bias = bias[None, None]
-        if own_kernels and (not is_causal or query.shape[2] == 1) and ops.can_attend(query, keys, values, bias, sink_logits):
+        if (
+            own_kernels
+            and (not is_causal or query.shape[2] == 1)
+            and ops.can_attend(query, keys, values, bias, sink_logits)
+        ):
             run = torch.ops.litgpt.attend if torch.compiler.is_compiling() else ops.attend
             return run(query, keys, values, bias, sink_logits, scale, softcapping or 0.0).transpose(1, 2), None
         if own_kernels and is_causal and ops.can_attend_causally(query, keys, values, sink_logits):

@@ -30,6 +30,7 @@ from litgpt.rope import yarn_get_mscale as yarn_get_mscale
 if TYPE_CHECKING:
     from litgpt.runners.runner import LayerRunner
 
+
 class GPT(nn.Module):
     """A decoder-only transformer.
 

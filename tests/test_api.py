@@ -158,7 +158,7 @@ def test_benchmark_measures_and_is_a_table(llm):
         ({"kv_cache": "nonsense"}, "nonsense.*dense-default"),
         ({"cache_length": 0}, "cache_length.*0"),
         ({"cache_length": 10}, "cache_length=10"),
-        ({"sinks": 2}, "sinks"),
+        ({"n_sink": 2}, "n_sink"),
         ({"prompt": ["a", "b"], "stream": True}, "single prompt"),
     ],
 )

@@ -16,6 +16,7 @@ from litgpt.engine.sampling import check_sampling
 from litgpt.engine.session import Session
 from litgpt.engine.session_file import read_session
 from litgpt.generate.base import generate_fn
+from litgpt.kvcache import CacheSpec
 from litgpt.model import GPT
 
 HELP = "/reset starts anew, /system TEXT sets the system prompt, /exit leaves, Ctrl-C stops an answer"
@@ -107,7 +108,11 @@ def main(
     torch.manual_seed(seed)
     ready = make_ready(checkpoint_dir, precision, quantize, compile, access_token=access_token)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    caches = Session(ready.model, kv_cache, cache_length, sinks, prompt_chunksize)
+    caches = Session(
+        ready.model,
+        CacheSpec.parse(kv_cache, cache_length, **({"n_sink": sinks} if sinks else {})),
+        prompt_chunksize=prompt_chunksize,
+    )
     conversation = Conversation(ready, caches, max_new_tokens, sampling, sys_prompt, notify=_tell, proposer=proposer)
     if saved is not None:
         conversation.resume(saved)

@@ -39,8 +39,7 @@ def prepare_caches(model: GPT, batch_size: int, max_length: int, roomy: bool = F
         if max_length > model.max_seq_length:
             raise ValueError(_too_long(model, max_length))
         fits = caches and all(
-            cache.batch_size >= batch_size and (cache.policy.evicts or cache.cache_length >= max_length)
-            for cache in caches
+            cache.batch_size >= batch_size and (cache.evicts or cache.cache_length >= max_length) for cache in caches
         )
         if not fits:
             room = max_length
@@ -60,7 +59,7 @@ def check_caches(model: GPT, batch_size: int, max_length: int) -> None:
     rows = min((cache.batch_size for cache in caches), default=0)
     if rows < batch_size:
         raise ValueError(f"{batch_size} sequences at once, but the caches hold batch_size={rows}")
-    slots = min((cache.cache_length for cache in caches if cache.max_prefill_length is not None), default=max_length)
+    slots = min((cache.cache_length for cache in caches if not cache.evicts), default=max_length)
     if slots < max_length:
         raise ValueError(
             f"prompt and new tokens come to {max_length} tokens, but the cache holds cache_length={slots} "

@@ -15,8 +15,9 @@ from litgpt.engine.request import Request
 from litgpt.engine.sampling import Sampling
 from litgpt.engine.session_file import SessionFile, read_session, write_session
 from litgpt.fingerprint import fingerprint
-from litgpt.kvcache.base import KVCache
-from litgpt.model import GPT, LayerCaches
+from litgpt.kvcache import CacheSpec, KVCache
+from litgpt.kvcache.layers import LayerCaches
+from litgpt.model import GPT
 
 
 class Session:
@@ -27,11 +28,11 @@ class Session:
 
     Args:
         model: in evaluation mode.
-        kv_cache: what the caches keep: "dense" (every token), "lastrec" (the last `cache_length` ones), or the name of
-            another kind.
+        kv_cache: which caches: a `CacheSpec`, or the name of one, such as "dense" (every token) or "lastrec" (the last
+            `cache_length` ones).
         cache_length: tokens that they hold (None: as many as are needed, or for a kind that evicts its default).
-        sinks: first tokens that a lastrec cache never drops.
         prompt_chunksize: most tokens of a call in the prefill (None: as many as the caches take).
+        kv_cache_args: further arguments of the caches, such as `n_sink`.
 
     Attributes:
         tokens: the sequence: all that was given, and all that was drawn, stop sequences included.
@@ -45,10 +46,10 @@ class Session:
     def __init__(
         self,
         model: GPT,
-        kv_cache: str = "dense",
+        kv_cache: CacheSpec | str = "dense",
         cache_length: int | None = None,
-        sinks: int = 0,
         prompt_chunksize: int | None = None,
+        **kv_cache_args: Any,
     ) -> None:
         self.model = model
         self.prompt_chunksize = prompt_chunksize
@@ -57,12 +58,13 @@ class Session:
         self.notes: dict[str, Any] = {}
         self._turn = 0  # a generation that another one has overtaken must not go on
         self._caches = LayerCaches()
+        spec = CacheSpec.parse(kv_cache, cache_length, **kv_cache_args)
         with self._attached():
-            choose_kv_caches(model, kv_cache, cache_length, sinks=sinks)
+            choose_kv_caches(model, spec)
         self._grows = not self.kv_caches  # default caches are made, and enlarged, when they are needed
-        if not self._grows:
-            cache_length = self.kv_caches[0].cache_length
-        self._kind = {"kv_cache": kv_cache.removesuffix("-default"), "cache_length": cache_length, "sinks": sinks}
+        self._kind = spec.describe()
+        if not self._grows and spec.cache_length is None:
+            self._kind["cache_length"] = spec.policy_class.default_cache_length(model.config)
 
     # -- what is in it
 
@@ -88,7 +90,7 @@ class Session:
             return self.model.max_seq_length
         if all(cache.unbounded for cache in self.kv_caches):
             return None
-        dense = [cache.cache_length for cache in self.kv_caches if cache.max_prefill_length is not None]
+        dense = [cache.cache_length for cache in self.kv_caches if not cache.evicts]
         return min([self.model.max_seq_length, *dense])
 
     # -- going on, going back
@@ -219,7 +221,7 @@ class Session:
         about, tokens = file.about, file.tensors["tokens"].tolist()
         self._check_fits(file)
         fresh = copy.copy(self)
-        fresh._caches = LayerCaches([cache.twin() for cache in self.kv_caches if not self._grows])
+        fresh._caches = LayerCaches([cache.empty_copy() for cache in self.kv_caches if not self._grows])
         if self._grows and about["caches"]:
             fresh._make_room(len(tokens))
         try:
@@ -272,7 +274,7 @@ class Session:
         with self._attached():
             self.model.expect_length(length)  # which may make the caches forget
         old = self.kv_caches
-        small = any(not cache.policy.evicts and cache.cache_length < length for cache in old)
+        small = any(not cache.evicts and cache.cache_length < length for cache in old)
         if self._grows and small and length <= self.model.max_seq_length:
             self._caches = replace(self._caches, caches=[], default=False)
         with self._attached():

@@ -21,6 +21,7 @@ from litgpt.engine.sampling import (
     sample_top_p,
 )
 from litgpt.generate.prompts_file import PromptLine, answer_prompts, read_prompts
+from litgpt.kvcache import CacheSpec
 from litgpt.model import GPT
 from litgpt.prompts import encode_prompt
 
@@ -271,7 +272,7 @@ def main(
     rows = min(batch_size, len(lines) * num_samples) if as_json else num_samples
     started = time.perf_counter()
     ready = make_ready(checkpoint_dir, precision, quantize, compile)
-    choose_kv_caches(ready.model, kv_cache, cache_length, rows, sinks)
+    choose_kv_caches(ready.model, CacheSpec.parse(kv_cache, cache_length, **({"n_sink": sinks} if sinks else {})), rows)
     print(f"Model loaded in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     if as_json:
         answer_prompts(ready, lines, rows, out, num_samples, prompt_chunksize, logprobs, proposer)

@@ -22,6 +22,7 @@ from litgpt.config import Config
 from litgpt.engine.loading import choose_kv_caches, make_ready
 from litgpt.engine.sampling import Sampling
 from litgpt.generate import base
+from litgpt.kvcache import CacheSpec
 from litgpt.model import GPT
 from litgpt.prompts import PromptStyle, encode_prompt, has_prompt_style, load_prompt_style
 from litgpt.tokenizer import Tokenizer
@@ -189,7 +190,7 @@ def answer(
     started = time.perf_counter()
     ready = make_ready(finetuned.base(checkpoint_dir), precision, quantize, compile, load=finetuned.load)
     ready.prompt_style = finetuned.prompt_style() or ready.prompt_style
-    choose_kv_caches(ready.model, kv_cache, cache_length, sinks=sinks)
+    choose_kv_caches(ready.model, CacheSpec.parse(kv_cache, cache_length, **({"n_sink": sinks} if sinks else {})))
     tokens = encode_with_input(ready.tokenizer, ready.prompt_style, prompt, input, sys_prompt).to(ready.device)
     print(f"Model loaded in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     base.print_answers(ready, tokens, max_new_tokens, sampling, prompt_chunksize=prompt_chunksize)

@@ -13,6 +13,7 @@ from litgpt.checkpoint.load import load_model
 from litgpt.engine.loading import Quantization, choose_kv_caches, make_ready
 from litgpt.engine.sampling import Sampling
 from litgpt.generate.base import check_options, print_answers
+from litgpt.kvcache import CacheSpec
 from litgpt.model import GPT
 from litgpt.parallel.pipeline import choose_devices, load_spread, spread_layers
 from litgpt.parallel.tensor import chunk_sizes
@@ -132,7 +133,9 @@ def main(
 
     started = time.perf_counter()
     ready = make_ready(checkpoint_dir, precision, quantize, compile, device=chosen[0], load=load)
-    choose_kv_caches(ready.model, kv_cache, cache_length, num_samples, sinks)
+    choose_kv_caches(
+        ready.model, CacheSpec.parse(kv_cache, cache_length, **({"n_sink": sinks} if sinks else {})), num_samples
+    )
     tokens = encode_prompt(ready.tokenizer, ready.prompt_style, prompt, sys_prompt=sys_prompt).to(ready.device)
     seconds = time.perf_counter() - started
     names = ", ".join(str(device) for device in chosen)

@@ -21,6 +21,7 @@ from litgpt.engine.request import Request
 from litgpt.engine.sampling import Draws, Sampling, draw, sample
 from litgpt.engine.verification import draw_beside
 from litgpt.generate.base import check_options, print_answers
+from litgpt.kvcache import CacheSpec
 from litgpt.model import GPT
 from litgpt.prompts import encode_prompt
 from litgpt.tokenizer import Tokenizer
@@ -192,7 +193,9 @@ def main(
     check_same_vocabulary(*(checkpoint.tokenizer() for checkpoint in opened))
     draft = make_ready(draft_model_checkpoint_dir, precision, quantize, compile)
     target = make_ready(target_model_checkpoint_dir, precision, quantize, compile)
-    choose_kv_caches(target.model, kv_cache, cache_length, num_samples, sinks)
+    choose_kv_caches(
+        target.model, CacheSpec.parse(kv_cache, cache_length, **({"n_sink": sinks} if sinks else {})), num_samples
+    )
     tokens = encode_prompt(target.tokenizer, target.prompt_style, prompt, sys_prompt=sys_prompt).to(target.device)
     proposer = DraftModel(draft.model, target.model.config.padded_vocab_size, speculative_k, prompt_chunksize)
     print(f"Models loaded in {time.perf_counter() - started:.1f} s", file=sys.stderr)

@@ -14,6 +14,7 @@ from litgpt.checkpoint.find import find_checkpoint
 from litgpt.engine.loading import Quantization, choose_kv_caches, make_ready, parse_precision
 from litgpt.engine.sampling import Sampling
 from litgpt.generate.base import check_options, print_answers
+from litgpt.kvcache import CacheSpec
 from litgpt.model import GPT
 from litgpt.parallel.processes import (
     join_group,
@@ -114,7 +115,7 @@ def main(
         "max_new_tokens": max_new_tokens,
         "sampling": sampling,
         "weights": (precision, quantize, compile),
-        "caches": (kv_cache, cache_length, num_samples, sinks),
+        "caches": (CacheSpec.parse(kv_cache, cache_length, **({"n_sink": sinks} if sinks else {})), num_samples),
         "prompt_chunksize": prompt_chunksize,
     }
     if (outside := launched_outside()) is not None:

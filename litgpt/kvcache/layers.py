@@ -181,10 +181,8 @@ class LayerCaches:
         plans, different = [], []
         for cache in self.caches:
             key = cache.plan_key()
-            for known, plan in different:
-                if known == key:
-                    break
-            else:
+            plan = next((plan for known, plan in different if known == key), None)
+            if plan is None:
                 plan = cache.plan(input_pos, len(sizes), list(sizes) if packed else sizes[0], rows, static)
                 different.append((key, plan))
             plans.append(plan)

@@ -217,7 +217,9 @@ def _decode_step(
         stored, reach = torch.arange(used, device=device)[None], None
     else:
         stored, reach = policy.slot_positions(positions + 1)[:, :used], policy.reach
-    bias = position_bias(positions[:, None], stored, dtype, window=window, reach=reach, n_sink=policy.n_sink).unsqueeze(1)
+    bias = position_bias(positions[:, None], stored, dtype, window=window, reach=reach, n_sink=policy.n_sink).unsqueeze(
+        1
+    )
     slots = policy.slots(positions)
     whole = slice(0, 1)
     return Step(whole, None, None, bias, None, whole, slots if len(lengths) == 1 else slots[:, None], True)

@@ -55,9 +55,7 @@ class PositionalKVCache(DefaultKVCache):
         super().__init__(config, batch_size, policy.cache_length, block_idx, dtype, head_size, **mha_kwargs)
         self.policy = policy
         device = torch.device("cpu") if device is None else torch.device(device)
-        params = KVCacheParams.from_config(
-            config, batch_size, policy.cache_length, device, self._dtype, self.head_size
-        )
+        params = KVCacheParams.from_config(config, batch_size, policy.cache_length, device, self._dtype, self.head_size)
         self.storage = storage(params, **(storage_args or {}))
         self.window = config.window(block_idx)
         self._rows = RowState()
@@ -171,8 +169,7 @@ class PositionalKVCache(DefaultKVCache):
         sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As `KVCache.forward`; `sink_logits` as for `run`."""
-        if not torch.is_autocast_enabled(query.device.type):
-            self._check_dtype(query, key, value)
+        self._check_dtype(query, key, value)
         self._check_shapes(query, key, value)
         plan = self.plan(input_pos, key.shape[0], key.shape[2])
         try:
@@ -260,8 +257,7 @@ class PositionalKVCache(DefaultKVCache):
         sink_logits: torch.Tensor | None,
     ) -> torch.Tensor:
         """`run` under autocast: in the cache's dtype, with a result in that of the queries."""
-        if not torch.is_autocast_enabled(query.device.type):
-            self._check_dtype(query, key, value)
+        self._check_dtype(query, key, value)
         with torch.autocast(query.device.type, enabled=False):
             own = [x.to(self.dtype) for x in (query, key, value)]
             return self.run(plan, *own, token_idx, sink_logits).to(query.dtype)
@@ -351,11 +347,12 @@ class PositionalKVCache(DefaultKVCache):
         return lengths
 
     def _check_dtype(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        dtype = self.dtype
-        if query.dtype != dtype or key.dtype != dtype or value.dtype != dtype:
-            raise ValueError(
-                f"query, key and value must be {dtype}, the cache's dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
-            )
+        dtype, device = self._place[0], query.device.type
+        if query.dtype == key.dtype == value.dtype == dtype or (device != "meta" and torch.is_autocast_enabled(device)):
+            return
+        raise ValueError(
+            f"query, key and value must be {dtype}, the cache's dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
+        )
 
     # -- state between calls
 

@@ -86,6 +86,11 @@ class CacheSpec:
     def __str__(self) -> str:
         return self.policy if self.storage == "default" else f"{self.policy}-{self.storage}"
 
+    def __repr__(self) -> str:
+        given = {"cache_length": self.cache_length, **dict(self.arguments)}
+        parts = [repr(self.policy), repr(self.storage), *(f"{name}={value!r}" for name, value in given.items())]
+        return f"CacheSpec({', '.join(parts)})"
+
     def describe(self) -> dict[str, Any]:
         """All of it, as numbers and text that JSON can hold."""
         return {"kv_cache": str(self), "cache_length": self.cache_length, **dict(self.arguments)}

@@ -1,10 +1,10 @@
 import pytest
 import torch
+from tiny import create_kv_caches
 from tiny_models import CASES, save_tiny
 
 from litgpt.checkpoint import load_model
 from litgpt.engine.engine import prefill, prepare_caches
-from litgpt.kvcache.factory import create_kv_caches
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 

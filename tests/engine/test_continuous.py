@@ -4,13 +4,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import StaticShapes, greedy_without_caches, tiny_gpt
+from tiny import StaticShapes, create_kv_caches, greedy_without_caches, tiny_gpt
 
 from litgpt.engine.continuous import ContinuousBatch
 from litgpt.engine.engine import Engine, decode, prepare_caches
 from litgpt.engine.request import Request
 from litgpt.engine.sampling import Sampling
-from litgpt.kvcache.factory import create_kv_caches
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
 ROWS = 3
@@ -32,7 +31,7 @@ MODELS = {
 for name, gpt in MODELS.items():
     gpt.layer_runner = StaticShapes() if name.startswith("static") else None
     if name.endswith("lastrec"):
-        gpt.assign_kv_caches(create_kv_caches("lastrec", gpt.config, ROWS, 12, sinks=2))
+        gpt.assign_kv_caches(create_kv_caches("lastrec", gpt.config, ROWS, 12, n_sink=2))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@ import random
 
 import pytest
 import torch
-from tiny import VOCABULARY, StaticShapes, greedy_without_caches, tiny_gpt, tiny_tokenizer
+from tiny import VOCABULARY, StaticShapes, create_kv_caches, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
 from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
@@ -13,7 +13,6 @@ from litgpt.engine.request import Request
 from litgpt.engine.sampling import Sampling
 from litgpt.engine.session import Session
 from litgpt.generate.speculative_decoding import check_same_vocabulary, generate, speculative_decoding
-from litgpt.kvcache.factory import create_kv_caches
 
 GREEDY = Sampling(temperature=0.0)
 WINDOWS = {"sliding_window_size": 8, "sliding_window_indices": [1, 0]}
@@ -86,7 +85,7 @@ def test_greedy_output_is_that_of_plain_decoding(prompts, proposer, caches):
     model = tiny_gpt(block_size=256, **(WINDOWS if caches == "windows" else {}))
     model.layer_runner = StaticShapes() if caches == "static" else None
     if caches == "lastrec":  # evicts soon
-        model.assign_kv_caches(create_kv_caches("lastrec", model.config, 4, 24, sinks=2))
+        model.assign_kv_caches(create_kv_caches("lastrec", model.config, 4, 24, n_sink=2))
     limits = [45, 60, 20, 35]
     plain, guessers = proposers(model, prompts, limits)
     if caches != "lastrec":
