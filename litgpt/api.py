@@ -481,7 +481,7 @@ class LLM(nn.Module):
 
     def _for_inference(self) -> None:
         self.model.eval()
-        if self.model.fast_layers is None:
+        if self.model.layer_runner is None:
             speed_up_decode(self.model, self.compile_decode)
 
     def _for_training(self) -> None:
