@@ -9,7 +9,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from litgpt.errors import describe
+from litgpt.errors import debugging, describe
 from litgpt.standard_streams import drop_unwritten, is_text, prepare_standard_streams
 from litgpt.waiting import waiting
 
@@ -90,7 +90,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 141
     except Exception as error:
-        if os.environ.get("LITGPT_DEBUG", "0") not in ("", "0"):
+        if debugging():
             raise
         with suppress(OSError):
             print(f"litgpt: error: {describe(error)}", file=sys.stderr)

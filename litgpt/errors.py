@@ -1,5 +1,6 @@
 """Errors in the words of those who use the program."""
 
+import os
 import re
 import traceback
 
@@ -7,6 +8,11 @@ USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, IndexError, Memor
 """What bad input or a machine's limits lead to; any other exception is a defect of the program."""
 
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Unable to allocate", re.IGNORECASE)
+
+
+def debugging() -> bool:
+    """Whether tracebacks are wanted, by `LITGPT_DEBUG=1`."""
+    return os.environ.get("LITGPT_DEBUG", "0") not in ("", "0")
 
 
 def describe(error: BaseException) -> str:

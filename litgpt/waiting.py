@@ -16,7 +16,7 @@ _open: list[threading.Event] = []  # of the blocks that the program is in, the i
 @contextmanager
 def waiting(text: str | Callable[[], str]) -> Iterator[None]:
     """Tell what goes on inside the block, if that takes long and stderr is a terminal: by a spinner with the seconds so far,
-    which is gone afterwards. Blocks may be nested; nothing else should be printed meanwhile.
+    which is gone afterwards. Blocks may be nested; what is printed meanwhile goes through `tell`.
 
     Args:
         text: what goes on, such as "Loading"; or a function that gives it, called again and again by another thread.
@@ -25,18 +25,24 @@ def waiting(text: str | Callable[[], str]) -> Iterator[None]:
         yield
         return
     done = threading.Event()
-    thread = threading.Thread(target=_tell, args=(text, done), daemon=True)
-    _open.append(done)
-    thread.start()
+    thread = threading.Thread(target=_show, args=(text, done), daemon=True)
     try:
+        _open.append(done)
+        thread.start()
         yield
     finally:
         done.set()
-        _open.remove(done)
-        thread.join()
+        _open[:] = [other for other in _open if other is not done]
+        if thread.ident is not None:
+            thread.join()
 
 
-def _tell(text: str | Callable[[], str], done: threading.Event) -> None:
+def tell(line: str) -> None:
+    """Print a line to stderr, also while something is waited for; it is lost if nobody can read it."""
+    _write(f"\r\x1b[K{line}\n" if _open else f"{line}\n")
+
+
+def _show(text: str | Callable[[], str], done: threading.Event) -> None:
     started = time.monotonic()
     say = (lambda: text) if isinstance(text, str) else text
     if done.wait(SHOWN_AFTER):
