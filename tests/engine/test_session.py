@@ -15,7 +15,7 @@ from litgpt.config import Config
 from litgpt.engine import Session
 from litgpt.engine.session_file import read_session
 from litgpt.fingerprint import fingerprint
-from litgpt.kvcache.default import DefaultKVCache
+from litgpt.kvcache import CacheSpec, DefaultKVCache
 from litgpt.model import GPT
 from litgpt.runners.compiled import compile_decode
 from litgpt.runners.packed_weights import can_pack, pack_linears
@@ -418,7 +418,7 @@ def test_a_session_of_another_model_precision_or_kind_is_refused_and_nothing_cha
     lastrec = Session(model, "lastrec", 24)
     lastrec.extend(some_tokens(30))
     lastrec.save(tmp_path / "s")
-    for kind in (("lastrec", 25), ("lastrec", 24, 1), ("dense", None)):
+    for kind in (("lastrec", 25), (CacheSpec("lastrec", cache_length=24, n_sink=1),), ("dense", None)):
         with pytest.raises(ValueError, match="use the same, or begin a new session"):
             Session(model, *kind).load(tmp_path / "s")
 
