@@ -183,7 +183,8 @@ class LayerCaches:
             key = cache.plan_key()
             plan = next((plan for known, plan in different if known == key), None)
             if plan is None:
-                plan = cache.plan(input_pos, len(sizes), list(sizes) if packed else sizes[0], rows, static)
+                n_rows, T = (len(rows), list(sizes)) if packed else (len(sizes), sizes[0])
+                plan = cache.plan(input_pos, n_rows, T, rows, static)
                 different.append((key, plan))
             plans.append(plan)
         starts = list(plans[0].before if rows is None else [plans[0].before[row] for row in rows])

@@ -220,7 +220,8 @@ def resolve_policy(name: str) -> type[Policy]:
     if ":" not in name:
         if name not in POLICIES:
             raise ValueError(
-                f"no cache policy is called {name!r}; there are {', '.join(POLICIES)}, and module:Class for one of your own"
+                f"no key-value cache is called {name!r}; the policies are {', '.join(POLICIES)}, and module:Class for one of "
+                "your own"
             )
         return POLICIES[name]
     module_name, _, attribute = name.partition(":")
