@@ -11,7 +11,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from litgpt.engine.drafting import PromptLookup, Proposer
+from litgpt.engine.drafting import PromptLookup
+from litgpt.engine.engine import Proposer
 from litgpt.engine.loading import Quantization, choose_kv_caches
 from litgpt.engine.sampling import Sampling
 from litgpt.model import GPT
@@ -187,21 +188,22 @@ class AnswerOptions(SamplingOptions, CacheOptions):
         return self.prompts is not None or self.out is not None or self.logprobs is not None
 
 
-def checked(item: Any, value: Any) -> Any:
-    """The value of an option (a dataclass field made by `option`) in its type.
+def checked(item: Any, value: Any, name: str | None = None) -> Any:
+    """The value of an option (a dataclass field made by `option`) in its type; `name` is what errors call it.
 
     Raises:
         ValueError: if it is none, with the option's name.
     """
+    name = name or item.name
     kinds = get_args(item.type) if isinstance(item.type, UnionType) or NoneType in get_args(item.type) else [item.type]
     if value is None and NoneType in kinds:
         return None
-    value = converted(item.name, value, kinds[0])
+    value = converted(name, value, kinds[0])
     least, most = item.metadata["least"], item.metadata["most"]
     if least is not None and value < least:
-        raise ValueError(f"{item.name} must be at least {least}, got {shown(value)}")
+        raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
     if most is not None and value > most:
-        raise ValueError(f"{item.name} must be at most {most:,}, got {shown(value)}")
+        raise ValueError(f"{name} must be at most {most:,}, got {shown(value)}")
     return value
 
 
@@ -235,7 +237,7 @@ def converted(name: str, value: Any, kind: Any) -> Any:
         expected = f"one of {', '.join(map(repr, get_args(kind)))}"
     else:
         expected = names.get(kind, "an object of names and values")
-    raise ValueError(f"{name} must be {expected}, got {shown(value)}")
+    raise ValueError(f"{name} is not {expected}: {shown(value)}")
 
 
 def _key(name: str, key: Any, kind: Any) -> Any:

@@ -117,9 +117,9 @@ def parse_line(line: str) -> dict[str, Any]:
         raise ValueError('"prompt" is missing or empty, or not a text')
     for key, value in given.items():
         if key in KINDS:
-            given[key] = checked(KINDS[key], value)
+            given[key] = checked(KINDS[key], value, f'"{key}"')
         elif key != "id":
-            given[key] = converted(key, value, str)
+            given[key] = converted(f'"{key}"', value, str)
     return given
 
 
