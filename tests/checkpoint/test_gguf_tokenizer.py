@@ -101,7 +101,7 @@ def test_merges_do_not_matter_for_whole_words_of_llama_3():
     processor = byte_level("llama-bpe")
     metadata = metadata_of(processor, "llama-bpe")
     whole = next(token for token in reversed(metadata["tokenizer.ggml.tokens"]) if token.startswith("Ġ"))
-    metadata["tokenizer.ggml.merges"] = []
+    metadata["tokenizer.ggml.merges"] = metadata["tokenizer.ggml.merges"][:1]
     whole_id = processor.token_to_id(whole)
     assert tokenizer_from_gguf(metadata).encode(processor.decode([whole_id]), bos=False).tolist() == [whole_id]
 
