@@ -23,7 +23,19 @@ _MAX_MADE = 100 * MAX_SIZE  # by all sums and products of one run
 _made = threading.local()
 _MAX_WIDTH = 100_000
 _WIDE = re.compile(r"\d{6,}")  # a width in a format
-_PADDING = "batch center expandtabs indent ljust rjust round slice to_bytes tojson zfill".split()
+_PADDING = [
+    "batch",
+    "center",
+    "expandtabs",
+    "indent",
+    "ljust",
+    "rjust",
+    "round",
+    "slice",
+    "to_bytes",
+    "tojson",
+    "zfill",
+]
 
 
 class TemplateRefusal(TemplateError):
@@ -185,7 +197,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             raise _too_large()
         return _checked(result)
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
         name = getattr(__obj, "__name__", "")
         _check_arguments(name, owner, [*args, *kwargs.values()])

@@ -35,7 +35,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         return _open_gguf(gguf_files[0])
     if gguf_files:
         names = ", ".join(file.name for file in gguf_files)
-        raise ValueError(f"{str(path)!r} holds several models in .gguf files ({names}): give the path of one")
+        raise ValueError(f"{str(path)!r} holds several .gguf files ({names}): give the path of one")
     raise FileNotFoundError(
         f"{str(path)!r} holds no weights: expected {WEIGHTS_NAME}, *.safetensors, pytorch_model*.bin or one .gguf file"
     )

@@ -440,7 +440,7 @@ def test_a_folder_with_several_models_asks_for_one_and_a_projector_is_none(split
     (folder / "mmproj-tiny-f16.gguf").write_bytes(b"GGUF")
     assert open_checkpoint(folder).files == parts
     whole.rename(folder / "b.gguf")
-    with pytest.raises(ValueError, match=r"several models in \.gguf files \(b.gguf, tiny-q8_0-00001-of-00008.gguf\)"):
+    with pytest.raises(ValueError, match=r"several \.gguf files \(b.gguf, tiny-q8_0-00001-of-00008.gguf\)"):
         open_checkpoint(folder)
 
 
