@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from litgpt.waiting import show_waits, spinner
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -112,6 +114,7 @@ def _run(args: list[str]) -> int:
         raise UsageError(f"unknown {'option' if name.startswith('-') else 'command'} {name!r}; {hint}")
     module, _, attribute = COMMANDS[name][0].partition(":")
     function = getattr(import_module(module), attribute)
+    show_waits(spinner)
     function(**parse(name, function, args[1:]))
     return 0
 
