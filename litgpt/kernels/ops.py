@@ -9,7 +9,7 @@ import torch
 from litgpt.kernels import processor
 from litgpt.kernels.library import library
 
-MAX_ROWS = 16  # of a single layer; with more rows, torch's matrix products are as fast or faster
+MAX_ROWS = 16  # of a single layer; with more rows, torch's products in bfloat16 are as fast or faster, where it has them
 MAX_QUERIES = 16  # of one sequence
 MAX_HEAD_SIZE = 256  # of `attend`, as in layers.h
 ACTIVATIONS = {"silu": 0, "gelu-none": 1, "gelu-tanh": 2}  # of `gated_mlp_blocked`, as in numbers.h
@@ -25,6 +25,11 @@ def available() -> bool:
 
 # a constant of compiled graphs, as `torch.compiler.assume_constant_result` says it, which imports a second's worth of torch
 available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def is_faster(rows: int) -> bool:
+    """Whether a single layer is faster by the kernels than by torch for that many rows."""
+    return available() and (rows <= MAX_ROWS or not processor.torch_multiplies_bfloat16())
 
 
 @functools.cache
