@@ -9,11 +9,13 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import re
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +23,9 @@ from pathlib import Path
 
 from litgpt.kernels import processor
 from litgpt.kernels.processor import InstructionSet
-from litgpt.waiting import log, waiting
+from litgpt.waiting import waiting
+
+log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 # sums may be reordered, for vectors of them; infinities and NaN keep their meaning
@@ -160,7 +164,7 @@ class PrivateFolder:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                with waiting("Waiting for another process that compiles kernels"):
+                with _announced("Waiting for another process that compiles kernels"):
                     fcntl.flock(fd, fcntl.LOCK_EX)
             except OSError:
                 pass
@@ -206,7 +210,7 @@ def _new(folder: PrivateFolder, wanted: Names, compiler: str | None, load: Load)
         try:
             if compiler is None:
                 raise CompilationError(f"there is no compiler {os.environ.get('CXX') or 'g++'!r}")
-            with waiting("Compiling kernels for this processor, once, which takes up to half a minute"):
+            with _announced("Compiling kernels for this processor, once, which takes up to half a minute"):
                 content = _compile(compiler, wanted.target)
             folder.write(wanted.library(content), content)
             library = _kept(folder, wanted, load)
@@ -228,6 +232,15 @@ def _is_known_to_fail(folder: PrivateFolder, wanted: Names) -> bool:
     except OSError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def _announced(message: str) -> Iterator[None]:
+    """Around what takes seconds: a spinner on a terminal, else a line in the log, which by default is stderr too."""
+    if not sys.stderr.isatty():
+        log.warning(message)
+    with waiting(message):
+        yield
 
 
 def _compile(compiler: str, target: InstructionSet) -> bytes:

@@ -9,7 +9,9 @@ import torch
 from litgpt.kernels import processor
 from litgpt.kernels.library import library
 
-MAX_ROWS = 16  # of a single layer; with more rows, torch's products in bfloat16 are as fast or faster, where it has them
+MAX_ROWS = (
+    16  # of a single layer; with more rows, torch's products in bfloat16 are as fast or faster, where it has them
+)
 MAX_QUERIES = 16  # of one sequence
 MAX_HEAD_SIZE = 256  # of `attend`, as in layers.h
 ACTIVATIONS = {"silu": 0, "gelu-none": 1, "gelu-tanh": 2}  # of `gated_mlp_blocked`, as in numbers.h

@@ -40,7 +40,9 @@ _NATIVE = {
 @functools.cache
 def features() -> frozenset[str]:
     """What the processor says that it has, in Linux's words; empty on other systems."""
-    return frozenset(word for line in _about() if not line.startswith("model name") for word in line.split(":")[1].split())
+    return frozenset(
+        word for line in _about() if not line.startswith("model name") for word in line.split(":")[1].split()
+    )
 
 
 @functools.cache
