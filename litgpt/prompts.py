@@ -4,7 +4,6 @@ The built-in styles are data: every class below is a row of the texts that surro
 models that were trained on it.
 """
 
-import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from litgpt.atomic_file import replacing
 from litgpt.chat_template import ChatTemplate
 from litgpt.prompt_style import Message, PromptStyle, TurnStyle, eos_ids
 
@@ -346,10 +346,8 @@ def save_prompt_style(style: str | PromptStyle, checkpoint_dir: Path) -> None:
     content: dict[str, Any] = {"class_path": f"{type(style).__module__}.{type(style).__qualname__}"}
     if init_args := style.init_args():
         content["init_args"] = init_args
-    path = Path(checkpoint_dir) / _FILE_NAME
-    temporary = path.with_suffix(".yaml.tmp")
-    temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(Path(checkpoint_dir) / _FILE_NAME) as temporary:
+        temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def has_prompt_style(checkpoint_dir: Path) -> bool:

@@ -1,19 +1,20 @@
 """Files of tensors: safetensors and the zip files of `torch.save`, mapped into memory to read, streamed to write."""
 
 import json
-import os
 import pickle
 import re
 import shutil
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from litgpt.atomic_file import replacing
 
 GetTensor = Callable[[str], torch.Tensor]
 _DTYPES = {
@@ -95,17 +96,6 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(values, dict) or not all(isinstance(value, torch.Tensor) for value in values.values()):
         raise ValueError(f"{path} must hold a state dict: parameter names and tensors")
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in values.items()}
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, which takes the name `path` when the block ends well and is removed if not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_state_dict(

@@ -1,8 +1,6 @@
 """Files of saved sessions: a safetensors file whose every byte is accounted for, replaced as a whole or not at all."""
 
 import json
-import os
-import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +16,6 @@ from litgpt.checkpoint.files import replacing, safetensors_header, tensor_bytes
 FORMAT = 1
 CHECKSUMS = "checksums"  # the last tensor: that of the header, and then those of the other tensors
 PAGE = 4096  # bytes
-STALE = 24 * 3600  # seconds after which a file that was being written is taken for abandoned
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,6 @@ def write_session(path: Path, about: Mapping[str, Any], tensors: Mapping[str, to
     layout = {**tensors, CHECKSUMS: torch.empty(1 + len(tensors), dtype=torch.int64)}
     header, _ = safetensors_header(layout, {"session": json.dumps({"format": FORMAT, **about})})
     checksums = [zlib.crc32(header)]
-    _remove_abandoned(path)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         file.write(header)
         for tensor in tensors.values():
@@ -55,9 +51,6 @@ def write_session(path: Path, about: Mapping[str, Any], tensors: Mapping[str, to
             checksums.append(checksum(data))
             file.write(data)
         file.write(tensor_bytes(torch.tensor(checksums)))
-        file.flush()
-        os.fsync(file.fileno())  # a new name for data that is not on the disk yet would be lost with the power
-    _sync_folder(path.parent)
 
 
 def read_session(path: Path) -> SessionFile:
@@ -103,20 +96,3 @@ def checksum(data: memoryview) -> int:
 
 def _unusable(path: Path) -> str:
     return f"{path} is damaged or incomplete; remove it to begin a new session"
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove what processes that were killed while they wrote to `path` have left."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        if time.time() - left.stat().st_mtime > STALE:
-            left.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have the folder's entries on the disk, where the system can."""
-    if hasattr(os, "O_DIRECTORY"):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -1,0 +1,92 @@
+"""Writes a file whole or not at all, and removes what processes that were killed while writing have left."""
+
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks, and abandoned files stay
+    fcntl = None
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary file to write to, which takes the name `path` when the block ends well and is removed if not.
+
+    Links are followed, and the mode of a file that is replaced is kept. A device or a pipe is given as it is, to be written
+    directly. Temporary files of this path that belong to no running process are removed first. Who wants to keep what was
+    written before a failure renames the temporary file inside the block. Raises `IsADirectoryError` for a folder.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give the name of a file")
+    if (path.exists() and not path.is_file()) or path.parent == Path("/dev"):
+        yield path
+        return
+    path = Path(os.path.realpath(path))
+    _remove_abandoned(path)
+    temporary, descriptor = _create(path)
+    try:
+        yield temporary
+        os.fsync(descriptor)  # a new name for data that is not on the disk yet would be lost with the power
+        if fcntl is None:  # Windows renames no open file
+            os.close(descriptor)
+            descriptor = -1
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _create(path: Path) -> tuple[Path, int]:
+    """A new file beside `path`, locked as long as the descriptor is open: by that others know that it is in use."""
+    mode = path.stat().st_mode & 0o777 if path.exists() else None
+    while True:
+        temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+        if mode is not None:
+            os.chmod(temporary, mode)
+        _lock(descriptor)
+        if os.fstat(descriptor).st_nlink or fcntl is None:
+            return temporary, descriptor
+        os.close(descriptor)  # another process removed it before it was locked
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether this process now holds the lock of a file; False too where the file system has no locks."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the folder's entries on the disk, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _remove_abandoned(path: Path) -> None:
+    ours = re.compile(rf"\.{re.escape(path.name[:200])}\.\d+(-[0-9a-f]{{8}})?\.tmp")
+    for file in path.parent.glob(".*.tmp"):
+        if ours.fullmatch(file.name):
+            with suppress(OSError):  # another's, or gone
+                descriptor = os.open(file, os.O_RDWR)
+                try:
+                    if _lock(descriptor):
+                        file.unlink()
+                finally:
+                    os.close(descriptor)

@@ -1,0 +1,127 @@
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from litgpt.atomic_file import replacing
+
+posix = pytest.mark.skipif(os.name != "posix", reason="links, modes and locks of POSIX")
+
+
+def write(path, text, error=None, keep=None):
+    with replacing(path) as temporary:
+        temporary.write_text(text)
+        if keep is not None:
+            os.replace(temporary, keep)
+        if error is not None:
+            raise error
+
+
+def test_the_file_is_the_old_one_until_the_block_ends(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert temporary.parent == tmp_path
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, SystemExit])
+def test_a_failure_leaves_the_old_file_alone(error, tmp_path):
+    path = tmp_path / "x"
+    path.write_text("old")
+    with pytest.raises(error):
+        write(path, "half", error)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_what_was_written_before_a_failure_can_be_kept(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "x", "half", KeyboardInterrupt, keep=tmp_path / "x.partial")
+    assert os.listdir(tmp_path) == ["x.partial"]
+
+
+def test_two_writers_in_one_process_do_not_share_a_temporary_file(tmp_path):
+    with replacing(tmp_path / "x") as first, replacing(tmp_path / "x") as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert (tmp_path / "x").read_text() == "first"  # the outer block ends last
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        write(tmp_path, "text")
+
+
+def test_a_long_name_is_no_problem(tmp_path):
+    write(tmp_path / ("x" * 255), "text")
+    assert os.listdir(tmp_path) == ["x" * 255]
+
+
+@posix
+def test_links_are_followed_and_modes_are_kept(tmp_path):
+    (tmp_path / "real").mkdir()
+    target = tmp_path / "real" / "x"
+    target.write_text("old")
+    target.chmod(0o640)
+    (tmp_path / "link").symlink_to(target)
+    (tmp_path / "dangling").symlink_to(tmp_path / "real" / "y")
+    write(tmp_path / "link", "new")
+    write(tmp_path / "dangling", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "dangling").is_symlink()
+    assert target.read_text() == (tmp_path / "real" / "y").read_text() == "new"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+
+
+@posix
+def test_a_new_file_has_the_mode_that_the_umask_leaves(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write(tmp_path / "x", "text")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
+
+
+@posix
+def test_devices_and_pipes_are_written_and_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write(tmp_path / "pipe", "text")
+    assert os.read(reader, 10) == b"text"
+    os.close(reader)
+    write("/dev/null", "text")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
+KILLED = """
+import os, signal, sys
+from litgpt.atomic_file import replacing
+with replacing(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@posix
+def test_the_next_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_path):
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", KILLED, tmp_path / "x"], check=False)
+        assert sum(name.startswith(".x.") for name in os.listdir(tmp_path)) == 1
+    (tmp_path / ".x.123.tmp").touch()  # the name in former versions
+    others = {".x.tmp", ".x.mine.tmp", "x.tmp", "x.123-00000000.tmp", ".y.123-00000000.tmp", ".xx.123-00000000.tmp"}
+    for name in others:
+        (tmp_path / name).touch()
+    with replacing(tmp_path / "x") as in_use:
+        in_use.write_text("first")
+        write(tmp_path / "x", "second")
+        assert in_use.exists()
+    assert set(os.listdir(tmp_path)) == {"x", *others}
