@@ -90,7 +90,7 @@ def main(
         sinks: First tokens that a lastrec cache never drops.
         prompt_chunksize: Most tokens of a prompt that go through the model at once. Default: all of them.
         prompt_lookup: Guess up to this many next tokens at a time from what was said, and check them in one call: the same
-            answers, faster where they repeat much of it. 15 is a good value. Default: no guesses.
+            answers, faster where they repeat much of it. 15 is a good value. Default: no drafts.
         session: File to go on from, with the caches as they were, and to save to: after every answer (while it is no larger
             than 64 MB) and on leaving. It is made if it does not exist.
         seed: Of the random numbers.
@@ -100,7 +100,7 @@ def main(
     if cache_length is not None and cache_length < 1:
         raise ValueError(f"cache_length must be at least 1, got {cache_length}")
     check_sampling(temperature, top_k, top_p)
-    proposer = None if prompt_lookup is None else PromptLookup(prompt_lookup)
+    drafter = None if prompt_lookup is None else PromptLookup(prompt_lookup)
     if session is not None and not session.absolute().parent.is_dir():
         raise FileNotFoundError(f"--session {session}: there is no folder {session.parent}")
     saved = read_session(session) if session is not None and session.exists() else None
@@ -108,7 +108,7 @@ def main(
     ready = make_ready(checkpoint_dir, precision, quantize, compile, access_token=access_token)
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     caches = Session(ready.model, kv_cache, cache_length, sinks, prompt_chunksize)
-    conversation = Conversation(ready, caches, max_new_tokens, sampling, sys_prompt, notify=_tell, proposer=proposer)
+    conversation = Conversation(ready, caches, max_new_tokens, sampling, sys_prompt, notify=_tell, drafter=drafter)
     if saved is not None:
         conversation.resume(saved)
     with contextlib.suppress(ImportError):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from litgpt.engine.engine import Proposer
+from litgpt.engine.drafting import Drafter
 from litgpt.engine.loading import Ready
 from litgpt.engine.session import Session
 from litgpt.engine.session_file import SessionFile
@@ -25,7 +25,7 @@ class Conversation:
         sampling: arguments of `sample`.
         sys_prompt: system prompt (None: what the chat template has).
         notify: is told, in one line, what the user should know.
-        proposer: guesses the next tokens of answers (None: no guesses).
+        drafter: drafts the next tokens of answers (None: no drafts).
     """
 
     ready: Ready
@@ -34,7 +34,7 @@ class Conversation:
     sampling: dict[str, Any]
     sys_prompt: str | None = None
     notify: Callable[[str], None] = print
-    proposer: Proposer | None = None
+    drafter: Drafter | None = None
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class Conversation:
                 prompt,
                 self.max_new_tokens,
                 stop_tokens=self.ready.stop_tokens,
-                proposer=self.proposer,
+                drafter=self.drafter,
                 **self.sampling,
             ):
                 answer.append(token)

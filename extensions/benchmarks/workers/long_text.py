@@ -5,7 +5,7 @@ import time
 import torch
 from timing import read_job, read_tokens, report
 
-from litgpt.engine.engine import prefill
+from litgpt.engine.prefill import prefill
 from litgpt.engine.loading import cache_bytes, choose_kv_caches, make_ready
 from litgpt.model import GPT
 
