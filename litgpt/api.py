@@ -1,7 +1,6 @@
 """The Python interface: `LLM.load("...").generate("...")`."""
 
-from collections import defaultdict
-from collections import abc
+from collections import abc, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,8 +24,8 @@ from litgpt.engine.loading import (
     slow_down_decode,
     speed_up_decode,
 )
-from litgpt.engine.sequence import Sequence
 from litgpt.engine.sampling import LogitsProcessor, Sampling
+from litgpt.engine.sequence import Sequence
 from litgpt.engine.session import Session
 from litgpt.model import GPT
 from litgpt.parallel.pipeline import choose_devices, spread_layers
@@ -295,7 +294,7 @@ class LLM(nn.Module):
                 gets copies of its own.
             logprobs: give `Answer`s with the log-probability of every token, and those of this many likeliest ones.
             batch_size: most prompts at a time; an answer that is done makes room for the next (default: all at once).
-            prompt_lookup: guess up to this many next tokens at a time from the text so far, and check them in one call: the
+            prompt_lookup: draft up to this many next tokens at a time from the text so far, and verify them in one call: the
                 same answer, faster where it repeats much of the prompt (default: no drafts).
 
         Returns:
@@ -364,7 +363,7 @@ class LLM(nn.Module):
 
     @property
     def acceptance_rate(self) -> float:
-        """What part of the draft tokens accepted that the last `generate(prompt_lookup=...)` made (0 if there were none)."""
+        """What part of the draft tokens of the last `generate(prompt_lookup=...)` was accepted (0 if there were none)."""
         return 0.0 if self._engine is None else self._engine.acceptance_rate
 
     @staticmethod

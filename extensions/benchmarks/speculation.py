@@ -20,12 +20,12 @@ from environments import processor_name
 from results import number, ratio, row
 
 from litgpt.checkpoint.find import find_checkpoint
-from litgpt.engine.drafting import PromptLookup
 from litgpt.engine.caches import prepare_caches
+from litgpt.engine.drafting import PromptLookup
 from litgpt.engine.engine import Engine, decode
 from litgpt.engine.loading import Ready, make_ready
-from litgpt.engine.sequence import Sequence
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
 from litgpt.prompts import encode_prompt
 
 LICENSE = Path(__file__).parents[2] / "LICENSE"

@@ -10,12 +10,10 @@ from typing import Any, Literal
 
 import torch
 
-from litgpt.engine.drafting import PromptLookup
 from litgpt.engine.caches import CacheLease, prepare_caches
-from litgpt.engine.drafting import Drafter
+from litgpt.engine.drafting import Drafter, PromptLookup
 from litgpt.engine.engine import Engine, decode
 from litgpt.engine.loading import Quantization, Ready, cache_bytes, choose_kv_caches, make_ready
-from litgpt.engine.sequence import Sequence
 from litgpt.engine.sampling import (
     Sampling,
     batched_sample,
@@ -23,6 +21,7 @@ from litgpt.engine.sampling import (
     sample,
     sample_top_p,
 )
+from litgpt.engine.sequence import Sequence
 from litgpt.generate.prompts_file import PromptLine, answer_prompts, read_prompts
 from litgpt.model import GPT
 from litgpt.prompts import encode_prompt

@@ -15,8 +15,8 @@ from litgpt.engine.answer import Answer
 from litgpt.engine.continuous import ContinuousBatch
 from litgpt.engine.drafting import Drafter
 from litgpt.engine.loading import Ready
-from litgpt.engine.sequence import Sequence
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
 from litgpt.prompts import encode_prompt
 
 SAMPLING_KEYS = tuple(field.name for field in fields(Sampling) if field.name != "processors")

@@ -14,12 +14,12 @@ import torch
 
 from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.find import find_checkpoint
-from litgpt.engine.drafting import DraftModel, draw_draft_token
 from litgpt.engine.caches import prepare_caches
+from litgpt.engine.drafting import DraftModel, draw_draft_token
 from litgpt.engine.engine import Engine, decode
 from litgpt.engine.loading import Quantization, choose_kv_caches, make_ready
-from litgpt.engine.sequence import Sequence
 from litgpt.engine.sampling import Sampling, sample
+from litgpt.engine.sequence import Sequence
 from litgpt.engine.verification import verify
 from litgpt.generate.base import check_options, print_answers
 from litgpt.model import GPT
@@ -111,7 +111,9 @@ def speculative_decoding(
         logits = draft_model(last, input_pos + i, last_token_only=True)[0, -1]
         draw_draft_token(sequence, logits, draft_tokens, distributions)
     idx = torch.tensor([sequence.tokens + draft_tokens], device=token.device)
-    draft_model(idx[:, -1:], input_pos + speculative_k, skip_lm_head=True)  # if all are accepted, the next step needs it
+    draft_model(
+        idx[:, -1:], input_pos + speculative_k, skip_lm_head=True
+    )  # if all are accepted, the next step needs it
     logits = target_model(idx, input_pos)[0]
     verify(
         sequence,
@@ -159,7 +161,7 @@ def main(
 ) -> None:
     """Answer a prompt with a large model, which a small one runs ahead of.
 
-    The small model guesses some tokens, and the large one checks them in one call. The answer is one of the large model:
+    The small model drafts some tokens, and the large one verifies them in one call. The answer is one of the large model:
     the same one with --temperature 0, else one that is drawn with the same probabilities. It goes to stdout, what it cost
     and how many draft tokens were accepted to stderr.
 
@@ -171,7 +173,7 @@ def main(
         sys_prompt: System prompt, where the model's chat template has one.
         num_samples: Number of answers, generated together as one batch.
         max_new_tokens: Most tokens of an answer.
-        speculative_k: Tokens that the small model guesses at a time.
+        speculative_k: Tokens that the small model drafts at a time.
         top_k: Draw each token from the k likeliest ones only.
         top_p: Draw each token from the likeliest ones whose probabilities add up to this.
         temperature: Below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest.

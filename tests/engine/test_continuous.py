@@ -6,12 +6,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import StaticShapes, greedy_without_caches, tiny_gpt
 
-from litgpt.engine.continuous import ContinuousBatch
 from litgpt.engine.caches import prepare_caches
+from litgpt.engine.continuous import ContinuousBatch
 from litgpt.engine.drafting import Draft
 from litgpt.engine.engine import Engine, decode
-from litgpt.engine.sequence import Sequence
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
 from litgpt.kvcache.factory import create_kv_caches
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
@@ -116,7 +116,11 @@ def test_every_request_gets_its_own_answer_whatever_joins_and_leaves(name, event
             assert one.finish_reason == "cancelled"
             assert one.new_tokens == other.new_tokens[: len(one.new_tokens)]
         else:
-            assert (one.new_tokens, one.output, one.finish_reason) == (other.new_tokens, other.output, other.finish_reason)
+            assert (one.new_tokens, one.output, one.finish_reason) == (
+                other.new_tokens,
+                other.output,
+                other.finish_reason,
+            )
 
 
 @pytest.mark.parametrize("name", MODELS)

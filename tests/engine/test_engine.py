@@ -8,8 +8,8 @@ from litgpt.engine.answer import Answer
 from litgpt.engine.caches import prepare_caches
 from litgpt.engine.engine import Engine, decode
 from litgpt.engine.prefill import prefill
-from litgpt.engine.sequence import Sequence
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
 
 GREEDY = Sampling(temperature=0)
 PROMPT = torch.arange(5, 25)

@@ -8,8 +8,8 @@ from tiny import StaticShapes, tiny_gpt
 
 from litgpt.engine.caches import prepare_caches
 from litgpt.engine.engine import Engine
-from litgpt.engine.sequence import Sequence
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
 from litgpt.engine.session import Session
 from litgpt.kvcache.factory import create_kv_caches
 

@@ -4,12 +4,12 @@ import pytest
 import torch
 from tiny import tiny_gpt
 
-from litgpt.engine.drafting import DraftModel, PromptLookup
 from litgpt.engine.caches import prepare_caches
-from litgpt.engine.engine import Engine, decode
-from litgpt.engine.sequence import Sequence
-from litgpt.engine.sampling import Sampling
+from litgpt.engine.drafting import DraftModel, PromptLookup
 from litgpt.engine.drawing import draw_from
+from litgpt.engine.engine import Engine, decode
+from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
 from litgpt.engine.verification import verify_token
 
 GRID = [(i + 0.5) / 40 for i in range(40)]

@@ -7,11 +7,11 @@ from tiny import VOCABULARY, StaticShapes, greedy_without_caches, tiny_gpt, tiny
 
 from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
-from litgpt.engine.drafting import Draft, DraftModel, PromptLookup
 from litgpt.engine.caches import prepare_caches
+from litgpt.engine.drafting import Draft, DraftModel, PromptLookup
 from litgpt.engine.engine import Engine, decode
-from litgpt.engine.sequence import Sequence
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
 from litgpt.engine.session import Session
 from litgpt.generate.speculative_decoding import check_same_vocabulary, generate, speculative_decoding
 from litgpt.kvcache.factory import create_kv_caches

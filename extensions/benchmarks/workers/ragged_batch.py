@@ -8,8 +8,8 @@ from timing import read_job, read_tokens, report
 from litgpt.engine.caches import prepare_caches
 from litgpt.engine.engine import Engine
 from litgpt.engine.loading import make_ready
-from litgpt.engine.sequence import Sequence
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
 from litgpt.model import GPT
 
 
