@@ -1,4 +1,5 @@
 import copy
+import io
 import random
 
 import pytest
@@ -324,8 +325,7 @@ def test_a_conversation_with_guesses_is_the_one_without(tmp_path, capsys, monkey
     model = save(tmp_path / "model", tiny_gpt(block_size=512, **VOCABULARY))
     answers = []
     for more in ([], ["--prompt_lookup", "6"]):
-        said = iter(["abcabc", "abc", "abcabc"])
-        monkeypatch.setattr("builtins.input", lambda said=said: next(said, "/exit"))
+        monkeypatch.setattr("sys.stdin", io.StringIO("abcabc\nabc\nabcabc\n/exit\n"))
         assert (
             main(["chat", model, "--temperature", "0", "--max_new_tokens", "30", "--precision", "32-true", *more]) == 0
         )
