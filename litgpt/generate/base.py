@@ -62,12 +62,12 @@ def batched_next_token(
 
 def batched_generate_fn(
     model: GPT,
-    prompts: torch.Tensor | Sequence[torch.Tensor],
+    prompts: torch.Tensor | abc.Sequence[torch.Tensor],
     max_returned_tokens: int,
     prompt_chunksize: int | None = None,
     *,
     sample_args: list[dict[str, Any]] | dict[str, Any],
-    stop_tokens: Sequence[Sequence[int]] = (),
+    stop_tokens: abc.Sequence[abc.Sequence[int]] = (),
     include_prompt: bool,
     include_eos: bool,
     max_new_tokens: int | None = None,
@@ -75,7 +75,8 @@ def batched_generate_fn(
     """Generate from several prompts at once, step by step.
 
     Args:
-        model: in evaluation mode. Its caches are used if they were assigned; default ones are made as needed.
+        model: in evaluation mode. Its caches are used if they were assigned; else default ones, which the model has when the
+            iterator has ended: several iterators do not disturb each other.
         prompts: (B, T) tokens, or B tensors (T_b,) of different lengths.
         max_returned_tokens: most tokens of a row, its prompt included.
         prompt_chunksize: prompts enter in chunks of at most that many tokens (None: in one call where the caches take it,
@@ -104,18 +105,22 @@ def batched_generate_fn(
     if max_returned_tokens <= longest:
         raise ValueError(f"max_returned_tokens={max_returned_tokens} leaves no room after a prompt of {longest} tokens")
     most = max_returned_tokens if max_new_tokens is None else max_new_tokens
-    requests = [
-        Request(prompt, min(max_returned_tokens - len(prompt), most), Sampling(**row_args), stop_tokens, include_eos)
+    sequences = [
+        Sequence(prompt, min(max_returned_tokens - len(prompt), most), Sampling(**row_args), stop_tokens, include_eos)
         for prompt, row_args in zip(prompts, args, strict=True)
     ]
-    engine = Engine(model, prompt_chunksize)
-    prepare_caches(model, len(prompts), max(request.length for request in requests))
-    if include_prompt:
-        yield [prompt.to(torch.int64) for prompt in prompts]
-    device = prompts[0].device
-    for released in decode(engine, requests):
-        if any(released):
-            yield [torch.tensor(tokens, device=device) if tokens else None for tokens in released]
+    lease = CacheLease.take(model)
+    engine = Engine(model, prompt_chunksize, lease=lease)
+    try:
+        lease.run(prepare_caches, model, len(prompts), max(sequence.max_length for sequence in sequences))
+        if include_prompt:
+            yield [prompt.to(torch.int64) for prompt in prompts]
+        device = prompts[0].device
+        for released in decode(engine, sequences):
+            if any(released):
+                yield [torch.tensor(tokens, device=device) if tokens else None for tokens in released]
+    finally:
+        lease.release()
 
 
 def generate_fn(
@@ -127,7 +132,7 @@ def generate_fn(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
-    stop_tokens: Sequence[Sequence[int]] = (),
+    stop_tokens: abc.Sequence[abc.Sequence[int]] = (),
     include_prompt: bool,
     include_eos: bool,
 ) -> Iterator[torch.Tensor]:
@@ -248,7 +253,7 @@ def print_answers(
     line: PromptLine,
     num_samples: int = 1,
     prompt_chunksize: int | None = None,
-    proposer: Proposer | None = None,
+    drafter: Drafter | None = None,
 ) -> None:
     """Stream the answer to a prompt to stdout as text, and then tell on stderr what it cost.
 
@@ -263,12 +268,12 @@ def print_answers(
     seeds = [None if sampling.seed is None else sampling.seed + i for i in range(num_samples)]
     requests = [Request(prompt, line.max_new_tokens, replace(sampling, seed=seed), ready.stop_tokens) for seed in seeds]
     started, first = time.perf_counter(), None
-    engine = Engine(ready.model, prompt_chunksize, proposer)
-    prepare_caches(ready.model, num_samples, requests[0].length)
+    engine = Engine(ready.model, prompt_chunksize, drafter)
+    prepare_caches(ready.model, num_samples, sequences[0].max_length)
 
     def stream() -> Iterator[list[int]]:
         nonlocal first
-        for released in decode(engine, requests):
+        for released in decode(engine, sequences):
             first = first or time.perf_counter()
             yield released[0] or []
 
@@ -279,9 +284,9 @@ def print_answers(
     else:
         for _ in stream():
             pass
-        for request in requests:
-            print(ready.tokenizer.decode(request.output))
-    seconds, new = time.perf_counter() - started, sum(request.released for request in requests)
+        for sequence in sequences:
+            print(ready.tokenizer.decode(sequence.output))
+    seconds, new = time.perf_counter() - started, sum(sequence.n_output for sequence in sequences)
     wait = (first or time.perf_counter()) - started
     accepted = f"; {engine.accepted} of {counted(engine.guessed, 'draft token')} accepted" if proposer else ""
     print(

@@ -17,9 +17,8 @@ import torch
 from litgpt.atomic_file import replacing
 from litgpt.engine.answer import Answer, counted
 from litgpt.engine.continuous import ContinuousBatch
-from litgpt.engine.engine import Proposer
+from litgpt.engine.drafting import Drafter
 from litgpt.engine.loading import Ready
-from litgpt.engine.request import Request
 from litgpt.engine.sampling import Sampling
 from litgpt.generate.options import SAMPLING_NAMES, SamplingOptions, check_text, checked, converted, shown
 from litgpt.prompts import encode_prompt
@@ -162,13 +161,13 @@ def _check_texts(name: str, value: Any, level: int = 1) -> None:
 
 def answer_prompts(
     ready: Ready,
-    lines: Sequence[PromptLine],
+    lines: abc.Sequence[PromptLine],
     batch_size: int,
     write: Callable[[dict[str, Any]], None],
     num_samples: int = 1,
     prompt_chunksize: int | None = None,
     logprobs: int | None = None,
-    proposer: Proposer | None = None,
+    drafter: Drafter | None = None,
 ) -> None:
     """Answer prompts, `batch_size` at a time, and write a record of every answer, in their order.
 
