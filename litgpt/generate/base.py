@@ -2,16 +2,18 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from litgpt.engine.answer import counted
-from litgpt.engine.engine import Engine, Proposer, decode, prepare_caches
+from litgpt.engine.caches import CacheLease, prepare_caches
+from litgpt.engine.drafting import Drafter
+from litgpt.engine.engine import Engine, decode
 from litgpt.engine.loading import Ready, cache_bytes, make_ready
-from litgpt.engine.request import Request
 from litgpt.engine.sampling import (
     Sampling,
     batched_sample,
@@ -19,6 +21,7 @@ from litgpt.engine.sampling import (
     sample,
     sample_top_p,
 )
+from litgpt.engine.sequence import Sequence
 from litgpt.generate.options import AnswerOptions, CheckpointOptions, PromptLookupOptions, command
 from litgpt.generate.prompts_file import PromptLine, answer_prompts, answers_to, encode_line, read_prompts
 from litgpt.model import GPT
@@ -205,7 +208,7 @@ def main(options: GenerateOptions) -> None:
     def load() -> Ready:
         return make_ready(options.checkpoint_dir, **options.loading())
 
-    answer(options, prompt_lines(options), load, lambda ready: options.proposer())
+    answer(options, prompt_lines(options), load, lambda ready: options.drafter())
 
 
 def prompt_lines(options: AnswerOptions, input: str = "") -> list[PromptLine]:
@@ -218,9 +221,9 @@ def prompt_lines(options: AnswerOptions, input: str = "") -> list[PromptLine]:
 
 def answer(
     options: AnswerOptions,
-    lines: Sequence[PromptLine],
+    lines: abc.Sequence[PromptLine],
     load: Callable[[], Ready],
-    proposer: Callable[[Ready], Proposer | None] = lambda ready: None,
+    drafter: Callable[[Ready], Drafter | None] = lambda ready: None,
     note: str = "",
 ) -> None:
     """What all commands that generate do: answer prompts, on stdout or in a file, and tell on stderr what it cost.
@@ -229,7 +232,7 @@ def answer(
         options: how.
         lines: the prompts.
         load: loads the model.
-        proposer: makes what drafts tokens for it.
+        drafter: makes what drafts tokens for it.
         note: is told with the time that loading took.
     """
     with answers_to(options.out) as write:
@@ -239,7 +242,7 @@ def answer(
         if options.as_json:
             rows = min(options.batch_size, len(lines) * options.num_samples)
         options.assign_caches(ready.model, rows)
-        drafts = proposer(ready)
+        drafts = drafter(ready)
         print(f"Model loaded in {time.perf_counter() - started:.1f} s{note}", file=sys.stderr)
         settings = options.num_samples, options.prompt_chunksize
         if options.as_json:
@@ -262,11 +265,13 @@ def print_answers(
         line: the prompt. The seeds of several answers count up from that of its sampling.
         num_samples: number of answers, generated together as one batch; they are printed when all are complete.
         prompt_chunksize: see `batched_generate_fn`.
-        proposer: drafts the next tokens.
+        drafter: drafts the next tokens.
     """
     prompt, sampling = encode_line(ready, line), line.sampling
     seeds = [None if sampling.seed is None else sampling.seed + i for i in range(num_samples)]
-    requests = [Request(prompt, line.max_new_tokens, replace(sampling, seed=seed), ready.stop_tokens) for seed in seeds]
+    sequences = [
+        Sequence(prompt, line.max_new_tokens, replace(sampling, seed=seed), ready.stop_tokens) for seed in seeds
+    ]
     started, first = time.perf_counter(), None
     engine = Engine(ready.model, prompt_chunksize, drafter)
     prepare_caches(ready.model, num_samples, sequences[0].max_length)
@@ -288,7 +293,7 @@ def print_answers(
             print(ready.tokenizer.decode(sequence.output))
     seconds, new = time.perf_counter() - started, sum(sequence.n_output for sequence in sequences)
     wait = (first or time.perf_counter()) - started
-    accepted = f"; {engine.accepted} of {counted(engine.guessed, 'draft token')} accepted" if proposer else ""
+    accepted = f"; {engine.n_accepted} of {counted(engine.n_drafted, 'draft token')} accepted" if drafter else ""
     print(
         f"{counted(new, 'token')} in {seconds:.2f} s, {new / seconds:.1f} tokens/s; "
         f"{counted(len(prompt), 'prompt token')}, first token after {wait:.2f} s; "

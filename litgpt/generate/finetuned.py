@@ -190,4 +190,4 @@ def answer_finetuned(options: FinetunedOptions, path: Path, method: str) -> None
         ready.prompt_style = finetuned.prompt_style() or ready.prompt_style
         return ready
 
-    base.answer(options, lines, load, lambda ready: options.proposer())
+    base.answer(options, lines, load, lambda ready: options.drafter())

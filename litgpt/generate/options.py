@@ -11,8 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from litgpt.engine.drafting import PromptLookup
-from litgpt.engine.engine import Proposer
+from litgpt.engine.drafting import Drafter, PromptLookup
 from litgpt.engine.loading import Quantization, choose_kv_caches
 from litgpt.engine.sampling import Sampling
 from litgpt.model import GPT
@@ -117,7 +116,7 @@ class PromptLookupOptions(Options):
         least=1,
     )
 
-    def proposer(self) -> Proposer | None:
+    def drafter(self) -> Drafter | None:
         """What drafts tokens, if something does."""
         return None if self.prompt_lookup is None else PromptLookup(self.prompt_lookup)
 

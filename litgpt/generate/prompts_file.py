@@ -6,7 +6,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from litgpt.engine.continuous import ContinuousBatch
 from litgpt.engine.drafting import Drafter
 from litgpt.engine.loading import Ready
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
 from litgpt.generate.options import SAMPLING_NAMES, SamplingOptions, check_text, checked, converted, shown
 from litgpt.prompts import encode_prompt
 
@@ -182,12 +184,12 @@ def answer_prompts(
         num_samples: answers to each prompt, with seeds of their own.
         prompt_chunksize: see `batched_generate_fn`.
         logprobs: how many likeliest tokens are told with the log-probability of each token (None: no log-probabilities).
-        proposer: drafts the next tokens.
+        drafter: drafts the next tokens.
 
     Raises:
         ValueError: if a prompt does not fit, with its line, before any answer.
     """
-    requests: list[Request] = []
+    sequences: list[Sequence] = []
     sources = [line for line in lines for _ in range(num_samples)]
     for line in lines:
         with _naming(line):
@@ -195,15 +197,15 @@ def answer_prompts(
             for i in range(num_samples):
                 seed = None if line.sampling.seed is None else line.sampling.seed + i * len(lines)
                 sampling = replace(line.sampling, seed=seed)
-                requests.append(Request(tokens, line.max_new_tokens, sampling, ready.stop_tokens, logprobs=logprobs))
+                sequences.append(Sequence(tokens, line.max_new_tokens, sampling, ready.stop_tokens, logprobs=logprobs))
     started = time.perf_counter()
-    longest = max(range(len(requests)), key=lambda i: requests[i].length)
+    longest = max(range(len(sequences)), key=lambda i: sequences[i].max_length)
     with _naming(sources[longest]):
-        rows = min(batch_size, len(requests))
-        batch = ContinuousBatch(ready.model, rows, requests[longest].length, prompt_chunksize, proposer)
-    for source, request in zip(sources, requests, strict=True):
+        rows = min(batch_size, len(sequences))
+        batch = ContinuousBatch(ready.model, rows, sequences[longest].max_length, prompt_chunksize, drafter)
+    for source, sequence in zip(sources, sequences, strict=True):
         with _naming(source):
-            batch.submit(request)
+            batch.submit(sequence)
 
     def write_answer(i: int) -> None:
         record = {
@@ -212,27 +214,27 @@ def answer_prompts(
             "sample": i % num_samples if num_samples > 1 else None,
         }
         record = {key: value for key, value in record.items() if value is not None}
-        write(record | {"prompt": sources[i].prompt} | Answer.of(requests[i], ready.tokenizer).record())
+        write(record | {"prompt": sources[i].prompt} | Answer.of(sequences[i], ready.tokenizer).record())
 
     written = 0
     try:
-        with _progress(len(requests)) as advance:
+        with _progress(len(sequences)) as advance:
             while batch.unfinished:
-                for request, tokens in batch.step():
-                    advance(request.finish_reason is not None, len(tokens))
-                while written < len(requests) and requests[written].finish_reason:
+                for sequence, tokens in batch.step():
+                    advance(sequence.finish_reason is not None, len(tokens))
+                while written < len(sequences) and sequences[written].finish_reason:
                     write_answer(written)
                     written += 1
     except BaseException:
         with suppress(OSError):  # the error at hand is the one to tell
-            for i in range(written, len(requests)):
-                if requests[i].finish_reason:
+            for i in range(written, len(sequences)):
+                if sequences[i].finish_reason:
                     write_answer(i)
         raise
-    seconds, new = time.perf_counter() - started, sum(request.released for request in requests)
+    seconds, new = time.perf_counter() - started, sum(sequence.n_output for sequence in sequences)
     print(
-        f"{counted(len(requests), 'answer')}, {counted(new, 'token')} in {seconds:.2f} s, {new / seconds:.1f} tokens/s; "
-        f"{counted(sum(len(request.prompt) for request in requests), 'prompt token')}; {batch.batch_size} at a time",
+        f"{counted(len(sequences), 'answer')}, {counted(new, 'token')} in {seconds:.2f} s, {new / seconds:.1f} tokens/s; "
+        f"{counted(sum(len(sequence.prompt) for sequence in sequences), 'prompt token')}; {batch.batch_size} at a time",
         file=sys.stderr,
     )
 

@@ -4,7 +4,7 @@ The output is that of the target model alone: the same tokens with greedy sampli
 (arXiv:2211.17192).
 """
 
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,13 @@ import torch
 
 from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.find import find_checkpoint
-from litgpt.engine.drafting import DraftModel, guess
-from litgpt.engine.engine import Engine, decode, prepare_caches
+from litgpt.engine.caches import prepare_caches
+from litgpt.engine.drafting import DraftModel, draw_draft_token
+from litgpt.engine.engine import Engine, decode
 from litgpt.engine.loading import Ready, make_ready
-from litgpt.engine.request import Request
-from litgpt.engine.sampling import Draws, Sampling, draw, sample
-from litgpt.engine.verification import draw_beside
+from litgpt.engine.sampling import Sampling, sample
+from litgpt.engine.sequence import Sequence
+from litgpt.engine.verification import verify
 from litgpt.generate.base import answer, prompt_lines
 from litgpt.generate.options import AnswerOptions, ModelOptions, command, option
 from litgpt.model import GPT
@@ -171,8 +172,8 @@ def main(options: SpeculativeOptions) -> None:
         draft = draft.model
         return target
 
-    def proposer(target: Ready) -> DraftModel:
+    def drafter(target: Ready) -> DraftModel:
         vocabulary = target.model.config.padded_vocab_size
         return DraftModel(draft, vocabulary, options.speculative_k, options.prompt_chunksize)
 
-    answer(options, lines, load, proposer)
+    answer(options, lines, load, drafter)
