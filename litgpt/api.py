@@ -1,7 +1,7 @@
 """The Python interface: `LLM.load("...").generate("...")`."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import abc, defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -24,8 +24,8 @@ from litgpt.engine.loading import (
     slow_down_decode,
     speed_up_decode,
 )
-from litgpt.engine.request import Request
 from litgpt.engine.sampling import LogitsProcessor, Sampling
+from litgpt.engine.sequence import Sequence
 from litgpt.engine.session import Session
 from litgpt.model import GPT
 from litgpt.parallel.pipeline import choose_devices, spread_layers
@@ -238,7 +238,7 @@ class LLM(nn.Module):
 
     def generate(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | abc.Sequence[str],
         sys_prompt: str | None = None,
         max_new_tokens: int = 50,
         temperature: float = 1.0,
@@ -257,7 +257,7 @@ class LLM(nn.Module):
         frequency_penalty: float = 0.0,
         logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
-        logits_processors: Sequence[LogitsProcessor] = (),
+        logits_processors: abc.Sequence[LogitsProcessor] = (),
         logprobs: int | None = None,
         batch_size: int | None = None,
         prompt_lookup: int | None = None,
@@ -294,8 +294,8 @@ class LLM(nn.Module):
                 gets copies of its own.
             logprobs: give `Answer`s with the log-probability of every token, and those of this many likeliest ones.
             batch_size: most prompts at a time; an answer that is done makes room for the next (default: all at once).
-            prompt_lookup: guess up to this many next tokens at a time from the text so far, and check them in one call: the
-                same answer, faster where it repeats much of the prompt (default: no guesses).
+            prompt_lookup: draft up to this many next tokens at a time from the text so far, and verify them in one call: the
+                same answer, faster where it repeats much of the prompt (default: no drafts).
 
         Returns:
             The answer, without the prompt: a text, tokens, or an `Answer`; a list of them for a list of prompts.
@@ -326,11 +326,11 @@ class LLM(nn.Module):
             logit_bias,
             processors=tuple(logits_processors),
         )
-        proposer = None if prompt_lookup is None else PromptLookup(prompt_lookup)
+        drafter = None if prompt_lookup is None else PromptLookup(prompt_lookup)
         prompts = {text: self._text_to_token_ids(text, sys_prompt) for text in texts}
         stops = all_stop_tokens(self.tokenizer, self.prompt_style)
-        requests = [
-            Request(
+        sequences = [
+            Sequence(
                 prompts[text],
                 max_new_tokens,
                 replace(sampling, seed=None if seed is None else seed + i),
@@ -343,32 +343,32 @@ class LLM(nn.Module):
         self._for_inference()
         if not (kv_cache == "dense" and cache_length is None and not sinks and self.model.default_kv_caches):
             choose_kv_caches(self.model, kv_cache, cache_length, rows, sinks)
-        longest = max(request.length for request in requests)
-        batch = ContinuousBatch(self.model, rows, longest, prompt_chunksize, proposer)
+        longest = max(sequence.max_length for sequence in sequences)
+        batch = ContinuousBatch(self.model, rows, longest, prompt_chunksize, drafter)
         self._engine = batch.engine
-        for request in requests:
-            batch.submit(request)
+        for sequence in sequences:
+            batch.submit(sequence)
         if stream:
-            pieces = self._stream(batch, requests[0].prompt.device)
+            pieces = self._stream(batch, sequences[0].prompt.device)
             return pieces if return_as_token_ids else self.tokenizer.decode_stream(pieces)
         while batch.unfinished:
             batch.step()
         if logprobs is not None:
-            answers = [Answer.of(request, self.tokenizer) for request in requests]
+            answers = [Answer.of(sequence, self.tokenizer) for sequence in sequences]
         elif return_as_token_ids:
-            answers = [request.prompt.new_tensor(request.output) for request in requests]
+            answers = [sequence.prompt.new_tensor(sequence.output) for sequence in sequences]
         else:
-            answers = [self.tokenizer.decode(request.output) for request in requests]
+            answers = [self.tokenizer.decode(sequence.output) for sequence in sequences]
         return answers if several else answers[0]
 
     @property
     def acceptance_rate(self) -> float:
-        """What part of the guesses stood that the last `generate(prompt_lookup=...)` made (0 if there were none)."""
+        """What part of the draft tokens of the last `generate(prompt_lookup=...)` was accepted (0 if there were none)."""
         return 0.0 if self._engine is None else self._engine.acceptance_rate
 
     @staticmethod
     def _stream(batch: ContinuousBatch, device: torch.device) -> Iterator[torch.Tensor]:
-        """The tokens of a batch with one request as they come, (n,) each."""
+        """The tokens of a batch with one sequence as they come, (n,) each."""
         while batch.unfinished:
             for _, tokens in batch.step():
                 if tokens:
