@@ -1,6 +1,7 @@
 """A word on the terminal for everything that takes longer than people wait in silence."""
 
 import itertools
+import logging
 import os
 import sys
 import threading
@@ -61,6 +62,19 @@ def report_progress(done: int, total: int) -> None:
 def tell(line: str) -> None:
     """Print a line to stderr, also while something is waited for; it is lost if nobody can read it."""
     _write(f"\r\x1b[K{line}\n" if _open and sys.stderr.isatty() else f"{line}\n")
+
+
+class WarningsOnStderr(logging.Handler):
+    """Has what the library logs told on stderr, a line each."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(self.format(record))
+
+
+stderr_log = WarningsOnStderr()  # for front ends to add to the logger "litgpt"
 
 
 def _log(say: Callable[[], str], block: _Block) -> None:
