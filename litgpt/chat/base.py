@@ -237,7 +237,7 @@ def _answer(conversation: Conversation, message: str, ctrl_c: CtrlC) -> None:
 
 def _progress(conversation: Conversation) -> str:
     total = conversation.prompt_tokens
-    done = min(conversation.session.cached, total)
+    done = min(conversation.ready.model.next_token_pos, total)  # of the caches that are in the model meanwhile
     return f"Reading: {done:,} of {total:,} tokens"
 
 
