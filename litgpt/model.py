@@ -17,6 +17,8 @@ from torch import nn
 
 from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention, do_softcapping
 from litgpt.config import Config
+from litgpt.indexing import batched_index_copy_ as batched_index_copy_
+from litgpt.indexing import batched_index_select as batched_index_select
 from litgpt.kernels import ops
 from litgpt.kvcache import DenseKVCache, KVCache, KVCacheParams, LastRecentlyInsertedKVCache
 from litgpt.kvcache.plan import Plan, read_bucket
