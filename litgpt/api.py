@@ -511,3 +511,8 @@ def benchmark_dict_to_markdown_table(data: dict[str, list[float]]) -> str:
         spread = column.std().item() if len(values) > 1 else float("nan")
         lines.append(f"| {name} | {column.mean().item():.2f} | {spread:.2f} |")
     return "\n".join(lines)
+
+
+def calculate_number_of_devices(devices: int | list[int] | str) -> int:
+    """A number of devices, or of those in a list; 0 for a word such as "auto"."""
+    return devices if isinstance(devices, int) else len(devices) if isinstance(devices, list) else 0

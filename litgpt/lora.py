@@ -193,15 +193,16 @@ class LoRAQKVLinear(LoRALinear):
     ) -> None:
         LoRALayer.__init__(self, r, lora_alpha, lora_dropout)
         self._wrap(in_features, out_features, linear, **kwargs)
+        self.head_size, self.n_head, self.n_query_groups = head_size, n_head, n_query_groups
         self.enable_lora = (enable_lora,) * 3 if isinstance(enable_lora, bool) else tuple(enable_lora)
         if len(self.enable_lora) != 3:
             raise ValueError(f"enable_lora must have an entry for queries, keys and values, got {enable_lora}")
         self.part_sizes = [heads * head_size for heads in (n_head, n_query_groups, n_query_groups)]
         self.r = r if any(self.enable_lora) else 0
-        self._add_matrices(sum(self.enable_lora) * r, in_features, sum(self.enabled_sizes))
+        self._add_matrices(sum(self.enable_lora) * r, in_features, sum(self.qkv_shapes))
 
     @property
-    def enabled_sizes(self) -> list[int]:
+    def qkv_shapes(self) -> list[int]:
         """Rows of the parts that have matrices."""
         return [size for size, enabled in zip(self.part_sizes, self.enable_lora, strict=True) if enabled]
 
@@ -214,7 +215,7 @@ class LoRAQKVLinear(LoRALinear):
     def expanded_B(self) -> torch.Tensor:
         """The parts of B (O, n * r), each in its own rows and in the columns of its own A; zero elsewhere."""
         flags = list(zip(self.part_sizes, self.enable_lora, strict=True))
-        parts = iter(self.lora_B.split(self.enabled_sizes))
+        parts = iter(self.lora_B.split(self.qkv_shapes))
         return torch.block_diag(*(next(parts) if on else self.lora_B.new_empty(size, 0) for size, on in flags))
 
     def zero_pad(self, x: torch.Tensor) -> torch.Tensor:
@@ -224,7 +225,7 @@ class LoRAQKVLinear(LoRALinear):
     def conv1d(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The product of every part's own r channels of the input (B, n * r, T) and its rows of a weight shaped as B,
         (enabled rows, r, 1): (B, enabled rows, T)."""
-        parts = zip(input.chunk(sum(self.enable_lora), dim=1), weight.split(self.enabled_sizes), strict=True)
+        parts = zip(input.chunk(sum(self.enable_lora), dim=1), weight.split(self.qkv_shapes), strict=True)
         return torch.cat([F.conv1d(channels, rows) for channels, rows in parts], dim=1)
 
 

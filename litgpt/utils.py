@@ -261,7 +261,7 @@ def instantiate_torch_optimizer(
     module, _, name = path.rpartition(".")
     kind = getattr(import_module(module or "torch.optim"), name)
     known = inspect.signature(kind).parameters
-    return kind(model_parameters, **given, **{key: value for key, value in kwargs.items() if key in known})
+    return kind(model_parameters, **{**given, **{key: value for key, value in kwargs.items() if key in known}})
 
 
 def select_sft_generate_example(eval: Any, data: Any) -> str:

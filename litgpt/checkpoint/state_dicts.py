@@ -19,7 +19,7 @@ from litgpt.families import family_of_type
 _GROUPS = {
     "gpt_neox": ("gpt_neox",),
     "falcon": ("falcon",),
-    "llama": ("llama", "mixtral", "deepseek_v3", "gpt_oss"),
+    "llama": ("llama", "mixtral", "deepseek_v3"),
     "olmo2": ("olmo2",),
     "phi": ("phi", "phi3"),
     "gemma_2": ("gemma2",),
@@ -175,7 +175,7 @@ def qkv_to_interleaved(param: Any, config: Config) -> torch.Tensor:
 
 def check_conversion_supported(lit_weights: Mapping[str, Any]) -> None:
     """Raise `ValueError` for weights of LoRA, and `NotImplementedError` for those of adapters: no other architecture has them."""
-    if any("lora_" in name for name in lit_weights):
+    if any("lora" in name for name in lit_weights):
         raise ValueError("LoRA weights cannot be converted: merge them first (`litgpt merge_lora`)")
     if any("adapter" in name or "gating_factor" in name for name in lit_weights):
-        raise NotImplementedError("adapters cannot be converted: no Hugging Face architecture has them")
+        raise NotImplementedError("Converting adapter weights is not possible: no Hugging Face architecture has them")
