@@ -23,12 +23,10 @@ from litgpt.errors import debugging, describe
 from litgpt.generate.base import generate_fn
 from litgpt.model import GPT
 from litgpt.runners.quantized_weights import Scheme
+from litgpt.standard_streams import ClosedStream
 from litgpt.waiting import tell, waiting
 
-HELP = (
-    "/reset starts anew, /system TEXT sets the system prompt, /exit leaves, Ctrl-C stops an answer, "
-    "Alt-Enter begins a new line"
-)
+HELP = "/reset starts anew, /system TEXT sets the system prompt, /exit leaves, Ctrl-C stops an answer"
 SAVED_EACH_TIME = 64_000_000  # bytes: a larger file takes long enough to write to be noticed after every answer
 
 
@@ -110,9 +108,9 @@ def main(
         raise ValueError(f"cache_length must be at least 1, got {cache_length}")
     check_sampling(temperature, top_k, top_p)
     proposer = None if prompt_lookup is None else PromptLookup(prompt_lookup)
-    if not sys.stdin.readable():
+    if isinstance(sys.stdin, ClosedStream):
         raise ValueError("stdin is closed: chat reads messages from it, from a terminal, a pipe or a file")
-    if not sys.stdout.writable():
+    if isinstance(sys.stdout, ClosedStream):
         raise ValueError("stdout is closed: chat writes answers to it")
     if session is not None and not session.absolute().parent.is_dir():
         raise FileNotFoundError(f"--session {session}: there is no folder {session.parent}")
@@ -172,7 +170,7 @@ def _talk(conversation: Conversation, ctrl_c: CtrlC, multiline: bool, path: Path
                 conversation.reset()
                 tell(f"System prompt: {text or 'that of the chat template'}. Starting anew.")
             elif command == "/help":
-                tell(HELP)
+                tell(f"{HELP}, Alt-Enter begins a new line.")
             elif message:
                 _answer(conversation, message, ctrl_c)
                 if path is not None:

@@ -74,12 +74,10 @@ def _plain_reader() -> ReadLine:
         nonlocal started
         if sys.stdin.isatty():
             print(prompt, end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
+        line = input()
         if not started:
             started, line = True, line.removeprefix("\ufeff")  # some programs begin UTF-8 with it
-        return line.removesuffix("\n")
+        return line
 
     return read_line
 

@@ -1,6 +1,5 @@
 """`litgpt chat --session FILE`: a conversation goes on as if it had never been interrupted."""
 
-import io
 import os
 import re
 import signal
@@ -37,7 +36,7 @@ def talk(model, monkeypatch, capfd):
     def run(*said, options=()):
         messages = iter(said)
 
-        def read(prompt):
+        def read():
             message = next(messages, EOFError)
             while callable(message) and not isinstance(message, type):
                 message()
@@ -46,8 +45,7 @@ def talk(model, monkeypatch, capfd):
                 raise message
             return message
 
-        monkeypatch.setattr("sys.stdin", io.StringIO())
-        monkeypatch.setattr(chat, "line_reader", lambda: read)
+        monkeypatch.setattr("builtins.input", read)
         code = main(["chat", model, "--temperature", "0", "--max_new_tokens", "6", "--precision", "32-true", *options])
         out, err = capfd.readouterr()
         return code, out.splitlines(), err
