@@ -51,8 +51,8 @@ class CausalSelfAttention(AdapterAttention):
 class GPT(AdapterGPT):
     """A GPT with learned prefixes, and scaled and shifted linear layers."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, **mha_kwargs: Any) -> None:
+        super().__init__(config, **mha_kwargs)
         scale_linears(self)
 
     @classmethod

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+# Called as `hook(x, block_idx, input_pos)`: a layer's input (B, T, E), its number, the position of the first token
+StartOfLayerHook = Callable[[Any, int, int | None], None]
+
 _CHOICES = {
     "norm_class_name": ("LayerNorm", "RMSNorm"),
     "norm_qk_type": ("default", "olmo2"),
@@ -108,7 +111,7 @@ class Config:
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
     # `hook(x, block_idx, input_pos)`, the default of `GPT.set_start_of_layer_hook`; never written to a file
-    start_of_layer_hook: Callable | None = field(default=None, repr=False, compare=False)
+    start_of_layer_hook: StartOfLayerHook | None = field(default=None, repr=False, compare=False)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Config":
         unknown = [key for key in kwargs if key not in cls.__dataclass_fields__]

@@ -240,8 +240,8 @@ class CausalSelfAttention(BaseCausalSelfAttention):
 class GPT(BaseModel):
     """A GPT with LoRA matrices."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, **mha_kwargs: Any) -> None:
+        super().__init__(config, **mha_kwargs)
         add_lora(self, config)
         for block in self.transformer.h:
             if type(block.attn) is BaseCausalSelfAttention:
