@@ -50,7 +50,7 @@ def test_a_named_model_is_not_changed_by_changing_a_config_made_from_it():
     [("SmolLM2-135M-Instuct", "SmolLM2-135M-Instruct"), ("EleutherAI/pythia_14m", "EleutherAI/pythia-14m")],
 )
 def test_a_typo_in_a_name_gets_the_nearest_names(typo, meant):
-    with pytest.raises(ValueError, match=f"{typo!r} is not a known model name.*{meant}"):
+    with pytest.raises(ValueError, match=f"{typo!r} is not a supported config name.*{meant}"):
         Config.from_name(typo)
 
 

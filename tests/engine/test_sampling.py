@@ -40,7 +40,8 @@ def expected_distribution(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize("top_p", [0.0, 0.5, 0.9, 1.0])
 def test_draws_follow_the_distribution(temperature, top_k, top_p):
     logits = torch.tensor([1.0, 3.0, -1.0, 2.0, 0.5, 2.5, -2.0])
-    drawn = sample(logits.expand(DRAWS, 1, -1), temperature, top_k, top_p)
+    rows = [Draws(Sampling(temperature, top_k, top_p), [], 0)] * DRAWS
+    drawn = draw(logits.expand(DRAWS, -1), rows)
     share = torch.bincount(drawn, minlength=len(logits)) / DRAWS
     expected = expected_distribution(logits, temperature, top_k, top_p)
     torch.testing.assert_close(share, expected, atol=0.02, rtol=0)
@@ -49,7 +50,23 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
 
 def test_temperature_zero_takes_the_likeliest():
     logits = torch.randn(50, 33)
-    assert torch.equal(sample(logits[:, None], temperature=0.0, top_p=0.3), logits.argmax(-1))
+    greedy = {"temperature": 0.0, "top_p": 0.3}
+    assert torch.equal(batched_sample(logits[:, None], greedy), logits.argmax(-1)[:, None])
+
+
+def test_sample_draws_for_the_last_position_of_the_first_row():
+    logits = torch.tensor([[[0.0, 9.0, 1.0], [7.0, 2.0, 1.0]], [[0.0, 0.0, 9.0], [0.0, 9.0, 0.0]]])
+    for shaped in (logits, logits[0], logits[0, -1]):
+        assert sample(shaped, temperature=0.0).tolist() == [0]
+    assert batched_sample(logits, {"temperature": 0.0}).tolist() == [[0], [1]]
+    assert batched_sample(list(logits), [{"top_k": 1}, {"temperature": 0.0}]).tolist() == [[0], [1]]
+
+
+def test_sample_takes_probabilities_as_they_are_where_asked_to():
+    probs = torch.tensor([0.6, 0.4, 0.0])
+    drawn = [sample(probs, apply_softmax=False).item() for _ in range(2000)]
+    assert abs(drawn.count(0) / 2000 - 0.6) < 0.05
+    assert drawn.count(2) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
