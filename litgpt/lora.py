@@ -16,7 +16,7 @@ from litgpt.config import Config as BaseConfig
 from litgpt.model import GPT as BaseModel
 from litgpt.model import Block as Block
 from litgpt.model import CausalSelfAttention as BaseCausalSelfAttention
-from litgpt.runners.quantized_weights import QuantizedLinear
+from litgpt.runners.opaque_weights import OpaqueLayer
 
 # From a layer's role (qkv, projection, mlp or head), inputs, outputs and itself to what takes its place
 Wrap = Callable[[str, int, int, nn.Module], nn.Module]
@@ -308,7 +308,7 @@ def wrap_attention(attention: nn.Module, wrap: Wrap) -> None:
 
 def _wrap_children(parent: nn.Module, role: str, wrap: Wrap) -> None:
     for name, child in list(parent.named_children()):
-        if isinstance(child, (nn.Linear, QuantizedLinear)):
+        if isinstance(child, (nn.Linear, OpaqueLayer)):
             setattr(parent, name, wrap(role, child.in_features, child.out_features, child))
 
 
