@@ -175,7 +175,7 @@ class Config:
         post_norms = self.post_attention_norm or self.post_mlp_norm
         self._require("residual_multiplier", self.residual_multiplier == 1 or not post_norms, "1 with post norms")
         if self.mlp_class_name == "LLaMAMoE":
-            if (self.first_k_dense_replace or 0) < self.n_layer or self.n_expert:
+            if self.n_expert or self.first_k_dense_replace is None:  # else the first mixture that is built says so
                 self._require("n_expert", self.n_expert > 0, "positive with LLaMAMoE")
                 self._require("n_expert_per_token", 0 < self.n_expert_per_token <= self.n_expert, "1 to n_expert")
         else:

@@ -792,6 +792,11 @@ class LLaMAMoE(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        if not 0 < config.n_expert_per_token <= config.n_expert:
+            raise ValueError(
+                f"a mixture of n_expert = {config.n_expert} experts, of which n_expert_per_token = "
+                f"{config.n_expert_per_token} are used, cannot be built"
+            )
         size = config.moe_intermediate_size or config.intermediate_size
         if config.n_expert_groups:
             self.gate = GroupedTopkRouter(config)

@@ -8,6 +8,7 @@ from litgpt.engine.drawing import draw
 from litgpt.engine.sampling import (
     Sampling,
     batched_sample,
+    draw_rows,
     likeliest,
     pick,
     probabilities,
@@ -44,8 +45,7 @@ def expected_distribution(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize("top_p", [0.0, 0.5, 0.9, 1.0])
 def test_draws_follow_the_distribution(temperature, top_k, top_p):
     logits = torch.tensor([1.0, 3.0, -1.0, 2.0, 0.5, 2.5, -2.0])
-    rows = [Draws(Sampling(temperature, top_k, top_p), [], 0)] * DRAWS
-    drawn = draw(logits.expand(DRAWS, -1), rows)
+    drawn = draw_rows(logits.expand(DRAWS, -1), Sampling(temperature, top_k, top_p))
     share = torch.bincount(drawn, minlength=len(logits)) / DRAWS
     expected = expected_distribution(logits, temperature, top_k, top_p)
     torch.testing.assert_close(share, expected, atol=0.02, rtol=0)
