@@ -16,6 +16,8 @@ from torch import nn
 
 from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention, do_softcapping
 from litgpt.config import Config, StartOfLayerHook
+from litgpt.indexing import batched_index_copy_ as batched_index_copy_
+from litgpt.indexing import batched_index_select as batched_index_select
 from litgpt.kernels import ops
 from litgpt.kvcache import KVCache, KVCacheParams
 from litgpt.kvcache.layers import LayerCaches
@@ -133,7 +135,9 @@ class GPT(nn.Module):
         else:
             sizes = [T] * B if row_sizes is None else row_sizes
             output_tokens = [end - 1 for end in accumulate(sizes)] if last_token_only and T > 1 else None
-            x = self._run_with_caches(idx, _first_position(input_pos), rows, row_sizes, output_tokens)
+            x = self._run_with_caches(
+                idx, _first_position(input_pos, self.next_token_pos), rows, row_sizes, output_tokens
+            )
         if skip_lm_head:
             return x
         if lm_head_chunk_size > 0:
@@ -209,7 +213,7 @@ class GPT(nn.Module):
 
         return self.caches.run(plans, layers)
 
-    def agree(self, tokens: list[int]) -> list[int]:
+    def broadcast_tokens(self, tokens: list[int]) -> list[int]:
         """Drawn tokens, as all processes that share this model are to go on with them: here there is only one."""
         return tokens
 
@@ -369,10 +373,12 @@ class GPT(nn.Module):
         self,
         batch_size: int,
         max_seq_length: int | None = None,
+        rope_cache_length: int | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """`set_kv_caches` by LitGPT's name. Caches are on the model's device: `device` is not needed."""
+        """`set_kv_caches` by LitGPT's name. Caches are on the model's device: `device` is not needed, nor is
+        `rope_cache_length`."""
         self.set_kv_caches(batch_size, dtype=dtype, max_seq_length=max_seq_length)
 
     def clear_kv_cache(self) -> None:
@@ -602,6 +608,7 @@ class GptNeoxMLP(nn.Module):
         self.fc = nn.Linear(config.n_embd, size, bias=config.bias)
         self.proj = nn.Linear(size, config.n_embd, bias=config.bias)
         self.gelu_approximate = config.gelu_approximate
+        self.config = config
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(F.gelu(self.fc(x), approximate=self.gelu_approximate))
@@ -619,6 +626,7 @@ class LLaMAMLP(nn.Module):
         self.fc_2 = nn.Linear(config.n_embd, size, bias=config.bias)
         self.proj = nn.Linear(size, config.n_embd, bias=config.bias)
         self.gelu_approximate = config.gelu_approximate
+        self.config = config
 
     def gated(self, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return F.silu(gate) * x
@@ -659,6 +667,11 @@ class LLaMAMoE(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        if not 0 < config.n_expert_per_token <= config.n_expert:
+            raise ValueError(
+                f"a mixture of n_expert = {config.n_expert} experts, of which n_expert_per_token = "
+                f"{config.n_expert_per_token} are used, cannot be built"
+            )
         size = config.moe_intermediate_size or config.intermediate_size
         if config.n_expert_groups:
             self.gate = GroupedTopkRouter(config)
@@ -723,12 +736,19 @@ class RMSNorm(nn.Module):
         nn.init.constant_(self.weight, 0.0 if self.add_unit_offset else 1.0)
 
 
-def _first_position(input_pos: int | torch.Tensor) -> int:
+def _first_position(input_pos: int | torch.Tensor, next_token_pos: int) -> int:
     """The int that `input_pos` stands for; LitGPT's scripts give a tensor of consecutive positions."""
     if not isinstance(input_pos, torch.Tensor):
         if input_pos < 0:
             raise ValueError(f"input_pos must be None or at least 0, got {input_pos}")
         return int(input_pos)
+    if torch.compiler.is_compiling():  # which must not read a tensor: what LitGPT's scripts mean is asserted
+        first = next_token_pos if input_pos.numel() == 1 else 0
+        torch._assert_async(
+            input_pos.reshape(-1)[0] == first,
+            "with a tensor input_pos, a compiled model starts a sequence or adds one token to it: give an int instead",
+        )
+        return first
     positions = input_pos.reshape(-1).tolist()
     if not positions or positions != list(range(positions[0], positions[0] + len(positions))):
         raise ValueError(f"input_pos must hold consecutive positions, got {positions[:8]}")

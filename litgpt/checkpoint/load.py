@@ -14,6 +14,7 @@ from litgpt.checkpoint.open import open_checkpoint
 from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.runners.quantized_weights import BNB_MODES, MODES, QuantizedLinear, Scheme, quantize_model
+from litgpt.waiting import report_progress
 
 
 def load_model(
@@ -73,10 +74,13 @@ def fill_model(
         model.lm_head.weight = model.transformer.wte.weight
     targets = model.state_dict()
     quantized = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    done, total = set(), sum(not name.endswith((".scale", ".minimum")) for name in targets)
     with torch.no_grad():
         for name, row, piece in pieces:
             if tied and name == HEAD:
                 continue
+            done.add(name)
+            report_progress(len(done) - 1, total)
             if name in quantized and piece.is_floating_point():
                 quantized[name].set_rows(row, piece)
             else:
@@ -243,9 +247,14 @@ def _quantized_tensors(
             yield name, tensor
 
 
+def save_config(config: Config, checkpoint_dir: str | Path) -> None:
+    """Writes `model_config.yaml` into a folder."""
+    with replacing(Path(checkpoint_dir) / CONFIG_NAME) as temporary:
+        temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+
+
 def _write_side_files(source: Checkpoint | GPT, out_dir: Path, tokenizer_dir: str | Path | None) -> None:
-    with replacing(out_dir / CONFIG_NAME) as temporary:
-        temporary.write_text(yaml.safe_dump(source.config.to_dict(), sort_keys=False), encoding="utf-8")
+    save_config(source.config, out_dir)
     if tokenizer_dir is not None:
         copy_side_files(Path(tokenizer_dir), out_dir)
     elif isinstance(source, Checkpoint):

@@ -4,7 +4,8 @@ from tiny import create_kv_caches
 from tiny_models import CASES, save_tiny
 
 from litgpt.checkpoint import load_model
-from litgpt.engine.engine import prefill, prepare_caches
+from litgpt.engine.caches import prepare_caches
+from litgpt.engine.prefill import prefill
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 

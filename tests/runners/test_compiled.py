@@ -5,7 +5,7 @@ import torch
 from tiny import create_kv_caches, tiny_gpt
 from torch._dynamo.utils import counters
 
-from litgpt.engine.engine import prefill
+from litgpt.engine.prefill import prefill
 from litgpt.generate.base import batched_generate_fn
 from litgpt.runners.compiled import compile_decode
 

@@ -10,7 +10,7 @@ from litgpt.kernels import ops
 from litgpt.runners.fused import FusedLayers, fuse_layers
 from litgpt.runners.quantized_weights import quantize_model
 
-pytestmark = pytest.mark.skipif(not ops.reads_packed_weights(), reason="no kernels on this machine")
+pytestmark = pytest.mark.skipif(not ops.available(), reason="no kernels on this machine")
 
 LLAMA = {
     "norm_class_name": "RMSNorm",
