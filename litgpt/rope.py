@@ -86,7 +86,10 @@ class RopeTable:
         self.cover(stop, device, long, 2 * stop if stop > max_length else min(max_length, 2 * stop))
         if self._rows_of is not self.cos or self._rows[0][0].dtype != dtype:
             with torch.inference_mode(False):
-                self._rows, self._rows_of = _signed(self.cos.to(dtype), self.sin.to(dtype)), self.cos
+                self._rows, self._rows_of = (
+                    _signed(self.cos.to(dtype), self.sin.to(dtype), self.config.rope_n_elem),
+                    self.cos,
+                )
         if isinstance(start, int):
             return [(cos[start:stop][None, None], sin[start:stop][None, None]) for cos, sin in self._rows]
         if isinstance(T, int):
@@ -97,13 +100,12 @@ class RopeTable:
         return [(cos[positions], sin[positions]) for cos, sin in self._rows]
 
 
-def _signed(cos: torch.Tensor, sin: torch.Tensor) -> list[Rope]:
+def _signed(cos: torch.Tensor, sin: torch.Tensor, n: int) -> list[Rope]:
     """Of a table, or several in the last dimension, cosines and sines (positions, n) as `rotate` takes them."""
     if cos.ndim == 2:
         cos, sin = cos.unsqueeze(-1), sin.unsqueeze(-1)
-    n = cos.shape[1]
     if n == 1:  # LitGPT and transformers make two equal elements of it, which add twice to the product of query and key
-        cos, sin = cos * 2**0.5, sin * 2**0.5
+        cos, sin = cos[:, :1] * 2**0.5, sin[:, :1] * 2**0.5
     left, right = sin.split((n - n // 2, n // 2), dim=1)
     sin = torch.cat((-left, right), dim=1)
     return [(c.contiguous(), s.contiguous()) for c, s in zip(cos.unbind(-1), sin.unbind(-1), strict=True)]
