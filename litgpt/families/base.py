@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from litgpt.settings import Settings
+
 # What a Hugging Face name, or a group of names, of the block depends on: a string, or a function of the `Config`.
 Names = str | Callable[[Any], str]
 Row = tuple[str, int, int, int, int | None, int | None] | tuple[str, int, int, int, int | None, int | None, dict]
@@ -63,7 +65,7 @@ class Family:
     extra_blocks: bool = False
     tied: bool = False
     name_mark: str = ""
-    read: Callable[[dict], dict] = lambda hf: {}
+    read: Callable[[Settings], dict] = lambda hf: {}
     write: Callable[[Any], dict] = lambda config: {}
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
 
