@@ -27,10 +27,9 @@ from litgpt.engine.loading import (
 from litgpt.engine.request import Request
 from litgpt.engine.sampling import LogitsProcessor, Sampling
 from litgpt.engine.session import Session
-from litgpt.generate.sequentially import choose_devices, sequential
-from litgpt.generate.tp import number_of_processes
 from litgpt.model import GPT
-from litgpt.parallel.processes import join_group, launched_outside, own_device
+from litgpt.parallel.pipeline import choose_devices, spread_layers
+from litgpt.parallel.processes import join_group, launched_outside, number_of_processes, own_device
 from litgpt.parallel.tensor import ShardedGPT, shard_model
 from litgpt.prompts import ChatTemplate, PromptStyle, all_stop_tokens, encode_prompt, save_prompt_style
 from litgpt.runners.quantized_weights import BNB_MODES, quantize_model
@@ -203,7 +202,7 @@ class LLM(nn.Module):
             quantize_model(self.model, quantize)
             self.model.requires_grad_(False)
         if len(several) > 1:
-            sequential(self.model.to(dtype=dtype), several)
+            spread_layers(self.model.to(dtype=dtype), several)
         else:
             self.model.to(device=device, dtype=dtype)
         if self.preprocessor is not None:
@@ -482,7 +481,7 @@ class LLM(nn.Module):
 
     def _for_inference(self) -> None:
         self.model.eval()
-        if self.model.fast_layers is None:
+        if self.model.layer_runner is None:
             speed_up_decode(self.model, self.compile_decode)
 
     def _for_training(self) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ from litgpt.rope import Rope, build_rope_cache, rotate, short_context
 from litgpt.rope import apply_rope as apply_rope
 from litgpt.rope import apply_rope_interleave as apply_rope_interleave
 from litgpt.rope import yarn_get_mscale as yarn_get_mscale
+
+if TYPE_CHECKING:
+    from litgpt.runners.runner import LayerRunner
 
 StartOfLayerHook = Callable[[torch.Tensor, int, int | None], None]
 
@@ -73,15 +77,18 @@ class GPT(nn.Module):
         self._start_of_layer_hook: StartOfLayerHook | None = config.start_of_layer_hook
         self.default_kv_caches = False  # True: made by `set_kv_caches`, which may replace them
         self.layer_devices: list[torch.device] | None = None  # where blocks are, if not all are where the embedding is
-        self.static_decode = False  # plan single tokens with shapes that stay the same, for compiled `fast_layers`
-        # a faster `run_layers`, also given the tokens that are wanted; None where it is not made for a call
-        self.fast_layers: Callable[..., torch.Tensor | None] | None = None
+        self.layer_runner: LayerRunner | None = None  # a faster `run_layers`, for calls with caches
 
     @property
     def dtype(self) -> torch.dtype:
         """The data type that the model computes in."""
         wte = self.transformer.wte
         return wte.weight.dtype if wte.weight.is_floating_point() else wte.dtype  # of a quantised table
+
+    @property
+    def static_shapes(self) -> bool:
+        """Whether the layer runner wants shapes that stay the same as sequences grow."""
+        return self.layer_runner is not None and self.layer_runner.static_shapes
 
     @classmethod
     def from_name(cls, name: str, **kwargs: object) -> "GPT":
@@ -141,8 +148,8 @@ class GPT(nn.Module):
             x = x[:, -1:] if last_token_only else x
         else:
             sizes = [T] * B if row_sizes is None else row_sizes
-            wanted = [end - 1 for end in accumulate(sizes)] if last_token_only and T > 1 else None
-            x = self._run_with_caches(idx, _first_position(input_pos), rows, row_sizes, wanted)
+            output_tokens = [end - 1 for end in accumulate(sizes)] if last_token_only and T > 1 else None
+            x = self._run_with_caches(idx, _first_position(input_pos), rows, row_sizes, output_tokens)
         if skip_lm_head:
             return x
         if lm_head_chunk_size > 0:
@@ -192,14 +199,14 @@ class GPT(nn.Module):
         input_pos: int,
         rows: Sequence[int] | None,
         row_sizes: Sequence[int] | None,
-        wanted: Sequence[int] | None,
+        output_tokens: Sequence[int] | None,
     ) -> torch.Tensor:
-        """`run_layers` with the caches. Of the tokens `wanted`, counted through all rows, the output is (wanted, 1, E)."""
+        """`run_layers` with the caches, by the layer runner if it can; `output_tokens` as it is given them."""
         B, T = idx.shape
         caches = self.kv_caches()
         if len(caches) != self.config.n_layer:
             raise ValueError("there are no key-value caches: call set_kv_caches or assign_kv_caches first")
-        static = self.static_decode and T == 1 and rows is None
+        static = self.static_shapes and T == 1 and rows is None
         sizes = [T] * B if row_sizes is None else row_sizes
         n_rows = B if row_sizes is None else len(rows)
         shared: dict[tuple, Plan] = {}
@@ -227,12 +234,12 @@ class GPT(nn.Module):
             rope = self._rope_rows(starts, row_sizes, self._long_rope)
         else:
             rope = self._rope_rows(starts[0] if len(set(starts)) == 1 else starts, T, self._long_rope)
-        fast = self.fast_layers if self._start_of_layer_hook is None else None
+        runner = self.layer_runner if self._start_of_layer_hook is None else None
         try:
-            x = None if fast is None else fast(idx, rope, plans, input_pos, wanted)
+            x = None if runner is None else runner(idx, rope, plans, input_pos, output_tokens)
             if x is None:
                 x = self.run_layers(idx, rope, plans, input_pos)
-                x = x if wanted is None else x.flatten(0, 1)[wanted, None]
+                x = x if output_tokens is None else x.flatten(0, 1)[output_tokens, None]
         except BaseException:
             for cache in caches:
                 cache.clear()  # slots may be half written: better empty than wrong
@@ -397,7 +404,7 @@ class GPT(nn.Module):
             args = (self.config, batch_size)
             if window is None or window + WINDOW_SLACK >= length:
                 # compiled code tells a whole buffer from a part of one: leave a slot that is never read
-                kind, cache_length = DenseKVCache, read_bucket(length) + 1 if self.static_decode else length
+                kind, cache_length = DenseKVCache, read_bucket(length) + 1 if self.static_shapes else length
             else:
                 kind, cache_length = LastRecentlyInsertedKVCache, window + WINDOW_SLACK
             old = block.attn.kv_cache

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import greedy_without_caches, tiny_gpt
+from tiny import StaticShapes, greedy_without_caches, tiny_gpt
 
 import litgpt.model
 from litgpt import attention
@@ -200,7 +200,7 @@ def test_caches_change_nothing_however_the_sequence_is_cut(title, monkeypatch):
     model.set_kv_caches(2)
     for cuts in CUTS:
         close(in_cuts(model, idx, cuts), expected)
-    model.static_decode = True
+    model.layer_runner = StaticShapes()
     close(in_cuts(model, idx, (9, *(1,) * 31)), expected)
 
 
@@ -226,7 +226,7 @@ def test_rows_of_a_ragged_batch_go_their_own_ways(title, monkeypatch):
 
     for rows, T in [([0, 1, 2, 3], 1), ([0, 1, 2, 3], 5), ([2, 0], 9), ([0, 1, 2, 3], 1), ([3], 1)]:
         bring(rows, T)
-    model.static_decode = True
+    model.layer_runner = StaticShapes()
     bring([0, 1, 2, 3], 1)
     model.reorder_kv_caches([2, 2, 1])
     idx, expected, lengths = idx[[2, 2, 1]], expected[[2, 2, 1]], lengths[[2, 2, 1]]
@@ -508,7 +508,7 @@ def test_nothing_is_read_back_from_the_device():
     for rows, T in [([1], 9), ([2, 0], 4)]:
         model(idx[rows, :T], 0, rows=rows)
     for static, T in [(False, 1), (True, 1), (False, 5)]:
-        model.static_decode = static
+        model.layer_runner = StaticShapes() if static else None
         model(idx[:, :T], model.next_token_pos)
 
 
@@ -528,7 +528,7 @@ def test_a_model_is_freed_when_it_is_dropped():
 
 def test_a_copy_of_a_model_runs_its_own_layers():
     model = tiny_gpt()
-    model.static_decode = True
+    model.layer_runner = StaticShapes()
     twin = copy.deepcopy(model)
     for parameter in model.parameters():
         parameter.zero_()

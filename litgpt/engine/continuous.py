@@ -41,7 +41,7 @@ class ContinuousBatch:
             check_caches(model, batch_size, cache_length or 1)
         self.model = model
         self.batch_size = batch_size
-        self.engine = Engine(model, prompt_chunksize, proposer, batch_size if model.static_decode else None)
+        self.engine = Engine(model, prompt_chunksize, proposer, batch_size if model.static_shapes else None)
         self.waiting: deque[Request] = deque()
 
     @property

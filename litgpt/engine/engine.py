@@ -44,8 +44,8 @@ def prepare_caches(model: GPT, batch_size: int, max_length: int, roomy: bool = F
         )
         if not fits:
             room = max_length
-            if roomy or model.static_decode:
-                room = max(COMPILED_ROOM if model.static_decode else ROOM, 1 << (max_length - 1).bit_length())
+            if roomy or model.static_shapes:
+                room = max(COMPILED_ROOM if model.static_shapes else ROOM, 1 << (max_length - 1).bit_length())
             model.set_kv_caches(batch_size, max_seq_length=min(room, model.max_seq_length))
     check_caches(model, batch_size, max_length)
 
@@ -505,7 +505,7 @@ class Engine:
         gone = [i for i, row in enumerate(self._rows) if row is not None and row.request.finish_reason]
         if not gone:
             return
-        if self.batch_size is not None or self.model.static_decode:
+        if self.batch_size is not None or self.model.static_shapes:
             lengths = self.model.kv_caches()[0].row_lengths
             self.model.rewind_kv_caches([lengths[i] if i in gone else 0 for i in range(len(lengths))])
             for i in gone:
@@ -515,7 +515,10 @@ class Engine:
         for i in reversed(gone):
             places[i], self._rows[i] = places[-1], self._rows[-1]
             places.pop(), self._rows.pop()
-        self.model.reorder_kv_caches(places)
+        if places:
+            self.model.reorder_kv_caches(places)
+        else:
+            self.model.crop_kv_caches(0)
 
     def can_join(self, request: Request, others: Sequence[Request] = ()) -> bool:
         """Whether a request goes with those that are active, or with `others` where none are: with LongRoPE, positions of

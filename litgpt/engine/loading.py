@@ -112,7 +112,7 @@ def speed_up_decode(model: GPT, compile: bool = False) -> None:
 
 def slow_down_decode(model: GPT) -> None:
     """Undo `speed_up_decode`: plain layers, with the same parameters as before."""
-    model.fast_layers, model.static_decode = None, False
+    model.layer_runner = None
     unpack_linears(model)
 
 

@@ -1,109 +1,77 @@
-"""`litgpt generate_sequentially`: layers spread over devices, each with its cache; what goes on from layer to layer moves."""
+"""`litgpt generate_sequentially`: the layers of a model on several devices (`litgpt.parallel.pipeline`)."""
 
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from litgpt.checkpoint.base import Checkpoint
 from litgpt.checkpoint.load import load_model
-from litgpt.engine.loading import Quantization, choose_kv_caches, default_device, make_ready
+from litgpt.engine.loading import Quantization, choose_kv_caches, make_ready
 from litgpt.engine.sampling import Sampling
 from litgpt.generate.base import check_options, print_answers
 from litgpt.model import GPT
+from litgpt.parallel.pipeline import choose_devices, load_spread, spread_layers
 from litgpt.parallel.tensor import chunk_sizes
 from litgpt.prompts import encode_prompt
-from litgpt.rope import Rope
+
+__all__ = ["chunk_sizes", "layer_to_device", "main", "replace_device", "sequential"]
 
 
-def devices_of_layers(n_layer: int, devices: Sequence[torch.device | str]) -> list[torch.device]:
-    """The device of each layer: consecutive ones share a device, and the first device, which has the embeddings too, has
-    the fewest.
-
-    Raises:
-        ValueError: if there are more devices than layers, or none.
-    """
-    if not 1 <= len(devices) <= n_layer:
-        raise ValueError(f"{n_layer} layers cannot be spread over {len(devices)} devices: give 1 to {n_layer}")
-    sizes = chunk_sizes(n_layer, len(devices))
-    return [torch.device(device) for device, size in zip(devices, sizes, strict=True) for _ in range(size)]
-
-
-def load_sequential(
-    checkpoint: Checkpoint, dtype: torch.dtype, devices: Sequence[torch.device | str], quantize: str | None = None
-) -> GPT:
-    """A model with a checkpoint's weights, each read to the device where it is to work."""
-    places = devices_of_layers(checkpoint.config.n_layer, devices)
-
-    def device_of(module: str) -> torch.device:
-        parts = module.split(".")
-        return places[int(parts[2])] if parts[:2] == ["transformer", "h"] and len(parts) > 2 else places[0]
-
-    model = load_model(checkpoint, dtype, device_of, quantize)
-    _pass_between(model, places)
-    return model
-
-
-def sequential(model: GPT, devices: Sequence[torch.device | str]) -> GPT:
-    """Spread the layers of a model over devices. Embeddings and final norm are on the first one; caches are gone.
+@torch.inference_mode()
+def sequential(model: GPT, root: torch.device, max_seq_length: int, devices: int) -> GPT:
+    """Spread the layers of a model over the first `devices` devices of the kind of `root`, and give it caches of
+    `max_seq_length` tokens for one row. See `litgpt.parallel.pipeline.spread_layers`.
 
     Raises:
         ValueError: if there are more devices than layers, or none, or the model was spread before.
     """
-    if model.layer_devices is not None:
-        raise ValueError("the model's layers are spread over devices already")
-    places = devices_of_layers(model.config.n_layer, devices)
-    model.clear_kv_caches(assigned=True)
-    for module in (model.lm_head, model.transformer.wte, model.transformer.ln_f):
-        module.to(places[0])
-    for block, device in zip(model.transformer.h, places, strict=True):
-        block.to(device)
-    _pass_between(model, places)
+    root = torch.device(root)
+    if devices > model.config.n_layer:
+        raise ValueError(
+            "The number of layers in the model must be larger than the number of devices, but got "
+            f"n_layer={model.config.n_layer} and devices={devices}."
+        )
+    kinds = [torch.device("cpu") if root.type == "cpu" else torch.device(root.type, i) for i in range(devices)]
+    spread_layers(model, kinds)
+    model.max_seq_length = max_seq_length
+    model.set_kv_caches(1, max_seq_length=max_seq_length)
     return model
 
 
-def _pass_between(model: GPT, places: list[torch.device]) -> None:
-    """Have blocks, which are on `places`, take their inputs from wherever they come."""
-    arrivals = {device: _Arrival(device) for device in places}
-    for block, device in zip(model.transformer.h, places, strict=True):
-        block.register_forward_pre_hook(arrivals[device])
-    model.transformer.ln_f.register_forward_pre_hook(lambda module, inputs: inputs[0].to(places[0]))
-    model.layer_devices = places
-
-
-class _Arrival:
-    """Brings the arguments of blocks to their device; what all blocks of a call share is brought there once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.sent: tuple[Any, Any] = None, None
-        self.arrived: tuple[list[Rope], torch.Tensor] | None = None
-
-    def __call__(self, block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        x, rope, plan, idx = inputs
-        if self.sent[0] is not rope or self.sent[1] is not idx:
-            self.sent = rope, idx
-            self.arrived = [tuple(part.to(self.device) for part in pair) for pair in rope], idx.to(self.device)
-        rope, idx = self.arrived
-        return x.to(self.device), rope, plan, idx
-
-
-def choose_devices(number: int | None, kind: str | None = None) -> list[torch.device]:
-    """The first `number` GPUs (None: all), or the CPU where there are none, or `kind` is "cpu".
+def layer_to_device(module: nn.Module, chunk_on: type[nn.Module], chunk_sizes: list[int]) -> dict[str, int]:
+    """The names of all submodules of the kind `chunk_on`, in order, and the number of the device of each: the first
+    `chunk_sizes[0]` are on device 0, and so on.
 
     Raises:
-        ValueError: if there are not as many.
+        ValueError: if `chunk_sizes` do not add up to their number.
     """
-    gpus = torch.cuda.device_count() if (kind or default_device().type) == "cuda" else 0
-    available = [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]
-    if number is not None and not 1 <= number <= len(available):
-        found = f"{gpus} GPU{'s' * (gpus > 1)}" if gpus else "the CPU only, which is one device"
-        raise ValueError(f"devices={number}, but there is {found}")
-    return available[:number]
+    names = [name for name, submodule in module.named_modules() if isinstance(submodule, chunk_on)]
+    numbers = [number for number, size in enumerate(chunk_sizes) for _ in range(size)]
+    if len(names) != len(numbers):
+        raise ValueError(f"Found {len(names)} for chunk_on={chunk_on}, not covered by chunk_sizes={chunk_sizes}")
+    return dict(zip(names, numbers, strict=True))
+
+
+def replace_device(module: nn.Module, replace: torch.device, by: torch.device) -> nn.Module:
+    """Move all submodules of `module` whose parameters and buffers are on the device `replace` to the device `by`.
+
+    Raises:
+        ValueError: if a submodule's own parameters and buffers are on several devices.
+    """
+    for name, submodule in module.named_modules():
+        tensors = [*submodule.named_parameters(recurse=False), *submodule.named_buffers(recurse=False)]
+        found = {tensor.device for _, tensor in tensors}
+        if len(found) > 1:
+            raise ValueError(
+                f"Found multiple devices for {name or type(module).__name__!r}: {', '.join(map(str, found))}"
+            )
+        if found == {torch.device(replace)}:
+            submodule._apply(lambda tensor: tensor.to(by), recurse=False)  # `to` would move the children too
+    return module
 
 
 def main(
@@ -160,7 +128,7 @@ def main(
     def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantize: str | None = None) -> GPT:
         if len(chosen) == 1:
             return load_model(checkpoint, dtype, device, quantize)
-        return load_sequential(checkpoint, dtype, chosen, quantize)
+        return load_spread(checkpoint, dtype, chosen, quantize)
 
     started = time.perf_counter()
     ready = make_ready(checkpoint_dir, precision, quantize, compile, device=chosen[0], load=load)

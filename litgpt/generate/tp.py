@@ -7,18 +7,49 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.engine.loading import Quantization, choose_kv_caches, make_ready, parse_precision
 from litgpt.engine.sampling import Sampling
 from litgpt.generate.base import check_options, print_answers
-from litgpt.parallel.processes import join_group, launched_outside, only_first_speaks, own_device, run_in_processes
-from litgpt.parallel.tensor import Shard, load_shard
+from litgpt.model import GPT
+from litgpt.parallel.processes import (
+    join_group,
+    launched_outside,
+    number_of_processes,
+    only_first_speaks,
+    own_device,
+    run_in_processes,
+)
+from litgpt.parallel.tensor import Shard, load_shard, shard_model
 from litgpt.prompts import encode_prompt
 from litgpt.runners.quantized_weights import MODES
 
-CPU_PROCESSES = 2  # where there are no GPUs and no number is given
+
+def tensor_parallel(fabric: Any, model: GPT) -> GPT:
+    """The part of a model that the process of a Lightning `fabric`, which has been launched, holds: a model of its own."""
+    device = model.transformer.wte.weight.device
+    return shard_model(model, model.dtype, device, fabric.global_rank, fabric.world_size)
+
+
+def tensor_parallel_linear(fabric: Any, linear: nn.Linear, style: str) -> None:
+    """Keep of a layer the rows ("colwise": of its outputs) or the columns ("rowwise": of its inputs) of this process.
+
+    Raises:
+        ValueError: if the processes cannot have equally many.
+    """
+    dim, name = {"colwise": (0, "out_features"), "rowwise": (1, "in_features")}[style]
+    size, rest = divmod(getattr(linear, name), fabric.world_size)
+    if rest:
+        raise ValueError(
+            f"{name} = {getattr(linear, name)} is not evenly divisible by the world size ({fabric.world_size})"
+        )
+    linear.weight.data = linear.weight.data.narrow(dim, fabric.global_rank * size, size)
+    if linear.bias is not None and dim == 0:
+        linear.bias.data = linear.bias.data.narrow(0, fabric.global_rank * size, size)
+    setattr(linear, name, size)
 
 
 def main(
@@ -91,26 +122,6 @@ def main(
         answer(outside[0], world_size, options)
     else:
         run_in_processes(answer, world_size, world_size, options)
-
-
-def number_of_processes(devices: int | None) -> int:
-    """How many processes a model is divided among, where `devices` are asked for.
-
-    Raises:
-        ValueError: if there are fewer GPUs, or another number of processes has been started.
-    """
-    if (outside := launched_outside()) is not None:
-        if devices not in (None, outside[1]):
-            raise ValueError(f"devices={devices}, but there are {outside[1]} processes (WORLD_SIZE): leave it out")
-        return outside[1]
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if devices is None:
-        return gpus or CPU_PROCESSES
-    if devices < 1:
-        raise ValueError(f"devices must be at least 1, got {devices}")
-    if gpus and devices > gpus:
-        raise ValueError(f"devices={devices}, but there are {gpus} GPUs")
-    return devices
 
 
 def answer(rank: int, world_size: int, options: dict[str, Any]) -> None:

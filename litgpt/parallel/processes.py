@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+CPU_PROCESSES = 2  # where there are no GPUs and no number is given
 _USER_ERRORS = (ValueError, OSError, IndexError, MemoryError)  # pass between processes as they are
 
 
@@ -24,6 +25,26 @@ def launched_outside() -> tuple[int, int] | None:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError):
         return None
+
+
+def number_of_processes(devices: int | None) -> int:
+    """How many processes a model is divided among, where `devices` are asked for.
+
+    Raises:
+        ValueError: if there are fewer GPUs, or another number of processes has been started.
+    """
+    if (outside := launched_outside()) is not None:
+        if devices not in (None, outside[1]):
+            raise ValueError(f"devices={devices}, but there are {outside[1]} processes (WORLD_SIZE): leave it out")
+        return outside[1]
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if devices is None:
+        return gpus or CPU_PROCESSES
+    if devices < 1:
+        raise ValueError(f"devices must be at least 1, got {devices}")
+    if gpus and devices > gpus:
+        raise ValueError(f"devices={devices}, but there are {gpus} GPUs")
+    return devices
 
 
 def own_device(rank: int) -> torch.device:

@@ -28,7 +28,7 @@ from litgpt.runners.quantized_weights import Int4Linear, Int8Linear
 def fuse_layers(model: GPT) -> bool:
     """Have `model` run all layers by one call, if they are of the kinds that are known here.
 
-    Undone by `model.fast_layers = None`, which has to be done before the layers or their weights are replaced.
+    Undone by `model.layer_runner = None`, which has to be done before the layers or their weights are replaced.
     """
     layers = [_layer(block) for block in model.transformer.h] if ops.available() and _is_known(model) else [None]
     if None in layers:
@@ -36,15 +36,14 @@ def fuse_layers(model: GPT) -> bool:
     fused = FusedLayers(model, layers)
     if any(fused.hooks):
         return False
-    model.fast_layers = fused
+    model.layer_runner = fused
     return True
 
 
 class FusedLayers:
-    """A `GPT.fast_layers`: takes the arguments of `GPT.run_layers`, and gives None where it cannot do the call.
+    """A `LayerRunner` that runs all layers by one call of the kernels."""
 
-    With `wanted`, tokens counted through all rows in ascending order, it gives their outputs only, (wanted, 1, E).
-    """
+    static_shapes = False
 
     def __init__(self, model: GPT, layers: list[Layer]) -> None:
         config, first = model.config, model.transformer.h[0]
@@ -82,7 +81,7 @@ class FusedLayers:
         rope: list[RopeRows],
         plans: list[Plan],
         input_pos: int,
-        wanted: Sequence[int] | None = None,
+        output_tokens: Sequence[int] | None = None,
     ) -> torch.Tensor | None:
         B, T = idx.shape
         if any(self.hooks) or not self._is_current():
@@ -110,15 +109,18 @@ class FusedLayers:
         x, room, rows = self.model.embed(idx).contiguous(), None, None
         if self.plans[0].n_segments:
             room = x.new_empty(B * T * self.room)
-            rows = None if wanted is None else (ctypes.c_int64 * len(wanted))(*wanted)
+            rows = None if output_tokens is None else (ctypes.c_int64 * len(output_tokens))(*output_tokens)
         library().run_layers(
             *(ctypes.byref(self.shape), self.layers, len(self.layers), self.plans, ropes),
             *(x.data_ptr(), address(room), B, T, rows, 0 if rows is None else len(rows)),
         )
-        if wanted is None:
+        if output_tokens is None:
             return x
         x = x.view(-1, x.shape[-1])
-        return (x[wanted] if rows is None else x[: len(rows)])[:, None]
+        return (x[output_tokens] if rows is None else x[: len(rows)])[:, None]
+
+    def __deepcopy__(self, memo: dict) -> None:
+        """A copy of the model runs its own layers, one by one."""
 
     def _is_current(self) -> bool:
         """Whether the layers are still those that `fuse_layers` found, and their weights where they were."""

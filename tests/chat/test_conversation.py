@@ -15,11 +15,16 @@ def talk():
         tokenizer = tiny_tokenizer()
         ready = Ready(model, tokenizer, style or ChatTemplate(CHAT_TEMPLATE), None)
         notes = []
-        session = Session(model, kv_cache, cache_length)
-        conversation = Conversation(ready, session, max_new_tokens, {"temperature": 0.0}, notify=notes.append)
+        new_session = lambda: Session(model, kv_cache, cache_length)  # noqa: E731
+        conversation = Conversation(ready, new_session, max_new_tokens, {"temperature": 0.0}, notify=notes.append)
         return conversation, notes
 
     return make
+
+
+def tokens_of(conversation):
+    """The conversation so far, the last answer included."""
+    return list(conversation._said.tokens)
 
 
 def fresh_answer(conversation, tokens):
@@ -34,8 +39,8 @@ def test_every_turn_answers_the_whole_conversation_and_computes_only_what_is_new
     previous = 0
     for text in ("Hello", "Über 東京", "And?"):
         list(conversation.ask(text))
-        prompt = conversation._tokens[: conversation.prompt_tokens]
-        assert conversation._tokens[conversation.prompt_tokens :] == fresh_answer(conversation, prompt)
+        prompt = tokens_of(conversation)[: conversation.prompt_tokens]
+        assert tokens_of(conversation)[conversation.prompt_tokens :] == fresh_answer(conversation, prompt)
         assert conversation.session.reused >= previous
         previous = conversation.prompt_tokens
     assert [m["role"] for m in conversation.messages] == ["user", "assistant"] * 3
@@ -80,8 +85,8 @@ def test_an_answer_left_early_stays_as_it_is(talk):
     pieces.close()
     assert conversation.messages[-1] == {"role": "assistant", "content": said}
     list(conversation.ask("And?"))
-    prompt = conversation._tokens[: conversation.prompt_tokens]
-    assert conversation._tokens[conversation.prompt_tokens :] == fresh_answer(conversation, prompt)
+    prompt = tokens_of(conversation)[: conversation.prompt_tokens]
+    assert tokens_of(conversation)[conversation.prompt_tokens :] == fresh_answer(conversation, prompt)
 
 
 def test_reset_forgets(talk):

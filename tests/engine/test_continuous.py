@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import greedy_without_caches, tiny_gpt
+from tiny import StaticShapes, greedy_without_caches, tiny_gpt
 
 from litgpt.engine.continuous import ContinuousBatch
 from litgpt.engine.engine import Engine, decode, prepare_caches
@@ -30,7 +30,7 @@ MODELS = {
     "static lastrec": tiny_gpt(),
 }
 for name, gpt in MODELS.items():
-    gpt.static_decode = name.startswith("static")
+    gpt.layer_runner = StaticShapes() if name.startswith("static") else None
     if name.endswith("lastrec"):
         gpt.assign_kv_caches(create_kv_caches("lastrec", gpt.config, ROWS, 12, sinks=2))
 
@@ -123,7 +123,7 @@ def test_a_step_has_as_many_rows_as_it_must(name):
         batch.step()
     model.set_start_of_layer_hook(None)
     # the fourth takes the place of the second at once; then the third leaves, and the first
-    assert sizes == ([3] * 14 if model.static_decode else [3] * 5 + [2] * 4 + [1] * 5)
+    assert sizes == ([3] * 14 if model.static_shapes else [3] * 5 + [2] * 4 + [1] * 5)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -204,7 +204,7 @@ def test_prompts_that_enter_may_be_cancelled(cancelled):
 
 def test_idle_rows_stay_empty_however_long_the_others_go_on():
     model = tiny_gpt()
-    model.static_decode = True
+    model.layer_runner = StaticShapes()
     batch = ContinuousBatch(model, ROWS, 20)
     for _ in range(6):
         batch.submit(request(5, 15, 0, None))

@@ -2,7 +2,7 @@ import random
 
 import pytest
 import torch
-from tiny import greedy_without_caches, tiny_gpt
+from tiny import StaticShapes, greedy_without_caches, tiny_gpt
 
 from litgpt.engine.drafting import DraftModel, PromptLookup
 from litgpt.engine.sampling import Draws, Sampling
@@ -127,7 +127,7 @@ def test_a_drafts_guesses_are_its_own_greedy_tokens_whatever_became_of_the_last_
     chance = random.Random(3)
     options = {"sliding_window_size": 8, "sliding_window_indices": [1, 0]} if kind == "windows" else {}
     model = tiny_gpt(block_size=256, **options)
-    model.static_decode = kind == "static"
+    model.layer_runner = StaticShapes() if kind == "static" else None
     draft = DraftModel(model, 100, 4, prompt_chunksize=7)
     rows = [row_of([chance.randrange(100) for _ in range(length)]) for length in (2, 100, 9)]
     for step in range(40):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import tiny_gpt
+from tiny import StaticShapes, tiny_gpt
 
 from litgpt.engine.engine import Engine, prepare_caches
 from litgpt.engine.request import Request
@@ -86,7 +86,7 @@ def test_batches_whose_requests_join_and_leave(wanted, name, evicts, chunksize, 
         evicts = False  # one eviction at a time
     model = MODELS[name]
     model.clear_kv_caches(assigned=True)
-    model.static_decode = static
+    model.layer_runner = StaticShapes() if static else None
     if evicts:
         model.assign_kv_caches(create_kv_caches("lastrec", model.config, len(wanted), SLOTS, sinks=SINKS))
     prepare_caches(model, len(wanted), 30)
@@ -102,7 +102,7 @@ def test_batches_whose_requests_join_and_leave(wanted, name, evicts, chunksize, 
             waiting = [(delay, request) for delay, request in waiting if delay > step]
         if not engine.step() and not waiting:
             break
-    model.static_decode = False
+    model.layer_runner = None
     for request, (prompt, count, stop, _) in zip(made, wanted, strict=True):
         first = min(chunksize or len(prompt), len(prompt))  # the prefill's first call sees all of itself
 

@@ -475,7 +475,7 @@ def test_a_fingerprint_does_not_depend_on_a_models_name_or_context():
 
 
 def test_the_package_does_not_import_sessions_before_they_are_asked_for():
-    code = "import sys, litgpt.generate; assert 'torch' not in sys.modules; litgpt.generate.Session; assert 'torch' in sys.modules"
+    code = "import sys, litgpt.engine; assert 'torch' not in sys.modules; litgpt.engine.Session; assert 'torch' in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="Sessions"):
         importlib.import_module("litgpt.generate").Sessions  # noqa: B018

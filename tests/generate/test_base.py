@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import greedy_without_caches, tiny_gpt
+from tiny import StaticShapes, greedy_without_caches, tiny_gpt
 
 from litgpt.generate.base import (
     batched_generate_fn,
@@ -47,7 +47,7 @@ def test_a_ragged_batch_equals_greedy_decoding_without_caches(prompts, chunksize
 @pytest.mark.parametrize("kv_cache", ["dense", "lastrec"])
 def test_every_row_equals_its_own_run_with_stops_and_settings_of_its_own(prompts, kv_cache, static):
     model = tiny_gpt(block_size=64)
-    model.static_decode = static
+    model.layer_runner = StaticShapes() if static else None
     model.assign_kv_caches(create_kv_caches(kv_cache, model.config, 5, 64 if kv_cache == "dense" else 8))
     args = [{"temperature": 0.0}, {"top_k": 1}, {"temperature": 0.0}, {"top_p": 0.0}, {"temperature": 0.0}]
     free = run(model, prompts, 60, sample_args=args)

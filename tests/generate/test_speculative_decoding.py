@@ -3,7 +3,7 @@ import random
 
 import pytest
 import torch
-from tiny import VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
+from tiny import VOCABULARY, StaticShapes, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
 from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
@@ -84,7 +84,7 @@ def prompts():
 @pytest.mark.parametrize("proposer", ["oracle", "draft", "lookup"])
 def test_greedy_output_is_that_of_plain_decoding(prompts, proposer, caches):
     model = tiny_gpt(block_size=256, **(WINDOWS if caches == "windows" else {}))
-    model.static_decode = caches == "static"
+    model.layer_runner = StaticShapes() if caches == "static" else None
     if caches == "lastrec":  # evicts soon
         model.assign_kv_caches(create_kv_caches("lastrec", model.config, 4, 24, sinks=2))
     limits = [45, 60, 20, 35]

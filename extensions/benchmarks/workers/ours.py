@@ -28,9 +28,9 @@ def main() -> None:
 
 def how_it_decodes(model: GPT) -> str:
     """Which of the ways to decode the model takes, after it did."""
-    if isinstance(model.fast_layers, FusedLayers):
+    if isinstance(model.layer_runner, FusedLayers):
         return "by one call of the kernels for all layers"
-    if model.fast_layers is None:
+    if model.layer_runner is None:
         return "layer by layer"
     return f"by {torch._dynamo.utils.counters['stats']['unique_graphs']} compiled graph(s)"
 

@@ -21,9 +21,9 @@ from litgpt.checkpoint.load import fill_model, meta_model, save_litgpt, weight_d
 from litgpt.config import Config
 from litgpt.engine.loading import choose_kv_caches
 from litgpt.generate.base import batched_generate_fn, generate
-from litgpt.generate.tp import number_of_processes
+from litgpt.generate.tp import tensor_parallel, tensor_parallel_linear
 from litgpt.model import GPT
-from litgpt.parallel.processes import run_in_processes
+from litgpt.parallel.processes import number_of_processes, run_in_processes
 from litgpt.parallel.tensor import Shard, ShardedGPT, load_shard, shard_model
 from litgpt.prompts import ChatTemplate
 from litgpt.runners.compiled import compile_decode
@@ -421,3 +421,39 @@ def test_two_gpus_say_what_one_says(folder, capfd):
     expected = capfd.readouterr().out
     assert main(["generate_tp", *command_options(folder / "command"), "--devices", "2"]) == 0
     assert capfd.readouterr().out == expected
+
+
+class Fabric:
+    """As much of Lightning's fabric as LitGPT's functions look at."""
+
+    def __init__(self, rank: int, world_size: int):
+        self.global_rank, self.world_size = rank, world_size
+
+
+def test_litgpts_function_gives_the_part_of_a_process():
+    model = whole_model("llama")
+    for rank in range(2):
+        expected = shard_model(model, torch.float32, CPU, rank, 2).state_dict()
+        found = tensor_parallel(Fabric(rank, 2), model).state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_parts_of_a_linear_layer_make_up_the_whole():
+    x, whole = torch.randn(5, 8), torch.nn.Linear(8, 12)
+    parts = []
+    for rank in range(4):
+        parts.append(torch.nn.Linear(8, 12))
+        parts[-1].load_state_dict(whole.state_dict())
+        tensor_parallel_linear(Fabric(rank, 4), parts[-1], "colwise")
+    assert {(part.in_features, part.out_features) for part in parts} == {(8, 3)}
+    torch.testing.assert_close(torch.cat([part(x) for part in parts], dim=1), whole(x))
+    total = torch.zeros(5, 12)
+    for rank in range(4):
+        part = torch.nn.Linear(8, 12, bias=False)
+        part.weight.data = whole.weight.data.clone()
+        tensor_parallel_linear(Fabric(rank, 4), part, "rowwise")
+        total += part(x[:, 2 * rank : 2 * rank + 2])
+    torch.testing.assert_close(total + whole.bias, whole(x))
+    with pytest.raises(ValueError, match=r"out_features = 12 is not evenly divisible by the world size \(5\)"):
+        tensor_parallel_linear(Fabric(0, 5), whole, "colwise")

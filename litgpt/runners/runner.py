@@ -1,0 +1,38 @@
+"""What a faster way to run all layers of a model is to it."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from litgpt.kvcache.plan import Plan
+from litgpt.rope import Rope
+
+
+class LayerRunner(Protocol):
+    """A model's `layer_runner`: runs embedding, layers and final norm as `GPT.run_layers` does, for calls with caches.
+
+    Attributes:
+        static_shapes: whether calls of one token a row are to be planned with shapes that stay the same as sequences grow.
+    """
+
+    static_shapes: bool
+
+    def __call__(
+        self,
+        idx: torch.Tensor,
+        rope: list[Rope],
+        plans: list[Plan],
+        input_pos: int,
+        output_tokens: Sequence[int] | None = None,
+    ) -> torch.Tensor | None:
+        """Outputs (B, T, E) for tokens `idx` (B, T), or of `output_tokens` only, (len(output_tokens), 1, E).
+
+        Args:
+            idx, rope, plans, input_pos: as for `GPT.run_layers`.
+            output_tokens: indices of tokens, counted through all rows, in ascending order (None: all).
+
+        Returns:
+            None where it cannot do the call, before any cache is changed: the model then runs its layers one by one.
+        """
+        ...
