@@ -328,7 +328,7 @@ class Config:
         if (config_path := path / "config.json").is_file():
             return cls.from_hf(config_path, **{"name": path.resolve().name, **kwargs})
         try:
-            return cls.from_name(path.name, **kwargs)
+            return cls.from_name(path.resolve().name, **kwargs)
         except ValueError:
             raise FileNotFoundError(
                 f"{str(path)!r} holds neither model_config.yaml nor config.json, and its name is no known model's"

@@ -33,6 +33,12 @@ def shown(value: Any) -> str:
     return _SHORT.repr(value)
 
 
+def listed(names: Collection[str], most: int = 5) -> str:
+    """The first of some names, and how many there are."""
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(list(names)[:most]) + more
+
+
 def fits(value: Any, kind: Any) -> bool:
     """Whether a value is of a kind: a type as in an annotation, `list[int] | None` say.
 

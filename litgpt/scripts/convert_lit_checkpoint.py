@@ -20,6 +20,6 @@ def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
     """
     checkpoint = open_checkpoint(find_checkpoint(checkpoint_dir))
     total = sum(piece.nbytes for _, _, piece in checkpoint.pieces(meta=True))
-    with weights_progress(f"Converting {checkpoint.path.name}", total) as progress:
+    with weights_progress(f"Converting {checkpoint.name}", total) as progress:
         save_huggingface(checkpoint, output_dir, progress=progress)
     print(output_dir)
