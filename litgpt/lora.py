@@ -16,6 +16,7 @@ from litgpt.config import Config as BaseConfig
 from litgpt.model import GPT as BaseModel
 from litgpt.model import Block as Block
 from litgpt.runners.quantized_weights import QuantizedLinear
+from litgpt.settings import fits
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Config(BaseConfig):
     def _validate(self) -> None:
         super()._validate()
         self._require("lora_r", isinstance(self.lora_r, int) and self.lora_r >= 0, "a whole number, at least 0")
-        self._require("lora_alpha", isinstance(self.lora_alpha, int | float), "a number")
+        self._require("lora_alpha", fits(self.lora_alpha, float), "a finite number")
         proper = isinstance(self.lora_dropout, int | float) and 0 <= self.lora_dropout < 1
         self._require("lora_dropout", proper, "a number, at least 0 and below 1")
         if self.latent_attention is not None:

@@ -1,6 +1,7 @@
 """One module per family of models, holding every fact about it; none of them imports torch."""
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -40,6 +41,14 @@ def families() -> "Iterator[Family]":
 def named_models() -> dict[str, dict[str, Any]]:
     """Every named model as keyword arguments of `Config`, keyed by name."""
     return {name: model for family in families() for name, model in family.models.items()}
+
+
+def is_tied(name: str) -> bool:
+    """Whether input and output embedding of a named model are one matrix."""
+    for family in families():
+        if name in family.models:
+            return family.tied or any(fnmatchcase(name, pattern) for pattern in family.tied_models.split())
+    return False
 
 
 def family_of_type(model_type: str) -> "Family":

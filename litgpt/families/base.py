@@ -40,6 +40,7 @@ class Family:
         ignored: Pieces of names of tensors that carry no weights of the text model.
         extra_blocks: Files may hold blocks after the last, which guess further tokens and are left out.
         tied: Whether input and output embedding are one matrix when `config.json` does not say.
+        tied_models: Patterns of the names of models of which it is, in a family where it is not otherwise.
         name_mark: What LitGPT 0.5.13 looks for in a model's name to know the family's norm.
         read: More `Config` fields from `config.json`.
         write: The inverse of `read`.
@@ -64,6 +65,7 @@ class Family:
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     extra_blocks: bool = False
     tied: bool = False
+    tied_models: str = ""
     name_mark: str = ""
     read: Callable[[Settings], dict] = lambda hf: {}
     write: Callable[[Any], dict] = lambda config: {}

@@ -31,7 +31,7 @@ GRANITE = Family(
     model_type="granite",
     architecture="GraniteForCausalLM",
     structure=llama.STRUCTURE,
-    keys={field: key for field, key in llama.KEYS.items() if field != "head_size"}
+    keys=llama.KEYS
     | {
         "embedding_multiplier": "embedding_multiplier",
         "residual_multiplier": "residual_multiplier",

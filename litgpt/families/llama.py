@@ -176,6 +176,7 @@ LLAMA = Family(
     read=read,
     write=write,
     models=_MODELS,
+    tied_models="SmolLM2-* Llama-3.2-*",
 )
 
 # SmolLM3 turns queries and keys in three layers of four.
