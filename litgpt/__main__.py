@@ -1,6 +1,7 @@
 """The `litgpt` command: a table of commands, each of which is a function whose signature gives its options."""
 
 import inspect
+import logging
 import os
 import re
 import sys
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from litgpt.errors import debugging, describe
 from litgpt.standard_streams import drop_unwritten, is_text, prepare_standard_streams
-from litgpt.waiting import waiting
+from litgpt.waiting import stderr_log, waiting
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -118,6 +119,7 @@ def _run(args: list[str]) -> int:
     module, _, attribute = COMMANDS[name][0].partition(":")
     with waiting("Starting"):
         function = getattr(import_module(module), attribute)
+    logging.getLogger("litgpt").addHandler(stderr_log)
     function(**parse(name, function, args[1:]))
     return 0
 

@@ -15,7 +15,7 @@ from torch import nn
 from litgpt.config import Config as BaseConfig
 from litgpt.model import GPT as BaseModel
 from litgpt.model import Block as Block
-from litgpt.runners.quantized_weights import QuantizedLinear
+from litgpt.runners.opaque_weights import OpaqueLayer
 from litgpt.settings import fits
 
 
@@ -241,7 +241,7 @@ def wrap_linears(model: BaseModel, wrap: Callable[[str, int, int, nn.Module], nn
         if model.config.latent_attention is None:
             places.append((block.attn, "qkv", "qkv"))
         for parent in block.mlp.modules():
-            names = [name for name, child in parent.named_children() if isinstance(child, (nn.Linear, QuantizedLinear))]
+            names = [name for name, child in parent.named_children() if isinstance(child, (nn.Linear, OpaqueLayer))]
             places += [(parent, name, "mlp") for name in names]
         for parent, name, role in places:
             layer = getattr(parent, name)

@@ -248,7 +248,7 @@ class GPT(nn.Module):
             cache.commit(plan)
         return x
 
-    def agree(self, tokens: list[int]) -> list[int]:
+    def broadcast_tokens(self, tokens: list[int]) -> list[int]:
         """Drawn tokens, as all processes that share this model are to go on with them: here there is only one."""
         return tokens
 
@@ -428,10 +428,14 @@ class GPT(nn.Module):
                 block.attn.kv_cache = None
             self.default_kv_caches = False
 
+    def layer_caches(self) -> LayerCaches:
+        """The model's caches, with all that is known of what is in them."""
+        return LayerCaches(self.kv_caches(), self.default_kv_caches, self._expected_length, self._long_rope)
+
     def exchange_kv_caches(self, others: LayerCaches) -> LayerCaches:
         """Put other caches, with all that is known of what is in them, in the place of the model's own, which are given
         back. So sequences that are kept in caches of their own take turns on one model."""
-        own = LayerCaches(self.kv_caches(), self.default_kv_caches, self._expected_length, self._long_rope)
+        own = self.layer_caches()
         for block, cache in zip(self.transformer.h, others.caches or [None] * self.config.n_layer, strict=True):
             block.attn.kv_cache = cache
         self.default_kv_caches = others.default

@@ -1,6 +1,7 @@
 """A word on the terminal for everything that takes longer than people wait in silence."""
 
 import itertools
+import logging
 import os
 import sys
 import threading
@@ -40,6 +41,19 @@ def waiting(text: str | Callable[[], str]) -> Iterator[None]:
 def tell(line: str) -> None:
     """Print a line to stderr, also while something is waited for; it is lost if nobody can read it."""
     _write(f"\r\x1b[K{line}\n" if _open else f"{line}\n")
+
+
+class WarningsOnStderr(logging.Handler):
+    """Has what the library logs told on stderr, a line each."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tell(self.format(record))
+
+
+stderr_log = WarningsOnStderr()  # for front ends to add to the logger "litgpt"
 
 
 def _show(text: str | Callable[[], str], done: threading.Event) -> None:

@@ -6,7 +6,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from litgpt.config import Config
-from litgpt.engine.engine import prefill, prepare_caches
+from litgpt.engine.caches import prepare_caches
+from litgpt.engine.prefill import prefill
 from litgpt.model import GPT
 from litgpt.rope import build_rope_cache
 

@@ -97,7 +97,7 @@ def main(
         sinks: First tokens that a lastrec cache never drops.
         prompt_chunksize: Most tokens of a prompt that go through the model at once. Default: all of them.
         prompt_lookup: Guess up to this many next tokens at a time from what was said, and check them in one call: the same
-            answers, faster where they repeat much of it. 15 is a good value. Default: no guesses.
+            answers, faster where they repeat much of it. 15 is a good value. Default: no drafts.
         session: File to go on from, with the caches as they were, and to save to: after every answer (while it is no larger
             than 64 MB) and on leaving. It is made if it does not exist.
         seed: Of the random numbers.
@@ -107,7 +107,7 @@ def main(
     if cache_length is not None and cache_length < 1:
         raise ValueError(f"cache_length must be at least 1, got {cache_length}")
     check_sampling(temperature, top_k, top_p)
-    proposer = None if prompt_lookup is None else PromptLookup(prompt_lookup)
+    drafter = None if prompt_lookup is None else PromptLookup(prompt_lookup)
     if isinstance(sys.stdin, ClosedStream):
         raise ValueError("stdin is closed: chat reads messages from it, from a terminal, a pipe or a file")
     if isinstance(sys.stdout, ClosedStream):
@@ -131,7 +131,7 @@ def main(
             {"temperature": temperature, "top_k": top_k, "top_p": top_p},
             sys_prompt,
             notify=tell,
-            proposer=proposer,
+            drafter=drafter,
         )
         if compile:
             with waiting("Compiling the decoding step, once, which takes about half a minute"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from litgpt.engine.engine import Proposer
+from litgpt.engine.drafting import Drafter
 from litgpt.engine.loading import Ready
 from litgpt.engine.session import Session
 from litgpt.engine.session_file import SessionFile
@@ -44,7 +44,7 @@ class Conversation:
         sampling: arguments of `sample`.
         sys_prompt: system prompt (None: what the chat template has).
         notify: is told, in one line, what the user should know.
-        proposer: guesses the next tokens of answers (None: no guesses).
+        drafter: drafts the next tokens of answers (None: no drafts).
         session: tokens and caches.
         prompt_tokens, answer_tokens: of the last turn.
         answer_limit: most tokens that the last answer could have had.
@@ -56,7 +56,7 @@ class Conversation:
     sampling: dict[str, Any]
     sys_prompt: str | None = None
     notify: Callable[[str], None] = print
-    proposer: Proposer | None = None
+    drafter: Drafter | None = None
     prompt_tokens: int = field(default=0, init=False)
     answer_tokens: int = field(default=0, init=False)
     answer_limit: int = field(default=0, init=False)
@@ -130,7 +130,7 @@ class Conversation:
                 prompt,
                 self.answer_limit,
                 stop_tokens=self.ready.stop_tokens,
-                proposer=self.proposer,
+                drafter=self.drafter,
                 **self.sampling,
             ):
                 answer.append(token)

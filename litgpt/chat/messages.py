@@ -102,7 +102,7 @@ def _editing_reader(screen: TextIO) -> ReadLine:
     session: PromptSession[str] = PromptSession(
         history=_history(), key_bindings=keys, output=output, prompt_continuation=continuation, enable_suspend=True
     )
-    return session.prompt
+    return lambda prompt: session.prompt([("ansicyan", prompt)])
 
 
 def history_path() -> Path | None:

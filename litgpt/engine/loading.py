@@ -11,6 +11,7 @@ import torch
 from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model
+from litgpt.kernels import processor
 from litgpt.kvcache.factory import create_kv_caches
 from litgpt.model import GPT
 from litgpt.prompt_style import PromptStyle
@@ -56,7 +57,7 @@ def parse_precision(precision: str | None, device: torch.device) -> torch.dtype:
     if precision is None:
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        return torch.bfloat16 if processor.torch_multiplies_bfloat16() else torch.float32
     dtype = DTYPES.get(precision.removesuffix("-true"))
     if dtype is None:
         names = ", ".join(f"{name}-true" for name in DTYPES)

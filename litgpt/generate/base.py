@@ -2,17 +2,18 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from litgpt.engine.drafting import PromptLookup
-from litgpt.engine.engine import Engine, Proposer, decode, prepare_caches
+from litgpt.engine.caches import CacheLease, prepare_caches
+from litgpt.engine.drafting import Drafter, PromptLookup
+from litgpt.engine.engine import Engine, decode
 from litgpt.engine.loading import Quantization, Ready, cache_bytes, choose_kv_caches, make_ready
-from litgpt.engine.request import Request
 from litgpt.engine.sampling import (
     Sampling,
     batched_sample,
@@ -20,6 +21,7 @@ from litgpt.engine.sampling import (
     sample,
     sample_top_p,
 )
+from litgpt.engine.sequence import Sequence
 from litgpt.generate.prompts_file import PromptLine, answer_prompts, read_prompts
 from litgpt.model import GPT
 from litgpt.prompts import encode_prompt
@@ -65,12 +67,12 @@ def batched_next_token(
 
 def batched_generate_fn(
     model: GPT,
-    prompts: torch.Tensor | Sequence[torch.Tensor],
+    prompts: torch.Tensor | abc.Sequence[torch.Tensor],
     max_returned_tokens: int,
     prompt_chunksize: int | None = None,
     *,
     sample_args: list[dict[str, Any]] | dict[str, Any],
-    stop_tokens: Sequence[Sequence[int]] = (),
+    stop_tokens: abc.Sequence[abc.Sequence[int]] = (),
     include_prompt: bool,
     include_eos: bool,
     max_new_tokens: int | None = None,
@@ -78,7 +80,8 @@ def batched_generate_fn(
     """Generate from several prompts at once, step by step.
 
     Args:
-        model: in evaluation mode. Its caches are used if they were assigned; default ones are made as needed.
+        model: in evaluation mode. Its caches are used if they were assigned; else default ones, which the model has when the
+            iterator has ended: several iterators do not disturb each other.
         prompts: (B, T) tokens, or B tensors (T_b,) of different lengths.
         max_returned_tokens: most tokens of a row, its prompt included.
         prompt_chunksize: prompts enter in chunks of at most that many tokens (None: in one call where the caches take it,
@@ -107,18 +110,22 @@ def batched_generate_fn(
     if max_returned_tokens <= longest:
         raise ValueError(f"max_returned_tokens={max_returned_tokens} leaves no room after a prompt of {longest} tokens")
     most = max_returned_tokens if max_new_tokens is None else max_new_tokens
-    requests = [
-        Request(prompt, min(max_returned_tokens - len(prompt), most), Sampling(**row_args), stop_tokens, include_eos)
+    sequences = [
+        Sequence(prompt, min(max_returned_tokens - len(prompt), most), Sampling(**row_args), stop_tokens, include_eos)
         for prompt, row_args in zip(prompts, args, strict=True)
     ]
-    engine = Engine(model, prompt_chunksize)
-    prepare_caches(model, len(prompts), max(request.length for request in requests))
-    if include_prompt:
-        yield [prompt.to(torch.int64) for prompt in prompts]
-    device = prompts[0].device
-    for released in decode(engine, requests):
-        if any(released):
-            yield [torch.tensor(tokens, device=device) if tokens else None for tokens in released]
+    lease = CacheLease.take(model)
+    engine = Engine(model, prompt_chunksize, lease=lease)
+    try:
+        lease.run(prepare_caches, model, len(prompts), max(sequence.max_length for sequence in sequences))
+        if include_prompt:
+            yield [prompt.to(torch.int64) for prompt in prompts]
+        device = prompts[0].device
+        for released in decode(engine, sequences):
+            if any(released):
+                yield [torch.tensor(tokens, device=device) if tokens else None for tokens in released]
+    finally:
+        lease.release()
 
 
 def generate_fn(
@@ -130,7 +137,7 @@ def generate_fn(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
-    stop_tokens: Sequence[Sequence[int]] = (),
+    stop_tokens: abc.Sequence[abc.Sequence[int]] = (),
     include_prompt: bool,
     include_eos: bool,
 ) -> Iterator[torch.Tensor]:
@@ -248,7 +255,7 @@ def main(
         sinks: First tokens that a lastrec cache never drops.
         prompt_chunksize: Most tokens of the prompt that go through the model at once. Default: all of them.
         prompt_lookup: Guess up to this many next tokens at a time from the text so far, and check them in one call. The
-            answer stays the same; one that repeats much of the prompt comes faster. 15 is a good value. Default: no guesses.
+            answer stays the same; one that repeats much of the prompt comes faster. 15 is a good value. Default: no drafts.
         seed: Of the random numbers. Every answer has its own; they count up from this.
     """
     check_options(prompt, num_samples, max_new_tokens, cache_length)
@@ -260,7 +267,7 @@ def main(
         raise ValueError(f"there is no folder {str(out.absolute().parent)!r} for {out.name}")
     if logprobs is not None and logprobs < 0:
         raise ValueError(f"logprobs must be at least 0, got {logprobs}")
-    proposer = None if prompt_lookup is None else PromptLookup(prompt_lookup)
+    drafter = None if prompt_lookup is None else PromptLookup(prompt_lookup)
     sampling = Sampling(
         temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed=seed
     )
@@ -274,10 +281,10 @@ def main(
     choose_kv_caches(ready.model, kv_cache, cache_length, rows, sinks)
     print(f"Model loaded in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     if as_json:
-        answer_prompts(ready, lines, rows, out, num_samples, prompt_chunksize, logprobs, proposer)
+        answer_prompts(ready, lines, rows, out, num_samples, prompt_chunksize, logprobs, drafter)
     else:
         tokens = encode_prompt(ready.tokenizer, ready.prompt_style, prompt, sys_prompt=sys_prompt).to(ready.device)
-        print_answers(ready, tokens, max_new_tokens, sampling, num_samples, prompt_chunksize, proposer)
+        print_answers(ready, tokens, max_new_tokens, sampling, num_samples, prompt_chunksize, drafter)
 
 
 def check_options(prompt: str, num_samples: int, max_new_tokens: int, cache_length: int | None = None) -> None:
@@ -298,7 +305,7 @@ def print_answers(
     sampling: Sampling,
     num_samples: int = 1,
     prompt_chunksize: int | None = None,
-    proposer: Proposer | None = None,
+    drafter: Drafter | None = None,
 ) -> None:
     """What all commands that generate do: stream the answer to stdout, and then tell on stderr what it cost.
 
@@ -309,17 +316,17 @@ def print_answers(
         sampling: how they are drawn. The seeds of several answers follow each other.
         num_samples: number of answers, generated together as one batch; they are printed when all are there.
         prompt_chunksize: see `batched_generate_fn`.
-        proposer: guesses the next tokens.
+        drafter: drafts the next tokens.
     """
     seeds = [None if sampling.seed is None else sampling.seed + i for i in range(num_samples)]
-    requests = [Request(prompt, max_new_tokens, replace(sampling, seed=seed), ready.stop_tokens) for seed in seeds]
+    sequences = [Sequence(prompt, max_new_tokens, replace(sampling, seed=seed), ready.stop_tokens) for seed in seeds]
     started, first = time.perf_counter(), None
-    engine = Engine(ready.model, prompt_chunksize, proposer)
-    prepare_caches(ready.model, num_samples, requests[0].length)
+    engine = Engine(ready.model, prompt_chunksize, drafter)
+    prepare_caches(ready.model, num_samples, sequences[0].max_length)
 
     def stream() -> Iterator[list[int]]:
         nonlocal first
-        for released in decode(engine, requests):
+        for released in decode(engine, sequences):
             first = first or time.perf_counter()
             yield released[0] or []
 
@@ -330,11 +337,11 @@ def print_answers(
     else:
         for _ in stream():
             pass
-        for request in requests:
-            print(ready.tokenizer.decode(request.output))
-    seconds, new = time.perf_counter() - started, sum(request.released for request in requests)
+        for sequence in sequences:
+            print(ready.tokenizer.decode(sequence.output))
+    seconds, new = time.perf_counter() - started, sum(sequence.n_output for sequence in sequences)
     wait = (first or time.perf_counter()) - started
-    stood = f"; {engine.accepted} of {engine.guessed} guesses stood" if proposer else ""
+    stood = f"; {engine.n_accepted} of {engine.n_drafted} draft tokens accepted" if drafter else ""
     print(
         f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s; {len(prompt)} prompt tokens, first token after "
         f"{wait:.2f} s; key-value cache {cache_bytes(ready.model) / 1e6:.1f} MB{stood}",

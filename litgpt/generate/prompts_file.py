@@ -4,7 +4,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import Any, TextIO
 
 from litgpt.engine.answer import Answer
 from litgpt.engine.continuous import ContinuousBatch
-from litgpt.engine.engine import Proposer
+from litgpt.engine.drafting import Drafter
 from litgpt.engine.loading import Ready
-from litgpt.engine.request import Request
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
 from litgpt.prompts import encode_prompt
 
 SAMPLING_KEYS = tuple(field.name for field in fields(Sampling) if field.name != "processors")
@@ -108,13 +109,13 @@ def _parse(line: str) -> dict[str, Any]:
 
 def answer_prompts(
     ready: Ready,
-    lines: Sequence[PromptLine],
+    lines: abc.Sequence[PromptLine],
     batch_size: int,
     out: Path | None = None,
     num_samples: int = 1,
     prompt_chunksize: int | None = None,
     logprobs: int | None = None,
-    proposer: Proposer | None = None,
+    drafter: Drafter | None = None,
 ) -> None:
     """Answer prompts, `batch_size` at a time, and write a JSON object for every answer, in their order.
 
@@ -128,47 +129,47 @@ def answer_prompts(
         num_samples: answers to each prompt, with seeds of their own.
         prompt_chunksize: see `batched_generate_fn`.
         logprobs: how many likeliest tokens are told with the log-probability of each token (None: no log-probabilities).
-        proposer: guesses the next tokens.
+        drafter: drafts the next tokens.
 
     Raises:
         ValueError: if a prompt does not fit, with its line, before any answer.
     """
-    requests: list[Request] = []
+    sequences: list[Sequence] = []
     for line in lines:
         tokens = encode_prompt(ready.tokenizer, ready.prompt_style, line.prompt, sys_prompt=line.sys_prompt)
         tokens = tokens.to(ready.device)  # one tensor for all samples: they share its prefill
         for i in range(num_samples):
             seed = None if line.sampling.seed is None else line.sampling.seed + i * len(lines)
             sampling = replace(line.sampling, seed=seed)
-            requests.append(Request(tokens, line.max_new_tokens, sampling, ready.stop_tokens, logprobs=logprobs))
+            sequences.append(Sequence(tokens, line.max_new_tokens, sampling, ready.stop_tokens, logprobs=logprobs))
     started, sources = time.perf_counter(), [line for line in lines for _ in range(num_samples)]
-    longest = max(requests, key=lambda request: request.length)
+    longest = max(sequences, key=lambda sequence: sequence.max_length)
     suspect = longest  # the one to name if something is wrong
     try:
-        rows = min(batch_size, len(requests))
-        batch = ContinuousBatch(ready.model, rows, longest.length, prompt_chunksize, proposer)
-        for suspect in requests:
+        rows = min(batch_size, len(sequences))
+        batch = ContinuousBatch(ready.model, rows, longest.max_length, prompt_chunksize, drafter)
+        for suspect in sequences:
             batch.submit(suspect)
     except ValueError as error:
-        number = sources[requests.index(suspect)].number
+        number = sources[sequences.index(suspect)].number
         raise ValueError(f"line {number}: {error}" if number else str(error)) from error
     written = 0
-    with _destination(out) as file, _progress(len(requests)) as advance:
+    with _destination(out) as file, _progress(len(sequences)) as advance:
         while batch.unfinished:
-            for request, tokens in batch.step():
-                advance(request.finish_reason is not None, len(tokens))
-            while written < len(requests) and requests[written].finish_reason:
-                source, answer = sources[written], Answer.of(requests[written], ready.tokenizer)
+            for sequence, tokens in batch.step():
+                advance(sequence.finish_reason is not None, len(tokens))
+            while written < len(sequences) and sequences[written].finish_reason:
+                source, answer = sources[written], Answer.of(sequences[written], ready.tokenizer)
                 sample = written % num_samples if num_samples > 1 else None
                 record = {"line": source.number, "id": source.id, "sample": sample}
                 record = {key: value for key, value in record.items() if value is not None}
                 print(json.dumps(record | {"prompt": source.prompt} | answer.record(), ensure_ascii=False), file=file)
                 file.flush()
                 written += 1
-    seconds, new = time.perf_counter() - started, sum(request.released for request in requests)
+    seconds, new = time.perf_counter() - started, sum(sequence.n_output for sequence in sequences)
     print(
-        f"{len(requests)} answers, {new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s; "
-        f"{sum(len(request.prompt) for request in requests)} prompt tokens; {batch.batch_size} at a time",
+        f"{len(sequences)} answers, {new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s; "
+        f"{sum(len(sequence.prompt) for sequence in sequences)} prompt tokens; {batch.batch_size} at a time",
         file=sys.stderr,
     )
 
