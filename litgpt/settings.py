@@ -22,6 +22,7 @@ _KINDS = {
     type(None): "null",
 }
 _SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 # a text in quotes, or a comma before a closing bracket; and what ends a value at the end of a line before a text
 _LAST_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])')
@@ -30,7 +31,8 @@ _NO_COMMA = re.compile(r'("(?:[^"\\]|\\.)*"|[\]}\w])(?=\s*\n\s*")')
 
 def shown(value: Any) -> str:
     """A value for an error message: as Python writes it, but short."""
-    return _SHORT.repr(value)
+    text = _SHORT.repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def listed(names: Collection[str], most: int = 5) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from litgpt.config import read_json
+from litgpt.settings import read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -414,7 +414,7 @@ def _ids(value: Any) -> list[int]:
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_json(path, repair=path.name == "generation_config.json") if path.is_file() else {}
 
 
 def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:

@@ -165,6 +165,8 @@ def _architecture(config: "Config") -> dict[str, Any]:
         fields["sliding_window_size"] = fields["sliding_window_indices"] = None
     if config.rope_local_base_freq is None:
         fields["rope_indices"] = None
+    if "beta_fast" in (yarn := config.rope_adjustments or {}):  # `config.json` gives such a model its whole context
+        fields["block_size"] = max(config.block_size, int(yarn["original_max_seq_len"] * yarn["factor"]))
     if not any(config.nope_indices or ()):
         fields.pop("nope_indices", None)
     return fields

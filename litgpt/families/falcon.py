@@ -23,10 +23,10 @@ _MODELS = named(
 def _read(hf: Settings) -> dict[str, Any]:
     """Head groups and norms, whose meaning depends on the generation of the architecture."""
     n_head = hf.whole("num_attention_heads" if "num_attention_heads" in hf else "n_head")
+    groups = hf.whole("num_kv_heads", None, null=True) or n_head
     norms = hf.whole("num_ln_in_parallel_attn", None, most=2, null=True)
     if hf.flag("new_decoder_architecture", False):
-        n_query_groups = hf.whole("num_kv_heads", None, null=True) or n_head
-        return {"n_query_groups": n_query_groups, "parallel_residual": True, "shared_attention_norm": norms == 1}
+        return {"n_query_groups": groups, "parallel_residual": True, "shared_attention_norm": norms == 1}
     n_query_groups = 1 if hf.flag("multi_query", True) else n_head
     parallel = hf.flag("parallel_attn", True)
     if parallel and norms == 2:
