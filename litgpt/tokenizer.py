@@ -265,6 +265,7 @@ class _HuggingFace:
     def from_file(cls, path: Path) -> "_HuggingFace":
         from tokenizers import Tokenizer as Processor
 
+        _refuse_lfs_pointer(path)
         try:
             return cls(Processor.from_file(str(path)))
         except Exception as error:  # the library raises bare `Exception`
@@ -340,6 +341,7 @@ class _SentencePiece:
             raise ImportError(
                 f"{path} is a SentencePiece model: reading it needs `pip install 'litgpt[sentencepiece]'`"
             ) from None
+        _refuse_lfs_pointer(path)
         try:
             return cls(SentencePieceProcessor(model_file=str(path)))
         except (RuntimeError, OSError) as error:
@@ -386,6 +388,12 @@ class _SentencePiece:
     def visible_id(self) -> int:
         """A token that is an ordinary character wherever it stands."""
         return next(i for i in range(self.vocab_size) if self.piece(i).strip(b" ").isalnum())
+
+
+def _refuse_lfs_pointer(path: Path) -> None:
+    from litgpt.checkpoint.files import refuse_lfs_pointer
+
+    refuse_lfs_pointer(path)
 
 
 def _byte_of_char() -> dict[str, int]:

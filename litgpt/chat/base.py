@@ -122,8 +122,7 @@ def main(
         if quantize is not None:
             Scheme(quantize)  # says what is missing before anything is fetched
         path = find_checkpoint(checkpoint_dir, access_token)
-        with waiting(f"Loading {path.resolve().name}"):
-            ready = make_ready(path, precision, quantize, compile)
+        ready = make_ready(path, precision, quantize, compile)
         conversation = Conversation(
             ready,
             lambda: Session(ready.model, kv_cache, cache_length, sinks, prompt_chunksize),
@@ -238,7 +237,7 @@ def _answer(conversation: Conversation, message: str, ctrl_c: CtrlC) -> None:
 
 def _progress(conversation: Conversation) -> str:
     total = conversation.prompt_tokens
-    done = min(conversation.session.cached, total)
+    done = min(conversation.ready.model.next_token_pos, total)  # of the caches that are in the model meanwhile
     return f"Reading: {done:,} of {total:,} tokens"
 
 

@@ -1,15 +1,18 @@
 """Fetches checkpoints from the Hugging Face hub: what is needed, checked before it is large, all of it or nothing."""
 
 import errno
+import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from litgpt.checkpoint.weight_files import choose_weight_files, read_weight_map
 from litgpt.config import Config
+from litgpt.waiting import waiting
 
 _ANSWER_SECONDS = 6.0
 _T = TypeVar("_T")
@@ -48,7 +51,8 @@ def fetch_checkpoint(
     folder = checkpoints_home() / repo_id if folder is None else folder
     names = _file_names(repo_id, access_token)
     partial = folder.with_name(f".{folder.name}.partial")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with plain_disk_errors(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
 
     def fetch(*wanted: str) -> None:
         from huggingface_hub import hf_hub_download
@@ -58,7 +62,7 @@ def fetch_checkpoint(
 
     from filelock import FileLock  # takes a tenth of a second, which those who fetch nothing do not wait for
 
-    with FileLock(f"{partial}.lock"):
+    with plain_disk_errors(folder.parent), FileLock(f"{partial}.lock"):
         fetch(*(name for name in names if _is_side_file(name)))
         if not tokenizer_only:
             if (partial / "config.json").is_file():
@@ -66,6 +70,22 @@ def fetch_checkpoint(
             fetch(*_weight_files(repo_id, names, fetch, partial))
         _publish(partial, folder)
     return folder
+
+
+@contextmanager
+def plain_disk_errors(folder: Path) -> Iterator[None]:
+    """Says of a disk that is full or may not be written, below `folder`, what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            why = "is full: free some space"
+        elif error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            why = "may not be written"
+        else:
+            raise
+        message = f"the disk of {folder} {why}, or set LITGPT_HOME to another folder"
+        raise OSError(message) from None
 
 
 def _refuse_unusable(folder: Path, repo_id: str, config: Config | None) -> None:
@@ -93,8 +113,9 @@ def _file_names(repo_id: str, access_token: str | None) -> list[str]:
             result.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_ANSWER_SECONDS)
+    with waiting("Asking the Hugging Face hub"):
+        thread.start()
+        thread.join(_ANSWER_SECONDS)
     answer = result[0] if result else TimeoutError(f"no answer within {_ANSWER_SECONDS:.0f} seconds")
     return _guarded(repo_id, lambda: _raise_or_return(answer))
 
@@ -135,8 +156,12 @@ def _guarded(repo_id: str, action: Callable[[], _T]) -> _T:
         if status in (401, 403):
             raise PermissionError(f"The Hugging Face hub refuses {repo_id}: check --access_token or HF_TOKEN") from None
         raise ConnectionError(f"The Hugging Face hub failed with status {status}; try again later") from None
+    except json.JSONDecodeError:
+        raise ConnectionError(
+            "what answers in the place of the Hugging Face hub is something else: a proxy, or the login page of a network"
+        ) from None
     except Exception as error:  # the client's network errors have no common class over its versions
-        if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
+        if isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)):
             raise  # of this machine's disk
         raise ConnectionError(f"the Hugging Face hub cannot be reached ({_one_line(error)})") from None
 

@@ -15,6 +15,7 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.runners.quantized_weights import BNB_MODES, MODES, QuantizedLinear, Scheme, quantize_model
 from litgpt.settings import listed
+from litgpt.waiting import report_progress
 
 
 def load_model(
@@ -74,10 +75,13 @@ def fill_model(
         model.lm_head.weight = model.transformer.wte.weight
     targets = model.state_dict()
     quantized = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    done, total = set(), sum(not name.endswith((".scale", ".minimum")) for name in targets)
     with torch.no_grad():
         for name, row, piece in pieces:
             if tied and name == HEAD:
                 continue
+            done.add(name)
+            report_progress(len(done) - 1, total)
             if name in quantized and piece.is_floating_point():
                 quantized[name].set_rows(row, piece)
             else:

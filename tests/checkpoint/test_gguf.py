@@ -17,6 +17,7 @@ from litgpt.checkpoint.weights import WeightMap
 from litgpt.families import family_of
 from litgpt.generate.base import generate
 from litgpt.rope import build_rope_cache
+from litgpt.tokenizer import Tokenizer
 
 LICENCE = Path(__file__).parents[2] / "LICENSE"
 LARGER = {"intermediate_size": 64, "vocab_size": 96}  # rows that are whole blocks of every quantisation used here
@@ -447,18 +448,21 @@ def test_a_folder_with_several_models_asks_for_one_and_a_projector_is_none(split
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 98362432\n"
 
 
-@pytest.mark.parametrize("name", ["tiny.gguf", "model.safetensors", "pytorch_model.bin", "lit_model.pth"])
+LARGE = ["tiny.gguf", "model.safetensors", "pytorch_model.bin", "lit_model.pth", "lit_model_quantized.safetensors"]
+
+
+@pytest.mark.parametrize("name", [*LARGE, "tokenizer.json", "tokenizer.model"])
 def test_a_git_lfs_pointer_is_called_so(name, tmp_path):
     random_model("llama").config.save_pretrained(tmp_path)
     (tmp_path / name).write_text(LFS)
     given = tmp_path / name if name.endswith("gguf") else tmp_path
-    if name == "lit_model.pth":
+    if name.startswith("lit_model"):
         (tmp_path / "model_config.yaml").write_text("name: x\n")
     message = (
         f"{name} is a Git LFS pointer, not the file of 98,362,432 bytes .*: run `git lfs pull` in its folder, or down"
     )
     with pytest.raises(ValueError, match=message) as error:
-        load_model(given)
+        Tokenizer(given) if name.startswith("tokenizer") else load_model(given)
     assert "\n" not in str(error.value)
 
 

@@ -239,7 +239,7 @@ def test_every_option_is_explained(method, capsys):
         main([f"generate_{method}", "--help"])
     words = " ".join(capsys.readouterr().out.split())
     assert "First tokens that a lastrec cache never drops." in words
-    assert "What to answer." in words
+    assert "The text to answer." in words
 
 
 @pytest.mark.skipif(

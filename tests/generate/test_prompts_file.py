@@ -92,8 +92,8 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="empty.txt has no prompts"):
         read_prompts(tmp_path / "empty.txt", 7, BASE)
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
-    with pytest.raises(ValueError, match="latin.txt is not text in UTF-8.*byte 3"):
+    (tmp_path / "latin.txt").write_bytes(b"one\ncaf\xe9\n")
+    with pytest.raises(ValueError, match="latin.txt, line 2: not text in UTF-8.*byte 4"):
         read_prompts(tmp_path / "latin.txt", 7, BASE)
 
 
