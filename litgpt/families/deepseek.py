@@ -62,9 +62,7 @@ _KEYS = {field: key for field, key in llama.KEYS.items() if field not in ("n_que
 
 
 def _read(hf: Settings) -> dict[str, Any]:
-    n_head = hf.whole("num_attention_heads")
-    if hf.whole("num_key_value_heads", n_head, null=True) not in (n_head, None):
-        raise hf.error("num_key_value_heads", f"must be {n_head}, as num_attention_heads, with latent attention")
+    hf.whole("num_key_value_heads", None, null=True)  # its heads have no groups, whatever this says
     sizes = {key: hf.whole(key, default, null=key == "q_lora_rank") for key, default in _LATENT.items()}
     return {"latent_attention": sizes}
 
