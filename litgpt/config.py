@@ -7,6 +7,9 @@ from typing import Any
 
 from litgpt.settings import LARGEST, Settings, described, fits, read_json, read_yaml, shown
 
+# Called as `hook(x, block_idx, input_pos)`: a layer's input (B, T, E), its number, the position of the first token
+StartOfLayerHook = Callable[[Any, int, int | None], None]
+
 _CHOICES = {
     "norm_class_name": ("LayerNorm", "RMSNorm"),
     "norm_qk_type": ("default", "olmo2"),
@@ -123,7 +126,7 @@ class Config:
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
     # `hook(x, block_idx, input_pos)`, the default of `GPT.set_start_of_layer_hook`; never written to a file
-    start_of_layer_hook: Callable | None = field(default=None, repr=False, compare=False)
+    start_of_layer_hook: StartOfLayerHook | None = field(default=None, repr=False, compare=False)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Config":
         unknown = [key for key in kwargs if key not in cls.__dataclass_fields__]
@@ -134,9 +137,11 @@ class Config:
 
     def __post_init__(self) -> None:
         self.hf_config = {} if self.hf_config is None else self.hf_config
+        if not self.name and isinstance(self.hf_config, dict):
+            self.name = self.hf_config.get("name", "")
+        self.name = str(self.name)
         self._check_types()
         self.hf_config = dict(self.hf_config)
-        self.name = self.name or str(self.hf_config.get("name", ""))
         self._derive()
         self._validate()
 
@@ -150,7 +155,7 @@ class Config:
         if self.head_size is None:
             self._require("n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head = {self.n_head}")
             self.head_size = self.n_embd // self.n_head
-        if self.n_query_groups is None:
+        if self.n_query_groups is None or self.latent_attention is not None:  # whose heads share one latent vector
             self.n_query_groups = self.n_head
         if self.padded_vocab_size is None:
             self.padded_vocab_size = find_multiple(self.vocab_size, self.padding_multiple)
@@ -186,14 +191,14 @@ class Config:
         if self.rope_adjustments is not None:
             self._check_rope()
         if self.latent_attention is not None:
-            self._require("n_query_groups", self.n_query_groups == self.n_head, "n_head with latent attention")
             capped = self.attention_logit_softcapping is not None
             self._require("bias", not (self.bias and capped), "false with latent attention and soft-capping")
         post_norms = self.post_attention_norm or self.post_mlp_norm
         self._require("residual_multiplier", self.residual_multiplier == 1 or not post_norms, "1 with post norms")
         if self.mlp_class_name == "LLaMAMoE":
-            self._require("n_expert", self.n_expert > 0, "positive with LLaMAMoE")
-            self._require("n_expert_per_token", 0 < self.n_expert_per_token <= self.n_expert, "1 to n_expert")
+            if self.n_expert or self.first_k_dense_replace is None:  # else the first mixture that is built says so
+                self._require("n_expert", self.n_expert > 0, "positive with LLaMAMoE")
+                self._require("n_expert_per_token", 0 < self.n_expert_per_token <= self.n_expert, "1 to n_expert")
         else:
             self._require("first_k_dense_replace", self.first_k_dense_replace is None, "left out without LLaMAMoE")
         if self.n_expert_groups is not None:
@@ -286,7 +291,7 @@ class Config:
                     break
             else:
                 known = [*models, *(f"{m['hf_config']['org']}/{m['hf_config']['name']}" for m in models.values())]
-                raise ValueError(f"{name!r} is not a known model name{_did_you_mean(name, known)}")
+                raise ValueError(f"{name!r} is not a supported config name{_did_you_mean(name, known)}")
         return cls(**{**_plain(match), **kwargs})
 
     @classmethod

@@ -32,14 +32,14 @@ class Tokenizer:
     `None`), `backend` ("huggingface" or "sentencepiece"), `processor` (the
     library's object).
 
-    Raises `FileNotFoundError` when the folder or the files are missing, `ValueError` when they cannot be read, and
+    Raises `NotADirectoryError` or `FileNotFoundError` when the folder or the files are missing, `ValueError` when they cannot be read, and
     `ImportError` when `tokenizer.model` needs the `sentencepiece` package.
     """
 
     def __init__(self, checkpoint_dir: Path | str) -> None:
         folder = Path(checkpoint_dir)
         if not folder.is_dir():
-            raise FileNotFoundError(f"No tokenizer: {str(folder)!r} is not a folder")
+            raise NotADirectoryError(f"No tokenizer: {str(folder)!r} is not a folder")
         if (path := folder / "tokenizer.json").is_file():
             self._backend: _HuggingFace | _SentencePiece = _HuggingFace.from_file(path)
         elif (path := folder / "tokenizer.model").is_file():

@@ -248,9 +248,14 @@ def _quantized_tensors(
             yield name, tensor
 
 
+def save_config(config: Config, checkpoint_dir: str | Path) -> None:
+    """Writes `model_config.yaml` into a folder."""
+    with replacing(Path(checkpoint_dir) / CONFIG_NAME) as temporary:
+        temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+
+
 def _write_side_files(source: Checkpoint | GPT, out_dir: Path, tokenizer_dir: str | Path | None) -> None:
-    with replacing(out_dir / CONFIG_NAME) as temporary:
-        temporary.write_text(yaml.safe_dump(source.config.to_dict(), sort_keys=False), encoding="utf-8")
+    save_config(source.config, out_dir)
     if tokenizer_dir is not None:
         copy_side_files(Path(tokenizer_dir), out_dir)
     elif isinstance(source, Checkpoint):

@@ -2,8 +2,10 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 from litgpt.checkpoint.base import WEIGHTS_NAME
 from litgpt.checkpoint.finetuned import LoRACheckpoint
@@ -33,3 +35,15 @@ def merge_lora(
     dtype = None if precision is None else parse_precision(precision, torch.device("cpu"))
     save_litgpt(checkpoint, folder, dtype=dtype)
     print(folder / WEIGHTS_NAME)
+
+
+def load_lora_metadata(checkpoint_dir: Path) -> tuple[dict[str, Any], Path, str | None]:
+    """What a folder of LoRA weights tells of them: the `lora_*` settings, the checkpoint that was fine-tuned, the precision."""
+    file = Path(checkpoint_dir) / "hyperparameters.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{checkpoint_dir} is missing a `hyperparameters.yaml` file: it is no folder that fine-tuning wrote"
+        )
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    settings = {key: value for key, value in values.items() if key.startswith("lora_")}
+    return settings, Path(values["checkpoint_dir"]), values.get("precision")

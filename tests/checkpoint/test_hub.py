@@ -1,5 +1,6 @@
 """Downloads, from a small imitation of the hub on this machine."""
 
+import errno
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +25,7 @@ class Hub:
     """Serves the files of one folder as a repository, notes what is asked for, and can be told to fail."""
 
     def __init__(self, folder):
-        self.folder, self.asked, self.error, self.broken = folder, [], None, None
+        self.folder, self.asked, self.error, self.broken, self.page = folder, [], None, None, None
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -43,6 +44,8 @@ class Hub:
                 self.do_GET()
 
             def do_GET(self):
+                if hub.page:
+                    return self.answer(200, hub.page.encode(), Content_Type="text/html")
                 if hub.error:
                     status, code = hub.error
                     return self.answer(status, X_Error_Code=code)
@@ -168,6 +171,26 @@ def test_refusals_of_the_hub_are_one_line(hub, tmp_path, status, code, error, me
         fetch_checkpoint(REPO, tmp_path / "m")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.glob("*m*"))
+
+
+def test_a_proxy_that_answers_in_the_place_of_the_hub_is_told(hub, tmp_path):
+    hub.page = "<html><body>Please log in</body></html>"
+    with pytest.raises(ConnectionError, match="a proxy, or the login page of a network") as error:
+        fetch_checkpoint(REPO, tmp_path / "m")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "is full: free some space"), (errno.EACCES, "may not be written")]
+)
+def test_a_disk_that_takes_nothing_is_told_in_plain_words(number, words, hub, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(number, "strange words", "a file")
+
+    (hub.folder / "model.safetensors").write_text("x")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(OSError, match=f"{words}, or set LITGPT_HOME to another folder"):
+        fetch_checkpoint(REPO, tmp_path / "m")
 
 
 def test_no_hub_is_one_line_within_seconds(hub, tmp_path, monkeypatch):
