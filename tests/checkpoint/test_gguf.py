@@ -639,15 +639,13 @@ def test_rope_factors_that_are_not_llama_3_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    return path, write_gguf(path, "llama", random_model("llama")).read_bytes()
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", "llama", random_model("llama"))
 
 
 @given(st.lists(st.tuples(st.integers(4, 3500), st.integers(0, 255)), min_size=1, max_size=4))
 @settings(max_examples=80, deadline=None)
 def test_wrong_bytes_in_the_header_are_one_line_or_harmless(whole_file, changes):
-    path, data = whole_file
-    changed = bytearray(data)
+    path, changed = whole_file.with_name("changed.gguf"), bytearray(whole_file.read_bytes())
     for place, byte in changes:
         changed[place] = byte
     path.write_bytes(changed)
