@@ -46,8 +46,9 @@ def next_token(
 ) -> torch.Tensor:
     """Run the tokens x (1, T), which start at `input_pos`, and sample the next one: (1,) int64.
 
-    `sample_kwargs` are those of `sample`; `input_pos_maxp1` is not needed.
+    `sample_kwargs` are those of `sample`; `input_pos_maxp1` is not needed. `x` may come before `input_pos`.
     """
+    input_pos, x = _position_first(input_pos, x)
     return sample(model(x, input_pos, last_token_only=True), **sample_kwargs)
 
 
@@ -57,10 +58,17 @@ def batched_next_token(
 ) -> torch.Tensor:
     """Run the tokens x (B, T), which start at `input_pos`, and sample the next one of every row: (B, 1) int64.
 
-    `kwargs` are the arguments of `sample`, for all rows or for each.
+    `kwargs` are the arguments of `sample`, for all rows or for each. `x` may come before `input_pos`.
     """
-    logits = model(x, input_pos, last_token_only=True)
-    return batched_sample(list(logits), kwargs if isinstance(kwargs, list) else [kwargs] * len(x))
+    input_pos, x = _position_first(input_pos, x)
+    return batched_sample(model(x, input_pos, last_token_only=True), kwargs)
+
+
+def _position_first(a: int | torch.Tensor, b: int | torch.Tensor) -> tuple[int | torch.Tensor, torch.Tensor]:
+    """A position and tokens, which LitGPT and its pull request #2061 give in different orders. A position is an int or has
+    fewer dimensions than tokens."""
+    swapped = isinstance(b, int) or (isinstance(a, torch.Tensor) and a.ndim > b.ndim)
+    return (b, a) if swapped else (a, b)
 
 
 def batched_generate_fn(

@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from litgpt.engine.drafting import Drafter, PromptLookup
 from litgpt.engine.loading import Quantization, choose_kv_caches
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.session import Session
+from litgpt.kvcache.factory import check_name
 from litgpt.model import GPT
 
 DEFAULT_PROMPT = "What food do llamas eat?"
@@ -91,7 +93,12 @@ class SamplingOptions(Options):
     logit_bias: dict[int, float] | None = option(
         None, 'Added to the logits of tokens, such as {"11": -100, "42": 1.5}: token ids and numbers.'
     )
-    seed: int = option(1234, "Seed of the random draws. Every answer has its own; they count up from this.")
+    seed: int = option(
+        1234,
+        "Seed of the random draws. Every answer has its own; they count up from this.",
+        least=-(2**63),
+        most=2**63 - 1,
+    )
 
     def sampling(self) -> Sampling:
         """The settings of the first answer.
@@ -136,6 +143,10 @@ class CacheOptions(Options):
         None, "Most tokens of a prompt that go through the model at once. Default: all of them.", least=1
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_name(self.kv_cache)
+
     def assign_caches(self, model: GPT, batch_size: int = 1) -> None:
         """Give the model the caches for `batch_size` rows.
 
@@ -143,6 +154,14 @@ class CacheOptions(Options):
             ValueError: if there are no such caches.
         """
         choose_kv_caches(model, self.kv_cache, self.cache_length, batch_size, self.sinks)
+
+    def session_of(self, model: GPT) -> Session:
+        """A session with such caches.
+
+        Raises:
+            ValueError: if there are no such caches.
+        """
+        return Session(model, self.kv_cache, self.cache_length, self.sinks, self.prompt_chunksize)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,17 +193,26 @@ class AnswerOptions(SamplingOptions, CacheOptions):
             raise ValueError("the prompt is empty: give some text with --prompt")
         if self.prompts is not None and self.prompt != DEFAULT_PROMPT:
             raise ValueError("there are a --prompt and a file of --prompts: give one of them")
-        if self.out is not None and self.out.is_dir():
-            raise ValueError(f"--out {str(self.out)!r} is a folder: give the name of a file in it")
-        if self.out is not None and not Path(os.path.realpath(self.out)).parent.is_dir():
-            raise ValueError(
-                f"--out {str(self.out)!r}: there is no folder {str(Path(os.path.realpath(self.out)).parent)!r}"
-            )
+        if self.out is not None:
+            _check_file(self.out, self.prompts)
 
     @property
     def as_json(self) -> bool:
         """Whether answers are JSON lines; else they are plain text."""
         return self.prompts is not None or self.out is not None or self.logprobs is not None
+
+
+def _check_file(out: Path, prompts: Path | None) -> None:
+    """Raise `ValueError` if answers cannot go to the file `out`."""
+    target = Path(os.path.realpath(out))
+    if target.is_symlink():
+        raise ValueError(f"--out {str(out)!r} is a link that leads to itself")
+    if target.is_dir():
+        raise ValueError(f"--out {str(out)!r} is a folder: give the name of a file in it")
+    if not target.parent.is_dir():
+        raise ValueError(f"--out {str(out)!r}: there is no folder {str(target.parent)!r}")
+    if prompts is not None and target.is_file() and prompts.is_file() and target.samefile(prompts):
+        raise ValueError(f"--out {str(out)!r} is the file of --prompts: give another one")
 
 
 def checked(item: Any, value: Any, name: str | None = None) -> Any:

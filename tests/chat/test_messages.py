@@ -8,8 +8,9 @@ import sys
 import time
 
 import pytest
+from prompt_toolkit.history import InMemoryHistory
 
-from litgpt.chat.messages import history_path, read_messages, split_command
+from litgpt.chat.messages import _history, history_path, read_messages, split_command
 from litgpt.engine.session_file import read_session
 
 
@@ -78,6 +79,19 @@ def test_the_history_may_be_elsewhere_or_nowhere(monkeypatch, tmp_path):
     assert history_path() == tmp_path / "h"
     monkeypatch.setenv("LITGPT_CHAT_HISTORY", "")
     assert history_path() is None
+
+
+def test_a_history_that_cannot_be_written_is_kept_in_memory(monkeypatch, tmp_path):
+    (tmp_path / "history").write_bytes(b"\n+\xff\n")
+    monkeypatch.setenv("LITGPT_CHAT_HISTORY", str(tmp_path / "history"))
+    history = _history()
+    assert list(history.load_history_strings()) == ["\ufffd"]
+    history.store_string("caf\udce9")
+    assert next(iter(history.load_history_strings())) == "caf\ufffd"
+    assert stat.S_IMODE((tmp_path / "history").stat().st_mode) == 0o600
+    for path in ("/dev/null", "/proc/nowhere/history", str(tmp_path)):
+        monkeypatch.setenv("LITGPT_CHAT_HISTORY", path)
+        assert isinstance(_history(), InMemoryHistory)
 
 
 # --- at a terminal
