@@ -153,14 +153,18 @@ def parse(name: str, function: Callable[..., Any], args: list[str]) -> dict[str,
     parameters = inspect.signature(function).parameters
     positional = [key for i, (key, p) in enumerate(parameters.items()) if i == 0 or p.default is p.empty]
     parser = _parser(name, function, positional)
+    named = _by_name(args, parameters, positional)
     try:
-        named = _by_name(args, parameters, positional)
         config = parser.instantiate(parser.parse_args(named))
     except ArgumentError as error:
         message = _explain(str(error), parameters, _config_file(named))
         raise UsageError(f"{message} (`litgpt {name} --help` lists the options)") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--config {_config_file(named)} is not text in UTF-8, at byte {error.start}") from error
+    except (OverflowError, ValueError) as error:  # numbers of hundreds of digits
+        digits = [arg.partition("=")[0] for arg in named if re.search(r"=[-+]?\d{300}", arg)]
+        place = digits[0] if digits else f"--config {_config_file(named)}"
+        raise UsageError(f"{place} has a number that is too large") from error
     return {key: config[key] for key in parameters}
 
 

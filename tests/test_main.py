@@ -356,3 +356,12 @@ def test_command_has_the_options_and_defaults_of_litgpt(litgpt, name):
     # An option without help text is directly followed by its type.
     unexplained = [key for key in parameters if f"--{key} {key.upper()} (" in words]
     assert not unexplained
+
+
+@pytest.mark.parametrize("digits", [400, 6000])
+def test_numbers_of_hundreds_of_digits_are_named(litgpt, tmp_path, digits):
+    number = "1" + "0" * digits
+    assert "--temperature has a number that is too large" in complaint(litgpt("talk", "--temperature", number))
+    (tmp_path / "options.yaml").write_text(f"temperature: {number}\n")
+    line = complaint(litgpt("talk", "--config", str(tmp_path / "options.yaml")))
+    assert "options.yaml has a number that is too large" in line

@@ -4,8 +4,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -14,13 +14,20 @@ from litgpt.chat.ctrl_c import CtrlC
 from litgpt.chat.messages import END_OF_MESSAGE, line_reader, read_messages, split_command
 from litgpt.chat.session_lock import locked
 from litgpt.checkpoint.find import find_checkpoint
-from litgpt.engine.drafting import PromptLookup
-from litgpt.engine.loading import Quantization, make_ready
-from litgpt.engine.sampling import check_sampling
-from litgpt.engine.session import Session
+from litgpt.engine.loading import make_ready
+from litgpt.engine.sampling import Sampling
 from litgpt.engine.session_file import read_session
 from litgpt.errors import debugging, describe
 from litgpt.generate.base import generate_fn
+from litgpt.generate.options import (
+    SAMPLING_NAMES,
+    CacheOptions,
+    CheckpointOptions,
+    PromptLookupOptions,
+    SamplingOptions,
+    command,
+    option,
+)
 from litgpt.model import GPT
 from litgpt.runners.quantized_weights import Scheme
 from litgpt.standard_streams import ClosedStream
@@ -54,60 +61,28 @@ def generate(
     )
 
 
-def main(
-    checkpoint_dir: Path | None = None,
-    *,
-    sys_prompt: str | None = None,
-    max_new_tokens: int = 50,
-    top_k: int | None = 50,
-    top_p: float = 1.0,
-    temperature: float = 0.8,
-    quantize: Quantization | None = None,
-    precision: str | None = None,
-    compile: bool = False,
-    multiline: bool = False,
-    access_token: str | None = None,
-    kv_cache: Literal["dense", "lastrec"] = "dense",
-    cache_length: int | None = None,
-    sinks: int = 0,
-    prompt_chunksize: int | None = None,
-    prompt_lookup: int | None = None,
-    session: Path | None = None,
-    seed: int = 1234,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(SamplingOptions, CacheOptions, PromptLookupOptions, CheckpointOptions):
+    """The options of `litgpt chat`."""
+
+    sys_prompt: str | None = option(None, "System prompt, where the model's chat template has one.")
+    multiline: bool = option(False, f"Messages of several lines, each ended by a line with {END_OF_MESSAGE}.")
+    session: Path | None = option(
+        None,
+        "File to go on from, with the caches as they were, and to save to: after every answer (while it is no larger than "
+        "64 MB) and on leaving. It is made if it does not exist.",
+    )
+
+
+@command(ChatOptions, "checkpoint_dir")
+def main(options: ChatOptions) -> None:
     """Talk with a model.
 
     Answers go to stdout, everything else to stderr.
-
-    Args:
-        checkpoint_dir: Folder of a checkpoint (Hugging Face or LitGPT), a .gguf file, or a model's name. Default: a small
-            model that is fetched once.
-        sys_prompt: System prompt, where the model's chat template has one.
-        max_new_tokens: Most tokens of an answer.
-        top_k: Draw each token from the k likeliest ones only.
-        top_p: Draw each token from the likeliest ones whose probabilities add up to this.
-        temperature: Below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest.
-        quantize: Keep the weights in fewer bits: int8, int4, or those of bitsandbytes (bnb.*, needs a GPU).
-        precision: bf16-true, 16-true or 32-true. Default: what the device computes well in.
-        compile: Compile the decoding step. Takes a while at first, and is faster then.
-        multiline: Messages of several lines, each ended by a line with !submit.
-        access_token: Of the Hugging Face hub, for models that ask for one.
-        kv_cache: What the key-value cache keeps: dense (every token) or lastrec (the last cache_length ones).
-        cache_length: Tokens that the key-value cache holds. Default: as many as are needed (dense), 1024 (lastrec).
-        sinks: First tokens that a lastrec cache never drops.
-        prompt_chunksize: Most tokens of a prompt that go through the model at once. Default: all of them.
-        prompt_lookup: Guess up to this many next tokens at a time from what was said, and check them in one call: the same
-            answers, faster where they repeat much of it. 15 is a good value. Default: no drafts.
-        session: File to go on from, with the caches as they were, and to save to: after every answer (while it is no larger
-            than 64 MB) and on leaving. It is made if it does not exist.
-        seed: Of the random numbers.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if cache_length is not None and cache_length < 1:
-        raise ValueError(f"cache_length must be at least 1, got {cache_length}")
-    check_sampling(temperature, top_k, top_p)
-    drafter = None if prompt_lookup is None else PromptLookup(prompt_lookup)
+    sampling = {name: getattr(options, name) for name in SAMPLING_NAMES if name != "seed"}
+    Sampling(**sampling)  # refuses settings that make no sense
+    session = options.session
     if isinstance(sys.stdin, ClosedStream):
         raise ValueError("stdin is closed: chat reads messages from it, from a terminal, a pipe or a file")
     if isinstance(sys.stdout, ClosedStream):
@@ -119,33 +94,32 @@ def main(
         if session is not None and session.exists():
             with waiting("Reading the session"):
                 saved = read_session(session)
-        if quantize is not None:
-            Scheme(quantize)  # says what is missing before anything is fetched
-        path = find_checkpoint(checkpoint_dir, access_token)
-        with waiting(f"Loading {path.resolve().name}"):
-            ready = make_ready(path, precision, quantize, compile)
+        if options.quantize is not None:
+            Scheme(options.quantize)  # says what is missing before anything is fetched
+        path = find_checkpoint(options.checkpoint_dir, options.access_token)
+        ready = make_ready(path, **options.loading())
         conversation = Conversation(
             ready,
-            lambda: Session(ready.model, kv_cache, cache_length, sinks, prompt_chunksize),
-            max_new_tokens,
-            {"temperature": temperature, "top_k": top_k, "top_p": top_p},
-            sys_prompt,
+            lambda: options.session_of(ready.model),
+            options.max_new_tokens,
+            sampling,
+            options.sys_prompt,
             notify=tell,
-            drafter=drafter,
+            drafter=options.drafter(),
         )
-        if compile:
+        if options.compile:
             with waiting("Compiling the decoding step, once, which takes about half a minute"):
                 list(conversation.session.generate([0], 4, temperature=0))
                 conversation.reset()
-        torch.manual_seed(seed)
+        torch.manual_seed(options.seed)
         tell(f"Talking with {ready.model.config.name or path.resolve().name}. {HELP}.")
-        if multiline:
+        if options.multiline:
             tell(f"A line with {END_OF_MESSAGE} ends a message.")
         if saved is not None:
             conversation.resume(saved)
             tell(f"Going on after {len(conversation.messages)} messages, {len(conversation.session.tokens)} tokens.")
         with CtrlC().handled() as ctrl_c:
-            _talk(conversation, ctrl_c, multiline, session)
+            _talk(conversation, ctrl_c, options.multiline, session)
 
 
 def _talk(conversation: Conversation, ctrl_c: CtrlC, multiline: bool, path: Path | None) -> None:
@@ -238,7 +212,7 @@ def _answer(conversation: Conversation, message: str, ctrl_c: CtrlC) -> None:
 
 def _progress(conversation: Conversation) -> str:
     total = conversation.prompt_tokens
-    done = min(conversation.session.cached, total)
+    done = min(conversation.ready.model.next_token_pos, total)  # of the caches that are in the model meanwhile
     return f"Reading: {done:,} of {total:,} tokens"
 
 

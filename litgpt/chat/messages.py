@@ -102,7 +102,7 @@ def _editing_reader(screen: TextIO) -> ReadLine:
     session: PromptSession[str] = PromptSession(
         history=_history(), key_bindings=keys, output=output, prompt_continuation=continuation, enable_suspend=True
     )
-    return session.prompt
+    return lambda prompt: session.prompt([("ansicyan", prompt)])
 
 
 def history_path() -> Path | None:
@@ -125,7 +125,7 @@ def _history() -> "History":
                 super().store_string(replace_surrogates(string))
 
     path = history_path()
-    if path is not None:
+    if path is not None and (path.is_file() or not path.exists()):
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)

@@ -68,3 +68,8 @@ class Answer:
 
 def _entry(one: TokenLogprob) -> dict[str, Any]:
     return {"token": one.token, "id": one.id, "logprob": one.logprob}
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 answer", "2,000 answers"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

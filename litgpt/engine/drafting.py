@@ -8,12 +8,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.nn.functional import pad
 
-from litgpt.engine.caches import prepare_caches
+from litgpt.engine.caches import CacheLease, prepare_caches
 from litgpt.engine.drawing import draw_from
 from litgpt.engine.prefill import prefill
 from litgpt.engine.sampling import check_tokens, likeliest, probabilities
 from litgpt.engine.sequence import Sequence
-from litgpt.model import GPT
+from litgpt.model import GPT, LayerCaches
 
 FIRST_DRAFT = 3  # draft tokens of a prompt lookup at first: a call of four tokens takes hardly longer than one of two
 
@@ -113,7 +113,7 @@ class DraftModel:
     draft.
 
     Args:
-        model: in evaluation mode. It gets caches of its own.
+        model: in evaluation mode. The drafts have caches of their own.
         vocabulary: tokens that the distributions are to cover: `padded_vocab_size` of the model that verifies.
         count: draft tokens at a time.
         prompt_chunksize: most tokens of a call in the prefill (None: as many as the caches take).
@@ -125,13 +125,12 @@ class DraftModel:
     def __init__(self, model: GPT, vocabulary: int, count: int = 3, prompt_chunksize: int | None = None) -> None:
         if count < 1:
             raise ValueError(f"a draft model needs at least 1 draft token at a time, got {count}")
-        model.clear_kv_caches(assigned=True)
         self.model = model
+        self._lease = CacheLease(model, LayerCaches())
         self.vocabulary = vocabulary
         self.count = count
         self.prompt_chunksize = prompt_chunksize
         self._rows: list[_DraftRow] = []  # by row of the caches
-        self._interrupted = False
 
     @torch.inference_mode()
     def draft(self, sequences: abc.Sequence[Sequence], limits: abc.Sequence[int]) -> list[Draft]:
@@ -146,7 +145,7 @@ class DraftModel:
             count = min(self.count, max(limit.values()))
             longest = max(len(sequence.tokens) for sequence in limit) + count
             if longest <= self.model.max_seq_length:
-                drafts |= self._draft(limit, count, longest)
+                drafts |= self._lease.run(self._draft, limit, count, longest)
         return [drafts[sequence] for sequence in sequences]
 
     def _knows_tokens_of(self, sequence: Sequence) -> bool:
@@ -156,9 +155,6 @@ class DraftModel:
         return max(sequence.tokens[start:], default=0) < self.model.config.padded_vocab_size
 
     def _draft(self, limit: dict[Sequence, int], count: int, longest: int) -> dict[Sequence, Draft]:
-        if self._interrupted:  # who knows what is in the caches
-            self._rows = []
-        self._interrupted = True
         self._follow(list(limit), longest)
         rows = self._rows
         n_run = max(row.n_behind for row in rows)  # 2 if all draft tokens of some row were accepted, else 1
@@ -176,7 +172,6 @@ class DraftModel:
             inputs = [row.draft[-1:] for row in rows]
         for row in rows:
             row.draft.pop()  # was not run
-        self._interrupted = False
         return {one: Draft(tokens, torch.stack(q) if q else None) for one, (tokens, q) in drawn.items()}
 
     def _logits(self, inputs: list[list[int]]) -> torch.Tensor:
@@ -188,7 +183,7 @@ class DraftModel:
     def _follow(self, sequences: abc.Sequence[Sequence], length: int) -> None:
         """Have a row of the caches for each of the sequences, and room for `length` tokens in it."""
         prepare_caches(self.model, len(sequences), length, roomy=True)
-        if self.model.next_token_pos == 0:  # new caches
+        if self.model.next_token_pos == 0:  # new caches, or emptied ones
             self._rows = []
         drafted, before = set(sequences), self._rows
         kept = [i for i, row in enumerate(before) if row.sequence in drafted and row.n_behind <= 2]

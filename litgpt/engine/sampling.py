@@ -259,25 +259,36 @@ def sample_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def sample(
-    logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    apply_softmax: bool = True,
 ) -> torch.Tensor:
-    """One token from the logits of the last position: (V,), (T, V) or (1, T, V) give (1,); (B, T, V) gives (B,).
+    """One token from the logits of the last position of the first row, (V,), (T, V) or (B, T, V): (1,) int64.
+
+    `batched_sample` draws one for every row.
 
     Args:
         logits: of any dtype.
         temperature: logits are divided by it; 0 takes the likeliest token.
         top_k: draw from the k likeliest tokens only.
         top_p: draw from the likeliest tokens whose probabilities add up to this.
+        apply_softmax: False: `logits` are probabilities.
 
     Raises:
         ValueError: for a negative temperature, top_k < 1, top_p outside 0..1, or logits that are not finite.
     """
-    last = logits[None] if logits.ndim == 1 else logits[..., -1, :].reshape(-1, logits.shape[-1])
-    return _checked(draw_rows(last, Sampling(temperature, top_k, top_p)))
+    row = logits.reshape(-1, *logits.shape[-2:])[0, -1] if logits.ndim > 1 else logits
+    row = row if apply_softmax else row.float().log()
+    return _checked(draw_rows(row[None], Sampling(temperature, top_k, top_p)))
 
 
-def batched_sample(logits: Sequence[torch.Tensor], kwargs: Sequence[dict[str, Any]]) -> torch.Tensor:
-    """One token for each of B logits, each with its own `sample` arguments: (B, 1) int64."""
+def batched_sample(
+    logits: torch.Tensor | Sequence[torch.Tensor], kwargs: dict[str, Any] | Sequence[dict[str, Any]]
+) -> torch.Tensor:
+    """One token for each of B logits, with `sample` arguments for all or for each: (B, 1) int64."""
+    kwargs = [kwargs] * len(logits) if isinstance(kwargs, dict) else kwargs
     if len(logits) != len(kwargs):
         raise ValueError(f"{len(logits)} logits but {len(kwargs)} sets of sampling arguments")
     return torch.stack([sample(row, **args) for row, args in zip(logits, kwargs, strict=True)])

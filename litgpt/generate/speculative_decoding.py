@@ -4,11 +4,10 @@ The output is that of the target model alone: the same tokens with greedy sampli
 (arXiv:2211.17192).
 """
 
-import sys
-import time
 from collections import abc
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -17,13 +16,13 @@ from litgpt.checkpoint.find import find_checkpoint
 from litgpt.engine.caches import prepare_caches
 from litgpt.engine.drafting import DraftModel, draw_draft_token
 from litgpt.engine.engine import Engine, decode
-from litgpt.engine.loading import Quantization, choose_kv_caches, make_ready
+from litgpt.engine.loading import Ready, make_ready
 from litgpt.engine.sampling import Sampling, sample
 from litgpt.engine.sequence import Sequence
 from litgpt.engine.verification import verify
-from litgpt.generate.base import check_options, print_answers
+from litgpt.generate.base import answer, prompt_lines
+from litgpt.generate.options import AnswerOptions, ModelOptions, command, option
 from litgpt.model import GPT
-from litgpt.prompts import encode_prompt
 from litgpt.tokenizer import Tokenizer
 
 __all__ = ["check_same_vocabulary", "generate", "main", "sample", "speculative_decoding"]
@@ -138,67 +137,43 @@ def check_same_vocabulary(draft: Tokenizer, target: Tokenizer) -> None:
             )
 
 
-def main(
-    draft_model_checkpoint_dir: Path,
-    target_model_checkpoint_dir: Path,
-    prompt: str = "What food do llamas eat?",
-    *,
-    sys_prompt: str | None = None,
-    num_samples: int = 1,
-    max_new_tokens: int = 50,
-    speculative_k: int = 3,
-    top_k: int | None = 50,
-    top_p: float = 1.0,
-    temperature: float = 0.8,
-    quantize: Quantization | None = None,
-    precision: str | None = None,
-    compile: bool = False,
-    kv_cache: Literal["dense", "lastrec"] = "dense",
-    cache_length: int | None = None,
-    sinks: int = 0,
-    prompt_chunksize: int | None = None,
-    seed: int = 1234,
-) -> None:
-    """Answer a prompt with a large model, which a small one runs ahead of.
+@dataclass(frozen=True, kw_only=True)
+class SpeculativeOptions(AnswerOptions, ModelOptions):
+    """The options of `litgpt generate_speculatively`."""
 
-    The small model drafts some tokens, and the large one verifies them in one call. The answer is one of the large model:
+    draft_model_checkpoint_dir: Path = option(
+        MISSING,
+        "The small model: folder of a checkpoint (Hugging Face or LitGPT), a .gguf file, or a model's name.",
+    )
+    target_model_checkpoint_dir: Path = option(
+        MISSING,
+        "The large model. Its vocabulary has to be the small one's. The options about caches are for this model.",
+    )
+    speculative_k: int = option(3, "Tokens that the small model drafts at a time.", least=1)
+
+
+@command(SpeculativeOptions, "draft_model_checkpoint_dir", "target_model_checkpoint_dir", "prompt")
+def main(options: SpeculativeOptions) -> None:
+    """Answer a prompt with a large model, for which a small one drafts tokens.
+
+    The small model drafts some tokens, and the large one checks them in one call. The answer is one of the large model:
     the same one with --temperature 0, else one that is drawn with the same probabilities. It goes to stdout, what it cost
     and how many draft tokens were accepted to stderr.
-
-    Args:
-        draft_model_checkpoint_dir: The small model: folder of a checkpoint (Hugging Face or LitGPT), a .gguf file, or a
-            model's name.
-        target_model_checkpoint_dir: The large model. Its vocabulary has to be the small one's.
-        prompt: What to answer.
-        sys_prompt: System prompt, where the model's chat template has one.
-        num_samples: Number of answers, generated together as one batch.
-        max_new_tokens: Most tokens of an answer.
-        speculative_k: Tokens that the small model drafts at a time.
-        top_k: Draw each token from the k likeliest ones only.
-        top_p: Draw each token from the likeliest ones whose probabilities add up to this.
-        temperature: Below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest.
-        quantize: Keep both models' weights in fewer bits: int8, int4, or those of bitsandbytes (bnb.*, needs a GPU).
-        precision: bf16-true, 16-true or 32-true. Default: what the device computes well in.
-        compile: Compile the steps of the small model. Takes a while at first, and is faster then.
-        kv_cache: What the large model's key-value cache keeps: dense (every token) or lastrec (the last cache_length ones).
-        cache_length: Tokens that this cache holds. Default: as many as are needed (dense), 1024 (lastrec).
-        sinks: First tokens that a lastrec cache never drops.
-        prompt_chunksize: Most tokens of the prompt that go through a model at once. Default: all of them.
-        seed: Of the random numbers.
     """
-    check_options(prompt, num_samples, max_new_tokens, cache_length)
-    if speculative_k < 1:
-        raise ValueError(f"speculative_k must be at least 1, got {speculative_k}")
-    sampling = Sampling(temperature, top_k, top_p, seed=seed)
-    started = time.perf_counter()
-    opened = [
-        open_checkpoint(find_checkpoint(path)) for path in (draft_model_checkpoint_dir, target_model_checkpoint_dir)
-    ]
-    check_same_vocabulary(*(checkpoint.tokenizer() for checkpoint in opened))
-    draft = make_ready(draft_model_checkpoint_dir, precision, quantize, compile)
-    target = make_ready(target_model_checkpoint_dir, precision, quantize, compile)
-    choose_kv_caches(target.model, kv_cache, cache_length, num_samples, sinks)
-    tokens = encode_prompt(target.tokenizer, target.prompt_style, prompt, sys_prompt=sys_prompt).to(target.device)
-    drafter = DraftModel(draft.model, target.model.config.padded_vocab_size, speculative_k, prompt_chunksize)
-    print(f"Models loaded in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-    print_answers(target, tokens, max_new_tokens, sampling, num_samples, prompt_chunksize, drafter)
+    lines = prompt_lines(options)
+    draft: GPT | None = None
+
+    def load() -> Ready:
+        nonlocal draft
+        folders = options.draft_model_checkpoint_dir, options.target_model_checkpoint_dir
+        opened = [open_checkpoint(find_checkpoint(folder, options.access_token)) for folder in folders]
+        check_same_vocabulary(*(checkpoint.tokenizer() for checkpoint in opened))
+        draft, target = (make_ready(folder, **options.loading()) for folder in folders)
+        draft = draft.model
+        return target
+
+    def drafter(target: Ready) -> DraftModel:
+        vocabulary = target.model.config.padded_vocab_size
+        return DraftModel(draft, vocabulary, options.speculative_k, options.prompt_chunksize)
+
+    answer(options, lines, load, drafter)

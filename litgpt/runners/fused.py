@@ -294,5 +294,6 @@ def _is_known(model: GPT) -> bool:
         and knows_config(config)
         and config.head_size <= ops.MAX_HEAD_SIZE
         and config.rope_n_elem <= config.head_size
+        and config.rope_n_elem % 2 == 0
         and type(model.transformer.ln_f) is RMSNorm
     )

@@ -8,6 +8,7 @@ from litgpt.engine.drawing import draw
 from litgpt.engine.sampling import (
     Sampling,
     batched_sample,
+    draw_rows,
     likeliest,
     pick,
     probabilities,
@@ -44,7 +45,7 @@ def expected_distribution(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize("top_p", [0.0, 0.5, 0.9, 1.0])
 def test_draws_follow_the_distribution(temperature, top_k, top_p):
     logits = torch.tensor([1.0, 3.0, -1.0, 2.0, 0.5, 2.5, -2.0])
-    drawn = sample(logits.expand(DRAWS, 1, -1), temperature, top_k, top_p)
+    drawn = draw_rows(logits.expand(DRAWS, -1), Sampling(temperature, top_k, top_p))
     share = torch.bincount(drawn, minlength=len(logits)) / DRAWS
     expected = expected_distribution(logits, temperature, top_k, top_p)
     torch.testing.assert_close(share, expected, atol=0.02, rtol=0)
@@ -53,7 +54,23 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
 
 def test_temperature_zero_takes_the_likeliest():
     logits = torch.randn(50, 33)
-    assert torch.equal(sample(logits[:, None], temperature=0.0, top_p=0.3), logits.argmax(-1))
+    greedy = {"temperature": 0.0, "top_p": 0.3}
+    assert torch.equal(batched_sample(logits[:, None], greedy), logits.argmax(-1)[:, None])
+
+
+def test_sample_draws_for_the_last_position_of_the_first_row():
+    logits = torch.tensor([[[0.0, 9.0, 1.0], [7.0, 2.0, 1.0]], [[0.0, 0.0, 9.0], [0.0, 9.0, 0.0]]])
+    for shaped in (logits, logits[0], logits[0, -1]):
+        assert sample(shaped, temperature=0.0).tolist() == [0]
+    assert batched_sample(logits, {"temperature": 0.0}).tolist() == [[0], [1]]
+    assert batched_sample(list(logits), [{"top_k": 1}, {"temperature": 0.0}]).tolist() == [[0], [1]]
+
+
+def test_sample_takes_probabilities_as_they_are_where_asked_to():
+    probs = torch.tensor([0.6, 0.4, 0.0])
+    drawn = [sample(probs, apply_softmax=False).item() for _ in range(2000)]
+    assert abs(drawn.count(0) / 2000 - 0.6) < 0.05
+    assert drawn.count(2) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -63,16 +80,6 @@ def test_the_first_of_equally_likely_tokens_is_taken(dtype, shift):
     logits = (torch.tensor(rows) + shift).to(dtype)
     for some in (logits, *logits[:, None]):  # also where one row is all there is
         assert torch.equal(likeliest(some), some.float().argmax(-1))
-
-
-@pytest.mark.parametrize(("shape", "result"), [((7,), (1,)), ((3, 7), (1,)), ((1, 3, 7), (1,)), ((2, 3, 7), (2,))])
-def test_sample_reads_the_last_position(shape, result):
-    logits = torch.randn(shape)
-    token = sample(logits, temperature=0.0)
-    assert token.shape == result
-    assert token.dtype == torch.int64
-    last = logits if logits.ndim == 1 else logits[..., -1, :]
-    assert torch.equal(token, last.reshape(-1, 7).argmax(-1))
 
 
 def test_batched_sample_gives_every_row_its_settings():
