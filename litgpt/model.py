@@ -441,7 +441,10 @@ class GPT(nn.Module):
 
     def layer_caches(self) -> LayerCaches:
         """The model's caches, with all that is known of what is in them."""
-        return LayerCaches(self.kv_caches(), self.default_kv_caches, self._expected_length, self._long_rope)
+        caches = self.kv_caches()
+        if len(caches) < self.config.n_layer:  # none, or some of which the making was interrupted
+            caches = []
+        return LayerCaches(caches, self.default_kv_caches, self._expected_length, self._long_rope)
 
     def exchange_kv_caches(self, others: LayerCaches) -> LayerCaches:
         """Put other caches, with all that is known of what is in them, in the place of the model's own, which are given
