@@ -23,7 +23,7 @@ from litgpt.kvcache import KVCache, KVCacheParams
 from litgpt.kvcache.layers import LayerCaches
 from litgpt.kvcache.plan import Plan
 from litgpt.moe import Experts, GroupedTopkRouter
-from litgpt.rope import Rope, RopeTable, rotate
+from litgpt.rope import Rope, RopeTable, layer_rope, rotate
 from litgpt.rope import apply_rope as apply_rope
 from litgpt.rope import apply_rope_interleave as apply_rope_interleave
 from litgpt.rope import build_rope_cache as build_rope_cache
@@ -445,6 +445,7 @@ class Block(nn.Module):
         token_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is that of this layer's cache."""
+        rope, plan = layer_rope(rope, plan)
         normed = self.norm_1(x)
         attended = self.post_attention_norm(self.attn(normed, rope, plan, token_idx))
         if self.config.parallel_residual:
@@ -487,6 +488,7 @@ class CausalSelfAttention(nn.Module):
         token_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is that of this layer's cache."""
+        rope, plan = layer_rope(rope, plan)
         H, G, D = self.config.n_head, self.config.n_query_groups, self.config.head_size
         B, T, _ = x.shape
         qkv = self.qkv(x)
@@ -561,6 +563,7 @@ class MultiheadLatentAttention(nn.Module):
         token_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is that of this layer's cache."""
+        rope, plan = layer_rope(rope, plan)
         config = self.config
         H, R, r, n = config.n_head, config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim
         q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))

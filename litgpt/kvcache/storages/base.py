@@ -32,6 +32,10 @@ class Storage(nn.Module, ABC):
     def get(self, batch: int, slots: Index, rows: torch.Tensor | None = None) -> KeysAndValues:
         """Keys and values in `slots` (a slice, or (N,) in any order) of `rows` (None: the first `batch`)."""
 
+    def kernel_view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Buffers of keys and values (batch_size, G, C, D) as `litgpt.kernels` reads and writes them; None: it cannot."""
+        return None
+
     @abstractmethod
     def select_rows(self, rows: Sequence[int]) -> None:
         """Row i becomes what row `rows[i]` was."""

@@ -42,6 +42,10 @@ class DefaultStorage(Storage):
         keys = _take(self.k, row, slots)
         return DefaultKeysAndValues(keys, keys[..., : self.value_size] if self.v is None else _take(self.v, row, slots))
 
+    def kernel_view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        buffers = self._buffers  # not `self.k`, which takes several times as long, in every layer of every step
+        return None if buffers["v"] is None else (buffers["k"], buffers["v"])
+
     def select_rows(self, rows: Sequence[int]) -> None:
         moved = [(new, old) for new, old in enumerate(rows) if new != old]
         if moved:
