@@ -17,6 +17,7 @@ from litgpt.model import GPT as BaseModel
 from litgpt.model import Block as Block
 from litgpt.model import CausalSelfAttention as BaseCausalSelfAttention
 from litgpt.runners.opaque_weights import OpaqueLayer
+from litgpt.settings import fits
 
 # From a layer's role (qkv, projection, mlp or head), inputs, outputs and itself to what takes its place
 Wrap = Callable[[str, int, int, nn.Module], nn.Module]
@@ -42,7 +43,7 @@ class Config(BaseConfig):
     def _validate(self) -> None:
         super()._validate()
         self._require("lora_r", isinstance(self.lora_r, int) and self.lora_r >= 0, "a whole number, at least 0")
-        self._require("lora_alpha", isinstance(self.lora_alpha, int | float), "a number")
+        self._require("lora_alpha", fits(self.lora_alpha, float), "a finite number")
         proper = isinstance(self.lora_dropout, int | float) and 0 <= self.lora_dropout < 1
         self._require("lora_dropout", proper, "a number, at least 0 and below 1")
         if self.latent_attention is not None:

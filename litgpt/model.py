@@ -23,7 +23,7 @@ from litgpt.kernels import ops
 from litgpt.kvcache import DenseKVCache, KVCache, KVCacheParams, LastRecentlyInsertedKVCache
 from litgpt.kvcache.plan import Plan, read_bucket
 from litgpt.moe import Experts, GroupedTopkRouter
-from litgpt.rope import Rope, build_rope_cache, rotate, short_context
+from litgpt.rope import Rope, build_rope_cache, layer_rope, rotate, short_context
 from litgpt.rope import apply_rope as apply_rope
 from litgpt.rope import apply_rope_interleave as apply_rope_interleave
 from litgpt.rope import yarn_get_mscale as yarn_get_mscale
@@ -441,7 +441,10 @@ class GPT(nn.Module):
 
     def layer_caches(self) -> LayerCaches:
         """The model's caches, with all that is known of what is in them."""
-        return LayerCaches(self.kv_caches(), self.default_kv_caches, self._expected_length, self._long_rope)
+        caches = self.kv_caches()
+        if len(caches) < self.config.n_layer:  # none, or some of which the making was interrupted
+            caches = []
+        return LayerCaches(caches, self.default_kv_caches, self._expected_length, self._long_rope)
 
     def exchange_kv_caches(self, others: LayerCaches) -> LayerCaches:
         """Put other caches, with all that is known of what is in them, in the place of the model's own, which are given
@@ -570,6 +573,7 @@ class Block(nn.Module):
         token_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is that of this layer's cache."""
+        rope, plan = layer_rope(rope, plan)
         normed = self.norm_1(x)
         attended = self.post_attention_norm(self.attn(normed, rope, plan, token_idx))
         if self.config.parallel_residual:
@@ -612,6 +616,7 @@ class CausalSelfAttention(nn.Module):
         token_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is that of this layer's cache."""
+        rope, plan = layer_rope(rope, plan)
         H, G, D = self.config.n_head, self.config.n_query_groups, self.config.head_size
         B, T, _ = x.shape
         qkv = self.qkv(x)
@@ -686,6 +691,7 @@ class MultiheadLatentAttention(nn.Module):
         token_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is that of this layer's cache."""
+        rope, plan = layer_rope(rope, plan)
         config = self.config
         H, R, r, n = config.n_head, config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim
         q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))

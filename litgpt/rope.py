@@ -26,6 +26,15 @@ def rotate(x: torch.Tensor, rope: Rope | None, interleave: bool = False) -> torc
     return turned if n == x.shape[-1] else torch.cat((turned, x[..., n:]), dim=-1)
 
 
+def layer_rope(rope: list[Rope] | torch.Tensor, plan: Any) -> tuple[list[Rope], Any]:
+    """A layer's arguments. LitGPT gives cosines and sines, (B, T, n) each, in the place of tables and a cache's plan."""
+    if not isinstance(rope, torch.Tensor):
+        return rope, plan
+    n = rope.shape[-1]
+    left, right = plan.split((n - n // 2, n // 2), dim=-1)
+    return [(rope.unsqueeze(1), torch.cat((-left, right), dim=-1).unsqueeze(1))], None
+
+
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate x (B, ..., T, n) by the angles whose cosines and sines are `cos`, `sin` (T, n) or (B, T, n).
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from litgpt.config import read_json
+from litgpt.settings import read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -32,14 +32,14 @@ class Tokenizer:
     `None`), `backend` ("huggingface" or "sentencepiece"), `processor` (the
     library's object).
 
-    Raises `FileNotFoundError` when the folder or the files are missing, `ValueError` when they cannot be read, and
+    Raises `NotADirectoryError` or `FileNotFoundError` when the folder or the files are missing, `ValueError` when they cannot be read, and
     `ImportError` when `tokenizer.model` needs the `sentencepiece` package.
     """
 
     def __init__(self, checkpoint_dir: Path | str) -> None:
         folder = Path(checkpoint_dir)
         if not folder.is_dir():
-            raise FileNotFoundError(f"No tokenizer: {str(folder)!r} is not a folder")
+            raise NotADirectoryError(f"No tokenizer: {str(folder)!r} is not a folder")
         if (path := folder / "tokenizer.json").is_file():
             self._backend: _HuggingFace | _SentencePiece = _HuggingFace.from_file(path)
         elif (path := folder / "tokenizer.model").is_file():
@@ -422,7 +422,7 @@ def _ids(value: Any) -> list[int]:
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_json(path, repair=path.name == "generation_config.json") if path.is_file() else {}
 
 
 def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:

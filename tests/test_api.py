@@ -332,7 +332,7 @@ def test_an_interrupt_at_any_line_leaves_everything_usable(llm, how):
         assert llm.generate("Hello", **args).tolist() == answer
         if how == "assigned":
             assert llm.model.kv_caches() == own
-        at += chance.randrange(1, 60)
+        at += chance.randrange(1, 200)
     assert at > 300
 
 

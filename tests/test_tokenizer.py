@@ -362,7 +362,7 @@ def test_tokenizer_from_memory_reads_back_identical_here_and_in_transformers(tmp
 
 
 def test_errors_are_one_clear_line(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="nowhere' is not a folder"):
+    with pytest.raises(NotADirectoryError, match="nowhere' is not a folder"):
         Tokenizer(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="neither tokenizer.json nor tokenizer.model"):
         Tokenizer(tmp_path)

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from litgpt.config import Config, read_json
+from litgpt.checkpoint.weight_files import choose_weight_files, read_weight_map
+from litgpt.config import Config
 from litgpt.waiting import waiting
 
 _ANSWER_SECONDS = 6.0
@@ -93,7 +94,7 @@ def _refuse_unusable(folder: Path, repo_id: str, config: Config | None) -> None:
 
     HuggingFaceCheckpoint(folder, config)
     if config is None:
-        Config.from_hf(read_json(folder / "config.json"), name=repo_id)
+        Config.from_hf(folder / "config.json", name=repo_id)
 
 
 def _file_names(repo_id: str, access_token: str | None) -> list[str]:
@@ -176,16 +177,17 @@ def _is_side_file(name: str) -> bool:
 
 
 def _weight_files(repo_id: str, names: list[str], fetch: Callable[..., None], partial: Path) -> list[str]:
-    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        index = f"{stem}{suffix}.index.json"
-        if index in names:
-            fetch(index)
-            return sorted(set((read_json(partial / index).get("weight_map") or {}).values()))
-        if stem + suffix in names:
-            return [stem + suffix]
-        if found := [name for name in names if "/" not in name and name.startswith(stem) and name.endswith(suffix)]:
-            return found
-    raise FileNotFoundError(f"{repo_id} holds no weights: expected model*.safetensors or pytorch_model*.bin")
+    def read_index(name: str) -> dict[str, str]:
+        fetch(name)
+        return read_weight_map(partial / name)
+
+    try:
+        chosen, _ = choose_weight_files(names, read_index)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{repo_id} is incomplete: {error}") from None
+    if not chosen:
+        raise FileNotFoundError(f"{repo_id} holds no weights: expected model*.safetensors or pytorch_model*.bin")
+    return chosen
 
 
 def _publish(partial: Path, folder: Path) -> None:

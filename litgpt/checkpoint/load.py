@@ -14,6 +14,7 @@ from litgpt.checkpoint.open import open_checkpoint
 from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.runners.quantized_weights import BNB_MODES, MODES, QuantizedLinear, Scheme, quantize_model
+from litgpt.settings import listed
 from litgpt.waiting import report_progress
 
 
@@ -22,12 +23,14 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str | Callable[[str], torch.device] = "cpu",
     quantize: str | None = None,
+    tie_embeddings: bool = True,
 ) -> GPT:
     """A model with a checkpoint's weights, in `dtype` (default: as stored) on `device`, which may depend on a module's name.
 
-    Every weight is copied once, from the file into the model; a tied output embedding is the input embedding's tensor.
+    Every weight is copied once, from the file into the model; a tied output embedding is the input embedding's tensor, in training
+    too: both learn as one. With `tie_embeddings=False` it is a copy that learns apart, as in LitGPT.
     With `quantize` (int8 or int4) every piece is quantised as it is read; bitsandbytes gets the whole model, on the CPU.
-    Raises `ValueError` naming all weights that are missing, not expected or of the wrong shape.
+    Raises `ValueError` naming the first weights that are missing, not expected or of the wrong shape.
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     how, dtype = checkpoint.quantization, dtype or checkpoint.dtype
@@ -45,7 +48,8 @@ def load_model(
         return model.to(device)
     if quantize is not None:
         quantize_meta(model, Scheme(quantize), dtype, checkpoint.tied)
-    return fill_model(model, checkpoint.stored(), checkpoint.tied, dtype, device)
+    tied = checkpoint.tied and (tie_embeddings or model.quantization is not None)
+    return fill_model(model, checkpoint.stored(), tied, dtype, device)
 
 
 def quantize_meta(model: GPT, how: Scheme, dtype: torch.dtype, tied: bool) -> None:
@@ -114,11 +118,11 @@ def is_tied(model: GPT) -> bool:
 
 
 def check_weights(checkpoint: Checkpoint, model: GPT) -> None:
-    """Compares names and shapes of a checkpoint with a model's; one `ValueError` names every difference."""
+    """Compares names and shapes of a checkpoint with a model's; one `ValueError` names the first of every kind of difference."""
     kinds = ("missing", "not expected", "wrong shape")
     pieces = checkpoint.pieces(meta=True) if model.quantization is None else checkpoint.stored(meta=True)
     found = zip(kinds, weight_differences(model.state_dict(), pieces), strict=True)
-    if problems := "; ".join(f"{kind}: {', '.join(names)}" for kind, names in found if names):
+    if problems := "; ".join(f"{kind}: {listed(names)}" for kind, names in found if names):
         raise ValueError(f"{checkpoint.path}: weights do not fit the config {model.config.name!r}: {problems}")
 
 
@@ -178,8 +182,8 @@ def save_litgpt(
     if tied:
         layout[HEAD] = layout[EMBEDDING]
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_state_dict(out_dir / WEIGHTS_NAME, layout, _reporting(pieces, progress))
     _write_side_files(source, out_dir, tokenizer_dir)
+    write_state_dict(out_dir / WEIGHTS_NAME, layout, _reporting(pieces, progress))  # last: they make it a checkpoint
 
 
 def save_quantized(
@@ -228,8 +232,8 @@ def save_quantized(
         raise ValueError(f"weights quantised as {how.mode} cannot be saved, only {' and '.join(MODES)}")
     about = {"quantization": how.mode, "group_size": str(how.group_size), "dtype": str(dtype).removeprefix("torch.")}
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_safetensors(out_dir, {QUANTIZED_NAME: layout}, tensors, about)
     _write_side_files(source, out_dir, tokenizer_dir)
+    write_safetensors(out_dir, {QUANTIZED_NAME: layout}, tensors, about)  # last: they make it a checkpoint
 
 
 def _quantized_tensors(

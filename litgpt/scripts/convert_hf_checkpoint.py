@@ -69,7 +69,7 @@ def convert_hf_checkpoint(
     checkpoint = _open(path, model_name)
     out_dir = path if path.is_dir() else path.parent
     total = sum(piece.nbytes for _, _, piece in checkpoint.pieces(meta=True))
-    with weights_progress(f"Converting {path.name}", total, names=bool(debug_mode)) as progress:
+    with weights_progress(f"Converting {checkpoint.name}", total, names=bool(debug_mode)) as progress:
         save_litgpt(checkpoint, out_dir, dtype=None if dtype is None else parse_dtype(dtype), progress=progress)
     print(out_dir / WEIGHTS_NAME)
 
@@ -82,7 +82,7 @@ def _open(path: Path, model_name: str | None) -> Checkpoint:
     if (path / "config.json").is_file():
         return HuggingFaceCheckpoint(path)
     try:
-        config = Config.from_name(path.name)
+        config = Config.from_name(path.resolve().name)
     except ValueError:
         raise FileNotFoundError(
             f"{path} holds no config.json and has no known model's name: give --model_name"

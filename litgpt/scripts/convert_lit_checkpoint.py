@@ -37,17 +37,17 @@ copy_weights_qwen_3 = partial(copy_from_litgpt, "qwen_3")
 
 
 def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
-    """Turn a LitGPT checkpoint into a Hugging Face one.
+    """Turn a LitGPT checkpoint, or a GGUF file, into a Hugging Face one.
 
     `output_dir` gets what `transformers.AutoModelForCausalLM.from_pretrained(output_dir)` loads: weights as
     safetensors in their original data type, config.json, generation_config.json and the tokenizer.
 
     Args:
-        checkpoint_dir: Folder with lit_model.pth and model_config.yaml.
+        checkpoint_dir: Folder with lit_model.pth and model_config.yaml, a .gguf file, or any other checkpoint.
         output_dir: Folder to write to; must hold no weights yet.
     """
     checkpoint = open_checkpoint(find_checkpoint(checkpoint_dir))
     total = sum(piece.nbytes for _, _, piece in checkpoint.pieces(meta=True))
-    with weights_progress(f"Converting {checkpoint.path.name}", total) as progress:
+    with weights_progress(f"Converting {checkpoint.name}", total) as progress:
         save_huggingface(checkpoint, output_dir, progress=progress)
     print(output_dir)

@@ -99,7 +99,7 @@ def _files(checkpoint_dir: Path, model_filename: str) -> tuple[Checkpoint, str]:
 def _config(checkpoint: Checkpoint) -> tuple[Config, str]:
     config = checkpoint.config
     shape = f"{config.n_layer} layers of width {config.n_embd}, context {config.block_size:,}"
-    return config, f"{config.name or checkpoint.path.name}: {shape}"
+    return config, f"{config.name or checkpoint.name}: {shape}"
 
 
 def _weights(checkpoint: Checkpoint) -> tuple[bool, str]:
