@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
+from typing import NamedTuple
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,6 +43,12 @@ class LayerCaches:
     default: bool = False
     expected_length: int = 0
     long_rope: bool = False
+
+
+class Rows(NamedTuple):
+    """In place of a plan, in training: the tokens of a call are rows of these sizes, one after the other."""
+
+    sizes: tuple[int, ...]
 
 
 class GPT(nn.Module):
@@ -137,14 +144,23 @@ class GPT(nn.Module):
         if idx.ndim != 2 or idx.shape[1] == 0:
             raise ValueError(f"idx must be (B, T) or (T,) with at least one token, got {tuple(idx.shape)}")
         B, T = idx.shape
-        if row_sizes is not None and (rows is None or input_pos is None or (B, T) != (1, sum(row_sizes))):
+        if row_sizes is not None and ((rows is None) != (input_pos is None) or (B, T) != (1, sum(row_sizes))):
             raise ValueError(
-                f"row_sizes={list(row_sizes)} need rows, input_pos and idx (1, {sum(row_sizes)}), got {tuple(idx.shape)}"
+                f"row_sizes={list(row_sizes)} need idx (1, {sum(row_sizes)}), and rows where there is input_pos, got "
+                f"{tuple(idx.shape)}"
             )
         if input_pos is None:
-            if T > self.max_seq_length:
-                raise ValueError(f"{T} tokens are more than max_seq_length = {self.max_seq_length}")
-            x = self.run_layers(idx, self._rope_rows(0, T, self.needs_long_rope(T)), None, None)
+            sizes = [T] if row_sizes is None else list(row_sizes)
+            longest = max(sizes)
+            if longest > self.max_seq_length:
+                raise ValueError(f"{longest} tokens are more than max_seq_length = {self.max_seq_length}")
+            long = self.needs_long_rope(longest)
+            if len(sizes) == 1:
+                rope, plans = self._rope_rows(0, T, long), None
+            else:
+                rope = self._rope_rows([0] * len(sizes), sizes, long)
+                plans = [Rows(tuple(sizes))] * self.config.n_layer
+            x = self.run_layers(idx, rope, plans, None)
             x = x[:, -1:] if last_token_only else x
         else:
             sizes = [T] * B if row_sizes is None else row_sizes
@@ -619,6 +635,9 @@ class CausalSelfAttention(nn.Module):
         """What queries (B, H, T, D) get out of keys and values (B, G, T, D) and those in the cache: (B, T, H * D)."""
         if plan is None:
             return self.mha(q, DefaultKeysAndValues(k, v), self.block_idx, sinks=self.sinks)[0]
+        if isinstance(plan, Rows):
+            rows = zip(*(x.split(plan.sizes, dim=2) for x in (q, k, v)), strict=True)
+            return torch.cat([self.attend(*row, None, None) for row in rows], dim=1)
         return self.kv_cache.run(plan, q, k, v, token_idx, self.sinks)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object, **kwargs: object) -> None:
