@@ -158,8 +158,14 @@ class SFTModule(DataModule):
     """A data module of instructions and responses, or conversations: what is the same for all of them."""
 
     pack = False  # fill rows with several samples: `train.pack`
-    train_dataset: SFTDataset | None
-    val_dataset: SFTDataset | None = None
+    tokenizer: Tokenizer | None = None
+    batch_size = 1
+    max_seq_length = -1
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        if isinstance(self.prompt_style, str):
+            self.prompt_style = PromptStyle.from_name(self.prompt_style)
 
     def connect(
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
@@ -201,5 +207,5 @@ class SFTModule(DataModule):
         return self.loader(self.train_dataset, shuffle=True)
 
     def val_dataloader(self) -> DataLoader | None:
-        dataset = getattr(self, "test_dataset", None) or self.val_dataset
+        dataset = self.test_dataset if hasattr(self, "test_dataset") else self.val_dataset
         return self.loader(dataset, shuffle=False) if dataset is not None and len(dataset) else None

@@ -11,7 +11,6 @@ from litgpt.data.base import IGNORE_INDEX, SFTDataset, SFTModule
 from litgpt.data.encoding import sample_problem
 from litgpt.prompt_style import PromptStyle
 from litgpt.prompts import style_for
-from litgpt.tokenizer import Tokenizer
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
 DEFAULT_FRACTION = 0.05
@@ -43,14 +42,12 @@ class JSON(SFTModule):
     seed: int = 42
     num_workers: int = 4
 
-    tokenizer: Tokenizer | None = field(default=None, init=False, repr=False)
-    batch_size: int = field(default=1, init=False, repr=False)
-    max_seq_length: int = field(default=-1, init=False, repr=False)
     train_dataset: SFTDataset | None = field(default=None, init=False, repr=False)
     val_dataset: SFTDataset | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        super().__init__()
+        self._named_style = self.prompt_style
+        super().__post_init__()
         self.json_path = Path(self.json_path)
         if not self.json_path.exists():
             raise FileNotFoundError(f"json_path: {self.json_path} does not exist")
@@ -64,9 +61,6 @@ class JSON(SFTModule):
             warnings.warn(f"val_split_fraction is not given: {DEFAULT_FRACTION} of the samples validate", stacklevel=2)
         if self.val_split_fraction is not None and not 0 <= self.val_split_fraction < 1:
             raise ValueError(f"val_split_fraction must be at least 0 and below 1, got {self.val_split_fraction}")
-        self._named_style = self.prompt_style
-        if isinstance(self.prompt_style, str):
-            self.prompt_style = PromptStyle.from_name(self.prompt_style)
 
     def setup(self, stage: str = "") -> None:
         train, val = self.get_splits()

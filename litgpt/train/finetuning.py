@@ -69,13 +69,15 @@ def finetune_command(method: str, arguments: Mapping[str, Any]) -> dict[str, flo
     Returns:
         The run's metrics.
     """
-    from litgpt.data import Alpaca
-
     arguments = dict(arguments)
     access_token = arguments.pop("access_token", None)
     options = Options(**{f.name: arguments[f.name] for f in fields(Options) if f.name in arguments})
     options.out_dir = artifacts_dir(Path(options.out_dir))
-    data = arguments["data"] if arguments.get("data") is not None else Alpaca()
+    data = arguments["data"]
+    if data is None:
+        from litgpt.data import Alpaca
+
+        data = Alpaca()
     hyperparameters = {name: plain(value) for name, value in arguments.items() if value is not None}
     way = METHODS[method]
     settings = {name: value for name, value in arguments.items() if name.startswith(f"{method}_")}
