@@ -111,6 +111,11 @@ def make_fabric(
     )
 
 
+def precision_of(fabric: Fabric) -> str:
+    """The precision that a `Fabric` works in, by Lightning's name."""
+    return fabric.strategy.precision.precision
+
+
 def compute_dtype(precision: str) -> torch.dtype:
     """Data type of the weights under a precision of Lightning."""
     return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
