@@ -28,7 +28,7 @@ __all__ = [*_EXPORTS, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports an exported name on first use, so that `import litgpt.config` does not import torch."""
+    """Imports an exported name, or a module, on first use, so that `import litgpt.config` does not import torch."""
     if name == "__version__":
         from importlib.metadata import PackageNotFoundError, version
 
@@ -39,7 +39,12 @@ def __getattr__(name: str) -> Any:
     elif name in _EXPORTS:
         value = getattr(import_module(_EXPORTS[name]), name)
     else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:
+            value = import_module(f"{__name__}.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
     globals()[name] = value
     return value
 

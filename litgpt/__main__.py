@@ -1,13 +1,18 @@
 """The `litgpt` command: a table of commands, each of which is a function whose signature gives its options."""
 
 import inspect
+import logging
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from litgpt.errors import debugging, describe
+from litgpt.standard_streams import drop_unwritten, is_text, prepare_standard_streams
+from litgpt.waiting import stderr_log, waiting
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -63,19 +68,19 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 _FLAGS = ("-h", "--help", "--print_config")
-# What bad input leads to; any other exception is a defect and shows its traceback.
-_USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, IndexError, MemoryError)
 
 
-class UsageError(Exception):
+class UsageError(ValueError):
     """The command line itself is wrong."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code: 0, 1 (it failed), 2 (wrong usage), 130 (interrupted).
+    """Runs one command and returns the exit code: 0, 1 (it failed), 2 (wrong usage), 130 (interrupted), 141 (whoever read
+    the output is gone).
 
     `LITGPT_DEBUG=1` shows the traceback of an error instead of one line.
     """
+    prepare_standard_streams()
     try:
         try:
             return _run(list(sys.argv[1:] if args is None else args))
@@ -84,14 +89,15 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read the output is gone; flushing at exit must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (UsageError, *_USER_ERRORS) as error:
-        if os.environ.get("LITGPT_DEBUG", "0") not in ("", "0"):
+    except Exception as error:
+        if debugging():
             raise
-        print(f"litgpt: error: {_describe(error)}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"litgpt: error: {describe(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    finally:
+        drop_unwritten()
 
 
 def _run(args: list[str]) -> int:
@@ -111,7 +117,9 @@ def _run(args: list[str]) -> int:
         hint = f"did you mean {' or '.join(near)}?" if near else "`litgpt --help` lists the commands"
         raise UsageError(f"unknown {'option' if name.startswith('-') else 'command'} {name!r}; {hint}")
     module, _, attribute = COMMANDS[name][0].partition(":")
-    function = getattr(import_module(module), attribute)
+    with waiting("Starting"):
+        function = getattr(import_module(module), attribute)
+    logging.getLogger("litgpt").addHandler(stderr_log)
     function(**parse(name, function, args[1:]))
     return 0
 
@@ -145,10 +153,18 @@ def parse(name: str, function: Callable[..., Any], args: list[str]) -> dict[str,
     parameters = inspect.signature(function).parameters
     positional = [key for i, (key, p) in enumerate(parameters.items()) if i == 0 or p.default is p.empty]
     parser = _parser(name, function, positional)
+    named = _by_name(args, parameters, positional)
     try:
-        config = parser.instantiate(parser.parse_args(_by_name(args, parameters, positional)))
+        config = parser.instantiate(parser.parse_args(named))
     except ArgumentError as error:
-        raise UsageError(f"{_explain(str(error), parameters)} (`litgpt {name} --help` lists the options)") from error
+        message = _explain(str(error), parameters, _config_file(named))
+        raise UsageError(f"{message} (`litgpt {name} --help` lists the options)") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--config {_config_file(named)} is not text in UTF-8, at byte {error.start}") from error
+    except (OverflowError, ValueError) as error:  # numbers of hundreds of digits
+        digits = [arg.partition("=")[0] for arg in named if re.search(r"=[-+]?\d{300}", arg)]
+        place = digits[0] if digits else f"--config {_config_file(named)}"
+        raise UsageError(f"{place} has a number that is too large") from error
     return {key: config[key] for key in parameters}
 
 
@@ -181,7 +197,11 @@ def _parser(name: str, function: Callable[..., Any], positional: list[str]) -> "
 
 
 def _by_name(args: list[str], parameters: Mapping[str, inspect.Parameter], positional: list[str]) -> list[str]:
-    """Rewrites a command line so that every value is given as `--name=value`."""
+    """Rewrites a command line so that every value is given as `--name=value`.
+
+    Raises:
+        UsageError: there are more values than parameters for them, or one that is not text.
+    """
     named, values = [], []
     rest = iter(range(len(args)))
     for i in rest:
@@ -213,6 +233,10 @@ def _by_name(args: list[str], parameters: Mapping[str, inspect.Parameter], posit
     if len(values) > len(free):
         raise UsageError(f"unexpected argument {values[len(free)]!r}; other values need the name of their option")
     named += [f"--{key}={value}" for key, value in zip(free, values, strict=False)]
+    for arg in named:
+        if not is_text(arg):
+            option, _, value = arg.partition("=")
+            raise UsageError(f"{ascii(option)[1:-1]} is not text in UTF-8: {os.fsencode(value)!r}")
     # What is said on the command line wins over a configuration file, and is part of what is printed.
     return sorted(named, key=lambda arg: (arg == "--print_config") - arg.startswith("--config="))
 
@@ -221,9 +245,17 @@ def _is_boolean(words: list[str]) -> bool:
     return bool(words) and words[0].lower() in ("true", "false", "yes", "no")
 
 
-def _explain(message: str, parameters: Mapping[str, inspect.Parameter]) -> str:
+def _config_file(named: list[str]) -> str:
+    """The last file that is named by `--config`."""
+    return next((arg.partition("=")[2] for arg in reversed(named) if arg.startswith("--config=")), "")
+
+
+def _explain(message: str, parameters: Mapping[str, inspect.Parameter], config_file: str) -> str:
     """Says in one line what jsonargparse objects to."""
     message = " ".join(message.split())
+    if match := re.match(r"(?:Problems parsing|Unexpected) config: ?(.*)", message):
+        reason = match[1] if message.startswith("Problems") else "it has no lines `option: value`"
+        return f"--config {config_file or chr(39) * 2} cannot be used: {reason}"
     if match := re.match(r"unrecognized arguments: (-[^\s=]+)", message, re.IGNORECASE):
         from difflib import get_close_matches
 
@@ -238,17 +270,6 @@ def _explain(message: str, parameters: Mapping[str, inspect.Parameter]) -> str:
         expected = re.sub(r"Literal\[(.*)\]", r"one of \1", expected)
         return f"--{match[1]} cannot be {match[2]!r}, it takes {expected}"
     return re.sub(r'^Parser key "([\w.]+)":', r"--\1:", message)
-
-
-def _describe(error: BaseException) -> str:
-    """Returns an error as one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {str(error.filename)!r}" if error.filename is not None else "")
-    text = " ".join(str(error).split())
-    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    if text and not isinstance(error, MemoryError) and frames[-1].partition(".")[0] in ("litgpt", "__main__"):
-        return text
-    return f"{type(error).__name__}{': ' if text else ''}{text} (LITGPT_DEBUG=1 shows where)"
 
 
 if __name__ == "__main__":

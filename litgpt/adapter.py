@@ -97,8 +97,8 @@ class CausalSelfAttention(BaseCausalSelfAttention):
 class GPT(BaseModel):
     """A GPT with learned prefixes."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, **mha_kwargs: Any) -> None:
+        super().__init__(config, **mha_kwargs)
         add_prefixes(self, config)
 
     @classmethod

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from litgpt.adapter import GPT as AdapterGPT
+from litgpt.adapter import CausalSelfAttention as AdapterAttention
 from litgpt.adapter import Config, add_prefixes
-from litgpt.lora import WrappedLinear, wrap_linears
+from litgpt.lora import Wrap, WrappedLinear, wrap_attention, wrap_linears
 from litgpt.model import GPT as BaseModel
 from litgpt.model import Block as Block
 
@@ -24,7 +25,8 @@ class AdapterV2Linear(WrappedLinear):
     """
 
     def __init__(self, in_features: int, out_features: int, *, linear: nn.Module | None = None, **kwargs: Any) -> None:
-        super().__init__(in_features, out_features, linear, **kwargs)
+        super().__init__()
+        self._wrap(in_features, out_features, linear, **kwargs)
         self.adapter_bias = self._new_parameter(out_features)
         self.adapter_scale = self._new_parameter(out_features)
         self.reset_parameters()
@@ -38,11 +40,19 @@ class AdapterV2Linear(WrappedLinear):
         return self.adapter_scale * (self.linear(x) + self.adapter_bias)
 
 
+class CausalSelfAttention(AdapterAttention):
+    """Attention with a learned prefix, and scaled and shifted linear layers."""
+
+    def __init__(self, config: Config, block_idx: int) -> None:
+        super().__init__(config, block_idx)
+        wrap_attention(self, _wrapper())
+
+
 class GPT(AdapterGPT):
     """A GPT with learned prefixes, and scaled and shifted linear layers."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, **mha_kwargs: Any) -> None:
+        super().__init__(config, **mha_kwargs)
         scale_linears(self)
 
     @classmethod
@@ -63,11 +73,19 @@ def add_adapter_v2(model: BaseModel, config: Config) -> None:
 
 def scale_linears(model: BaseModel) -> None:
     """Give every linear layer of `model`, in place, a bias and a scale of its outputs."""
+    wrap_linears(model, _wrapper(model.dtype))
+    for block in model.transformer.h:
+        if type(block.attn) is AdapterAttention:
+            block.attn.__class__ = CausalSelfAttention
+
+
+def _wrapper(dtype: torch.dtype | None = None) -> Wrap:
+    """What gives a layer its bias and scale, for `wrap_linears`."""
 
     def wrap(role: str, in_features: int, out_features: int, layer: nn.Module) -> AdapterV2Linear:
-        return AdapterV2Linear(in_features, out_features, linear=layer, dtype=model.dtype)
+        return AdapterV2Linear(in_features, out_features, linear=layer, dtype=dtype)
 
-    wrap_linears(model, wrap)
+    return wrap
 
 
 def mark_only_adapter_v2_as_trainable(model: nn.Module) -> None:

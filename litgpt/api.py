@@ -1,7 +1,8 @@
 """The Python interface: `LLM.load("...").generate("...")`."""
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections import abc, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -13,6 +14,7 @@ from torch import nn
 from litgpt.checkpoint.load import save_litgpt, save_quantized
 from litgpt.config import Config
 from litgpt.engine.answer import Answer
+from litgpt.engine.caches import CacheLease
 from litgpt.engine.continuous import ContinuousBatch
 from litgpt.engine.drafting import PromptLookup
 from litgpt.engine.engine import Engine
@@ -24,22 +26,27 @@ from litgpt.engine.loading import (
     slow_down_decode,
     speed_up_decode,
 )
-from litgpt.engine.request import Request
-from litgpt.engine.sampling import LogitsProcessor, Sampling
+from litgpt.engine.sampling import LogitsProcessor, Sampling, whole_number
+from litgpt.engine.sequence import Sequence
 from litgpt.engine.session import Session
-from litgpt.model import GPT
+from litgpt.model import GPT, LayerCaches
 from litgpt.parallel.pipeline import choose_devices, spread_layers
 from litgpt.parallel.processes import join_group, launched_outside, number_of_processes, own_device
 from litgpt.parallel.tensor import ShardedGPT, shard_model
-from litgpt.prompts import ChatTemplate, PromptStyle, all_stop_tokens, encode_prompt, save_prompt_style
+from litgpt.prompts import ChatTemplate, Message, PromptStyle, all_stop_tokens, encode_prompt, save_prompt_style
 from litgpt.runners.quantized_weights import BNB_MODES, quantize_model
 from litgpt.tokenizer import Tokenizer
 
 BYTES_PER_GB = 1e9
+_GPT_KEY = re.compile(
+    r"\b(lm_head|transformer)\..*"
+)  # in a Trainer's checkpoint, after the names of what holds the GPT
 
 
 class LLM(nn.Module):
     """A language model with its tokenizer and prompt style. Make one with `LLM.load`.
+
+    It may be used by several threads, and answers may be streamed side by side: each call has caches of its own.
 
     For generating, weights may be kept in a layout of the CPU's own (`litgpt.runners.packed_weights`); asking for the parameters, or
     training, brings the plain ones back.
@@ -50,6 +57,8 @@ class LLM(nn.Module):
         prompt_style: how prompts are written down for the model.
         config: the model's configuration.
         checkpoint_dir: where the model came from.
+        devices, fabric, generate_strategy, kv_cache_initialized, fixed_kv_cache_size: as given; kept for scripts written for
+            LitGPT. `distribute` says where the model is, and its caches are made when they are needed.
     """
 
     def __init__(
@@ -57,8 +66,13 @@ class LLM(nn.Module):
         model: GPT,
         preprocessor: "Preprocessor | None" = None,
         prompt_style: PromptStyle | None = None,
+        devices: int | list[int] | None = None,
         config: Config | None = None,
         checkpoint_dir: Path | None = None,
+        fabric: Any = None,
+        generate_strategy: Literal["sequential", "tensor_parallel"] | None = None,
+        kv_cache_initialized: bool = False,
+        fixed_kv_cache_size: int | Literal["max_model_supported"] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -66,9 +80,10 @@ class LLM(nn.Module):
         self.prompt_style = PromptStyle.from_config(model.config) if prompt_style is None else prompt_style
         self.config = model.config if config is None else config
         self.checkpoint_dir = checkpoint_dir
+        self.devices, self.fabric, self.generate_strategy = devices, fabric, generate_strategy
+        self.kv_cache_initialized, self.fixed_kv_cache_size = kv_cache_initialized, fixed_kv_cache_size
         self._engine: Engine | None = None  # of the last `generate`
         self.compile_decode = False  # whether the decoding step is to be compiled
-        self.placed = False  # whether `distribute` has put the model where it works
 
     # -- from and to disk
 
@@ -129,7 +144,7 @@ class LLM(nn.Module):
             llm.distribute(precision=precision if init == "pretrained" else precision or "32-true")
         return llm
 
-    def save(self, out_dir: Path | str, prompt_style: PromptStyle | str | None = None) -> None:
+    def save(self, out_dir: Path | str | None = None, prompt_style: PromptStyle | str | None = None) -> None:
         """Write a LitGPT folder: weights, configuration, tokenizer, prompt style. What is written is complete or not there.
 
         Quantised weights are saved as they are; `LLM.load` opens the folder like any other.
@@ -138,6 +153,8 @@ class LLM(nn.Module):
             out_dir: made if it does not exist.
             prompt_style: to be saved (default: the one in use).
         """
+        if out_dir is None:
+            raise ValueError("name the folder to save to: save(out_dir)")
         out_dir = Path(out_dir)
         if isinstance(self.model, ShardedGPT):
             raise ValueError("this process holds a part of the model only: save it before it is distributed")
@@ -161,7 +178,7 @@ class LLM(nn.Module):
         generate_strategy: Literal["sequential", "tensor_parallel"] | None = None,
         fixed_kv_cache_size: int | Literal["max_model_supported"] | None = None,
     ) -> None:
-        """Put the model on its device, or on several, in its precision.
+        """Put the model on its device, or on several, in its precision. Key-value caches that it has are dropped.
 
         Args:
             accelerator: cpu, cuda, or auto: the GPU if there is one.
@@ -210,7 +227,6 @@ class LLM(nn.Module):
         if fixed_kv_cache_size is not None:
             length = self.config.block_size if fixed_kv_cache_size == "max_model_supported" else fixed_kv_cache_size
             self.model.set_kv_caches(1, max_seq_length=length)
-        self.placed = True
 
     def _divide(self, number: int | None, dtype: torch.dtype, device: torch.device) -> torch.device:
         """Keep the part of the model that is this process's, on its device, which is returned."""
@@ -238,7 +254,7 @@ class LLM(nn.Module):
 
     def generate(
         self,
-        prompt: str | Sequence[str],
+        prompt: str | abc.Sequence[str] | abc.Sequence[Message] | abc.Sequence[abc.Sequence[Message]],
         sys_prompt: str | None = None,
         max_new_tokens: int = 50,
         temperature: float = 1.0,
@@ -246,7 +262,7 @@ class LLM(nn.Module):
         top_p: float = 1.0,
         return_as_token_ids: bool = False,
         stream: bool = False,
-        kv_cache: str = "dense",
+        kv_cache: str | None = None,
         cache_length: int | None = None,
         sinks: int = 0,
         prompt_chunksize: int | None = None,
@@ -257,7 +273,7 @@ class LLM(nn.Module):
         frequency_penalty: float = 0.0,
         logit_bias: Mapping[int, float] | None = None,
         seed: int | None = None,
-        logits_processors: Sequence[LogitsProcessor] = (),
+        logits_processors: abc.Sequence[LogitsProcessor] = (),
         logprobs: int | None = None,
         batch_size: int | None = None,
         prompt_lookup: int | None = None,
@@ -274,7 +290,8 @@ class LLM(nn.Module):
         """Answer a prompt, or several at once.
 
         Args:
-            prompt: a text, or a list of texts, which are answered together. Equal texts share their prefill.
+            prompt: a text, or a conversation: a list of messages `{"role": ..., "content": ...}`. Or a list of such prompts,
+                which are answered together; equal ones share their prefill.
             sys_prompt: system prompt, where the prompt style has one.
             max_new_tokens: most tokens of an answer.
             temperature: below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest.
@@ -282,7 +299,10 @@ class LLM(nn.Module):
             top_p: draw each token from the likeliest ones whose probabilities add up to this.
             return_as_token_ids: give tokens (n,) instead of text.
             stream: give an iterator over pieces of the answer (of one prompt).
-            kv_cache: what the key-value cache keeps: "dense" (every token) or "lastrec" (the last `cache_length` ones).
+            kv_cache: what the key-value cache keeps: "dense" (every token) or "lastrec" (the last `cache_length` ones). The
+                model's own caches stay as they are then. Default: the caches that were assigned to the model
+                (`GPT.assign_kv_caches`), or else "dense". Of several calls that use assigned caches, one overtakes those
+                before it: their streams end with an error.
             cache_length: tokens that the cache holds (default: as many as are needed, or 1024 for lastrec).
             sinks: first tokens that a lastrec cache never drops.
             prompt_chunksize: most tokens of the prompt that go through the model at once (default: all of them).
@@ -294,27 +314,30 @@ class LLM(nn.Module):
                 gets copies of its own.
             logprobs: give `Answer`s with the log-probability of every token, and those of this many likeliest ones.
             batch_size: most prompts at a time; an answer that is done makes room for the next (default: all at once).
-            prompt_lookup: guess up to this many next tokens at a time from the text so far, and check them in one call: the
-                same answer, faster where it repeats much of the prompt (default: no guesses).
+            prompt_lookup: draft up to this many next tokens at a time from the text so far, and verify them in one call: the
+                same answer, faster where it repeats much of the prompt (default: no drafts).
 
         Returns:
-            The answer, without the prompt: a text, tokens, or an `Answer`; a list of them for a list of prompts.
+            The answer, without the prompt: a text, tokens, or an `Answer`; a list of them for a list of prompts. A stream
+            may be left at any time; it keeps its caches until it is closed or forgotten.
 
         Raises:
             ValueError: for an empty prompt, settings that make no sense, or more tokens than the model or its cache take.
         """
-        if not self.placed:
-            raise ValueError("the model is not placed on a device yet: call distribute() first")
-        several = not isinstance(prompt, str)
-        texts = list(prompt) if several else [prompt]
-        if not texts or not all(texts):
-            raise ValueError("the prompt is empty: give some text")
+        prompts, several = _as_prompts(prompt)
         if stream and several:
             raise ValueError("stream=True is for a single prompt")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         if logprobs is not None and (stream or return_as_token_ids):
             raise ValueError("logprobs come with whole answers: leave out stream and return_as_token_ids")
+        if sys_prompt is not None and not isinstance(sys_prompt, str):
+            raise ValueError(f"sys_prompt must be a text, got {sys_prompt!r}")
+        if prompt_chunksize is not None:
+            prompt_chunksize = whole_number("prompt_chunksize", prompt_chunksize, 1)
+        if cache_length is not None:
+            cache_length = whole_number("cache_length", cache_length, 1)
+        rows = len(prompts)
+        if batch_size is not None:
+            rows = min(rows, whole_number("batch_size", batch_size, 1))
         sampling = Sampling(
             temperature,
             top_k,
@@ -324,55 +347,78 @@ class LLM(nn.Module):
             presence_penalty,
             frequency_penalty,
             logit_bias,
-            processors=tuple(logits_processors),
+            seed,
+            tuple(logits_processors),
         )
-        proposer = None if prompt_lookup is None else PromptLookup(prompt_lookup)
-        prompts = {text: self._text_to_token_ids(text, sys_prompt) for text in texts}
+        drafter = None if prompt_lookup is None else PromptLookup(whole_number("prompt_lookup", prompt_lookup))
+        device = self.model.transformer.wte.weight.device
+        encoded: dict[str, torch.Tensor] = {}
+        for one in prompts:
+            if str(one) not in encoded:
+                encoded[str(one)] = self._text_to_token_ids(one, sys_prompt).to(device)
         stops = all_stop_tokens(self.tokenizer, self.prompt_style)
-        requests = [
-            Request(
-                prompts[text],
+        sequences = [
+            Sequence(
+                encoded[str(one)],
                 max_new_tokens,
-                replace(sampling, seed=None if seed is None else seed + i),
+                sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + i),
                 stops,
                 logprobs=logprobs,
             )
-            for i, text in enumerate(texts)
+            for i, one in enumerate(prompts)
         ]
-        rows = len(texts) if batch_size is None else min(batch_size, len(texts))
         self._for_inference()
-        if not (kv_cache == "dense" and cache_length is None and not sinks and self.model.default_kv_caches):
-            choose_kv_caches(self.model, kv_cache, cache_length, rows, sinks)
-        longest = max(request.length for request in requests)
-        batch = ContinuousBatch(self.model, rows, longest, prompt_chunksize, proposer)
+        lease = self._lease(kv_cache, cache_length, sinks, rows)
+        longest = max(sequence.max_length for sequence in sequences)
+        batch = ContinuousBatch(self.model, rows, longest, prompt_chunksize, drafter, lease)
         self._engine = batch.engine
-        for request in requests:
-            batch.submit(request)
+        try:
+            for sequence in sequences:
+                batch.submit(sequence)
+            if not stream:
+                batch.run()
+        except BaseException:
+            batch.close()
+            raise
         if stream:
-            pieces = self._stream(batch, requests[0].prompt.device)
+            pieces = self._stream(batch, device)
             return pieces if return_as_token_ids else self.tokenizer.decode_stream(pieces)
-        while batch.unfinished:
-            batch.step()
+        batch.close()
         if logprobs is not None:
-            answers = [Answer.of(request, self.tokenizer) for request in requests]
+            answers = [Answer.of(sequence, self.tokenizer) for sequence in sequences]
         elif return_as_token_ids:
-            answers = [request.prompt.new_tensor(request.output) for request in requests]
+            answers = [sequence.prompt.new_tensor(sequence.output) for sequence in sequences]
         else:
-            answers = [self.tokenizer.decode(request.output) for request in requests]
+            answers = [self.tokenizer.decode(sequence.output) for sequence in sequences]
         return answers if several else answers[0]
 
     @property
     def acceptance_rate(self) -> float:
-        """What part of the guesses stood that the last `generate(prompt_lookup=...)` made (0 if there were none)."""
+        """What part of the draft tokens of the last `generate(prompt_lookup=...)` was accepted (0 if there were none)."""
         return 0.0 if self._engine is None else self._engine.acceptance_rate
+
+    def _lease(self, kv_cache: str | None, cache_length: int | None, sinks: int, batch_size: int) -> CacheLease:
+        """The caches that an answer is generated with."""
+        default = kv_cache in (None, "dense") and cache_length is None and not sinks
+        if default:
+            lease = CacheLease.take(self.model)
+            if kv_cache is None or lease.caches is not None:
+                return lease
+        lease = CacheLease(self.model, LayerCaches())
+        if not default:
+            lease.run(choose_kv_caches, self.model, kv_cache or "dense", cache_length, batch_size, sinks)
+        return lease
 
     @staticmethod
     def _stream(batch: ContinuousBatch, device: torch.device) -> Iterator[torch.Tensor]:
-        """The tokens of a batch with one request as they come, (n,) each."""
-        while batch.unfinished:
-            for _, tokens in batch.step():
-                if tokens:
-                    yield torch.tensor(tokens, device=device)
+        """The tokens of a batch with one sequence as they come, (n,) each."""
+        try:
+            while batch.unfinished:
+                for _, tokens in batch.step():
+                    if tokens:
+                        yield torch.tensor(tokens, device=device)
+        finally:
+            batch.close()
 
     def session(
         self,
@@ -385,12 +431,10 @@ class LLM(nn.Module):
 
         The arguments are those of `generate`.
         """
-        if not self.placed:
-            raise ValueError("the model is not placed on a device yet: call distribute() first")
         self._for_inference()
         return Session(self.model, kv_cache, cache_length, sinks, prompt_chunksize)
 
-    def _text_to_token_ids(self, prompt: str, sys_prompt: str | None = None) -> torch.Tensor:
+    def _text_to_token_ids(self, prompt: str | abc.Sequence[Message], sys_prompt: str | None = None) -> torch.Tensor:
         """The prompt as the model is to see it, (T,)."""
         preprocessor = self._preprocessor()
         tokens = encode_prompt(preprocessor.tokenizer, self.prompt_style, prompt, sys_prompt=sys_prompt)
@@ -454,8 +498,8 @@ class LLM(nn.Module):
         self.model.clear_kv_caches(assigned=True)
         if trainer_ckpt is not None:
             state = torch.load(trainer_ckpt, weights_only=True, map_location="cpu", mmap=True)
-            weights = {key.rpartition("model.")[2]: value for key, value in state.get("state_dict", state).items()}
-            self.model.load_state_dict(weights)
+            found = {_GPT_KEY.search(key): value for key, value in state.get("state_dict", state).items()}
+            self.model.load_state_dict({match[0]: value for match, value in found.items() if match})
 
     def train(self, mode: bool = True) -> "LLM":
         self._for_training()
@@ -480,6 +524,9 @@ class LLM(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def _for_inference(self) -> None:
+        CacheLease(self.model).run(self._speed_up)
+
+    def _speed_up(self) -> None:
         self.model.eval()
         if self.model.layer_runner is None:
             speed_up_decode(self.model, self.compile_decode)
@@ -503,11 +550,43 @@ class Preprocessor:
         return self.tokenizer.decode(token_ids)
 
 
+def _as_prompts(prompt: Any) -> tuple[list[str | list[Message]], bool]:
+    """The prompts that `LLM.generate` was given, and whether they were several."""
+    given = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, str | Mapping) else prompt
+    several = isinstance(given, list) and not (given and all(isinstance(one, Mapping) for one in given))
+    prompts = [list(one) if isinstance(one, tuple) else one for one in (given if several else [given])]
+    if not prompts or any(isinstance(one, str | list) and not one for one in prompts):
+        raise ValueError("the prompt is empty: give some text")
+    for one in prompts:
+        messages = one if isinstance(one, list) else []
+        if not isinstance(one, str) and not (messages and all(isinstance(message, Mapping) for message in messages)):
+            raise ValueError(
+                'a prompt is a text or a list of messages, {"role": ..., "content": ...} each, or a list of such prompts; '
+                f"got {prompt if several and one is prompt else one!r:.80}"
+            )
+        for message in messages:
+            if not isinstance(message.get("role"), str) or "content" not in message:
+                raise ValueError(f'a message has a "role" and a "content", got {message!r:.80}')
+    return prompts, several
+
+
+def calculate_number_of_devices(devices: int | list[int] | None) -> int:
+    """How many devices a number or a list of them means (0: neither)."""
+    if isinstance(devices, int):
+        return devices
+    return len(devices) if isinstance(devices, list) else 0
+
+
 def benchmark_dict_to_markdown_table(data: dict[str, list[float]]) -> str:
     """The results of `LLM.benchmark` as a table: mean and standard deviation of each figure."""
-    lines = ["| Metric | Mean | Std Dev |", "|---|---|---|"]
+    rows = [("Metric", "Mean", "Std Dev")]
     for name, values in data.items():
         column = torch.tensor(values, dtype=torch.float64)
         spread = column.std().item() if len(values) > 1 else float("nan")
-        lines.append(f"| {name} | {column.mean().item():.2f} | {spread:.2f} |")
-    return "\n".join(lines)
+        rows.append((name, f"{column.mean().item():.2f}", f"{spread:.2f}"))
+    widths = (35, 27, 27)
+    lines = [
+        "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines) + "\n"

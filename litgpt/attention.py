@@ -324,7 +324,7 @@ class MultiHeadSelfAttention:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`attend` for T queries among N consecutive positions: by one kernel where that is there, else tile by tile."""
         T = consecutive.T
-        # few queries, as when guesses are checked, get to the last bit what they get one by one
+        # few queries, as when draft tokens are verified, get to the last bit what they get one by one
         if T > ops.MAX_QUERIES and not return_weights and self.is_plain() and query.shape[-1] != self.shared_key_size:
             keys, values = _together(k_and_v)
             if ops.can_attend_causally(query, keys, values, sinks):

@@ -1,10 +1,14 @@
 """What an architecture is: sizes and flags of a model as one dataclass, independent of torch."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from litgpt.settings import LARGEST, Settings, described, fits, read_json, read_yaml, shown
+
+# Called as `hook(x, block_idx, input_pos)`: a layer's input (B, T, E), its number, the position of the first token
+StartOfLayerHook = Callable[[Any, int, int | None], None]
 
 _CHOICES = {
     "norm_class_name": ("LayerNorm", "RMSNorm"),
@@ -12,7 +16,21 @@ _CHOICES = {
     "mlp_class_name": ("GptNeoxMLP", "LLaMAMLP", "GemmaMLP", "LLaMAMoE"),
     "gelu_approximate": ("none", "tanh"),
 }
-_POSITIVE = ("block_size", "n_layer", "n_embd", "n_head", "vocab_size", "padding_multiple")
+_MOST_LAYERS = 2000  # more are a mistake in a file, and would take minutes to build
+# Fields that may be 0 or negative; all other numbers are positive, where they are not None
+_MAY_BE_ZERO = (
+    "norm_eps",
+    "rotary_percentage",
+    "n_expert",
+    "n_expert_per_token",
+    "n_shared_expert",
+    "first_k_dense_replace",
+)
+_MAY_BE_NEGATIVE = ("embedding_multiplier", "residual_multiplier", "routed_scaling_factor")
+# Numbers, and lists of numbers, of `rope_adjustments`
+_ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+_ROPE_NUMBERS += ("mscale", "mscale_all_dim", "attention_factor")
+_ROPE_LISTS = ("short_factor", "long_factor")
 # Written to `model_config.yaml` only where the model's name, or the default, does not imply them: LitGPT 0.5.13 refuses
 # fields it does not know.
 _IMPLIED_BY_NAME = ("norm_unit_offset", "norm_affine")
@@ -61,14 +79,14 @@ class Config:
     head_size: int | None = None
     n_query_groups: int | None = None
     attn_bias: bool = False
-    attention_scores_scalar: int | None = None
+    attention_scores_scalar: float | None = None
     sliding_window_size: int | None = None
     sliding_window_indices: list[int] | None = None
     attention_logit_softcapping: float | None = None
     # rotary position embedding
-    rope_base: int = 10000
+    rope_base: float = 10000
     rotary_percentage: float = 0.25
-    rope_condense_ratio: int = 1
+    rope_condense_ratio: float = 1
     rope_adjustments: dict | None = None
     rope_interleave: bool = False
     # feed-forward
@@ -108,7 +126,7 @@ class Config:
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
     # `hook(x, block_idx, input_pos)`, the default of `GPT.set_start_of_layer_hook`; never written to a file
-    start_of_layer_hook: Callable | None = field(default=None, repr=False, compare=False)
+    start_of_layer_hook: StartOfLayerHook | None = field(default=None, repr=False, compare=False)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Config":
         unknown = [key for key in kwargs if key not in cls.__dataclass_fields__]
@@ -118,18 +136,26 @@ class Config:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        self.hf_config = dict(self.hf_config or {})
-        self.name = self.name or self.hf_config.get("name", "")
+        self.hf_config = {} if self.hf_config is None else self.hf_config
+        if not self.name and isinstance(self.hf_config, dict):
+            self.name = self.hf_config.get("name", "")
+        self.name = str(self.name)
+        self._check_types()
+        self.hf_config = dict(self.hf_config)
         self._derive()
         self._validate()
 
+    def _check_types(self) -> None:
+        """Every field is of its type and in a range that can be computed with, before anything is made of it."""
+        for f in fields(Config):
+            if f.name != "start_of_layer_hook" and (expected := unmet(f.name, getattr(self, f.name))) is not None:
+                self._require(f.name, False, expected)
+
     def _derive(self) -> None:
-        for key in _POSITIVE:
-            self._require(key, isinstance(getattr(self, key), int) and getattr(self, key) > 0, "a positive integer")
         if self.head_size is None:
             self._require("n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head = {self.n_head}")
             self.head_size = self.n_embd // self.n_head
-        if self.n_query_groups is None:
+        if self.n_query_groups is None or self.latent_attention is not None:  # whose heads share one latent vector
             self.n_query_groups = self.n_head
         if self.padded_vocab_size is None:
             self.padded_vocab_size = find_multiple(self.vocab_size, self.padding_multiple)
@@ -150,31 +176,29 @@ class Config:
             if getattr(self, key) is None:
                 setattr(self, key, self._implied(key))
         if self.latent_attention is not None:
-            self.q_lora_rank: int | None = self.latent_attention.get("q_lora_rank")  # None: queries are not compressed
+            sizes = self._section("latent_attention")
+            self.q_lora_rank: int | None = sizes.whole("q_lora_rank", None, null=True)  # None: queries not compressed
             for key in ("kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"):
-                self._require("latent_attention", key in self.latent_attention, f"a dict that has {key!r}")
-                setattr(self, key, self.latent_attention[key])
+                setattr(self, key, sizes.whole(key))
             self.qk_head_dim = self.qk_rope_head_dim + self.qk_nope_head_dim
             self.rope_n_elem = self.qk_rope_head_dim
 
     def _validate(self) -> None:
         for key, choices in _CHOICES.items():
             self._require(key, getattr(self, key) in choices, f"one of {', '.join(choices)}")
-        for key in ("head_size", "n_query_groups", "padded_vocab_size", "intermediate_size", "rope_condense_ratio"):
-            self._require(key, getattr(self, key) > 0, "positive")
         self._require("n_query_groups", self.n_head % self.n_query_groups == 0, f"a divisor of n_head = {self.n_head}")
-        self._require("rotary_percentage", 0 <= self.rotary_percentage <= 1, "between 0 and 1")
-        for key in ("sliding_window_size", "rope_base", "attention_scores_scalar", "moe_intermediate_size"):
-            self._require(key, getattr(self, key) is None or getattr(self, key) > 0, "positive")
+        self._require("rotary_percentage", self.rotary_percentage <= 1, "between 0 and 1")
+        if self.rope_adjustments is not None:
+            self._check_rope()
         if self.latent_attention is not None:
-            self._require("n_query_groups", self.n_query_groups == self.n_head, "n_head with latent attention")
             capped = self.attention_logit_softcapping is not None
             self._require("bias", not (self.bias and capped), "false with latent attention and soft-capping")
         post_norms = self.post_attention_norm or self.post_mlp_norm
         self._require("residual_multiplier", self.residual_multiplier == 1 or not post_norms, "1 with post norms")
         if self.mlp_class_name == "LLaMAMoE":
-            self._require("n_expert", self.n_expert > 0, "positive with LLaMAMoE")
-            self._require("n_expert_per_token", 0 < self.n_expert_per_token <= self.n_expert, "1 to n_expert")
+            if self.n_expert or self.first_k_dense_replace is None:  # else the first mixture that is built says so
+                self._require("n_expert", self.n_expert > 0, "positive with LLaMAMoE")
+                self._require("n_expert_per_token", 0 < self.n_expert_per_token <= self.n_expert, "1 to n_expert")
         else:
             self._require("first_k_dense_replace", self.first_k_dense_replace is None, "left out without LLaMAMoE")
         if self.n_expert_groups is not None:
@@ -186,9 +210,35 @@ class Config:
                 "n_topk_scores_per_group", scores is not None and scores <= self.n_expert // groups, "a group's size"
             )
 
+    def _check_rope(self) -> None:
+        """`rope_adjustments` hold what one kind of scaling needs, and nothing that is not understood."""
+        given = self._section("rope_adjustments")
+        if unknown := sorted(set(map(str, given)) - {"original_max_seq_len", "truncate", *_ROPE_NUMBERS, *_ROPE_LISTS}):
+            raise ValueError(f"{given.where}: {', '.join(unknown)} of rope_adjustments is not known")
+        given.number("factor", positive=True)
+        for key in _ROPE_NUMBERS:
+            given.number(key, None, positive=not key.startswith("mscale"), least=0, null=True)
+        given.flag("truncate", True)
+        for key in _ROPE_LISTS:
+            factors = given.value(key, list[float], None)
+            if factors is not None and (len(factors) != self.rope_n_elem // 2 or min(factors, default=1) <= 0):
+                raise given.error(key, f"must be {self.rope_n_elem // 2} positive numbers")
+        for group in (_ROPE_LISTS, ("beta_fast", "beta_slow"), ("low_freq_factor", "high_freq_factor")):
+            if any(given.is_set(key) for key in group):
+                for key in (*group, "original_max_seq_len"):
+                    given.value(key, object)
+        given.whole("original_max_seq_len", None, least=2, null=True)
+        if given.is_set("low_freq_factor") and not given.number("low_freq_factor") < given.number("high_freq_factor"):
+            raise given.error("high_freq_factor", "must be larger than low_freq_factor")
+        if given.is_set("beta_fast"):
+            self._require("rope_base", self.rope_base > 1, "above 1 with YaRN")
+
+    def _section(self, key: str) -> Settings:
+        return Settings({key: getattr(self, key)}, f"Model config {shown(self.name)}").section(key)
+
     def _require(self, key: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise ValueError(f"Model config {self.name!r}: {key} = {getattr(self, key)!r} must be {expected}")
+            raise ValueError(f"Model config {shown(self.name)}: {key} = {shown(getattr(self, key))} must be {expected}")
 
     def _implied(self, key: str) -> Any:
         if key == "norm_unit_offset":
@@ -241,7 +291,7 @@ class Config:
                     break
             else:
                 known = [*models, *(f"{m['hf_config']['org']}/{m['hf_config']['name']}" for m in models.values())]
-                raise ValueError(f"{name!r} is not a known model name{_did_you_mean(name, known)}")
+                raise ValueError(f"{name!r} is not a supported config name{_did_you_mean(name, known)}")
         return cls(**{**_plain(match), **kwargs})
 
     @classmethod
@@ -250,27 +300,25 @@ class Config:
         return cls(**{**{f.name: getattr(config, f.name) for f in fields(config)}, **kwargs})
 
     @classmethod
-    def from_hf(cls, hf: dict[str, Any], **kwargs: Any) -> "Config":
-        """The config that a Hugging Face `config.json`, given as a dict, describes.
+    def from_hf(cls, hf: dict[str, Any] | Settings | Path, **kwargs: Any) -> "Config":
+        """The config that a Hugging Face `config.json` describes: its values, or its path.
 
-        Raises `ValueError` for an architecture or a setting that is not supported.
+        Raises `ValueError` for an architecture or a setting that is not supported, and what is not of its type.
         """
         from litgpt.families import fields_from_hf
 
-        return cls(**{**fields_from_hf(hf, kwargs.pop("name", "")), **kwargs})
+        settings = Settings(read_json(hf), str(hf)) if isinstance(hf, Path) else hf
+        settings = settings if isinstance(settings, Settings) else Settings(settings)
+        fields = fields_from_hf(settings, kwargs.pop("name", ""))
+        try:
+            return cls(**{**fields, **kwargs})
+        except ValueError as error:
+            raise ValueError(f"{settings.where}: {error}") from None
 
     @classmethod
     def from_file(cls, path: str | Path, **kwargs: Any) -> "Config":
         """Reads a `model_config.yaml`."""
-        import yaml
-
-        with open(path, encoding="utf-8") as file:
-            try:
-                values = yaml.safe_load(file)
-            except yaml.YAMLError as error:
-                raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must hold the fields of a model config, found {type(values).__name__}")
+        values = read_yaml(path, "the fields of a model config")
         try:
             return cls(**{**values, **kwargs})
         except (TypeError, ValueError) as error:
@@ -283,24 +331,34 @@ class Config:
         if (config_path := path / "model_config.yaml").is_file():
             return cls.from_file(config_path, **kwargs)
         if (config_path := path / "config.json").is_file():
-            return cls.from_hf(read_json(config_path), **{"name": path.name, **kwargs})
+            return cls.from_hf(config_path, **{"name": path.resolve().name, **kwargs})
         try:
-            return cls.from_name(path.name, **kwargs)
+            return cls.from_name(path.resolve().name, **kwargs)
         except ValueError:
             raise FileNotFoundError(
                 f"{str(path)!r} holds neither model_config.yaml nor config.json, and its name is no known model's"
             ) from None
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads a JSON object from a file; anything else in it is a `ValueError` naming the file."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, found {type(values).__name__}")
-    return values
+def unmet(field: str, value: Any, null: bool = True) -> str | None:
+    """What a field of `Config` would have to be, where a value is not of its type or in its range; `None` where it is.
+
+    Without `null` also a field that may be left out has to be there.
+    """
+    kind = Config.__dataclass_fields__[field].type
+    if field.endswith("_indices"):
+        kind = list | None  # `check_indicator_and_length` tells more
+    if not fits(value, kind) or (value is None and not null):
+        return described(kind).removesuffix("" if null else " or null")
+    if not fits(value, float):
+        return None
+    if field in _MAY_BE_ZERO:
+        if value < 0:
+            return "at least 0"
+    elif field not in _MAY_BE_NEGATIVE and value <= 0:
+        return "positive"
+    most = _MOST_LAYERS if field == "n_layer" else LARGEST
+    return f"at most {most}" if value > most else None
 
 
 def find_multiple(n: int, k: int) -> int:
@@ -323,9 +381,9 @@ def check_indicator_and_length(
     if use_initial_part:
         params = params[:required_length]
     if len(params) != required_length:
-        raise ValueError(f"{name} = {params} must have {required_length} entries, one a layer")
-    if not set(params) <= {0, 1}:
-        raise ValueError(f"{name} = {params} must hold only 0 and 1")
+        raise ValueError(f"{name} = {shown(params)} must have {required_length} entries, one a layer")
+    if not all(flag in (0, 1) for flag in params):
+        raise ValueError(f"{name} = {shown(params)} must hold only 0 and 1")
     return params
 
 

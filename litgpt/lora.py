@@ -15,7 +15,12 @@ from torch import nn
 from litgpt.config import Config as BaseConfig
 from litgpt.model import GPT as BaseModel
 from litgpt.model import Block as Block
-from litgpt.runners.quantized_weights import QuantizedLinear
+from litgpt.model import CausalSelfAttention as BaseCausalSelfAttention
+from litgpt.runners.opaque_weights import OpaqueLayer
+from litgpt.settings import fits
+
+# From a layer's role (qkv, projection, mlp or head), inputs, outputs and itself to what takes its place
+Wrap = Callable[[str, int, int, nn.Module], nn.Module]
 
 
 @dataclass
@@ -38,7 +43,7 @@ class Config(BaseConfig):
     def _validate(self) -> None:
         super()._validate()
         self._require("lora_r", isinstance(self.lora_r, int) and self.lora_r >= 0, "a whole number, at least 0")
-        self._require("lora_alpha", isinstance(self.lora_alpha, int | float), "a number")
+        self._require("lora_alpha", fits(self.lora_alpha, float), "a finite number")
         proper = isinstance(self.lora_dropout, int | float) and 0 <= self.lora_dropout < 1
         self._require("lora_dropout", proper, "a number, at least 0 and below 1")
         if self.latent_attention is not None:
@@ -47,16 +52,9 @@ class Config(BaseConfig):
 
 
 class WrappedLinear(nn.Module):
-    """A linear layer, named `linear`, with what a method of fine-tuning adds to it. Loads the plain layer's weights too.
+    """A linear layer, named `linear`, with what a method of fine-tuning adds to it. Loads the plain layer's weights too."""
 
-    Args:
-        in_features: inputs.
-        out_features: outputs.
-        linear: the layer, which may be quantised (None: a new one, with the arguments `kwargs`).
-        dtype: of what is added (default: that of the layer's weight).
-    """
-
-    def __init__(
+    def _wrap(
         self,
         in_features: int,
         out_features: int,
@@ -64,7 +62,10 @@ class WrappedLinear(nn.Module):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__()
+        """Take over a layer, which may be quantised (None: a new one, with the arguments `kwargs`).
+
+        `dtype` is that of what is added (default: that of the layer's weight).
+        """
         self.linear = nn.Linear(in_features, out_features, dtype=dtype, **kwargs) if linear is None else linear
         self._form = {"dtype": dtype or self.linear.weight.dtype, "device": self.linear.weight.device}
 
@@ -78,15 +79,31 @@ class WrappedLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-class LoRALinear(WrappedLinear):
+class LoRALayer(nn.Module):
+    """What every layer with LoRA matrices has.
+
+    Args:
+        r: the rank; 0 leaves the layer as it is.
+        lora_alpha: the matrices' product counts lora_alpha / r times.
+        lora_dropout: probability with which an input of A is zero in training.
+    """
+
+    def __init__(self, r: int, lora_alpha: int, lora_dropout: float) -> None:
+        super().__init__()
+        if r < 0:
+            raise ValueError(f"the rank r must be at least 0, got {r}")
+        self.r, self.lora_alpha = r, lora_alpha
+        self.lora_dropout = nn.Dropout(lora_dropout)
+        self.merged = False
+
+
+class LoRALinear(LoRALayer, WrappedLinear):
     """A linear layer with LoRA matrices: W x + (alpha / r) B A dropout(x).
 
     Args:
         in_features: E.
         out_features: O.
-        r: the rank; 0 leaves the layer as it is.
-        lora_alpha: scales the product, see above.
-        lora_dropout: probability with which an input of A is zero in training.
+        r, lora_alpha, lora_dropout: as for `LoRALayer`.
         linear, kwargs: as for `WrappedLinear`.
     """
 
@@ -101,17 +118,15 @@ class LoRALinear(WrappedLinear):
         linear: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(in_features, out_features, linear, **kwargs)
-        self._add_matrices(r, in_features, out_features, r, lora_alpha, lora_dropout)
+        super().__init__(r, lora_alpha, lora_dropout)
+        self._wrap(in_features, out_features, linear, **kwargs)
+        self._add_matrices(r, in_features, out_features)
 
-    def _add_matrices(self, rows: int, in_features: int, out_features: int, r: int, alpha: int, dropout: float) -> None:
-        self.r, self.lora_alpha = r, alpha
-        self.lora_dropout = nn.Dropout(dropout)
-        self.merged = False
-        if r > 0:
-            self.scaling = alpha / r
+    def _add_matrices(self, rows: int, in_features: int, out_features: int) -> None:
+        if self.r > 0:
+            self.scaling = self.lora_alpha / self.r
             self.lora_A = self._new_parameter(rows, in_features)
-            self.lora_B = self._new_parameter(out_features, r)
+            self.lora_B = self._new_parameter(out_features, self.r)
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -147,9 +162,6 @@ class LoRALinear(WrappedLinear):
         return y + F.linear(F.linear(self.lora_dropout(x), self.lora_A), self.expanded_B()) * self.scaling
 
 
-LoRALayer = LoRALinear  # LitGPT's name for what all such layers are
-
-
 class LoRAQKVLinear(LoRALinear):
     """The layer of queries, keys and values, with matrices of their own for those of the three that are enabled.
 
@@ -180,28 +192,61 @@ class LoRAQKVLinear(LoRALinear):
         linear: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        super(LoRALinear, self).__init__(in_features, out_features, linear, **kwargs)
+        LoRALayer.__init__(self, r, lora_alpha, lora_dropout)
+        self._wrap(in_features, out_features, linear, **kwargs)
+        self.head_size, self.n_head, self.n_query_groups = head_size, n_head, n_query_groups
         self.enable_lora = (enable_lora,) * 3 if isinstance(enable_lora, bool) else tuple(enable_lora)
         if len(self.enable_lora) != 3:
             raise ValueError(f"enable_lora must have an entry for queries, keys and values, got {enable_lora}")
         self.part_sizes = [heads * head_size for heads in (n_head, n_query_groups, n_query_groups)]
-        parts = sum(self.enable_lora)
-        rows = sum(size for size, enabled in zip(self.part_sizes, self.enable_lora, strict=True) if enabled)
-        self._add_matrices(parts * r, in_features, rows, r if parts else 0, lora_alpha, lora_dropout)
+        self.r = r if any(self.enable_lora) else 0
+        self._add_matrices(sum(self.enable_lora) * r, in_features, sum(self.qkv_shapes))
+
+    @property
+    def qkv_shapes(self) -> list[int]:
+        """Rows of the parts that have matrices."""
+        return [size for size, enabled in zip(self.part_sizes, self.enable_lora, strict=True) if enabled]
+
+    @property
+    def lora_ind(self) -> torch.Tensor:
+        """Rows of the weight that have matrices: their numbers in order."""
+        parts = torch.arange(sum(self.part_sizes), device=self.linear.weight.device).split(self.part_sizes)
+        return torch.cat([part for part, enabled in zip(parts, self.enable_lora, strict=True) if enabled])
 
     def expanded_B(self) -> torch.Tensor:
         """The parts of B (O, n * r), each in its own rows and in the columns of its own A; zero elsewhere."""
         flags = list(zip(self.part_sizes, self.enable_lora, strict=True))
-        parts = iter(self.lora_B.split([size for size, enabled in flags if enabled]))
+        parts = iter(self.lora_B.split(self.qkv_shapes))
         return torch.block_diag(*(next(parts) if on else self.lora_B.new_empty(size, 0) for size, on in flags))
+
+    def zero_pad(self, x: torch.Tensor) -> torch.Tensor:
+        """Values (..., enabled rows) of the rows that have matrices as (..., O), with zeros for the others."""
+        return x.new_zeros(*x.shape[:-1], sum(self.part_sizes)).index_copy_(-1, self.lora_ind, x)
+
+    def conv1d(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The product of every part's own r channels of the input (B, n * r, T) and its rows of a weight shaped as B,
+        (enabled rows, r, 1): (B, enabled rows, T)."""
+        parts = zip(input.chunk(sum(self.enable_lora), dim=1), weight.split(self.qkv_shapes), strict=True)
+        return torch.cat([F.conv1d(channels, rows) for channels, rows in parts], dim=1)
+
+
+class CausalSelfAttention(BaseCausalSelfAttention):
+    """Attention whose linear layers have LoRA matrices."""
+
+    def __init__(self, config: Config, block_idx: int) -> None:
+        super().__init__(config, block_idx)
+        wrap_attention(self, _wrapper(config))
 
 
 class GPT(BaseModel):
     """A GPT with LoRA matrices."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: Config, **mha_kwargs: Any) -> None:
+        super().__init__(config, **mha_kwargs)
         add_lora(self, config)
+        for block in self.transformer.h:
+            if type(block.attn) is BaseCausalSelfAttention:
+                block.attn.__class__ = CausalSelfAttention
 
     @classmethod
     def from_name(cls, name: str, **kwargs: object) -> "GPT":
@@ -216,9 +261,15 @@ class GPT(BaseModel):
 def add_lora(model: BaseModel, config: Config) -> None:
     """Wrap the linear layers of `model`, in place, as `config` says. Layers without matrices are wrapped too, by which all
     have the names that checkpoints of LoRA models have; `unwrap_lora` undoes it."""
+    wrap_linears(model, _wrapper(config, model.dtype))
+    model.train(model.training)  # new layers with dropout too
+
+
+def _wrapper(config: Config, dtype: torch.dtype | None = None) -> Wrap:
+    """What gives a layer its matrices, for `wrap_linears`."""
     heads = (config.head_size, config.n_head, config.n_query_groups)
     enabled = (config.lora_query, config.lora_key, config.lora_value)
-    settings = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout, "dtype": model.dtype}
+    settings = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout, "dtype": dtype}
 
     def wrap(role: str, in_features: int, out_features: int, layer: nn.Module) -> LoRALinear:
         sizes = (in_features, out_features)
@@ -226,25 +277,40 @@ def add_lora(model: BaseModel, config: Config) -> None:
             return LoRAQKVLinear(*sizes, *heads, config.lora_r, enable_lora=enabled, linear=layer, **settings)
         return LoRALinear(*sizes, config.lora_r if getattr(config, f"lora_{role}") else 0, linear=layer, **settings)
 
-    wrap_linears(model, wrap)
-    model.train(model.training)  # new layers with dropout too
+    return wrap
 
 
-def wrap_linears(model: BaseModel, wrap: Callable[[str, int, int, nn.Module], nn.Module]) -> None:
+def create_lora_linear(
+    config: Config, in_size: int, out_size: int, bias: bool | None = None, use_r: bool | None = None
+) -> LoRALinear:
+    """A new linear layer with the matrices that `config` gives to those of the MLP, or that `use_r` asks for."""
+    r = config.lora_r if (config.lora_mlp if use_r is None else use_r) else 0
+    bias = config.bias if bias is None else bias
+    return LoRALinear(in_size, out_size, r, config.lora_alpha, config.lora_dropout, bias=bias)
+
+
+def wrap_linears(model: BaseModel, wrap: Wrap) -> None:
     """Put `wrap(role, in_features, out_features, layer)` in place of the linear layers of `model`, quantised ones too, where
     the role is qkv, projection, mlp or head. Those by which latent attention replaces `qkv` stay."""
     E, V = model.config.n_embd, model.config.padded_vocab_size
     model.lm_head = wrap("head", E, V, model.lm_head)
     for block in model.transformer.h:
-        places = [(block.attn, "proj", "projection")]
-        if model.config.latent_attention is None:
-            places.append((block.attn, "qkv", "qkv"))
-        for parent in block.mlp.modules():
-            names = [name for name, child in parent.named_children() if isinstance(child, (nn.Linear, QuantizedLinear))]
-            places += [(parent, name, "mlp") for name in names]
-        for parent, name, role in places:
-            layer = getattr(parent, name)
-            setattr(parent, name, wrap(role, layer.in_features, layer.out_features, layer))
+        wrap_attention(block.attn, wrap)
+        for parent in list(block.mlp.modules()):
+            _wrap_children(parent, "mlp", wrap)
+
+
+def wrap_attention(attention: nn.Module, wrap: Wrap) -> None:
+    """`wrap_linears` for the layers of an attention."""
+    attention.proj = wrap("projection", attention.proj.in_features, attention.proj.out_features, attention.proj)
+    if isinstance(attention, BaseCausalSelfAttention):
+        attention.qkv = wrap("qkv", attention.qkv.in_features, attention.qkv.out_features, attention.qkv)
+
+
+def _wrap_children(parent: nn.Module, role: str, wrap: Wrap) -> None:
+    for name, child in list(parent.named_children()):
+        if isinstance(child, (nn.Linear, OpaqueLayer)):
+            setattr(parent, name, wrap(role, child.in_features, child.out_features, child))
 
 
 def unwrap_lora(model: BaseModel) -> None:

@@ -9,14 +9,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
+<<<<<<< HEAD
 from typing import TYPE_CHECKING, NamedTuple
+=======
+from typing import TYPE_CHECKING, Any
+>>>>>>> main
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention, do_softcapping
-from litgpt.config import Config
+from litgpt.config import Config, StartOfLayerHook
+from litgpt.indexing import batched_index_copy_ as batched_index_copy_
+from litgpt.indexing import batched_index_select as batched_index_select
 from litgpt.kernels import ops
 from litgpt.kvcache import DenseKVCache, KVCache, KVCacheParams, LastRecentlyInsertedKVCache
 from litgpt.kvcache.plan import Plan, read_bucket
@@ -28,8 +34,6 @@ from litgpt.rope import yarn_get_mscale as yarn_get_mscale
 
 if TYPE_CHECKING:
     from litgpt.runners.runner import LayerRunner
-
-StartOfLayerHook = Callable[[torch.Tensor, int, int | None], None]
 
 WINDOW_SLACK = 64  # slots that a sliding-window layer's default cache has beyond its window: `crop` is exact within it
 
@@ -60,7 +64,8 @@ class GPT(nn.Module):
         None  # how the weights are quantised, if they are: `litgpt.runners.quantized_weights` sets it
     )
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, **mha_kwargs: Any) -> None:
+        """`mha_kwargs` are arguments of `MultiHeadSelfAttention`, for layers and default caches."""
         super().__init__()
         self.config = config
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=config.lm_head_bias)
@@ -71,6 +76,9 @@ class GPT(nn.Module):
                 "ln_f": config.norm_class(config.n_embd, eps=config.norm_eps),
             }
         )
+        self.mha = MultiHeadSelfAttention(config, **mha_kwargs)
+        for block in self.transformer.h:
+            block.attn.mha = self.mha
         self._max_seq_length = config.block_size
         self.register_buffer("cos", torch.empty(0, config.rope_n_elem), persistent=False)
         self.register_buffer("sin", torch.empty(0, config.rope_n_elem), persistent=False)
@@ -164,7 +172,9 @@ class GPT(nn.Module):
         else:
             sizes = [T] * B if row_sizes is None else row_sizes
             output_tokens = [end - 1 for end in accumulate(sizes)] if last_token_only and T > 1 else None
-            x = self._run_with_caches(idx, _first_position(input_pos), rows, row_sizes, output_tokens)
+            x = self._run_with_caches(
+                idx, _first_position(input_pos, self.next_token_pos), rows, row_sizes, output_tokens
+            )
         if skip_lm_head:
             return x
         if lm_head_chunk_size > 0:
@@ -263,7 +273,7 @@ class GPT(nn.Module):
             cache.commit(plan)
         return x
 
-    def agree(self, tokens: list[int]) -> list[int]:
+    def broadcast_tokens(self, tokens: list[int]) -> list[int]:
         """Drawn tokens, as all processes that share this model are to go on with them: here there is only one."""
         return tokens
 
@@ -350,7 +360,12 @@ class GPT(nn.Module):
         cos, sin = self.cos.to(self.dtype), self.sin.to(self.dtype)
         if cos.ndim == 2:
             cos, sin = cos.unsqueeze(-1), sin.unsqueeze(-1)
-        left, right = sin.chunk(2, dim=1)
+        n = self.config.rope_n_elem
+        if (
+            n == 1
+        ):  # LitGPT and transformers make two equal elements of it, which add twice to the product of query and key
+            cos, sin = cos[:, :1] * 2**0.5, sin[:, :1] * 2**0.5
+        left, right = sin.split((n - n // 2, n // 2), dim=1)
         sin = torch.cat((-left, right), dim=1)
         return [(c.contiguous(), s.contiguous()) for c, s in zip(cos.unbind(-1), sin.unbind(-1), strict=True)]
 
@@ -443,10 +458,14 @@ class GPT(nn.Module):
                 block.attn.kv_cache = None
             self.default_kv_caches = False
 
+    def layer_caches(self) -> LayerCaches:
+        """The model's caches, with all that is known of what is in them."""
+        return LayerCaches(self.kv_caches(), self.default_kv_caches, self._expected_length, self._long_rope)
+
     def exchange_kv_caches(self, others: LayerCaches) -> LayerCaches:
         """Put other caches, with all that is known of what is in them, in the place of the model's own, which are given
         back. So sequences that are kept in caches of their own take turns on one model."""
-        own = LayerCaches(self.kv_caches(), self.default_kv_caches, self._expected_length, self._long_rope)
+        own = self.layer_caches()
         for block, cache in zip(self.transformer.h, others.caches or [None] * self.config.n_layer, strict=True):
             block.attn.kv_cache = cache
         self.default_kv_caches = others.default
@@ -492,10 +511,12 @@ class GPT(nn.Module):
         self,
         batch_size: int,
         max_seq_length: int | None = None,
+        rope_cache_length: int | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """`set_kv_caches` by LitGPT's name. Caches are on the model's device: `device` is not needed."""
+        """`set_kv_caches` by LitGPT's name. Caches are on the model's device: `device` is not needed, nor is
+        `rope_cache_length`."""
         self.set_kv_caches(batch_size, dtype=dtype, max_seq_length=max_seq_length)
 
     def clear_kv_cache(self) -> None:
@@ -734,6 +755,7 @@ class GptNeoxMLP(nn.Module):
         self.fc = nn.Linear(config.n_embd, size, bias=config.bias)
         self.proj = nn.Linear(size, config.n_embd, bias=config.bias)
         self.gelu_approximate = config.gelu_approximate
+        self.config = config
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj(F.gelu(self.fc(x), approximate=self.gelu_approximate))
@@ -751,6 +773,7 @@ class LLaMAMLP(nn.Module):
         self.fc_2 = nn.Linear(config.n_embd, size, bias=config.bias)
         self.proj = nn.Linear(size, config.n_embd, bias=config.bias)
         self.gelu_approximate = config.gelu_approximate
+        self.config = config
 
     def gated(self, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return F.silu(gate) * x
@@ -791,6 +814,11 @@ class LLaMAMoE(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
+        if not 0 < config.n_expert_per_token <= config.n_expert:
+            raise ValueError(
+                f"a mixture of n_expert = {config.n_expert} experts, of which n_expert_per_token = "
+                f"{config.n_expert_per_token} are used, cannot be built"
+            )
         size = config.moe_intermediate_size or config.intermediate_size
         if config.n_expert_groups:
             self.gate = GroupedTopkRouter(config)
@@ -855,12 +883,19 @@ class RMSNorm(nn.Module):
         nn.init.constant_(self.weight, 0.0 if self.add_unit_offset else 1.0)
 
 
-def _first_position(input_pos: int | torch.Tensor) -> int:
+def _first_position(input_pos: int | torch.Tensor, next_token_pos: int) -> int:
     """The int that `input_pos` stands for; LitGPT's scripts give a tensor of consecutive positions."""
     if not isinstance(input_pos, torch.Tensor):
         if input_pos < 0:
             raise ValueError(f"input_pos must be None or at least 0, got {input_pos}")
         return int(input_pos)
+    if torch.compiler.is_compiling():  # which must not read a tensor: what LitGPT's scripts mean is asserted
+        first = next_token_pos if input_pos.numel() == 1 else 0
+        torch._assert_async(
+            input_pos.reshape(-1)[0] == first,
+            "with a tensor input_pos, a compiled model starts a sequence or adds one token to it: give an int instead",
+        )
+        return first
     positions = input_pos.reshape(-1).tolist()
     if not positions or positions != list(range(positions[0], positions[0] + len(positions))):
         raise ValueError(f"input_pos must hold consecutive positions, got {positions[:8]}")

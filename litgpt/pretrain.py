@@ -12,10 +12,10 @@ from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model
 from litgpt.checkpoint.open import open_checkpoint
-from litgpt.config import Config
+from litgpt.config import Config, name_to_config
 from litgpt.data import DataModule
 from litgpt.model import GPT, CausalSelfAttention
-from litgpt.moe import Experts
+from litgpt.moe import GroupedTopkRouter
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.finetuning import tie
 from litgpt.train.methods import METHODS
@@ -76,7 +76,7 @@ def setup(
     """
     arguments = dict(locals())
     if model_name == "list":
-        print("\n".join(Config.names()))
+        print("\n".join(name_to_config))
         return
     config = model_config or _config(model_name)
     if initial_checkpoint_dir is not None and resume:
@@ -140,9 +140,8 @@ def initialize_weights(fabric: Any, model: GPT, n_layer: int, n_embd: int) -> No
             nn.init.normal_(module.weight, std=usual)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, Experts):
-            for parameter in module.parameters():
-                nn.init.normal_(parameter, std=usual)
+        elif isinstance(module, GroupedTopkRouter):
+            nn.init.normal_(module.weight, std=usual)
     for block in model.transformer.h:
         if isinstance(block.attn, CausalSelfAttention):
             nn.init.normal_(block.attn.proj.weight, std=residual)

@@ -312,7 +312,7 @@ def style_for(checkpoint: str | Path, tokenizer: "Tokenizer | None", config: "Co
         return load_prompt_style(path)
     if getattr(tokenizer, "chat_template", None):
         return ChatTemplate.from_tokenizer(tokenizer)
-    return PromptStyle.from_config(config) if config is not None else model_name_to_prompt_style(path.name)
+    return PromptStyle.from_config(config) if config is not None else model_name_to_prompt_style(path.resolve().name)
 
 
 def all_stop_tokens(tokenizer: "Tokenizer", style: PromptStyle) -> tuple[list[int], ...]:

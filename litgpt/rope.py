@@ -22,16 +22,22 @@ def rotate(x: torch.Tensor, rope: Rope | None, interleave: bool = False) -> torc
     head = x if n == x.shape[-1] else x[..., :n]
     if interleave:
         head = head.unflatten(-1, (-1, 2)).mT.flatten(-2)
-    turned = torch.addcmul(head * rope[0], head.roll(n // 2, -1), rope[1])
+    turned = torch.addcmul(head * rope[0], head.roll(-(n // 2), -1), rope[1])
     return turned if n == x.shape[-1] else torch.cat((turned, x[..., n:]), dim=-1)
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate x (B, heads, T, n) by the angles whose cosines and sines are `cos`, `sin` (T, n) or (B, T, n)."""
+    """Rotate x (B, ..., T, n) by the angles whose cosines and sines are `cos`, `sin` (T, n) or (B, T, n).
+
+    A single element comes back as two equal ones, for which `build_rope_cache` has two columns.
+    """
+    if cos.shape != sin.shape:
+        raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} must have the same shape")
     if cos.ndim == 3:
-        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    left, right = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-right, left), dim=-1) * sin).to(x.dtype)
+        batch = (-1, *[1] * (x.ndim - 3), *cos.shape[1:])
+        cos, sin = cos.view(batch), sin.view(batch)
+    half = x.shape[-1] // 2
+    return (x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin).to(x.dtype)
 
 
 def apply_rope_interleave(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -68,7 +74,7 @@ def build_rope_cache(
 
     Returns:
         Cosines and sines, (seq_len, n_elem) or, with a second base, (seq_len, n_elem, 2), float32. YaRN and LongRoPE
-        multiply them by their attention factor.
+        multiply them by their attention factor. A single element has two equal columns, as in LitGPT and `transformers`.
     """
     exponents = torch.arange(0, n_elem, 2, device=device).float() / max(n_elem, 1)
     theta = 1.0 / base**exponents
@@ -83,6 +89,8 @@ def build_rope_cache(
     positions = torch.arange(seq_len, device=device).float() / condense_ratio
     angles = positions.view(-1, *[1] * theta.ndim) * theta
     angles = torch.cat((angles, angles), dim=1)
+    if n_elem > 1:
+        angles = angles[:, :n_elem]  # of an odd number, the last one's partner is left out
     return angles.cos() * scale, angles.sin() * scale
 
 

@@ -4,14 +4,14 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from litgpt.config import read_json
+from litgpt.settings import read_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -29,17 +29,18 @@ class Tokenizer:
     when the post-processor of `tokenizer.json` does it.
 
     Attributes: `bos_id`, `eos_id` (`None` where there is none), `eos_ids` (every id that ends a text), `use_bos`,
-    `chat_template` (a Jinja template or `None`), `backend` ("huggingface" or "sentencepiece"), `processor` (the
+    `special_tokens` (name, such as "pad_token" -> text, as templates use them), `chat_template` (a Jinja template or
+    `None`), `backend` ("huggingface" or "sentencepiece"), `processor` (the
     library's object).
 
-    Raises `FileNotFoundError` when the folder or the files are missing, `ValueError` when they cannot be read, and
+    Raises `NotADirectoryError` or `FileNotFoundError` when the folder or the files are missing, `ValueError` when they cannot be read, and
     `ImportError` when `tokenizer.model` needs the `sentencepiece` package.
     """
 
     def __init__(self, checkpoint_dir: Path | str) -> None:
         folder = Path(checkpoint_dir)
         if not folder.is_dir():
-            raise FileNotFoundError(f"No tokenizer: {str(folder)!r} is not a folder")
+            raise NotADirectoryError(f"No tokenizer: {str(folder)!r} is not a folder")
         if (path := folder / "tokenizer.json").is_file():
             self._backend: _HuggingFace | _SentencePiece = _HuggingFace.from_file(path)
         elif (path := folder / "tokenizer.model").is_file():
@@ -55,6 +56,7 @@ class Tokenizer:
         self.eos_id: int | None = next(iter(self.eos_ids), None)
         self.use_bos = self.check_if_bos_token_used(folder)
         self.chat_template: str | None = _read_chat_template(folder, self._config)
+        self.special_tokens = _read_special_tokens(folder, self._config)
 
     @classmethod
     def from_tokenizers(
@@ -66,6 +68,7 @@ class Tokenizer:
         use_bos: bool,
         chat_template: str | None = None,
         eos_ids: Iterable[int] = (),
+        special_tokens: Mapping[str, str] | None = None,
     ) -> "Tokenizer":
         """Wraps a tokenizer that exists in memory, for example one built from a GGUF file."""
         self = cls.__new__(cls)
@@ -73,6 +76,7 @@ class Tokenizer:
         self._config = {}
         self.bos_id, self.eos_id, self.use_bos, self.chat_template = bos_id, eos_id, use_bos, chat_template
         self.eos_ids = tuple(dict.fromkeys([*_ids(eos_id), *eos_ids]))
+        self.special_tokens = dict(special_tokens or {})
         return self
 
     @property
@@ -171,23 +175,40 @@ class Tokenizer:
         remains incomplete at the end as U+FFFD.
         """
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        head_ids: list[int] = []
-        head: bytes | None = b""  # leading spaces: decoders drop some of them at the start of a text; None once past
+        head: list[int] | None = []  # the first tokens, up to one that is more than spaces; None once past
+        held = b""  # what follows a token unless it is the last
         for tokens in token_stream:
-            ids = _to_list(tokens)
-            data = b"".join(map(self._backend.piece, ids))
-            if head is not None:
-                head_ids += ids
-                head += data
-                if not head.strip(b" "):
-                    continue
-                dropped = _leading_spaces(head) - _leading_spaces(self._backend.decode(head_ids).encode())
-                data, head = head[max(dropped, 0) :], None
+            data = b""
+            for token_id in _to_list(tokens):
+                piece = self._backend.piece(token_id)
+                if head is not None:
+                    head.append(token_id)
+                    if not piece.strip(b" "):
+                        continue
+                    piece, head = self._first_piece(head), None
+                if piece:
+                    inner = piece.removesuffix(self._backend.separator)
+                    data, held = data + held + inner, piece[len(inner) :]
             if text := utf8.decode(data):
                 yield text
-        rest = utf8.decode(b"", final=True) if head is None else self._backend.decode(head_ids)
+        rest = utf8.decode(b"", final=True) if head is None else self._backend.decode(head)
         if rest:
             yield rest
+
+    def _first_piece(self, ids: list[int]) -> bytes:
+        """What `ids`, of which only the last is more than spaces, begin a text with: decoders treat its start in a way of
+        their own, and drop spaces there."""
+        text = self._backend.decode(ids)
+        if "\ufffd" not in text:
+            return text.encode() + self._backend.separator * self._backend.piece(ids[-1]).endswith(
+                self._backend.separator
+            )
+        # a byte of a longer character: what is dropped shows with an ordinary token in its place
+        visible = self._backend.visible_id
+        shown = self._backend.decode([*ids[:-1], visible]).encode()
+        spaces, last = (b"".join(map(self._backend.piece, part)) for part in (ids[:-1], ids[-1:]))
+        dropped = _leading_spaces(spaces + self._backend.piece(visible)) - _leading_spaces(shown)
+        return (spaces + last)[max(dropped, 0) :]
 
     def save(self, folder: Path | str) -> None:
         """Writes the tokenizer so that `Tokenizer(folder)` and `transformers.AutoTokenizer` read the same one.
@@ -202,6 +223,7 @@ class Tokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast" if self.backend == "huggingface" else "LlamaTokenizer",
             "clean_up_tokenization_spaces": False,
             **self._config,
+            **self.special_tokens,
             "bos_token": self.bos_token,
             "eos_token": self.eos_token,
             "add_bos_token": self.use_bos,
@@ -238,15 +260,19 @@ class _HuggingFace:
         self.processor = processor
         self.vocab_size: int = processor.get_vocab_size(with_added_tokens=False)
         self._special = {i for i, token in processor.get_added_tokens_decoder().items() if token.special}
-        decoder = b"" if processor.decoder is None else bytes(processor.decoder.__getstate__())
-        self._byte_level = b'"ByteLevel"' in decoder
-        self._byte_fallback = b'"ByteFallback"' in decoder
+        decoder = {} if processor.decoder is None else json.loads(processor.decoder.__getstate__())
+        steps = {step["type"]: step for step in decoder.get("decoders", [decoder]) if step}
+        self._byte_level = "ByteLevel" in steps
+        self._byte_fallback = "ByteFallback" in steps
+        self._suffix: str = steps.get("BPEDecoder", {}).get("suffix", "")
+        self.separator = b" " if self._suffix else b""  # after a word, where another one follows
         self._pieces: dict[int, bytes] = {}
 
     @classmethod
     def from_file(cls, path: Path) -> "_HuggingFace":
         from tokenizers import Tokenizer as Processor
 
+        _refuse_lfs_pointer(path)
         try:
             return cls(Processor.from_file(str(path)))
         except Exception as error:  # the library raises bare `Exception`
@@ -289,8 +315,15 @@ class _HuggingFace:
             return token.encode()
         if self._byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
             return bytes.fromhex(match[1])
+        if self._suffix:
+            return token.replace(self._suffix, " ").encode()
         once, twice = self.decode([token_id]), self.decode([token_id, token_id])
         return twice[len(once) :].encode()
+
+    @cached_property
+    def visible_id(self) -> int:
+        """A token that is an ordinary character wherever it stands."""
+        return next(i for i in range(self.processor.get_vocab_size()) if self.piece(i).strip(b" ").isalnum())
 
 
 class _SentencePiece:
@@ -298,6 +331,7 @@ class _SentencePiece:
 
     name = "sentencepiece"
     filename = "tokenizer.model"
+    separator = b""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -314,6 +348,7 @@ class _SentencePiece:
             raise ImportError(
                 f"{path} is a SentencePiece model: reading it needs `pip install 'litgpt[sentencepiece]'`"
             ) from None
+        _refuse_lfs_pointer(path)
         try:
             return cls(SentencePieceProcessor(model_file=str(path)))
         except (RuntimeError, OSError) as error:
@@ -356,6 +391,17 @@ class _SentencePiece:
             return self.processor.decode([token_id]).encode()
         return token.replace("\u2581", " ").encode()
 
+    @cached_property
+    def visible_id(self) -> int:
+        """A token that is an ordinary character wherever it stands."""
+        return next(i for i in range(self.vocab_size) if self.piece(i).strip(b" ").isalnum())
+
+
+def _refuse_lfs_pointer(path: Path) -> None:
+    from litgpt.checkpoint.files import refuse_lfs_pointer
+
+    refuse_lfs_pointer(path)
+
 
 def _byte_of_char() -> dict[str, int]:
     """The alphabet of byte-level BPE: printable Latin-1 bytes stand for themselves, the others follow from U+0100."""
@@ -383,7 +429,7 @@ def _ids(value: Any) -> list[int]:
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    return read_json(path, repair=path.name == "generation_config.json") if path.is_file() else {}
 
 
 def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
@@ -395,6 +441,20 @@ def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
         named = {entry.get("name"): entry.get("template") for entry in template}
         template = named.get("default", next(iter(named.values()), None))
     return template
+
+
+def _read_special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The texts of tokens with a name, `..._token`; of the two files that have them the newer one counts."""
+    tables = [config, config.get("extra_special_tokens"), config.get("model_specific_special_tokens")]
+    if "added_tokens_decoder" not in config:
+        tables.append(_read_optional(folder / "special_tokens_map.json"))
+    found: dict[str, str] = {}
+    for table in tables:
+        for name, token in table.items() if isinstance(table, dict) else ():
+            text = token.get("content") if isinstance(token, dict) else token
+            if name.endswith("_token") and isinstance(text, str):
+                found.setdefault(name, text)
+    return found
 
 
 def _json(values: dict[str, Any]) -> bytes:

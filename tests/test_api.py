@@ -1,8 +1,14 @@
+import inspect
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from tiny import CHAT_TEMPLATE, VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
-from litgpt.api import LLM, Preprocessor, benchmark_dict_to_markdown_table
+from litgpt.api import LLM, Preprocessor, benchmark_dict_to_markdown_table, calculate_number_of_devices
+from litgpt.engine.loading import choose_kv_caches
 from litgpt.prompts import ChatTemplate
 from litgpt.runners.packed_weights import PackedLinear
 
@@ -90,7 +96,7 @@ def test_cache_policy_and_length_are_arguments_and_leave_no_trace(llm):
     long_enough = llm.generate("Hello", kv_cache="lastrec", cache_length=64, **args)
     assert long_enough.equal(dense)
     assert not llm.generate("Hello", kv_cache="lastrec", cache_length=8, **args).equal(dense)
-    assert llm.model.get_kv_cache_params(0).cache_length == 8
+    assert llm.model.get_kv_cache_params(0).cache_length > 20  # the default ones, which the model got back
     assert llm.generate("Hello", **args).equal(dense)
     assert llm.generate(["Hello"] * 3, **args)[2].equal(dense)
 
@@ -144,7 +150,7 @@ def test_benchmark_measures_and_is_a_table(llm):
     assert len(results["Seconds total"]) == 2
     for first, total in zip(results["Seconds to first token"], results["Seconds total"], strict=True):
         assert 0 < first <= total
-    assert "| Inference speed in tokens/sec |" in benchmark_dict_to_markdown_table(results)
+    assert "\n| Inference speed in tokens/sec       |" in benchmark_dict_to_markdown_table(results)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +173,274 @@ def test_what_cannot_work_is_refused(llm, kwargs, message):
         llm.generate(**{"prompt": "Hello", **kwargs})
 
 
-def test_an_unplaced_model_says_what_to_do(llm):
-    llm.placed = False
-    with pytest.raises(ValueError, match=r"distribute\(\)"):
-        llm.generate("Hello")
+def test_without_distribute_it_generates_as_it_was_loaded(llm, tmp_path):
+    args = {"max_new_tokens": 8, "temperature": 0}
+    llm.save(tmp_path)
+    assert LLM.load(tmp_path, distribute=None).generate("Hello", **args) == llm.generate("Hello", **args)
+    with pytest.raises(ValueError, match="out_dir"):
+        llm.save()
+
+
+# -- caches
+
+
+@pytest.mark.parametrize("kind", ["dense", "lastrec"])
+def test_assigned_caches_are_used_and_stay_assigned(llm, kind):
+    args = {"max_new_tokens": 20, "temperature": 0.0, "return_as_token_ids": True}
+    named = llm.generate("Hello", kv_cache=kind, cache_length=100 if kind == "dense" else 9, **args)
+    llm.model.clear_kv_caches(assigned=True)
+    caches = some_caches(llm.model, kind, 100 if kind == "dense" else 9)
+    llm.model.assign_kv_caches(caches)
+    for generate in (llm.generate, lambda *x, **y: torch.cat(list(llm.generate(*x, stream=True, **y)))):
+        assert generate("Hello", **args).equal(named)
+        assert llm.model.kv_caches() == caches
+        assert caches[0].next_token_pos >= len(llm._text_to_token_ids("Hello")) + len(named) - 1
+        for cache in caches:
+            cache.clear()
+    other = llm.generate("Hello", kv_cache="dense", **args)
+    assert other.equal(llm.generate("Hello", kv_cache="dense", cache_length=60, **args))
+    session = llm.session()
+    list(session.generate([1, 2, 3], 5))
+    assert llm.model.kv_caches() == caches
+    assert not any(cache.next_token_pos for cache in caches)
+    with pytest.raises(ValueError, match="2 sequences at once.*batch_size=1"):
+        llm.generate(["a", "b"])
+
+
+def some_caches(model, kind, length):
+    """Caches that a user makes."""
+    spare = tiny_gpt(**VOCABULARY)
+    choose_kv_caches(spare, kind, length)
+    return spare.kv_caches()
+
+
+SETTINGS = [
+    {"temperature": 0.0},
+    {"temperature": 1.2, "seed": 3, "kv_cache": "lastrec", "cache_length": 12},
+    {"temperature": 0.0, "prompt_lookup": 4},
+    {"temperature": 0.9, "seed": 5, "kv_cache": "dense", "cache_length": 90},
+]
+
+
+def test_streams_that_are_read_in_turn_give_the_texts_of_streams_read_alone(llm):
+    prompts = ["Hello", "A longer question?", "abcabcabc", "x"]
+    calls = list(zip(prompts, SETTINGS, strict=True))
+    alone = [llm.generate(prompt, max_new_tokens=15, **args) for prompt, args in calls]
+    streams = [llm.generate(prompt, max_new_tokens=15, stream=True, **args) for prompt, args in calls]
+    left = llm.generate("never read to its end", max_new_tokens=15, stream=True)
+    next(left)
+    texts, running = [""] * 4, set(range(4))
+    session = llm.session()
+    tokens = llm._text_to_token_ids("Hello").tolist()
+    said = session.generate(tokens, 15, temperature=0)
+    expected_session = llm.generate("Hello", max_new_tokens=15, temperature=0, return_as_token_ids=True).tolist()
+    from_session = []
+    while running:
+        from_session += [token for _, token in zip(range(1), said, strict=False)]
+        assert llm.generate(prompts[1], max_new_tokens=15, **SETTINGS[1]) == alone[1]  # another call between
+        for i in list(running):
+            piece = next(streams[i], None)
+            if piece is None:
+                running.remove(i)
+            else:
+                texts[i] += piece
+    assert texts == alone
+    assert from_session[: len(expected_session)] == expected_session[: len(from_session)]
+    left.close()
+    assert len(llm.model.kv_caches()) == 2  # one set of default caches, whoever brought them back
+
+
+def test_threads_get_their_own_texts(llm):
+    calls = [(prompt, args) for prompt in ("Hello", "What?", "abcabc") for args in SETTINGS]
+    alone = [llm.generate(prompt, max_new_tokens=12, **args) for prompt, args in calls]
+
+    def run(i):
+        prompt, args = calls[i]
+        if i % 2:
+            return "".join(llm.generate(prompt, max_new_tokens=12, stream=True, **args))
+        return llm.generate(prompt, max_new_tokens=12, **args)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(run, range(len(calls)))) == alone
+
+
+def test_of_two_streams_on_assigned_caches_the_earlier_one_says_that_it_was_overtaken(llm):
+    llm.model.assign_kv_caches(some_caches(llm.model, "dense", 100))
+    first = llm.generate("Hello", max_new_tokens=9, temperature=0, stream=True, return_as_token_ids=True)
+    next(first)
+    second = llm.generate("What?", max_new_tokens=9, temperature=0, stream=True, return_as_token_ids=True)
+    assert torch.cat(list(second)).tolist() == expected(llm, "What?", 9)
+    with pytest.raises(ValueError, match="others have used the model's key-value caches"):
+        list(first)
+    assert llm.generate("Hello", max_new_tokens=9, temperature=0, return_as_token_ids=True).tolist() == expected(
+        llm, "Hello", 9
+    )
+
+
+# -- interrupts
+
+
+def interrupted(run, after):
+    """Run with a KeyboardInterrupt at that line of the package (counted from the call); whether it came."""
+    lines = 0
+
+    def trace(frame, event, arg):
+        nonlocal lines
+        if "litgpt" not in frame.f_code.co_filename or "tests" in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == after:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        run()
+        return False
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize("how", ["at once", "stream", "lastrec", "assigned", "batch", "session"])
+def test_an_interrupt_at_any_line_leaves_everything_usable(llm, how):
+    args = {"max_new_tokens": 5, "temperature": 0, "return_as_token_ids": True}
+    if how == "assigned":
+        llm.model.assign_kv_caches(some_caches(llm.model, "dense", 100))
+    own = llm.model.kv_caches()
+    answer = expected(llm, "Hello", 5)
+    prompt = llm._text_to_token_ids("Hello").tolist()
+    sessions = {"kept": llm.session()}
+    runs = {
+        "at once": lambda: llm.generate("What?", **args),
+        "stream": lambda: list(llm.generate("What?", stream=True, **args)),
+        "lastrec": lambda: llm.generate("What?", kv_cache="lastrec", cache_length=9, **args),
+        "assigned": lambda: llm.generate("What?", **args),
+        "batch": lambda: llm.generate(["What?", "Why?", "a", "a"], batch_size=2, prompt_lookup=3, **args),
+        "session": lambda: list(sessions["kept"].generate(prompt, 5, temperature=0)),
+    }
+    chance, at, came = random.Random(how), 1, True
+    while came:
+        if how != "session" and at % 2:
+            llm.model.clear_kv_caches()  # default ones are made anew
+        came = interrupted(runs[how], at)
+        if how == "session":
+            assert list(sessions["kept"].generate(prompt, 5, temperature=0))[: len(answer)] == answer
+        assert llm.generate("Hello", **args).tolist() == answer
+        if how == "assigned":
+            assert llm.model.kv_caches() == own
+        at += chance.randrange(1, 60)
+    assert at > 300
+
+
+# -- what cannot be drawn from, or run
+
+
+@pytest.mark.parametrize("dtype", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("temperature", [0, 0.8])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("nan")])
+def test_weights_that_are_not_finite_are_an_error_however_tokens_are_drawn(llm, broken, temperature, dtype):
+    with torch.no_grad():
+        llm.model.transformer.ln_f.weight[3] = broken
+    llm.distribute("cpu", precision=dtype)
+    for more in ({}, {"top_k": 5}, {"top_p": 0.5}, {"prompt_lookup": 4}, {"logprobs": 1}, {"min_p": 0.1}):
+        for prompt in ("abcabcabc", ["abcabc", "x"]):
+            with pytest.raises(ValueError, match=r"logits are NaN or infinite"):
+                llm.generate(prompt, max_new_tokens=3, temperature=temperature, **more)
+
+
+def test_a_tiny_temperature_takes_the_likeliest_token(llm):
+    greedy = llm.generate("Hello", max_new_tokens=12, temperature=0)
+    for temperature in (1e-38, 1e-46, 5e-324, 1e-10):
+        for more in ({}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}):
+            assert llm.generate("Hello", max_new_tokens=12, temperature=temperature, **more) == greedy
+
+
+def test_tokens_that_the_model_does_not_have_are_named():
+    model = tiny_gpt(vocab_size=100, padded_vocab_size=100)
+    llm = LLM(model, Preprocessor(tiny_tokenizer()), ChatTemplate(CHAT_TEMPLATE))
+    with pytest.raises(ValueError, match=r"token \d+, but the model knows 0\.\.99: is the tokenizer"):
+        llm.generate("zzz\u00ff")
+    with pytest.raises(ValueError, match="token 100"):
+        list(llm.session().generate([1, 100], 3))
+
+
+# -- prompts and settings of other types
+
+
+def test_messages_are_a_prompt_and_lists_of_them_several(llm):
+    args = {"max_new_tokens": 7, "temperature": 0}
+    one = [{"role": "user", "content": "Hello"}]
+    more = [*one, {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "What?"}]
+    assert llm.generate(one, **args) == llm.generate("Hello", **args)
+    assert llm.generate(tuple(one), **args) == llm.generate("Hello", **args)
+    assert "".join(llm.generate(more, stream=True, **args)) == llm.generate(more, **args)
+    assert llm.generate([one, more, "Hello"], **args) == [llm.generate(x, **args) for x in (one, more, "Hello")]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"prompt": 3}, "a prompt is a text or a list of messages.*got 3"),
+        ({"prompt": None}, "a prompt is a text"),
+        ({"prompt": ["a", 3]}, "a prompt is a text.*got 3"),
+        ({"prompt": {"role": "user", "content": "a"}}, "a prompt is a text"),
+        ({"prompt": [{"role": "user"}]}, "a message has"),
+        ({"prompt": [{"role": "user", "content": "a"}, "b"]}, "a prompt is a text"),
+        ({"temperature": "0.8"}, "temperature must be a number, got '0.8'"),
+        ({"temperature": None}, "temperature must be a number"),
+        ({"top_k": 5.5}, r"top_k must be a whole number.*5\.5"),
+        ({"top_k": "5"}, "top_k must be a whole number"),
+        ({"top_p": True}, "top_p must be a number"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
+        ({"seed": "a"}, "seed must be a whole number"),
+        ({"logit_bias": [1]}, "logit_bias must be a mapping"),
+        ({"logits_processors": [3]}, "logits processor"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": "2"}, "batch_size must be a whole number"),
+        ({"cache_length": "9"}, "cache_length must be a whole number"),
+        ({"prompt_chunksize": 0}, "prompt_chunksize must be at least 1"),
+        ({"sys_prompt": 3}, "sys_prompt must be a text"),
+        ({"temperature": 10**400}, "temperature is too large"),
+    ],
+)
+def test_what_has_the_wrong_type_is_refused_in_one_line(llm, kwargs, message):
+    with pytest.raises(ValueError, match=message) as error:
+        llm.generate(**{"prompt": "Hello", **kwargs})
+    assert "\n" not in str(error.value)
+
+
+def test_whole_numbers_may_be_floats(llm):
+    args = {"temperature": 0.9, "seed": 3}
+    same = llm.generate("Hello", max_new_tokens=9, top_k=50, **args)
+    assert llm.generate("Hello", max_new_tokens=9.0, top_k=50.0, **args) == same
+
+
+# -- as LitGPT
+
+
+@pytest.mark.parametrize("prefix", ["llm.", "llm.model.", "model.", "model._forward_module.", ""])
+def test_the_weights_of_a_trainers_checkpoint_are_found_under_any_prefix(llm, tmp_path, prefix):
+    weights = {prefix + name: x.clone() + 1 for name, x in llm.model.state_dict().items()}
+    torch.save({"state_dict": {**weights, "loss.weight": torch.ones(2)}, "epoch": 3}, tmp_path / "last.ckpt")
+    llm.trainer_setup(tmp_path / "last.ckpt")
+    for name, x in llm.state_dict().items():
+        assert torch.equal(x, weights[prefix + name])
+
+
+def test_arguments_and_helpers_stand_where_litgpt_has_them(llm):
+    names = ["self", "model", "preprocessor", "prompt_style", "devices", "config", "checkpoint_dir", "fabric"]
+    names += ["generate_strategy", "kv_cache_initialized", "fixed_kv_cache_size"]
+    assert list(inspect.signature(LLM.__init__).parameters) == names
+    again = LLM(llm.model, llm.preprocessor, llm.prompt_style, 1, llm.config)
+    assert (again.devices, again.config) == (1, llm.config)
+    assert [calculate_number_of_devices(x) for x in (3, [0, 1], None)] == [3, 2, 0]
+    lines = benchmark_dict_to_markdown_table({"Seconds total": [1.0, 2.0]}).splitlines()
+    assert lines == [
+        "| Metric                              | Mean                        | Std Dev                     |",
+        "|-------------------------------------|-----------------------------|-----------------------------|",
+        "| Seconds total                       | 1.50                        | 0.71                        |",
+    ]

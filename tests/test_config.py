@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from litgpt.config import Config, check_indicator_and_length, configs, find_multiple, name_to_config
+from litgpt.model import Block, LLaMAMLP
 
 # Each line: the fields of one named model that differ from the defaults on the first line. Per-layer flags are strings.
 FACTS = [json.loads(line) for line in (Path(__file__).parent / "data" / "named_models.jsonl").read_text().splitlines()]
@@ -50,7 +51,7 @@ def test_a_named_model_is_not_changed_by_changing_a_config_made_from_it():
     [("SmolLM2-135M-Instuct", "SmolLM2-135M-Instruct"), ("EleutherAI/pythia_14m", "EleutherAI/pythia-14m")],
 )
 def test_a_typo_in_a_name_gets_the_nearest_names(typo, meant):
-    with pytest.raises(ValueError, match=f"{typo!r} is not a known model name.*{meant}"):
+    with pytest.raises(ValueError, match=f"{typo!r} is not a supported config name.*{meant}"):
         Config.from_name(typo)
 
 
@@ -135,3 +136,14 @@ def test_importing_the_config_imports_neither_torch_nor_the_tables():
     code = "import sys, litgpt.config as c; c.Config(); print([m for m in sys.modules if m in ('torch', 'litgpt.families')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_mixture_all_of_whose_layers_are_dense_needs_no_experts():
+    config = Config(mlp_class_name="LLaMAMoE", first_k_dense_replace=3, n_embd=32, intermediate_size=8)
+    assert isinstance(Block(config, 2).mlp, LLaMAMLP)
+    with pytest.raises(ValueError, match="n_expert = 0"):
+        Block(config, 3)
+
+
+def test_heads_with_latent_attention_have_no_groups():
+    assert Config.from_name("DeepSeek-V3", n_head=8, n_query_groups=4).n_query_groups == 8

@@ -1,6 +1,7 @@
 import inspect
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -67,6 +68,7 @@ def fail(kind: str) -> None:
         "index": IndexError("cache is full"),
         "interrupt": KeyboardInterrupt(),
         "defect": KeyError("n_layer"),
+        "memory": RuntimeError("[alloc_cpu.cpp:127] can't allocate memory: you tried to allocate 8000000000 bytes."),
     }[kind]
 
 
@@ -297,9 +299,18 @@ def test_errors_of_our_own_need_no_hint(litgpt, monkeypatch):
     assert complaint(litgpt("fail", "value"), code=1) == "litgpt: error: top_p is 2, but must be at most 1\n"
 
 
-def test_defects_and_debugging_show_the_traceback(litgpt, monkeypatch):
-    with pytest.raises(KeyError):
-        litgpt("fail", "defect")
+def test_defects_are_one_line_that_says_where(litgpt):
+    line = complaint(litgpt("fail", "defect"), code=1)
+    assert re.search(r"internal error: KeyError: 'n_layer' at .*test_main\.py:\d+ \(LITGPT_DEBUG=1", line)
+
+
+def test_out_of_memory_is_said_in_plain_words(litgpt):
+    line = complaint(litgpt("fail", "memory"), code=1)
+    assert "out of memory (8.0 GB more were asked for): take a smaller model" in line
+    assert "alloc_cpu" not in line
+
+
+def test_debugging_shows_the_traceback(litgpt, monkeypatch):
     monkeypatch.setenv("LITGPT_DEBUG", "1")
     with pytest.raises(ValueError, match="top_p"):
         litgpt("fail", "value")
@@ -345,3 +356,12 @@ def test_command_has_the_options_and_defaults_of_litgpt(litgpt, name):
     # An option without help text is directly followed by its type.
     unexplained = [key for key in parameters if f"--{key} {key.upper()} (" in words]
     assert not unexplained
+
+
+@pytest.mark.parametrize("digits", [400, 6000])
+def test_numbers_of_hundreds_of_digits_are_named(litgpt, tmp_path, digits):
+    number = "1" + "0" * digits
+    assert "--temperature has a number that is too large" in complaint(litgpt("talk", "--temperature", number))
+    (tmp_path / "options.yaml").write_text(f"temperature: {number}\n")
+    line = complaint(litgpt("talk", "--config", str(tmp_path / "options.yaml")))
+    assert "options.yaml has a number that is too large" in line

@@ -1,5 +1,7 @@
 import json
 import sys
+import threading
+import time
 from pathlib import Path
 from subprocess import run
 
@@ -8,7 +10,7 @@ import tokenizers
 import yaml
 from transformers import PreTrainedTokenizerFast
 
-from litgpt import prompts
+from litgpt import prompts, template_sandbox
 from litgpt.config import Config
 from litgpt.prompts import (
     ChatML,
@@ -477,3 +479,118 @@ def test_the_style_of_a_checkpoint_is_the_saved_one_then_its_template_then_its_n
     assert by_template.apply("Q1") == reference_render(MISTRAL, CONVERSATION[1:2]) == "<s>[INST] Q1 [/INST]"
     save_prompt_style("alpaca", tmp_path)
     assert type(style_for(tmp_path, templated, config)) is prompts.Alpaca
+
+
+SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "sep_token": "[SEP]"}
+SPECIALS |= {"cls_token": "[CLS]", "mask_token": "[MASK]", "image_token": "<image>"}
+TURNS = [
+    {"role": "system", "content": "Be <b>brief</b> & kind."},
+    {"role": "user", "content": "Übung \n 2", "name": None},
+    {"role": "assistant", "content": "4", "reasoning": "hm"},
+    {"role": "user", "content": "And 3?"},
+]
+FEATURES = {
+    "special tokens": "{{ bos_token }}{{ eos_token }}{{ unk_token }}{{ pad_token }}{{ sep_token }}{{ cls_token }}{{ mask_token }}",
+    "a token of one model": "{{ image_token }}",
+    "undefined": "{{ nothing }}{% if nothing is defined %}x{% endif %}{{ nothing|default('d') }}",
+    "defined": "{% for n in ['a', 'b'] %}{% if pad_token is defined and pad_token is not none %}{{ n }}{% endif %}{% endfor %}",
+    "tools": "{% if tools is none %}no tools{% endif %}{% if not documents %}none{% endif %}{% if tools is defined %}!{% endif %}",
+    "prompt": "{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    "tojson": "{{ messages|tojson }}{{ messages[0]|tojson(indent=2) }}{{ {'b': 1, 'a': 2}|tojson(sort_keys=true) }}",
+    "separators": "{{ [1, 'ü']|tojson(ensure_ascii=true, separators=(',', ':')) }}",
+    "loop controls": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{% if loop.index > 3 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "strftime": "{{ strftime_now('%Y') }}",
+    "none fields": "{% for m in messages %}{{ 'name' in m }}{{ m.name is defined }}{% endfor %}",
+    "reasoning": "{{ messages[2].reasoning_content }}{{ messages[2].thinking }}{{ messages[2].reasoning }}",
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+    "trimming": "{% for m in messages %}\n  {% if loop.last %}\n    {{- m.content }}\n  {% endif %}\n{% endfor %}\nend",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + m.content|length %}{% endfor %}{{ ns.n }}",
+    "macros": "{% macro t(m, x='-') %}{{ m.role ~ x ~ m.content|trim }}{% endmacro %}{% for m in messages %}{{ t(m) }}{% endfor %}",
+    "methods": "{{ messages[1].content.strip().split(' ')[-1] }}{{ 'a,b'.split(',')|join(';') }}{{ '%s-%02d' % ('x', 3) }}{{ 'a{}b'.format(1) }}",
+    "filters": "{{ messages|map(attribute='role')|join(', ') }}{{ messages|selectattr('role', 'eq', 'user')|list|length }}{{ 'x'|upper|indent(2, true) }}{{ 2.6|round|int }}{{ [3, 1]|sort|first }}",
+    "slices": "{{ messages[::-1][0].content }}{{ messages[1:]|length }}{% for k, v in messages[0].items() %}{{ k }}={{ v }};{% endfor %}",
+    "arithmetic": "{{ 2 * 3 + 7 % 4 }}{{ 'ab' * 3 }}{{ 2 ** 10 }}{{ [1] + [2] }}{{ 7 // 2 }}{{ 'n: ' ~ 3 ~ none }}",
+    "capture": "{% set x %}{% for m in messages %}{{ m.role[0] }}{% endfor %}{% endset %}{{ x|replace('u', 'U') }}",
+    "html": "{{ messages[0].content }}{{ messages[0].content|e }}{{ '<'|safe }}",
+}
+
+
+@pytest.mark.parametrize("case", FEATURES)
+def test_templates_render_as_with_transformers(case):
+    processor = tiny_tokenizer().processor
+    theirs = PreTrainedTokenizerFast(tokenizer_object=processor, chat_template=FEATURES[case], **SPECIALS)
+    ours = ChatTemplate(FEATURES[case], **SPECIALS)
+    for messages in (TURNS, TURNS[:2]):
+        if "2]" in FEATURES[case] and len(messages) < 3:
+            continue
+        expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert ours.apply(messages) == expected
+
+
+def test_every_special_token_of_a_folder_reaches_the_template(tmp_path):
+    template = "{{ bos_token }}{{ unk_token }}{{ pad_token }}{{ image_token }}{{ boi_token }}"
+    tiny_tokenizer().processor.save(str(tmp_path / "tokenizer.json"))
+    config = {"chat_template": template, "unk_token": {"content": "<u>"}, "image_token": "<i>", "bos_token": None}
+    config["extra_special_tokens"] = {"boi_token": "<b>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "<p>", "unk_token": "<other>"}))
+    tokenizer = Tokenizer(tmp_path)
+    assert ChatTemplate.from_tokenizer(tokenizer).apply("x") == "<u><p><i><b>"
+    tokenizer.save(tmp_path / "again")
+    assert ChatTemplate.from_tokenizer(Tokenizer(tmp_path / "again")).apply("x") == "<u><p><i><b>"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'x' * 10**9 }}",
+        "{{ 10**9 * 'x' }}",
+        "{{ ['x'] * 10**9 }}",
+        "{{ (('x' * 1000000),) * 1000000 }}",
+        "{{ 'x'|center(1000000000) }}",
+        "{{ 'x'.ljust(1000000000) }}",
+        "{{ 'x'|indent(1000000000, true) }}",
+        "{{ '%1000000000d' % 1 }}",
+        "{{ '%*d' % (1000000000, 1) }}",
+        "{{ '%1000000000d'|format(1) }}",
+        "{{ '{:>1000000000}'.format(1) }}",
+        "{{ strftime_now('%1000000000d') }}",
+        "{{ [1]|tojson(indent=1000000000) }}",
+        "{{ (['x' * 1000000] * 100000)|join }}",
+        "{{ ('x' * 1000000).join(['a'] * 1000000) }}",
+        "{{ ('x' * 1000000)|replace('x', 'y' * 1000000) }}",
+        "{{ ('x' * 1000000).replace('', 'y' * 1000000) }}",
+        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",
+        "{% set ns = namespace(s='x') %}{% for i in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ 'x' * 9999 }}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ 'x' * 1000 }}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
+        "{{ 9 ** 9999 ** 99 }}",
+        "{{ 9 ** 99999 }}",
+    ],
+)
+def test_a_template_that_would_fill_the_memory_is_stopped_at_once(template):
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="chat template was stopped: it (makes|raises|computes)") as error:
+        ChatTemplate(template).apply("x")
+    assert "\n" not in str(error.value)
+    assert time.perf_counter() - start < 4
+
+
+@pytest.mark.parametrize("body", ["", "{% set y = c %}"])
+def test_a_template_that_never_ends_is_stopped_and_its_thread_too(body, monkeypatch):
+    monkeypatch.setattr(template_sandbox, "SECONDS", 0.2)
+    before = threading.active_count()
+    loops = "".join(f"{{% for {name} in r %}}" for name in "abc")
+    template = "{% set r = range(99999) %}" + loops + body + "{% endfor %}" * 3
+    with pytest.raises(ValueError, match="was stopped: it takes longer than 0.2 seconds"):
+        ChatTemplate(template).apply("x")
+    deadline = time.perf_counter() + 10
+    while threading.active_count() > before and time.perf_counter() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+
+
+def test_a_conversation_of_megabytes_is_rendered():
+    messages = [{"role": "user", "content": "word " * 20_000}, {"role": "assistant", "content": "x"}] * 40
+    text = ChatTemplate("{% for m in messages %}{{ m.role ~ ': ' + m.content|trim }}{% endfor %}").apply(messages)
+    assert len(text) > 3_900_000

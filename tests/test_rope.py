@@ -6,9 +6,10 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from litgpt.config import Config
-from litgpt.engine.engine import prefill, prepare_caches
+from litgpt.engine.caches import prepare_caches
+from litgpt.engine.prefill import prefill
 from litgpt.model import GPT
-from litgpt.rope import build_rope_cache
+from litgpt.rope import apply_rope, build_rope_cache
 
 LONGROPE = {
     "factor": 4.0,
@@ -110,3 +111,41 @@ def test_layers_without_rope_do_not_see_positions():
     still = [torch.ones(1, 1, 6, 8), torch.zeros(1, 1, 6, 8)]
     assert torch.equal(first(x, [turned]), first(x, [still]))
     assert not torch.equal(second(x, [turned]), second(x, [still]))
+
+
+@pytest.mark.parametrize(("rotary_percentage", "n"), [(0.75, 3), (0.25, 1), (0.5, 2)])
+def test_a_model_rotates_an_odd_number_of_elements_as_litgpt_does(rotary_percentage, n):
+    config = Config(
+        n_layer=1, n_embd=8, n_head=2, block_size=8, padded_vocab_size=8, rotary_percentage=rotary_percentage
+    )
+    torch.manual_seed(0)
+    model = GPT(config)
+    attention = model.transformer.h[0].attn
+    seen = {}
+    attention.register_forward_hook(lambda module, args, output: seen.update(x=args[0], output=output))
+    model(torch.arange(6)[None])
+    x = seen["x"]
+    q, k, v = attention.qkv(x).view(1, 6, 6, 4).transpose(1, 2).split(2, dim=1)
+    cos, sin = build_rope_cache(6, n)
+    assert cos.shape == (6, max(n, 2))
+
+    def rotated(heads):  # with one element the result is longer by one: the two are equal
+        return torch.cat((apply_rope(heads[..., :n], cos[None], sin[None]), heads[..., n:]), dim=-1)
+
+    scores = (rotated(q) @ rotated(k).mT) / 4**0.5
+    weights = scores.masked_fill(torch.ones(6, 6).triu(1).bool(), float("-inf")).softmax(-1)
+    expected = attention.proj((weights @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(seen["output"], expected)
+
+
+def test_a_table_cut_to_an_odd_number_lacks_the_last_partner():
+    cos, sin = build_rope_cache(5, 3)
+    angles = torch.arange(5.0)[:, None] * torch.tensor([1.0, 10000 ** (-2 / 3), 1.0])
+    torch.testing.assert_close(cos, angles.cos())
+    torch.testing.assert_close(sin, angles.sin())
+    x = torch.randn(1, 2, 5, 3)
+    a, b, c = x.unbind(-1)
+    expected = torch.stack(
+        (a * cos[:, 0] - b * sin[:, 0], b * cos[:, 1] - c * sin[:, 1], c * cos[:, 2] + a * sin[:, 2]), -1
+    )
+    torch.testing.assert_close(apply_rope(x, cos, sin), expected)

@@ -20,11 +20,12 @@ from environments import processor_name
 from results import number, ratio, row
 
 from litgpt.checkpoint.find import find_checkpoint
+from litgpt.engine.caches import prepare_caches
 from litgpt.engine.drafting import PromptLookup
-from litgpt.engine.engine import Engine, decode, prepare_caches
+from litgpt.engine.engine import Engine, decode
 from litgpt.engine.loading import Ready, make_ready
-from litgpt.engine.request import Request
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
 from litgpt.prompts import encode_prompt
 
 LICENSE = Path(__file__).parents[2] / "LICENSE"
@@ -114,16 +115,16 @@ def measure(path: Path, text: str, repeats: int, words: int, new_tokens: int, mo
 
 
 def generate(ready: Ready, prompt: torch.Tensor, new_tokens: int, most: int | None) -> Run:
-    """The greedy answer to a prompt, with up to `most` guesses at a time (None: no guesses)."""
-    request = Request(prompt, new_tokens, Sampling(temperature=0.0), ready.stop_tokens)
-    engine = Engine(ready.model, proposer=None if most is None else PromptLookup(most))
-    prepare_caches(ready.model, 1, request.length)
-    steps = decode(engine, [request])
+    """The greedy answer to a prompt, with up to `most` draft tokens at a time (None: no drafts)."""
+    sequence = Sequence(prompt, new_tokens, Sampling(temperature=0.0), ready.stop_tokens)
+    engine = Engine(ready.model, drafter=None if most is None else PromptLookup(most))
+    prepare_caches(ready.model, 1, sequence.max_length)
+    steps = decode(engine, [sequence])
     next(steps)
     started = perf_counter()
     for _ in steps:
         pass
-    return Run(request.tokens, perf_counter() - started, engine.guessed, engine.accepted)
+    return Run(sequence.new_tokens, perf_counter() - started, engine.n_drafted, engine.n_accepted)
 
 
 def markdown(results: dict[str, dict]) -> str:

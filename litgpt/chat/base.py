@@ -1,25 +1,39 @@
 """The command `litgpt chat`."""
 
-import contextlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from litgpt.chat.conversation import Conversation
-from litgpt.engine.drafting import PromptLookup
-from litgpt.engine.loading import Quantization, make_ready
-from litgpt.engine.sampling import check_sampling
-from litgpt.engine.session import Session
+from litgpt.chat.ctrl_c import CtrlC
+from litgpt.chat.messages import END_OF_MESSAGE, line_reader, read_messages, split_command
+from litgpt.chat.session_lock import locked
+from litgpt.checkpoint.find import find_checkpoint
+from litgpt.engine.loading import make_ready
+from litgpt.engine.sampling import Sampling
 from litgpt.engine.session_file import read_session
+from litgpt.errors import debugging, describe
 from litgpt.generate.base import generate_fn
+from litgpt.generate.options import (
+    SAMPLING_NAMES,
+    CacheOptions,
+    CheckpointOptions,
+    PromptLookupOptions,
+    SamplingOptions,
+    command,
+    option,
+)
 from litgpt.model import GPT
+from litgpt.runners.quantized_weights import Scheme
+from litgpt.standard_streams import ClosedStream
+from litgpt.waiting import tell, waiting
 
 HELP = "/reset starts anew, /system TEXT sets the system prompt, /exit leaves, Ctrl-C stops an answer"
-END_OF_MESSAGE = "!submit"
 SAVED_EACH_TIME = 64_000_000  # bytes: a larger file takes long enough to write to be noticed after every answer
 
 
@@ -47,156 +61,170 @@ def generate(
     )
 
 
-def main(
-    checkpoint_dir: Path | None = None,
-    *,
-    sys_prompt: str | None = None,
-    max_new_tokens: int = 50,
-    top_k: int | None = 50,
-    top_p: float = 1.0,
-    temperature: float = 0.8,
-    quantize: Quantization | None = None,
-    precision: str | None = None,
-    compile: bool = False,
-    multiline: bool = False,
-    access_token: str | None = None,
-    kv_cache: Literal["dense", "lastrec"] = "dense",
-    cache_length: int | None = None,
-    sinks: int = 0,
-    prompt_chunksize: int | None = None,
-    prompt_lookup: int | None = None,
-    session: Path | None = None,
-    seed: int = 1234,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(SamplingOptions, CacheOptions, PromptLookupOptions, CheckpointOptions):
+    """The options of `litgpt chat`."""
+
+    sys_prompt: str | None = option(None, "System prompt, where the model's chat template has one.")
+    multiline: bool = option(False, f"Messages of several lines, each ended by a line with {END_OF_MESSAGE}.")
+    session: Path | None = option(
+        None,
+        "File to go on from, with the caches as they were, and to save to: after every answer (while it is no larger than "
+        "64 MB) and on leaving. It is made if it does not exist.",
+    )
+
+
+@command(ChatOptions, "checkpoint_dir")
+def main(options: ChatOptions) -> None:
     """Talk with a model.
 
     Answers go to stdout, everything else to stderr.
-
-    Args:
-        checkpoint_dir: Folder of a checkpoint (Hugging Face or LitGPT), a .gguf file, or a model's name. Default: a small
-            model that is fetched once.
-        sys_prompt: System prompt, where the model's chat template has one.
-        max_new_tokens: Most tokens of an answer.
-        top_k: Draw each token from the k likeliest ones only.
-        top_p: Draw each token from the likeliest ones whose probabilities add up to this.
-        temperature: Below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest.
-        quantize: Keep the weights in fewer bits: int8, int4, or those of bitsandbytes (bnb.*, needs a GPU).
-        precision: bf16-true, 16-true or 32-true. Default: what the device computes well in.
-        compile: Compile the decoding step. Takes a while at first, and is faster then.
-        multiline: Messages of several lines, each ended by a line with !submit.
-        access_token: Of the Hugging Face hub, for models that ask for one.
-        kv_cache: What the key-value cache keeps: dense (every token) or lastrec (the last cache_length ones).
-        cache_length: Tokens that the key-value cache holds. Default: as many as are needed (dense), 1024 (lastrec).
-        sinks: First tokens that a lastrec cache never drops.
-        prompt_chunksize: Most tokens of a prompt that go through the model at once. Default: all of them.
-        prompt_lookup: Guess up to this many next tokens at a time from what was said, and check them in one call: the same
-            answers, faster where they repeat much of it. 15 is a good value. Default: no guesses.
-        session: File to go on from, with the caches as they were, and to save to: after every answer (while it is no larger
-            than 64 MB) and on leaving. It is made if it does not exist.
-        seed: Of the random numbers.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if cache_length is not None and cache_length < 1:
-        raise ValueError(f"cache_length must be at least 1, got {cache_length}")
-    check_sampling(temperature, top_k, top_p)
-    proposer = None if prompt_lookup is None else PromptLookup(prompt_lookup)
+    sampling = {name: getattr(options, name) for name in SAMPLING_NAMES if name != "seed"}
+    Sampling(**sampling)  # refuses settings that make no sense
+    session = options.session
+    if isinstance(sys.stdin, ClosedStream):
+        raise ValueError("stdin is closed: chat reads messages from it, from a terminal, a pipe or a file")
+    if isinstance(sys.stdout, ClosedStream):
+        raise ValueError("stdout is closed: chat writes answers to it")
     if session is not None and not session.absolute().parent.is_dir():
         raise FileNotFoundError(f"--session {session}: there is no folder {session.parent}")
-    saved = read_session(session) if session is not None and session.exists() else None
-    torch.manual_seed(seed)
-    ready = make_ready(checkpoint_dir, precision, quantize, compile, access_token=access_token)
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    caches = Session(ready.model, kv_cache, cache_length, sinks, prompt_chunksize)
-    conversation = Conversation(ready, caches, max_new_tokens, sampling, sys_prompt, notify=_tell, proposer=proposer)
-    if saved is not None:
-        conversation.resume(saved)
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  line editing and history at the prompt
-
-    _tell(f"Talking with {ready.model.config.name}. {HELP}.")
-    if multiline:
-        _tell(f"A line with {END_OF_MESSAGE} ends a message.")
-    if saved is not None:
-        _tell(f"Going on after {len(conversation.messages)} messages, {len(caches.tokens)} tokens.")
-    for message in _messages(multiline):
-        if message in ("/exit", "/quit", "exit", "quit"):
-            break
-        if message == "/reset":
-            conversation.reset()
-            _tell("Everything is forgotten.")
-        elif message.startswith("/system"):
-            conversation.sys_prompt = message.removeprefix("/system").strip() or None
-            conversation.reset()
-            _tell(f"System prompt: {conversation.sys_prompt or 'that of the chat template'}. Starting anew.")
-        elif message.startswith("/"):
-            _tell(HELP)
-        elif message:
-            _answer(conversation, message)
-            if session is not None:
-                _keep(conversation, session)
-    if session is not None:
-        conversation.save(session)
-        _tell(f"Saved to {session}: {len(caches.tokens)} tokens, {session.stat().st_size / 1e6:.1f} MB.")
+    with nullcontext() if session is None else locked(session):
+        saved = None
+        if session is not None and session.exists():
+            with waiting("Reading the session"):
+                saved = read_session(session)
+        if options.quantize is not None:
+            Scheme(options.quantize)  # says what is missing before anything is fetched
+        path = find_checkpoint(options.checkpoint_dir, options.access_token)
+        ready = make_ready(path, **options.loading())
+        conversation = Conversation(
+            ready,
+            lambda: options.session_of(ready.model),
+            options.max_new_tokens,
+            sampling,
+            options.sys_prompt,
+            notify=tell,
+            drafter=options.drafter(),
+        )
+        if options.compile:
+            with waiting("Compiling the decoding step, once, which takes about half a minute"):
+                list(conversation.session.generate([0], 4, temperature=0))
+                conversation.reset()
+        torch.manual_seed(options.seed)
+        tell(f"Talking with {ready.model.config.name or path.resolve().name}. {HELP}.")
+        if options.multiline:
+            tell(f"A line with {END_OF_MESSAGE} ends a message.")
+        if saved is not None:
+            conversation.resume(saved)
+            tell(f"Going on after {len(conversation.messages)} messages, {len(conversation.session.tokens)} tokens.")
+        with CtrlC().handled() as ctrl_c:
+            _talk(conversation, ctrl_c, options.multiline, session)
 
 
-def _keep(conversation: Conversation, path: Path) -> None:
+def _talk(conversation: Conversation, ctrl_c: CtrlC, multiline: bool, path: Path | None) -> None:
+    """Answer messages and do what commands say, until the input ends; the conversation is saved to `path`."""
+    read_line = line_reader()
+
+    def read_next(prompt: str) -> str:
+        # what was read from a pipe must not be lost to an interrupt; a terminal's user means to begin anew
+        with ctrl_c.as_mode("raise" if sys.stdin.isatty() else "note"):
+            return read_line(prompt)
+
+    try:
+        for message in read_messages(read_next, multiline, lambda: tell("/exit leaves")):
+            command, text = split_command(message)
+            if command in ("/exit", "/quit"):
+                break
+            if command == "/reset":
+                conversation.reset()
+                tell("Everything is forgotten.")
+            elif command == "/system":
+                conversation.sys_prompt = text or None
+                conversation.reset()
+                tell(f"System prompt: {text or 'that of the chat template'}. Starting anew.")
+            elif command == "/help":
+                tell(f"{HELP}, Alt-Enter begins a new line.")
+            elif message:
+                _answer(conversation, message, ctrl_c)
+                if path is not None:
+                    _keep(conversation, path, ctrl_c)
+    finally:
+        if path is not None:
+            with ctrl_c.as_mode("raise"), waiting("Saving the session"):
+                conversation.save(path)
+            tokens = len(conversation.session.tokens)
+            tell(f"Saved to {path}: {tokens} tokens, {path.stat().st_size / 1e6:.1f} MB.")
+
+
+def _keep(conversation: Conversation, path: Path, ctrl_c: CtrlC) -> None:
     """Save what was said so far, unless that takes long."""
     if path.exists() and path.stat().st_size > SAVED_EACH_TIME:
         return
     try:
-        conversation.save(path)
+        with ctrl_c.as_mode("raise"), waiting("Saving the session"):
+            conversation.save(path)
     except (OSError, KeyboardInterrupt) as error:
-        _tell(f"error: this answer is not saved yet: {str(error) or 'interrupted'}")
+        tell(f"error: this answer is not saved yet: {str(error) or 'interrupted'}")
 
 
-def _answer(conversation: Conversation, message: str) -> None:
-    """Print the answer as it comes, and then what it cost. Ctrl-C ends it."""
-    started, first = time.perf_counter(), None
+def _answer(conversation: Conversation, message: str, ctrl_c: CtrlC) -> None:
+    """Print the answer as it comes, and then what it cost. Ctrl-C ends it; an error leaves the conversation as it was."""
+    started = first = time.perf_counter()
     pieces = conversation.ask(message)
     try:
-        for piece in pieces:
-            first = first or time.perf_counter()
-            print(piece, end="", flush=True)
+        with ctrl_c.as_mode("raise"), waiting(lambda: _progress(conversation)):
+            piece = next(pieces, None)
+        first = time.perf_counter()
+        with ctrl_c.as_mode("stop"):
+            while piece is not None and not ctrl_c.pressed:
+                _print(piece)
+                piece = next(pieces, None)
+        pieces.close()
     except KeyboardInterrupt:
         pieces.close()
-    except ValueError as error:
-        _tell(f"error: {error}")
+        conversation.renew_caches()
+        if not conversation.answer_tokens:
+            tell("Interrupted: this message is as if it was not said.")
+            return
+    except _OutputError as error:
+        pieces.close()
+        raise error.reason from None
+    except Exception as error:
+        if debugging():
+            raise
+        if conversation.answer_tokens:
+            _print("\n")
+        tell(f"error: {describe(error)}")
         return
-    print(flush=True)
-    seconds = time.perf_counter() - (first or started)
-    rate = f", {(conversation.answer_tokens - 1) / seconds:.1f} tokens/s" if conversation.answer_tokens > 1 else ""
-    _tell(
-        f"[{conversation.answer_tokens} tokens{rate}; first after {(first or time.perf_counter()) - started:.2f} s; "
-        f"context {conversation.prompt_tokens + conversation.answer_tokens} tokens, {conversation.session.reused} of them "
+    _print("\n")
+    seconds, tokens = time.perf_counter() - first, conversation.answer_tokens
+    if tokens == conversation.answer_limit:
+        why = "--max_new_tokens" if tokens == conversation.max_new_tokens else "the context is full"
+        tell(f"[stopped at {tokens} tokens: {why}]")
+    rate = f", {(tokens - 1) / seconds:.1f} tokens/s" if tokens > 1 else ""
+    tell(
+        f"[{tokens} tokens{rate}; first after {first - started:.2f} s; "
+        f"context {conversation.prompt_tokens + tokens} tokens, {conversation.session.reused} of them "
         f"computed before; key-value cache {conversation.session.cache_bytes / 1e6:.1f} MB]"
     )
 
 
-def _messages(multiline: bool) -> Iterator[str]:
-    """What the user says, until the input ends."""
-    lines: list[str] = []
-    while True:
-        try:
-            if sys.stdin.isatty():
-                print("... " if lines else ">>> ", end="", file=sys.stderr, flush=True)
-            line = input()
-        except EOFError:
-            if lines:
-                yield "\n".join(lines).strip()
-            return
-        except KeyboardInterrupt:
-            lines.clear()
-            _tell("\n/exit leaves")
-            continue
-        if multiline and not (line.startswith("/") and not lines):
-            if line.strip() != END_OF_MESSAGE:
-                lines.append(line)
-                continue
-            line = "\n".join(lines)
-            lines.clear()
-        yield line.strip()
+def _progress(conversation: Conversation) -> str:
+    total = conversation.prompt_tokens
+    done = min(conversation.ready.model.next_token_pos, total)  # of the caches that are in the model meanwhile
+    return f"Reading: {done:,} of {total:,} tokens"
 
 
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+class _OutputError(Exception):
+    """stdout fails: that ends the chat, other than errors of the model."""
+
+    def __init__(self, reason: OSError) -> None:
+        self.reason = reason
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        raise _OutputError(error) from None

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from litgpt.checkpoint.files import copy_side_files
-from litgpt.config import Config, read_json
+from litgpt.config import Config
+from litgpt.settings import Settings, read_json
 
 if TYPE_CHECKING:
     from litgpt.prompt_style import PromptStyle
@@ -38,6 +39,12 @@ class Checkpoint(ABC):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+
+    @property
+    def name(self) -> str:
+        """What the folder or file is called, also where the path is `.` or a link to it."""
+        path = self.path.resolve() if self.path.is_dir() else self.path
+        return path.name or "model"
 
     @cached_property
     @abstractmethod
@@ -71,9 +78,10 @@ class Checkpoint(ABC):
         found: list[int] = []
         for name in ("generation_config.json", "config.json"):
             if (file := self.path / name).is_file():
-                values = read_json(file)
-                ids = values.get("eos_token_id", (values.get("text_config") or {}).get("eos_token_id"))
-                found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+                settings = Settings(read_json(file, repair=name.startswith("generation")), str(file))
+                found += (settings if "eos_token_id" in settings else settings.section("text_config")).token_ids(
+                    "eos_token_id"
+                )
         return list(dict.fromkeys(found))
 
     def tokenizer(self) -> "Tokenizer":

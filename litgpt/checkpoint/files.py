@@ -51,6 +51,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
+    refuse_lfs_pointer(path)
     names, get_tensor = _open_mapped(path)
     read = 0
     for name in names:
@@ -60,6 +61,19 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         tensor = get_tensor(name)
         read += tensor.nbytes
         yield name, tensor
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Raises `ValueError` if a file is what Git leaves in the place of a large file that was not fetched."""
+    with open(path, "rb") as file:
+        begin = file.read(200)
+    if begin.startswith(b"version https://git-lfs.github.com/spec/"):
+        size = re.search(rb"size (\d+)", begin)
+        about = f" of {int(size[1]):,} bytes" if size else ""
+        raise ValueError(
+            f"{path} is a Git LFS pointer, not the file{about} that it stands for: run `git lfs pull` in its folder, or "
+            "download the file again"
+        )
 
 
 def _open_mapped(path: Path) -> tuple[list[str], GetTensor]:
@@ -79,6 +93,7 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     A training checkpoint's `model` entry is taken if there is one, and names are those of the model before it was
     compiled. Raises `ValueError` as `read_tensors` does.
     """
+    refuse_lfs_pointer(path)
     with open(path, "rb") as file:
         is_zip = file.read(2) == b"PK"
     try:

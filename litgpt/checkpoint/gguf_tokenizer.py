@@ -4,6 +4,8 @@ GGUF names the kind of pre-tokenizer and leaves its rules to the reader; the tab
 own `tokenizer.json` files define them.
 """
 
+import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +15,37 @@ from tokenizers import Tokenizer as Processor
 from litgpt.tokenizer import Tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-# GGUF has one EOS id; chat models end a turn with another token, which can only be told by its text.
-_END_OF_TURN = (
+# GGUF has one EOS id; chat models end a turn with another token, which can only be told by its text, as llama.cpp does.
+_ENDS = (
     "<|im_end|>",
     "<|eot_id|>",
     "<|eom_id|>",
     "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|calls|>",
+    "<|flush|>",
     "<end_of_turn>",
+    "<turn|>",
+    "<|tool_response>",
     "<|endoftext|>",
     "<|end_of_text|>",
+    "<|end_of_sentence|>",
+    "<｜end▁of▁sentence｜>",
+    "<|eos|>",
+    "<eos>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<end_of_utterance>",
 )
+# where a vocabulary has both of a pair, <|end|> only ends one of the messages of a turn
+_ENDS_BESIDE_MESSAGES = (("<|return|>", "<|call|>"), ("<|flush|>", "<|calls|>"))
+_HTML_END = "</s>"  # ends a text for some, and in other vocabularies is the tag that ends struck out text
+_MARKER = re.compile(r"<\|[^<>\s]+\|>|<｜[^<>\s]+｜>|<(start|end)_of_turn>")  # ordinary text has no such thing
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_NO_ID = 2**32 - 1  # -1, by converters that had none
 
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -86,55 +109,142 @@ _PRE_TOKENIZERS = {
 }
 
 
-def tokenizer_from_gguf(metadata: dict[str, Any]) -> Tokenizer:
+def tokenizer_from_gguf(metadata: dict[str, Any], n_rows: int | None = None) -> Tokenizer:
     """Builds the tokenizer from the `tokenizer.*` entries of `metadata`.
 
-    Kinds: `gpt2` (byte-level BPE) and `llama` (SentencePiece BPE with byte fallback). Raises `ValueError` in one line
-    for another kind, an unknown pre-tokenizer, and entries that are missing or do not fit together.
+    Kinds: `gpt2` (byte-level BPE) and `llama` (SentencePiece BPE with byte fallback). Tokens that mark turns or end a text
+    are known by their text too, since converters type them wrongly. Raises `ValueError` in one line for another kind, an
+    unknown pre-tokenizer, and entries that are missing, of the wrong type or do not fit together, or have more tokens than
+    the `n_rows` of the embedding.
     """
     values = {k.removeprefix("tokenizer.ggml."): v for k, v in metadata.items() if k.startswith("tokenizer.ggml.")}
     kind = values.get("model")
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
-    if kind not in builders:
+    if not isinstance(kind, str) or kind not in builders:
         raise ValueError(f"GGUF tokenizer model {kind!r} is not supported, only {', '.join(map(repr, builders))}")
-    tokens = values.get("tokens")
+    tokens = _list_of(str, values, "tokens")
     if not tokens:
         raise ValueError("GGUF metadata lacks tokenizer.ggml.tokens")
-    types = values.get("token_type") or [_NORMAL] * len(tokens)
-    if len(types) != len(tokens):
-        raise ValueError(f"GGUF tokenizer has {len(tokens)} tokens, but {len(types)} token types")
+    if n_rows is not None and len(tokens) > n_rows:
+        raise ValueError(f"GGUF tokenizer has {len(tokens)} tokens, but the embedding only {n_rows} rows")
+    ids: dict[str, int] = {}
+    for i, token in enumerate(tokens):
+        if ids.setdefault(token, i) != i:
+            raise ValueError(f"GGUF tokenizer has the token {token!r} twice, as {ids[token]} and {i}")
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise ValueError(f"tokenizer.chat_template must be a text, not {type(template).__name__}")
+    special = {which: _token_id(values, f"{which}_token_id", tokens) for which in _SPECIAL}
+    if kind == "llama":  # SentencePiece's own default
+        for which, i, text in (("bos", 1, "<s>"), ("eos", 2, "</s>")):
+            if special[which] is None and f"{which}_token_id" not in values and ids.get(text) == i:
+                special[which] = i
+    types = _types(values, tokens, kind)
+    ends = _ends(ids, types, special)
+    _correct_types(tokens, types, [*ends, special["bos"]])
     processor, use_bos = builders[kind](values, tokens, types)
-    use_bos = values.get("add_bos_token", use_bos)
-    bos_id, eos_id = (_token_id(values, f"{which}_token_id", tokens) for which in ("bos", "eos"))
-    if use_bos and bos_id is not None:
-        bos = tokens[bos_id]
+    use_bos = bool(_flag(values, "add_bos_token", use_bos)) and special["bos"] is not None
+    if use_bos:
+        bos = tokens[special["bos"]]
         processor.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, bos_id)]
+            single=[bos, "$A"], pair=[bos, "$A", "$B"], special_tokens=[(bos, special["bos"])]
         )
-    turn_ends = [_token_id(values, f"{which}_token_id", tokens) for which in ("eot", "eom")]
-    turn_ends += [i for i, token in enumerate(tokens) if types[i] == _CONTROL and token in _END_OF_TURN]
+    named = {_SPECIAL[which]: tokens[i] for which, i in special.items() if _SPECIAL[which] and i is not None}
     return Tokenizer.from_tokenizers(
         processor,
-        bos_id=bos_id,
-        eos_id=eos_id,
-        use_bos=bool(use_bos) and bos_id is not None,
-        chat_template=metadata.get("tokenizer.chat_template"),
-        eos_ids=[i for i in turn_ends if i is not None],
+        bos_id=special["bos"],
+        eos_id=special["eos"],
+        use_bos=use_bos,
+        chat_template=template,
+        eos_ids=ends,
+        special_tokens=named,
     )
+
+
+# as GGUF calls them -> as templates call them
+_SPECIAL = {
+    "bos": "bos_token",
+    "eos": "eos_token",
+    "eot": "",
+    "eom": "",
+    "unknown": "unk_token",
+    "seperator": "sep_token",
+    "padding": "pad_token",
+    "mask": "mask_token",
+}
+
+
+def _list_of(kind: type | tuple[type, ...], values: dict[str, Any], key: str) -> list[Any]:
+    found = values.get(key)
+    if found is None:
+        return []
+    if not isinstance(found, list) or not all(isinstance(value, kind) for value in found):
+        raise ValueError(f"tokenizer.ggml.{key} must be a list of {'texts' if kind is str else 'numbers'}")
+    return found
+
+
+def _flag(values: dict[str, Any], key: str, default: bool) -> bool:
+    value = values.get(key, default)
+    if value not in (True, False):
+        raise ValueError(f"tokenizer.ggml.{key} = {value!r} must be true or false")
+    return bool(value)
 
 
 def _token_id(values: dict[str, Any], key: str, tokens: list[str]) -> int | None:
     token_id = values.get(key)
-    return token_id if token_id is not None and token_id < len(tokens) else None
+    if token_id is None or token_id in (-1, _NO_ID):
+        return None
+    if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+        raise ValueError(f"tokenizer.ggml.{key} = {token_id!r} is no token: there are {len(tokens)}")
+    return token_id
+
+
+def _types(values: dict[str, Any], tokens: list[str], kind: str) -> list[int]:
+    types = list(_list_of(int, values, "token_type"))
+    if not types:
+        types = [_BYTE if kind == "llama" and _BYTE_TOKEN.fullmatch(token) else _NORMAL for token in tokens]
+    if len(types) != len(tokens):
+        raise ValueError(f"GGUF tokenizer has {len(tokens)} tokens, but {len(types)} token types")
+    strange = next((i for i, its_type in enumerate(types) if its_type not in range(_BYTE + 1)), None)
+    if strange is not None:
+        raise ValueError(f"GGUF tokenizer has the type {types[strange]} for the token {tokens[strange]!r}, not 1 to 6")
+    return [its_type or _NORMAL for its_type in types]
+
+
+def _ends(ids: dict[str, int], types: list[int], special: dict[str, int | None]) -> list[int]:
+    """The ids that end a text or a turn: those that the metadata name, then those known by their text."""
+    ends = [special[which] for which in ("eos", "eot", "eom") if special[which] is not None]
+    known = [token for token in _ENDS if token in ids]
+    if "<|end|>" in known and any({*pair} <= ids.keys() for pair in _ENDS_BESIDE_MESSAGES):
+        known.remove("<|end|>")
+    ends += sorted(ids[token] for token in known)
+    if _HTML_END in ids and (types[ids[_HTML_END]] == _CONTROL or not ends):
+        ends.append(ids[_HTML_END])
+    return list(dict.fromkeys(ends))
+
+
+def _correct_types(tokens: list[str], types: list[int], special: list[int | None]) -> None:
+    """Makes control tokens of those that end or begin a text, and of markers that are typed as ordinary text."""
+    for i in special:
+        if i is not None and re.fullmatch(r"_?<.+>|\[.+\]", tokens[i]):
+            types[i] = _CONTROL
+    for i, token in enumerate(tokens):
+        if types[i] == _NORMAL and token[:1] == "<" and _MARKER.fullmatch(token):
+            types[i] = _CONTROL
 
 
 def _byte_level(values: dict[str, Any], tokens: list[str], types: list[int]) -> tuple[Processor, bool]:
     name = values.get("pre", "default")
-    pre = _PRE_TOKENIZERS.get(name)
+    pre = _PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
     if pre is None:
         known = ", ".join(sorted(_PRE_TOKENIZERS))
         raise ValueError(f"GGUF pre-tokenizer {name!r} is not supported; supported: {known}")
-    merges = [tuple(merge.split(" ", 1)) for merge in values.get("merges", [])]
+    merges = [tuple(merge.split(" ", 1)) for merge in _list_of(str, values, "merges")]
+    if not merges and any(its_type == _NORMAL and len(t) > 1 for t, its_type in zip(tokens, types, strict=True)):
+        raise ValueError(
+            "GGUF tokenizer of model 'gpt2' lacks tokenizer.ggml.merges, without which every byte would be a token: "
+            "convert the model again, or take another file of it"
+        )
     processor = _bpe(tokens, merges, ignore_merges=pre.whole_words)
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -147,16 +257,18 @@ def _byte_level(values: dict[str, Any], tokens: list[str], types: list[int]) -> 
 
 
 def _sentencepiece(values: dict[str, Any], tokens: list[str], types: list[int]) -> tuple[Processor, bool]:
-    scores = values.get("scores")
-    if not scores or len(scores) != len(tokens):
-        raise ValueError(f"GGUF tokenizer has {len(tokens)} tokens, but {len(scores or [])} scores")
+    scores = _list_of((int, float), values, "scores")
+    if len(scores) != len(tokens):
+        raise ValueError(f"GGUF tokenizer has {len(tokens)} tokens, but {len(scores)} scores")
+    if not all(map(math.isfinite, scores)):
+        raise ValueError("GGUF tokenizer has scores that are no finite numbers")
     pieces = {t: -scores[i] for i, t in enumerate(tokens) if types[i] in (_NORMAL, _UNUSED)}
     unknown = next(iter(_of_type(_UNKNOWN, tokens, types)), None)
     if unknown is None and (unknown_id := _token_id(values, "unknown_token_id", tokens)) is not None:
         unknown = tokens[unknown_id]
     byte_fallback = _BYTE in types
     processor = _bpe(tokens, _merges(pieces), unk_token=unknown, byte_fallback=byte_fallback, fuse_unk=True)
-    add_prefix = values.get("add_space_prefix", True)
+    add_prefix = _flag(values, "add_space_prefix", True)
     prefix = [normalizers.Prepend("▁")] if add_prefix else []
     processor.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if add_prefix else []

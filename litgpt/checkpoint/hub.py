@@ -1,14 +1,18 @@
 """Fetches checkpoints from the Hugging Face hub: what is needed, checked before it is large, all of it or nothing."""
 
 import errno
+import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from litgpt.config import Config, read_json
+from litgpt.checkpoint.weight_files import choose_weight_files, read_weight_map
+from litgpt.config import Config
+from litgpt.waiting import waiting
 
 _ANSWER_SECONDS = 6.0
 _T = TypeVar("_T")
@@ -47,7 +51,8 @@ def fetch_checkpoint(
     folder = checkpoints_home() / repo_id if folder is None else folder
     names = _file_names(repo_id, access_token)
     partial = folder.with_name(f".{folder.name}.partial")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with plain_disk_errors(folder.parent):
+        folder.parent.mkdir(parents=True, exist_ok=True)
 
     def fetch(*wanted: str) -> None:
         from huggingface_hub import hf_hub_download
@@ -57,7 +62,7 @@ def fetch_checkpoint(
 
     from filelock import FileLock  # takes a tenth of a second, which those who fetch nothing do not wait for
 
-    with FileLock(f"{partial}.lock"):
+    with plain_disk_errors(folder.parent), FileLock(f"{partial}.lock"):
         fetch(*(name for name in names if _is_side_file(name)))
         if not tokenizer_only:
             if (partial / "config.json").is_file():
@@ -67,13 +72,29 @@ def fetch_checkpoint(
     return folder
 
 
+@contextmanager
+def plain_disk_errors(folder: Path) -> Iterator[None]:
+    """Says of a disk that is full or may not be written, below `folder`, what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            why = "is full: free some space"
+        elif error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            why = "may not be written"
+        else:
+            raise
+        message = f"the disk of {folder} {why}, or set LITGPT_HOME to another folder"
+        raise OSError(message) from None
+
+
 def _refuse_unusable(folder: Path, repo_id: str, config: Config | None) -> None:
     """Raises `ValueError` if `config.json` tells that the weights, which are not here yet, could not be used."""
     from litgpt.checkpoint.huggingface import HuggingFaceCheckpoint
 
     HuggingFaceCheckpoint(folder, config)
     if config is None:
-        Config.from_hf(read_json(folder / "config.json"), name=repo_id)
+        Config.from_hf(folder / "config.json", name=repo_id)
 
 
 def _file_names(repo_id: str, access_token: str | None) -> list[str]:
@@ -92,8 +113,9 @@ def _file_names(repo_id: str, access_token: str | None) -> list[str]:
             result.append(error)
 
     thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_ANSWER_SECONDS)
+    with waiting("Asking the Hugging Face hub"):
+        thread.start()
+        thread.join(_ANSWER_SECONDS)
     answer = result[0] if result else TimeoutError(f"no answer within {_ANSWER_SECONDS:.0f} seconds")
     return _guarded(repo_id, lambda: _raise_or_return(answer))
 
@@ -134,8 +156,12 @@ def _guarded(repo_id: str, action: Callable[[], _T]) -> _T:
         if status in (401, 403):
             raise PermissionError(f"The Hugging Face hub refuses {repo_id}: check --access_token or HF_TOKEN") from None
         raise ConnectionError(f"The Hugging Face hub failed with status {status}; try again later") from None
+    except json.JSONDecodeError:
+        raise ConnectionError(
+            "what answers in the place of the Hugging Face hub is something else: a proxy, or the login page of a network"
+        ) from None
     except Exception as error:  # the client's network errors have no common class over its versions
-        if isinstance(error, OSError) and (error.filename is not None or error.errno == errno.ENOSPC):
+        if isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)):
             raise  # of this machine's disk
         raise ConnectionError(f"the Hugging Face hub cannot be reached ({_one_line(error)})") from None
 
@@ -151,16 +177,17 @@ def _is_side_file(name: str) -> bool:
 
 
 def _weight_files(repo_id: str, names: list[str], fetch: Callable[..., None], partial: Path) -> list[str]:
-    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        index = f"{stem}{suffix}.index.json"
-        if index in names:
-            fetch(index)
-            return sorted(set((read_json(partial / index).get("weight_map") or {}).values()))
-        if stem + suffix in names:
-            return [stem + suffix]
-        if found := [name for name in names if "/" not in name and name.startswith(stem) and name.endswith(suffix)]:
-            return found
-    raise FileNotFoundError(f"{repo_id} holds no weights: expected model*.safetensors or pytorch_model*.bin")
+    def read_index(name: str) -> dict[str, str]:
+        fetch(name)
+        return read_weight_map(partial / name)
+
+    try:
+        chosen, _ = choose_weight_files(names, read_index)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{repo_id} is incomplete: {error}") from None
+    if not chosen:
+        raise FileNotFoundError(f"{repo_id} holds no weights: expected model*.safetensors or pytorch_model*.bin")
+    return chosen
 
 
 def _publish(partial: Path, folder: Path) -> None:

@@ -14,6 +14,8 @@ from litgpt.checkpoint.open import open_checkpoint
 from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.runners.quantized_weights import BNB_MODES, MODES, QuantizedLinear, Scheme, quantize_model
+from litgpt.settings import listed
+from litgpt.waiting import report_progress
 
 
 def load_model(
@@ -26,7 +28,7 @@ def load_model(
 
     Every weight is copied once, from the file into the model; a tied output embedding is the input embedding's tensor.
     With `quantize` (int8 or int4) every piece is quantised as it is read; bitsandbytes gets the whole model, on the CPU.
-    Raises `ValueError` naming all weights that are missing, not expected or of the wrong shape.
+    Raises `ValueError` naming the first weights that are missing, not expected or of the wrong shape.
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
     how, dtype = checkpoint.quantization, dtype or checkpoint.dtype
@@ -73,10 +75,13 @@ def fill_model(
         model.lm_head.weight = model.transformer.wte.weight
     targets = model.state_dict()
     quantized = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    done, total = set(), sum(not name.endswith((".scale", ".minimum")) for name in targets)
     with torch.no_grad():
         for name, row, piece in pieces:
             if tied and name == HEAD:
                 continue
+            done.add(name)
+            report_progress(len(done) - 1, total)
             if name in quantized and piece.is_floating_point():
                 quantized[name].set_rows(row, piece)
             else:
@@ -110,11 +115,11 @@ def is_tied(model: GPT) -> bool:
 
 
 def check_weights(checkpoint: Checkpoint, model: GPT) -> None:
-    """Compares names and shapes of a checkpoint with a model's; one `ValueError` names every difference."""
+    """Compares names and shapes of a checkpoint with a model's; one `ValueError` names the first of every kind of difference."""
     kinds = ("missing", "not expected", "wrong shape")
     pieces = checkpoint.pieces(meta=True) if model.quantization is None else checkpoint.stored(meta=True)
     found = zip(kinds, weight_differences(model.state_dict(), pieces), strict=True)
-    if problems := "; ".join(f"{kind}: {', '.join(names)}" for kind, names in found if names):
+    if problems := "; ".join(f"{kind}: {listed(names)}" for kind, names in found if names):
         raise ValueError(f"{checkpoint.path}: weights do not fit the config {model.config.name!r}: {problems}")
 
 
@@ -174,8 +179,8 @@ def save_litgpt(
     if tied:
         layout[HEAD] = layout[EMBEDDING]
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_state_dict(out_dir / WEIGHTS_NAME, layout, _reporting(pieces, progress))
     _write_side_files(source, out_dir, tokenizer_dir)
+    write_state_dict(out_dir / WEIGHTS_NAME, layout, _reporting(pieces, progress))  # last: they make it a checkpoint
 
 
 def save_quantized(
@@ -224,8 +229,8 @@ def save_quantized(
         raise ValueError(f"weights quantised as {how.mode} cannot be saved, only {' and '.join(MODES)}")
     about = {"quantization": how.mode, "group_size": str(how.group_size), "dtype": str(dtype).removeprefix("torch.")}
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_safetensors(out_dir, {QUANTIZED_NAME: layout}, tensors, about)
     _write_side_files(source, out_dir, tokenizer_dir)
+    write_safetensors(out_dir, {QUANTIZED_NAME: layout}, tensors, about)  # last: they make it a checkpoint
 
 
 def _quantized_tensors(
@@ -243,9 +248,14 @@ def _quantized_tensors(
             yield name, tensor
 
 
+def save_config(config: Config, checkpoint_dir: str | Path) -> None:
+    """Writes `model_config.yaml` into a folder."""
+    with replacing(Path(checkpoint_dir) / CONFIG_NAME) as temporary:
+        temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+
+
 def _write_side_files(source: Checkpoint | GPT, out_dir: Path, tokenizer_dir: str | Path | None) -> None:
-    with replacing(out_dir / CONFIG_NAME) as temporary:
-        temporary.write_text(yaml.safe_dump(source.config.to_dict(), sort_keys=False), encoding="utf-8")
+    save_config(source.config, out_dir)
     if tokenizer_dir is not None:
         copy_side_files(Path(tokenizer_dir), out_dir)
     elif isinstance(source, Checkpoint):

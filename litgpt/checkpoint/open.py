@@ -8,8 +8,8 @@ from litgpt.checkpoint.litgpt_folder import LitGPTCheckpoint
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a folder in the layout of Hugging Face or LitGPT, one that `litgpt quantize` wrote, a `.gguf` file, or a folder
-    with one `.gguf` file.
+    """Opens a folder in the layout of Hugging Face or LitGPT, one that `litgpt quantize` or a fine-tuning with LoRA wrote, a
+    `.gguf` file, or a folder with one model in `.gguf` files; of a split one any part stands for all.
 
     Raises `FileNotFoundError` if there is no model at `path`, `ValueError` if it cannot be used.
     """
@@ -26,9 +26,20 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         from litgpt.checkpoint.quantized_folder import QuantizedCheckpoint
 
         return QuantizedCheckpoint(path)
+    for method in ("lora", "adapter", "adapter_v2"):
+        if (path / f"{WEIGHTS_NAME}.{method}").is_file():
+            if method != "lora":
+                raise ValueError(
+                    f"{path} holds what `litgpt generate_{method}` takes: an adapter, without the model that it is for"
+                )
+            from litgpt.checkpoint.finetuned import LoRACheckpoint
+
+            return LoRACheckpoint(path)
     if holds_weights(path):
         return HuggingFaceCheckpoint(path)
-    gguf_files = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
+    from litgpt.checkpoint.gguf_file import gguf_models
+
+    gguf_files = gguf_models(path)
     if len(gguf_files) == 1:
         return _open_gguf(gguf_files[0])
     if gguf_files:

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from litgpt.checkpoint.base import EMBEDDING, HEAD, QUANTIZED_NAME, Piece
-from litgpt.checkpoint.files import parse_dtype
+from litgpt.checkpoint.files import parse_dtype, refuse_lfs_pointer
 from litgpt.checkpoint.litgpt_folder import LitGPTCheckpoint
 from litgpt.runners.quantized_weights import Scheme, dequantize_int4, dequantize_int8
 
@@ -22,6 +22,7 @@ class QuantizedCheckpoint(LitGPTCheckpoint):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path, QUANTIZED_NAME)
+        refuse_lfs_pointer(self.files[0])
         try:
             with safe_open(self.files[0], framework="pt") as file:
                 self._about = file.metadata() or {}

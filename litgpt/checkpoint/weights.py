@@ -66,10 +66,7 @@ class WeightMap:
 
     def place(self, name: str, tensor: torch.Tensor) -> Iterator[Piece]:
         """Our parameters' rows that one of their tensors holds; a name that is not known comes back as it is."""
-        for prefix, replacement in self.family.prefixes.items():
-            if name.startswith(prefix):
-                name = replacement + name.removeprefix(prefix)
-                break
+        name = self._canonical(name)
         if any(piece in name for piece in self.family.ignored):
             return
         template, indices, leaf = _split(name)
@@ -94,6 +91,28 @@ class WeightMap:
             yield from split_interleaved(ours[0], tensor, self.config)
         else:
             yield ours[0], 0, tensor
+
+    def part(self, name: str) -> tuple[str, int, int] | None:
+        """If one of their tensors is stacked with others in a parameter of ours: its name, which part it is, of how many."""
+        template, indices, leaf = _split(self._canonical(name))
+        rule = self._by_theirs.get(template)
+        if rule is None or len(rule.theirs) == 1:
+            return None
+        return f"{rule.ours[0].format(*indices)}.{leaf}", rule.theirs.index(template), len(rule.theirs)
+
+    def covers(self, name: str) -> bool:
+        """Whether one of their tensors is known, be it only as one that is left out."""
+        name = self._canonical(name)
+        template, _, leaf = _split(name)
+        stacked = f"{template}.{leaf.removesuffix('_bias')}" in self._stack_by_theirs
+        return stacked or template in self._by_theirs or any(piece in name for piece in self.family.ignored)
+
+    def _canonical(self, name: str) -> str:
+        """One of their names without the prefixes that some files have."""
+        for prefix, replacement in self.family.prefixes.items():
+            if name.startswith(prefix):
+                return replacement + name.removeprefix(prefix)
+        return name
 
     def theirs(self, names: list[str]) -> dict[str, tuple[str, ...]]:
         """For each of their tensors, the parameters of ours, out of `names`, that it is made of."""
@@ -125,7 +144,7 @@ class WeightMap:
         if len(rule.theirs) > 1:
             return tensor.split(qkv_sizes(self.config))[rule.theirs.index(template)]
         if self.family.interleaved_qkv and rule.ours[0].endswith(".attn.qkv"):
-            return _interleave(tensor, self.config)
+            return interleave(tensor, self.config)
         return tensor
 
 
@@ -148,7 +167,8 @@ def split_interleaved(name: str, tensor: torch.Tensor, config: Config) -> Iterat
         first_row += rows.shape[0]
 
 
-def _interleave(tensor: torch.Tensor, config: Config) -> torch.Tensor:
+def interleave(tensor: torch.Tensor, config: Config) -> torch.Tensor:
+    """The inverse of `split_interleaved`: rows that alternate by head group, of queries, keys and values in this order."""
     parts = tensor.split(qkv_sizes(config))
     groups = [part.unflatten(0, (config.n_query_groups, -1, config.head_size)) for part in parts]
     return torch.cat(groups, dim=1).flatten(0, 2)

@@ -1,9 +1,9 @@
-"""What came of a request, in words."""
+"""What came of a sequence, in words."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from litgpt.engine.request import Request
+from litgpt.engine.sequence import Sequence
 from litgpt.tokenizer import Tokenizer
 
 
@@ -39,19 +39,19 @@ class Answer:
     logprobs: list[TokenLogprob] | None = None
 
     @classmethod
-    def of(cls, request: Request, tokenizer: Tokenizer) -> "Answer":
-        """The answer to a finished request."""
+    def of(cls, sequence: Sequence, tokenizer: Tokenizer) -> "Answer":
+        """The answer to a finished sequence."""
 
         def spell(token: int, logprob: float, top: dict[int, float]) -> TokenLogprob:
             text = tokenizer.token_bytes(token).decode(errors="replace") or tokenizer.id_to_token(token) or ""
             return TokenLogprob(text, token, logprob, tuple(spell(*pair, {}) for pair in top.items()))
 
         logprobs = None
-        if request.logprobs is not None:
-            drawn = zip(request.output, request.token_logprobs, request.top_logprobs, strict=False)
+        if sequence.logprobs is not None:
+            drawn = zip(sequence.output, sequence.token_logprobs, sequence.top_logprobs, strict=False)
             logprobs = [spell(*entry) for entry in drawn]
-        text = tokenizer.decode(request.output)
-        return cls(text, request.output, request.finish_reason, len(request.prompt), logprobs)
+        text = tokenizer.decode(sequence.output)
+        return cls(text, sequence.output, sequence.finish_reason, len(sequence.prompt), logprobs)
 
     def record(self) -> dict[str, Any]:
         """The answer as a JSON object; its tokens are only counted."""
@@ -68,3 +68,8 @@ class Answer:
 
 def _entry(one: TokenLogprob) -> dict[str, Any]:
     return {"token": one.token, "id": one.id, "logprob": one.logprob}
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 answer", "2,000 answers"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

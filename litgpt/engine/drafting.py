@@ -1,78 +1,97 @@
-"""Where guesses of the next tokens come from: the text so far, or a smaller model."""
+"""Where draft tokens come from: the text so far, or a smaller model."""
 
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.functional import pad
 
-from litgpt.engine.engine import Guesses, prefill, prepare_caches
-from litgpt.engine.sampling import Draws, likeliest, probabilities
-from litgpt.engine.verification import draw_from
-from litgpt.model import GPT
+from litgpt.engine.caches import CacheLease, prepare_caches
+from litgpt.engine.drawing import draw_from
+from litgpt.engine.prefill import prefill
+from litgpt.engine.sampling import check_tokens, likeliest, probabilities
+from litgpt.engine.sequence import Sequence
+from litgpt.model import GPT, LayerCaches
 
-LEAST_GUESSES = 3  # of a prompt lookup: a call of four tokens takes hardly longer than one of two
+FIRST_DRAFT = 3  # draft tokens of a prompt lookup at first: a call of four tokens takes hardly longer than one of two
+
+
+class Draft(NamedTuple):
+    """Draft tokens (n,) that may follow a sequence, and the distributions (n, V) that they were drawn from (None: they are
+    certain)."""
+
+    tokens: list[int]
+    distributions: torch.Tensor | None = None
+
+
+class Drafter(Protocol):
+    """Drafts how sequences go on. What the model makes of the drafts is exact, however bad they are."""
+
+    def draft(self, sequences: abc.Sequence[Sequence], limits: abc.Sequence[int]) -> list[Draft]:
+        """For every sequence, what may follow its `tokens`: as many draft tokens as its limit at most. A sequence is the
+        same object in every step."""
 
 
 class PromptLookup:
-    """Guesses that the text goes on as it did where its last tokens stood before, in the prompt or in the output.
+    """Drafts that the text goes on as it did where its last tokens stood before, in the prompt or in the output.
 
     Needs no model, and pays where the output repeats what is there: editing, quoting, code, lists. A lookup takes the same
-    time whatever the length of the text. Of guesses that failed fewer follow, of those that all stood twice as many.
+    time whatever the length of the text. After drafts that were rejected come shorter ones, after accepted ones longer.
 
     Args:
-        most: guesses at a time.
-        longest, shortest: how many of the last tokens have to be found again, as many as possible.
+        max_draft: draft tokens at a time.
+        max_ngram, min_ngram: how many of the last tokens have to be found again, as many as possible.
 
     Raises:
         ValueError: for numbers that mean nothing.
     """
 
-    def __init__(self, most: int = 15, longest: int = 4, shortest: int = 2) -> None:
-        if most < 1:
-            raise ValueError(f"prompt lookup needs at least 1 guess at a time, got {most}")
-        if not 1 <= shortest <= longest:
-            raise ValueError(f"shortest must be in 1..longest, got shortest={shortest}, longest={longest}")
-        self.most = most
-        self.sizes = range(longest, shortest - 1, -1)
-        self._texts: WeakKeyDictionary[Draws, _Text] = WeakKeyDictionary()
+    def __init__(self, max_draft: int = 15, max_ngram: int = 4, min_ngram: int = 2) -> None:
+        if max_draft < 1:
+            raise ValueError(f"prompt lookup needs at least 1 draft token at a time, got {max_draft}")
+        if not 1 <= min_ngram <= max_ngram:
+            raise ValueError(f"min_ngram must be in 1..max_ngram, got min_ngram={min_ngram}, max_ngram={max_ngram}")
+        self.max_draft = max_draft
+        self.sizes = range(max_ngram, min_ngram - 1, -1)
+        self._indexes: WeakKeyDictionary[Sequence, _Index] = WeakKeyDictionary()
 
-    def propose(self, rows: Sequence[Draws], limits: Sequence[int]) -> list[Guesses]:
-        """As `Proposer.propose`; all guesses are certain."""
-        return [(self._guess(row, limit), None) for row, limit in zip(rows, limits, strict=True)]
+    def draft(self, sequences: abc.Sequence[Sequence], limits: abc.Sequence[int]) -> list[Draft]:
+        """As `Drafter.draft`; all draft tokens are certain."""
+        return [Draft(self._look_up(one, limit)) for one, limit in zip(sequences, limits, strict=True)]
 
-    def _guess(self, row: Draws, limit: int) -> list[int]:
-        text = self._texts.get(row)
-        if text is None:
-            text = self._texts[row] = _Text(self.sizes, min(self.most, LEAST_GUESSES))
-        text.count = min(self.most, text.next_count(row.tokens))
-        text.guesses = text.continuation(row.tokens, min(text.count, limit))
-        return text.guesses
+    def _look_up(self, sequence: Sequence, limit: int) -> list[int]:
+        index = self._indexes.get(sequence)
+        if index is None:
+            index = self._indexes[sequence] = _Index(self.sizes, min(self.max_draft, FIRST_DRAFT))
+        index.count = min(self.max_draft, index.next_count(sequence.tokens))
+        index.draft = index.continuation(sequence.tokens, min(index.count, limit))
+        return index.draft
 
 
-class _Text:
+class _Index:
     """Index of the places where the n-grams of one growing text go on.
 
     Args:
         sizes: n, longest first.
-        count: guesses at first.
+        count: draft tokens at first.
     """
 
-    def __init__(self, sizes: Sequence[int], count: int) -> None:
+    def __init__(self, sizes: abc.Sequence[int], count: int) -> None:
         self.sizes = sizes
         self.count = count
-        self.guesses: list[int] = []  # the last ones, for the place where the indexed part ended
+        self.draft: list[int] = []  # the last one, for the place where the indexed part ended
         self._next: dict[tuple[int, ...], int] = {}  # n-gram -> place of the token that followed it last
         self._indexed = 0  # n-grams that end before this place, and so have a following token, are in
 
-    def next_count(self, tokens: Sequence[int]) -> int:
-        """How many guesses to make, by how many of the last ones stood."""
-        if not self.guesses:
+    def next_count(self, tokens: abc.Sequence[int]) -> int:
+        """How many tokens to draft, by how many of the last ones were accepted."""
+        if not self.draft:
             return self.count
-        return max(LEAST_GUESSES, 2 * _common(self.guesses, tokens[self._indexed + 1 :]))
+        return max(FIRST_DRAFT, 2 * _common_length(self.draft, tokens[self._indexed + 1 :]))
 
-    def continuation(self, tokens: Sequence[int], count: int) -> list[int]:
+    def continuation(self, tokens: abc.Sequence[int], count: int) -> list[int]:
         """What followed when `tokens`, of which new ones are indexed first, last ended as now; [] if they never did."""
         for place in range(self._indexed + 1, len(tokens)):
             for size in self.sizes:
@@ -87,15 +106,16 @@ class _Text:
 
 
 class DraftModel:
-    """Guesses what a smaller model says that has the same vocabulary.
+    """Drafts what a smaller model says that has the same vocabulary.
 
-    Its caches follow the rows: they are rewound to where guesses failed, and rows join and leave with those of the batch.
-    Where a sequence has become too long for the draft model, nothing is guessed.
+    Its caches follow the sequences: they are rewound to where draft tokens were rejected, and rows join and leave with those
+    of the batch. Where a sequence has become too long for the draft model, or has tokens that it does not know, there is no
+    draft.
 
     Args:
-        model: in evaluation mode. It gets caches of its own.
-        vocabulary: tokens that the guesses' distributions are to cover: `padded_vocab_size` of the model they are for.
-        count: guesses at a time.
+        model: in evaluation mode. The drafts have caches of their own.
+        vocabulary: tokens that the distributions are to cover: `padded_vocab_size` of the model that verifies.
+        count: draft tokens at a time.
         prompt_chunksize: most tokens of a call in the prefill (None: as many as the caches take).
 
     Raises:
@@ -104,98 +124,117 @@ class DraftModel:
 
     def __init__(self, model: GPT, vocabulary: int, count: int = 3, prompt_chunksize: int | None = None) -> None:
         if count < 1:
-            raise ValueError(f"a draft model needs at least 1 guess at a time, got {count}")
-        model.clear_kv_caches(assigned=True)
+            raise ValueError(f"a draft model needs at least 1 draft token at a time, got {count}")
         self.model = model
+        self._lease = CacheLease(model, LayerCaches())
         self.vocabulary = vocabulary
         self.count = count
         self.prompt_chunksize = prompt_chunksize
-        self._followers: list[_Follower] = []  # by row of the caches
+        self._rows: list[_DraftRow] = []  # by row of the caches
 
     @torch.inference_mode()
-    def propose(self, rows: Sequence[Draws], limits: Sequence[int]) -> list[Guesses]:
-        """As `Proposer.propose`; guesses of rows with greedy sampling are certain."""
-        longest = max(len(row.tokens) for row in rows) + min(self.count, max(limits))
-        if longest > self.model.max_seq_length:
-            return [((), None)] * len(rows)
-        self._follow(rows, longest)
-        followers, limit = self._followers, dict(zip(rows, limits, strict=True))
-        fed = max(follower.behind for follower in followers)  # 2 if all guesses of some row stood, else 1
-        self.model.rewind_kv_caches([f.held - (len(f.row.tokens) - fed) for f in followers])
-        count = min(self.count, max(limits), self.model.kv_cache_max_tokens_tentative() - 1)
-        inputs = [follower.row.tokens[-fed:] for follower in followers]
-        guesses: dict[Draws, tuple[list[int], list[torch.Tensor]]] = {row: ([], []) for row in rows}
-        for follower in followers:
-            follower.agreed, follower.guesses = len(follower.row.tokens), []
+    def draft(self, sequences: abc.Sequence[Sequence], limits: abc.Sequence[int]) -> list[Draft]:
+        """As `Drafter.draft`; draft tokens of sequences with greedy sampling are certain."""
+        drafts = {sequence: Draft([]) for sequence in sequences}
+        limit = {
+            sequence: limit
+            for sequence, limit in zip(sequences, limits, strict=True)
+            if self._knows_tokens_of(sequence)
+        }
+        if limit:
+            count = min(self.count, max(limit.values()))
+            longest = max(len(sequence.tokens) for sequence in limit) + count
+            if longest <= self.model.max_seq_length:
+                drafts |= self._lease.run(self._draft, limit, count, longest)
+        return [drafts[sequence] for sequence in sequences]
+
+    def _knows_tokens_of(self, sequence: Sequence) -> bool:
+        """Whether all tokens have a row in the draft model's embedding; what is in its caches need not be looked at again."""
+        row = next((row for row in self._rows if row.sequence is sequence), None)
+        start = 0 if row is None else row.n_verified
+        return max(sequence.tokens[start:], default=0) < self.model.config.padded_vocab_size
+
+    def _draft(self, limit: dict[Sequence, int], count: int, longest: int) -> dict[Sequence, Draft]:
+        self._follow(list(limit), longest)
+        rows = self._rows
+        n_run = max(row.n_behind for row in rows)  # 2 if all draft tokens of some row were accepted, else 1
+        self.model.rewind_kv_caches([row.n_cached - (len(row.sequence.tokens) - n_run) for row in rows])
+        count = min(count, self.model.kv_cache_max_tokens_tentative() - 1)
+        inputs = [row.sequence.tokens[-n_run:] for row in rows]
+        drawn: dict[Sequence, tuple[list[int], list[torch.Tensor]]] = {sequence: ([], []) for sequence in limit}
+        for row in rows:
+            row.n_verified, row.draft = len(row.sequence.tokens), []
         for i in range(count):
-            for follower, logits in zip(followers, self._logits(inputs), strict=True):
-                if i < limit[follower.row]:
-                    guess(follower.row, logits, *guesses[follower.row])
-                follower.guesses.append(guesses[follower.row][0][-1])
-            inputs = [follower.guesses[-1:] for follower in followers]
-        for follower in followers:
-            follower.guesses.pop()  # was not run
-        return [(tokens, torch.stack(q) if q else None) for tokens, q in (guesses[row] for row in rows)]
+            for row, logits in zip(rows, self._logits(inputs), strict=True):
+                if i < limit[row.sequence]:
+                    draw_draft_token(row.sequence, logits, *drawn[row.sequence])
+                row.draft.append(drawn[row.sequence][0][-1])
+            inputs = [row.draft[-1:] for row in rows]
+        for row in rows:
+            row.draft.pop()  # was not run
+        return {one: Draft(tokens, torch.stack(q) if q else None) for one, (tokens, q) in drawn.items()}
 
     def _logits(self, inputs: list[list[int]]) -> torch.Tensor:
-        """Run tokens (B, T); logits (B, V) of what follows, V as in the model that the guesses are for."""
+        """Run tokens (B, T); logits (B, V) of what follows, V as in the model that verifies."""
         idx = torch.tensor(inputs, device=self.model.transformer.wte.weight.device)
         logits = self.model(idx, self.model.next_token_pos, last_token_only=True)[:, -1, : self.vocabulary]
         return pad(logits, (0, self.vocabulary - logits.shape[-1]), value=-torch.inf)
 
-    def _follow(self, rows: Sequence[Draws], length: int) -> None:
-        """Have a row of the caches for each of `rows`, and room for `length` tokens in it."""
-        prepare_caches(self.model, len(rows), length, roomy=True)
-        if self.model.next_token_pos == 0:  # new caches
-            self._followers = []
-        wanted, before = set(rows), self._followers
-        kept = [i for i, follower in enumerate(before) if follower.row in wanted and follower.behind <= 2]
-        self._followers = [before[i] for i in kept]
-        held = {follower.row for follower in self._followers}
-        new = [_Follower(row, len(row.tokens) - 1) for row in rows if row not in held]
+    def _follow(self, sequences: abc.Sequence[Sequence], length: int) -> None:
+        """Have a row of the caches for each of the sequences, and room for `length` tokens in it."""
+        prepare_caches(self.model, len(sequences), length, roomy=True)
+        if self.model.next_token_pos == 0:  # new caches, or emptied ones
+            self._rows = []
+        drafted, before = set(sequences), self._rows
+        kept = [i for i, row in enumerate(before) if row.sequence in drafted and row.n_behind <= 2]
+        self._rows = [before[i] for i in kept]
+        followed = {row.sequence for row in self._rows}
+        new = [_DraftRow(one, len(one.tokens) - 1) for one in sequences if one not in followed]
         if kept and len(kept) < len(before):
             self.model.reorder_kv_caches(kept)
         if kept and new:
             self.model.extend_kv_caches(len(new))
         if new:
             device = self.model.transformer.wte.weight.device
-            prompts = [torch.tensor(follower.row.tokens[:-1], device=device) for follower in new]
+            prompts = [torch.tensor(row.sequence.tokens[:-1], device=device) for row in new]
             places = range(len(kept), len(kept) + len(new)) if kept else None
             prefill(self.model, prompts, self.prompt_chunksize, rows=places)
-            self._followers += new
+            self._rows += new
 
 
-def guess(row: Draws, logits: torch.Tensor, guesses: list[int], distributions: list[torch.Tensor]) -> None:
-    """Add to the guesses of a row's next tokens one drawn from logits (V,), and to their distributions the one that it was
-    drawn from; with greedy sampling guesses are certain, and have none."""
-    sampling = replace(row.sampling, processors=())  # they may keep state, and are to see tokens that stand
-    adjusted = sampling.adjust(logits, [*row.tokens, *guesses], row.prompt_length)
+def draw_draft_token(
+    sequence: Sequence, logits: torch.Tensor, draft_tokens: list[int], distributions: list[torch.Tensor]
+) -> None:
+    """Add to a sequence's draft tokens one drawn from logits (V,), and to their distributions the one that it was drawn
+    from; with greedy sampling draft tokens are certain, and have none."""
+    sampling = replace(sequence.sampling, processors=())  # they may keep state, and are to see accepted tokens only
+    adjusted = sampling.adjust(logits, [*sequence.tokens, *draft_tokens], sequence.prompt_length)
     if sampling.is_greedy:
-        guesses.append(int(likeliest(adjusted[None])))
+        draft_tokens += check_tokens(likeliest(adjusted[None]).tolist())
     else:
         distributions.append(probabilities(adjusted[None], sampling)[0])
-        guesses.append(draw_from(distributions[-1], row))
+        draft_tokens.append(draw_from(distributions[-1], sequence))
 
 
 @dataclass(eq=False)
-class _Follower:
-    """What a row of the draft model's caches holds: the first `agreed` tokens of `row`, and after them `guesses`."""
+class _DraftRow:
+    """What a row of the draft model's caches has: the first `n_verified` tokens of `sequence`, and after them `draft`."""
 
-    row: Draws
-    agreed: int
-    guesses: list[int] = field(default_factory=list)
-
-    @property
-    def held(self) -> int:
-        return self.agreed + len(self.guesses)
+    sequence: Sequence
+    n_verified: int
+    draft: list[int] = field(default_factory=list)
 
     @property
-    def behind(self) -> int:
-        """Tokens of the row that have to be run: those after the guesses that stood, and in any case the last one."""
-        new = self.row.tokens[self.agreed :]
-        return len(new) - min(_common(self.guesses, new), len(new) - 1)
+    def n_cached(self) -> int:
+        return self.n_verified + len(self.draft)
+
+    @property
+    def n_behind(self) -> int:
+        """Tokens of the sequence that have to be run: those after the accepted ones, and in any case the last one."""
+        new = self.sequence.tokens[self.n_verified :]
+        return len(new) - min(_common_length(self.draft, new), len(new) - 1)
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def _common_length(a: abc.Sequence[int], b: abc.Sequence[int]) -> int:
     """Length of the common beginning."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

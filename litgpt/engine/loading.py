@@ -11,6 +11,7 @@ import torch
 from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model
+from litgpt.kernels import processor
 from litgpt.kvcache.factory import create_kv_caches
 from litgpt.model import GPT
 from litgpt.prompt_style import PromptStyle
@@ -20,6 +21,7 @@ from litgpt.runners.fused import fuse_layers
 from litgpt.runners.packed_weights import pack_linears, unpack_linears
 from litgpt.runners.quantized_weights import Scheme
 from litgpt.tokenizer import Tokenizer
+from litgpt.waiting import waiting
 
 Quantization = Literal["int8", "int4", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"]
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
@@ -56,7 +58,7 @@ def parse_precision(precision: str | None, device: torch.device) -> torch.dtype:
     if precision is None:
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+        return torch.bfloat16 if processor.torch_multiplies_bfloat16() else torch.float32
     dtype = DTYPES.get(precision.removesuffix("-true"))
     if dtype is None:
         names = ", ".join(f"{name}-true" for name in DTYPES)
@@ -93,12 +95,13 @@ def make_ready(
         Scheme(quantize)  # says what is missing before anything is fetched
         load = partial(load, quantize=quantize)
     path = find_checkpoint(checkpoint_dir, access_token)
-    checkpoint = open_checkpoint(path)
-    tokenizer = checkpoint.tokenizer()
-    style = checkpoint.prompt_style(tokenizer)
-    model = load(checkpoint, dtype, device).requires_grad_(False)
-    if pack:
-        speed_up_decode(model, compile)
+    with waiting(f"Loading {path.resolve().name}", log=True):
+        checkpoint = open_checkpoint(path)
+        tokenizer = checkpoint.tokenizer()
+        style = checkpoint.prompt_style(tokenizer)
+        model = load(checkpoint, dtype, device).requires_grad_(False)
+        if pack:
+            speed_up_decode(model, compile)
     return Ready(model, tokenizer, style, path)
 
 

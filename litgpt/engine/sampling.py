@@ -1,17 +1,18 @@
-"""From logits to tokens."""
+"""From logits to tokens: how they are drawn, and the distributions that they are drawn from."""
 
-import copy
 import math
-import random
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 
 LogitsProcessor = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
+
+MIN_TEMPERATURE = 1e-5  # below it the likeliest token has all of the probability, but for ties
+NO_TOKEN = -1  # in place of a token that cannot be drawn: `check_tokens` finds it once tokens are read from the device
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Sampling:
     The order is: penalties, `logit_bias`, `processors`, then top-k, temperature, top-p, min-p, and a draw.
 
     Args:
-        temperature: logits are divided by it; 0 takes the likeliest token.
+        temperature: logits are divided by it; 0, or next to nothing, takes the likeliest token.
         top_k: draw from the k likeliest tokens only.
         top_p: draw from the likeliest tokens whose probabilities add up to this (nucleus sampling, arXiv:1904.09751).
         min_p: draw from tokens that are at least this times as likely as the likeliest one (arXiv:2407.01082).
@@ -50,10 +51,17 @@ class Sampling:
     processors: tuple[LogitsProcessor, ...] = ()
 
     def __post_init__(self) -> None:
+        def keep(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            keep(name, _number(name, getattr(self, name)))
+        if self.top_k is not None:
+            keep("top_k", whole_number("top_k", self.top_k, 1, "None: no limit"))
+        if self.seed is not None:
+            keep("seed", whole_number("seed", self.seed, None, "None: torch's generator"))
         if not self.temperature >= 0:
             raise ValueError(f"temperature must be at least 0 (0: always the likeliest token), got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1 (None: no limit), got {self.top_k}")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p must be in 0..1 (1: no limit), got {self.top_p}")
         if not 0 <= self.min_p <= 1:
@@ -63,14 +71,19 @@ class Sampling:
         for name, value in (("presence", self.presence_penalty), ("frequency", self.frequency_penalty)):
             if not math.isfinite(value):
                 raise ValueError(f"{name}_penalty must be a number (0: none), got {value}")
+        if not isinstance(self.logit_bias, Mapping | None):
+            raise ValueError(f"logit_bias must be a mapping {{token: number}}, got {self.logit_bias!r}")
         for token, bias in (self.logit_bias or {}).items():
             if not (isinstance(token, Integral) and token >= 0 and isinstance(bias, Real) and bias < math.inf):
                 raise ValueError(f"logit_bias takes tokens (0, 1, ...) and numbers, got {token!r}: {bias!r}")
+        for process in self.processors:
+            if not callable(process):
+                raise ValueError(f"a logits processor is called with (tokens, logits), got {process!r}")
 
     @property
     def is_greedy(self) -> bool:
-        """Whether nothing is left to chance."""
-        return self.temperature == 0 or self.top_k == 1
+        """Whether the likeliest token is always taken."""
+        return self.temperature < MIN_TEMPERATURE or self.top_k == 1
 
     @property
     def adjusts(self) -> bool:
@@ -106,121 +119,133 @@ class Sampling:
         return logits
 
 
-@dataclass(eq=False)
-class Draws:
-    """What drawing the tokens of one sequence needs: the settings, the tokens so far, and chance.
+def draw_rows(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor | None = None) -> torch.Tensor:
+    """One token for each row of adjusted logits (B, V): (B,) int64, `NO_TOKEN` where they are not finite.
 
-    Args:
-        sampling: the settings.
-        tokens: the sequence so far, prompt first. Whoever draws appends.
-        prompt_length: tokens of the prompt.
+    `uniforms` (B,) are random numbers in [0, 1) (None: from torch's generator).
     """
-
-    sampling: Sampling
-    tokens: list[int]
-    prompt_length: int
-
-    def __post_init__(self) -> None:
-        self.random = None if self.sampling.seed is None else random.Random(self.sampling.seed)
-        if self.sampling.processors:
-            self.sampling = replace(self.sampling, processors=tuple(map(copy.copy, self.sampling.processors)))
-
-    def uniform(self) -> float:
-        """The next random number, in [0, 1)."""
-        # 32 bits: as a float64 it stays below 1 when it is multiplied with a sum near 1
-        return torch.rand(()).item() if self.random is None else self.random.getrandbits(32) / 2**32
-
-
-def draw(logits: torch.Tensor, rows: Sequence[Draws]) -> torch.Tensor:
-    """One token for each row of logits (B, V): (B,) int64. Rows with equal settings are drawn at once."""
-    if any(row.sampling.adjusts for row in rows):
-        logits = torch.stack(
-            [row.sampling.adjust(x, row.tokens, row.prompt_length) for x, row in zip(logits, rows, strict=True)]
-        )
-    groups: dict[tuple, list[int]] = defaultdict(list)
-    for i, row in enumerate(rows):
-        s = row.sampling
-        groups["greedy" if s.is_greedy else (s.temperature, s.top_k, s.top_p, s.min_p)].append(i)
-    if len(groups) == 1:
-        return _draw_alike(logits, rows)
-    tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-    for members in groups.values():
-        index = torch.tensor(members, device=logits.device)
-        tokens[index] = _draw_alike(logits[index], [rows[i] for i in members])
-    return tokens
-
-
-def _draw_alike(logits: torch.Tensor, rows: Sequence[Draws]) -> torch.Tensor:
-    """`draw` for rows with the same settings."""
-    if rows[0].sampling.is_greedy:
-        return likeliest(logits)
-    chances = None
-    if any(row.random is not None for row in rows):
-        chances = torch.tensor([row.uniform() for row in rows], dtype=torch.float64, device=logits.device)
-    return _draw_rows(logits, rows[0].sampling, chances)
-
-
-def _draw_rows(logits: torch.Tensor, sampling: Sampling, chances: torch.Tensor | None = None) -> torch.Tensor:
-    """One token for each row of adjusted logits (B, V), (B,); `chances` (B,) are random numbers in [0, 1)."""
     if sampling.is_greedy:
         return likeliest(logits)
     probs, tokens = _candidates(logits, sampling)
-    drawn = pick(probs, chances)
-    return drawn if tokens is None else tokens.gather(-1, drawn[:, None])[:, 0]
+    picked = pick(probs, uniforms)
+    return picked if tokens is None else torch.where(picked < 0, picked, _gather(tokens, picked.clamp(min=0)))
+
+
+def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    return x.gather(-1, index[:, None])[:, 0]
 
 
 def likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """The likeliest token of each row of logits (B, V), the first of equally likely ones: (B,) int64."""
+    """The likeliest token of each row of logits (B, V), the first of equally likely ones: (B,) int64.
+
+    `NO_TOKEN` where logits are NaN or inf, or all are -inf.
+    """
     if logits.device.type != "cpu":
-        return logits.argmax(dim=-1)
+        values, tokens = logits.max(dim=-1)
+        return torch.where(values.isfinite(), tokens, NO_TOKEN)
     # by numpy, since torch's own takes up to ten times as long
     logits = logits.detach()
     if logits.dtype == torch.bfloat16:  # positive ones are ordered as their bits are
         bits = logits.view(torch.int16).numpy()
-        if bits.max(axis=-1).min() > 0:
-            return torch.from_numpy(bits.argmax(axis=-1))
-    return torch.from_numpy(logits.float().numpy().argmax(axis=-1))
+        largest = bits.max(axis=-1)
+        if largest.min() > 0:
+            # bits of inf and NaN are 0x7F80 and more; those of a NaN with a sign are more than 0xFF80, which is -inf
+            finite = (largest < 0x7F80) & (bits.view(np.uint16).max(axis=-1) <= 0xFF80)
+            return torch.from_numpy(np.where(finite, bits.argmax(axis=-1), NO_TOKEN))
+    values = logits.float().numpy()
+    tokens = values.argmax(axis=-1)  # a NaN, if there is one
+    best = np.take_along_axis(values, tokens[:, None], axis=-1)[:, 0]
+    return torch.from_numpy(np.where(np.isfinite(best), tokens, NO_TOKEN))
 
 
-def pick(probs: torch.Tensor, chances: torch.Tensor | None = None) -> torch.Tensor:
-    """One index for each row of weights (B, K) >= 0, which need not add up to 1: (B,) int64.
+def pick(probs: torch.Tensor, uniforms: torch.Tensor | None = None) -> torch.Tensor:
+    """One index for each row of weights (B, K) >= 0, which need not add up to 1: (B,) int64, `NO_TOKEN` where they add up
+    to nothing or to NaN.
 
-    `chances` (B,) are random numbers in [0, 1) (None: from torch's generator); equal ones give equal tokens.
+    `uniforms` (B,) are random numbers in [0, 1) (None: from torch's generator); equal ones give equal tokens.
     """
-    if chances is None:
-        chances = torch.rand(len(probs), device=probs.device)
+    if uniforms is None:
+        uniforms = torch.rand(len(probs), device=probs.device)
     sums = probs.double().cumsum(dim=-1)
-    return torch.searchsorted(sums, chances.double()[:, None] * sums[:, -1:], right=True)[:, 0]
+    total = sums[:, -1:]
+    picked = torch.searchsorted(sums, uniforms.double()[:, None] * total, right=True)
+    return torch.where(total > 0, picked, NO_TOKEN)[:, 0]
+
+
+def check_tokens(tokens: list[int]) -> list[int]:
+    """Drawn tokens, as they are; `ValueError` if there is a `NO_TOKEN` among them."""
+    check_finite(min(tokens, default=0) >= 0)
+    return tokens
+
+
+def check_finite(finite: bool) -> None:
+    """Raise `ValueError` for logits that no token can be drawn from."""
+    if not finite:
+        raise ValueError(
+            "no token can be drawn: the model's logits are NaN or infinite, or -inf for every token. Its weights or its "
+            "configuration are broken, the precision is too low for it, or logit_bias or a logits processor bans all tokens"
+        )
+
+
+def whole_number(name: str, value: object, least: int | None = None, hint: str = "") -> int:
+    """`value` as an int, also where it is a float such as 50.0; `ValueError` for others, and for less than `least`."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or value != value or value in (math.inf, -math.inf) or int(value) != value:
+        raise ValueError(f"{name} must be a whole number{hint and f' ({hint})'}, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}{hint and f' ({hint})'}, got {value}")
+    return int(value)
+
+
+def _number(name: str, value: object) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is too large") from None
 
 
 def _candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Probabilities (B, K) of the tokens (B, K) that may be drawn (None: of all, in order)."""
+    """Probabilities (B, K) of the tokens (B, K) that may be drawn (None: of all, in order); NaN where logits are not
+    finite."""
     logits, tokens = logits.float(), None
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         logits, tokens = torch.topk(logits, sampling.top_k)
-    logits = logits / sampling.temperature
+        top = logits[:, :1]
+    else:
+        top = logits.amax(dim=-1, keepdim=True)
+    logits = (logits - top) / sampling.temperature  # the largest is 0: nothing overflows, and NaN and inf become NaN
     if sampling.top_p < 1:
         logits = sample_top_p(logits, sampling.top_p)
     if sampling.min_p > 0:
-        least = logits.amax(dim=-1, keepdim=True) + math.log(sampling.min_p)
-        logits = logits.masked_fill(logits < least, float("-inf"))
+        logits = logits.masked_fill(logits < math.log(sampling.min_p), float("-inf"))
     return logits.softmax(dim=-1), tokens
 
 
 def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """The distribution (B, V) float32 that tokens are drawn from; for greedy sampling all is on the likeliest token.
 
-    `logits` (B, V) are those that `Sampling.adjust` gives.
+    `logits` (B, V) are those that `Sampling.adjust` gives. Where they are not finite, neither is it.
     """
     if sampling.is_greedy:
-        return torch.zeros(logits.shape, device=logits.device).scatter_(-1, likeliest(logits)[:, None], 1.0)
+        tokens = likeliest(logits)[:, None]
+        certain = torch.where(tokens < 0, torch.nan, 1.0)
+        return torch.zeros(logits.shape, device=logits.device).scatter_(-1, tokens.clamp(min=0), certain)
     probs, tokens = _candidates(logits, sampling)
     return probs if tokens is None else torch.zeros(logits.shape, device=logits.device).scatter_(-1, tokens, probs)
 
 
 def multinomial_num_samples_1(probs: torch.Tensor) -> torch.Tensor:
     """One index for each row of probabilities (..., V), as (..., 1)."""
-    return pick(probs.reshape(-1, probs.shape[-1])).view(*probs.shape[:-1], 1)
+    return _checked(pick(probs.reshape(-1, probs.shape[-1]))).view(*probs.shape[:-1], 1)
+
+
+def _checked(tokens: torch.Tensor) -> torch.Tensor:
+    """Drawn tokens, as they are; `ValueError` if there is a `NO_TOKEN` among them. Waits for the device."""
+    if not torch.compiler.is_compiling():
+        check_finite(not (tokens < 0).any())
+    return tokens
 
 
 def sample_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -234,25 +259,36 @@ def sample_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def sample(
-    logits: torch.Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    apply_softmax: bool = True,
 ) -> torch.Tensor:
-    """One token from the logits of the last position: (V,), (T, V) or (1, T, V) give (1,); (B, T, V) gives (B,).
+    """One token from the logits of the last position of the first row, (V,), (T, V) or (B, T, V): (1,) int64.
+
+    `batched_sample` draws one for every row.
 
     Args:
         logits: of any dtype.
         temperature: logits are divided by it; 0 takes the likeliest token.
         top_k: draw from the k likeliest tokens only.
         top_p: draw from the likeliest tokens whose probabilities add up to this.
+        apply_softmax: False: `logits` are probabilities.
 
     Raises:
-        ValueError: for a negative temperature, top_k < 1, or top_p outside 0..1.
+        ValueError: for a negative temperature, top_k < 1, top_p outside 0..1, or logits that are not finite.
     """
-    last = logits[None] if logits.ndim == 1 else logits[..., -1, :].reshape(-1, logits.shape[-1])
-    return _draw_rows(last, Sampling(temperature, top_k, top_p))
+    row = logits.reshape(-1, *logits.shape[-2:])[0, -1] if logits.ndim > 1 else logits
+    row = row if apply_softmax else row.float().log()
+    return _checked(draw_rows(row[None], Sampling(temperature, top_k, top_p)))
 
 
-def batched_sample(logits: Sequence[torch.Tensor], kwargs: Sequence[dict[str, Any]]) -> torch.Tensor:
-    """One token for each of B logits, each with its own `sample` arguments: (B, 1) int64."""
+def batched_sample(
+    logits: torch.Tensor | Sequence[torch.Tensor], kwargs: dict[str, Any] | Sequence[dict[str, Any]]
+) -> torch.Tensor:
+    """One token for each of B logits, with `sample` arguments for all or for each: (B, 1) int64."""
+    kwargs = [kwargs] * len(logits) if isinstance(kwargs, dict) else kwargs
     if len(logits) != len(kwargs):
         raise ValueError(f"{len(logits)} logits but {len(kwargs)} sets of sampling arguments")
     return torch.stack([sample(row, **args) for row, args in zip(logits, kwargs, strict=True)])

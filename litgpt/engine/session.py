@@ -2,17 +2,19 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from litgpt.engine.engine import Engine, Proposer, prefill, prepare_caches
+from litgpt.engine.caches import CacheLease, prepare_caches
+from litgpt.engine.drafting import Drafter
+from litgpt.engine.engine import Engine, check_vocabulary
 from litgpt.engine.loading import choose_kv_caches
-from litgpt.engine.request import Request
+from litgpt.engine.prefill import prefill
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence as GeneratedSequence
 from litgpt.engine.session_file import SessionFile, read_session, write_session
 from litgpt.fingerprint import fingerprint
 from litgpt.kvcache.base import KVCache
@@ -55,10 +57,9 @@ class Session:
         self.tokens: list[int] = []
         self.reused = 0
         self.notes: dict[str, Any] = {}
-        self._turn = 0  # a generation that another one has overtaken must not go on
-        self._caches = LayerCaches()
-        with self._attached():
-            choose_kv_caches(model, kv_cache, cache_length, sinks=sinks)
+        self._version = 0  # a generation that another one has overtaken must not go on
+        self._lease = CacheLease(model, LayerCaches())
+        self._lease.run(choose_kv_caches, model, kv_cache, cache_length, 1, sinks)
         self._grows = not self.kv_caches  # default caches are made, and enlarged, when they are needed
         if not self._grows:
             cache_length = self.kv_caches[0].cache_length
@@ -69,7 +70,7 @@ class Session:
     @property
     def kv_caches(self) -> list[KVCache]:
         """The session's caches, one a layer (none, if they are yet to be made)."""
-        return self._caches.caches
+        return self._lease.caches.caches
 
     @property
     def cached(self) -> int:
@@ -102,13 +103,13 @@ class Session:
         tokens = [int(token) for token in tokens]
         if not tokens:
             raise ValueError("there are no tokens to extend the session by")
+        check_vocabulary(tokens, self.model.config.padded_vocab_size)
         whole = self.tokens + tokens
         self._make_room(len(whole))
-        self._next_turn()
-        self.tokens, held = whole, self.cached
-        if rest := whole[held:-1]:
-            with self._attached():
-                prefill(self.model, [self._tensor(rest)], self.prompt_chunksize, held)
+        self._version += 1
+        self.tokens, cached = whole, self.cached
+        if rest := whole[cached:-1]:
+            self._lease.run(prefill, self.model, [self._tensor(rest)], self.prompt_chunksize, cached)
 
     def generate(
         self,
@@ -116,7 +117,7 @@ class Session:
         max_new_tokens: int = 50,
         *,
         stop_tokens: Sequence[Sequence[int]] = (),
-        proposer: Proposer | None = None,
+        drafter: Drafter | None = None,
         **sampling: Any,
     ) -> Iterator[int]:
         """Let the model go on.
@@ -126,7 +127,7 @@ class Session:
                 beginning is not computed again, and the rest of the session is forgotten.
             max_new_tokens: most tokens to draw.
             stop_tokens: sequences of tokens, each of which ends the output.
-            proposer: guesses the next tokens (None: no guesses).
+            drafter: drafts the next tokens (None: no drafts).
             sampling: fields of `Sampling`, such as `temperature=0`.
 
         Yields:
@@ -139,23 +140,20 @@ class Session:
         tokens = [int(token) for token in (self.tokens if prompt is None else prompt)]
         if not tokens:
             raise ValueError("the prompt is empty: it needs at least one token")
-        request = Request(self._tensor(tokens), max_new_tokens, Sampling(**sampling), stop_tokens)
-        engine = Engine(self.model, self.prompt_chunksize, proposer)
-        self._make_room(request.length)
-        turn = self._next_turn()
-        self.reused = self._rewind(tokens)
-        self.tokens = tokens
-        with self._attached():
-            engine.add([request], self.reused)
-        prompt_length = len(tokens)
+        sequence = GeneratedSequence(self._tensor(tokens), max_new_tokens, Sampling(**sampling), stop_tokens)
+        check_vocabulary(tokens, self.model.config.padded_vocab_size)
+        engine = Engine(self.model, self.prompt_chunksize, drafter, lease=self._lease)
+        self._make_room(sequence.max_length)
+        self._version += 1
+        version, self.reused = self._version, self._rewind(tokens)
+        self.tokens = sequence.tokens  # to which the engine adds
+        engine.add([sequence], self.reused)
         while True:
-            if turn != self._turn:
+            if version != self._version:
                 raise ValueError("the session was used otherwise before this generation had ended")
-            with self._attached():
-                released = engine.step()
+            released = engine.step()
             if not released:
                 return
-            tokens += request.tokens[len(tokens) - prompt_length :]
             for _, output in released:
                 yield from output
 
@@ -167,7 +165,7 @@ class Session:
         """
         if not 0 <= n <= len(self.tokens):
             raise ValueError(f"cannot crop to {n}: must be in 0..{len(self.tokens)}, the tokens so far")
-        self._next_turn()
+        self._version += 1
         self._rewind(self.tokens[:n])
         self.tokens = self.tokens[:n]
 
@@ -179,7 +177,8 @@ class Session:
         """An independent session that goes on from here; a copy of the slots in use."""
         twin = copy.copy(self)
         twin.tokens, twin.notes = list(self.tokens), copy.deepcopy(self.notes)
-        twin._caches = replace(self._caches, caches=[cache.fork() for cache in self.kv_caches])
+        caches = replace(self._lease.caches, caches=[cache.fork() for cache in self.kv_caches])
+        twin._lease = CacheLease(self.model, caches)
         return twin
 
     # -- files
@@ -199,7 +198,7 @@ class Session:
             "fingerprint": fingerprint(self.model),
             "dtype": self._dtype(),
             "kind": self._kind,
-            "long_rope": self._caches.long_rope,
+            "long_rope": self._lease.caches.long_rope,
             "caches": [{k: v for k, v in state.items() if not isinstance(v, torch.Tensor)} for state in states],
             "notes": self.notes,
         }
@@ -219,7 +218,8 @@ class Session:
         about, tokens = file.about, file.tensors["tokens"].tolist()
         self._check_fits(file)
         fresh = copy.copy(self)
-        fresh._caches = LayerCaches([cache.twin() for cache in self.kv_caches if not self._grows])
+        caches = LayerCaches([cache.twin() for cache in self.kv_caches if not self._grows])
+        fresh._lease = CacheLease(self.model, caches)
         if self._grows and about["caches"]:
             fresh._make_room(len(tokens))
         try:
@@ -229,9 +229,9 @@ class Session:
                 cache.load_state(state | tensors)
         except ValueError as error:
             raise ValueError(f"{file.path} does not fit the caches: {error}; begin a new session") from None
-        fresh._caches.long_rope = about["long_rope"]
-        self._next_turn()
-        self.tokens, self.notes, self._caches, self.reused = tokens, about["notes"], fresh._caches, 0
+        fresh._lease.caches.long_rope = about["long_rope"]
+        self._version += 1
+        self.tokens, self.notes, self._lease, self.reused = tokens, about["notes"], fresh._lease, 0
 
     def _check_fits(self, file: SessionFile) -> None:
         about, config = file.about, self.model.config
@@ -258,26 +258,19 @@ class Session:
 
     # -- the caches
 
-    @contextmanager
-    def _attached(self) -> Iterator[None]:
-        """Have the session's caches in the model for a while."""
-        others = self.model.exchange_kv_caches(self._caches)
-        try:
-            yield
-        finally:
-            self._caches = self.model.exchange_kv_caches(others)
-
     def _make_room(self, length: int) -> None:
-        """See that the caches take `length` tokens; those that are enlarged keep what they hold."""
-        with self._attached():
-            self.model.expect_length(length)  # which may make the caches forget
-        old = self.kv_caches
+        """See that the caches take `length` tokens; those that are enlarged keep what is in them."""
+        self._lease.run(self._enlarge_caches, length)
+
+    def _enlarge_caches(self, length: int) -> None:
+        model = self.model
+        model.expect_length(length)  # which may make the caches forget
+        old = model.kv_caches()
         small = any(not cache.policy.evicts and cache.cache_length < length for cache in old)
-        if self._grows and small and length <= self.model.max_seq_length:
-            self._caches = replace(self._caches, caches=[], default=False)
-        with self._attached():
-            prepare_caches(self.model, 1, length, roomy=True)
-        for cache, previous in zip(self.kv_caches, old, strict=False):
+        if self._grows and small and length <= model.max_seq_length:
+            model.exchange_kv_caches(replace(model.layer_caches(), caches=[], default=False))
+        prepare_caches(model, 1, length, roomy=True)
+        for cache, previous in zip(model.kv_caches(), old, strict=False):
             if cache is not previous:
                 cache.load_state(previous.state(copy=False))
 
@@ -289,13 +282,8 @@ class Session:
         if self.tokens[:limit] != tokens[:limit]:
             common = next(i for i in range(limit) if self.tokens[i] != tokens[i])
         if common < self.cached:
-            with self._attached():
-                self.model.crop_kv_caches(common)
+            self._lease.run(self.model.crop_kv_caches, common)
         return self.cached
-
-    def _next_turn(self) -> int:
-        self._turn += 1
-        return self._turn
 
     def _tensor(self, tokens: list[int]) -> torch.Tensor:
         return torch.tensor(tokens, device=self.model.transformer.wte.weight.device)

@@ -4,35 +4,35 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Finds stop sequences in one row's tokens, and holds back tokens that may turn out to begin one.
+    """Finds stop sequences among the tokens of one sequence, and keeps back tokens that may turn out to begin one.
 
     Args:
-        stop_tokens: sequences of tokens, any of which ends the row.
-        include_eos: whether the sequence that ended the row is released.
+        stop_tokens: sequences of tokens, any of which ends the sequence.
+        include_eos: whether the stop sequence itself is output.
     """
 
     def __init__(self, stop_tokens: Sequence[Sequence[int]], include_eos: bool) -> None:
         self.stops = [list(stop) for stop in stop_tokens if len(stop)]
         self.include_eos = include_eos
-        self.held: list[int] = []
+        self.pending: list[int] = []  # the last tokens, of which it is not known whether they are output
         self.stopped = False
 
     def push(self, token: int) -> list[int]:
         """Take the next token; give those that are now known to be output. Sets `stopped`."""
-        self.held.append(token)
+        self.pending.append(token)
         for stop in self.stops:
-            if self.held[-len(stop) :] == stop:
+            if self.pending[-len(stop) :] == stop:
                 self.stopped = True
-                return self._release(len(self.held) if self.include_eos else len(self.held) - len(stop))
-        undecided = max((_overlap(self.held, stop) for stop in self.stops), default=0)
-        return self._release(len(self.held) - undecided)
+                return self._release(len(self.pending) if self.include_eos else len(self.pending) - len(stop))
+        undecided = max((_overlap(self.pending, stop) for stop in self.stops), default=0)
+        return self._release(len(self.pending) - undecided)
 
     def flush(self) -> list[int]:
-        """Give what is held back, once no further token will come."""
-        return [] if self.stopped else self._release(len(self.held))
+        """Give what was kept back, once no further token will come."""
+        return [] if self.stopped else self._release(len(self.pending))
 
     def _release(self, count: int) -> list[int]:
-        released, self.held = self.held[:count], self.held[count:]
+        released, self.pending = self.pending[:count], self.pending[count:]
         return released
 
 

@@ -1,35 +1,68 @@
-"""Does a guess of the next token stand? Speculative sampling (arXiv:2211.17192, arXiv:2302.01318)."""
+"""Which draft tokens are accepted: speculative sampling (arXiv:2211.17192, arXiv:2302.01318)."""
+
+from collections.abc import Callable
 
 import torch
 
-from litgpt.engine.sampling import Draws, draw, pick, probabilities
+from litgpt.engine.drawing import draw, draw_from
+from litgpt.engine.sampling import check_tokens, probabilities
+from litgpt.engine.sequence import Sequence
 
 
-def draw_beside(logits: torch.Tensor, guess: int, guessed_from: torch.Tensor | None, row: Draws) -> int:
-    """The next token of a sequence, distributed as if nothing had been guessed: the guess, as often as that allows.
+def verify(
+    sequence: Sequence,
+    logits: torch.Tensor,
+    draft_tokens: list[int],
+    distributions: torch.Tensor | None,
+    broadcast: Callable[[list[int]], list[int]],
+) -> tuple[list[int], int]:
+    """Draw a sequence's next tokens: for as long as its draft tokens are accepted, and one more.
 
-    A guess x that was drawn from q stands with probability min(1, p(x) / q(x)); if it does not, the token is drawn from
-    max(0, p - q), normalised, where x has no part. A guess that was certain leaves the draw as it is: it stands if x is
-    drawn, so that the tokens are also those that the same random numbers give without guesses.
+    Args:
+        sequence: gets the tokens, and may be finished by them.
+        logits: of the model, after the sequence's last token and after every draft token, (n + 1 or more, V).
+        draft_tokens: n tokens.
+        distributions: that they were drawn from, (n, V) (None: they are certain).
+        broadcast: as `GPT.broadcast_tokens`.
+
+    Returns:
+        The tokens that are now known to be output, and how many draft tokens were accepted.
+    """
+    output: list[int] = []
+    for place, draft_token in enumerate(draft_tokens):
+        q = None if distributions is None else distributions[place]
+        (token,) = check_tokens(broadcast([verify_token(logits[place], draft_token, q, sequence)]))
+        output += sequence.append(token, logits[place])
+        if token != draft_token:
+            return output, place
+        if sequence.finish_reason:
+            return output, place + 1
+    last = logits[len(draft_tokens)]
+    (token,) = check_tokens(broadcast(draw(last[None], [sequence]).tolist()))
+    return output + sequence.append(token, last), len(draft_tokens)
+
+
+def verify_token(logits: torch.Tensor, draft_token: int, distribution: torch.Tensor | None, sequence: Sequence) -> int:
+    """The next token of a sequence, distributed as if there were no draft: the draft token, as often as that allows.
+
+    A draft token x that was drawn from q is accepted with probability min(1, p(x) / q(x)); if it is not, the token is drawn
+    from max(0, p - q), normalised, where x has no part. A certain draft token leaves the draw as it is: it is accepted if x
+    is drawn, so that the tokens are also those that the same random numbers give without drafts.
 
     Args:
         logits: of the model, (V,).
-        guess: x.
-        guessed_from: q, (V,) (None: the guess was certain).
-        row: the sequence so far.
+        draft_token: x.
+        distribution: q, (V,) (None: the draft token is certain).
+        sequence: so far.
+
+    Returns:
+        The token, or `NO_TOKEN` if the logits are not finite.
     """
-    if guessed_from is None:
-        return int(draw(logits[None], [row]))
-    adjusted = row.sampling.adjust(logits, row.tokens, row.prompt_length)
-    p = probabilities(adjusted[None], row.sampling)[0]
-    q = guessed_from.to(p)
-    if row.uniform() * q[guess].item() < p[guess].item():
-        return guess
+    if distribution is None:
+        return int(draw(logits[None], [sequence]))
+    p = probabilities(sequence.adjust(logits)[None], sequence.sampling)[0]
+    q = distribution.to(p)
+    if sequence.uniform() * q[draft_token].item() < p[draft_token].item():
+        return draft_token
     rest = (p - q).clamp(min=0.0)
-    return draw_from(rest if rest.any() else p, row)  # without a rest, p and q are equal but for rounding
-
-
-def draw_from(weights: torch.Tensor, row: Draws) -> int:
-    """An index of `weights` (V,), as often as each of them says, by the row's own random numbers."""
-    chance = torch.tensor([row.uniform()], dtype=torch.float64, device=weights.device)
-    return int(pick(weights[None], chance))
+    return draw_from(rest if rest.any() else p, sequence)  # without a rest, p and q are equal but for rounding

@@ -1,9 +1,12 @@
 """One module per family of models, holding every fact about it; none of them imports torch."""
 
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from litgpt.settings import Settings
 
 if TYPE_CHECKING:
     from litgpt.config import Config
@@ -40,6 +43,14 @@ def named_models() -> dict[str, dict[str, Any]]:
     return {name: model for family in families() for name, model in family.models.items()}
 
 
+def is_tied(name: str) -> bool:
+    """Whether input and output embedding of a named model are one matrix."""
+    for family in families():
+        if name in family.models:
+            return family.tied or any(fnmatchcase(name, pattern) for pattern in family.tied_models.split())
+    return False
+
+
 def family_of_type(model_type: str) -> "Family":
     """The family of a `model_type`; `ValueError` naming the nearest supported ones if there is none."""
     model_type = _ALIASES.get(model_type, model_type)
@@ -55,22 +66,26 @@ def family_of_type(model_type: str) -> "Family":
     raise ValueError(f"Architecture {model_type!r} is not supported ({nearest}all supported: {', '.join(known)})")
 
 
-def family_of_hf(hf: dict[str, Any]) -> "tuple[Family, dict[str, Any]]":
+def family_of_hf(hf: Settings) -> "tuple[Family, Settings]":
     """The family of a `config.json` and the part of it that describes the text model."""
-    model_type = hf.get("model_type")
+    model_type = hf.text("model_type", None, null=True)
     if not model_type:
-        architecture = (hf.get("architectures") or [""])[0]
+        architecture = next(iter(hf.value("architectures", list[str] | None, None) or ()), "")
         by_class = {family.architecture: family.model_type for family in families()}
         model_type = by_class.get(architecture, architecture)
         if not model_type:
-            raise ValueError("config.json names neither a 'model_type' nor 'architectures'")
-    family = family_of_type(model_type)
-    if isinstance(hf.get("text_config"), dict):
-        hf = {k: v for k, v in hf.items() if k in ("tie_word_embeddings", "eos_token_id")} | hf["text_config"]
+            raise ValueError(f"{hf.where} names neither a 'model_type' nor 'architectures'")
+    try:
+        family = family_of_type(model_type)
+    except ValueError as error:
+        raise ValueError(f"{hf.where}: {error}") from None
+    if hf.is_set("text_config"):
+        of_all = {key: hf.value(key, object) for key in ("tie_word_embeddings", "eos_token_id") if key in hf}
+        hf = Settings(of_all, hf.where).merged(hf.section("text_config"))
     return family, hf
 
 
-def fields_from_hf(hf: dict[str, Any], name: str = "") -> dict[str, Any]:
+def fields_from_hf(hf: Settings, name: str = "") -> dict[str, Any]:
     """Keyword arguments of `Config` from a `config.json`.
 
     `name` is what the model is called, by default what the file says. Where it is a named model's, the model gets
@@ -80,7 +95,7 @@ def fields_from_hf(hf: dict[str, Any], name: str = "") -> dict[str, Any]:
 
     family, text = family_of_hf(hf)
     fields = read_config(family, text)
-    repository = name or str(hf.get("_name_or_path") or "")
+    repository = name or hf.text("_name_or_path", None, null=True) or ""
     name = repository.rstrip("/").rpartition("/")[2]
     for model in family.models.values():
         if name in (model["name"], model["hf_config"]["name"]):
@@ -150,6 +165,8 @@ def _architecture(config: "Config") -> dict[str, Any]:
         fields["sliding_window_size"] = fields["sliding_window_indices"] = None
     if config.rope_local_base_freq is None:
         fields["rope_indices"] = None
+    if "beta_fast" in (yarn := config.rope_adjustments or {}):  # `config.json` gives such a model its whole context
+        fields["block_size"] = max(config.block_size, int(yarn["original_max_seq_len"] * yarn["factor"]))
     if not any(config.nope_indices or ()):
         fields.pop("nope_indices", None)
     return fields

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from litgpt.settings import Settings
+
 # What a Hugging Face name, or a group of names, of the block depends on: a string, or a function of the `Config`.
 Names = str | Callable[[Any], str]
 Row = tuple[str, int, int, int, int | None, int | None] | tuple[str, int, int, int, int | None, int | None, dict]
@@ -38,6 +40,7 @@ class Family:
         ignored: Pieces of names of tensors that carry no weights of the text model.
         extra_blocks: Files may hold blocks after the last, which guess further tokens and are left out.
         tied: Whether input and output embedding are one matrix when `config.json` does not say.
+        tied_models: Patterns of the names of models of which it is, in a family where it is not otherwise.
         name_mark: What LitGPT 0.5.13 looks for in a model's name to know the family's norm.
         read: More `Config` fields from `config.json`.
         write: The inverse of `read`.
@@ -62,8 +65,9 @@ class Family:
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     extra_blocks: bool = False
     tied: bool = False
+    tied_models: str = ""
     name_mark: str = ""
-    read: Callable[[dict], dict] = lambda hf: {}
+    read: Callable[[Settings], dict] = lambda hf: {}
     write: Callable[[Any], dict] = lambda config: {}
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
 

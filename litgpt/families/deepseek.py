@@ -4,6 +4,7 @@ from typing import Any
 
 from litgpt.families import llama
 from litgpt.families.base import Family, named
+from litgpt.settings import Settings
 
 _STRUCTURE = llama.STRUCTURE | {"mlp_class_name": "LLaMAMoE"}
 _ROUTING = {
@@ -60,8 +61,10 @@ _KEYS = {field: key for field, key in llama.KEYS.items() if field not in ("n_que
 }
 
 
-def _read(hf: dict[str, Any]) -> dict[str, Any]:
-    return {"latent_attention": {key: hf.get(key, default) for key, default in _LATENT.items()}}
+def _read(hf: Settings) -> dict[str, Any]:
+    hf.whole("num_key_value_heads", None, null=True)  # its heads have no groups, whatever this says
+    sizes = {key: hf.whole(key, default, null=key == "q_lora_rank") for key, default in _LATENT.items()}
+    return {"latent_attention": sizes}
 
 
 def _write(config: Any) -> dict[str, Any]:
@@ -92,6 +95,7 @@ DEEPSEEK_V3 = Family(
         "attention_bias": (False,),
         "moe_layer_freq": (1,),
         "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
     },
     outer=llama.OUTER,
     blocks="model.layers",

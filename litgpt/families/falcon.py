@@ -4,6 +4,7 @@ from typing import Any
 
 from litgpt.families.base import Family, named
 from litgpt.families.neox import GELU
+from litgpt.settings import Settings
 
 _MODELS = named(
     {
@@ -19,18 +20,18 @@ _MODELS = named(
 )
 
 
-def _read(hf: dict[str, Any]) -> dict[str, Any]:
+def _read(hf: Settings) -> dict[str, Any]:
     """Head groups and norms, whose meaning depends on the generation of the architecture."""
-    n_head = hf.get("num_attention_heads", hf.get("n_head"))
-    parallel = hf.get("parallel_attn", True)
-    if hf.get("new_decoder_architecture", False):
-        n_query_groups = hf.get("num_kv_heads") or n_head
-        shared = hf.get("num_ln_in_parallel_attn") == 1
-        parallel = True
-    else:
-        n_query_groups = 1 if hf.get("multi_query", True) else n_head
-        shared = parallel
-    return {"n_query_groups": n_query_groups, "parallel_residual": parallel, "shared_attention_norm": shared}
+    n_head = hf.whole("num_attention_heads" if "num_attention_heads" in hf else "n_head")
+    groups = hf.whole("num_kv_heads", None, null=True) or n_head
+    norms = hf.whole("num_ln_in_parallel_attn", None, most=2, null=True)
+    if hf.flag("new_decoder_architecture", False):
+        return {"n_query_groups": groups, "parallel_residual": True, "shared_attention_norm": norms == 1}
+    n_query_groups = 1 if hf.flag("multi_query", True) else n_head
+    parallel = hf.flag("parallel_attn", True)
+    if parallel and norms == 2:
+        raise hf.error("num_ln_in_parallel_attn", "is not supported for falcon without new_decoder_architecture")
+    return {"n_query_groups": n_query_groups, "parallel_residual": parallel, "shared_attention_norm": parallel}
 
 
 def _write(config: Any) -> dict[str, Any]:
@@ -58,7 +59,7 @@ FALCON = Family(
     keys={
         "block_size": "max_position_embeddings",
         "n_layer": ("num_hidden_layers", "n_layer"),
-        "n_embd": "hidden_size",
+        "n_embd": ("hidden_size", "n_embed"),
         "padded_vocab_size": "vocab_size",
         "n_head": ("num_attention_heads", "n_head"),
         "intermediate_size": "ffn_hidden_size",

@@ -4,6 +4,7 @@ from typing import Any
 
 from litgpt.families import llama
 from litgpt.families.base import Family, named
+from litgpt.settings import Settings
 
 _GRANITE_33 = llama.STRUCTURE | {
     "block_size": 131072,
@@ -17,8 +18,8 @@ _2B = {"attention_scores_scalar": 4096, "logits_divisor": 8.0}
 _8B = {"attention_scores_scalar": 16384, "logits_divisor": 16.0}
 
 
-def _read(hf: dict[str, Any]) -> dict[str, Any]:
-    scalar = hf.get("attention_multiplier", 1.0) ** -2
+def _read(hf: Settings) -> dict[str, Any]:
+    scalar = hf.number("attention_multiplier", 1.0, least=1e-9) ** -2
     return llama.read(hf) | {"attention_scores_scalar": float(f"{scalar:.12g}")}
 
 
@@ -30,7 +31,7 @@ GRANITE = Family(
     model_type="granite",
     architecture="GraniteForCausalLM",
     structure=llama.STRUCTURE,
-    keys={field: key for field, key in llama.KEYS.items() if field != "head_size"}
+    keys=llama.KEYS
     | {
         "embedding_multiplier": "embedding_multiplier",
         "residual_multiplier": "residual_multiplier",

@@ -2,28 +2,43 @@
 
 from typing import Any
 
+from litgpt.config import unmet
 from litgpt.families.base import Family, layer_flags
+from litgpt.settings import Settings
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
-# Kind of RoPE scaling -> what it needs, and what it may have with what that is otherwise
-_YARN = {"beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None, "truncate": True}
-_SCALINGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
-    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), {}),
-    "yarn": (("factor",), _YARN | {"attention_factor": None}),
-    "longrope": (("factor", "short_factor", "long_factor"), {"attention_factor": None}),
+_ORIGINAL = "original_max_position_embeddings"
+# Kind of RoPE scaling -> what it needs
+_SCALINGS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+    "longrope": ("short_factor", "long_factor", "factor"),
 }
+# What YaRN and LongRoPE may have, and what it is otherwise
+_OPTIONAL = {
+    "yarn": {"mscale": None, "mscale_all_dim": None, "truncate": True, "attention_factor": None},
+    "longrope": {"attention_factor": None},
+}
+_YARN_BETAS = {"beta_fast": 32, "beta_slow": 1}
+_ROPE_KEYS = {
+    *("type", "rope_type", "rope_theta", "partial_rotary_factor", _ORIGINAL, "finetuned"),
+    *(key for keys in (*_SCALINGS.values(), *_OPTIONAL.values(), _YARN_BETAS) for key in keys),
+}
+# Settings of any family that would make it another model
+_EXPECTED = {"is_encoder_decoder": (False,), "add_cross_attention": (False,), "is_causal": (True,)}
+# Fields that `config.json` may leave to be derived by saying null
+_DERIVED = ("n_query_groups", "head_size", "intermediate_size", "n_shared_expert")
+_NULLABLE = (*_DERIVED, "attention_logit_softcapping", "final_logit_softcapping")
 
 
-def read_config(family: Family, hf: dict[str, Any]) -> dict[str, Any]:
+def read_config(family: Family, hf: Settings) -> dict[str, Any]:
     """`Config` fields from a `config.json` of this family; `ValueError` for what the family cannot compute."""
-    for key, supported in family.expects.items():
-        value = hf.get(key, family.defaults.get(key, supported[0]))
-        if value not in supported:
-            choices = " or ".join(map(repr, supported))
-            raise ValueError(f"config.json: {key} = {value!r} is not supported for {family.model_type}, only {choices}")
+    for key, supported in (_EXPECTED | family.expects).items():
+        hf.only(key, supported, family.defaults.get(key, supported[0]), family.model_type)
     fields = dict(family.structure)
     for name, keys in family.keys.items():
-        value = _lookup(family, hf, (keys,) if isinstance(keys, str) else keys)
+        value = _lookup(family, hf, name, (keys,) if isinstance(keys, str) else keys)
         if value is not None:
             fields[name] = value
     fields["vocab_size"] = fields["padded_vocab_size"]
@@ -42,79 +57,116 @@ def write_config(family: Family, config: Any) -> dict[str, Any]:
     return hf | _write_rope(family, config) | _write_windows(family, config) | family.write(config)
 
 
-def _lookup(family: Family, hf: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    for key in keys:
-        if key in hf:
-            value = hf[key]
-            break
-    else:
-        key = keys[0]
-        if key not in family.defaults:
-            raise ValueError(f"config.json lacks {key!r}")
-        value = family.defaults[key]
-    table = family.values.get(key)
-    if table is None:
-        return value
-    if value not in table:
-        raise ValueError(f"config.json: {key} = {value!r} is not supported, only {', '.join(map(repr, table))}")
-    return table[value]
+def _lookup(family: Family, hf: Settings, field: str, keys: tuple[str, ...]) -> Any:
+    """The value of a field, `None` where it is derived from others."""
+    key = next((key for key in keys if key in hf), keys[0])
+    default = (family.defaults[key],) if key in family.defaults else ()
+    if (table := family.values.get(key)) is not None:
+        value = hf.text(key, *default)
+        if value not in table:
+            raise hf.error(key, f"is not supported, only {', '.join(map(repr, table))}")
+        return table[value]
+    value = hf.value(key, object, *default)
+    if value is None and field in _NULLABLE:
+        return None
+    if (expected := unmet(field, value, null=False)) is not None:
+        raise hf.error(key, f"must be {expected}")
+    return value
 
 
-def _read_rope(family: Family, hf: dict[str, Any]) -> dict[str, Any]:
+def _rope_sections(family: Family, hf: Settings) -> tuple[Settings, Settings | None]:
+    """What `config.json` says about RoPE: in full layers, and in those with a sliding window where it differs there.
+
+    As in transformers 5: `rope_scaling`, the older spelling, replaces `rope_parameters`; of Gemma 3 it completes those
+    of the full layers.
+    """
+    scaling, params = hf.section("rope_scaling"), hf.section("rope_parameters")
+    if "rope_local_base_freq" in family.defaults:
+        full = params.section(_FULL) if _FULL in params or _SLIDING in params else params
+        return full.merged(scaling), params.section(_SLIDING)
+    chosen = scaling if len(scaling) else params
+    if _FULL not in chosen and _SLIDING not in chosen:
+        return chosen, None
+    given = [chosen.section(key) for key in (_FULL, _SLIDING) if chosen.is_set(key)]
+    if len(given) == 2 and not given[0].equals(given[1]):
+        raise chosen.error(_SLIDING, f"is not supported for {family.model_type}: it has to equal {_FULL}")
+    return (given[0] if given else Settings({})), None
+
+
+def _read_rope(family: Family, hf: Settings) -> dict[str, Any]:
     """Rotary embedding from `rope_parameters`, or from the older `rope_theta`, `rope_scaling` and family spellings."""
-    params = dict(hf.get("rope_parameters") or {})
-    local = params.get(_SLIDING)
-    params = dict(params.get(_FULL) or params) if local else params
-    params = (hf.get("rope_scaling") or {}) | params
+    params, local = _rope_sections(family, hf)
     theta_key, partial_key = family.rope_keys
 
-    def setting(name: str, spelling: str, default: Any) -> Any:
-        return next((d[k] for d in (params, hf) for k in (name, spelling) if d.get(k) is not None), default)
+    def setting(name: str, spelling: str, default: float) -> float:
+        places = ((params, name), (params, spelling), (hf, spelling), (hf, name))
+        return next((place.number(key, least=0) for place, key in places if place.is_set(key)), default)
 
     theta = setting("rope_theta", theta_key, family.defaults.get("rope_theta", 10000))
     partial = setting("partial_rotary_factor", partial_key, family.defaults.get("partial_rotary_factor", 1.0))
     if partial != 1.0 and "partial_rotary_factor" not in family.defaults:
-        raise ValueError(f"config.json: {partial_key} = {partial} is not supported for {family.model_type}, only 1.0")
+        raise ValueError(f"{hf.where}: {partial_key} = {partial} is not supported for {family.model_type}, only 1.0")
     fields: dict[str, Any] = {"rope_base": _whole(theta), "rotary_percentage": partial}
-    if "rope_local_base_freq" in family.defaults:
-        default = family.defaults["rope_local_base_freq"]
-        base = local["rope_theta"] if local else hf.get("rope_local_base_freq", default)
-        fields["rope_local_base_freq"] = _whole(base)
-    kind = params.get("rope_type") or params.get("type") or "default"
-    if kind == "linear":
-        factor = _whole(params["factor"])
-        if isinstance(factor, int) and "rope_local_base_freq" not in fields:
-            fields["rope_condense_ratio"] = factor
-        else:
-            fields["rope_adjustments"] = {"factor": float(factor)}
-    elif kind != "default":
-        fields["rope_adjustments"] = _read_adjustments(family, kind, params, hf)
-    return fields
-
-
-def _read_adjustments(family: Family, kind: str, params: dict[str, Any], hf: dict[str, Any]) -> dict[str, Any]:
-    """RoPE scaling, other than linear, as `Config.rope_adjustments`."""
+    if local is not None:
+        base = hf.number("rope_local_base_freq", family.defaults["rope_local_base_freq"], positive=True)
+        fields["rope_local_base_freq"] = _whole(local.number("rope_theta", base, positive=True))
+        if _rope_kind(local) != "default":
+            raise local.error("rope_type", f"is not supported for layers of {family.model_type} with a sliding window")
+    kind = _rope_kind(params)
     if kind in ("su", "yarn") and "short_factor" in params:
         kind = "longrope"  # former names of it in Phi-3
-    needed, optional = _SCALINGS.get(kind, ((), {}))
-    if not needed:
-        known = ", ".join(map(repr, ("linear", *_SCALINGS)))
-        raise ValueError(f"config.json: RoPE scaling of type {kind!r} is not supported, only {known}")
-    length = hf.get("max_position_embeddings", family.defaults.get("max_position_embeddings"))
-    key = "original_max_position_embeddings"
-    original = hf.get(key) or family.defaults.get(key) or params.get(key) or length
-    adjustments: dict[str, Any] = {"original_max_seq_len": original}
-    if kind != "llama3":
-        params = params | {"factor": params.get("factor") or length / original}
-    for name in needed:
-        if name not in params:
-            raise ValueError(f"config.json: RoPE scaling of type {kind!r} lacks {name!r}")
-        adjustments[name] = params[name]
-    for name, default in optional.items():
-        if name in ("beta_fast", "beta_slow"):
-            adjustments[name] = params.get(name) or default
-        elif params.get(name, default) not in (default, None):
-            adjustments[name] = params[name]
+    if kind == "default":
+        return fields
+    if kind not in _SCALINGS:
+        known = ", ".join(map(repr, _SCALINGS))
+        raise ValueError(f"{hf.where}: RoPE scaling of type {kind!r} is not supported, only {known}")
+    adjustments = _read_adjustments(family, kind, params, hf)
+    if kind == "yarn":  # the context may be that of the training before
+        stretched = int(adjustments["original_max_seq_len"] * adjustments["factor"])
+        fields["block_size"] = max(_context(family, hf), stretched)
+    elif kind == "linear" and isinstance(adjustments["factor"], int) and local is None:
+        return fields | {"rope_condense_ratio": adjustments["factor"]}
+    return fields | {"rope_adjustments": adjustments}
+
+
+def _rope_kind(params: Settings) -> str:
+    for key in params:
+        if key not in _ROPE_KEYS and params.is_set(key):
+            raise params.error(key, "is not understood")
+    return params.text("rope_type" if params.is_set("rope_type") else "type", None, null=True) or "default"
+
+
+def _context(family: Family, hf: Settings) -> int:
+    return hf.whole("max_position_embeddings", family.defaults.get("max_position_embeddings"))
+
+
+def _read_adjustments(family: Family, kind: str, params: Settings, hf: Settings) -> dict[str, Any]:
+    """RoPE scaling as `Config.rope_adjustments`."""
+    adjustments: dict[str, Any] = {}
+    length = _context(family, hf)
+    if kind != "linear":
+        original = hf.whole(_ORIGINAL, None, null=True) or family.defaults.get(_ORIGINAL)
+        original = original or params.whole(_ORIGINAL, None, null=True) or length
+        adjustments["original_max_seq_len"] = original
+    for name in _SCALINGS[kind]:
+        if params.is_set(name):
+            value = params.number(name, positive=True) if name.endswith("_freq_factor") or name == "factor" else None
+            adjustments[name] = params.value(name, list[float]) if value is None else value
+        elif name == "factor" and (kind == "longrope" or (kind == "yarn" and length > original)):
+            adjustments[name] = length / original
+        else:
+            raise ValueError(f"{hf.where}: RoPE scaling of type {kind!r} lacks {name!r}")
+    if kind == "linear":
+        factor = _whole(adjustments["factor"])
+        adjustments["factor"] = factor if "rope_local_base_freq" not in family.defaults else float(factor)
+    if kind == "yarn":
+        adjustments |= {
+            name: params.number(name, None, least=0, null=True) or default for name, default in _YARN_BETAS.items()
+        }
+    for name, default in _OPTIONAL.get(kind, {}).items():
+        value = params.flag(name, default) if default is True else params.number(name, None, least=0, null=True)
+        if value not in (default, None):
+            adjustments[name] = value
     return adjustments
 
 
@@ -142,22 +194,27 @@ def _write_rope(family: Family, config: Any) -> dict[str, Any]:
     return hf
 
 
-def _read_windows(family: Family, hf: dict[str, Any], n_layer: int) -> dict[str, Any]:
+def _read_windows(family: Family, hf: Settings, n_layer: int) -> dict[str, Any]:
     """Sliding windows from `sliding_window` and either `layer_types` or the family's pattern."""
-    size = hf.get("sliding_window", family.defaults.get("sliding_window"))
-    enabled = hf.get("use_sliding_window", family.defaults.get("use_sliding_window", True))
+    size = hf.whole("sliding_window", family.defaults.get("sliding_window"), null=True)
+    enabled = hf.flag("use_sliding_window", family.defaults.get("use_sliding_window", True))
+    kinds = hf.value("layer_types", list[str] | None, None)
     if not family.windows or size is None or not enabled:
         flags = [0] * n_layer
-    elif hf.get("layer_types"):
-        if unknown := set(hf["layer_types"]) - {_SLIDING, _FULL}:
-            raise ValueError(f"config.json: layer_types of kind {', '.join(sorted(unknown))} are not supported")
-        flags = [int(kind == _SLIDING) for kind in hf["layer_types"]]
+    elif kinds:
+        if unknown := set(kinds) - {_SLIDING, _FULL}:
+            raise ValueError(f"{hf.where}: layer_types of kind {', '.join(sorted(unknown))} are not supported")
+        if len(kinds) != n_layer:
+            raise hf.error("layer_types", f"must have {n_layer} entries, one a layer")
+        flags = [int(kind == _SLIDING) for kind in kinds]
     elif family.windows == "layers":
-        first = hf.get("max_window_layers", family.defaults["max_window_layers"])
+        first = hf.whole("max_window_layers", family.defaults["max_window_layers"], least=0)
         flags = [int(i >= first) for i in range(n_layer)]
     else:
-        period = hf.get("sliding_window_pattern") or hf.get("_sliding_window_pattern")
-        flags = layer_flags("1" * (period - 1) + "0" if period else family.windows, n_layer)
+        names = ("sliding_window_pattern", "_sliding_window_pattern")
+        period = next((hf.whole(name) for name in names if hf.is_set(name)), None)
+        cycle = layer_flags(family.windows, n_layer)
+        flags = cycle if period is None else [int((i + 1) % period != 0) for i in range(n_layer)]
     fields: dict[str, Any] = {"sliding_window_size": size, "sliding_window_indices": flags} if any(flags) else {}
     if "rope_local_base_freq" in family.defaults:
         fields["rope_indices"] = flags

@@ -3,6 +3,7 @@
 from typing import Any
 
 from litgpt.families.base import Family, named
+from litgpt.settings import Settings
 
 STRUCTURE = {
     "rotary_percentage": 1.0,
@@ -153,10 +154,10 @@ _MODELS = (
 )
 
 
-def read(hf: dict[str, Any]) -> dict[str, Any]:
-    attention, mlp = hf.get("attention_bias", False), hf.get("mlp_bias", False)
+def read(hf: Settings) -> dict[str, Any]:
+    attention, mlp = hf.flag("attention_bias", False), hf.flag("mlp_bias", False)
     if attention != mlp:
-        raise ValueError(f"config.json: attention_bias = {attention} with mlp_bias = {mlp} is not supported")
+        raise ValueError(f"{hf.where}: attention_bias = {attention} with mlp_bias = {mlp} is not supported")
     return {"bias": attention}
 
 
@@ -175,6 +176,7 @@ LLAMA = Family(
     read=read,
     write=write,
     models=_MODELS,
+    tied_models="SmolLM2-* Llama-3.2-*",
 )
 
 # SmolLM3 turns queries and keys in three layers of four.
@@ -188,11 +190,14 @@ _SMOLLM_3 = STRUCTURE | {
 }
 
 
-def _read_smollm_3(hf: dict[str, Any]) -> dict[str, Any]:
-    flags = hf.get("no_rope_layers")  # 1: with RoPE
+def _read_smollm_3(hf: Settings) -> dict[str, Any]:
+    n_layer = hf.whole("num_hidden_layers")
+    flags = hf.value("no_rope_layers", list | None, None)  # 1: with RoPE
     if flags is None:
-        interval = hf.get("no_rope_layer_interval", 4)
-        flags = [int((i + 1) % interval != 0) for i in range(hf["num_hidden_layers"])]
+        interval = hf.whole("no_rope_layer_interval", 4)
+        flags = [int((i + 1) % interval != 0) for i in range(n_layer)]
+    elif len(flags) != n_layer or any(flag not in (0, 1) for flag in flags):
+        raise hf.error("no_rope_layers", f"must be {n_layer} times 0 or 1, one a layer")
     return read(hf) | {"nope_indices": [1 - flag for flag in flags]}
 
 

@@ -46,6 +46,7 @@ OLMO = Family(
     name_mark="OLMo",
     **llama.NAMES,
     models=_OLMO_MODELS,
+    tied_models="OLMo-1B-hf",
 )
 OLMO_2 = Family(
     model_type="olmo2",

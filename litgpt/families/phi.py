@@ -49,12 +49,12 @@ PHI = Family(
     model_type="phi",
     architecture="PhiForCausalLM",
     structure=_PHI_STRUCTURE,
-    keys={field: key for field, key in llama.KEYS.items() if field != "head_size"}
-    | {"norm_eps": "layer_norm_eps", "gelu_approximate": "hidden_act"},
+    keys=llama.KEYS | {"norm_eps": "layer_norm_eps", "gelu_approximate": "hidden_act"},
     values={"hidden_act": {"gelu_new": "tanh"} | neox.GELU},
     defaults={
         "max_position_embeddings": 2048,
         "num_key_value_heads": None,
+        "head_dim": None,
         "layer_norm_eps": 1e-5,
         "hidden_act": "gelu_new",
         "partial_rotary_factor": 0.5,
@@ -75,7 +75,7 @@ PHI_3 = Family(
     model_type="phi3",
     architecture="Phi3ForCausalLM",
     structure=llama.STRUCTURE,
-    keys={field: key for field, key in llama.KEYS.items() if field != "head_size"},
+    keys=llama.KEYS,
     defaults=llama.DEFAULTS
     | {
         "max_position_embeddings": 4096,
@@ -97,5 +97,6 @@ PHI_3 = Family(
         "mlp.proj": "mlp.down_proj",
     },
     models=_PHI_3_MODELS,
+    tied_models="Phi-4-mini-*",
 )
 FAMILIES = (PHI, PHI_3)

@@ -91,6 +91,7 @@ _DEFAULTS = llama.DEFAULTS | {
     "max_position_embeddings": 32768,
     "num_key_value_heads": 32,
     "use_sliding_window": False,
+    "sliding_window": 4096,
     "max_window_layers": 28,
 }
 _QK_NORM = {"attn.norm_q": "self_attn.q_norm", "attn.norm_k": "self_attn.k_norm"}
@@ -99,12 +100,13 @@ QWEN_2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     structure=_QWEN_2_STRUCTURE,
-    keys={field: key for field, key in llama.KEYS.items() if field != "head_size"},
+    keys=llama.KEYS,
     defaults=_DEFAULTS,
     expects={"hidden_act": llama.SILU},
     windows="layers",
     **llama.NAMES,
     models=_QWEN_2_MODELS,
+    tied_models="*-0.5B* *-1.5B* *-3B*",
 )
 QWEN_3 = Family(
     model_type="qwen3",
@@ -118,6 +120,7 @@ QWEN_3 = Family(
     blocks="model.layers",
     block=llama.ATTENTION | _QK_NORM | llama.MLP,
     models=_QWEN_3_MODELS,
+    tied_models="Qwen3-0.6B* Qwen3-1.7B* Qwen3-4B*",
 )
 QWEN_3_MOE = Family(
     model_type="qwen3_moe",
@@ -144,6 +147,7 @@ QWEN_3_MOE = Family(
         "decoder_sparse_step": (1,),
         "mlp_only_layers": ([], None),
     },
+    windows="1",
     outer=llama.OUTER,
     blocks="model.layers",
     block=llama.ATTENTION | _QK_NORM | llama.EXPERTS,

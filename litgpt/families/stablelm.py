@@ -27,7 +27,7 @@ STABLELM = Family(
     },
     expects={"hidden_act": llama.SILU, "qk_layernorm": (False,)},
     **llama.NAMES,
-    read=lambda hf: {"shared_attention_norm": hf.get("use_parallel_residual", False)},
+    read=lambda hf: {"shared_attention_norm": hf.flag("use_parallel_residual", False)},
     models=_MODELS,
 )
 FAMILIES = (STABLELM,)

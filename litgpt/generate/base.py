@@ -2,17 +2,18 @@
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from collections import abc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from litgpt.engine.drafting import PromptLookup
-from litgpt.engine.engine import Engine, Proposer, decode, prepare_caches
-from litgpt.engine.loading import Quantization, Ready, cache_bytes, choose_kv_caches, make_ready
-from litgpt.engine.request import Request
+from litgpt.engine.answer import counted
+from litgpt.engine.caches import CacheLease, prepare_caches
+from litgpt.engine.drafting import Drafter
+from litgpt.engine.engine import Engine, decode
+from litgpt.engine.loading import Ready, cache_bytes, make_ready
 from litgpt.engine.sampling import (
     Sampling,
     batched_sample,
@@ -20,11 +21,10 @@ from litgpt.engine.sampling import (
     sample,
     sample_top_p,
 )
-from litgpt.generate.prompts_file import PromptLine, answer_prompts, read_prompts
+from litgpt.engine.sequence import Sequence
+from litgpt.generate.options import AnswerOptions, CheckpointOptions, PromptLookupOptions, command
+from litgpt.generate.prompts_file import PromptLine, answer_prompts, answers_to, encode_line, read_prompts
 from litgpt.model import GPT
-from litgpt.prompts import encode_prompt
-
-DEFAULT_PROMPT = "What food do llamas eat?"
 
 __all__ = [
     "batched_generate_fn",
@@ -46,8 +46,9 @@ def next_token(
 ) -> torch.Tensor:
     """Run the tokens x (1, T), which start at `input_pos`, and sample the next one: (1,) int64.
 
-    `sample_kwargs` are those of `sample`; `input_pos_maxp1` is not needed.
+    `sample_kwargs` are those of `sample`; `input_pos_maxp1` is not needed. `x` may come before `input_pos`.
     """
+    input_pos, x = _position_first(input_pos, x)
     return sample(model(x, input_pos, last_token_only=True), **sample_kwargs)
 
 
@@ -57,20 +58,27 @@ def batched_next_token(
 ) -> torch.Tensor:
     """Run the tokens x (B, T), which start at `input_pos`, and sample the next one of every row: (B, 1) int64.
 
-    `kwargs` are the arguments of `sample`, for all rows or for each.
+    `kwargs` are the arguments of `sample`, for all rows or for each. `x` may come before `input_pos`.
     """
-    logits = model(x, input_pos, last_token_only=True)
-    return batched_sample(list(logits), kwargs if isinstance(kwargs, list) else [kwargs] * len(x))
+    input_pos, x = _position_first(input_pos, x)
+    return batched_sample(model(x, input_pos, last_token_only=True), kwargs)
+
+
+def _position_first(a: int | torch.Tensor, b: int | torch.Tensor) -> tuple[int | torch.Tensor, torch.Tensor]:
+    """A position and tokens, which LitGPT and its pull request #2061 give in different orders. A position is an int or has
+    fewer dimensions than tokens."""
+    swapped = isinstance(b, int) or (isinstance(a, torch.Tensor) and a.ndim > b.ndim)
+    return (b, a) if swapped else (a, b)
 
 
 def batched_generate_fn(
     model: GPT,
-    prompts: torch.Tensor | Sequence[torch.Tensor],
+    prompts: torch.Tensor | abc.Sequence[torch.Tensor],
     max_returned_tokens: int,
     prompt_chunksize: int | None = None,
     *,
     sample_args: list[dict[str, Any]] | dict[str, Any],
-    stop_tokens: Sequence[Sequence[int]] = (),
+    stop_tokens: abc.Sequence[abc.Sequence[int]] = (),
     include_prompt: bool,
     include_eos: bool,
     max_new_tokens: int | None = None,
@@ -78,7 +86,8 @@ def batched_generate_fn(
     """Generate from several prompts at once, step by step.
 
     Args:
-        model: in evaluation mode. Its caches are used if they were assigned; default ones are made as needed.
+        model: in evaluation mode. Its caches are used if they were assigned; else default ones, which the model has when the
+            iterator has ended: several iterators do not disturb each other.
         prompts: (B, T) tokens, or B tensors (T_b,) of different lengths.
         max_returned_tokens: most tokens of a row, its prompt included.
         prompt_chunksize: prompts enter in chunks of at most that many tokens (None: in one call where the caches take it,
@@ -107,18 +116,22 @@ def batched_generate_fn(
     if max_returned_tokens <= longest:
         raise ValueError(f"max_returned_tokens={max_returned_tokens} leaves no room after a prompt of {longest} tokens")
     most = max_returned_tokens if max_new_tokens is None else max_new_tokens
-    requests = [
-        Request(prompt, min(max_returned_tokens - len(prompt), most), Sampling(**row_args), stop_tokens, include_eos)
+    sequences = [
+        Sequence(prompt, min(max_returned_tokens - len(prompt), most), Sampling(**row_args), stop_tokens, include_eos)
         for prompt, row_args in zip(prompts, args, strict=True)
     ]
-    engine = Engine(model, prompt_chunksize)
-    prepare_caches(model, len(prompts), max(request.length for request in requests))
-    if include_prompt:
-        yield [prompt.to(torch.int64) for prompt in prompts]
-    device = prompts[0].device
-    for released in decode(engine, requests):
-        if any(released):
-            yield [torch.tensor(tokens, device=device) if tokens else None for tokens in released]
+    lease = CacheLease.take(model)
+    engine = Engine(model, prompt_chunksize, lease=lease)
+    try:
+        lease.run(prepare_caches, model, len(prompts), max(sequence.max_length for sequence in sequences))
+        if include_prompt:
+            yield [prompt.to(torch.int64) for prompt in prompts]
+        device = prompts[0].device
+        for released in decode(engine, sequences):
+            if any(released):
+                yield [torch.tensor(tokens, device=device) if tokens else None for tokens in released]
+    finally:
+        lease.release()
 
 
 def generate_fn(
@@ -130,7 +143,7 @@ def generate_fn(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
-    stop_tokens: Sequence[Sequence[int]] = (),
+    stop_tokens: abc.Sequence[abc.Sequence[int]] = (),
     include_prompt: bool,
     include_eos: bool,
 ) -> Iterator[torch.Tensor]:
@@ -188,138 +201,92 @@ def generate(
     return torch.cat(list(pieces))
 
 
-def main(
-    checkpoint_dir: Path | None = None,
-    prompt: str = DEFAULT_PROMPT,
-    *,
-    prompts: Path | None = None,
-    out: Path | None = None,
-    batch_size: int = 8,
-    sys_prompt: str | None = None,
-    num_samples: int = 1,
-    max_new_tokens: int = 50,
-    top_k: int | None = 50,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    temperature: float = 0.8,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    logprobs: int | None = None,
-    quantize: Quantization | None = None,
-    precision: str | None = None,
-    compile: bool = False,
-    kv_cache: Literal["dense", "lastrec"] = "dense",
-    cache_length: int | None = None,
-    sinks: int = 0,
-    prompt_chunksize: int | None = None,
-    prompt_lookup: int | None = None,
-    seed: int = 1234,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(AnswerOptions, PromptLookupOptions, CheckpointOptions):
+    """The options of `litgpt generate`."""
+
+
+@command(GenerateOptions, "checkpoint_dir", "prompt")
+def main(options: GenerateOptions) -> None:
     """Answer a prompt, or a file of prompts.
 
     The answer goes to stdout, what it cost to stderr.
+    """
+
+    def load() -> Ready:
+        return make_ready(options.checkpoint_dir, **options.loading())
+
+    answer(options, prompt_lines(options), load, lambda ready: options.drafter())
+
+
+def prompt_lines(options: AnswerOptions, input: str = "") -> list[PromptLine]:
+    """What is to be answered: the lines of the file of prompts, or the one prompt."""
+    sampling = options.sampling()
+    if options.prompts is not None:
+        return read_prompts(options.prompts, options.max_new_tokens, sampling, options.sys_prompt, input)
+    return [PromptLine(None, options.prompt, options.sys_prompt, options.max_new_tokens, sampling, input=input)]
+
+
+def answer(
+    options: AnswerOptions,
+    lines: abc.Sequence[PromptLine],
+    load: Callable[[], Ready],
+    drafter: Callable[[Ready], Drafter | None] = lambda ready: None,
+    note: str = "",
+) -> None:
+    """What all commands that generate do: answer prompts, on stdout or in a file, and tell on stderr what it cost.
 
     Args:
-        checkpoint_dir: Folder of a checkpoint (Hugging Face or LitGPT), a .gguf file, or a model's name. Default: a small
-            model that is fetched once.
-        prompt: What to answer.
-        prompts: File of prompts to answer instead: one a line, or, if it is called .jsonl, JSON objects with a "prompt" and,
-            if need be, a "sys_prompt", "max_new_tokens", "id", and settings such as "temperature" or "seed". Answers are
-            JSON objects, one a line, in the same order.
-        out: File for answers as JSON lines. Default: stdout.
-        batch_size: Most answers to a file of prompts that are generated at the same time.
-        sys_prompt: System prompt, where the model's chat template has one.
-        num_samples: Number of answers to a prompt, generated together as one batch.
-        max_new_tokens: Most tokens of an answer.
-        top_k: Draw each token from the k likeliest ones only.
-        top_p: Draw each token from the likeliest ones whose probabilities add up to this.
-        min_p: Draw each token from those that are at least this times as likely as the likeliest one.
-        temperature: Below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest.
-        repetition_penalty: Above 1 makes tokens that were there before, prompt included, less likely.
-        presence_penalty: Taken off the logits of tokens that the answer has.
-        frequency_penalty: Taken off the logits of the answer's tokens as often as it has them.
-        logprobs: Give answers as JSON with each token's log-probability, and those of this many likeliest ones.
-        quantize: Keep the weights in fewer bits: int8, int4, or those of bitsandbytes (bnb.*, needs a GPU).
-        precision: bf16-true, 16-true or 32-true. Default: what the device computes well in.
-        compile: Compile the decoding step. Takes a while at first, and is faster then.
-        kv_cache: What the key-value cache keeps: dense (every token) or lastrec (the last cache_length ones).
-        cache_length: Tokens that the key-value cache holds. Default: as many as are needed (dense), 1024 (lastrec).
-        sinks: First tokens that a lastrec cache never drops.
-        prompt_chunksize: Most tokens of the prompt that go through the model at once. Default: all of them.
-        prompt_lookup: Guess up to this many next tokens at a time from the text so far, and check them in one call. The
-            answer stays the same; one that repeats much of the prompt comes faster. 15 is a good value. Default: no guesses.
-        seed: Of the random numbers. Every answer has its own; they count up from this.
+        options: how.
+        lines: the prompts.
+        load: loads the model.
+        drafter: makes what drafts tokens for it.
+        note: is told with the time that loading took.
     """
-    check_options(prompt, num_samples, max_new_tokens, cache_length)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if prompts is not None and prompt != DEFAULT_PROMPT:
-        raise ValueError("there are a --prompt and a file of --prompts: give one of them")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise ValueError(f"there is no folder {str(out.absolute().parent)!r} for {out.name}")
-    if logprobs is not None and logprobs < 0:
-        raise ValueError(f"logprobs must be at least 0, got {logprobs}")
-    proposer = None if prompt_lookup is None else PromptLookup(prompt_lookup)
-    sampling = Sampling(
-        temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, seed=seed
-    )
-    lines = [PromptLine(None, prompt, sys_prompt, max_new_tokens, sampling)]
-    if prompts is not None:
-        lines = read_prompts(prompts, max_new_tokens, sampling, sys_prompt)
-    as_json = prompts is not None or out is not None or logprobs is not None
-    rows = min(batch_size, len(lines) * num_samples) if as_json else num_samples
-    started = time.perf_counter()
-    ready = make_ready(checkpoint_dir, precision, quantize, compile)
-    choose_kv_caches(ready.model, kv_cache, cache_length, rows, sinks)
-    print(f"Model loaded in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-    if as_json:
-        answer_prompts(ready, lines, rows, out, num_samples, prompt_chunksize, logprobs, proposer)
-    else:
-        tokens = encode_prompt(ready.tokenizer, ready.prompt_style, prompt, sys_prompt=sys_prompt).to(ready.device)
-        print_answers(ready, tokens, max_new_tokens, sampling, num_samples, prompt_chunksize, proposer)
-
-
-def check_options(prompt: str, num_samples: int, max_new_tokens: int, cache_length: int | None = None) -> None:
-    """Raise `ValueError` for options of a command that mean nothing."""
-    for name, value in (("num_samples", num_samples), ("max_new_tokens", max_new_tokens)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not prompt:
-        raise ValueError("the prompt is empty: give some text with --prompt")
-    if cache_length is not None and cache_length < 1:
-        raise ValueError(f"cache_length must be at least 1, got {cache_length}")
+    with answers_to(options.out) as write:
+        started = time.perf_counter()
+        ready = load()
+        rows = options.num_samples
+        if options.as_json:
+            rows = min(options.batch_size, len(lines) * options.num_samples)
+        options.assign_caches(ready.model, rows)
+        drafts = drafter(ready)
+        print(f"Model loaded in {time.perf_counter() - started:.1f} s{note}", file=sys.stderr)
+        settings = options.num_samples, options.prompt_chunksize
+        if options.as_json:
+            answer_prompts(ready, lines, rows, write, *settings, options.logprobs, drafts)
+        else:
+            print_answers(ready, lines[0], *settings, drafts)
 
 
 def print_answers(
     ready: Ready,
-    prompt: torch.Tensor,
-    max_new_tokens: int,
-    sampling: Sampling,
+    line: PromptLine,
     num_samples: int = 1,
     prompt_chunksize: int | None = None,
-    proposer: Proposer | None = None,
+    drafter: Drafter | None = None,
 ) -> None:
-    """What all commands that generate do: stream the answer to stdout, and then tell on stderr what it cost.
+    """Stream the answer to a prompt to stdout as text, and then tell on stderr what it cost.
 
     Args:
         ready: the model and what belongs to it.
-        prompt: tokens (T,).
-        max_new_tokens: most tokens of an answer.
-        sampling: how they are drawn. The seeds of several answers follow each other.
-        num_samples: number of answers, generated together as one batch; they are printed when all are there.
+        line: the prompt. The seeds of several answers count up from that of its sampling.
+        num_samples: number of answers, generated together as one batch; they are printed when all are complete.
         prompt_chunksize: see `batched_generate_fn`.
-        proposer: guesses the next tokens.
+        drafter: drafts the next tokens.
     """
+    prompt, sampling = encode_line(ready, line), line.sampling
     seeds = [None if sampling.seed is None else sampling.seed + i for i in range(num_samples)]
-    requests = [Request(prompt, max_new_tokens, replace(sampling, seed=seed), ready.stop_tokens) for seed in seeds]
+    sequences = [
+        Sequence(prompt, line.max_new_tokens, replace(sampling, seed=seed), ready.stop_tokens) for seed in seeds
+    ]
     started, first = time.perf_counter(), None
-    engine = Engine(ready.model, prompt_chunksize, proposer)
-    prepare_caches(ready.model, num_samples, requests[0].length)
+    engine = Engine(ready.model, prompt_chunksize, drafter)
+    prepare_caches(ready.model, num_samples, sequences[0].max_length)
 
     def stream() -> Iterator[list[int]]:
         nonlocal first
-        for released in decode(engine, requests):
+        for released in decode(engine, sequences):
             first = first or time.perf_counter()
             yield released[0] or []
 
@@ -330,13 +297,14 @@ def print_answers(
     else:
         for _ in stream():
             pass
-        for request in requests:
-            print(ready.tokenizer.decode(request.output))
-    seconds, new = time.perf_counter() - started, sum(request.released for request in requests)
+        for sequence in sequences:
+            print(ready.tokenizer.decode(sequence.output))
+    seconds, new = time.perf_counter() - started, sum(sequence.n_output for sequence in sequences)
     wait = (first or time.perf_counter()) - started
-    stood = f"; {engine.accepted} of {engine.guessed} guesses stood" if proposer else ""
+    accepted = f"; {engine.n_accepted} of {counted(engine.n_drafted, 'draft token')} accepted" if drafter else ""
     print(
-        f"{new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s; {len(prompt)} prompt tokens, first token after "
-        f"{wait:.2f} s; key-value cache {cache_bytes(ready.model) / 1e6:.1f} MB{stood}",
+        f"{counted(new, 'token')} in {seconds:.2f} s, {new / seconds:.1f} tokens/s; "
+        f"{counted(len(prompt), 'prompt token')}, first token after {wait:.2f} s; "
+        f"key-value cache {cache_bytes(ready.model) / 1e6:.1f} MB{accepted}",
         file=sys.stderr,
     )

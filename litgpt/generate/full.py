@@ -1,43 +1,26 @@
 """The command `litgpt generate_full`."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from litgpt.engine.loading import Quantization
-from litgpt.generate.base import main as generate
-from litgpt.generate.finetuned import Finetuned, answer, explained_by
+from litgpt.generate.finetuned import FinetunedOptions, answer_finetuned, positions
+from litgpt.generate.options import command, option
 
 
-@explained_by(generate)
-def main(
-    checkpoint_dir: Path | None = None,
-    prompt: str = "What food do llamas eat?",
-    input: str = "",
-    sys_prompt: str | None = None,
-    finetuned_path: Path = Path("out/full/alpaca/lit_model_finetuned.pth"),
-    quantize: Quantization | None = None,
-    max_new_tokens: int = 100,
-    top_k: int | None = 50,
-    top_p: float = 1.0,
-    temperature: float = 0.8,
-    precision: str | None = None,
-    *,
-    compile: bool = False,
-    kv_cache: Literal["dense", "lastrec"] = "dense",
-    cache_length: int | None = None,
-    sinks: int = 0,
-    prompt_chunksize: int | None = None,
-    seed: int = 1234,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class FullOptions(FinetunedOptions):
+    """The options of `litgpt generate_full`."""
+
+    finetuned_path: Path = option(
+        Path("out/full/alpaca/lit_model_finetuned.pth"),
+        "File of the fine-tuned weights, or the folder that holds it as lit_model.pth.",
+    )
+
+
+@command(FullOptions, *positions("finetuned_path"))
+def main(options: FullOptions) -> None:
     """Answer a prompt with a model all of whose weights were fine-tuned.
 
     The answer goes to stdout, what it cost to stderr.
-
-    Args:
-        checkpoint_dir: The checkpoint that was fine-tuned: a folder, a .gguf file, or a model's name. Default: the one that
-            hyperparameters.yaml, next to the weights, names.
-        input: What the prompt is about, where the prompt style has a place for it (Alpaca).
-        finetuned_path: File of the fine-tuned weights, or the folder that holds it as lit_model.pth.
     """
-    options = locals()
-    answer(Finetuned(options.pop("finetuned_path"), "full"), **options)
+    answer_finetuned(options, options.finetuned_path, "full")

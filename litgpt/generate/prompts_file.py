@@ -1,26 +1,33 @@
 """Files of prompts, and files of answers to them."""
 
+import itertools
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import abc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from litgpt.engine.answer import Answer
+import torch
+
+from litgpt.atomic_file import replacing
+from litgpt.engine.answer import Answer, counted
 from litgpt.engine.continuous import ContinuousBatch
-from litgpt.engine.engine import Proposer
+from litgpt.engine.drafting import Drafter
 from litgpt.engine.loading import Ready
-from litgpt.engine.request import Request
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
+from litgpt.generate.options import SAMPLING_NAMES, SamplingOptions, check_text, checked, converted, shown
 from litgpt.prompts import encode_prompt
 
-SAMPLING_KEYS = tuple(field.name for field in fields(Sampling) if field.name != "processors")
-WHOLE = ("max_new_tokens", "top_k", "seed")
-KEYS = ("prompt", "sys_prompt", "max_new_tokens", "id", *SAMPLING_KEYS)
+KINDS: dict[str, Any] = {field.name: field for field in fields(SamplingOptions)}  # of the settings that a line may have
+KEYS = ("prompt", "sys_prompt", "input", "id", *KINDS)
+MOST_LEVELS = 100  # of brackets in brackets in a line
 
 
 @dataclass(frozen=True)
@@ -33,36 +40,31 @@ class PromptLine:
     max_new_tokens: int
     sampling: Sampling
     id: Any = None
+    input: str = ""  # what the prompt is about, where the prompt style has a place for it
 
 
 def read_prompts(
-    path: Path, max_new_tokens: int, sampling: Sampling, sys_prompt: str | None = None
+    path: Path, max_new_tokens: int, sampling: Sampling, sys_prompt: str | None = None, input: str = ""
 ) -> list[PromptLine]:
     """Read a file of prompts: one a line, or, where its name ends in .jsonl, a JSON object a line.
 
-    An object has a "prompt" and may have a "sys_prompt", "max_new_tokens", an "id", which the answer gets, and the
-    settings of `Sampling`. What it does not have it gets from the arguments; seeds count up from that of `sampling`. Empty
-    lines are skipped.
+    An object has a "prompt" and may have a "sys_prompt", an "input", "max_new_tokens", an "id", which the answer gets, and
+    the settings of `Sampling`. What it does not have, or has as null, it gets from the arguments; seeds count up from that
+    of `sampling`. Empty lines are skipped.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a line that cannot be used, with its number, or if there is none.
+        ValueError: for a line that cannot be used, with its number and field, or if there is none.
     """
     as_json = path.suffix.lower() in (".jsonl", ".ndjson")
-    lines = []
-    try:
-        text = path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not text in UTF-8: {error.reason} at byte {error.start}") from error
-    for number, line in enumerate(text.split("\n"), 1):
+    lines: list[PromptLine] = []
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
             continue
         try:
-            given = _parse(line) if as_json else {"prompt": line.rstrip("\r")}
+            given = parse_line(_decoded(line)) if as_json else {"prompt": _decoded(line).rstrip("\r")}
             seed = None if sampling.seed is None else sampling.seed + len(lines)
-            own = {key: given[key] for key in SAMPLING_KEYS if key in given}
-            if own.get("logit_bias"):
-                own["logit_bias"] = {int(token): bias for token, bias in own["logit_bias"].items()}
+            own = {key: given[key] for key in SAMPLING_NAMES if key in given}
             lines.append(
                 PromptLine(
                     number,
@@ -71,121 +73,244 @@ def read_prompts(
                     given.get("max_new_tokens", max_new_tokens),
                     replace(sampling, **{"seed": seed, **own}),
                     given.get("id"),
+                    given.get("input", input),
                 )
             )
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     if not lines:
         raise ValueError(f"{path} has no prompts")
     return lines
 
 
-def _parse(line: str) -> dict[str, Any]:
-    """The JSON object of a line."""
+def _decoded(line: bytes) -> str:
     try:
-        given = json.loads(line)
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not text in UTF-8: {error.reason} at byte {error.start + 1} of the line") from None
+
+
+def parse_line(line: str) -> dict[str, Any]:
+    """The JSON object of a line, whose fields are checked. Those that are null are left out, but for "id".
+
+    Raises:
+        ValueError: for what is no such object, with the field.
+    """
+    try:
+        given = json.loads(
+            line,
+            object_pairs_hook=_distinct,
+            parse_constant=_refuse_constant,
+            parse_int=_parse_int,
+            parse_float=_parse_float,
+        )
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError:
+        raise ValueError(f"more than {MOST_LEVELS} levels of brackets") from None
     if not isinstance(given, dict):
-        raise ValueError(f'a JSON object with a "prompt" is needed, got {line.strip()[:40]}')
-    unknown = [key for key in given if key not in KEYS]
-    if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r}; there are {', '.join(KEYS)}")
+        raise ValueError(f'a JSON object with a "prompt" is needed, got {shown(given)}')
+    if unknown := [key for key in given if key not in KEYS]:
+        raise ValueError(f"unknown key {shown(unknown[0])}; there are {', '.join(KEYS)}")
+    _check_texts('"id"', given.get("id"))
+    given = {key: value for key, value in given.items() if value is not None or key == "id"}
     if not isinstance(given.get("prompt"), str) or not given["prompt"]:
         raise ValueError('"prompt" is missing or empty, or not a text')
-    if not isinstance(given.get("sys_prompt", ""), str | None):
-        raise ValueError(f'"sys_prompt" is not a text: {given["sys_prompt"]!r}')
-    for key in ("max_new_tokens", *SAMPLING_KEYS):
-        whole, value = key in WHOLE, given.get(key, 1)
-        if key != "logit_bias" and type(value) not in ((int,) if whole else (int, float)):
-            raise ValueError(f'"{key}" is not a {"whole " if whole else ""}number: {value!r}')
-    if given.get("max_new_tokens", 1) < 1:
-        raise ValueError(f'"max_new_tokens" must be at least 1, got {given["max_new_tokens"]}')
-    if not isinstance(given.get("logit_bias", {}), dict):
-        raise ValueError(f'"logit_bias" is not an object of tokens and numbers: {given["logit_bias"]!r}')
+    for key, value in given.items():
+        if key in KINDS:
+            given[key] = checked(KINDS[key], value, f'"{key}"')
+        elif key != "id":
+            given[key] = converted(f'"{key}"', value, str)
     return given
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, none of whose keys is there twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(shown(key) for key in keys if keys.count(key) > 1)} is there twice")
+    return found
+
+
+def _refuse_constant(text: str) -> Any:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _parse_int(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"a number of {len(text):,} digits is too long") from None
+
+
+def _parse_float(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return number
+
+
+def _check_texts(name: str, value: Any, level: int = 1) -> None:
+    """Raise `ValueError` if a value of JSON holds texts that cannot be written down, or is nested too deeply."""
+    if level > MOST_LEVELS:
+        raise ValueError(f"{name} has more than {MOST_LEVELS} levels of brackets")
+    if isinstance(value, str):
+        check_text(name, value)
+    elif isinstance(value, dict | list):
+        for inner in [*value, *value.values()] if isinstance(value, dict) else value:
+            _check_texts(name, inner, level + 1)
 
 
 def answer_prompts(
     ready: Ready,
-    lines: Sequence[PromptLine],
+    lines: abc.Sequence[PromptLine],
     batch_size: int,
-    out: Path | None = None,
+    write: Callable[[dict[str, Any]], None],
     num_samples: int = 1,
     prompt_chunksize: int | None = None,
     logprobs: int | None = None,
-    proposer: Proposer | None = None,
+    drafter: Drafter | None = None,
 ) -> None:
-    """Answer prompts, `batch_size` at a time, and write a JSON object for every answer, in their order.
+    """Answer prompts, `batch_size` at a time, and write a record of every answer, in their order.
 
-    A short answer does not wait for a long one: the next prompt takes its place. What it cost is told on stderr.
+    A short answer does not wait for a long one: the next prompt takes its place. What it cost is told on stderr. If
+    something fails, the answers that are complete are written, whatever their order.
 
     Args:
         ready: the model and what belongs to it.
         lines: the prompts.
         batch_size: most sequences at a time.
-        out: file to write (default: stdout, as soon as an answer and those before it are there).
+        write: gets each record, as soon as its answer and those before it are complete (see `answers_to`).
         num_samples: answers to each prompt, with seeds of their own.
         prompt_chunksize: see `batched_generate_fn`.
         logprobs: how many likeliest tokens are told with the log-probability of each token (None: no log-probabilities).
-        proposer: guesses the next tokens.
+        drafter: drafts the next tokens.
 
     Raises:
         ValueError: if a prompt does not fit, with its line, before any answer.
     """
-    requests: list[Request] = []
+    sequences: list[Sequence] = []
+    sources = [line for line in lines for _ in range(num_samples)]
     for line in lines:
-        tokens = encode_prompt(ready.tokenizer, ready.prompt_style, line.prompt, sys_prompt=line.sys_prompt)
-        tokens = tokens.to(ready.device)  # one tensor for all samples: they share its prefill
-        for i in range(num_samples):
-            seed = None if line.sampling.seed is None else line.sampling.seed + i * len(lines)
-            sampling = replace(line.sampling, seed=seed)
-            requests.append(Request(tokens, line.max_new_tokens, sampling, ready.stop_tokens, logprobs=logprobs))
-    started, sources = time.perf_counter(), [line for line in lines for _ in range(num_samples)]
-    longest = max(requests, key=lambda request: request.length)
-    suspect = longest  # the one to name if something is wrong
-    try:
-        rows = min(batch_size, len(requests))
-        batch = ContinuousBatch(ready.model, rows, longest.length, prompt_chunksize, proposer)
-        for suspect in requests:
-            batch.submit(suspect)
-    except ValueError as error:
-        number = sources[requests.index(suspect)].number
-        raise ValueError(f"line {number}: {error}" if number else str(error)) from error
+        with _naming(line):
+            tokens = encode_line(ready, line)  # one tensor for all samples: they share its prefill
+            for i in range(num_samples):
+                seed = None if line.sampling.seed is None else line.sampling.seed + i * len(lines)
+                sampling = replace(line.sampling, seed=seed)
+                sequences.append(Sequence(tokens, line.max_new_tokens, sampling, ready.stop_tokens, logprobs=logprobs))
+    started = time.perf_counter()
+    longest = max(range(len(sequences)), key=lambda i: sequences[i].max_length)
+    with _naming(sources[longest]):
+        rows = min(batch_size, len(sequences))
+        batch = ContinuousBatch(ready.model, rows, sequences[longest].max_length, prompt_chunksize, drafter)
+    for source, sequence in zip(sources, sequences, strict=True):
+        with _naming(source):
+            batch.submit(sequence)
+
+    def write_answer(i: int) -> None:
+        record = {
+            "line": sources[i].number,
+            "id": sources[i].id,
+            "sample": i % num_samples if num_samples > 1 else None,
+        }
+        record = {key: value for key, value in record.items() if value is not None}
+        write(record | {"prompt": sources[i].prompt} | Answer.of(sequences[i], ready.tokenizer).record())
+
     written = 0
-    with _destination(out) as file, _progress(len(requests)) as advance:
-        while batch.unfinished:
-            for request, tokens in batch.step():
-                advance(request.finish_reason is not None, len(tokens))
-            while written < len(requests) and requests[written].finish_reason:
-                source, answer = sources[written], Answer.of(requests[written], ready.tokenizer)
-                sample = written % num_samples if num_samples > 1 else None
-                record = {"line": source.number, "id": source.id, "sample": sample}
-                record = {key: value for key, value in record.items() if value is not None}
-                print(json.dumps(record | {"prompt": source.prompt} | answer.record(), ensure_ascii=False), file=file)
-                file.flush()
-                written += 1
-    seconds, new = time.perf_counter() - started, sum(request.released for request in requests)
+    try:
+        with _progress(len(sequences)) as advance:
+            while batch.unfinished:
+                for sequence, tokens in batch.step():
+                    advance(sequence.finish_reason is not None, len(tokens))
+                while written < len(sequences) and sequences[written].finish_reason:
+                    write_answer(written)
+                    written += 1
+    except BaseException:
+        with suppress(OSError):  # the error at hand is the one to tell
+            for i in range(written, len(sequences)):
+                if sequences[i].finish_reason:
+                    write_answer(i)
+        raise
+    seconds, new = time.perf_counter() - started, sum(sequence.n_output for sequence in sequences)
     print(
-        f"{len(requests)} answers, {new} tokens in {seconds:.2f} s, {new / seconds:.1f} tokens/s; "
-        f"{sum(len(request.prompt) for request in requests)} prompt tokens; {batch.batch_size} at a time",
+        f"{counted(len(sequences), 'answer')}, {counted(new, 'token')} in {seconds:.2f} s, {new / seconds:.1f} tokens/s; "
+        f"{counted(sum(len(sequence.prompt) for sequence in sequences), 'prompt token')}; {batch.batch_size} at a time",
         file=sys.stderr,
     )
 
 
 @contextmanager
-def _destination(out: Path | None) -> Iterator[TextIO]:
-    """Where answers go: stdout, or a file that is complete or not there."""
-    if out is None:
-        yield sys.stdout
-        return
-    partial = out.with_name(f"{out.name}.tmp")
+def _naming(line: PromptLine) -> Iterator[None]:
+    """Errors tell the line that they are about."""
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            yield file
-        os.replace(partial, out)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield
+    except ValueError as error:
+        raise ValueError(f"line {line.number}: {error}" if line.number else str(error)) from error
+
+
+def encode_line(ready: Ready, line: PromptLine) -> torch.Tensor:
+    """The tokens (T,) of a prompt, on the model's device.
+
+    Raises:
+        ValueError: if the prompt style has no place for the line's input, or `logit_bias` has tokens that do not exist.
+    """
+    size = ready.model.config.padded_vocab_size
+    if (largest := max(line.sampling.logit_bias or (0,))) >= size:
+        raise ValueError(f"logit_bias has the token {largest}, but the model's tokens are 0..{size - 1}")
+    tokenizer, style = ready.tokenizer, ready.prompt_style
+    plain = encode_prompt(tokenizer, style, line.prompt, sys_prompt=line.sys_prompt)
+    if not line.input:
+        return plain.to(ready.device)
+    tokens = encode_prompt(tokenizer, style, line.prompt, sys_prompt=line.sys_prompt, input=line.input)
+    if torch.equal(tokens, plain):
+        raise ValueError(
+            f"the prompt style {type(style).__name__} has no place for an input: make it part of the prompt"
+        )
+    return tokens.to(ready.device)
+
+
+@contextmanager
+def answers_to(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Where answers go: a function that writes a record as a line of JSON, to stdout or to a file.
+
+    A file gets its name when it is complete. If something fails before, the lines so far stay in a file beside it, which is
+    told on stderr. What is no regular file (a pipe, a device) is written directly.
+
+    Raises:
+        OSError: if the file cannot be written; on entering, as far as that shows then.
+    """
+    if out is None:
+        in_ascii = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+        yield lambda record: print(json.dumps(record, ensure_ascii=in_ascii), flush=True)
+        return
+    count = size = 0  # complete lines, and their bytes
+
+    def write(record: dict[str, Any]) -> None:
+        nonlocal count, size
+        line = rest = f"{json.dumps(record, ensure_ascii=False)}\n".encode()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(out)) from error
+        count, size = count + 1, size + len(line)
+
+    with replacing(out) as temporary, open(temporary, "wb", buffering=0) as file:
+        try:
+            yield write
+        except BaseException:
+            if count and temporary != out:
+                file.truncate(size)
+                kept = _unused(Path(os.path.realpath(out)))
+                os.rename(temporary, kept)
+                print(f"{counted(count, 'complete answer')} kept in {kept}", file=sys.stderr)
+            raise
+
+
+def _unused(out: Path) -> Path:
+    """A name that no file has yet, for what came of `out`."""
+    names = (out.with_name(f"{out.name}.partial{i or ''}") for i in itertools.count())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 @contextmanager

@@ -1,28 +1,28 @@
-"""Speculative decoding: a draft model guesses tokens, and the target model checks several of them in one call.
+"""Speculative decoding: a draft model drafts tokens, and the target model verifies several of them in one call.
 
 The output is that of the target model alone: the same tokens with greedy sampling, else the same distribution
 (arXiv:2211.17192).
 """
 
-import sys
-import time
-from collections.abc import Sequence
+from collections import abc
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.find import find_checkpoint
-from litgpt.engine.drafting import DraftModel, guess
-from litgpt.engine.engine import Engine, decode, prepare_caches
-from litgpt.engine.loading import Quantization, choose_kv_caches, make_ready
-from litgpt.engine.request import Request
-from litgpt.engine.sampling import Draws, Sampling, draw, sample
-from litgpt.engine.verification import draw_beside
-from litgpt.generate.base import check_options, print_answers
+from litgpt.engine.caches import prepare_caches
+from litgpt.engine.drafting import DraftModel, draw_draft_token
+from litgpt.engine.engine import Engine, decode
+from litgpt.engine.loading import Ready, make_ready
+from litgpt.engine.sampling import Sampling, sample
+from litgpt.engine.sequence import Sequence
+from litgpt.engine.verification import verify
+from litgpt.generate.base import answer, prompt_lines
+from litgpt.generate.options import AnswerOptions, ModelOptions, command, option
 from litgpt.model import GPT
-from litgpt.prompts import encode_prompt
 from litgpt.tokenizer import Tokenizer
 
 __all__ = ["check_same_vocabulary", "generate", "main", "sample", "speculative_decoding"]
@@ -37,7 +37,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float = 1.0,
-    stop_tokens: Sequence[Sequence[int]] = (),
+    stop_tokens: abc.Sequence[abc.Sequence[int]] = (),
     include_prompt: bool = True,
     speculative_k: int,
 ) -> tuple[torch.Tensor, float]:
@@ -51,10 +51,10 @@ def generate(
         temperature, top_k, top_p: as for `sample`.
         stop_tokens: sequences of tokens, each of which ends the text; it is not part of the result.
         include_prompt: whether the prompt is.
-        speculative_k: tokens that are guessed at a time.
+        speculative_k: draft tokens at a time.
 
     Returns:
-        Tokens (n,) int64, and what part of the guesses stood.
+        Tokens (n,) int64, and what part of the draft tokens was accepted.
 
     Raises:
         ValueError: for settings that make no sense, or more tokens than the target model takes; before any work.
@@ -63,13 +63,13 @@ def generate(
         raise ValueError(
             f"max_returned_tokens={max_returned_tokens} leaves no room after {len(prompt)} tokens of prompt"
         )
-    request = Request(prompt, max_returned_tokens - len(prompt), Sampling(temperature, top_k, top_p), stop_tokens)
+    sequence = Sequence(prompt, max_returned_tokens - len(prompt), Sampling(temperature, top_k, top_p), stop_tokens)
     draft = DraftModel(draft_model, target_model.config.padded_vocab_size, speculative_k)
-    engine = Engine(target_model, proposer=draft)
-    prepare_caches(target_model, 1, request.length)
-    for _ in decode(engine, [request]):
+    engine = Engine(target_model, drafter=draft)
+    prepare_caches(target_model, 1, sequence.max_length)
+    for _ in decode(engine, [sequence]):
         pass
-    new = torch.tensor(request.output, device=prompt.device, dtype=torch.int64)
+    new = torch.tensor(sequence.output, device=prompt.device, dtype=torch.int64)
     return torch.cat((prompt.to(torch.int64), new)) if include_prompt else new, engine.acceptance_rate
 
 
@@ -83,43 +83,47 @@ def speculative_decoding(
     speculative_k: int = 3,
     **sample_kwargs: Any,
 ) -> torch.Tensor:
-    """One step by hand: guesses of the draft model, and what the target model makes of them.
+    """One step by hand: draft tokens, and what the target model makes of them.
 
     Args:
         draft_model, target_model: their caches hold the tokens before `input_pos`, of one row.
         token: the token at `input_pos`, (1,).
         input_pos: its position.
         input_pos_maxp1: not needed.
-        speculative_k: tokens to guess.
+        speculative_k: draft tokens.
         sample_kwargs: as for `sample`.
 
     Returns:
         The n = 1..`speculative_k` + 1 tokens that follow, (n,). The caches then hold the tokens before `input_pos` + n.
 
     Raises:
-        ValueError: if the caches are elsewhere, or cannot be rewound from that many guesses.
+        ValueError: if the caches are elsewhere, or cannot be rewound by that many tokens.
     """
     room = min(model.kv_cache_max_tokens_tentative() for model in (draft_model, target_model)) - 1
     if not 1 <= speculative_k <= room:
         raise ValueError(f"speculative_k must be in 1..{room}, which the caches can take back, got {speculative_k}")
-    row = Draws(Sampling(**sample_kwargs), token.tolist(), 0)
-    guesses: list[int] = []
+    sequence = Sequence(token, speculative_k + 1, Sampling(**sample_kwargs))
+    draft_tokens: list[int] = []
     distributions: list[torch.Tensor] = []
     for i in range(speculative_k):
-        last = torch.tensor([[*row.tokens, *guesses][-1:]], device=token.device)
-        guess(row, draft_model(last, input_pos + i, last_token_only=True)[0, -1], guesses, distributions)
-    idx = torch.tensor([row.tokens + guesses], device=token.device)
-    draft_model(idx[:, -1:], input_pos + speculative_k, skip_lm_head=True)  # should all stand, the next step needs it
+        last = torch.tensor([[*sequence.tokens, *draft_tokens][-1:]], device=token.device)
+        logits = draft_model(last, input_pos + i, last_token_only=True)[0, -1]
+        draw_draft_token(sequence, logits, draft_tokens, distributions)
+    idx = torch.tensor([sequence.tokens + draft_tokens], device=token.device)
+    draft_model(
+        idx[:, -1:], input_pos + speculative_k, skip_lm_head=True
+    )  # if all are accepted, the next step needs it
     logits = target_model(idx, input_pos)[0]
-    for place, guessed in enumerate(guesses):
-        row.tokens.append(draw_beside(logits[place], guessed, distributions[place] if distributions else None, row))
-        if row.tokens[-1] != guessed:
-            break
-    else:
-        row.tokens.append(int(draw(logits[-1:], [row])))
+    verify(
+        sequence,
+        logits,
+        draft_tokens,
+        torch.stack(distributions) if distributions else None,
+        target_model.broadcast_tokens,
+    )
     for model in (draft_model, target_model):
-        model.rewind_kv_caches([idx.shape[1] + 1 - len(row.tokens)])
-    return torch.tensor(row.tokens[1:], device=token.device)
+        model.rewind_kv_caches([idx.shape[1] - sequence.n_new])
+    return torch.tensor(sequence.new_tokens, device=token.device)
 
 
 def check_same_vocabulary(draft: Tokenizer, target: Tokenizer) -> None:
@@ -133,67 +137,43 @@ def check_same_vocabulary(draft: Tokenizer, target: Tokenizer) -> None:
             )
 
 
-def main(
-    draft_model_checkpoint_dir: Path,
-    target_model_checkpoint_dir: Path,
-    prompt: str = "What food do llamas eat?",
-    *,
-    sys_prompt: str | None = None,
-    num_samples: int = 1,
-    max_new_tokens: int = 50,
-    speculative_k: int = 3,
-    top_k: int | None = 50,
-    top_p: float = 1.0,
-    temperature: float = 0.8,
-    quantize: Quantization | None = None,
-    precision: str | None = None,
-    compile: bool = False,
-    kv_cache: Literal["dense", "lastrec"] = "dense",
-    cache_length: int | None = None,
-    sinks: int = 0,
-    prompt_chunksize: int | None = None,
-    seed: int = 1234,
-) -> None:
-    """Answer a prompt with a large model, which a small one runs ahead of.
+@dataclass(frozen=True, kw_only=True)
+class SpeculativeOptions(AnswerOptions, ModelOptions):
+    """The options of `litgpt generate_speculatively`."""
 
-    The small model guesses some tokens, and the large one checks them in one call. The answer is one of the large model:
+    draft_model_checkpoint_dir: Path = option(
+        MISSING,
+        "The small model: folder of a checkpoint (Hugging Face or LitGPT), a .gguf file, or a model's name.",
+    )
+    target_model_checkpoint_dir: Path = option(
+        MISSING,
+        "The large model. Its vocabulary has to be the small one's. The options about caches are for this model.",
+    )
+    speculative_k: int = option(3, "Tokens that the small model drafts at a time.", least=1)
+
+
+@command(SpeculativeOptions, "draft_model_checkpoint_dir", "target_model_checkpoint_dir", "prompt")
+def main(options: SpeculativeOptions) -> None:
+    """Answer a prompt with a large model, for which a small one drafts tokens.
+
+    The small model drafts some tokens, and the large one checks them in one call. The answer is one of the large model:
     the same one with --temperature 0, else one that is drawn with the same probabilities. It goes to stdout, what it cost
-    and how many guesses stood to stderr.
-
-    Args:
-        draft_model_checkpoint_dir: The small model: folder of a checkpoint (Hugging Face or LitGPT), a .gguf file, or a
-            model's name.
-        target_model_checkpoint_dir: The large model. Its vocabulary has to be the small one's.
-        prompt: What to answer.
-        sys_prompt: System prompt, where the model's chat template has one.
-        num_samples: Number of answers, generated together as one batch.
-        max_new_tokens: Most tokens of an answer.
-        speculative_k: Tokens that the small model guesses at a time.
-        top_k: Draw each token from the k likeliest ones only.
-        top_p: Draw each token from the likeliest ones whose probabilities add up to this.
-        temperature: Below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest.
-        quantize: Keep both models' weights in fewer bits: int8, int4, or those of bitsandbytes (bnb.*, needs a GPU).
-        precision: bf16-true, 16-true or 32-true. Default: what the device computes well in.
-        compile: Compile the steps of the small model. Takes a while at first, and is faster then.
-        kv_cache: What the large model's key-value cache keeps: dense (every token) or lastrec (the last cache_length ones).
-        cache_length: Tokens that this cache holds. Default: as many as are needed (dense), 1024 (lastrec).
-        sinks: First tokens that a lastrec cache never drops.
-        prompt_chunksize: Most tokens of the prompt that go through a model at once. Default: all of them.
-        seed: Of the random numbers.
+    and how many draft tokens were accepted to stderr.
     """
-    check_options(prompt, num_samples, max_new_tokens, cache_length)
-    if speculative_k < 1:
-        raise ValueError(f"speculative_k must be at least 1, got {speculative_k}")
-    sampling = Sampling(temperature, top_k, top_p, seed=seed)
-    started = time.perf_counter()
-    opened = [
-        open_checkpoint(find_checkpoint(path)) for path in (draft_model_checkpoint_dir, target_model_checkpoint_dir)
-    ]
-    check_same_vocabulary(*(checkpoint.tokenizer() for checkpoint in opened))
-    draft = make_ready(draft_model_checkpoint_dir, precision, quantize, compile)
-    target = make_ready(target_model_checkpoint_dir, precision, quantize, compile)
-    choose_kv_caches(target.model, kv_cache, cache_length, num_samples, sinks)
-    tokens = encode_prompt(target.tokenizer, target.prompt_style, prompt, sys_prompt=sys_prompt).to(target.device)
-    proposer = DraftModel(draft.model, target.model.config.padded_vocab_size, speculative_k, prompt_chunksize)
-    print(f"Models loaded in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-    print_answers(target, tokens, max_new_tokens, sampling, num_samples, prompt_chunksize, proposer)
+    lines = prompt_lines(options)
+    draft: GPT | None = None
+
+    def load() -> Ready:
+        nonlocal draft
+        folders = options.draft_model_checkpoint_dir, options.target_model_checkpoint_dir
+        opened = [open_checkpoint(find_checkpoint(folder, options.access_token)) for folder in folders]
+        check_same_vocabulary(*(checkpoint.tokenizer() for checkpoint in opened))
+        draft, target = (make_ready(folder, **options.loading()) for folder in folders)
+        draft = draft.model
+        return target
+
+    def drafter(target: Ready) -> DraftModel:
+        vocabulary = target.model.config.padded_vocab_size
+        return DraftModel(draft, vocabulary, options.speculative_k, options.prompt_chunksize)
+
+    answer(options, lines, load, drafter)

@@ -6,13 +6,16 @@ import struct
 
 import torch
 
+from litgpt.kernels import processor
 from litgpt.kernels.library import library
 
-MAX_ROWS = 16  # of a single layer; with more rows, torch's matrix products are as fast or faster
+MAX_ROWS = (
+    16  # of a single layer; with more rows, torch's products in bfloat16 are as fast or faster, where it has them
+)
 MAX_QUERIES = 16  # of one sequence
 MAX_HEAD_SIZE = 256  # of `attend`, as in layers.h
 ACTIVATIONS = {"silu": 0, "gelu-none": 1, "gelu-tanh": 2}  # of `gated_mlp_blocked`, as in numbers.h
-UNIT = 64  # outputs of a block in oneDNN's layout, as in weights.h
+UNIT = 64  # outputs of a block in the layout of `blocked`, as in weights.h
 
 _strides = struct.Struct("11q")
 
@@ -26,17 +29,20 @@ def available() -> bool:
 available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def is_faster(rows: int) -> bool:
+    """Whether a single layer is faster by the kernels than by torch for that many rows."""
+    return available() and (rows <= MAX_ROWS or not processor.torch_multiplies_bfloat16())
+
+
 @functools.cache
 def reads_packed_weights() -> bool:
     """Whether oneDNN lays weights out on this machine as `linear_blocked` reads them."""
-    if library() is None:
+    if library() is None or not processor.torch_multiplies_bfloat16():
         return False
     N, K = 70, 40
     weight = torch.arange(N * K).remainder(251).view(N, K).to(torch.bfloat16)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 128)
-    padded = torch.zeros(-(-N // UNIT) * UNIT, packed_inputs(K), dtype=torch.bfloat16)
-    padded[:N, :K] = weight
-    expected = padded.view(-1, UNIT, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
+    expected = blocked(weight)
     size = 2 * expected.numel()
     if torch.ops.mkldnn._nbytes(packed) != size:
         return False
@@ -44,12 +50,26 @@ def reads_packed_weights() -> bool:
 
 
 def packed_inputs(K: int) -> int:
-    """Inputs that oneDNN's layout has for K of them."""
+    """Inputs that the layout of `blocked` has for K of them."""
     return -(-K // 32) * 32
 
 
+def blocked(weight: torch.Tensor) -> torch.Tensor:
+    """A weight (N, K) as `linear_blocked` reads it, which is oneDNN's way too: blocks of UNIT outputs, in them pairs of
+    inputs, padded with zeros: (blocks, pairs, UNIT, 2)."""
+    N, K = weight.shape
+    padded = weight.new_zeros(-(-N // UNIT) * UNIT, packed_inputs(K))
+    padded[:N, :K] = weight
+    return padded.view(-1, UNIT, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
+
+
+def unblocked(weight: torch.Tensor, N: int, K: int) -> torch.Tensor:
+    """The weight (N, K) that `blocked` was given."""
+    return weight.transpose(1, 2).flatten(2).flatten(0, 1)[:N, :K].contiguous()
+
+
 def linear_blocked(x: torch.Tensor, weight: int, bias: torch.Tensor | None, N: int) -> torch.Tensor:
-    """x (..., K) times the weight with N outputs that oneDNN has laid out at the address `weight`: (..., N)."""
+    """x (..., K) times the weight with N outputs that lies at the address `weight`, as `blocked` has it: (..., N)."""
     x = x.contiguous()
     K, y = x.shape[-1], x.new_empty(*x.shape[:-1], N)
     library().linear_blocked(x.data_ptr(), weight, _address(bias), y.data_ptr(), x.numel() // K, K, N)
@@ -178,7 +198,7 @@ def attend(
 @functools.cache
 def multiplies_fast() -> bool:
     """Whether products of many rows are faster by the kernels than by torch on this machine."""
-    return library() is not None and bool(library().multiplies_fast())
+    return library() is not None and (bool(library().multiplies_fast()) or not processor.torch_multiplies_bfloat16())
 
 
 def can_attend_causally(

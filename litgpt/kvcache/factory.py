@@ -27,10 +27,15 @@ def create_kv_cache(name: str, config: Config, params: KVCacheParams, block_idx:
     Raises:
         ValueError: if there is no such cache.
     """
-    kind = KV_CACHES.get(name if "-" in name else f"{name}-default")
-    if kind is None:
+    return KV_CACHES[check_name(name)].from_params(config, params, block_idx, **kwargs)
+
+
+def check_name(name: str) -> str:
+    """The full name, `policy-storage`, of the cache called `name`; `ValueError` if there is none."""
+    full = name if "-" in name else f"{name}-default"
+    if full not in KV_CACHES:
         raise ValueError(f"no key-value cache is called {name!r}; there are {', '.join(KV_CACHES)}")
-    return kind.from_params(config, params, block_idx, **kwargs)
+    return full
 
 
 def create_kv_caches(

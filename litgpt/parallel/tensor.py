@@ -211,11 +211,11 @@ class ShardedGPT(GPT):
         dist.all_gather(parts, logits)
         return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)
 
-    def agree(self, tokens: list[int]) -> list[int]:
+    def broadcast_tokens(self, tokens: list[int]) -> list[int]:
         """Drawn tokens, as all processes go on with them: those of the first."""
-        agreed = torch.tensor(tokens)
-        dist.broadcast(agreed, src=0)
-        return agreed.tolist()
+        drawn = torch.tensor(tokens)
+        dist.broadcast(drawn, src=0)
+        return drawn.tolist()
 
 
 class ShardedRMSNorm(RMSNorm):

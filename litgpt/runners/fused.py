@@ -14,15 +14,15 @@ from torch import nn
 from litgpt.attention import attention_scale
 from litgpt.kernels import ops
 from litgpt.kernels.library import library
-from litgpt.kernels.structs import BLOCKED, INT4, INT8, Layer, Rope, Segment, Shape, StepPlan, Weight, address
+from litgpt.kernels.structs import Layer, Rope, Segment, Shape, StepPlan, Weight, address
 from litgpt.kvcache import KVCache
 from litgpt.kvcache.default import DefaultKVCache
 from litgpt.kvcache.plan import Plan
 from litgpt.kvcache.storage import DefaultStorage
 from litgpt.model import GPT, Block, CausalSelfAttention, GemmaMLP, LLaMAMLP, Multiply, RMSNorm
 from litgpt.rope import Rope as RopeRows
-from litgpt.runners.packed_weights import PackedGatedMLP, PackedLinear
-from litgpt.runners.quantized_weights import Int4Linear, Int8Linear
+from litgpt.runners.opaque_weights import OpaqueLayer
+from litgpt.runners.packed_weights import PackedGatedMLP
 
 
 def fuse_layers(model: GPT) -> bool:
@@ -245,13 +245,8 @@ def _layer(block: nn.Module) -> Layer | None:
 
 
 def _mlp_weights(mlp: nn.Module) -> dict[str, Weight | None]:
-    if type(mlp) is PackedGatedMLP and mlp.activation is not None:
-        both, down = mlp.first, mlp.proj
-        half = both.out_features // 2
-        gate, up = _weight(both), _weight(both)
-        gate.N = up.N = half
-        up.w += half * ops.packed_inputs(both.in_features) * 2
-        return {"gate": gate, "up": up, "down": _weight(down)}
+    if type(mlp) is PackedGatedMLP:
+        return mlp.kernel_weights() or {"gate": None}
     if type(mlp) in (LLaMAMLP, GemmaMLP):
         return {"gate": _weight(mlp.fc_1), "up": _weight(mlp.fc_2), "down": _weight(mlp.proj)}
     return {"gate": None}
@@ -262,17 +257,7 @@ def _activation(mlp: nn.Module) -> int:
 
 
 def _weight(linear: nn.Module) -> Weight | None:
-    if type(linear) is PackedLinear and linear.address is not None:
-        size = {"kind": BLOCKED, "K": linear.in_features, "N": linear.out_features}
-        return Weight(**size, w=linear.address, bias=address(linear.bias))
-    if type(linear) is Int8Linear:
-        size = {"kind": INT8, "K": linear.in_features, "N": linear.out_features}
-        return Weight(**size, w=linear.weight.data_ptr(), scale=linear.scale.data_ptr(), bias=address(linear.bias))
-    if type(linear) is Int4Linear and linear.packed is None:
-        size = {"kind": INT4, "K": linear.in_features, "N": linear.out_features, "group": linear.group_size}
-        factors = {"scale": linear.scale.data_ptr(), "minimum": linear.minimum.data_ptr()}
-        return Weight(**size, **factors, w=linear.weight.data_ptr(), bias=address(linear.bias))
-    return None
+    return linear.kernel_weight() if isinstance(linear, OpaqueLayer) else None
 
 
 def _is_known(model: GPT) -> bool:
@@ -283,5 +268,6 @@ def _is_known(model: GPT) -> bool:
         and not config.parallel_residual
         and config.head_size <= ops.MAX_HEAD_SIZE
         and config.rope_n_elem <= config.head_size
+        and config.rope_n_elem % 2 == 0
         and type(model.transformer.ln_f) is RMSNorm
     )

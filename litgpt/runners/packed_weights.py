@@ -1,42 +1,74 @@
 """Linear layers whose weights are laid out once for the CPU's matrix kernels.
 
 A matrix product in bfloat16 spends much of its time bringing the weight into the kernel's own order. `pack_linears` does
-that once, in place of the plain weight, so memory stays the same. Single layers then put many rows through oneDNN's product and
-few through our own (`litgpt.kernels`), which reads the same layout as fast as memory gives it; so do all layers in one call
-(`litgpt.runners.fused`), for any number of rows.
+that once, in place of the plain weight, so memory stays the same. Where oneDNN multiplies in bfloat16, the order is its own, and
+single layers put many rows through its product and few through ours (`litgpt.kernels`), which reads the same order as fast as
+memory gives it; elsewhere our kernels do both. So do all layers in one call (`litgpt.runners.fused`).
 """
 
-import itertools
-import weakref
+from abc import ABC, abstractmethod
 
 import torch
 from torch import nn
 
 from litgpt.fingerprint import sample
-from litgpt.kernels import ops
-from litgpt.runners.quantized_weights import Int4Linear
+from litgpt.kernels import ops, processor
+from litgpt.kernels.structs import BLOCKED, Weight, address
+from litgpt.runners.opaque_weights import OpaqueLayer
 
-ROWS_HINT = 128  # the layout is chosen for this many tokens; it also serves one token well
-
-# Compiled graphs cannot hold opaque tensors: there a packed weight is an integer key, looked up when the graph runs.
-_packed_weights: "weakref.WeakValueDictionary[int, nn.Module]" = weakref.WeakValueDictionary()
-_next_key = itertools.count()
-
-_library = torch.library.Library("litgpt", "DEF")
-_library.define("packed_linear(Tensor x, int key, int out_features) -> Tensor")
+ROWS_HINT = 128  # oneDNN's layout is chosen for this many tokens; it also serves one token well
 
 
-def _packed_linear(x: torch.Tensor, key: int, out_features: int) -> torch.Tensor:
-    return _packed_weights[key].product(x)
+class Layout(ABC):
+    """A weight (N, K) in the order of a kernel."""
+
+    address: int | None  # where `litgpt.kernels` finds it; None: they do not read this order
+
+    @abstractmethod
+    def plain(self) -> torch.Tensor:
+        """The weight (N, K), a copy."""
+
+    @abstractmethod
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x (..., K) times the weight: (..., N)."""
 
 
-_library.impl("packed_linear", _packed_linear, "CPU")
-torch.library.register_fake(
-    "litgpt::packed_linear", lambda x, key, out_features: x.new_empty(*x.shape[:-1], out_features), lib=_library
-)
+class OneDnnLayout(Layout):
+    """As oneDNN has it on this machine, which may be as our kernels do."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.N, self.K = weight.shape
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
+        self.address = torch.ops.mkldnn.data_ptr(self.packed) if ops.reads_packed_weights() else None
+
+    def plain(self) -> torch.Tensor:
+        return self.packed.to_dense()
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.address is not None and x.numel() <= ops.MAX_ROWS * self.K:
+            return ops.linear_blocked(x, self.address, bias, self.N)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
 
 
-class PackedLinear(nn.Module):
+class KernelLayout(Layout):
+    """As our kernels have it."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.N, self.K = weight.shape
+        self.packed = ops.blocked(weight)
+
+    @property
+    def address(self) -> int:
+        return self.packed.data_ptr()
+
+    def plain(self) -> torch.Tensor:
+        return ops.unblocked(self.packed, self.N, self.K)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return ops.linear_blocked(x, self.address, bias, self.N)
+
+
+class PackedLinear(OpaqueLayer):
     """`nn.Linear` for inference on CPU in bfloat16, or several with the same input as one, their outputs side by side.
 
     The state dict of a single one is that of the layer it was made from.
@@ -52,8 +84,7 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = linears[0].in_features, sum(self.sizes)
         single = len(linears) == 1
         weight = linears[0].weight if single else torch.cat([linear.weight for linear in linears])
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS_HINT)
-        self.address = torch.ops.mkldnn.data_ptr(self.packed) if ops.reads_packed_weights() else None
+        self.layout = (OneDnnLayout if processor.torch_multiplies_bfloat16() else KernelLayout)(weight.detach())
         if single or linears[0].bias is None:
             self.bias = linears[0].bias
         else:
@@ -61,13 +92,11 @@ class PackedLinear(nn.Module):
         self.samples = [sample(linear.weight) for linear in linears]
         for linear in linears:
             linear.weight.data = linear.weight.new_empty(0)
-        self.key = next(_next_key)
-        _packed_weights[self.key] = self
 
     @property
     def weight(self) -> torch.Tensor:
         """The plain weight (out_features, in_features), a copy."""
-        return self.packed.to_dense()
+        return self.layout.plain()
 
     def plain(self) -> tuple[nn.Linear, ...]:
         """The layers that this one was made from, as they were."""
@@ -75,51 +104,47 @@ class PackedLinear(nn.Module):
             linear.weight.data = weight.clone() if len(self.sizes) > 1 else weight
         return self._plain
 
+    def unpacked(self) -> nn.Module:
+        return self.plain()[0]
+
     def weight_samples(self) -> dict[str, torch.Tensor]:
-        """A few values of the plain weight (of one layer), for `litgpt.fingerprint`."""
         return {"weight": self.samples[0]}
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        if self.address is not None and x.numel() <= ops.MAX_ROWS * self.in_features:
-            return ops.linear_blocked(x, self.address, self.bias, self.out_features)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+    def kernel_weight(self) -> Weight | None:
+        at = self.layout.address
+        size = {"kind": BLOCKED, "K": self.in_features, "N": self.out_features}
+        return None if at is None else Weight(**size, w=at, bias=address(self.bias))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            return torch.ops.litgpt.packed_linear(x, self.key, self.out_features)
-        return self.product(x)
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layout.product(x, self.bias)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         destination[f"{prefix}weight"] = self.weight
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
-class SharedLinear(nn.Module):
+class SharedLinear(OpaqueLayer):
     """`nn.Linear` whose plain weight is also that of an embedding, and so is not packed."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self._plain = (linear,)
         self.weight, self.bias = linear.weight, linear.bias
-        self.key = next(_next_key)
-        _packed_weights[self.key] = self
+        self.in_features, self.out_features = linear.in_features, linear.out_features
 
-    def plain(self) -> tuple[nn.Linear, ...]:
-        """The layer that this one was made from."""
-        return self._plain
+    def unpacked(self) -> nn.Module:
+        return self._plain[0]
+
+    def weight_samples(self) -> dict[str, torch.Tensor]:
+        return {"weight": sample(self.weight)}
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        if x.numel() <= ops.MAX_ROWS * self.weight.shape[1] and ops.available():
+        if ops.is_faster(x.numel() // self.in_features):
             return ops.linear_plain(x, self.weight, self.bias)
         return nn.functional.linear(x, self.weight, self.bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            return torch.ops.litgpt.packed_linear(x, self.key, self.weight.shape[0])
-        return self.product(x)
 
-
-class PackedGatedMLP(nn.Module):
+class PackedGatedMLP(OpaqueLayer):
     """A gated MLP (`fc_1`, `fc_2`, `proj`, and `gated` between them) whose first two layers are one product."""
 
     def __init__(self, mlp: nn.Module) -> None:
@@ -127,14 +152,12 @@ class PackedGatedMLP(nn.Module):
         self._plain = (mlp,)
         self._first = (PackedLinear(mlp.fc_1, mlp.fc_2),)
         self.proj = PackedLinear(mlp.proj)
+        self.in_features, self.out_features = self.first.in_features, self.proj.out_features
         self.activation: int | None = None  # of the kernel that does all at once, where there is one
-        if self.proj.address is not None and mlp.fc_1.out_features % ops.UNIT == 0 and mlp.fc_1.bias is None:
+        if self.proj.layout.address is not None and mlp.fc_1.out_features % ops.UNIT == 0 and mlp.fc_1.bias is None:
             self.activation = ops.ACTIVATIONS.get(mlp.activation)
-        self.key = next(_next_key)
-        _packed_weights[self.key] = self
 
     def weight_samples(self) -> dict[str, torch.Tensor]:
-        """As that of `PackedLinear`."""
         layers = zip(("fc_1", "fc_2", "proj"), self.first.samples + self.proj.samples, strict=True)
         return {f"{name}.weight": values for name, values in layers}
 
@@ -143,22 +166,27 @@ class PackedGatedMLP(nn.Module):
         """The product with `fc_1` and `fc_2`, one after the other."""
         return self._first[0]
 
-    def plain(self) -> nn.Module:
-        """The module that this one was made from, as it was."""
+    def kernel_weights(self) -> dict[str, Weight] | None:
+        """The weights of gate, up and down as `kernel_weight` gives them, where kernels compute the whole MLP."""
+        if self.activation is None:
+            return None
+        half = self.proj.in_features
+        gate, up, down = self.first.kernel_weight(), self.first.kernel_weight(), self.proj.kernel_weight()
+        gate.N = up.N = half
+        up.w += half * ops.packed_inputs(self.in_features) * 2
+        return {"gate": gate, "up": up, "down": down}
+
+    def unpacked(self) -> nn.Module:
         self.first.plain(), self.proj.plain()
         return self._plain[0]
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        first = self.first
+        first, second = self.first, self.proj
         if self.activation is not None and x.numel() <= ops.MAX_ROWS * first.in_features:
-            return ops.gated_mlp_blocked(x, first.address, self.proj.address, self.proj.in_features, self.activation)
+            addresses = (first.layout.address, second.layout.address)
+            return ops.gated_mlp_blocked(x, *addresses, second.in_features, self.activation)
         gate, x = first(x).chunk(2, dim=-1)
-        return self.proj(self._plain[0].gated(gate, x))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.compiler.is_compiling():
-            return torch.ops.litgpt.packed_linear(x, self.key, self.proj.out_features)
-        return self.product(x)
+        return second(self._plain[0].gated(gate, x))
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         (mlp,) = self._plain
@@ -171,18 +199,16 @@ class PackedGatedMLP(nn.Module):
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Whether this machine and build of torch have packed products for such a weight."""
+    """Whether there are packed products for such a weight on this machine, oneDNN's or ours."""
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and (processor.torch_multiplies_bfloat16() or ops.available())
     )
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace the plain linear layers of `model` by packed ones, where that works.
+    """Replace the plain linear layers of `model` by packed ones, where that works, and pack those that are opaque already.
 
     One at a time, so that no more than one weight is held twice. One that an embedding shares stays as it is.
     """
@@ -197,7 +223,7 @@ def _pack(module: nn.Module, embeddings: set[int]) -> None:
         elif _is_plain(child):
             kind = SharedLinear if id(child.weight) in embeddings else PackedLinear
             setattr(module, name, kind(child))
-        elif isinstance(child, Int4Linear):
+        elif isinstance(child, OpaqueLayer):
             child.pack()
         else:
             _pack(child, embeddings)
@@ -210,11 +236,7 @@ def _is_plain(module: nn.Module) -> bool:
 def unpack_linears(model: nn.Module) -> None:
     """Undo `pack_linears`: the same layers with the same parameters, so that optimizers that know them go on working."""
     for name, child in list(model.named_children()):
-        if isinstance(child, PackedGatedMLP):
-            setattr(model, name, child.plain())
-        elif isinstance(child, (PackedLinear, SharedLinear)):
-            setattr(model, name, child.plain()[0])
-        elif isinstance(child, Int4Linear):
-            child.unpack()
+        if isinstance(child, OpaqueLayer):
+            setattr(model, name, child.unpacked())
         else:
             unpack_linears(child)

@@ -24,7 +24,9 @@ from torch import nn
 
 from litgpt.fingerprint import sample
 from litgpt.kernels import ops
+from litgpt.kernels.structs import INT4, INT8, Weight, address
 from litgpt.model import GPT, LLaMAMoE
+from litgpt.runners.opaque_weights import OpaqueLayer
 
 MODES = ("int8", "int4")
 BNB_MODES = ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8")
@@ -145,7 +147,7 @@ def dequantize_int4(
     return groups.mul_(scale.float().unsqueeze(2)).add_(minimum.float().unsqueeze(2)).flatten(1).to(dtype)
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(OpaqueLayer):
     """`nn.Linear` for inference whose weight is kept as integers.
 
     Attributes:
@@ -190,8 +192,8 @@ class QuantizedLinear(nn.Module):
         y = kernel(rows).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.product(x)
+    def weight_samples(self) -> dict[str, torch.Tensor]:
+        return {name: sample(buffer) for name, buffer in self.named_buffers(recurse=False)}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizedLinear":
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
@@ -222,6 +224,10 @@ class Int8Linear(QuantizedLinear):
     def quantized_part(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(("weight", "scale"), quantize_int8(values), strict=True))
 
+    def kernel_weight(self) -> Weight | None:
+        size = {"kind": INT8, "K": self.in_features, "N": self.out_features}
+        return Weight(**size, w=address(self.weight), scale=address(self.scale), bias=address(self.bias))
+
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         return dequantize_int8(self.weight, self.scale, dtype)
 
@@ -242,7 +248,7 @@ class Int8Embedding(Int8Linear):
         return rows * self.scale[idx].to(self.dtype).unsqueeze(-1)
 
 
-class TiedHead(nn.Module):
+class TiedHead(OpaqueLayer):
     """An output embedding that computes with the table of the input embedding."""
 
     def __init__(self, table: Int8Embedding, bias: nn.Parameter | None) -> None:
@@ -258,7 +264,10 @@ class TiedHead(nn.Module):
     def scale(self) -> torch.Tensor:
         return self._table[0].scale
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def weight_samples(self) -> dict[str, torch.Tensor]:
+        return {}  # it has none of its own
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
         y = self._table[0].product(x)
         return y if self.bias is None else y + self.bias
 
@@ -289,6 +298,13 @@ class Int4Linear(QuantizedLinear):
 
     def quantized_part(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(("weight", "scale", "minimum"), quantize_int4(values, self.group_size), strict=True))
+
+    def kernel_weight(self) -> Weight | None:
+        if self.packed is not None:
+            return None
+        size = {"kind": INT4, "K": self.in_features, "N": self.out_features, "group": self.group_size}
+        factors = {"scale": address(self.scale), "minimum": address(self.minimum)}
+        return Weight(**size, **factors, w=address(self.weight), bias=address(self.bias))
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
         if self.packed is None:
@@ -322,6 +338,10 @@ class Int4Linear(QuantizedLinear):
         self.samples = sample(self.weight)
         self.weight = None
 
+    def unpacked(self) -> nn.Module:
+        self.unpack()
+        return self
+
     def unpack(self) -> None:
         """Undo `pack`."""
         if self.packed is not None:
@@ -329,7 +349,6 @@ class Int4Linear(QuantizedLinear):
             self.packed = self.factors = None
 
     def weight_samples(self) -> dict[str, torch.Tensor]:
-        """A few values of the buffers, for `litgpt.fingerprint`."""
         weight = sample(self.weight) if self.packed is None else self.samples
         return {"weight": weight, "scale": sample(self.scale), "minimum": sample(self.minimum)}
 

@@ -1,5 +1,6 @@
-"""The command `convert_to_litgpt`."""
+"""The command `convert_to_litgpt`, and LitGPT's functions that copy Hugging Face's weights into a state dict."""
 
+from functools import partial
 from pathlib import Path
 
 from litgpt.checkpoint.base import WEIGHTS_NAME, Checkpoint
@@ -8,8 +9,42 @@ from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.huggingface import HuggingFaceCheckpoint, holds_weights
 from litgpt.checkpoint.load import save_litgpt
 from litgpt.checkpoint.open import open_checkpoint
+from litgpt.checkpoint.state_dicts import (
+    copy_to_litgpt,
+    copy_to_litgpt_by_shape,
+    copy_whole_to_litgpt,
+    layer_template,
+    load_param,
+)
+from litgpt.checkpoint.state_dicts import qkv_from_interleaved as qkv_reassemble
 from litgpt.config import Config
 from litgpt.scripts.progress import weights_progress
+
+__all__ = [
+    "convert_hf_checkpoint",
+    "copy_weights_falcon",
+    "copy_weights_gemma_2",
+    "copy_weights_gemma_3",
+    "copy_weights_gpt_neox",
+    "copy_weights_hf_llama",
+    "copy_weights_olmo2",
+    "copy_weights_phi",
+    "copy_weights_qwen_2_5",
+    "copy_weights_qwen_3",
+    "layer_template",
+    "load_param",
+    "qkv_reassemble",
+]
+
+copy_weights_falcon = partial(copy_whole_to_litgpt, "falcon")
+copy_weights_gemma_2 = partial(copy_to_litgpt_by_shape, "gemma_2")
+copy_weights_gemma_3 = partial(copy_to_litgpt_by_shape, "gemma_3")
+copy_weights_gpt_neox = partial(copy_whole_to_litgpt, "gpt_neox")
+copy_weights_hf_llama = partial(copy_to_litgpt, "llama")
+copy_weights_olmo2 = partial(copy_to_litgpt, "olmo2")
+copy_weights_phi = partial(copy_to_litgpt, "phi")
+copy_weights_qwen_2_5 = partial(copy_to_litgpt, "qwen_2_5")
+copy_weights_qwen_3 = partial(copy_to_litgpt, "qwen_3")
 
 
 def convert_hf_checkpoint(
@@ -34,7 +69,7 @@ def convert_hf_checkpoint(
     checkpoint = _open(path, model_name)
     out_dir = path if path.is_dir() else path.parent
     total = sum(piece.nbytes for _, _, piece in checkpoint.pieces(meta=True))
-    with weights_progress(f"Converting {path.name}", total, names=bool(debug_mode)) as progress:
+    with weights_progress(f"Converting {checkpoint.name}", total, names=bool(debug_mode)) as progress:
         save_litgpt(checkpoint, out_dir, dtype=None if dtype is None else parse_dtype(dtype), progress=progress)
     print(out_dir / WEIGHTS_NAME)
 
@@ -47,7 +82,7 @@ def _open(path: Path, model_name: str | None) -> Checkpoint:
     if (path / "config.json").is_file():
         return HuggingFaceCheckpoint(path)
     try:
-        config = Config.from_name(path.name)
+        config = Config.from_name(path.resolve().name)
     except ValueError:
         raise FileNotFoundError(
             f"{path} holds no config.json and has no known model's name: give --model_name"

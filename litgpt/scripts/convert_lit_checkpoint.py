@@ -1,25 +1,53 @@
-"""The command `convert_from_litgpt`."""
+"""The command `convert_from_litgpt`, and LitGPT's functions that copy our weights into a state dict of Hugging Face."""
 
+from functools import partial
 from pathlib import Path
 
 from litgpt.checkpoint.export import save_huggingface
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.open import open_checkpoint
+from litgpt.checkpoint.state_dicts import check_conversion_supported, copy_all_from_litgpt, copy_from_litgpt
+from litgpt.checkpoint.state_dicts import qkv_to_interleaved as qkv_reassemble
 from litgpt.scripts.progress import weights_progress
+
+__all__ = [
+    "check_conversion_supported",
+    "convert_lit_checkpoint",
+    "copy_weights_falcon",
+    "copy_weights_gemma_2",
+    "copy_weights_gemma_3",
+    "copy_weights_gpt_neox",
+    "copy_weights_llama",
+    "copy_weights_olmo2",
+    "copy_weights_phi",
+    "copy_weights_qwen_2_5",
+    "copy_weights_qwen_3",
+    "qkv_reassemble",
+]
+
+copy_weights_falcon = partial(copy_all_from_litgpt, "falcon")
+copy_weights_gemma_2 = partial(copy_from_litgpt, "gemma_2")
+copy_weights_gemma_3 = partial(copy_from_litgpt, "gemma_3")
+copy_weights_gpt_neox = partial(copy_all_from_litgpt, "gpt_neox")
+copy_weights_llama = partial(copy_from_litgpt, "llama")
+copy_weights_olmo2 = partial(copy_from_litgpt, "olmo2")
+copy_weights_phi = partial(copy_all_from_litgpt, "phi")
+copy_weights_qwen_2_5 = partial(copy_from_litgpt, "qwen_2_5")
+copy_weights_qwen_3 = partial(copy_from_litgpt, "qwen_3")
 
 
 def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
-    """Turn a LitGPT checkpoint into a Hugging Face one.
+    """Turn a LitGPT checkpoint, or a GGUF file, into a Hugging Face one.
 
     `output_dir` gets what `transformers.AutoModelForCausalLM.from_pretrained(output_dir)` loads: weights as
     safetensors in their original data type, config.json, generation_config.json and the tokenizer.
 
     Args:
-        checkpoint_dir: Folder with lit_model.pth and model_config.yaml.
+        checkpoint_dir: Folder with lit_model.pth and model_config.yaml, a .gguf file, or any other checkpoint.
         output_dir: Folder to write to; must hold no weights yet.
     """
     checkpoint = open_checkpoint(find_checkpoint(checkpoint_dir))
     total = sum(piece.nbytes for _, _, piece in checkpoint.pieces(meta=True))
-    with weights_progress(f"Converting {checkpoint.path.name}", total) as progress:
+    with weights_progress(f"Converting {checkpoint.name}", total) as progress:
         save_huggingface(checkpoint, output_dir, progress=progress)
     print(output_dir)

@@ -22,6 +22,6 @@ def convert_pretrained_checkpoint(checkpoint_dir: Path, output_dir: Path) -> Non
         raise FileExistsError(f"{output_dir} is not empty: give another folder, or delete it first")
     checkpoint = open_checkpoint(find_checkpoint(checkpoint_dir))
     total = sum(piece.nbytes for _, _, piece in checkpoint.pieces(meta=True))
-    with weights_progress(f"Converting {checkpoint.path.name}", total) as progress:
+    with weights_progress(f"Converting {checkpoint.name}", total) as progress:
         save_litgpt(checkpoint, output_dir, progress=progress)
     print(output_dir / WEIGHTS_NAME)

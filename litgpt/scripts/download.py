@@ -1,6 +1,7 @@
 """The command `download`."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from litgpt.config import Config
@@ -54,51 +55,17 @@ def download_from_hub(
         print(folder)
 
 
-def num_parameters(config: Config) -> int:
-    """Weights of a model of this config, by arithmetic; the output embedding is counted even if it is the input's."""
-    norm = 0
-    if config.norm_class_name == "RMSNorm":
-        norm = config.n_embd
-    elif config.norm_affine:
-        norm = 2 * config.n_embd
-    norm_width = norm // config.n_embd
+def num_parameters(config: Config, tied: bool = False) -> int:
+    """Weights of a model of this config; those of an output embedding that is the input's are counted once.
 
-    def linear(inputs: int, outputs: int, bias: bool) -> int:
-        return inputs * outputs + outputs * bias
+    Layers after the first with experts are equal, so only one of them is made.
+    """
+    from litgpt.checkpoint.load import meta_model
 
-    queries, keys = config.n_head * config.head_size, config.n_query_groups * config.head_size
-    if config.latent_attention is not None:
-        rank, latent = config.q_lora_rank, config.kv_lora_rank
-        queries = config.n_head * config.qk_head_dim
-        expanded = config.n_head * (config.qk_nope_head_dim + config.v_head_dim)
-        attention = linear(config.n_embd, latent + config.qk_rope_head_dim, config.attn_bias) + latent
-        attention += linear(latent, expanded, config.bias) + linear(rank or config.n_embd, queries, config.bias)
-        attention += linear(config.n_embd, rank, config.attn_bias) + rank if rank else 0
-        attention += linear(config.n_head * config.v_head_dim, config.n_embd, config.bias)
-    else:
-        attention = linear(config.n_embd, queries + 2 * keys, config.bias or config.attn_bias)
-        attention += linear(queries, config.n_embd, config.bias) + config.n_head * config.attention_sinks
-    if config.norm_qk:
-        attention += norm_width * (queries + keys if config.norm_qk_type == "olmo2" else 2 * config.head_size)
-
-    def mlp(size: int) -> int:
-        ups = 1 if config.mlp_class_name == "GptNeoxMLP" else 2
-        return ups * linear(config.n_embd, size, config.bias) + linear(size, config.n_embd, config.bias)
-
-    dense = config.n_layer
-    mixture = 0
-    if config.mlp_class_name == "LLaMAMoE":
-        dense = min(config.first_k_dense_replace or 0, config.n_layer)
-        size = config.moe_intermediate_size or config.intermediate_size
-        mixture = linear(config.n_embd, config.n_expert, config.router_bias) + config.n_expert * mlp(size)
-        mixture += mlp(size * config.n_shared_expert) if config.n_shared_expert else 0
-    feed_forward = dense * mlp(config.intermediate_size) + (config.n_layer - dense) * mixture
-    norms = [config.norm_1, config.norm_2 and not config.shared_attention_norm]
-    norms += [config.post_attention_norm, config.post_mlp_norm]
-    block = attention + norm * sum(norms)
-    embedding = config.padded_vocab_size * config.n_embd
-    head = linear(config.n_embd, config.padded_vocab_size, config.lm_head_bias)
-    return embedding + head + config.n_layer * block + feed_forward + norm
+    made = min(config.n_layer, (config.first_k_dense_replace or 0) + 1)
+    model = meta_model(replace(config, n_layer=made))
+    once = sum(weight.numel() for name, weight in model.named_parameters() if not (tied and name == "lm_head.weight"))
+    return once + (config.n_layer - made) * sum(weight.numel() for weight in model.transformer.h[-1].parameters())
 
 
 def _full_name(repo_id: str) -> str:
@@ -117,6 +84,7 @@ def _print_models(words: str) -> None:
     from rich.table import Table
 
     from litgpt.config import configs
+    from litgpt.families import is_tied
 
     table = Table("Model", "Parameters", "Context", box=None, pad_edge=False)
     table.columns[1].justify = table.columns[2].justify = "right"
@@ -124,7 +92,7 @@ def _print_models(words: str) -> None:
     for repo_id, model in sorted(repositories.items(), key=lambda entry: entry[0].lower()):
         if all(word.lower() in repo_id.lower() for word in words.split()):
             config = Config(**model)
-            table.add_row(repo_id, _short(num_parameters(config)), f"{config.block_size:,}")
+            table.add_row(repo_id, _short(num_parameters(config, is_tied(config.name))), f"{config.block_size:,}")
     if not table.row_count:
         raise ValueError(f"No known model has a name with {words!r}; `litgpt download list` shows all")
     Console(width=None if sys.stdout.isatty() else 120).print(table)

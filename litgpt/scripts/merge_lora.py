@@ -2,16 +2,15 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 from litgpt.checkpoint.base import WEIGHTS_NAME
-from litgpt.checkpoint.find import find_checkpoint
+from litgpt.checkpoint.finetuned import LoRACheckpoint
 from litgpt.checkpoint.load import save_litgpt
-from litgpt.checkpoint.open import open_checkpoint
 from litgpt.engine.loading import parse_precision
-from litgpt.generate.finetuned import Finetuned
-from litgpt.lora import merge_lora_weights, unwrap_lora
 
 
 def merge_lora(
@@ -25,20 +24,26 @@ def merge_lora(
         checkpoint_dir: Folder with lit_model.pth.lora and hyperparameters.yaml, as fine-tuning wrote it.
         pretrained_checkpoint_dir: The checkpoint that was fine-tuned: a folder, a .gguf file, or a model's name. Default:
             the one that hyperparameters.yaml names.
-        precision: Of the merged weights: bf16-true, 16-true or 32-true. Default: that of the checkpoint.
+        precision: Of the merged weights: bf16-true, 16-true or 32-true. Default: that of the
+            fine-tuning.
     """
-    finetuned = Finetuned(checkpoint_dir, "lora")
-    folder = finetuned.path.parent
+    checkpoint = LoRACheckpoint(checkpoint_dir, pretrained_checkpoint_dir)
+    folder = checkpoint.path
     if (folder / WEIGHTS_NAME).exists():
         print(f"{folder / WEIGHTS_NAME} is there already: delete it to merge again", file=sys.stderr)
         return
-    checkpoint = open_checkpoint(find_checkpoint(finetuned.base(pretrained_checkpoint_dir)))
-    device = torch.device("cpu")
-    dtype = checkpoint.dtype if precision is None else parse_precision(precision, device)
-    model = finetuned.load(checkpoint, dtype, device)
-    merge_lora_weights(model)
-    unwrap_lora(model)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        checkpoint.copy_side_files(folder)
-    save_litgpt(model, folder)
+    dtype = None if precision is None else parse_precision(precision, torch.device("cpu"))
+    save_litgpt(checkpoint, folder, dtype=dtype)
     print(folder / WEIGHTS_NAME)
+
+
+def load_lora_metadata(checkpoint_dir: Path) -> tuple[dict[str, Any], Path, str | None]:
+    """What a folder of LoRA weights tells of them: the `lora_*` settings, the checkpoint that was fine-tuned, the precision."""
+    file = Path(checkpoint_dir) / "hyperparameters.yaml"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{checkpoint_dir} is missing a `hyperparameters.yaml` file: it is no folder that fine-tuning wrote"
+        )
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    settings = {key: value for key, value in values.items() if key.startswith("lora_")}
+    return settings, Path(values["checkpoint_dir"]), values.get("precision")

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from litgpt.waiting import report_progress, waiting
+
 
 @contextmanager
 def weights_progress(title: str, total_bytes: int, names: bool = False) -> Iterator[Callable[[str, int], None]]:
@@ -14,10 +16,12 @@ def weights_progress(title: str, total_bytes: int, names: bool = False) -> Itera
     if names:
         yield lambda name, size: print(f"{name} ({size:,} bytes)", file=sys.stderr)
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    done = 0
 
-    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
-        task = progress.add_task(title, total=total_bytes)
-        yield lambda name, size: progress.advance(task, size)
+    def advance(name: str, size: int) -> None:
+        nonlocal done
+        done += size
+        report_progress(done, total_bytes)
+
+    with waiting(title, log=True):
+        yield advance

@@ -20,6 +20,7 @@ from litgpt.checkpoint.validation import (
     estimate_model_memory,
 )
 from litgpt.config import Config
+from litgpt.waiting import waiting
 
 _TEXT = "It is 7 o'clock: (3 + 4) x 2 = 14, said the na\u00efve caf\u00e9 owner."
 _BAD_INPUT = (ValueError, OSError, RuntimeError, ImportError, LookupError)
@@ -47,7 +48,8 @@ def validate_setup(
 
     def check(name: str, action: Callable[[], tuple[_T, str]]) -> _T | None:
         try:
-            value, found = action()
+            with waiting(f"Checking: {name}"):
+                value, found = action()
         except _BAD_INPUT as error:
             failed.append(name)
             print(f"failed  {name:9}  {' '.join(str(error).split()) or type(error).__name__}")
@@ -97,7 +99,7 @@ def _files(checkpoint_dir: Path, model_filename: str) -> tuple[Checkpoint, str]:
 def _config(checkpoint: Checkpoint) -> tuple[Config, str]:
     config = checkpoint.config
     shape = f"{config.n_layer} layers of width {config.n_embd}, context {config.block_size:,}"
-    return config, f"{config.name or checkpoint.path.name}: {shape}"
+    return config, f"{config.name or checkpoint.name}: {shape}"
 
 
 def _weights(checkpoint: Checkpoint) -> tuple[bool, str]:

@@ -175,7 +175,7 @@ class Loop:
                 fabric.backward(loss * (fabric.world_size / max(total, 1)))
             position.iter_num += 1
             if i < len(own):
-                window_loss += float(loss)
+                window_loss += self._checked(loss.item())
             done = rows[i * fabric.world_size : (i + 1) * fabric.world_size]
             position.tokens += sum(ids.shape[1] for ids, _, _ in done)
             if last:
@@ -183,6 +183,14 @@ class Loop:
             seen = sum(counts[j] for j in own[: i + 1])
             self.report.iteration(self, window_loss, seen, time.perf_counter() - began, is_step=last)
         position.counted += total
+
+    def _checked(self, loss: float) -> float:
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} in step {self.position.step_count + 1}: lower the learning rate, clip gradients "
+                "(train.max_norm), or use a precision with a wider range; checkpoints of earlier steps are as they were"
+            )
+        return loss
 
     def _update(self, counted: int) -> None:
         if counted:
@@ -234,7 +242,7 @@ def validate(fabric: Fabric, model: nn.Module, loader: DataLoader, max_iters: in
         ids, labels, sizes = as_rows(batches[min(at, len(batches) - 1)])
         loss = model(fabric.to_device(ids), fabric.to_device(labels), row_sizes=sizes)
         if at < len(batches):
-            total += torch.tensor([float(loss), float((labels != IGNORE_INDEX).sum())], dtype=torch.float64)
+            total += torch.tensor([loss.item(), float((labels != IGNORE_INDEX).sum())], dtype=torch.float64)
     model.train(was_training)
     set_random_state(before)
     loss, counted = fabric.all_reduce(total, reduce_op="sum").tolist()

@@ -7,25 +7,14 @@ import subprocess
 import sys
 
 import pytest
-from tiny import CHAT_TEMPLATE, VOCABULARY, tiny_gpt, tiny_tokenizer
+from tiny import tiny_gpt
 
 import litgpt.chat.base as chat
 from litgpt.__main__ import main
-from litgpt.api import LLM, Preprocessor
 from litgpt.engine import Session
 from litgpt.engine.session_file import read_session
-from litgpt.prompts import ChatTemplate
 
 EVICTING = ("--kv_cache", "lastrec", "--cache_length", "32")
-
-
-@pytest.fixture
-def model(tmp_path):
-    """A folder with a tiny model."""
-    LLM(tiny_gpt(**VOCABULARY, block_size=512), Preprocessor(tiny_tokenizer()), ChatTemplate(CHAT_TEMPLATE)).save(
-        tmp_path / "model"
-    )
-    return str(tmp_path / "model")
 
 
 @pytest.fixture
@@ -172,3 +161,34 @@ def test_killed_in_the_middle_of_an_answer_it_goes_on_from_the_last_one(model, t
     code, _, err = talk("So?", options=("--session", str(tmp_path / "s")))
     assert code == 0
     assert "Going on after 2 messages" in err
+
+
+def test_one_chat_at_a_time_goes_on_with_a_session(model, talk, tmp_path):
+    path = tmp_path / "s"
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    with subprocess.Popen(
+        [sys.executable, "-m", "litgpt", "chat", model, "--session", str(path), "--precision", "32-true"],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    ) as process:
+        while "Talking" not in process.stderr.readline():
+            pass
+        for name in (path, link):
+            code, out, err = talk("Hello", options=("--session", str(name)))
+            assert (code, out) == (1, [])
+            assert re.fullmatch(r"litgpt: error: another chat goes on with \S+, and would overwrite .*\n", err)
+        process.send_signal(signal.SIGKILL)
+    code, out, _ = talk("Hello", options=("--session", str(link)))
+    assert (code, len(out)) == (0, 1)
+    assert link.is_symlink()
+    assert talk("Hello", options=("--session", str(path)))[0] == 0
+
+
+def test_where_no_session_can_be_saved_is_said_at_the_start(talk):
+    code, _, err = talk("Hello", options=("--session", "/proc/s"))
+    assert code == 1
+    assert err.count("\n") == 1
+    assert "/proc/" in err

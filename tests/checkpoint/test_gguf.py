@@ -16,6 +16,8 @@ from litgpt.checkpoint.gguf_file import GGUFFile
 from litgpt.checkpoint.weights import WeightMap
 from litgpt.families import family_of
 from litgpt.generate.base import generate
+from litgpt.rope import build_rope_cache
+from litgpt.tokenizer import Tokenizer
 
 LICENCE = Path(__file__).parents[2] / "LICENSE"
 LARGER = {"intermediate_size": 64, "vocab_size": 96}  # rows that are whole blocks of every quantisation used here
@@ -101,7 +103,8 @@ def write_gguf(path, case, model, kind=GGMLQuantizationType.F32, **metadata):
         if arch == "qwen3moe":
             writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     for key, value in metadata.items():
-        writer.add_uint32(key, value)
+        del_key(writer, key)
+        writer.add_key_value(key, value, kind_of(value), kind_of(value[0]) if isinstance(value, list) else None)
     which = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}[arch]
     names = gguf.get_tensor_name_map(which, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
@@ -130,6 +133,16 @@ def write_gguf(path, case, model, kind=GGMLQuantizationType.F32, **metadata):
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def del_key(writer, key):
+    for table in writer.kv_data:
+        table.pop(key, None)
+
+
+def kind_of(value):
+    kinds = {bool: "BOOL", int: "INT64", float: "FLOAT32", str: "STRING", list: "ARRAY"}
+    return gguf.GGUFValueType[kinds[type(value)]]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -341,7 +354,7 @@ def damaged(path, case):
         ("counts", "is truncated or damaged"),
         ("string length", "is truncated or damaged"),
         ("architecture", "architecture 'mamba' is not supported; supported: llama, gemma"),
-        ("sizes", "lacks what gives 'hidden_size'"),
+        ("sizes", "lacks llama.embedding_length"),
         ("tensor name", "'blk.1.ffn_xx.weight' is not known"),
     ],
 )
@@ -353,17 +366,265 @@ def test_a_damaged_file_is_one_clear_line(case, message, tmp_path):
     assert str(path) in str(error.value)
 
 
-def test_tensors_that_do_not_fit_are_all_named(tmp_path):
+def test_tensors_that_do_not_fit_are_named(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", "llama", random_model("llama"))
-    path.write_bytes(path.read_bytes().replace(b"blk.1.attn_q.", b"blk.1.attn_k."))
-    with pytest.raises(ValueError, match=r"wrong shape: transformer\.h\.1\.attn\.qkv\.weight"):
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"blk.1.attn_q.", b"blk.1.attn_v.").replace(b"blk.1.ffn_up", b"blk.1.attn_q", 1))
+    with pytest.raises(ValueError, match="two tensors of one name"):
+        load_model(path)
+    path.write_bytes(whole.replace(b"blk.1.attn_v.", b"blk.1.attn_x.").replace(b"blk.1.ffn_up.", b"blk.1.attn_v."))
+    with pytest.raises(ValueError, match=r"'blk\.1\.attn_x\.weight' is not known"):
         load_model(path)
 
 
-def test_a_part_of_a_split_file_says_how_to_merge(tmp_path):
-    path = write_gguf(tmp_path / "tiny.gguf", "llama", random_model("llama"), **{"split.count": 3})
-    with pytest.raises(ValueError, match="is one of 3 parts; merge them with `llama-gguf-split --merge`"):
-        open_checkpoint(path)
+def split(folder, case, **options):
+    """The same model in one file and in several parts, as llama.cpp's tools split it."""
+    theirs = random_model(case)
+    whole = write_gguf(folder / "whole" / "tiny.gguf", case, theirs)
+    reader = GGUFReader(whole)
+    writer = GGUFWriter(folder / "parts" / "tiny-q8_0.gguf", CASES[case][0], split_max_tensors=4, **options)
+    for name, value in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            writer.add_key_value(name, value.contents(), value.types[0])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return whole, sorted((folder / "parts").iterdir())
+
+
+@pytest.fixture
+def split_model(tmp_path):
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    return split(tmp_path, "llama")
+
+
+@pytest.mark.parametrize("small_first", [False, True])
+def test_any_part_of_a_split_file_and_its_folder_stand_for_the_model(small_first, tmp_path):
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    whole, parts = split(tmp_path, "llama", small_first_shard=small_first)
+    assert len(parts) > 3
+    expected = load_model(whole).state_dict()
+    for given in (parts[0], parts[2], parts[-1], parts[0].parent):
+        checkpoint = open_checkpoint(given)
+        assert checkpoint.files == parts
+        assert checkpoint.config.name == "tiny"
+        found = load_model(checkpoint).state_dict()
+        assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_missing_and_foreign_parts_are_named(split_model):
+    _, parts = split_model
+    data = parts[1].read_bytes()
+    parts[1].unlink()
+    with pytest.raises(FileNotFoundError, match=r"is one of 8 parts, of which .* lacks tiny-q8_0-00002-of-00008.gguf$"):
+        open_checkpoint(parts[0])
+    parts[1].write_bytes(parts[2].read_bytes())
+    with pytest.raises(ValueError, match="00002-of-00008.gguf is not part 2 of 8, as its name says"):
+        open_checkpoint(parts[0])
+    parts[1].write_bytes(data[:-40])
+    with pytest.raises(ValueError, match="00002-of-00008.gguf is truncated"):
+        open_checkpoint(parts[0])
+    renamed = parts[0].with_name("mine.gguf")
+    parts[0].rename(renamed)
+    with pytest.raises(ValueError, match="mine.gguf is one of 8 parts, whose names must end in -00001-of-00008.gguf"):
+        open_checkpoint(renamed)
+
+
+def test_a_folder_with_several_models_asks_for_one_and_a_projector_is_none(split_model):
+    whole, parts = split_model
+    folder = parts[0].parent
+    (folder / "mmproj-tiny-f16.gguf").write_bytes(b"GGUF")
+    assert open_checkpoint(folder).files == parts
+    whole.rename(folder / "b.gguf")
+    with pytest.raises(ValueError, match=r"several \.gguf files \(b.gguf, tiny-q8_0-00001-of-00008.gguf\)"):
+        open_checkpoint(folder)
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 98362432\n"
+
+
+LARGE = ["tiny.gguf", "model.safetensors", "pytorch_model.bin", "lit_model.pth", "lit_model_quantized.safetensors"]
+
+
+@pytest.mark.parametrize("name", [*LARGE, "tokenizer.json", "tokenizer.model"])
+def test_a_git_lfs_pointer_is_called_so(name, tmp_path):
+    random_model("llama").config.save_pretrained(tmp_path)
+    (tmp_path / name).write_text(LFS)
+    given = tmp_path / name if name.endswith("gguf") else tmp_path
+    if name.startswith("lit_model"):
+        (tmp_path / "model_config.yaml").write_text("name: x\n")
+    message = (
+        f"{name} is a Git LFS pointer, not the file of 98,362,432 bytes .*: run `git lfs pull` in its folder, or down"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer(given) if name.startswith("tokenizer") else load_model(given)
+    assert "\n" not in str(error.value)
+
+
+ROPE = "llama.rope.scaling."
+# Metadata -> what transformers calls the same; it is asked for the angles
+ROPES = {
+    "none": ({}, None),
+    "factor zero": ({ROPE + "type": "linear", ROPE + "factor": 0.0}, None),
+    "type none": ({ROPE + "type": "none", ROPE + "factor": 4.0}, None),
+    "yarn by one": ({ROPE + "type": "yarn", ROPE + "factor": 1.0}, None),
+    "yarn by none": ({ROPE + "type": "yarn"}, None),
+    "linear": ({ROPE + "type": "linear", ROPE + "factor": 2.5}, {"rope_type": "linear", "factor": 2.5}),
+    "factor alone": ({ROPE + "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    "old key": ({"llama.rope.scale_linear": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    "new key first": (
+        {"llama.rope.scale_linear": 8.0, ROPE + "factor": 2.0, ROPE + "finetuned": True},
+        {"rope_type": "linear", "factor": 2.0},
+    ),
+    "yarn": (
+        {ROPE + "type": "yarn", ROPE + "factor": 4.0, ROPE + "original_context_length": 16},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    ),
+    "yarn without original": (
+        {ROPE + "type": "yarn", ROPE + "factor": 4.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    ),
+    "yarn betas": (
+        {ROPE + "type": "yarn", ROPE + "factor": 4.0, ROPE + "original_context_length": 16}
+        | {ROPE + "yarn_beta_fast": 4.0, ROPE + "yarn_beta_slow": 0.5, ROPE + "yarn_ext_factor": 1.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 4, "beta_slow": 0.5},
+    ),
+    "yarn attention": (
+        {ROPE + "type": "yarn", ROPE + "factor": 4.0, ROPE + "original_context_length": 16, ROPE + "attn_factor": 0.5},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 0.56931471806},
+    ),
+    "yarn multiplier": (
+        {ROPE + "type": "yarn", ROPE + "factor": 4.0, ROPE + "original_context_length": 16}
+        | {ROPE + "yarn_log_multiplier": 0.707},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 1.0}
+        | {"mscale_all_dim": 0.707},
+    ),
+    "yarn that extrapolates nothing": (
+        {ROPE + "type": "yarn", ROPE + "factor": 4.0, ROPE + "yarn_ext_factor": 0.0},
+        {"rope_type": "linear", "factor": 4.0},
+    ),
+    "linear that extrapolates": (
+        {ROPE + "type": "linear", ROPE + "factor": 4.0, ROPE + "yarn_ext_factor": 1.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    ),
+}
+
+
+def rope_of(config):
+    return build_rope_cache(
+        40, config.rope_n_elem, None, config.rope_base, config.rope_condense_ratio, config.rope_adjustments
+    )
+
+
+@pytest.mark.parametrize("case", ROPES)
+def test_rope_settings_mean_what_they_mean_to_llama_cpp(case, tmp_path):
+    metadata, scaling = ROPES[case]
+    config = GGUFCheckpoint(write_gguf(tmp_path / "tiny.gguf", "llama", random_model("llama"), **metadata)).config
+    values = tiny_models.CASES["llama"][1] | CASES["llama"][1] | {"max_position_embeddings": 64}
+    values["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0} | (scaling or {})
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(transformers.LlamaConfig(**values))
+    for found, expected in zip(rope_of(config), theirs(torch.ones(1), torch.arange(40)[None]), strict=True):
+        torch.testing.assert_close(found, expected[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scaling", [{}, {ROPE + "factor": 3.0}])
+def test_attention_factor_without_yarn_multiplies_cosines_and_sines(scaling, tmp_path):
+    plain = GGUFCheckpoint(write_gguf(tmp_path / "a.gguf", "llama", random_model("llama"), **scaling)).config
+    metadata = scaling | {ROPE + "attn_factor": 0.75}
+    scaled = GGUFCheckpoint(write_gguf(tmp_path / "b.gguf", "llama", random_model("llama"), **metadata)).config
+    for found, expected in zip(rope_of(scaled), rope_of(plain), strict=True):
+        torch.testing.assert_close(found, 0.75 * expected)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"llama.attention.head_count": 0}, "llama.attention.head_count = 0 must be positive"),
+        ({"llama.attention.head_count_kv": 0}, "llama.attention.head_count_kv = 0 must be positive"),
+        ({"llama.attention.head_count_kv": 3}, "llama.attention.head_count_kv = 3 does not divide 4 heads"),
+        ({"llama.block_count": "2"}, "llama.block_count = '2' must be a whole number"),
+        ({"llama.block_count": 10**9}, "llama.block_count = 1000000000 does not fit the file, .* 3 layers"),
+        ({"llama.block_count": 0}, "llama.block_count = 0 must be positive"),
+        ({"llama.context_length": -5}, "llama.context_length = -5 must be finite and not negative"),
+        ({"llama.context_length": 64.0}, "llama.context_length = 64.0 must be a whole number"),
+        (
+            {"llama.embedding_length": 48},
+            r"llama.embedding_length = 48 does not fit token_embd.weight of shape \(96, 32\)",
+        ),
+        ({"llama.embedding_length": True}, "llama.embedding_length = True must be a whole number"),
+        ({"llama.feed_forward_length": [64, 32]}, r"feed_forward_length = \[64, 32\] differs between layers"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "layer_norm_rms_epsilon = nan must be finite"),
+        ({"llama.attention.layer_norm_rms_epsilon": "1e-5"}, "layer_norm_rms_epsilon = '1e-5' must be a number"),
+        ({"llama.rope.freq_base": 0.0}, "llama.rope.freq_base = 0.0 must be positive"),
+        ({"llama.rope.freq_base": float("inf")}, "llama.rope.freq_base = inf must be finite"),
+        ({"llama.rope.dimension_count": 10}, "llama.rope.dimension_count = 10 must be even, and from 2 to 8"),
+        ({"llama.rope.dimension_count": 3}, "llama.rope.dimension_count = 3 must be even"),
+        ({"llama.attention.value_length": 4}, "llama.attention.value_length = 4 is not supported, only 8"),
+        ({ROPE + "type": "dynamic"}, "rope.scaling.type = 'dynamic' is not supported, only none, linear, yarn"),
+        ({ROPE + "type": "longrope"}, "needs the tensors rope_factors_long"),
+        ({ROPE + "factor": "4"}, "rope.scaling.factor = '4' must be a number"),
+        ({ROPE + "type": "yarn", ROPE + "factor": 4.0, ROPE + "yarn_ext_factor": 0.5}, "yarn_ext_factor = 0.5 is not"),
+        ({ROPE + "alpha": 3.0}, "llama.rope.scaling.alpha = 3.0 is not known, and may change what the model computes"),
+        ({"llama.attention.scale": 0.5}, "llama.attention.scale = 0.5 is not supported"),
+        ({"llama.attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0 is not supported for the architecture"),
+        ({"llama.final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0 is not supported"),
+        ({"llama.logit_scale": 0.25}, "llama.logit_scale = 0.25 is not supported"),
+        ({"llama.attention.causal": False}, "llama.attention.causal = False is not supported"),
+        ({"llama.attention.clamp_kqv": 8.0}, "llama.attention.clamp_kqv = 8.0 is not supported"),
+        ({"llama.unheard_of": [1, 2]}, r"llama.unheard_of = \[1, 2\] is not known"),
+    ],
+)
+def test_settings_that_cannot_be_computed_are_one_line_with_their_key(metadata, message, tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", "llama", random_model("llama"), **metadata)
+    with pytest.raises(ValueError, match=message) as error:
+        load_model(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"llama.vocab_size": 5, "llama.tensor_data_layout": "Meta AI original pth", ROPE + "finetuned": False},
+        {"llama.attention.value_length": 8, "llama.attention.causal": True, "llama.logit_scale": 1.0},
+        {"llama.attention.head_count_kv": [2, 2], "llama.expert_count": 0, "llama.expert_used_count": 0},
+        {"llama.attention.sliding_window": 0, "llama.attn_logit_softcapping": 0.0, "llama.attention.scale": 8**-0.5},
+        {"quantize.imatrix.entries_count": 7, "mine.unheard_of": "x", "general.tags": ["a"]},
+    ],
+)
+def test_settings_that_change_nothing_are_passed_over(metadata, tmp_path):
+    plain = GGUFCheckpoint(write_gguf(tmp_path / "tiny.gguf", "llama", random_model("llama"))).config
+    (tmp_path / "other").mkdir()
+    path = write_gguf(tmp_path / "other" / "tiny.gguf", "llama", random_model("llama"), **metadata)
+    assert GGUFCheckpoint(path).config == plain
+
+
+def test_a_sliding_window_of_llama_is_mistrals(tmp_path):
+    metadata = {"llama.attention.sliding_window": 6}
+    config = GGUFCheckpoint(write_gguf(tmp_path / "tiny.gguf", "llama", random_model("llama"), **metadata)).config
+    assert [config.window(i) for i in range(2)] == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "windows"), [(2, [4, None, 4, None, 4, None, 4]), ([True] * 3 + [False] * 4, [4] * 3 + [None] * 4)]
+)
+def test_the_pattern_of_windows_is_read(pattern, windows, tmp_path):
+    metadata = {"gemma3.attention.sliding_window_pattern": pattern, "gemma3.rope.freq_base_swa": 5000.0}
+    path = write_gguf(tmp_path / "tiny.gguf", "gemma3_text", random_model("gemma3_text"), **metadata)
+    config = GGUFCheckpoint(path).config
+    assert [config.window(i) for i in range(7)] == windows
+    assert config.rope_local_base_freq == 5000
+
+
+def test_the_scale_of_attention_is_read_where_there_is_a_choice(tmp_path):
+    metadata = {"gemma2.attention.scale": 1 / 24**0.5}
+    path = write_gguf(tmp_path / "tiny.gguf", "gemma2", random_model("gemma2"), **metadata)
+    assert GGUFCheckpoint(path).config.attention_scores_scalar == 24
 
 
 def test_rope_factors_that_are_not_llama_3_are_refused(tmp_path):

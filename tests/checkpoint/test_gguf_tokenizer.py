@@ -101,7 +101,7 @@ def test_merges_do_not_matter_for_whole_words_of_llama_3():
     processor = byte_level("llama-bpe")
     metadata = metadata_of(processor, "llama-bpe")
     whole = next(token for token in reversed(metadata["tokenizer.ggml.tokens"]) if token.startswith("Ġ"))
-    metadata["tokenizer.ggml.merges"] = []
+    metadata["tokenizer.ggml.merges"] = metadata["tokenizer.ggml.merges"][:1]
     whole_id = processor.token_to_id(whole)
     assert tokenizer_from_gguf(metadata).encode(processor.decode([whole_id]), bos=False).tolist() == [whole_id]
 
@@ -218,6 +218,110 @@ def test_text_between_user_defined_tokens_is_encoded_on_its_own(sentencepiece_mo
     assert ids == [*hello, theirs.vocab_size(), *hello, 2, *hello]
 
 
+def metadata_with(kinds, pre="gpt-2", **more):
+    """A byte-level tokenizer with further tokens of given types."""
+    metadata = metadata_of(byte_level(pre), pre, **more)
+    for token, kind in kinds.items():
+        metadata["tokenizer.ggml.tokens"].append(token)
+        metadata["tokenizer.ggml.token_type"].append(kind)
+    return metadata
+
+
+ENDS = [
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|return|>",
+    "<eos>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "[EOT]",
+    "<EOT>",
+]
+
+
+@pytest.mark.parametrize("kind", [NORMAL, USER_DEFINED, CONTROL_TYPE])
+@pytest.mark.parametrize("end", ENDS)
+def test_an_end_known_by_its_text_is_a_control_token_whatever_its_type(end, kind):
+    ours = tokenizer_from_gguf(metadata_with({end: kind}))
+    end_id = ours.token_to_id(end)
+    assert ours.eos_ids == (2, 0, end_id)
+    assert ours.encode(f"hi{end}").tolist()[-1] == end_id
+    assert ours.decode([end_id]) == ""
+
+
+@pytest.mark.parametrize("kind", [NORMAL, USER_DEFINED])
+def test_ends_and_begins_of_turns_that_are_typed_as_text_are_found(kind):
+    metadata = metadata_of(byte_level("qwen2"), "qwen2", eos_token_id=0)
+    metadata["tokenizer.ggml.token_type"][:3] = [kind] * 3
+    ours = tokenizer_from_gguf(metadata)
+    assert ours.eos_ids == (0, 2)
+    ids = ours.encode("<|im_start|>user\nhi<|im_end|>").tolist()
+    assert (ids[0], ids[-1], ids.count(1), ids.count(2)) == (1, 2, 1, 1)
+    assert ours.decode(ids).endswith("user\nhi")
+
+
+def test_the_end_of_struck_out_text_ends_no_text():
+    """Gemma's vocabulary has the tags of HTML, typed user-defined; its ends have other names."""
+    ours = tokenizer_from_gguf(metadata_with({"<s>": USER_DEFINED, "</s>": USER_DEFINED}))
+    assert ours.eos_ids == (2, 0)
+    assert ours.decode(ours.encode("a<s>b</s>")) == "a<s>b</s>"
+    ours = tokenizer_from_gguf(metadata_with({"</s>": CONTROL_TYPE}))
+    assert ours.eos_ids == (2, 0, ours.token_to_id("</s>"))
+
+
+def test_where_messages_have_an_end_of_their_own_it_does_not_end_the_turn():
+    ours = tokenizer_from_gguf(metadata_with(dict.fromkeys(["<|end|>", "<|return|>", "<|call|>"], CONTROL_TYPE)))
+    assert ours.token_to_id("<|end|>") not in ours.eos_ids
+    assert {ours.token_to_id("<|return|>"), ours.token_to_id("<|call|>")} < set(ours.eos_ids)
+
+
+def test_thinking_tags_stay_visible():
+    ours = tokenizer_from_gguf(metadata_with({"<think>": USER_DEFINED, "</think>": NORMAL}))
+    assert ours.decode(ours.encode("<think>hm</think>ok")) == "<think>hm</think>ok"
+
+
+def test_special_tokens_have_the_names_that_templates_use(tmp_path):
+    more = {"padding_token_id": 0, "unknown_token_id": 1, "seperator_token_id": 2**32 - 1}
+    ours = tokenizer_from_gguf(metadata_of(byte_level("gpt-2"), "gpt-2", **more))
+    assert ours.special_tokens == {
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": "<|im_start|>",
+    }
+    ours.save(tmp_path)
+    assert OurTokenizer(tmp_path).special_tokens == ours.special_tokens
+    assert AutoTokenizer.from_pretrained(tmp_path).special_tokens_map == ours.special_tokens
+
+
+def test_sentencepiece_without_ids_and_types_has_its_defaults(sentencepiece_model):
+    theirs, add_prefix = sentencepiece_model
+    metadata = metadata_of_sentencepiece(theirs, add_prefix)
+    del metadata["tokenizer.ggml.bos_token_id"], metadata["tokenizer.ggml.eos_token_id"]
+    if add_prefix:
+        del metadata["tokenizer.ggml.token_type"]
+    ours = tokenizer_from_gguf(metadata)
+    assert (ours.bos_id, ours.eos_ids, ours.use_bos) == (1, (2,), True)
+    assert ours.encode("hello</s>🦙", bos=False).tolist() == [*theirs.encode("hello"), 2, *ours.encode("🦙", bos=False)]
+    assert ours.decode(ours.encode("hello 🦙")) == "hello 🦙"
+
+
+def test_a_vocabulary_of_bytes_needs_no_merges():
+    tokens = [*CONTROL, *pre_tokenizers.ByteLevel.alphabet()]
+    values = {"model": "gpt2", "tokens": tokens, "token_type": [CONTROL_TYPE] * 3 + [NORMAL] * 256, "eos_token_id": 0}
+    ours = tokenizer_from_gguf({f"tokenizer.ggml.{key}": value for key, value in values.items()})
+    assert ours.decode(ours.encode("héllo<|im_end|>")) == "héllo"
+
+
+def test_more_tokens_than_rows_of_the_embedding_are_refused():
+    metadata = metadata_of(byte_level("gpt-2"), "gpt-2")
+    count = len(metadata["tokenizer.ggml.tokens"])
+    assert tokenizer_from_gguf(metadata, count).vocab_size == count
+    with pytest.raises(ValueError, match=f"has {count} tokens, but the embedding only {count - 1} rows"):
+        tokenizer_from_gguf(metadata, count - 1)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -228,6 +332,21 @@ def test_text_between_user_defined_tokens_is_encoded_on_its_own(sentencepiece_mo
         ({"merges": ["q zzz"]}, "cannot be built: .*zzz"),
         ({"merges": ["q"]}, "cannot be built"),
         ({"model": "llama"}, "but 0 scores"),
+        ({"model": "llama", "scores": [0.0] * 5}, "but 5 scores"),
+        ({"model": "llama", "scores": [float("nan")] * 420}, "scores that are no finite numbers"),
+        ({"model": "llama", "scores": ["a"] * 420}, "scores must be a list of numbers"),
+        ({"model": ["gpt2"]}, r"model \['gpt2'\] is not supported"),
+        ({"pre": 7}, "pre-tokenizer 7 is not supported"),
+        ({"merges": []}, "lacks tokenizer.ggml.merges, without which every byte would be a token"),
+        ({"merges": [1, 2]}, "merges must be a list of texts"),
+        ({"tokens": [1, 2]}, "tokens must be a list of texts"),
+        ({"tokens": "abc"}, "tokens must be a list of texts"),
+        ({"tokens": ["a", "b", "a"], "token_type": None}, "has the token 'a' twice, as 0 and 2"),
+        ({"token_type": [9] * 420}, "has the type 9 for the token '<|endoftext|>'"),
+        ({"eos_token_id": 420}, "eos_token_id = 420 is no token: there are 420"),
+        ({"bos_token_id": -7}, "bos_token_id = -7 is no token"),
+        ({"eot_token_id": "2"}, "eot_token_id = '2' is no token"),
+        ({"add_bos_token": "yes"}, "add_bos_token = 'yes' must be true or false"),
     ],
 )
 def test_metadata_that_do_not_fit_are_one_clear_line(change, message):

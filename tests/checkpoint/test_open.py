@@ -27,6 +27,12 @@ def lit_folder(tmp_path):
     return tmp_path / "lit"
 
 
+def edit_config(folder, **changes):
+    """Changes values of `config.json`."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def message_of(error, path):
     """The message, after checking that it is one line of reasonable length that names the path."""
     message = str(error.value)
@@ -72,13 +78,24 @@ def test_untied_embeddings_do_not_share_memory(hf_folder):
     assert model.lm_head.weight is not model.transformer.wte.weight
 
 
-def test_a_tied_model_ignores_an_output_embedding_that_is_stored_anyway(tmp_path):
-    reference = save_tiny("llama tied", tmp_path)
-    stored = load_file(tmp_path / "model.safetensors")
-    stored["lm_head.weight"] = torch.zeros_like(stored["model.embed_tokens.weight"])
-    save_file(stored, tmp_path / "model.safetensors")
-    tokens = torch.arange(8)[None]
-    torch.testing.assert_close(load_model(tmp_path)(tokens), reference(tokens).logits, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("stored", ["equal", "different", "none"])
+@pytest.mark.parametrize("said", [True, False, None])
+def test_a_head_of_its_own_in_the_file_counts_whatever_the_config_says(said, stored, tmp_path):
+    save_tiny("llama tied", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    if stored != "none":
+        weights["lm_head.weight"] = embedding.clone() if stored == "equal" else torch.randn_like(embedding)
+    save_file(weights, tmp_path / "model.safetensors")
+    edit_config(tmp_path, tie_word_embeddings=said)
+    if said is False and stored == "none":
+        with pytest.raises(ValueError, match="missing: lm_head.weight"):
+            load_model(tmp_path)
+        return
+    model = load_model(tmp_path)
+    torch.testing.assert_close(model.lm_head.weight.detach(), weights.get("lm_head.weight", embedding))
+    shared = model.lm_head.weight is model.transformer.wte.weight
+    assert shared == (said is not False and stored != "different")
 
 
 def test_the_model_does_not_change_when_the_file_does(hf_folder):

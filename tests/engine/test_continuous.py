@@ -6,10 +6,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import StaticShapes, greedy_without_caches, tiny_gpt
 
+from litgpt.engine.caches import prepare_caches
 from litgpt.engine.continuous import ContinuousBatch
-from litgpt.engine.engine import Engine, decode, prepare_caches
-from litgpt.engine.request import Request
+from litgpt.engine.drafting import Draft
+from litgpt.engine.engine import Engine, decode
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
 from litgpt.kvcache.factory import create_kv_caches
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
@@ -39,22 +41,27 @@ for name, gpt in MODELS.items():
 def small_pieces():
     """Prompts enter by 8 tokens where no chunk size is given, so that short ones enter in pieces, too."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("litgpt.engine.engine.ENTERING_TOKENS", 8)
+        patch.setattr("litgpt.engine.prefill.CHUNK_TOKENS", 8)
         yield
 
 
-def request(length, count, kind, stop):
+def sequence(length, count, kind, stop):
     prompt = torch.randint(0, 100, (length,), generator=torch.Generator().manual_seed(length))
     stops = [[stop, stop + 1], [stop + 2]] if stop is not None else ()
-    return Request(prompt, count, SETTINGS[kind], stops, include_eos=bool(length % 2))
+    return Sequence(prompt, count, SETTINGS[kind], stops, include_eos=bool(length % 2))
 
 
 def alone(model, *args, chunksize=None):
-    wanted = request(*args)
+    wanted = sequence(*args)
     prepare_caches(model, ROWS, 64)  # the same caches, so that nothing but the company differs
     for _ in decode(Engine(model, chunksize), [wanted]):
         pass
     return wanted
+
+
+def pointers(batch):
+    own = batch.engine.lease.caches
+    return [x.data_ptr() for cache in (own.caches if own else batch.model.kv_caches()) for x in cache.buffers()]
 
 
 arguments = st.tuples(
@@ -70,8 +77,8 @@ events = st.lists(st.tuples(actions, arguments), max_size=12)
 def test_every_request_gets_its_own_answer_whatever_joins_and_leaves(name, events, chance, chunksize):
     model = MODELS[name]
     batch = ContinuousBatch(model, ROWS, 64, chunksize)
-    buffers = [x.data_ptr() for cache in model.kv_caches() for x in cache.buffers()]
-    requests, given_out = [], {}
+    buffers = pointers(batch)
+    sequences, given_out = [], {}
 
     def step():
         for done, tokens in batch.step():
@@ -80,16 +87,16 @@ def test_every_request_gets_its_own_answer_whatever_joins_and_leaves(name, event
 
     cancelled = set()
     for action, args in events:
-        if action == "submit" or (action == "share" and requests):
+        if action == "submit" or (action == "share" and sequences):
             if action == "share":  # one prompt, which goes through the model once, if they join together
-                args = (len(requests[-1][0].prompt), *args[1:])
-            requests.append((request(*args), args))
+                args = (len(sequences[-1][0].prompt), *args[1:])
+            sequences.append((sequence(*args), args))
             if action == "share":
-                requests[-1][0].prompt = requests[-2][0].prompt
-            given_out[requests[-1][0]] = []
-            batch.submit(requests[-1][0])
-        elif action == "cancel" and requests:
-            chosen, _ = requests[chance % len(requests)]
+                sequences[-1][0].prompt = sequences[-2][0].prompt
+            given_out[sequences[-1][0]] = []
+            batch.submit(sequences[-1][0])
+        elif action == "cancel" and sequences:
+            chosen, _ = sequences[chance % len(sequences)]
             if chosen.finish_reason is None:
                 batch.cancel(chosen)
                 cancelled.add(chosen)
@@ -100,15 +107,20 @@ def test_every_request_gets_its_own_answer_whatever_joins_and_leaves(name, event
         step()
     step()
     assert batch.step() == []
-    assert buffers == [x.data_ptr() for cache in model.kv_caches() for x in cache.buffers()]
-    for one, args in requests:
+    assert buffers == pointers(batch)
+    batch.close()
+    for one, args in sequences:
         other = alone(model, *args, chunksize=chunksize)
         assert given_out[one] == one.output
         if one in cancelled:
             assert one.finish_reason == "cancelled"
-            assert one.tokens == other.tokens[: len(one.tokens)]
+            assert one.new_tokens == other.new_tokens[: len(one.new_tokens)]
         else:
-            assert (one.tokens, one.output, one.finish_reason) == (other.tokens, other.output, other.finish_reason)
+            assert (one.new_tokens, one.output, one.finish_reason) == (
+                other.new_tokens,
+                other.output,
+                other.finish_reason,
+            )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -116,7 +128,7 @@ def test_a_step_has_as_many_rows_as_it_must(name):
     model, sizes = MODELS[name], []
     batch = ContinuousBatch(model, ROWS, 64)
     for length, count in ((3, 10), (4, 4), (5, 6), (6, 12)):
-        batch.submit(request(length, count, 0, None))
+        batch.submit(sequence(length, count, 0, None))
     hook = lambda x, block_idx, input_pos: block_idx or x.shape[1] > 1 or sizes.append(x.shape[0])  # noqa: E731
     model.set_start_of_layer_hook(hook)
     while batch.unfinished:
@@ -130,7 +142,7 @@ def test_a_step_has_as_many_rows_as_it_must(name):
 def test_a_long_prompt_does_not_hold_up_the_others(name):
     model, calls = MODELS[name], []
     batch = ContinuousBatch(model, ROWS, 64, prompt_chunksize=8)
-    first, others = request(3, 20, 0, None), [request(29, 3, 0, None) for _ in range(2)]
+    first, others = sequence(3, 20, 0, None), [sequence(29, 3, 0, None) for _ in range(2)]
     others[1].prompt = others[0].prompt
     batch.submit(first)
     batch.step()
@@ -138,7 +150,7 @@ def test_a_long_prompt_does_not_hold_up_the_others(name):
         batch.submit(other)
     model.set_start_of_layer_hook(lambda x, block_idx, _: block_idx or calls.append(tuple(x.shape[:2])))
     counts = []
-    while not others[0].tokens:
+    while not others[0].n_new:
         counts.append([len(tokens) for _, tokens in batch.step()])
     model.set_start_of_layer_hook(None)
     assert counts == [[1]] * 3 + [[2, 2, 1]]
@@ -153,23 +165,23 @@ def test_a_long_prompt_does_not_hold_up_the_others(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_guesses_stand_beside_prompts_that_enter(name):
     class Bold:
-        def propose(self, rows, limits):
-            return [([row.tokens[-1], 3, 5][:limit], None) for row, limit in zip(rows, limits, strict=True)]
+        def draft(self, rows, limits):
+            return [Draft([row.tokens[-1], 3, 5][:limit]) for row, limit in zip(rows, limits, strict=True)]
 
     model = MODELS[name]
     batch = ContinuousBatch(model, ROWS, 64, 8, Bold())
     prompts = [torch.arange(length) % 4 for length in (9, 5, 27)]
-    requests = [Request(prompt, 20, Sampling(temperature=0)) for prompt in prompts]
-    for one in requests:
+    sequences = [Sequence(prompt, 20, Sampling(temperature=0)) for prompt in prompts]
+    for one in sequences:
         batch.submit(one)
         batch.step()
         batch.step()
     while batch.unfinished:
         batch.step()
-    assert batch.engine.guessed > 0 or name.endswith("lastrec")  # what was evicted cannot be taken back
-    for one, prompt in zip(requests, prompts, strict=True):
+    assert batch.engine.n_drafted > 0 or name.endswith("lastrec")  # what was evicted cannot be taken back
+    for one, prompt in zip(sequences, prompts, strict=True):
         prepare_caches(model, ROWS, 64)
-        wanted = Request(prompt, 20, Sampling(temperature=0))
+        wanted = Sequence(prompt, 20, Sampling(temperature=0))
         for _ in decode(Engine(model, 8), [wanted]):
             pass
         assert one.output == wanted.output
@@ -179,7 +191,7 @@ def test_guesses_stand_beside_prompts_that_enter(name):
 def test_prompts_that_enter_may_be_cancelled(cancelled):
     model = MODELS["dense"]
     batch = ContinuousBatch(model, 5, 64, prompt_chunksize=8)
-    first, same = request(3, 20, 0, None), [request(20, 6, 0, None) for _ in range(3)]
+    first, same = sequence(3, 20, 0, None), [sequence(20, 6, 0, None) for _ in range(3)]
     for other in same:
         other.prompt = same[0].prompt
     batch.submit(first)
@@ -189,7 +201,7 @@ def test_prompts_that_enter_may_be_cancelled(cancelled):
     batch.step()
     for i in cancelled:
         batch.cancel(same[i])
-    last = request(6, 6, 0, None)
+    last = sequence(6, 6, 0, None)
     batch.submit(last)  # takes a place that is free now, before the others have gone on
     steps = 0
     while batch.unfinished:
@@ -207,10 +219,10 @@ def test_idle_rows_stay_empty_however_long_the_others_go_on():
     model.layer_runner = StaticShapes()
     batch = ContinuousBatch(model, ROWS, 20)
     for _ in range(6):
-        batch.submit(request(5, 15, 0, None))
+        batch.submit(sequence(5, 15, 0, None))
         while batch.unfinished:
             batch.step()
-            lengths = model.kv_caches()[0].row_lengths
+            lengths = batch.engine.lease.caches.caches[0].row_lengths
             assert len(lengths) == ROWS
             assert sum(length > 0 for length in lengths) == 1
 
@@ -218,19 +230,19 @@ def test_idle_rows_stay_empty_however_long_the_others_go_on():
 def test_what_will_never_fit_is_refused_and_disturbs_nobody():
     model = tiny_gpt()
     batch = ContinuousBatch(model, 2, 40)
-    first = request(5, 10, 0, None)
+    first = sequence(5, 10, 0, None)
     batch.submit(first)
     batch.step()
     for bad, message in (
-        (request(30, 11, 0, None), "41 tokens.*40"),
-        (Request(first.prompt, 3, Sampling(logit_bias={100: 1.0})), "token 100.*100"),
-        (Request(first.prompt, 3, logprobs=101), "logprobs=101"),
+        (sequence(30, 11, 0, None), "41 tokens.*40"),
+        (Sequence(first.prompt, 3, Sampling(logit_bias={100: 1.0})), "token 100.*100"),
+        (Sequence(first.prompt, 3, logprobs=101), "logprobs=101"),
         (first, "only once"),
     ):
         with pytest.raises(ValueError, match=message):
             batch.submit(bad)
     with pytest.raises(ValueError, match="3 sequences at once.*batch_size=2"):
-        batch.engine.add([request(4, 4, 0, None), request(5, 4, 0, None)])
+        batch.engine.add([sequence(4, 4, 0, None), sequence(5, 4, 0, None)])
     while batch.unfinished:
         batch.step()
     assert first.output == greedy_without_caches(model, first.prompt, 10).tolist()
@@ -243,12 +255,12 @@ def test_what_will_never_fit_is_refused_and_disturbs_nobody():
 def test_a_failure_leaves_an_empty_batch_that_works():
     model = tiny_gpt()
     batch = ContinuousBatch(model, 2, 40)
-    lost, later = request(5, 10, 0, None), request(6, 10, 0, None)
+    lost, later = sequence(5, 10, 0, None), sequence(6, 10, 0, None)
     batch.submit(lost)
     batch.step()
-    batch.submit(entering := request(20, 10, 0, None))
+    batch.submit(entering := sequence(20, 10, 0, None))
     batch.step()
-    assert not entering.tokens
+    assert not entering.n_new
 
     def interrupt(x, block_idx, input_pos):
         raise KeyboardInterrupt
@@ -271,27 +283,25 @@ def test_with_long_rope_long_and_short_sequences_take_turns():
     sizes = [(4, 6), (10, 20), (5, 8), (12, 15)]
     expected = []
     for length, count in sizes:
-        one = request(length, count, 0, None)
-        model.clear_kv_caches()
-        prepare_caches(model, 1, one.length)
+        one = sequence(length, count, 0, None)
+        prepare_caches(model, 1, one.max_length)
         for _ in decode(Engine(model), [one]):
             pass
         expected.append(one.output)
-    model.clear_kv_caches()
     batch = ContinuousBatch(model, ROWS, 64)
-    requests = [request(length, count, 0, None) for length, count in sizes]
-    for one in requests:
+    sequences = [sequence(length, count, 0, None) for length, count in sizes]
+    for one in sequences:
         batch.submit(one)
     while batch.unfinished:
         batch.step()
-    assert [one.output for one in requests] == expected
-    together = [request(*sizes[i], 0, None) for i in (0, 2)]  # two short ones begin a batch, after a long one
+    assert [one.output for one in sequences] == expected
+    together = [sequence(*sizes[i], 0, None) for i in (0, 2)]  # two short ones begin a batch, after a long one
     for one in together:
         batch.submit(one)
     while batch.unfinished:
         batch.step()
     assert [one.output for one in together] == [expected[0], expected[2]]
-    batch.submit(request(4, 6, 0, None))
+    batch.submit(sequence(4, 6, 0, None))
     batch.step()
     with pytest.raises(ValueError, match="LongRoPE"):
-        batch.engine.add([request(10, 20, 0, None)])
+        batch.engine.add([sequence(10, 20, 0, None)])

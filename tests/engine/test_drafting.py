@@ -5,13 +5,14 @@ import torch
 from tiny import StaticShapes, greedy_without_caches, tiny_gpt
 
 from litgpt.engine.drafting import DraftModel, PromptLookup
-from litgpt.engine.sampling import Draws, Sampling
+from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
 
 GREEDY = Sampling(temperature=0.0)
 
 
 def row_of(tokens, sampling=GREEDY):
-    return Draws(sampling, list(tokens), len(tokens))
+    return Sequence(torch.tensor(list(tokens)), 10_000, sampling)
 
 
 # --- prompt lookup
@@ -37,7 +38,7 @@ def test_a_lookup_finds_what_a_scan_of_the_whole_text_finds(longest, shortest):
         lookup = PromptLookup(1, longest, shortest)  # one guess: the number of guesses never changes
         found = 0
         for _ in range(150):
-            ((guesses, certain),) = lookup.propose([row], [9])
+            ((guesses, certain),) = lookup.draft([row], [9])
             assert certain is None
             assert list(guesses) == continuation_by_scan(row.tokens, longest, shortest, 1)
             found += len(guesses)
@@ -47,10 +48,10 @@ def test_a_lookup_finds_what_a_scan_of_the_whole_text_finds(longest, shortest):
 
 def test_copies_may_overlap_themselves():
     row, lookup = row_of([7, 8, 1, 2, 3, 1, 2, 3, 1, 2]), PromptLookup(8)
-    ((guesses, _),) = lookup.propose([row], [9])
+    ((guesses, _),) = lookup.draft([row], [9])
     assert guesses == [3, 1, 2]
     row.tokens += [3, 1, 2, 3]
-    ((guesses, _),) = lookup.propose([row], [9])
+    ((guesses, _),) = lookup.draft([row], [9])
     assert guesses == [1, 2, 3, 1, 2, 3]
 
 
@@ -68,14 +69,14 @@ class Counted(list):
 def test_a_lookup_takes_the_same_work_whatever_the_length_of_the_text():
     work = []
     for length in (100, 10_000):
-        row = row_of(())
+        row = row_of([0])
         row.tokens = Counted([*range(length), 1, 2])
         lookup = PromptLookup(8)
-        lookup.propose([row], [8])
+        lookup.draft([row], [8])
         Counted.seen = 0
         for token in (3, 4, 99):
             row.tokens.append(token)
-            lookup.propose([row], [8])
+            lookup.draft([row], [8])
         work.append(Counted.seen)
     assert work[0] == work[1]
 
@@ -83,36 +84,36 @@ def test_a_lookup_takes_the_same_work_whatever_the_length_of_the_text():
 def test_the_number_of_guesses_follows_how_many_stood():
     row, lookup = row_of([*range(50), *range(2)]), PromptLookup(16)
 
-    def propose(limit=100):
-        ((guesses, _),) = lookup.propose([row], [limit])
+    def draft(limit=100):
+        ((guesses, _),) = lookup.draft([row], [limit])
         return guesses
 
-    assert propose() == [2, 3, 4]
+    assert draft() == [2, 3, 4]
     row.tokens += range(2, 6)  # all of them and one more
-    assert propose() == list(range(6, 12))
+    assert draft() == list(range(6, 12))
     row.tokens += range(6, 13)
-    assert propose() == list(range(13, 25))
+    assert draft() == list(range(13, 25))
     row.tokens += range(13, 26)
-    assert propose() == list(range(26, 42))  # the most
+    assert draft() == list(range(26, 42))  # the most
     row.tokens += [26, 27, 28, 29, 3, 4]  # four stood
-    assert propose() == list(range(5, 13))
+    assert draft() == list(range(5, 13))
     row.tokens += [0, 1]  # none did
-    assert propose() == [2, 3, 4]
-    assert propose(limit=1) == [2]
+    assert draft() == [2, 3, 4]
+    assert draft(limit=1) == [2]
 
 
 def test_rows_are_told_apart_and_forgotten():
-    lookup = PromptLookup(4, shortest=1)
+    lookup = PromptLookup(4, min_ngram=1)
     rows = [row_of([1, 2, 1]), row_of([1, 3, 1])]
-    assert [list(tokens) for tokens, _ in lookup.propose(rows, [1, 1])] == [[2], [3]]
-    assert [list(tokens) for tokens, _ in lookup.propose(rows[::-1], [1, 1])] == [[3], [2]]
+    assert [list(tokens) for tokens, _ in lookup.draft(rows, [1, 1])] == [[2], [3]]
+    assert [list(tokens) for tokens, _ in lookup.draft(rows[::-1], [1, 1])] == [[3], [2]]
     rows.pop()
-    assert len(lookup._texts) == 1
+    assert len(lookup._indexes) == 1
 
 
-@pytest.mark.parametrize("settings", [{"most": 0}, {"longest": 1, "shortest": 2}, {"shortest": 0}])
+@pytest.mark.parametrize("settings", [{"max_draft": 0}, {"max_ngram": 1, "min_ngram": 2}, {"min_ngram": 0}])
 def test_numbers_that_mean_nothing_are_refused(settings):
-    with pytest.raises(ValueError, match=r"at least 1|shortest"):
+    with pytest.raises(ValueError, match=r"at least 1|min_ngram"):
         PromptLookup(**settings)
     with pytest.raises(ValueError, match="at least 1"):
         DraftModel(tiny_gpt(), 100, count=0)
@@ -132,7 +133,7 @@ def test_a_drafts_guesses_are_its_own_greedy_tokens_whatever_became_of_the_last_
     rows = [row_of([chance.randrange(100) for _ in range(length)]) for length in (2, 100, 9)]
     for step in range(40):
         limits = [chance.randint(1, 6) for _ in rows]
-        for row, limit, (guesses, certain) in zip(rows, limits, draft.propose(rows, limits), strict=True):
+        for row, limit, (guesses, certain) in zip(rows, limits, draft.draft(rows, limits), strict=True):
             assert certain is None
             assert len(guesses) == min(4, limit)
             assert guesses == greedy_without_caches(model, torch.tensor(row.tokens), len(guesses)).tolist()
@@ -150,7 +151,7 @@ def test_a_row_that_was_not_asked_for_a_while_is_followed_again():
     model = tiny_gpt()
     draft, row, other = DraftModel(model, 100), row_of([5, 6]), row_of([7, 8, 9])
     for _ in range(2):
-        for (guesses, _), asked in zip(draft.propose([row, other], [3, 3]), (row, other), strict=True):
+        for (guesses, _), asked in zip(draft.draft([row, other], [3, 3]), (row, other), strict=True):
             assert guesses == greedy_without_caches(model, torch.tensor(asked.tokens), 3).tolist()
         row.tokens += [1, 2, 3, 4, 5, 6, 7]
         other.tokens.append(4)
@@ -159,7 +160,7 @@ def test_a_row_that_was_not_asked_for_a_while_is_followed_again():
 def test_sampled_guesses_come_with_the_distributions_that_they_were_drawn_from():
     model, sampling = tiny_gpt(), Sampling(temperature=0.5, top_k=5, seed=1)
     row = row_of([1, 2, 3], sampling)
-    ((guesses, distributions),) = DraftModel(model, 100).propose([row], [3])
+    ((guesses, distributions),) = DraftModel(model, 100).draft([row], [3])
     for i in range(3):
         logits = model(torch.tensor([[*row.tokens, *guesses[:i]]]))[0, -1]
         values, tokens = logits.topk(5)
@@ -171,7 +172,7 @@ def test_sampled_guesses_come_with_the_distributions_that_they_were_drawn_from()
 @pytest.mark.parametrize("size", [90, 120])
 def test_distributions_cover_the_other_models_vocabulary(size):
     draft = DraftModel(tiny_gpt(vocab_size=90, padded_vocab_size=size), 100, 40)
-    ((guesses, distributions),) = draft.propose([row_of([1, 2, 3], Sampling(temperature=5.0))], [40])
+    ((guesses, distributions),) = draft.draft([row_of([1, 2, 3], Sampling(temperature=5.0))], [40])
     assert distributions.shape == (40, 100)
     assert torch.allclose(distributions.sum(-1), torch.ones(40))
     assert max(guesses) < 100
@@ -179,5 +180,5 @@ def test_distributions_cover_the_other_models_vocabulary(size):
 
 def test_nothing_is_guessed_beyond_the_drafts_context():
     draft = DraftModel(tiny_gpt(block_size=16), 100, 3)
-    assert len(draft.propose([row_of(range(13))], [3])[0][0]) == 3
-    assert len(draft.propose([row_of(range(14))], [3])[0][0]) == 0
+    assert len(draft.draft([row_of(range(13))], [3])[0][0]) == 3
+    assert len(draft.draft([row_of(range(14))], [3])[0][0]) == 0

@@ -1,20 +1,22 @@
-"""The engine: shared prefill, log-probabilities, cancelled requests."""
+"""The engine: shared prefill, log-probabilities, cancelled sequences."""
 
 import pytest
 import torch
 from tiny import VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
 from litgpt.engine.answer import Answer
-from litgpt.engine.engine import Engine, decode, prefill, prepare_caches
-from litgpt.engine.request import Request
+from litgpt.engine.caches import prepare_caches
+from litgpt.engine.engine import Engine, decode
+from litgpt.engine.prefill import prefill
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
 
 GREEDY = Sampling(temperature=0)
 PROMPT = torch.arange(5, 25)
 
 
-def finish(engine, requests=None):
-    for _ in decode(engine, requests) if requests else iter(engine.step, []):
+def finish(engine, sequences=None):
+    for _ in decode(engine, sequences) if sequences else iter(engine.step, []):
         pass
 
 
@@ -48,9 +50,9 @@ def test_samples_of_one_prompt_share_its_prefill_also_when_they_join_others():
     prepare_caches(model, 6, 64)
     engine, sizes = Engine(model), counted(model)
     other = torch.tensor([7, 7, 7])
-    first = [Request(other, 20, GREEDY)]
-    samples = [Request(PROMPT, 12, Sampling(temperature=2.0, seed=seed)) for seed in (1, 2, 1)]
-    more = [Request(prompt, 12, GREEDY) for prompt in (other, PROMPT)]
+    first = [Sequence(other, 20, GREEDY)]
+    samples = [Sequence(PROMPT, 12, Sampling(temperature=2.0, seed=seed)) for seed in (1, 2, 1)]
+    more = [Sequence(prompt, 12, GREEDY) for prompt in (other, PROMPT)]
     engine.add(first)
     engine.add([samples[0], more[0], samples[1], samples[2], more[1]])
     assert sizes == [(1, 3), (1, 23)]  # the prompt that is shared and the other one, in one call
@@ -59,7 +61,7 @@ def test_samples_of_one_prompt_share_its_prefill_also_when_they_join_others():
     assert more[1].output == greedy_without_caches(model, PROMPT, 12).tolist()
     assert first[0].output[:12] == more[0].output == greedy_without_caches(model, other, 12).tolist()
     assert samples[0].output == samples[2].output != samples[1].output
-    alone = Request(PROMPT, 12, Sampling(temperature=2.0, seed=2))
+    alone = Sequence(PROMPT, 12, Sampling(temperature=2.0, seed=2))
     finish(Engine(model), [alone])
     assert samples[1].output == alone.output
 
@@ -69,32 +71,32 @@ def test_log_probabilities_are_the_models_own(chunksize):
     model = tiny_gpt(**VOCABULARY)
     prepare_caches(model, 2, 64)
     sampling = Sampling(temperature=3.0, top_k=50, repetition_penalty=2.0, logit_bias={9: 3.0}, seed=5)
-    requests = [Request(PROMPT, 10, sampling, logprobs=3), Request(PROMPT[:4], 15, GREEDY, logprobs=0)]
-    finish(Engine(model, chunksize), requests)
-    for request in requests:
-        whole = torch.cat((request.prompt, torch.tensor(request.tokens)))
-        expected = model(whole[None])[0, len(request.prompt) - 1 : -1].log_softmax(-1)
-        drawn = expected.gather(1, torch.tensor(request.tokens)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(request.token_logprobs), drawn, atol=1e-4, rtol=0)
-        for row, top in zip(expected, request.top_logprobs, strict=True):
-            values, tokens = row.topk(request.logprobs)
+    sequences = [Sequence(PROMPT, 10, sampling, logprobs=3), Sequence(PROMPT[:4], 15, GREEDY, logprobs=0)]
+    finish(Engine(model, chunksize), sequences)
+    for sequence in sequences:
+        whole = torch.cat((sequence.prompt, torch.tensor(sequence.new_tokens)))
+        expected = model(whole[None])[0, len(sequence.prompt) - 1 : -1].log_softmax(-1)
+        drawn = expected.gather(1, torch.tensor(sequence.new_tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(sequence.token_logprobs), drawn, atol=1e-4, rtol=0)
+        for row, top in zip(expected, sequence.top_logprobs, strict=True):
+            values, tokens = row.topk(sequence.logprobs)
             assert list(top) == tokens.tolist()
             torch.testing.assert_close(torch.tensor(list(top.values())), values, atol=1e-4, rtol=0)
-    answer = Answer.of(requests[0], tiny_tokenizer())
-    assert [one.id for one in answer.logprobs] == answer.tokens == requests[0].tokens
+    answer = Answer.of(sequences[0], tiny_tokenizer())
+    assert [one.id for one in answer.logprobs] == answer.tokens == sequences[0].new_tokens
     record = answer.record()
     assert (record["new_tokens"], record["prompt_tokens"], record["finish_reason"]) == (10, 20, "length")
     assert [len(entry["top"]) for entry in record["logprobs"]] == [3] * 10
 
 
 def test_log_probabilities_end_with_the_output():
-    model, free = tiny_gpt(), Request(PROMPT, 20, GREEDY)
+    model, free = tiny_gpt(), Sequence(PROMPT, 20, GREEDY)
     prepare_caches(model, 1, 64)
     finish(Engine(model), [free])
-    place = next(i for i in range(4, 20) if free.tokens[i] not in free.tokens[:i])
-    stopped = Request(PROMPT, 20, GREEDY, [free.tokens[place - 1 : place + 1]], logprobs=1)
+    place = next(i for i in range(4, 20) if free.new_tokens[i] not in free.new_tokens[:i])
+    stopped = Sequence(PROMPT, 20, GREEDY, [free.new_tokens[place - 1 : place + 1]], logprobs=1)
     finish(Engine(model), [stopped])
-    assert (stopped.finish_reason, stopped.output) == ("stop", free.tokens[: place - 1])
+    assert (stopped.finish_reason, stopped.output) == ("stop", free.new_tokens[: place - 1])
     answer = Answer.of(stopped, tiny_tokenizer())
     assert (answer.finish_reason, len(answer.logprobs)) == ("stop", place - 1)
 
@@ -103,17 +105,17 @@ def test_a_cancelled_request_gives_nothing_more_and_makes_room():
     model = tiny_gpt()
     prepare_caches(model, 2, 40)
     engine = Engine(model)
-    requests = [Request(PROMPT[:n], 15, GREEDY) for n in (3, 8, 5)]
-    engine.add(requests[:2])
-    engine.cancel(requests[0])  # before its first token was given out
-    assert [request for request, _ in engine.step()] == requests[1:2]
-    engine.add(requests[2:])
+    sequences = [Sequence(PROMPT[:n], 15, GREEDY) for n in (3, 8, 5)]
+    engine.add(sequences[:2])
+    engine.cancel(sequences[0])  # before its first token was given out
+    assert [sequence for sequence, _ in engine.step()] == sequences[1:2]
+    engine.add(sequences[2:])
     finish(engine)
-    assert (requests[0].finish_reason, requests[0].output[1:]) == ("cancelled", [])
-    for request in requests[1:]:
-        assert request.output == greedy_without_caches(model, request.prompt, 15).tolist()
-    engine.cancel(requests[1])
-    assert requests[1].finish_reason == "length"
+    assert (sequences[0].finish_reason, sequences[0].output[1:]) == ("cancelled", [])
+    for sequence in sequences[1:]:
+        assert sequence.output == greedy_without_caches(model, sequence.prompt, 15).tolist()
+    engine.cancel(sequences[1])
+    assert sequences[1].finish_reason == "length"
 
 
 @pytest.mark.parametrize(
@@ -127,4 +129,4 @@ def test_a_cancelled_request_gives_nothing_more_and_makes_room():
 )
 def test_impossible_requests_are_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        Request(**{"prompt": PROMPT, "max_new_tokens": 3, **kwargs})
+        Sequence(**{"prompt": PROMPT, "max_new_tokens": 3, **kwargs})

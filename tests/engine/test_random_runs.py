@@ -6,9 +6,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import StaticShapes, tiny_gpt
 
-from litgpt.engine.engine import Engine, prepare_caches
-from litgpt.engine.request import Request
+from litgpt.engine.caches import prepare_caches
+from litgpt.engine.engine import Engine
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
 from litgpt.engine.session import Session
 from litgpt.kvcache.factory import create_kv_caches
 
@@ -67,21 +68,21 @@ def continuation(name, prompt, count, stops=(), sees=lambda p, j: j >= 0):
 
 tokens = st.lists(st.integers(0, 23), min_size=1, max_size=20)
 stops = st.lists(st.lists(st.integers(0, 23), min_size=1, max_size=2), max_size=3)
-requests = st.lists(st.tuples(tokens, st.integers(1, 7), stops, st.integers(0, 5)), min_size=1, max_size=5)
+sequences = st.lists(st.tuples(tokens, st.integers(1, 7), stops, st.integers(0, 5)), min_size=1, max_size=5)
 thorough = settings(max_examples=RUNS, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 @pytest.mark.timeout(600)
 @thorough
 @given(
-    requests,
+    sequences,
     st.sampled_from(["llama", "windows"]),
     st.booleans(),
     st.one_of(st.none(), st.integers(1, 8)),
     st.booleans(),
 )
 def test_batches_whose_requests_join_and_leave(wanted, name, evicts, chunksize, static):
-    """(prompt, new tokens, stop sequences, steps to wait before joining) for each request."""
+    """(prompt, new tokens, stop sequences, steps to wait before joining) for each sequence."""
     if evicts and name == "windows":
         evicts = False  # one eviction at a time
     model = MODELS[name]
@@ -93,23 +94,23 @@ def test_batches_whose_requests_join_and_leave(wanted, name, evicts, chunksize, 
     engine = Engine(model, chunksize)
     waiting = []
     for prompt, count, stop, delay in wanted:
-        waiting.append((delay, Request(torch.tensor(prompt), count, Sampling(temperature=0), stop)))
-    made = [request for _, request in waiting]
+        waiting.append((delay, Sequence(torch.tensor(prompt), count, Sampling(temperature=0), stop)))
+    made = [sequence for _, sequence in waiting]
     for step in range(100):
-        joining = [request for delay, request in waiting if delay <= step]
+        joining = [sequence for delay, sequence in waiting if delay <= step]
         if joining:
             engine.add(joining)
-            waiting = [(delay, request) for delay, request in waiting if delay > step]
+            waiting = [(delay, sequence) for delay, sequence in waiting if delay > step]
         if not engine.step() and not waiting:
             break
     model.layer_runner = None
-    for request, (prompt, count, stop, _) in zip(made, wanted, strict=True):
+    for sequence, (prompt, count, stop, _) in zip(made, wanted, strict=True):
         first = min(chunksize or len(prompt), len(prompt))  # the prefill's first call sees all of itself
 
         def sees(p, j, first=first):
             return (p < first) | (j > p - (SLOTS - SINKS)) | (j < SINKS) if evicts else j >= 0
 
-        assert request.output == continuation(name, prompt, count, stop, sees), (prompt, count, stop)
+        assert sequence.output == continuation(name, prompt, count, stop, sees), (prompt, count, stop)
 
 
 operations = st.lists(

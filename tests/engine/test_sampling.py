@@ -4,19 +4,24 @@ import pytest
 import torch
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
+from litgpt.engine.drawing import draw
 from litgpt.engine.sampling import (
-    Draws,
     Sampling,
     batched_sample,
-    draw,
+    draw_rows,
     likeliest,
     pick,
     probabilities,
     sample,
     sample_top_p,
 )
+from litgpt.engine.sequence import Sequence
 
 DRAWS = 20_000
+
+
+def row_of(sampling, prompt=(0,)):
+    return Sequence(torch.tensor(prompt), 100, sampling)
 
 
 def expected_distribution(logits, temperature, top_k, top_p):
@@ -40,7 +45,7 @@ def expected_distribution(logits, temperature, top_k, top_p):
 @pytest.mark.parametrize("top_p", [0.0, 0.5, 0.9, 1.0])
 def test_draws_follow_the_distribution(temperature, top_k, top_p):
     logits = torch.tensor([1.0, 3.0, -1.0, 2.0, 0.5, 2.5, -2.0])
-    drawn = sample(logits.expand(DRAWS, 1, -1), temperature, top_k, top_p)
+    drawn = draw_rows(logits.expand(DRAWS, -1), Sampling(temperature, top_k, top_p))
     share = torch.bincount(drawn, minlength=len(logits)) / DRAWS
     expected = expected_distribution(logits, temperature, top_k, top_p)
     torch.testing.assert_close(share, expected, atol=0.02, rtol=0)
@@ -49,26 +54,32 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
 
 def test_temperature_zero_takes_the_likeliest():
     logits = torch.randn(50, 33)
-    assert torch.equal(sample(logits[:, None], temperature=0.0, top_p=0.3), logits.argmax(-1))
+    greedy = {"temperature": 0.0, "top_p": 0.3}
+    assert torch.equal(batched_sample(logits[:, None], greedy), logits.argmax(-1)[:, None])
+
+
+def test_sample_draws_for_the_last_position_of_the_first_row():
+    logits = torch.tensor([[[0.0, 9.0, 1.0], [7.0, 2.0, 1.0]], [[0.0, 0.0, 9.0], [0.0, 9.0, 0.0]]])
+    for shaped in (logits, logits[0], logits[0, -1]):
+        assert sample(shaped, temperature=0.0).tolist() == [0]
+    assert batched_sample(logits, {"temperature": 0.0}).tolist() == [[0], [1]]
+    assert batched_sample(list(logits), [{"top_k": 1}, {"temperature": 0.0}]).tolist() == [[0], [1]]
+
+
+def test_sample_takes_probabilities_as_they_are_where_asked_to():
+    probs = torch.tensor([0.6, 0.4, 0.0])
+    drawn = [sample(probs, apply_softmax=False).item() for _ in range(2000)]
+    assert abs(drawn.count(0) / 2000 - 0.6) < 0.05
+    assert drawn.count(2) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shift", [0.0, -100.0, 100.0])
 def test_the_first_of_equally_likely_tokens_is_taken(dtype, shift):
-    rows = [[0, 3, -1, 3], [-2, -1, -1, -3], [-0.0, 0.0, 0.0, -1], [float("-inf"), 0.5, float("inf"), float("inf")]]
+    rows = [[0, 3, -1, 3], [-2, -1, -1, -3], [-0.0, 0.0, 0.0, -1], [float("-inf"), 0.5, 0.25, 0.5]]
     logits = (torch.tensor(rows) + shift).to(dtype)
     for some in (logits, *logits[:, None]):  # also where one row is all there is
         assert torch.equal(likeliest(some), some.float().argmax(-1))
-
-
-@pytest.mark.parametrize(("shape", "result"), [((7,), (1,)), ((3, 7), (1,)), ((1, 3, 7), (1,)), ((2, 3, 7), (2,))])
-def test_sample_reads_the_last_position(shape, result):
-    logits = torch.randn(shape)
-    token = sample(logits, temperature=0.0)
-    assert token.shape == result
-    assert token.dtype == torch.int64
-    last = logits if logits.ndim == 1 else logits[..., -1, :]
-    assert torch.equal(token, last.reshape(-1, 7).argmax(-1))
 
 
 def test_batched_sample_gives_every_row_its_settings():
@@ -137,7 +148,8 @@ def test_processors_come_last_and_see_the_tokens_so_far():
         return torch.full_like(logits, -math.inf).index_fill_(0, torch.tensor([6]), 0.0)
 
     sampling = Sampling(logit_bias={7: 100.0}, processors=(process,))
-    row = Draws(sampling, [1, 2, 3], 2)
+    row = row_of(sampling, [1, 2])
+    row.tokens.append(3)
     assert draw(torch.zeros(1, 9, dtype=torch.bfloat16), [row]).tolist() == [6]
     assert seen == [([1, 2, 3], torch.float32, 100.0)]
 
@@ -154,7 +166,7 @@ class Alternate:
 
 def test_processors_keep_what_they_know_about_one_sequence():
     sampling = Sampling(processors=(Alternate(),))
-    rows = [Draws(sampling, [0], 1) for _ in range(2)]
+    rows = [row_of(sampling) for _ in range(2)]
     assert [draw(torch.zeros(1, 9), [rows[0]]).item() for _ in range(3)] == [6, 5, 6]
     assert draw(torch.zeros(2, 9), rows).tolist() == [5, 6]
     assert sampling.processors[0].turn == 0
@@ -175,14 +187,14 @@ def test_a_seeded_row_draws_the_same_in_any_company():
     others = [mine, Sampling(temperature=1.3, top_k=30), Sampling(top_p=0.8, seed=3), Sampling(temperature=0.0)]
 
     def drawn(company):
-        rows = [Draws(sampling, [0], 1) for sampling in company]
+        rows = [row_of(sampling) for sampling in company]
         return [[int(x) for x in draw(logits[[0, *range(1, len(rows))]], rows)][0] for _ in range(steps)]
 
     alone = drawn([mine])
     assert len(set(alone)) > 5
     for company in ([mine, others[1]], [mine, others[2], others[3]], [mine, *others[1:]], [mine, mine]):
         assert drawn(company) == alone
-    twice = [Draws(mine, [0], 1), Draws(mine, [0], 1)]
+    twice = [row_of(mine), row_of(mine)]
     assert all(len(set(draw(logits[:1].expand(2, -1), twice).tolist())) == 1 for _ in range(steps))
     assert drawn([Sampling(temperature=1.3, top_k=30, seed=12)]) != alone
 
@@ -190,7 +202,7 @@ def test_a_seeded_row_draws_the_same_in_any_company():
 def test_rows_with_settings_of_their_own_are_drawn_by_them():
     logits = torch.tensor([1.0, 3.0, -1.0, 2.0, 0.5, 2.5, -2.0])
     settings = [Sampling(2.0), Sampling(0.5, 3), Sampling(top_p=0.5, seed=1), Sampling(0.0), Sampling(2.0, seed=2)]
-    rows = [Draws(sampling, [0], 1) for sampling in settings]
+    rows = [row_of(sampling) for sampling in settings]
     drawn = torch.stack([draw(logits.expand(5, -1), rows) for _ in range(4000)], dim=1)
     for sampling, row in zip(settings, drawn, strict=True):
         share = torch.bincount(row, minlength=7) / 4000

@@ -263,7 +263,7 @@ def test_sessions_forks_and_restored_ones_share_one_compiled_graph(tmp_path):
 
 @pytest.mark.parametrize("flags", [{}, WINDOW, LATENT], ids=["dense", "sliding windows", "latent attention"])
 def test_caches_grow_with_the_sequence_and_keep_what_they_hold(monkeypatch, flags):
-    monkeypatch.setattr("litgpt.engine.engine.ROOM", 16)
+    monkeypatch.setattr("litgpt.engine.caches.ROOM", 16)
     model = tiny_gpt(**flags)
     session, sizes = Session(model), counted(model)
     prompt = list(FIRST)

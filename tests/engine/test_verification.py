@@ -4,16 +4,18 @@ import pytest
 import torch
 from tiny import tiny_gpt
 
+from litgpt.engine.caches import prepare_caches
 from litgpt.engine.drafting import DraftModel, PromptLookup
-from litgpt.engine.engine import Engine, decode, prepare_caches
-from litgpt.engine.request import Request
-from litgpt.engine.sampling import Draws, Sampling
-from litgpt.engine.verification import draw_beside, draw_from
+from litgpt.engine.drawing import draw_from
+from litgpt.engine.engine import Engine, decode
+from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
+from litgpt.engine.verification import verify_token
 
 GRID = [(i + 0.5) / 40 for i in range(40)]
 
 
-class Chances(Draws):
+class Chances(Sequence):
     """A row whose random numbers are given, and counted."""
 
     def give(self, *numbers):
@@ -46,15 +48,15 @@ def test_what_is_drawn_beside_a_guess_has_the_targets_distribution_over_all_chan
     drawn, stood = torch.zeros(6), 0.0
     for guess in range(6):
         for first in GRID:
-            row = Chances(Sampling(), [0], 1)
-            token = draw_beside(p.log(), guess, q, row.give(first, 0.5))
+            row = Chances(torch.tensor([0]), 9)
+            token = verify_token(p.log(), guess, q, row.give(first, 0.5))
             if row.used == 1:
                 assert token == guess
                 drawn[guess] += q[guess] / len(GRID)
                 stood += q[guess].item() / len(GRID)
                 continue
             for second in GRID:
-                again = draw_beside(p.log(), guess, q, row.give(first, second))
+                again = verify_token(p.log(), guess, q, row.give(first, second))
                 assert again != guess or q[guess] == 0
                 drawn[again] += q[guess] / len(GRID) ** 2
     assert torch.allclose(drawn, p, atol=0.03)
@@ -64,17 +66,17 @@ def test_what_is_drawn_beside_a_guess_has_the_targets_distribution_over_all_chan
 def test_a_certain_guess_leaves_the_draw_as_it_is():
     logits = torch.randn(50)
     for seed in range(100):
-        plain, beside = (Draws(Sampling(top_k=10, seed=seed), [0], 1) for _ in range(2))
-        tokens = {draw_beside(logits, guess, None, row) for guess, row in ((3, plain), (seed % 50, beside))}
+        plain, beside = (Sequence(torch.tensor([0]), 9, Sampling(top_k=10, seed=seed)) for _ in range(2))
+        tokens = {verify_token(logits, guess, None, row) for guess, row in ((3, plain), (seed % 50, beside))}
         assert len(tokens) == 1
         assert plain.uniform() == beside.uniform()
 
 
 def test_equal_distributions_that_differ_by_rounding_only_give_a_token():
     p = torch.tensor([0.25, 0.75])
-    row = Chances(Sampling(), [0], 1).give(1 - 2**-32, 0.5)
-    assert draw_beside(p.log(), 1, torch.tensor([0.25, 1.0]), row) in (0, 1)
-    assert draw_from(torch.tensor([0.0, 0.0, 1.0]), Chances(Sampling(), [0], 1).give(0.0)) == 2
+    row = Chances(torch.tensor([0]), 9).give(1 - 2**-32, 0.5)
+    assert verify_token(p.log(), 1, torch.tensor([0.25, 1.0]), row) in (0, 1)
+    assert draw_from(torch.tensor([0.0, 0.0, 1.0]), Chances(torch.tensor([0]), 9).give(0.0)) == 2
 
 
 # --- all of it, over many draws
@@ -133,8 +135,8 @@ def chance_of_a_worse_fit(counts, probabilities):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("proposer", ["draft", "lookup"])
-def test_sampled_output_has_the_targets_distribution(proposer, setting):
+@pytest.mark.parametrize("drafter", ["draft", "lookup"])
+def test_sampled_output_has_the_targets_distribution(drafter, setting):
     vocabulary = {"vocab_size": 4, "padded_vocab_size": 4}
     target, draft = tiny_gpt(**vocabulary), tiny_gpt(**vocabulary)
     for model in (target, draft):
@@ -143,14 +145,14 @@ def test_sampled_output_has_the_targets_distribution(proposer, setting):
     probabilities = expected(target, prompt, SETTINGS[setting])
     counts, guessed, accepted = {}, 0, 0
     for _ in range(ROUNDS):
-        requests = [Request(prompt, NEW, SETTINGS[setting]) for _ in range(BATCH)]
-        guesses = DraftModel(draft, 4, 2) if proposer == "draft" else PromptLookup(2, shortest=1)
-        engine = Engine(target, proposer=guesses)
+        sequences = [Sequence(prompt, NEW, SETTINGS[setting]) for _ in range(BATCH)]
+        guesses = DraftModel(draft, 4, 2) if drafter == "draft" else PromptLookup(2, min_ngram=1)
+        engine = Engine(target, drafter=guesses)
         prepare_caches(target, BATCH, len(prompt) + NEW)
-        for _ in decode(engine, requests):
+        for _ in decode(engine, sequences):
             pass
-        for request in requests:
-            counts[tuple(request.tokens)] = counts.get(tuple(request.tokens), 0) + 1
-        guessed, accepted = guessed + engine.guessed, accepted + engine.accepted
+        for sequence in sequences:
+            counts[tuple(sequence.new_tokens)] = counts.get(tuple(sequence.new_tokens), 0) + 1
+        guessed, accepted = guessed + engine.n_drafted, accepted + engine.n_accepted
     assert 0.1 < accepted / guessed < 0.95
     assert chance_of_a_worse_fit(counts, probabilities) > 0.001

@@ -6,6 +6,7 @@ import pytest
 
 from litgpt.config import Config, name_to_config
 from litgpt.families import families, family_of_hf, hf_from_config
+from litgpt.settings import Settings
 
 # What these repositories' `config.json` files say, as far as it matters here: the older spellings, and keys left out.
 PUBLISHED = {
@@ -275,7 +276,7 @@ def test_what_cannot_be_computed_is_named(hf, message):
 
 def test_the_class_name_decides_where_the_type_is_missing():
     hf = {k: v for k, v in PUBLISHED["EleutherAI/pythia-14m"].items() if k != "model_type"}
-    assert family_of_hf(hf)[0].model_type == "gpt_neox"
+    assert family_of_hf(Settings(hf))[0].model_type == "gpt_neox"
 
 
 def test_a_config_that_no_architecture_has_is_named():

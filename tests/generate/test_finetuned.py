@@ -11,8 +11,8 @@ from litgpt import adapter, adapter_v2, lora
 from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
 from litgpt.checkpoint import open_checkpoint
+from litgpt.checkpoint.finetuned import Finetuned
 from litgpt.checkpoint.load import load_model
-from litgpt.generate.finetuned import Finetuned
 from litgpt.model import GPT
 from litgpt.prompts import Alpaca, ChatTemplate, encode_prompt, save_prompt_style
 from litgpt.runners.compiled import compile_decode
@@ -156,7 +156,7 @@ def test_weights_of_another_model_are_refused_before_the_model_is_loaded(
     other = tiny_gpt(name="other", **{**FIELDS, **fields})
     LLM(other, Preprocessor(tokenizer), ChatTemplate.from_tokenizer(tokenizer)).save(tmp_path / "other")
     write_tuned(method, tmp_path / "other", tmp_path / "tuned")
-    monkeypatch.setattr("litgpt.generate.finetuned.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("litgpt.checkpoint.finetuned.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert main([f"generate_{method}", str(base), f"--{PATHS[method]}={tmp_path / 'tuned'}"]) == 1
     line = one_line(capsys)
     assert f"lit_model.pth.{method} was not made from tiny" in line
@@ -187,7 +187,8 @@ def test_full_weights_of_another_model_are_refused(base, tmp_path, capsys):
     ("text", "problem"),
     [
         (None, "hyperparameters.yaml does not exist"),
-        ("checkpoint_dir: base\nlora_r: 3\n", "hyperparameters.yaml does not tell lora_alpha, lora_dropout"),
+        (yaml.safe_dump({**LORA, "lora_alpha": float("nan")}), "lora_alpha = nan must be a finite number"),
+        (yaml.safe_dump({**LORA, "lora_query": "yes"}), "lora_query = 'yes' must be true or false"),
         ("- 3\n", "hyperparameters.yaml must hold names and values, found list"),
         ("a: [\n", "hyperparameters.yaml is not valid YAML"),
         (yaml.safe_dump({**LORA, "lora_r": "three"}), "lora_r = 'three' must be a whole number"),
@@ -238,7 +239,7 @@ def test_every_option_is_explained(method, capsys):
         main([f"generate_{method}", "--help"])
     words = " ".join(capsys.readouterr().out.split())
     assert "First tokens that a lastrec cache never drops." in words
-    assert "What to answer." in words
+    assert "The text to answer." in words
 
 
 @pytest.mark.skipif(

@@ -1,6 +1,10 @@
 """Files of prompts: what is read, what is refused, and what is written."""
 
+import importlib
+import inspect
 import json
+import os
+import threading
 
 import pytest
 import torch
@@ -8,8 +12,10 @@ from tiny import VOCABULARY, tiny_gpt, tiny_tokenizer
 
 from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
+from litgpt.engine.answer import Answer
 from litgpt.engine.sampling import Sampling
-from litgpt.generate.prompts_file import read_prompts
+from litgpt.generate import base
+from litgpt.generate.prompts_file import PromptLine, read_prompts
 from litgpt.prompts import ChatTemplate
 
 BASE = Sampling(0.8, 50, seed=100)
@@ -92,8 +98,8 @@ def test_files_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "empty.txt").write_text("\n \n")
     with pytest.raises(ValueError, match="empty.txt has no prompts"):
         read_prompts(tmp_path / "empty.txt", 7, BASE)
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
-    with pytest.raises(ValueError, match="latin.txt is not text in UTF-8.*byte 3"):
+    (tmp_path / "latin.txt").write_bytes(b"one\ncaf\xe9\n")
+    with pytest.raises(ValueError, match="latin.txt, line 2: not text in UTF-8.*byte 4"):
         read_prompts(tmp_path / "latin.txt", 7, BASE)
 
 
@@ -164,3 +170,168 @@ def test_one_prompt_as_json_and_options_that_clash(folder, tmp_path, capsys):
     ):
         assert generate(folder, *options) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (r'{"prompt": "a", "id": "\ud800"}', r'"id" has half of a surrogate pair at character 1: \\ud800'),
+        (r'{"prompt": "a", "id": {"x": ["b", {"\udfff": 1}]}}', r'"id" has half of a surrogate pair'),
+        (r'{"prompt": "a\udc00b"}', r'"prompt" has half of a surrogate pair at character 2'),
+        (r'{"prompt": "a", "sys_prompt": "\udbff"}', '"sys_prompt" has half of a surrogate pair'),
+        (f'{{"prompt": "a", "temperature": 1{"0" * 400}}}', '"temperature" must be a finite number, got 1000'),
+        (f'{{"prompt": "a", "logit_bias": {{"3": 1{"0" * 400}}}}}', r'"logit_bias"\[\'3\'\] must be a finite number'),
+        (f'{{"prompt": "a", "seed": 1{"0" * 400}}}', '"seed" must be at most'),
+        (f'{{"prompt": "a", "id": 1{"0" * 5000}}}', "a number of 5,001 digits is too long"),
+        ('{"prompt": "a", "top_p": 1e999}', "the number 1e999 is too large"),
+        ('{"prompt": "a", "top_p": NaN}', "NaN is no number of JSON"),
+        ('{"prompt": "a", "id": -Infinity}', "-Infinity is no number of JSON"),
+        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice"),
+        ('{"prompt": "a", "logit_bias": {"3": 1, "3": 2}}', "the key '3' is there twice"),
+        ('{"prompt": "a", "logit_bias": {"-3": 1}}', 'a key of "logit_bias" is not a whole number'),
+        ('{"prompt": "a", "min_p": false}', '"min_p" is not a number: False'),
+        ('{"prompt": "a", "id": ' + "[" * 200 + "]" * 200 + "}", '"id" has more than 100 levels of brackets'),
+        ("[" * 100_000, "more than 100 levels of brackets"),
+        ('{"prompt": "a", "repetition_penalty": [1]}', r'"repetition_penalty" is not a number: \[1\]'),
+    ],
+)
+def test_values_that_mean_nothing_are_refused_by_line_and_field(tmp_path, line, message):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'{{"prompt": "fine"}}\n{line}\n')
+    with pytest.raises(ValueError, match=rf"prompts.jsonl, line 2: .*{message}"):
+        read_prompts(path, 7, BASE)
+
+
+def test_null_means_what_the_command_says(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a", "temperature": null, "top_k": null, "seed": null, "sys_prompt": null, "id": null}')
+    assert read_prompts(path, 7, BASE, "S")[0] == PromptLine(1, "a", "S", 7, BASE)
+
+
+def test_a_biased_token_that_does_not_exist_is_refused_before_any_answer(folder, tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b", "logit_bias": {"261": 1}}')
+    assert generate(folder, "--prompts", path) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "line 2: logit_bias has the token 261, but the model's tokens are 0..260" in err
+
+
+# --- --out
+
+
+@pytest.fixture
+def two_prompts(tmp_path):
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    return tmp_path / "p.txt"
+
+
+def fail_after(monkeypatch, count, error):
+    """Let `count` answers come, and then an error."""
+    real, calls = Answer.of, []
+
+    def of(*args):
+        calls.append(None)
+        if len(calls) > count:
+            raise error
+        return real(*args)
+
+    monkeypatch.setattr("litgpt.generate.prompts_file.Answer.of", of)
+
+
+@pytest.mark.parametrize(("error", "code"), [(RuntimeError("out of luck"), 1), (KeyboardInterrupt(), 130)])
+def test_answers_before_a_failure_are_kept_beside_the_file(
+    error, code, folder, two_prompts, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "x.jsonl").write_text("mine")
+    (tmp_path / "x.jsonl.tmp").write_text("mine too")
+    (tmp_path / "x.jsonl.partial").write_text("and mine")
+    fail_after(monkeypatch, 1, error)
+    out = tmp_path / "x.jsonl"
+    assert generate(folder, "--prompts", two_prompts, "--out", out, "--batch_size", 1) == code
+    assert f"1 complete answer kept in {out}.partial1\n" in capsys.readouterr().err
+    (record,) = map(json.loads, (tmp_path / "x.jsonl.partial1").read_text().splitlines())
+    assert record["prompt"] == "one"
+    assert [(tmp_path / f"x.jsonl{end}").read_text() for end in ("", ".tmp", ".partial")] == [
+        "mine",
+        "mine too",
+        "and mine",
+    ]
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+def test_links_are_followed(folder, two_prompts, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "real" / "answers.jsonl")
+    for _ in range(2):  # the file that it names is made, and replaced
+        assert generate(folder, "--prompts", two_prompts, "--out", tmp_path / "link.jsonl") == 0
+        assert (tmp_path / "link.jsonl").is_symlink()
+        assert len((tmp_path / "real" / "answers.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_pipe_is_written_through(folder, two_prompts, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    received = []
+    reader = threading.Thread(target=lambda: received.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    assert generate(folder, "--prompts", two_prompts, "--out", tmp_path / "pipe") == 0
+    reader.join(60)
+    assert len(received[0].splitlines()) == 2
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_device_is_one_line(folder, two_prompts, capsys):
+    assert generate(folder, "--prompts", two_prompts, "--out", "/dev/full") == 1
+    assert capsys.readouterr().err.endswith("litgpt: error: No space left on device: '/dev/full'\n")
+    assert not os.path.isfile("/dev/full")
+
+
+@pytest.mark.parametrize("out", ["", ".", "no/such/folder/x", "x" * 300, "p.txt", "loop"])
+def test_where_nothing_can_be_written_is_said_before_the_model_is_looked_for(
+    out, two_prompts, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    assert main(["generate", "no/such/model", "--prompts", str(two_prompts), f"--out={out}"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "no/such/model" not in err
+
+
+def test_one_answer_is_one(folder, tmp_path, capsys):
+    assert generate(folder, "--prompt", "a", "--logprobs", 0, "--max_new_tokens", 1) == 0
+    assert "1 answer, 1 token in" in capsys.readouterr().err
+
+
+# --- the same options everywhere
+
+
+def test_commands_that_generate_have_the_same_options():
+    names = {
+        command: set(inspect.signature(importlib.import_module(f"litgpt.{module}").main).parameters)
+        for command, module in {
+            "generate": "generate.base",
+            "full": "generate.full",
+            "lora": "generate.lora",
+            "adapter": "generate.adapter",
+            "adapter_v2": "generate.adapter_v2",
+            "speculatively": "generate.speculative_decoding",
+            "sequentially": "generate.sequentially",
+            "tp": "generate.tp",
+            "chat": "chat.base",
+        }.items()
+    }
+    every = names.pop("generate")
+    of_one_model = {"checkpoint_dir", "prompt_lookup"}
+    of_answers = {"prompt", "prompts", "out", "batch_size", "num_samples", "logprobs"}
+    assert every - names.pop("chat") == of_answers
+    assert every - names.pop("speculatively") == of_one_model
+    assert all(every <= others for others in names.values())
+
+
+@pytest.mark.parametrize("value", [True, "7", 2.5, None, 0, -3])
+def test_an_option_of_the_wrong_kind_is_named(value):
+    with pytest.raises(ValueError, match="max_new_tokens (is not a whole number|must be at least 1)"):
+        base.main("no/such/model", max_new_tokens=value)

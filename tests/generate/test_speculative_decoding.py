@@ -1,4 +1,5 @@
 import copy
+import io
 import random
 
 import pytest
@@ -7,10 +8,11 @@ from tiny import VOCABULARY, StaticShapes, greedy_without_caches, tiny_gpt, tiny
 
 from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
-from litgpt.engine.drafting import DraftModel, PromptLookup
-from litgpt.engine.engine import Engine, decode, prepare_caches
-from litgpt.engine.request import Request
+from litgpt.engine.caches import prepare_caches
+from litgpt.engine.drafting import Draft, DraftModel, PromptLookup
+from litgpt.engine.engine import Engine, decode
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
 from litgpt.engine.session import Session
 from litgpt.generate.speculative_decoding import check_same_vocabulary, generate, speculative_decoding
 from litgpt.kvcache.factory import create_kv_caches
@@ -34,43 +36,43 @@ class Oracle:
     def __init__(self, answers, most=6):
         self.answers, self.most, self.chance = answers, most, random.Random(5)
 
-    def propose(self, rows, limits):
+    def draft(self, rows, limits):
         guesses = []
         for row, limit in zip(rows, limits, strict=True):
             known = self.answers[tuple(row.tokens[: row.prompt_length])][len(row.tokens) - row.prompt_length :]
             count = self.chance.randint(0, min(limit, self.most, len(known)))
             right = self.chance.randint(0, count)
-            guesses.append(([*known[:right], *[(token + 1) % 100 for token in known[right:count]]], None))
+            guesses.append(Draft([*known[:right], *[(token + 1) % 100 for token in known[right:count]]]))
         return guesses
 
 
-def run(model, prompts, new, proposer=None, sampling=GREEDY, stops=(), chunksize=None, **kwargs):
+def run(model, prompts, new, drafter=None, sampling=GREEDY, stops=(), chunksize=None, **kwargs):
     """Each prompt's tokens by step, and the engine."""
     limits = new if isinstance(new, list) else [new] * len(prompts)
-    requests = [
-        Request(prompt, limit, sampling, stops, **kwargs) for prompt, limit in zip(prompts, limits, strict=True)
+    sequences = [
+        Sequence(prompt, limit, sampling, stops, **kwargs) for prompt, limit in zip(prompts, limits, strict=True)
     ]
-    engine = Engine(model, chunksize, proposer)
-    prepare_caches(model, len(requests), max(request.length for request in requests))
+    engine = Engine(model, chunksize, drafter)
+    prepare_caches(model, len(sequences), max(sequence.max_length for sequence in sequences))
     pieces = [[] for _ in prompts]
-    for step in decode(engine, requests):
+    for step in decode(engine, sequences):
         for row, tokens in zip(pieces, step, strict=True):
             row += [tokens] if tokens else []
-    assert [sum(row, []) for row in pieces] == [request.output for request in requests]
-    return pieces, requests, engine
+    assert [sum(row, []) for row in pieces] == [sequence.output for sequence in sequences]
+    return pieces, sequences, engine
 
 
 def outputs(*args, **kwargs):
-    return [request.output for request in run(*args, **kwargs)[1]]
+    return [sequence.output for sequence in run(*args, **kwargs)[1]]
 
 
-def proposers(model, prompts, new):
+def drafters(model, prompts, new):
     plain = outputs(model, prompts, new)
     answers = {tuple(prompt.tolist()): row for prompt, row in zip(prompts, plain, strict=True)}
     return plain, {
         "oracle": Oracle(answers),
         "draft": DraftModel(almost(model), 100, 4),
-        "lookup": PromptLookup(shortest=1),
+        "lookup": PromptLookup(min_ngram=1),
     }
 
 
@@ -81,23 +83,23 @@ def prompts():
 
 
 @pytest.mark.parametrize("caches", ["dense", "windows", "lastrec", "static", "chunks"])
-@pytest.mark.parametrize("proposer", ["oracle", "draft", "lookup"])
-def test_greedy_output_is_that_of_plain_decoding(prompts, proposer, caches):
+@pytest.mark.parametrize("drafter", ["oracle", "draft", "lookup"])
+def test_greedy_output_is_that_of_plain_decoding(prompts, drafter, caches):
     model = tiny_gpt(block_size=256, **(WINDOWS if caches == "windows" else {}))
     model.layer_runner = StaticShapes() if caches == "static" else None
     if caches == "lastrec":  # evicts soon
         model.assign_kv_caches(create_kv_caches("lastrec", model.config, 4, 24, sinks=2))
     limits = [45, 60, 20, 35]
-    plain, guessers = proposers(model, prompts, limits)
+    plain, guessers = drafters(model, prompts, limits)
     if caches != "lastrec":
         for prompt, row in zip(prompts, plain, strict=True):
             assert row == greedy_without_caches(model, prompt, len(row)).tolist()
     chunksize = 3 if caches == "chunks" else None
-    pieces, requests, engine = run(model, prompts, limits, guessers[proposer], chunksize=chunksize)
-    assert [request.output for request in requests] == plain
-    assert 0 < engine.accepted < engine.guessed
+    pieces, sequences, engine = run(model, prompts, limits, guessers[drafter], chunksize=chunksize)
+    assert [sequence.output for sequence in sequences] == plain
+    assert 0 < engine.n_accepted < engine.n_drafted
     steps = [[len(piece) for piece in row[:15]] for row in pieces]
-    assert proposer != "oracle" or any(row != steps[0] for row in steps)  # rows go at their own pace
+    assert drafter != "oracle" or any(row != steps[0] for row in steps)  # rows go at their own pace
 
 
 def test_caches_that_evicted_are_asked_for_as_few_guesses_as_they_can_take_back(prompts):
@@ -105,9 +107,9 @@ def test_caches_that_evicted_are_asked_for_as_few_guesses_as_they_can_take_back(
     model.assign_kv_caches(create_kv_caches("lastrec", model.config, 1, 24))
 
     class Noted(Oracle):
-        def propose(self, rows, limits):
+        def draft(self, rows, limits):
             given.append((len(rows[0].tokens), limits[0]))
-            return super().propose(rows, limits)
+            return super().draft(rows, limits)
 
     for prompt in prompts[:2]:  # of 8 and of 30 tokens
         plain = outputs(model, [prompt], 30)
@@ -119,25 +121,25 @@ def test_caches_that_evicted_are_asked_for_as_few_guesses_as_they_can_take_back(
 
 def test_stop_sequences_inside_guesses_end_the_text_where_plain_decoding_does(prompts):
     model = tiny_gpt(block_size=256)
-    free, guessers = proposers(model, prompts, 60)
+    free, guessers = drafters(model, prompts, 60)
     stops = [free[0][21:23], free[1][30:31], free[2][11:14]]
     for include_eos in (False, True):
         plain = outputs(model, prompts, 60, stops=stops, include_eos=include_eos)
         assert plain != free
-        for proposer in guessers.values():
-            _, requests, _ = run(model, prompts, 60, proposer, stops=stops, include_eos=include_eos)
-            assert [request.output for request in requests] == plain
-            assert all(request.finish_reason in ("stop", "length") for request in requests)
+        for drafter in guessers.values():
+            _, sequences, _ = run(model, prompts, 60, drafter, stops=stops, include_eos=include_eos)
+            assert [sequence.output for sequence in sequences] == plain
+            assert all(sequence.finish_reason in ("stop", "length") for sequence in sequences)
 
 
 @pytest.mark.parametrize("new", [1, 2, 3, 5, 8])
 def test_limits_are_kept(prompts, new):
     model = tiny_gpt(block_size=32)  # the longest prompt and one more token fill the context
-    plain, guessers = proposers(model, prompts[1:2], min(new, 2))
+    plain, guessers = drafters(model, prompts[1:2], min(new, 2))
     assert outputs(model, prompts[1:2], min(new, 2), guessers["oracle"]) == plain
-    plain, guessers = proposers(model, prompts[:1], new)
-    for proposer in guessers.values():
-        assert outputs(model, prompts[:1], new, proposer) == plain
+    plain, guessers = drafters(model, prompts[:1], new)
+    for drafter in guessers.values():
+        assert outputs(model, prompts[:1], new, drafter) == plain
         assert len(plain[0]) == new
 
 
@@ -147,10 +149,10 @@ def test_a_certain_guess_changes_no_sampled_token(prompts):
     sampling = Sampling(temperature=0.8, top_k=20, top_p=0.95, repetition_penalty=1.1, seed=9)
     plain = outputs(model, prompts, 80, sampling=sampling)
     answers = {tuple(prompt.tolist()): row for prompt, row in zip(prompts, plain, strict=True)}
-    for proposer in (Oracle(answers), PromptLookup(shortest=1)):
-        _, requests, engine = run(model, prompts, 80, proposer, sampling=sampling)
-        assert [request.output for request in requests] == plain
-        assert engine.accepted
+    for drafter in (Oracle(answers), PromptLookup(min_ngram=1)):
+        _, sequences, engine = run(model, prompts, 80, drafter, sampling=sampling)
+        assert [sequence.output for sequence in sequences] == plain
+        assert engine.n_accepted
 
 
 def test_sampled_rows_with_a_draft_are_reproduced_by_their_seeds(prompts):
@@ -180,17 +182,17 @@ def test_processors_that_keep_state_see_the_tokens_that_stand(prompts, temperatu
     plain = outputs(model, prompts, 40, sampling=sampling)
     answers = {tuple(prompt.tolist()): row for prompt, row in zip(prompts, plain, strict=True)}
     assert all(len(set(row)) == 40 for row in plain)
-    for proposer in (Oracle(answers), DraftModel(almost(model), 100, 3)):
-        _, requests, engine = run(model, prompts, 40, proposer, sampling=sampling)
-        assert all(len(set(request.output)) == 40 for request in requests)
-        assert engine.accepted
-        if temperature == 0 or isinstance(proposer, Oracle):
-            assert [request.output for request in requests] == plain
+    for drafter in (Oracle(answers), DraftModel(almost(model), 100, 3)):
+        _, sequences, engine = run(model, prompts, 40, drafter, sampling=sampling)
+        assert all(len(set(sequence.output)) == 40 for sequence in sequences)
+        assert engine.n_accepted
+        if temperature == 0 or isinstance(drafter, Oracle):
+            assert [sequence.output for sequence in sequences] == plain
 
 
 def test_log_probabilities_are_those_of_plain_decoding(prompts):
     model = tiny_gpt(block_size=256)
-    _, guessers = proposers(model, prompts, 40)
+    _, guessers = drafters(model, prompts, 40)
     _, plain, _ = run(model, prompts, 40, logprobs=2)
     _, guessed, _ = run(model, prompts, 40, guessers["oracle"], logprobs=2)
     for one, other in zip(plain, guessed, strict=True):
@@ -205,7 +207,7 @@ def test_guesses_that_stand_save_calls_and_come_together(prompts):
     (pieces,), _, engine = run(model, prompts[:1], 21, draft)
     assert calls == [8, 5, 5, 5, 5]
     assert [len(piece) for piece in pieces] == [1, 5, 5, 5, 5]
-    assert (engine.guessed, engine.accepted) == (16, 16)
+    assert (engine.n_drafted, engine.n_accepted) == (16, 16)
 
 
 # --- the functions that scripts call
@@ -244,7 +246,7 @@ def test_a_session_goes_on_exactly_after_guesses(prompts):
     for text in (prompts[1].tolist(), prompts[3].tolist(), prompts[0].tolist()):
         one = list(plain.generate(plain.tokens + text, 25, temperature=0))
         answers = {tuple(guessing.tokens + text): one}
-        other = list(guessing.generate(guessing.tokens + text, 25, temperature=0, proposer=Oracle(answers)))
+        other = list(guessing.generate(guessing.tokens + text, 25, temperature=0, drafter=Oracle(answers)))
         assert one == other
         assert plain.tokens == guessing.tokens
         assert plain.reused == guessing.reused
@@ -302,7 +304,7 @@ def save(folder, model, tokenizer=None):
     return str(folder)
 
 
-def test_the_commands_answer_as_plain_decoding_does_and_tell_how_many_guesses_stood(tmp_path, capsys):
+def test_the_commands_answer_as_plain_decoding_does_and_tell_how_many_draft_tokens_were_accepted(tmp_path, capsys):
     target = tiny_gpt(block_size=512, **VOCABULARY)
     draft, large = save(tmp_path / "draft", almost(target, 0.005)), save(tmp_path / "large", target)
     args = ["--prompt", "abcabcabc", "--max_new_tokens", "30", "--precision", "32-true"]
@@ -315,7 +317,7 @@ def test_the_commands_answer_as_plain_decoding_does_and_tell_how_many_guesses_st
         assert main(["generate_speculatively", draft, large, *args, *more]) == 0
         guessed = capsys.readouterr()
         assert guessed.out == looked_up.out == plain.out != ""
-        assert "guesses stood" in guessed.err
+        assert "draft tokens accepted" in guessed.err
         assert "guesses stood" in looked_up.err
 
 
@@ -323,8 +325,7 @@ def test_a_conversation_with_guesses_is_the_one_without(tmp_path, capsys, monkey
     model = save(tmp_path / "model", tiny_gpt(block_size=512, **VOCABULARY))
     answers = []
     for more in ([], ["--prompt_lookup", "6"]):
-        said = iter(["abcabc", "abc", "abcabc"])
-        monkeypatch.setattr("builtins.input", lambda said=said: next(said, "/exit"))
+        monkeypatch.setattr("sys.stdin", io.StringIO("abcabc\nabc\nabcabc\n/exit\n"))
         assert (
             main(["chat", model, "--temperature", "0", "--max_new_tokens", "30", "--precision", "32-true", *more]) == 0
         )
@@ -356,7 +357,7 @@ def test_models_with_different_vocabularies_are_refused_before_they_are_loaded(t
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["generate", "m", "--prompt_lookup", "0"], "at least 1 guess"),
+        (["generate", "m", "--prompt_lookup", "0"], "prompt_lookup must be at least 1"),
         (["generate_speculatively", "d", "m", "--speculative_k", "0"], "speculative_k must be at least 1"),
         (["generate_speculatively", "d", "m", "--max_new_tokens", "0"], "max_new_tokens"),
         (["generate_speculatively", "d"], "target_model_checkpoint_dir is missing"),

@@ -33,9 +33,9 @@ def test_plain_weights(M, K, N, biased):
     x, weight, bias = rows(M, K), rows(N, K), rows(N) if biased else None
     expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     assert_rounded(ops.linear_plain(x, weight, bias), expected)
-    if ops.reads_packed_weights():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 128)
-        assert_rounded(ops.linear_blocked(x, torch.ops.mkldnn.data_ptr(packed), bias, N), expected)
+    blocked = ops.blocked(weight)
+    assert torch.equal(ops.unblocked(blocked, N, K), weight)
+    assert_rounded(ops.linear_blocked(x, blocked.data_ptr(), bias, N), expected)
 
 
 @pytest.mark.parametrize(("M", "K", "N"), SHAPES)
@@ -54,10 +54,8 @@ def test_integer_weights(M, K, N):
 def test_a_row_does_not_depend_on_those_beside_it(M, kind):
     x, weight = rows(M, 576), rows(200, 576)
     if kind == "blocked":
-        if not ops.reads_packed_weights():
-            pytest.skip("packed weights are laid out differently here")
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, 128)
-        product = partial(ops.linear_blocked, weight=torch.ops.mkldnn.data_ptr(packed), bias=None, N=200)
+        packed = ops.blocked(weight)
+        product = partial(ops.linear_blocked, weight=packed.data_ptr(), bias=None, N=200)
     else:
         form = {"plain": (weight,), "int8": quantize_int8(weight), "int4": quantize_int4(weight)}[kind]
         product = lambda x: getattr(ops, f"linear_{kind}")(x, *form)  # noqa: E731
@@ -99,12 +97,9 @@ def test_what_is_no_number_stays_so_in_its_own_row():
 )
 @pytest.mark.parametrize("M", [1, 7])
 def test_gated_mlp(name, function, M):
-    if not ops.reads_packed_weights():
-        pytest.skip("packed weights are laid out differently here")
     x, gate, up, down = rows(M, 96), rows(128, 96) / 4, rows(128, 96), rows(96, 128)
-    first, second = (torch.ops.mkldnn._reorder_linear_weight(w, 128) for w in (torch.cat((gate, up)), down))
-    addresses = (torch.ops.mkldnn.data_ptr(first), torch.ops.mkldnn.data_ptr(second))
-    found = ops.gated_mlp_blocked(x, *addresses, 128, ops.ACTIVATIONS[name])
+    first, second = ops.blocked(torch.cat((gate, up))), ops.blocked(down)
+    found = ops.gated_mlp_blocked(x, first.data_ptr(), second.data_ptr(), 128, ops.ACTIVATIONS[name])
     inner = function(x.double() @ gate.double().T) * (x.double() @ up.double().T)
     expected = inner @ down.double().T
     assert (found.double() - expected).abs().max() < 2**-7 * expected.abs().max()

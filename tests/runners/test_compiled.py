@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_gpt
 from torch._dynamo.utils import counters
 
-from litgpt.engine.engine import prefill
+from litgpt.engine.prefill import prefill
 from litgpt.generate.base import batched_generate_fn
 from litgpt.kvcache.factory import create_kv_caches
 from litgpt.runners.compiled import compile_decode

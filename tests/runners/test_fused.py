@@ -11,7 +11,7 @@ from litgpt.kvcache.factory import create_kv_caches
 from litgpt.runners.fused import FusedLayers, fuse_layers
 from litgpt.runners.quantized_weights import quantize_model
 
-pytestmark = pytest.mark.skipif(not ops.reads_packed_weights(), reason="no kernels on this machine")
+pytestmark = pytest.mark.skipif(not ops.available(), reason="no kernels on this machine")
 
 LLAMA = {
     "norm_class_name": "RMSNorm",

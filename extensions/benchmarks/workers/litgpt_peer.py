@@ -5,12 +5,12 @@ from pathlib import Path
 
 import lightning
 import torch
-from litgpt.utils import load_checkpoint
 from timing import measure, peak_bytes, read_job, read_tokens, report
 
 from litgpt.config import Config
 from litgpt.generate.base import generate_fn
 from litgpt.model import GPT
+from litgpt.utils import load_checkpoint
 
 
 def main() -> None:

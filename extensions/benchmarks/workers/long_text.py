@@ -5,8 +5,8 @@ import time
 import torch
 from timing import read_job, read_tokens, report
 
-from litgpt.engine.engine import prefill
 from litgpt.engine.loading import cache_bytes, choose_kv_caches, make_ready
+from litgpt.engine.prefill import prefill
 from litgpt.model import GPT
 
 

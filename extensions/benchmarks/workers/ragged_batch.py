@@ -5,10 +5,11 @@ import time
 import torch
 from timing import read_job, read_tokens, report
 
-from litgpt.engine.engine import Engine, prepare_caches
+from litgpt.engine.caches import prepare_caches
+from litgpt.engine.engine import Engine
 from litgpt.engine.loading import make_ready
-from litgpt.engine.request import Request
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
 from litgpt.model import GPT
 
 
@@ -33,14 +34,14 @@ def measure(model: GPT, prompts: list[torch.Tensor], new_tokens: int, kind: str)
 
 def answer(model: GPT, prompts: list[torch.Tensor], new_tokens: int) -> tuple[float, float, list[list[int]]]:
     """Seconds of prefill and of decode, and the tokens of one batch."""
-    requests = [Request(prompt, new_tokens, Sampling(temperature=0)) for prompt in prompts]
-    prepare_caches(model, len(prompts), max(request.length for request in requests))
+    sequences = [Sequence(prompt, new_tokens, Sampling(temperature=0)) for prompt in prompts]
+    prepare_caches(model, len(prompts), max(sequence.max_length for sequence in sequences))
     engine, started = Engine(model), time.perf_counter()
-    engine.add(requests)
+    engine.add(sequences)
     prefilled = time.perf_counter()
     while engine.step():
         pass
-    return prefilled - started, time.perf_counter() - prefilled, [request.output for request in requests]
+    return prefilled - started, time.perf_counter() - prefilled, [sequence.output for sequence in sequences]
 
 
 if __name__ == "__main__":

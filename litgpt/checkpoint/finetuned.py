@@ -1,0 +1,259 @@
+"""What fine-tuning wrote: from its file to a model with what is in it, and LoRA weights as a checkpoint of their own."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from litgpt import adapter, adapter_v2, lora
+from litgpt.checkpoint.base import HEAD, WEIGHTS_NAME, Checkpoint
+from litgpt.checkpoint.files import copy_side_files, load_state_dict
+from litgpt.checkpoint.find import find_checkpoint
+from litgpt.checkpoint.litgpt_folder import LitGPTCheckpoint
+from litgpt.checkpoint.load import load_model, meta_model
+from litgpt.checkpoint.open import open_checkpoint
+from litgpt.config import Config
+from litgpt.model import GPT
+from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
+from litgpt.settings import Settings, read_yaml
+from litgpt.tokenizer import Tokenizer
+
+HYPERPARAMETERS_NAME = "hyperparameters.yaml"
+
+
+# In mixed precision the weights themselves are float32
+_PRECISIONS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "32-true": torch.float32, "32": torch.float32}
+_PRECISIONS |= {"bf16-mixed": torch.float32, "16-mixed": torch.float32}
+
+
+class _Method(NamedTuple):
+    """A way to fine-tune that leaves the weights of the model as they are, and adds its own."""
+
+    mark: str  # in the names of some of its weights, and of no other method's
+    kind: type[GPT]
+    add: Callable[[GPT, Any], None]
+    finish: Callable[[GPT], None]  # once weights are loaded, makes inference faster
+    is_trained: Callable[[str, Any], bool]
+
+
+_METHODS = {
+    "lora": _Method("lora_", lora.GPT, lora.add_lora, lora.unwrap_lora, lora.lora_filter),
+    "adapter_v2": _Method(
+        "adapter_scale", adapter_v2.GPT, adapter_v2.add_adapter_v2, adapter.freeze_prefixes, adapter_v2.adapter_filter
+    ),
+    "adapter": _Method(
+        "gating_factor", adapter.GPT, adapter.add_prefixes, adapter.freeze_prefixes, adapter.adapter_filter
+    ),
+}
+
+
+@dataclass
+class Finetuned:
+    """What fine-tuning wrote: a file of weights, and `hyperparameters.yaml` next to it.
+
+    Args:
+        path: the file, or the folder that holds it under LitGPT's name.
+        method: how it was made; "full" means that all weights of the model are in it.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file cannot be read, or holds the weights of another method.
+    """
+
+    path: Path
+    method: Literal["full", "lora", "adapter", "adapter_v2"]
+
+    def __post_init__(self) -> None:
+        path = Path(self.path)
+        if path.is_dir():
+            path = path / (WEIGHTS_NAME if self.method == "full" else f"{WEIGHTS_NAME}.{self.method}")
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{str(path)!r} does not exist: give the file that fine-tuning wrote, or its folder"
+            )
+        self.path, self.weights = path, load_state_dict(path)
+        if not self.weights:
+            raise ValueError(f"{path} holds no weights")
+        found = "full"
+        for method, facts in _METHODS.items():
+            if found == "full" and any(facts.mark in name for name in self.weights):
+                found = method
+        if found != self.method:
+            raise ValueError(f"{path} holds {found} weights, not {self.method} ones: use `litgpt generate_{found}`")
+
+    @cached_property
+    def hyperparameters(self) -> Settings:
+        """The options of the fine-tuning (empty if there is no file of them)."""
+        path = self.path.parent / HYPERPARAMETERS_NAME
+        return Settings(read_yaml(path) if path.is_file() else {}, str(path))
+
+    def base(self, checkpoint_dir: Path | None) -> Path:
+        """The checkpoint that was fine-tuned: as given, or else as the hyperparameters have it."""
+        named = checkpoint_dir or self.hyperparameters.text("checkpoint_dir", None, null=True)
+        if named is None:
+            raise ValueError(f"name the checkpoint that was fine-tuned: no {HYPERPARAMETERS_NAME} by {self.path} does")
+        return Path(named)
+
+    def config(self, base_config: Config) -> Config:
+        """The configuration of the fine-tuned model.
+
+        Raises `ValueError` where hyperparameters are needed and missing: ranks and scales of LoRA.
+        """
+        if self.method == "full":
+            return base_config
+        if self.method == "lora":
+            return lora.Config.extending(base_config, **self._lora_settings())
+        lengths = {
+            int(match[1]): len(tensor)
+            for name, tensor in self.weights.items()
+            if (match := re.search(r"\.h\.(\d+)\.attn\.adapter_wte\.", name))
+        }
+        settings = {"adapter_prompt_length": max(lengths.values()), "adapter_start_layer": min(lengths)}
+        return adapter.Config.extending(base_config, **(settings if lengths else {}))
+
+    def _lora_settings(self) -> dict[str, Any]:
+        """As the hyperparameters have them. Those that they lack are told by the weights, or else the defaults."""
+        options = self.hyperparameters
+        if not len(options):
+            raise ValueError(
+                f"{options.where} does not exist, or is empty: it has to stay with {self.path.name}, which fine-tuning "
+                "wrote with it"
+            )
+        found = {"lora_projection": ".attn.proj.lora_", "lora_mlp": ".mlp.", "lora_head": "lm_head.lora_"}
+        flags = {
+            flag: options.flag(flag, any(mark in name and "lora_" in name for name in self.weights))
+            for flag, mark in found.items()
+        }
+        rank = options.whole(
+            "lora_r", next((x.shape[-1] for name, x in self.weights.items() if "lora_B" in name), 0), least=0
+        )
+        stacked = next((len(x) for name, x in self.weights.items() if name.endswith(".qkv.lora_A")), 0) // max(rank, 1)
+        parts = ("lora_query", "lora_value", "lora_key")
+        stacked -= sum(options.flag(part, False) for part in parts)
+        for part in parts:
+            flags[part] = options.flag(part, stacked > 0)
+            stacked -= part not in options
+        return flags | {
+            "lora_r": rank,
+            "lora_alpha": options.number("lora_alpha", lora.Config.lora_alpha),
+            "lora_dropout": options.number("lora_dropout", lora.Config.lora_dropout, least=0),
+        }
+
+    def load(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantize: str | None = None
+    ) -> GPT:
+        """The model of `checkpoint`, fine-tuned, for inference. Nothing is loaded if what was trained does not fit it.
+
+        With `quantize` the weights of the checkpoint are quantised, and what an adapter or LoRA adds to them is not.
+        """
+        config = self.config(checkpoint.config)
+        if self.method == "full":
+            return load_model(LitGPTCheckpoint(self.path.parent, self.path.name, config), dtype, device, quantize)
+        method = _METHODS[self.method]
+        self.part(config)
+        model = load_model(checkpoint, dtype, device, quantize)
+        method.add(model, config)
+        model.load_state_dict(self.weights, strict=False)
+        method.finish(model)
+        return model
+
+    def part(self, config: Config) -> GPT:
+        """A model of that config with the trained weights, and without values of all others.
+
+        Raises `ValueError` if the weights are not those that such a model takes.
+        """
+        method, problems = _METHODS[self.method], []
+        model = meta_model(config, method.kind)
+        try:
+            missing, extra = model.load_state_dict(self.weights, strict=False, assign=True)
+            missing = [name for name in missing if method.is_trained(name, None)]
+            problems = [f"{kind} {names[0]}" for kind, names in (("lacks", missing), ("has", extra)) if names]
+        except RuntimeError as error:
+            problems = [str(error).splitlines()[1].strip()]
+        if problems:
+            name = model.config.name or "the checkpoint's model"
+            raise ValueError(f"{self.path} was not made from {name}: it {' and '.join(problems)}")
+        return model
+
+    def dtype(self, base_dtype: torch.dtype) -> torch.dtype:
+        """Of the weights that were trained: by the `precision` of the hyperparameters, else as the checkpoint's."""
+        precision = self.hyperparameters.text("precision", None, null=True)
+        if precision is None:
+            return base_dtype
+        dtype = _PRECISIONS.get(precision)
+        if dtype is None:
+            raise self.hyperparameters.error("precision", f"must be one of {', '.join(_PRECISIONS)}")
+        return dtype
+
+    def prompt_style(self) -> PromptStyle | None:
+        """The style that was trained, if it was saved with the weights."""
+        folder = self.path.parent
+        return load_prompt_style(folder) if has_prompt_style(folder) else None
+
+
+class LoRACheckpoint(Checkpoint):
+    """A folder with LoRA weights only: the checkpoint that was fine-tuned, with the matrices added as it is read.
+
+    Sums are made in float32. `dtype` is that of the fine-tuning.
+
+    Args:
+        path: The folder, or the file of LoRA weights.
+        base: The checkpoint that was fine-tuned (default: the one that the hyperparameters name).
+    """
+
+    def __init__(self, path: str | Path, base: Path | None = None) -> None:
+        self._finetuned = Finetuned(Path(path), "lora")
+        super().__init__(self._finetuned.path.parent)
+        self._base = open_checkpoint(find_checkpoint(self._finetuned.base(base)))
+        self.files = [*self._base.files, self._finetuned.path]
+
+    @cached_property
+    def config(self) -> Config:
+        return self._base.config
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return self._finetuned.dtype(self._base.dtype)
+
+    @cached_property
+    def tied(self) -> bool:
+        return self._base.tied and HEAD not in self._layers
+
+    @cached_property
+    def _layers(self) -> dict[str, lora.LoRALinear]:
+        """By the names of the weights that they add to."""
+        model = self._finetuned.part(self._finetuned.config(self.config))
+        layers = {
+            f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, lora.LoRALinear)
+        }
+        return {name: layer for name, layer in layers.items() if layer.r > 0}
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in self._base.tensors():
+            if name in self._layers:
+                with torch.no_grad():
+                    tensor = tensor.float() + self._layers[name].get_lora_AB().float()
+            yield name, tensor.to(self.dtype)
+
+    @property
+    def eos_ids(self) -> list[int]:
+        return super().eos_ids or self._base.eos_ids
+
+    def tokenizer(self) -> Tokenizer:
+        return super().tokenizer() if self._has_tokenizer else self._base.tokenizer()
+
+    @property
+    def _has_tokenizer(self) -> bool:
+        return any((self.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+    def copy_side_files(self, out_dir: Path) -> None:
+        if not self._has_tokenizer:
+            self._base.copy_side_files(out_dir)
+        copy_side_files(self.path, out_dir)
+
+    def prompt_style(self, tokenizer: Tokenizer | None = None) -> PromptStyle:
+        return self._finetuned.prompt_style() or self._base.prompt_style(tokenizer)

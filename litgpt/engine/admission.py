@@ -1,0 +1,79 @@
+"""Which row of the caches a sequence has: rows are given to those that join, and taken from those that are finished."""
+
+from collections import abc
+
+from litgpt.engine.sequence import Sequence
+from litgpt.model import GPT
+
+
+class Rows:
+    """The sequences of a batch, by row of the caches.
+
+    Args:
+        model: with caches.
+        batch_size: rows that the batch always has, some of them idle (None: as many as there are sequences, or, where the
+            model wants static shapes, were at most).
+    """
+
+    def __init__(self, model: GPT, batch_size: int | None) -> None:
+        self.model = model
+        self.batch_size = batch_size
+        self.sequences: list[Sequence | None] = []  # None: the row is idle
+
+    @property
+    def active(self) -> list[Sequence]:
+        """Sequences that are not finished."""
+        return [one for one in self.sequences if one is not None and one.finish_reason is None]
+
+    @property
+    def decoding(self) -> list[int]:
+        """Rows whose sequences are decoded."""
+        return [i for i, one in enumerate(self.sequences) if one is not None and one.is_decoding]
+
+    def free(self, count: int) -> list[int]:
+        """That many rows without an active sequence; where too few are in use, further ones of the caches join the batch."""
+        free = [i for i, one in enumerate(self.sequences) if one is None or one.finish_reason]
+        self._extend(len(self.sequences) + count - len(free))
+        free += range(len(self.sequences) - max(0, count - len(free)), len(self.sequences))
+        return free[:count]
+
+    def empty(self, rows: abc.Sequence[int]) -> None:
+        """Forget what the caches have in these rows."""
+        lengths = self.model.kv_caches()[0].row_lengths
+        self.model.rewind_kv_caches([length if i in rows else 0 for i, length in enumerate(lengths)])
+
+    def place(self, sequences: abc.Sequence[Sequence], rows: abc.Sequence[int]) -> None:
+        """Note that these sequences have these rows."""
+        for sequence, row in zip(sequences, rows, strict=True):
+            self.sequences[row] = sequence
+        self._extend(self.batch_size or 0)
+
+    def _extend(self, count: int) -> None:
+        """Have at least that many rows."""
+        missing = count - len(self.sequences)
+        if missing > 0:
+            self.model.extend_kv_caches(missing)
+            self.sequences += [None] * missing
+
+    def remove_finished(self) -> None:
+        """Make the batch as small as it may be: the last row moves into a gap, so that dropping one costs the copy of one.
+
+        Where the batch is to keep its size, rows become idle instead: they are empty, and stay so.
+        """
+        rows = self.sequences
+        finished = [i for i, one in enumerate(rows) if one is not None and one.finish_reason]
+        if not finished:
+            return
+        if self.batch_size is not None or self.model.static_shapes:
+            self.empty(finished)
+            for i in finished:
+                rows[i] = None
+            return
+        order = list(range(len(rows)))
+        for i in reversed(finished):
+            order[i], rows[i] = order[-1], rows[-1]
+            order.pop(), rows.pop()
+        if order:
+            self.model.reorder_kv_caches(order)
+        else:
+            self.model.crop_kv_caches(0)

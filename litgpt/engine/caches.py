@@ -1,0 +1,201 @@
+"""Whose caches a model runs with, and whether sequences fit into them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from threading import Lock, get_ident
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from litgpt.model import GPT, LayerCaches
+
+ROOM = 1024  # least capacity of default caches that are to last
+COMPILED_ROOM = 4096  # and of those that code is compiled for
+
+T = TypeVar("T")
+
+
+def prepare_caches(model: GPT, batch_size: int, max_length: int, roomy: bool = False) -> None:
+    """See that the model's caches take `batch_size` rows of `max_length` tokens, before any work is done.
+
+    Default caches are made, or enlarged; caches that were assigned have to do as they are. `roomy` makes them larger than
+    needed, so that longer sequences will find them large enough; so does compiled code, which is made for their size.
+
+    Raises:
+        ValueError: if the sequences are longer than the model's context, or the caches too small.
+    """
+    model.expect_length(max_length)
+    caches = model.kv_caches()
+    if not caches or model.default_kv_caches:
+        if max_length > model.max_seq_length:
+            raise ValueError(_too_long(model, max_length))
+        fits = len(caches) == model.config.n_layer and all(
+            cache.batch_size >= batch_size and (cache.policy.evicts or cache.cache_length >= max_length)
+            for cache in caches
+        )
+        if not fits:
+            room = max_length
+            if roomy or model.static_shapes:
+                room = max(COMPILED_ROOM if model.static_shapes else ROOM, 1 << (max_length - 1).bit_length())
+            model.set_kv_caches(batch_size, max_seq_length=min(room, model.max_seq_length))
+    check_caches(model, batch_size, max_length)
+
+
+def check_caches(model: GPT, batch_size: int, max_length: int) -> None:
+    """See that the caches which the model has take `batch_size` rows of `max_length` tokens.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    caches = model.kv_caches()
+    rows = min((cache.batch_size for cache in caches), default=0)
+    if rows < batch_size:
+        raise ValueError(f"{batch_size} sequences at once, but the caches hold batch_size={rows}")
+    slots = min((cache.cache_length for cache in caches if cache.max_prefill_length is not None), default=max_length)
+    if slots < max_length:
+        raise ValueError(
+            f"prompt and new tokens come to {max_length} tokens, but the cache holds cache_length={slots} "
+            "and does not evict: ask for fewer tokens, or use a longer or an evicting cache"
+        )
+    if max_length > model.max_seq_length and not all(cache.unbounded for cache in caches):
+        raise ValueError(_too_long(model, max_length))
+
+
+def _too_long(model: GPT, max_length: int) -> str:
+    return (
+        f"prompt and new tokens come to {max_length} tokens, but the model's context is {model.max_seq_length}: "
+        "shorten the prompt, ask for fewer tokens, or use a cache that evicts (lastrec)"
+    )
+
+
+@dataclass
+class _Use:
+    """Who runs a model at the moment."""
+
+    lock: Lock = field(default_factory=Lock)
+    thread: int | None = None  # that has the lock
+    displaced: LayerCaches | None = None  # the model's own caches, while those of a lease are in their place
+    claim: object = None  # of the lease whose sequences are in the model's own caches
+    running: "CacheLease | None" = None  # whose caches are in the model
+
+
+_uses: WeakKeyDictionary[GPT, _Use] = WeakKeyDictionary()
+_uses_lock = Lock()
+
+
+class CacheLease:
+    """The caches that one user of a model works with: those of its own, which are in the model only while it runs, or the
+    model's own, where they are.
+
+    One thread at a time runs a model. Whatever a run is interrupted by, the next one finds the model's own caches in the
+    model, and what it then runs with is sound: caches of an interrupted run are emptied.
+
+    Args:
+        model: whose layers the caches are for.
+        caches: of the lease's own, perhaps yet to be made by `prepare_caches` (None: the model's, in place).
+    """
+
+    def __init__(self, model: GPT, caches: LayerCaches | None = None) -> None:
+        self.model = model
+        self._caches = caches
+        with _uses_lock:
+            self._use = _uses.setdefault(model, _Use())
+        self._interrupted = False
+        self._claim: object = None
+
+    @property
+    def caches(self) -> LayerCaches | None:
+        """The lease's own caches, which are empty after an interrupt (None: it works with the model's)."""
+        if self._interrupted and self._use.running is not self:
+            for cache in self._caches.caches:
+                cache.clear()
+            self._interrupted = False
+        return self._caches
+
+    @classmethod
+    def take(cls, model: GPT) -> "CacheLease":
+        """What a call without caches of its own works with: caches that were assigned to the model, in place; else the
+        default caches that the model has, which are the lease's until `release`, or, if it has none, new ones."""
+        lease = cls(model)
+        return lease._locked(lease._take)
+
+    def _take(self) -> "CacheLease":
+        own = self._own_caches()
+        if own.caches and not own.default:
+            return self
+        self._set_own_caches(LayerCaches())
+        self._caches = own
+        return self
+
+    def release(self) -> None:
+        """Give default caches back to the model, unless it has got others; they serve the next call."""
+        if self._caches is not None:
+            self._locked(self._release)
+
+    def _release(self) -> None:
+        caches, self._caches = self._caches, LayerCaches()
+        if caches.default and not self._own_caches().caches:
+            self._set_own_caches(caches)
+
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """`function(*args)`, with the lease's caches in the model."""
+        return self._locked(self._run, function, *args)
+
+    def claim(self) -> None:
+        """Begin new sequences in the caches; whose sequences were in the model's own is overtaken."""
+        self._claim = self._use.claim = object()
+
+    @property
+    def overtaken(self) -> bool:
+        """Whether others have begun sequences in the caches."""
+        return self._caches is None and self._use.claim is not self._claim
+
+    def _locked(self, function: Callable[..., T], *args: Any) -> T:
+        use = self._use
+        if use.thread == get_ident() and use.lock.locked():  # in a run of this thread, as by a hook
+            return function(*args)
+        with use.lock:
+            use.thread, use.running = get_ident(), None
+            try:
+                if use.displaced is not None:  # an interrupt has left a lease's caches in the model
+                    self.model.exchange_kv_caches(use.displaced)
+                    use.displaced = None
+                return function(*args)
+            finally:
+                use.thread = use.running = None
+
+    def _run(self, function: Callable[..., T], *args: Any) -> T:
+        use = self._use
+        if self._caches is None or use.running is self:
+            return function(*args)
+        found, others, placed = self.model.layer_caches(), use.running, False
+        outermost = use.displaced is None
+        try:
+            if outermost:
+                use.displaced = found
+            caches = self.caches
+            self._interrupted, use.running = True, self
+            self.model.exchange_kv_caches(caches)
+            placed = True
+            result = function(*args)
+            self._interrupted = False
+            return result
+        except Exception:
+            self._interrupted = not placed  # the model has emptied what it left half done
+            raise
+        finally:
+            if placed:
+                self._caches = self.model.layer_caches()
+            use.running = others
+            self.model.exchange_kv_caches(use.displaced if outermost and use.displaced is not None else found)
+            if outermost:
+                use.displaced = None
+
+    def _own_caches(self) -> LayerCaches:
+        """The model's own caches."""
+        return self.model.layer_caches() if self._use.displaced is None else self._use.displaced
+
+    def _set_own_caches(self, caches: LayerCaches) -> None:
+        if self._use.displaced is None:
+            self.model.exchange_kv_caches(caches)
+        else:
+            self._use.displaced = caches

@@ -1,0 +1,133 @@
+"""One sequence that is generated: its prompt, how its tokens are drawn, and what came of it so far."""
+
+import copy
+import random
+from collections import abc
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+
+from litgpt.engine.sampling import Sampling, check_finite, whole_number
+from litgpt.engine.stopping import StopMatcher
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sequence that is generated, from its prompt to its last token.
+
+    Args:
+        prompt: tokens (T,), at least one. Sequences that share one tensor share its prefill.
+        max_new_tokens: most tokens to draw.
+        sampling: how they are drawn.
+        stop_tokens: sequences of tokens, each of which ends the output.
+        include_eos: whether such a sequence is part of the output.
+        logprobs: None, or how many of the likeliest tokens are told with each drawn one's log-probability. These are the
+            model's own (of its logits before penalties, temperature and so on).
+
+    Attributes:
+        tokens: the prompt, and after it all tokens drawn so far.
+        prompt_length: tokens of the prompt.
+        n_prefilled: tokens of the prompt that are in the caches.
+        n_output: how many of the drawn tokens are known to be output.
+        finish_reason: "stop" (a stop sequence came), "length" (`max_new_tokens` did), "cancelled", or None: not finished.
+        token_logprobs: natural logarithms of the drawn tokens' probabilities, if asked for.
+        top_logprobs: {token: log-probability} of the likeliest tokens in place of each drawn one, if asked for.
+
+    Raises:
+        ValueError: for an empty prompt, or numbers that mean nothing.
+    """
+
+    prompt: torch.Tensor
+    max_new_tokens: int
+    sampling: Sampling = Sampling()
+    stop_tokens: abc.Sequence[abc.Sequence[int]] = ()
+    include_eos: bool = False
+    logprobs: int | None = None
+    tokens: list[int] = field(init=False)
+    prompt_length: int = field(init=False)
+    n_prefilled: int = field(default=0, init=False)
+    n_output: int = field(default=0, init=False)
+    finish_reason: Literal["stop", "length", "cancelled"] | None = field(default=None, init=False)
+    token_logprobs: list[float] = field(default_factory=list, init=False)
+    top_logprobs: list[dict[int, float]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        if self.prompt.ndim != 1 or not len(self.prompt):
+            raise ValueError(f"every prompt needs at least one token, (T,), got {tuple(self.prompt.shape)}")
+        self.max_new_tokens = whole_number("max_new_tokens", self.max_new_tokens, 1)
+        if self.logprobs is not None:
+            self.logprobs = whole_number("logprobs", self.logprobs, 0, "None: none")
+        self.tokens = self.prompt.tolist()
+        self.prompt_length = len(self.tokens)
+        self._stops = StopMatcher(self.stop_tokens, self.include_eos)
+        self._random = None if self.sampling.seed is None else random.Random(self.sampling.seed)
+        if self.sampling.processors:
+            self.sampling = replace(self.sampling, processors=tuple(map(copy.copy, self.sampling.processors)))
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """The tokens drawn so far."""
+        return self.tokens[self.prompt_length :]
+
+    @property
+    def output(self) -> list[int]:
+        """Those of them that are known to be output."""
+        return self.tokens[self.prompt_length : self.prompt_length + self.n_output]
+
+    @property
+    def n_new(self) -> int:
+        """How many tokens have been drawn."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
+    def n_left(self) -> int:
+        """How many tokens may still be drawn."""
+        return self.max_new_tokens - self.n_new
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens that the sequence will have."""
+        return self.prompt_length + self.max_new_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the prompt is in the caches and the first token is drawn."""
+        return len(self.tokens) > self.prompt_length
+
+    @property
+    def has_seed(self) -> bool:
+        """Whether its random numbers are its own."""
+        return self._random is not None
+
+    def uniform(self) -> float:
+        """The next random number, in [0, 1)."""
+        # 32 bits: as a float64 it stays below 1 when it is multiplied with a sum near 1
+        return torch.rand(()).item() if self._random is None else self._random.getrandbits(32) / 2**32
+
+    def adjust(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits (V,) of the next token after penalties, bias and processors, float32."""
+        return self.sampling.adjust(logits, self.tokens, self.prompt_length)
+
+    def append(self, token: int, logits: torch.Tensor) -> list[int]:
+        """Take the next token, drawn from the model's `logits` (V,); the tokens that are now known to be output. May finish
+        the sequence."""
+        if self.logprobs is not None:
+            self._note_logprobs(token, logits)
+        self.tokens.append(token)
+        output = self._stops.push(token)
+        if self._stops.stopped:
+            self.finish_reason = "stop"
+        elif not self.n_left:
+            output += self._stops.flush()
+            self.finish_reason = "length"
+        self.n_output += len(output)
+        return output
+
+    def _note_logprobs(self, token: int, logits: torch.Tensor) -> None:
+        logprobs = logits.float().log_softmax(dim=-1)
+        values, tokens = logprobs.topk(self.logprobs)
+        drawn = logprobs[token].item()
+        check_finite(drawn == drawn)  # a logits processor may have put something else in place of NaN
+        self.token_logprobs.append(drawn)
+        self.top_logprobs.append(dict(zip(tokens.tolist(), values.tolist(), strict=True)))

@@ -1,0 +1,46 @@
+"""Errors in the words of those who use the program."""
+
+import os
+import re
+import traceback
+
+USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, IndexError, MemoryError)
+"""What bad input or a machine's limits lead to; any other exception is a defect of the program."""
+
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Unable to allocate", re.IGNORECASE)
+
+
+def debugging() -> bool:
+    """Whether tracebacks are wanted, by `LITGPT_DEBUG=1`."""
+    return os.environ.get("LITGPT_DEBUG", "0") not in ("", "0")
+
+
+def describe(error: BaseException) -> str:
+    """An error as one line."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
+        return _describe_out_of_memory(text)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {str(error.filename)!r}" if error.filename is not None else "")
+    frames = traceback.extract_tb(error.__traceback__)
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = bool(modules) and modules[-1].partition(".")[0] in ("litgpt", "__main__")
+    if not isinstance(error, USER_ERRORS):
+        place = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+        return f"internal error: {type(error).__name__}: {text}{place} (LITGPT_DEBUG=1 shows the traceback)"
+    if text and ours:
+        return text
+    return f"{type(error).__name__}{': ' if text else ''}{text} (LITGPT_DEBUG=1 shows where)"
+
+
+def _describe_out_of_memory(text: str) -> str:
+    asked = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", text)
+    size = ""
+    if asked:
+        size = (
+            f" ({int(asked[1]) / 1e9:.1f} GB more were asked for)" if asked[1] else f" ({asked[2]} more were asked for)"
+        )
+    return (
+        f"out of memory{size}: take a smaller model, --quantize int8 or int4, a shorter prompt, a smaller --cache_length "
+        "or fewer sequences at once"
+    )

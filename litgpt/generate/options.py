@@ -1,0 +1,328 @@
+"""The options of the commands that generate: each is declared once, with its type, default, limits and help."""
+
+import inspect
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from litgpt.engine.drafting import Drafter, PromptLookup
+from litgpt.engine.loading import Quantization, choose_kv_caches
+from litgpt.engine.sampling import Sampling
+from litgpt.engine.session import Session
+from litgpt.kvcache.factory import check_name
+from litgpt.model import GPT
+
+DEFAULT_PROMPT = "What food do llamas eat?"
+_SHOWN = 60  # characters of a value in an error message
+
+Kind = TypeVar("Kind", bound="Options")
+
+
+def option(default: Any, help: str, least: int | None = None, most: int | None = None) -> Any:
+    """A field of an `Options` class: an option with its default value (`MISSING`: it has to be given) and help, and where
+    it is a whole number its least and its largest value."""
+    return field(default=default, metadata={"help": help, "least": least, "most": most})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Values of options, checked.
+
+    Raises:
+        ValueError: for a value of the wrong type or out of range, which is named.
+    """
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            object.__setattr__(self, item.name, checked(item, getattr(self, item.name)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """How the weights of a model are loaded."""
+
+    quantize: Quantization | None = option(
+        None, "Keep the weights in fewer bits: int8, int4, or those of bitsandbytes (bnb.*, needs a GPU)."
+    )
+    precision: str | None = option(
+        None, "bf16-true, 16-true or 32-true. Default: the fastest one that the device computes in."
+    )
+    compile: bool = option(False, "Compile the decode step. Takes a while at first, and is faster then.")
+    access_token: str | None = option(None, "Of the Hugging Face hub, for models that ask for one.")
+
+    def loading(self) -> dict[str, Any]:
+        """These options, as arguments of `make_ready`."""
+        return {item.name: getattr(self, item.name) for item in fields(ModelOptions)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions(ModelOptions):
+    """Which model is loaded, and how."""
+
+    checkpoint_dir: Path | None = option(
+        None,
+        "Folder of a checkpoint (Hugging Face or LitGPT), a .gguf file, or a model's name. Default: a small model that is "
+        "fetched once.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions(Options):
+    """How tokens are drawn, and how many."""
+
+    max_new_tokens: int = option(50, "Most tokens of an answer.", least=1)
+    top_k: int | None = option(50, "Draw each token from the k likeliest ones only.")
+    top_p: float = option(1.0, "Draw each token from the likeliest ones whose probabilities add up to this.")
+    min_p: float = option(
+        0.0, "Draw each token from those that are at least this times as likely as the likeliest one."
+    )
+    temperature: float = option(
+        0.8, "Below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest one."
+    )
+    repetition_penalty: float = option(
+        1.0, "Above 1 makes tokens that were there before, prompt included, less likely."
+    )
+    presence_penalty: float = option(0.0, "Subtracted from the logits of tokens that the answer has.")
+    frequency_penalty: float = option(0.0, "Subtracted from the logits of the answer's tokens as often as it has them.")
+    logit_bias: dict[int, float] | None = option(
+        None, 'Added to the logits of tokens, such as {"11": -100, "42": 1.5}: token ids and numbers.'
+    )
+    seed: int = option(
+        1234,
+        "Seed of the random draws. Every answer has its own; they count up from this.",
+        least=-(2**63),
+        most=2**63 - 1,
+    )
+
+    def sampling(self) -> Sampling:
+        """The settings of the first answer.
+
+        Raises:
+            ValueError: for settings that make no sense.
+        """
+        return Sampling(**{name: getattr(self, name) for name in SAMPLING_NAMES})
+
+
+SAMPLING_NAMES = tuple(item.name for item in fields(SamplingOptions) if item.name != "max_new_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptLookupOptions(Options):
+    """Draft tokens without a draft model."""
+
+    prompt_lookup: int | None = option(
+        None,
+        "Draft up to this many next tokens at a time from the text so far, and check them in one call. The answer stays "
+        "the same; one that repeats much of the text comes faster. 15 is a good value. Default: none.",
+        least=1,
+    )
+
+    def drafter(self) -> Drafter | None:
+        """What drafts tokens, if something does."""
+        return None if self.prompt_lookup is None else PromptLookup(self.prompt_lookup)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions(Options):
+    """The key-value cache, and how a prompt enters it."""
+
+    kv_cache: str = option(
+        "dense", "What the key-value cache keeps: dense (every token) or lastrec (the last cache_length ones)."
+    )
+    cache_length: int | None = option(
+        None, "Tokens that the key-value cache holds. Default: as many as are needed (dense), 1024 (lastrec).", least=1
+    )
+    sinks: int = option(0, "First tokens that a lastrec cache never drops.", least=0)
+    prompt_chunksize: int | None = option(
+        None, "Most tokens of a prompt that go through the model at once. Default: all of them.", least=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_name(self.kv_cache)
+
+    def assign_caches(self, model: GPT, batch_size: int = 1) -> None:
+        """Give the model the caches for `batch_size` rows.
+
+        Raises:
+            ValueError: if there are no such caches.
+        """
+        choose_kv_caches(model, self.kv_cache, self.cache_length, batch_size, self.sinks)
+
+    def session_of(self, model: GPT) -> Session:
+        """A session with such caches.
+
+        Raises:
+            ValueError: if there are no such caches.
+        """
+        return Session(model, self.kv_cache, self.cache_length, self.sinks, self.prompt_chunksize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(SamplingOptions, CacheOptions):
+    """What is answered, how often, and where answers go. All commands `generate*` have these options."""
+
+    prompt: str = option(DEFAULT_PROMPT, "The text to answer.")
+    prompts: Path | None = option(
+        None,
+        'File of prompts to answer instead: one a line, or, if it is called .jsonl, JSON objects with a "prompt" and, if '
+        'need be, a "sys_prompt", "max_new_tokens", "id", and settings such as "temperature" or "seed". Answers are JSON '
+        "objects, one a line, in the same order.",
+    )
+    out: Path | None = option(None, "File for answers as JSON lines. Default: stdout.")
+    batch_size: int = option(8, "Most answers to a file of prompts that are generated at the same time.", least=1)
+    sys_prompt: str | None = option(None, "System prompt, where the model's chat template has one.")
+    num_samples: int = option(
+        1, "Number of answers to a prompt, generated together as one batch.", least=1, most=1_000_000
+    )
+    logprobs: int | None = option(
+        None,
+        "Give answers as JSON with each token's log-probability, and those of this many likeliest ones.",
+        least=0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.prompt:
+            raise ValueError("the prompt is empty: give some text with --prompt")
+        if self.prompts is not None and self.prompt != DEFAULT_PROMPT:
+            raise ValueError("there are a --prompt and a file of --prompts: give one of them")
+        if self.out is not None:
+            _check_file(self.out, self.prompts)
+
+    @property
+    def as_json(self) -> bool:
+        """Whether answers are JSON lines; else they are plain text."""
+        return self.prompts is not None or self.out is not None or self.logprobs is not None
+
+
+def _check_file(out: Path, prompts: Path | None) -> None:
+    """Raise `ValueError` if answers cannot go to the file `out`."""
+    target = Path(os.path.realpath(out))
+    if target.is_symlink():
+        raise ValueError(f"--out {str(out)!r} is a link that leads to itself")
+    if target.is_dir():
+        raise ValueError(f"--out {str(out)!r} is a folder: give the name of a file in it")
+    if not target.parent.is_dir():
+        raise ValueError(f"--out {str(out)!r}: there is no folder {str(target.parent)!r}")
+    if prompts is not None and target.is_file() and prompts.is_file() and target.samefile(prompts):
+        raise ValueError(f"--out {str(out)!r} is the file of --prompts: give another one")
+
+
+def checked(item: Any, value: Any, name: str | None = None) -> Any:
+    """The value of an option (a dataclass field made by `option`) in its type; `name` is what errors call it.
+
+    Raises:
+        ValueError: if it is none, with the option's name.
+    """
+    name = name or item.name
+    kinds = get_args(item.type) if isinstance(item.type, UnionType) or NoneType in get_args(item.type) else [item.type]
+    if value is None and NoneType in kinds:
+        return None
+    value = converted(name, value, kinds[0])
+    least, most = item.metadata["least"], item.metadata["most"]
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {shown(value)}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most:,}, got {shown(value)}")
+    return value
+
+
+def converted(name: str, value: Any, kind: Any) -> Any:
+    """`value` as a `kind`: int, float, bool, str, Path, a Literal or a dict of them; `ValueError`, with its name, if it is
+    no such thing, or a number that is not finite."""
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if kind is float and isinstance(value, Real) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            raise ValueError(f"{name} must be a finite number, got {shown(value)}")
+        return number
+    if kind is str and isinstance(value, str):
+        check_text(name, value)
+        return value
+    if kind is Path and isinstance(value, str | os.PathLike):
+        return Path(value)
+    if get_origin(kind) is Literal and value in get_args(kind):
+        return value
+    if get_origin(kind) is dict and isinstance(value, Mapping):
+        of_keys, of_values = get_args(kind)
+        return {_key(name, key, of_keys): converted(f"{name}[{shown(key)}]", x, of_values) for key, x in value.items()}
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
+    if get_origin(kind) is Literal:
+        expected = f"one of {', '.join(map(repr, get_args(kind)))}"
+    else:
+        expected = names.get(kind, "an object of names and values")
+    raise ValueError(f"{name} is not {expected}: {shown(value)}")
+
+
+def _key(name: str, key: Any, kind: Any) -> Any:
+    """A key of a mapping; whole numbers may be spelled as text, as JSON has to."""
+    if kind is int and isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,18}", key):
+        return int(key)
+    return converted(f"a key of {name}", key, kind)
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise `ValueError` if a text has what is no character: half of a surrogate pair, or bytes that are not UTF-8."""
+    if found := re.search("[\ud800-\udfff]", text):
+        place = f"at character {found.start() + 1}"
+        if "\udc80" <= found[0] <= "\udcff":
+            raise ValueError(f"{name} is not UTF-8 {place}: byte 0x{ord(found[0]) - 0xDC00:02x}")
+        raise ValueError(f"{name} has half of a surrogate pair {place}: \\u{ord(found[0]):04x}")
+
+
+def shown(value: Any) -> str:
+    """A value for an error message: `repr`, shortened."""
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python writes
+        return "a number of thousands of digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def command(kind: type[Kind], *positional: str) -> Callable[[Callable[[Kind], None]], Callable[..., None]]:
+    """Turn a function of options into a command: a function that has every option as a parameter.
+
+    Args:
+        kind: the class of the options.
+        positional: options that may be given by position, in this order; the others are given by name.
+
+    Returns:
+        A decorator. The command's signature and docstring tell of all options, whatever reads them: people, the command
+        line, or a script that calls the command as a function.
+    """
+    options = {item.name: item for item in fields(kind)}
+    parameters = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD if name in positional else inspect.Parameter.KEYWORD_ONLY,
+            default=inspect.Parameter.empty if options[name].default is MISSING else options[name].default,
+            annotation=options[name].type,
+        )
+        for name in (*positional, *(name for name in options if name not in positional))
+    ]
+    signature = inspect.Signature(parameters, return_annotation=None)
+    explained = "\n".join(f"    {p.name}: {options[p.name].metadata['help']}" for p in parameters)
+
+    def decorate(run: Callable[[Kind], None]) -> Callable[..., None]:
+        def main(*args: Any, **kwargs: Any) -> None:
+            run(kind(**signature.bind(*args, **kwargs).arguments))
+
+        main.__signature__ = signature
+        main.__doc__ = f"{inspect.getdoc(run)}\n\nArgs:\n{explained}\n"
+        main.__name__, main.__qualname__, main.__module__ = run.__name__, run.__qualname__, run.__module__
+        return main
+
+    return decorate

@@ -1,0 +1,266 @@
+"""Compiles `cpu.cpp` and what it includes for this machine, once, and keeps the result in a folder of this user's own.
+
+What is in that folder is run, so neither the folder nor a file is used that belongs to someone else or that others may
+write, and a file's name has a digest of what is in it. A compiler that fails is not tried again.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from litgpt.kernels import processor
+from litgpt.kernels.processor import InstructionSet
+from litgpt.waiting import waiting
+
+log = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent
+# sums may be reordered, for vectors of them; infinities and NaN keep their meaning
+FLAGS = "-std=c++17 -O3 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros"
+TIMEOUT = 300  # seconds
+
+Load = Callable[[str], ctypes.CDLL]  # from a path; `OSError` or `AttributeError` where that is no library of ours
+
+
+class CompilationError(RuntimeError):
+    """The compiler fails, or makes what is no library."""
+
+
+def kernels_for(target: InstructionSet, load: Load) -> ctypes.CDLL | None:
+    """The library of kernels, compiled if it is not there yet. None, after one line that says why: there can be none."""
+    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    wanted = Names.of(target, compiler)
+    for path in folders():
+        try:
+            with PrivateFolder.open(path) as folder:
+                return _kept(folder, wanted, load) or _new(folder, wanted, compiler, load)
+        except OSError as error:
+            log.warning(f"{path} is not used for compiled kernels: {error.strerror or error}")
+    return None
+
+
+def folders() -> list[Path]:
+    """Where compiled kernels may be kept: the first that is fit for it is used."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [cache / "litgpt" / "kernels", Path(tempfile.gettempdir(), f"litgpt-kernels-{os.geteuid()}")]
+
+
+@dataclass(frozen=True)
+class Names:
+    """What the files of this source, processor and compiler are called."""
+
+    target: InstructionSet
+    start: str
+    compiler: str | None  # a part of the name; None: any
+
+    @classmethod
+    def of(cls, target: InstructionSet, compiler: str | None) -> "Names":
+        source = b"".join(path.read_bytes() for path in (SOURCES / "cpu.cpp", *sorted(SOURCES.glob("*.h"))))
+        settings = " ".join((FLAGS, *target.flags, processor.fingerprint()))
+        start = f"kernels-{target.name}-{_digest(source, settings.encode())}"
+        if compiler is None:
+            return cls(target, start, None)
+        path = os.path.realpath(compiler)
+        about = os.stat(path)
+        return cls(target, start, _digest(f"{path} {about.st_size} {about.st_mtime_ns}".encode())[:8])
+
+    def digest_in(self, name: str) -> str | None:
+        """The digest that a library of this name says to have; None: it is none of these."""
+        match = re.fullmatch(rf"{re.escape(self.start)}-(\w+)\.(\w+)\.so", name)
+        return match[2] if match and self.compiler in (None, match[1]) else None
+
+    def library(self, content: bytes) -> str:
+        return f"{self.start}-{self.compiler}.{_digest(content)}.so"
+
+    @property
+    def failure(self) -> str:
+        return f"{self.start}-{self.compiler or 'none'}.failed"
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
+
+
+class PrivateFolder:
+    """A folder that only this user may write. Files are opened in it whatever its path leads to by now."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path, self.fd = path, fd
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: Path) -> Iterator["PrivateFolder"]:
+        """Make the folder if it is not there.
+
+        Raises:
+            OSError: if that is not possible, or it is not this user's own alone.
+        """
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            _check_owner(os.fstat(fd), "chmod go-w makes it fit")
+            if os.fstatvfs(fd).f_flag & os.ST_NOEXEC:
+                raise OSError("its file system is mounted with noexec")
+            yield cls(path, fd)
+        finally:
+            os.close(fd)
+
+    def open_file(self, name: str, flags: int = os.O_RDONLY) -> int:
+        """A descriptor of a regular file of this user's own.
+
+        Raises:
+            OSError: if it is none.
+        """
+        fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=self.fd)
+        try:
+            about = os.fstat(fd)
+            if not stat.S_ISREG(about.st_mode):
+                raise OSError(f"{name} is not a regular file")
+            _check_owner(about)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def remove(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(name, dir_fd=self.fd)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file that is there in whole or not at all, also after a crash."""
+        temporary = f".{name}.{os.getpid()}"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=self.fd)
+        try:
+            with open(fd, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(fd)
+            os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        except BaseException:
+            self.remove(temporary)
+            raise
+        os.fsync(self.fd)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held by one process at a time, where the file system has locks."""
+        fd = self.open_file("lock", os.O_RDWR | os.O_CREAT)
+        try:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                with _announced("Waiting for another process that compiles kernels"):
+                    fcntl.flock(fd, fcntl.LOCK_EX)
+            except OSError:
+                pass
+            yield
+        finally:
+            os.close(fd)
+
+
+def _check_owner(about: os.stat_result, remedy: str = "") -> None:
+    if about.st_uid != os.geteuid():
+        raise OSError("it belongs to another user")
+    if about.st_mode & 0o022:
+        raise OSError(f"others may write it{remedy and f' ({remedy})'}")
+
+
+def _kept(folder: PrivateFolder, wanted: Names, load: Load) -> ctypes.CDLL | None:
+    """The library if it is there and as it was written; one that is not is removed."""
+    for name in sorted(os.listdir(folder.fd)):
+        digest = wanted.digest_in(name)
+        if digest is None:
+            continue
+        with contextlib.suppress(OSError, AttributeError):
+            fd = folder.open_file(name)  # not closed: what is loaded under this name is to be this file, and no other
+            with open(fd, "rb", closefd=False) as file:
+                content = file.read()
+            if _digest(content) == digest:
+                return load(f"/proc/self/fd/{fd}")
+        folder.remove(name)
+    return None
+
+
+def _new(folder: PrivateFolder, wanted: Names, compiler: str | None, load: Load) -> ctypes.CDLL | None:
+    """The library, compiled now, unless that failed before."""
+    if _is_known_to_fail(folder, wanted):
+        return None
+    with folder.lock():
+        found = _kept(folder, wanted, load)  # made by another process meanwhile
+        if found is not None or _is_known_to_fail(folder, wanted):
+            return found
+        for name in os.listdir(folder.fd):
+            if name.startswith("."):  # of a process that was killed
+                folder.remove(name)
+        try:
+            if compiler is None:
+                raise CompilationError(f"there is no compiler {os.environ.get('CXX') or 'g++'!r}")
+            with _announced("Compiling kernels for this processor, once, which takes up to half a minute"):
+                content = _compile(compiler, wanted.target)
+            folder.write(wanted.library(content), content)
+            library = _kept(folder, wanted, load)
+            if library is None:
+                raise CompilationError(f"{compiler} makes what cannot be loaded")
+            return library
+        except CompilationError as error:
+            folder.write(wanted.failure, f"{error}\n".encode())
+            log.warning(
+                f"No compiled kernels, so everything is slower: {error} "
+                f"(not tried again until {folder.path / wanted.failure} is deleted or the compiler is another)"
+            )
+            return None
+
+
+def _is_known_to_fail(folder: PrivateFolder, wanted: Names) -> bool:
+    try:
+        os.close(folder.open_file(wanted.failure))
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _announced(message: str) -> Iterator[None]:
+    """Around what takes seconds: a spinner on a terminal, else a line in the log, which by default is stderr too."""
+    if not sys.stderr.isatty():
+        log.warning(message)
+    with waiting(message):
+        yield
+
+
+def _compile(compiler: str, target: InstructionSet) -> bytes:
+    with tempfile.TemporaryDirectory() as temporary:
+        unlinked, linked = Path(temporary, "kernels.o"), Path(temporary, "kernels.so")
+        run = functools.partial(subprocess.run, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
+        for step in (
+            [*FLAGS.split(), *target.flags, "-c", str(SOURCES / "cpu.cpp"), "-o", str(unlinked)],
+            # not linked with OpenMP: the threads are to be those of torch, whose library is loaded already
+            ["-shared", str(unlinked), "-o", str(linked)],
+        ):
+            try:
+                result = run([compiler, *step])
+            except subprocess.TimeoutExpired:
+                raise CompilationError(f"{compiler} has not finished after {TIMEOUT} seconds") from None
+            except OSError as error:
+                raise CompilationError(f"{compiler} cannot be run: {error.strerror}") from None
+            if result.returncode:
+                lines = [line for line in result.stderr.splitlines() if "error" in line] or ["no message"]
+                raise CompilationError(f"{compiler} fails: {lines[0].strip()[:200]}")
+        if not linked.is_file():
+            raise CompilationError(f"{compiler} makes no library")
+        return linked.read_bytes()

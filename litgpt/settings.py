@@ -1,0 +1,226 @@
+"""Values from JSON and YAML files, read with the type and the range they must have: what does not fit is one line."""
+
+import json
+import re
+import reprlib
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin
+
+LARGEST = 2**31 - 1  # of whole numbers: sizes beyond it fit no memory
+_MISSING: Any = object()
+_KINDS = {
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    str: "a text",
+    dict: "names with values",
+    list: "a list",
+    type(None): "null",
+}
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+# a text in quotes, or a comma before a closing bracket; and what ends a value at the end of a line before a text
+_LAST_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])')
+_NO_COMMA = re.compile(r'("(?:[^"\\]|\\.)*"|[\]}\w])(?=\s*\n\s*")')
+
+
+def shown(value: Any) -> str:
+    """A value for an error message: as Python writes it, but short."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def listed(names: Collection[str], most: int = 5) -> str:
+    """The first of some names, and how many there are."""
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return ", ".join(list(names)[:most]) + more
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind: a type as in an annotation, `list[int] | None` say.
+
+    Whole numbers are numbers, true and false are not. Numbers are finite.
+    """
+    if isinstance(kind, UnionType):
+        return any(fits(value, one) for one in get_args(kind))
+    if (origin := get_origin(kind)) in (list, tuple):
+        return isinstance(value, (list, tuple)) and all(fits(one, get_args(kind)[0]) for one in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(one, get_args(kind)[1]) for one in value.values())
+    if kind is float:
+        # whole numbers of hundreds of digits are no floats
+        return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e300
+    if kind is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def described(kind: Any) -> str:
+    """A kind in words: "a whole number or null"."""
+    if isinstance(kind, UnionType):
+        return " or ".join(described(one) for one in get_args(kind))
+    if get_origin(kind) is list:
+        return f"a list, each entry {described(get_args(kind)[0])}"
+    return _KINDS[get_origin(kind) or kind]
+
+
+class Settings:
+    """What a file says, as names and values; every value is read by one of the methods below, which check it.
+
+    A `default` is for a name that the file lacks; without one the name is needed. Only with `null=True` may the file say
+    null, which is then `None`. What is not as it must be raises `ValueError` with the file, the name and the value.
+
+    Args:
+        values: The names and values.
+        where: What messages call the file.
+        path: Names of the sections that hold these values, with dots.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str = "config.json", path: str = "") -> None:
+        self._values, self.where, self._path = values, where, path
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def equals(self, other: "Settings") -> bool:
+        """Whether both have the same names and values."""
+        return self._values == other._values
+
+    def is_set(self, key: str) -> bool:
+        """Whether the file has the name, with another value than null."""
+        return self._values.get(key) is not None
+
+    def value(self, key: str, kind: Any, default: Any = _MISSING) -> Any:
+        """A value of any kind (see `fits`)."""
+        if key not in self._values:
+            if default is _MISSING:
+                raise ValueError(f"{self.where} lacks {self._path + key!r}")
+            return default
+        value = self._values[key]
+        if not fits(value, kind):
+            raise self.error(key, f"must be {described(kind)}")
+        return value
+
+    def whole(
+        self, key: str, default: Any = _MISSING, *, least: int = 1, most: int = LARGEST, null: bool = False
+    ) -> Any:
+        """A whole number from `least` to `most`."""
+        value = self.value(key, int | None if null else int, default)
+        if key in self and value is not None and not least <= value <= most:
+            raise self.error(key, f"must be from {least} to {most}")
+        return value
+
+    def number(
+        self,
+        key: str,
+        default: Any = _MISSING,
+        *,
+        positive: bool = False,
+        least: float | None = None,
+        null: bool = False,
+    ) -> Any:
+        """A finite number, above 0 if `positive`, not below `least` if that is given."""
+        value = self.value(key, float | None if null else float, default)
+        if key in self and value is not None:
+            if positive and value <= 0:
+                raise self.error(key, "must be positive")
+            if least is not None and value < least:
+                raise self.error(key, f"must be at least {least}")
+        return value
+
+    def flag(self, key: str, default: Any = _MISSING) -> bool:
+        """True or false; null is as if the file lacked the name."""
+        return self.value(key, bool, default) if self.is_set(key) else default
+
+    def text(self, key: str, default: Any = _MISSING, *, null: bool = False) -> Any:
+        """A text."""
+        return self.value(key, str | None if null else str, default)
+
+    def section(self, key: str) -> "Settings":
+        """The names and values below a name; none if the file lacks it, or says null."""
+        values = self.value(key, dict) if self.is_set(key) else {}
+        return Settings(values, self.where, f"{self._path}{key}.")
+
+    def only(self, key: str, allowed: Collection[Any], default: Any, whose: str) -> None:
+        """Refuses any value that is not allowed; null is as if the file lacked the name, unless it is allowed."""
+        value = self._values.get(key, default)
+        value = default if value is None and None not in allowed else value
+        if value not in allowed:
+            choices = " or ".join(map(repr, allowed))
+            raise ValueError(
+                f"{self.where}: {self._path}{key} = {shown(value)} is not supported for {whose}, only {choices}"
+            )
+
+    def token_ids(self, key: str) -> list[int]:
+        """The ids of one or several tokens."""
+        value = self.value(key, int | list[int] | None, None)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(not 0 <= token <= LARGEST for token in ids):
+            raise self.error(key, "must be ids of tokens")
+        return ids
+
+    def merged(self, other: "Mapping[str, Any] | Settings") -> "Settings":
+        """These values, and where both have a name, the other's."""
+        others = other._values if isinstance(other, Settings) else other
+        return Settings({**self._values, **others}, self.where, self._path)
+
+    def error(self, key: str, problem: str) -> ValueError:
+        """What to raise for a name whose value has a problem."""
+        return ValueError(f"{self.where}: {self._path}{key} = {shown(self._values.get(key))} {problem}")
+
+
+def read_json(path: str | Path, repair: bool = False) -> dict[str, Any]:
+    """Reads a JSON object from a file; anything else in it is a `ValueError` naming the file.
+
+    With `repair`, commas too many or too few at the ends of lines are mended with a warning.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: byte {error.start} is no UTF-8") from None
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        values = _repaired(text) if repair else None
+        if values is None:
+            reason = "its lists or objects are nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise ValueError(f"{path} is not valid JSON: {reason[:200]}") from None
+        warnings.warn(f"{path} is not valid JSON ({error}): commas were mended", stacklevel=2)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, found {type(values).__name__}")
+    return values
+
+
+def _repaired(text: str) -> Any:
+    text = _NO_COMMA.sub(r"\1,", _LAST_COMMA.sub(lambda match: match[1] or "", text))
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_yaml(path: str | Path, holds: str = "names and values") -> dict[str, Any]:
+    """Reads names and values from a YAML file, which `holds` describes; anything else is a `ValueError` naming the file."""
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_bytes())
+    except OSError:
+        raise
+    except Exception as error:  # besides its own errors, whatever dates and numbers that are none raise
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise ValueError(f"{path} is not valid YAML: {reason[:200]}") from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{path} must hold {holds}, found {type(values).__name__}")
+    return values

@@ -1,0 +1,295 @@
+"""LitGPT's `litgpt.utils`: helpers that scripts import. What belongs to another part of this package is imported from there."""
+
+import inspect
+import json
+import math
+import os
+import random
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, is_dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from litgpt.checkpoint.base import CONFIG_NAME, WEIGHTS_NAME
+from litgpt.checkpoint.files import copy_side_files
+from litgpt.checkpoint.incremental import incremental_save as incremental_save
+from litgpt.checkpoint.load import save_config as save_config
+from litgpt.checkpoint.validation import CheckpointValidationResult as CheckpointValidationResult
+from litgpt.checkpoint.validation import estimate_model_memory as estimate_model_memory
+from litgpt.constants import _BITANDBYTES_AVAILABLE_NOT_EQUAL_0_42_0 as _BITANDBYTES_AVAILABLE_NOT_EQUAL_0_42_0
+from litgpt.indexing import batched_index_select as batched_index_select
+from litgpt.scripts.validate import validate_checkpoint as validate_checkpoint
+
+# -- folders
+
+
+def check_valid_checkpoint_dir(
+    checkpoint_dir: Path,
+    model_filename: str = WEIGHTS_NAME,
+    verbose: bool = True,
+    raise_error: bool = False,
+    ignore_tokenizer_files: bool = False,
+) -> None:
+    """Look whether a folder has the files of a LitGPT checkpoint: weights, config and tokenizer.
+
+    If not, say so on stderr (unless `verbose` is false), and exit, or with `raise_error` raise a `FileNotFoundError`.
+    """
+    wanted = [(model_filename,), (CONFIG_NAME,)]
+    if not ignore_tokenizer_files:
+        wanted += [("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",)]
+    missing = [" OR ".join(names) for names in wanted if not any((checkpoint_dir / name).is_file() for name in names)]
+    if checkpoint_dir.is_dir() and not missing:
+        return
+    place = f"checkpoint_dir {str(checkpoint_dir.absolute())!r}"
+    problem = f"is missing the files: {missing}" if checkpoint_dir.is_dir() else "is not a checkpoint directory"
+    if verbose:
+        local = sorted(path for path in Path("checkpoints").glob("*/*") if path.is_dir())
+        print(f"{place} {problem}; `litgpt download list` shows what can be had.", file=sys.stderr)
+        if local:
+            print(f"On this disk are: {', '.join(map(str, local))}", file=sys.stderr)
+    if raise_error:
+        raise FileNotFoundError(f"{place} {problem}.")
+    raise SystemExit(1)
+
+
+def extend_checkpoint_dir(checkpoint_dir: Path) -> Path:
+    """The folder itself, or the one of this name below `checkpoints` if there is only that one."""
+    below = "checkpoints" / checkpoint_dir
+    return (
+        below if not checkpoint_dir.is_dir() and not checkpoint_dir.is_absolute() and below.is_dir() else checkpoint_dir
+    )
+
+
+def auto_download_checkpoint(
+    model_name: str | Path, access_token: str | None = None, ignore_tokenizer_files: bool = False
+) -> Path:
+    """The folder of a model, fetched from the Hugging Face hub if it is nowhere.
+
+    Any folder that this package opens will do, not only one with `lit_model.pth`.
+    """
+    from litgpt.checkpoint.find import find_checkpoint
+
+    return find_checkpoint(model_name, access_token or os.environ.get("HF_TOKEN"))
+
+
+def copy_config_files(source_dir: Path, out_dir: Path) -> None:
+    """Copy what belongs to a model beside its weights: configuration, tokenizer, prompt style."""
+    copy_side_files(Path(source_dir), Path(out_dir))
+    if (Path(source_dir) / CONFIG_NAME).is_file():
+        (Path(out_dir) / CONFIG_NAME).write_bytes((Path(source_dir) / CONFIG_NAME).read_bytes())
+
+
+def init_out_dir(out_dir: Path) -> Path:
+    """The folder for results: a relative one lies below `LIGHTNING_ARTIFACTS_DIR`, if that is set."""
+    return Path(os.environ.get("LIGHTNING_ARTIFACTS_DIR", "")) / out_dir
+
+
+def find_resume_path(resume: bool | Literal["auto"] | Path | None, out_dir: Path) -> Path | None:
+    """The checkpoint to go on from: a given path, or the file of the latest `step-*` folder below `out_dir`.
+
+    Without any, True is a `FileNotFoundError` and "auto" gives None.
+    """
+    if not resume or isinstance(resume, Path):
+        return resume or None
+    found = max(out_dir.rglob("step-*/*.pth"), key=lambda file: int(file.parent.name.split("-")[1]), default=None)
+    if found is None and resume != "auto":
+        raise FileNotFoundError(f"You passed `--resume=True`, but no checkpoint file was found in {str(out_dir)!r}")
+    return found
+
+
+def check_file_size_on_cpu_and_warn(
+    checkpoint_path: str | Path, device: str | torch.device, size_limit: int = 4_509_715_660
+) -> int:
+    """The bytes of a file of weights (0: there is none), with a warning if it is more than a CPU runs with comfort."""
+    size = os.path.getsize(checkpoint_path) if os.path.exists(checkpoint_path) else 0
+    if size > size_limit and str(device) == "cpu":
+        warnings.warn(
+            f"The file size of {checkpoint_path} is over {size_limit / 2**30:.1f} GB: on a CPU such a model is slow",
+            stacklevel=2,
+        )
+    return size
+
+
+def fix_and_load_json(s: str) -> Any:
+    """Read JSON in which commas are missing at the end of lines, or stand before a closing bracket."""
+    s = re.sub(r",(\s*[}\]])", r"\1", s)
+    s = re.sub(r'(["\d}\]el])(\s*\n\s*")', r"\1,\2", s)
+    try:
+        return json.loads(s)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"this is not JSON, nor JSON with wrong commas: {error}") from None
+
+
+# -- parameters and weights
+
+
+def num_parameters(module: nn.Module, requires_grad: bool | None = None) -> int:
+    """Numbers in the parameters of a module (with `requires_grad`: in those that are, or are not, trained)."""
+    wanted = [p for p in module.parameters() if requires_grad is None or p.requires_grad == requires_grad]
+    # a parameter of bitsandbytes holds several numbers in a byte
+    return sum(math.prod(p.quant_state.shape) if hasattr(p, "quant_state") else p.numel() for p in wanted)
+
+
+def reset_parameters(module: nn.Module) -> None:
+    """Call `reset_parameters` of a module and of all modules in it that have one."""
+    for part in module.modules():
+        if callable(reset := getattr(part, "reset_parameters", None)):
+            reset()
+
+
+def map_old_state_dict_weights(state_dict: dict[str, Any], mapping: Mapping[str, str], prefix: str) -> dict[str, Any]:
+    """Rename weights of a state dict, in place, as `mapping` says, of the module that `prefix` names."""
+    for old, new in mapping.items():
+        if prefix + old in state_dict:
+            state_dict[prefix + new] = state_dict.pop(prefix + old)
+    return state_dict
+
+
+def chunked_cross_entropy(
+    logits: torch.Tensor | list[torch.Tensor], targets: torch.Tensor, chunk_size: int = 128, ignore_index: int = -100
+) -> torch.Tensor:
+    """The mean cross-entropy of logits (B, T, V), or of chunks of them along T, for targets (B, T).
+
+    The loss is made for `chunk_size` tokens at a time (0: at once), which takes less memory in backward. Targets of
+    `ignore_index` do not count; if all are, the loss is 0.
+    """
+    if isinstance(logits, list):
+        if chunk_size == 0:
+            return chunked_cross_entropy(torch.cat(logits, dim=1), targets, 0, ignore_index)
+        parts = zip(logits, targets.split(logits[0].shape[1], dim=1), strict=True)
+    else:
+        logits, targets = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
+        if chunk_size == 0:
+            return F.cross_entropy(logits, targets, ignore_index=ignore_index)
+        parts = zip(logits.split(chunk_size), targets.split(chunk_size), strict=True)
+    losses = [
+        F.cross_entropy(x.reshape(-1, x.shape[-1]), y.reshape(-1), ignore_index=ignore_index, reduction="none")
+        for x, y in parts
+    ]
+    return torch.cat(losses).sum() / (targets != ignore_index).sum().clamp(min=1)
+
+
+# -- settings
+
+
+def CLI(*args: Any, **kwargs: Any) -> Any:
+    """`jsonargparse.CLI`, which also shows the texts below attributes of dataclasses as help."""
+    from jsonargparse import CLI, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    return CLI(*args, **kwargs)
+
+
+def capture_hparams() -> dict[str, Any]:
+    """The local variables of the function that calls this: plain values as they are, dataclasses as dicts, others as text."""
+    plain = (bool, int, float, str, Path, type(None))
+    values = inspect.currentframe().f_back.f_locals
+    return {
+        name: value if isinstance(value, plain) else asdict(value) if is_dataclass(value) else str(value)
+        for name, value in values.items()
+    }
+
+
+def parse_devices(devices: str | int) -> int:
+    """A number of devices; "auto" or -1 is all GPUs, or 1 where there are none."""
+    if devices in ("auto", -1):
+        return torch.cuda.device_count() or 1
+    if isinstance(devices, int) and devices > 0:
+        return devices
+    raise ValueError(f"devices must be 'auto' or a positive integer, got {devices!r}")
+
+
+def get_default_supported_precision(training: bool) -> str:
+    """bf16-true, or 16-true on a GPU without bfloat16; in training "-mixed" instead of "-true"."""
+    half = torch.cuda.is_available() and not torch.cuda.is_bf16_supported()
+    return f"{'16' if half else 'bf16'}-{'mixed' if training else 'true'}"
+
+
+def get_argument_names(cls: type) -> set[str]:
+    """Names of the arguments that make an object of a class."""
+    return {
+        name
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+    }
+
+
+# -- training
+
+
+class CycleIterator:
+    """Goes through an iterable again and again; `epoch` counts how often it came to the end."""
+
+    def __init__(self, iterable: Iterable) -> None:
+        self.iterable = iterable
+        self.epoch = 0
+        self._iterator: Iterator | None = None
+
+    def __iter__(self) -> "CycleIterator":
+        return self
+
+    def __next__(self) -> Any:
+        if self._iterator is None:
+            self._iterator = iter(self.iterable)
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            self._iterator = iter(self.iterable)
+            self.epoch += 1
+            return next(self._iterator)
+
+
+def instantiate_torch_optimizer(
+    optimizer: str | dict[str, Any], model_parameters: Iterable, **kwargs: Any
+) -> torch.optim.Optimizer:
+    """An optimizer: a name in `torch.optim`, or a class's full name, or {"class_path": ..., "init_args": {...}}.
+
+    `kwargs` are further arguments; those that the class does not have are left out.
+    """
+    if not isinstance(optimizer, (str, dict)):
+        raise ValueError(f"an optimizer is given by a name or a dict with class_path and init_args, got {optimizer!r}")
+    path, given = (optimizer, {}) if isinstance(optimizer, str) else (optimizer["class_path"], optimizer["init_args"])
+    module, _, name = path.rpartition(".")
+    kind = getattr(import_module(module or "torch.optim"), name)
+    known = inspect.signature(kind).parameters
+    return kind(model_parameters, **{**given, **{key: value for key, value in kwargs.items() if key in known}})
+
+
+def select_sft_generate_example(eval: Any, data: Any) -> str:
+    """The instruction that training answers now and then: `eval.evaluate_example` is "first", "random", or an index, in the
+    test data or, where that is too short, in the training data."""
+    index, sets = eval.evaluate_example, (data.test_dataset.data, data.train_dataset.data)
+    if index == "first":
+        index = 0
+    elif index == "random":
+        examples = next(examples for examples in sets if len(examples))
+        return examples[random.randint(0, len(examples) - 1)]["instruction"]
+    elif not isinstance(index, int):
+        raise ValueError(f"evaluate_example must be 'first', 'random' or an index, got {index!r}")
+    for examples in sets:
+        if index < len(examples):
+            return examples[index]["instruction"]
+    raise IndexError(f"there is no example {index}, neither in the test nor in the training data")
+
+
+# -- tests
+
+
+def _RunIf(thunder: bool = False, **kwargs: Any) -> Any:
+    """A `pytest` mark that skips a test where what it needs is not there. The arguments are those of Lightning's `_runif_reasons`."""
+    import pytest
+    from lightning.fabric.utilities.testing import _runif_reasons
+
+    reasons, marks = _runif_reasons(**kwargs)
+    if thunder and find_spec("thunder") is None:
+        reasons.append("Thunder")
+    return pytest.mark.skipif(bool(reasons), reason=f"needs {', '.join(reasons)}", **marks)

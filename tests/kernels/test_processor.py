@@ -1,0 +1,60 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from litgpt.kernels import processor
+from litgpt.kernels.library import library
+
+
+def test_kernels_can_be_restricted_or_left_out(monkeypatch):
+    monkeypatch.setattr(processor.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(
+        processor, "features", lambda: frozenset(["avx2", "fma", "f16c", "avx512bw", "avx512vl", "avx512dq"])
+    )
+    monkeypatch.delenv("LITGPT_KERNELS", raising=False)
+    assert processor.instruction_set().name == "avx512"
+    monkeypatch.setenv("LITGPT_KERNELS", "auto")
+    assert processor.instruction_set().name == "avx512"
+    monkeypatch.setenv("LITGPT_KERNELS", "avx2")
+    assert processor.instruction_set().flags == ("-mavx2", "-mfma", "-mf16c")
+    monkeypatch.setenv("LITGPT_KERNELS", "0")
+    assert processor.instruction_set() is None
+    monkeypatch.setenv("LITGPT_KERNELS", "avx3")
+    with pytest.raises(ValueError, match="LITGPT_KERNELS='avx3' is not one of auto, avx2, 0"):
+        processor.instruction_set()
+
+
+def test_what_the_processor_lacks_cannot_be_asked_for(monkeypatch):
+    monkeypatch.setattr(processor.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(processor, "features", lambda: frozenset(["avx2"]))
+    monkeypatch.setenv("LITGPT_KERNELS", "avx2")
+    with pytest.raises(ValueError, match="this processor has no fma, f16c"):
+        processor.instruction_set()
+
+
+def test_other_systems_have_no_kernels(monkeypatch):
+    monkeypatch.setattr(processor.platform, "system", lambda: "Darwin")
+    monkeypatch.delenv("LITGPT_KERNELS", raising=False)
+    assert processor.instruction_set() is None
+
+
+SCRIPT = "from litgpt.kernels.library import library; import torch; print(library() is not None)"
+
+
+def loads(says="", **environment):
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=os.environ | environment, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stderr) == (0, says)
+    return result.stdout.strip() == "True"
+
+
+def test_without_kernels_nothing_is_said():
+    assert not loads(LITGPT_KERNELS="0")
+
+
+@pytest.mark.skipif(library() is None, reason="no kernels on this machine")
+def test_a_new_process_finds_them_compiled():
+    assert loads()
