@@ -9,11 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
-<<<<<<< HEAD
-from typing import TYPE_CHECKING, NamedTuple
-=======
-from typing import TYPE_CHECKING, Any
->>>>>>> main
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
