@@ -20,7 +20,8 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx, hidden: torch.Tensor, labels: torch.Tensor, head: Callable, chunk: int, *params: torch.Tensor
     ) -> torch.Tensor:
-        total = hidden.new_zeros((), dtype=torch.float32)
+        form = torch.promote_types(hidden.dtype, torch.float32)
+        total = hidden.new_zeros((), dtype=form)
         d_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
         d_params: list[torch.Tensor | None] = [None] * len(params)
         for start in range(0, len(hidden), chunk):
@@ -28,7 +29,7 @@ class _HeadLoss(torch.autograd.Function):
             x = hidden[part].detach().requires_grad_(d_hidden is not None)
             with torch.enable_grad():
                 logits = head(x)
-            scores, targets = logits.detach().float(), labels[part, None]
+            scores, targets = logits.detach().to(form), labels[part, None]
             shifted = torch.logsumexp(scores, dim=-1, keepdim=True)
             total += (shifted - scores.gather(1, targets)).sum()
             d_logits = torch.sub(scores, shifted, out=scores if scores.dtype != logits.dtype else None).exp_()
@@ -67,14 +68,15 @@ def loss_sum(
         vocabulary: V, by which the number of tokens at a time is chosen.
 
     Returns:
-        A float32 number; 0, with zero gradients, if no token is counted.
+        A number in float32 (float64 where outputs are); 0, with zero gradients, if no token is counted.
     """
     counted = labels != IGNORE_INDEX
     hidden, labels = hidden[counted], labels[counted]
     chunk = max(16, LOGITS_BYTES // (4 * vocabulary))
+    form = torch.promote_types(hidden.dtype, torch.float32)
     if not len(hidden):
-        return sum((p.sum() * 0.0 for p in params), hidden.sum() * 0.0).float()
+        return sum((p.sum() * 0.0 for p in params), hidden.sum() * 0.0).to(form)
     if torch.is_grad_enabled() and (hidden.requires_grad or params):
         return _HeadLoss.apply(hidden, labels, head, chunk, *params)
     parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
-    return sum(F.cross_entropy(head(x).float(), y, reduction="sum") for x, y in parts)
+    return sum(F.cross_entropy(head(x).to(form), y, reduction="sum") for x, y in parts)

@@ -29,7 +29,7 @@ class TrainingModel(nn.Module):
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, row_sizes: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """Sum of the losses of all counted tokens, a float32 number.
+        """Sum of the losses of all counted tokens: see `loss_sum`.
 
         Args:
             input_ids: (B, T), or with `row_sizes` (1, N): rows of these sizes, one after the other.

@@ -33,11 +33,11 @@ def test_losses_and_gradients_are_those_of_plain_cross_entropy(softcapping, tied
     labels[torch.rand(3, 37) < 0.4] = -100
     ours = TrainingModel(model)(idx, labels)
     expected = F.cross_entropy(model(idx).flatten(0, 1), labels.flatten(), reduction="sum")
-    torch.testing.assert_close(ours.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
     ours, plain = gradients(model, ours), gradients(model, expected)
     assert ours.keys() == plain.keys()
     for name in plain:
-        torch.testing.assert_close(ours[name], plain[name], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(ours[name], plain[name], rtol=1e-10, atol=1e-12)
 
 
 def test_rows_one_after_the_other_are_rows_of_their_own():
@@ -47,10 +47,10 @@ def test_rows_one_after_the_other_are_rows_of_their_own():
     labels = [row.roll(-1) for row in rows]
     together = TrainingModel(model)(torch.cat(rows)[None], torch.cat(labels)[None], row_sizes=[5, 1, 17])
     apart = sum(TrainingModel(model)(row[None], own[None]) for row, own in zip(rows, labels, strict=True))
-    torch.testing.assert_close(together, apart, rtol=1e-6, atol=0)
+    torch.testing.assert_close(together, apart, rtol=1e-12, atol=0)
     ours, expected = gradients(model, together), gradients(model, apart)
     for name in expected:
-        torch.testing.assert_close(ours[name], expected[name], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(ours[name], expected[name], rtol=1e-10, atol=1e-12)
 
 
 def test_a_batch_without_counted_tokens_has_zero_loss_and_zero_gradients():
