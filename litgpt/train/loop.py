@@ -116,9 +116,9 @@ class Loop:
                 self._step(window)
                 position.batches += len(window)
                 position.seconds = time.perf_counter() - began
+                self._after_step()
                 if self._finished:
                     break
-                self._after_step()
             else:
                 if position.batches == at_start == 0:
                     raise ValueError("the training data gives no batches")

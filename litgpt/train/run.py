@@ -170,6 +170,8 @@ class Run:
             fabric.print(f"Number of non-trainable parameters: {number_of_parameters(self.gpt, False):,}")
         model = fabric.setup_module(TrainingModel(self.gpt, train.activation_checkpointing))
         trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError(f"{self.method.name} trains nothing in {self.gpt.config.name}: check its options")
         optimizer = fabric.setup_optimizers(make_optimizer(options.optimizer, trained))
         train_loader, val_loader = self.loaders
         accumulation = train.gradient_accumulation_iters(fabric.world_size) * fabric.world_size

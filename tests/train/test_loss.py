@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import tiny_gpt
 
 from litgpt.train import loss as module
 from litgpt.train.model import TrainingModel
-from tiny import tiny_gpt
 
 
 @pytest.fixture(autouse=True)
