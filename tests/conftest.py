@@ -1,10 +1,16 @@
 """Shared fixtures: where the real weights of `real_model` tests come from."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # torch finds graphs again that it compiled for another one
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"torchinductor-{capability}-{os.getuid()}"))
+    )
 
 
 @pytest.fixture(autouse=True)

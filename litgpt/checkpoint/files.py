@@ -105,7 +105,7 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = f"an object of type {found[1]}" if found else "what is no state dict"
         raise ValueError(f"{path} was not loaded: it holds {what}, only tensors are accepted") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or incomplete: {_one_line(error)}") from None
     values = values.get("model", values) if isinstance(values, dict) else values
     if not isinstance(values, dict) or not all(isinstance(value, torch.Tensor) for value in values.values()):

@@ -58,7 +58,8 @@ class GGUFCheckpoint(Checkpoint):
         try:
             return config_from_gguf(self._file, _QUANTISATION.sub("", self._file.stem))
         except ValueError as error:
-            raise ValueError(f"{self.path}: {str(error).removeprefix('config.json: ')}") from None
+            problem = " ".join(str(error).removeprefix("config.json: ").split())  # keys may hold anything
+            raise ValueError(f"{self.path}: {problem}") from None
 
     @cached_property
     def dtype(self) -> torch.dtype:

@@ -23,10 +23,12 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str | Callable[[str], torch.device] = "cpu",
     quantize: str | None = None,
+    tie_embeddings: bool = True,
 ) -> GPT:
     """A model with a checkpoint's weights, in `dtype` (default: as stored) on `device`, which may depend on a module's name.
 
-    Every weight is copied once, from the file into the model; a tied output embedding is the input embedding's tensor.
+    Every weight is copied once, from the file into the model; a tied output embedding is the input embedding's tensor, in training
+    too: both learn as one. With `tie_embeddings=False` it is a copy that learns apart, as in LitGPT.
     With `quantize` (int8 or int4) every piece is quantised as it is read; bitsandbytes gets the whole model, on the CPU.
     Raises `ValueError` naming the first weights that are missing, not expected or of the wrong shape.
     """
@@ -46,7 +48,8 @@ def load_model(
         return model.to(device)
     if quantize is not None:
         quantize_meta(model, Scheme(quantize), dtype, checkpoint.tied)
-    return fill_model(model, checkpoint.stored(), checkpoint.tied, dtype, device)
+    tied = checkpoint.tied and (tie_embeddings or model.quantization is not None)
+    return fill_model(model, checkpoint.stored(), tied, dtype, device)
 
 
 def quantize_meta(model: GPT, how: Scheme, dtype: torch.dtype, tied: bool) -> None:

@@ -30,23 +30,25 @@ class CheckpointValidationResult:
     def summary(self) -> str:
         """A line for the whole, and one for each kind of difference."""
         if self.is_valid:
-            return "The checkpoint fits the model."
+            return "Checkpoint validation passed."
         kinds = {
-            "errors": self.errors,
-            "missing weights": self.missing_keys,
-            "unexpected weights": self.unexpected_keys,
-            "wrong shapes": self.shape_mismatches,
+            "Errors": self.errors,
+            "Missing keys": self.missing_keys,
+            "Unexpected keys": self.unexpected_keys,
+            "Shape mismatches": self.shape_mismatches,
         }
         lines = [f"  {kind} ({len(found)}): {', '.join(found)}" for kind, found in kinds.items() if found]
-        return "\n".join(["The checkpoint does not fit the model:", *lines])
+        return "\n".join(["Checkpoint validation failed:", *lines])
 
 
 def compare_checkpoint(path: Path, model: nn.Module) -> CheckpointValidationResult:
     """Compares names and shapes of the weights at `path`, a file of `torch.save` or any checkpoint, with a model's."""
     try:
         differences = weight_differences(model.state_dict(), _pieces(path))
+    except FileNotFoundError as error:
+        return CheckpointValidationResult(False, errors=[f"Checkpoint not found: {error}"])
     except (ValueError, OSError) as error:
-        return CheckpointValidationResult(False, errors=[str(error)])
+        return CheckpointValidationResult(False, errors=[f"Failed to load: {error}"])
     return CheckpointValidationResult(not any(differences), *differences)
 
 

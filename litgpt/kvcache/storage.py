@@ -26,6 +26,10 @@ class Storage(nn.Module, ABC):
     def get(self, batch: int, slots: Index, rows: torch.Tensor | None = None) -> KeysAndValues:
         """Keys and values in `slots` (a slice, or (N,) in any order) of `rows` (None: the first `batch`)."""
 
+    def kernel_view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Buffers of keys and values (batch_size, G, C, D) as `litgpt.kernels` reads and writes them; None: it cannot."""
+        return None
+
     @abstractmethod
     def select_rows(self, rows: Sequence[int]) -> None:
         """Row i becomes what row `rows[i]` was."""
@@ -107,6 +111,10 @@ class DefaultStorage(Storage):
         row = slice(batch) if rows is None else rows
         keys = _take(self.k, row, slots)
         return DefaultKeysAndValues(keys, keys[..., : self.value_size] if self.v is None else _take(self.v, row, slots))
+
+    def kernel_view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        buffers = self._buffers  # not `self.k`, which takes several times as long, in every layer of every step
+        return None if buffers["v"] is None else (buffers["k"], buffers["v"])
 
     def select_rows(self, rows: Sequence[int]) -> None:
         moved = [(new, old) for new, old in enumerate(rows) if new != old]

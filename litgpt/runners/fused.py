@@ -5,6 +5,7 @@ It is `GPT.run_layers` made of the same weights, caches and plans; where somethi
 """
 
 import ctypes
+import dataclasses
 import weakref
 from collections.abc import Sequence
 
@@ -12,17 +13,60 @@ import torch
 from torch import nn
 
 from litgpt.attention import attention_scale
+from litgpt.config import Config
 from litgpt.kernels import ops
 from litgpt.kernels.library import library
 from litgpt.kernels.structs import Layer, Rope, Segment, Shape, StepPlan, Weight, address
 from litgpt.kvcache import KVCache
 from litgpt.kvcache.default import DefaultKVCache
 from litgpt.kvcache.plan import Plan
-from litgpt.kvcache.storage import DefaultStorage
 from litgpt.model import GPT, Block, CausalSelfAttention, GemmaMLP, LLaMAMLP, Multiply, RMSNorm
 from litgpt.rope import Rope as RopeRows
 from litgpt.runners.opaque_weights import OpaqueLayer
 from litgpt.runners.packed_weights import PackedGatedMLP
+from litgpt.runners.watch import ModuleWatch
+
+# Every field of `Config` is in one of these. One that is in none has to have its default.
+REQUIRED = {  # what has no other code here
+    "norm_class_name": ("RMSNorm",),
+    "parallel_residual": (False,),
+    "shared_attention_norm": (False,),
+    "mlp_class_name": ("LLaMAMLP", "GemmaMLP"),
+    "n_expert": (0,),
+    "swiglu_limit": (None,),
+    "latent_attention": (None,),
+}
+HANDLED = {
+    # by what the kernels are told
+    *("n_layer", "n_embd", "n_head", "n_query_groups", "head_size", "intermediate_size", "rotary_percentage"),
+    *("rope_interleave", "rope_indices", "rope_local_base_freq", "nope_indices", "attention_scores_scalar"),
+    *("attention_logit_softcapping", "attention_sinks", "gelu_approximate", "norm_eps", "norm_unit_offset"),
+    *("norm_1", "norm_2", "norm_qk", "norm_qk_type", "post_attention_norm", "post_mlp_norm", "residual_multiplier"),
+    *("bias", "attn_bias"),
+    # by the plans
+    *("sliding_window_size", "sliding_window_indices"),
+}
+OUTSIDE = {
+    *("name", "hf_config", "block_size", "vocab_size", "padding_multiple", "padded_vocab_size"),
+    *("scale_embeddings", "embedding_multiplier"),  # of `GPT.embed`
+    *("lm_head_bias", "final_logit_softcapping", "logits_divisor"),  # of `GPT.logits`
+    *("rope_base", "rope_condense_ratio", "rope_adjustments"),  # of the RoPE table
+    "norm_affine",  # of LayerNorm
+    *("moe_intermediate_size", "n_shared_expert", "n_expert_groups", "n_topk_groups", "n_topk_scores_per_group"),
+    *("n_expert_per_token", "first_k_dense_replace", "routed_scaling_factor", "norm_topk_prob", "router_bias"),
+    "start_of_layer_hook",  # models with hooks ask no runner
+}
+
+
+def knows_config(config: Config) -> bool:
+    """Whether all that layers of such a configuration do is computed here."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in REQUIRED and value not in REQUIRED[field.name]:
+            return False
+        if field.name not in HANDLED | OUTSIDE | REQUIRED.keys() and value != field.default:
+            return False
+    return True
 
 
 def fuse_layers(model: GPT) -> bool:
@@ -34,7 +78,7 @@ def fuse_layers(model: GPT) -> bool:
     if None in layers:
         return False
     fused = FusedLayers(model, layers)
-    if any(fused.hooks):
+    if fused.watch.has_hooks():
         return False
     model.layer_runner = fused
     return True
@@ -47,7 +91,7 @@ class FusedLayers:
 
     def __init__(self, model: GPT, layers: list[Layer]) -> None:
         config, first = model.config, model.transformer.h[0]
-        self.model = model
+        self.model = weakref.ref(model)  # which has this runner
         self.blocks = list(model.transformer.h)
         self.layers = (Layer * len(layers))(*layers)
         self.shape = Shape(
@@ -63,17 +107,7 @@ class FusedLayers:
         self.caches: list[weakref.ref[KVCache]] = []  # whose buffers the layers have
         self.places: list[tuple[int, int]] = []
         modules = [module for block in self.blocks for module in block.modules()] + [model.transformer.ln_f]
-        # what the layers' addresses are those of: of every module one tensor, for they move together
-        own = {id(x) for cache in model.kv_caches() for x in cache.buffers()}
-        tensors = [
-            next(((d, n, x) for d in (m._parameters, m._buffers) for n, x in d.items() if x is not None), None)
-            for m in modules
-        ]
-        self.weights = [
-            (*place, place[2].data_ptr()) for place in tensors if place is not None and id(place[2]) not in own
-        ]
-        self.projections = [(block.attn._modules, block.attn.qkv) for block in self.blocks]
-        self.hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self.watch = ModuleWatch(modules, apart=model.kv_caches())
 
     def __call__(
         self,
@@ -84,9 +118,8 @@ class FusedLayers:
         output_tokens: Sequence[int] | None = None,
     ) -> torch.Tensor | None:
         B, T = idx.shape
-        if any(self.hooks) or not self._is_current():
-            return None
-        if not self._has_caches([attn["kv_cache"] for attn, _ in self.projections]):
+        model = self.model()
+        if self.watch.has_hooks() or not self.watch.is_unchanged() or not self._has_caches(model.kv_caches()):
             return None
         different = list({id(plan): plan for plan in plans}.values())
         if B * T <= ops.MAX_ROWS and all(_set_few(*pair, T) for pair in zip(self.plans, different, strict=False)):
@@ -106,7 +139,7 @@ class FusedLayers:
         ropes = (Rope * len(tables))(
             *(Rope(cos.data_ptr(), sin.data_ptr(), cos.stride(0) if len(cos) > 1 else 0) for cos, sin in tables)
         )
-        x, room, rows = self.model.embed(idx).contiguous(), None, None
+        x, room, rows = model.embed(idx).contiguous(), None, None
         if self.plans[0].n_segments:
             room = x.new_empty(B * T * self.room)
             rows = None if output_tokens is None else (ctypes.c_int64 * len(output_tokens))(*output_tokens)
@@ -122,12 +155,6 @@ class FusedLayers:
     def __deepcopy__(self, memo: dict) -> None:
         """A copy of the model runs its own layers, one by one."""
 
-    def _is_current(self) -> bool:
-        """Whether the layers are still those that `fuse_layers` found, and their weights where they were."""
-        return all(modules["qkv"] is projection for modules, projection in self.projections) and all(
-            owner.get(name) is x and x.data_ptr() == at for owner, name, x, at in self.weights
-        )
-
     def _has_caches(self, caches: list[KVCache]) -> bool:
         """Note where the caches are, if they are of a kind that is known."""
         if len(self.caches) == len(caches) and all(
@@ -142,13 +169,13 @@ class FusedLayers:
         self.places = list(map(_place, caches))
         for layer, cache, place in zip(self.layers, caches, self.places, strict=True):
             layer.keys, layer.values = place
-            layer.row_stride, layer.head_stride, _, _ = cache.storage.k.stride()
+            layer.row_stride, layer.head_stride, _, _ = cache.storage.kernel_view()[0].stride()
         return True
 
 
-def _place(cache: KVCache) -> tuple[int, int]:
-    buffers = cache._modules["storage"]._buffers
-    return buffers["k"].data_ptr(), buffers["v"].data_ptr()
+def _place(cache: DefaultKVCache) -> tuple[int, int]:
+    keys, values = cache.storage.kernel_view()
+    return keys.data_ptr(), values.data_ptr()
 
 
 def _set_few(target: StepPlan, plan: Plan, T: int) -> bool:
@@ -208,9 +235,8 @@ def _is_known_cache(cache: KVCache | None) -> bool:
     return (
         isinstance(cache, DefaultKVCache)
         and type(cache).run is DefaultKVCache.run
-        and type(cache.storage) is DefaultStorage
-        and cache.value_size is None
         and cache.dtype == torch.bfloat16
+        and cache.storage.kernel_view() is not None
         and cache.mha.is_plain()
     )
 
@@ -265,7 +291,7 @@ def _is_known(model: GPT) -> bool:
     return (
         wte.weight.device.type == "cpu"
         and model.dtype == torch.bfloat16
-        and not config.parallel_residual
+        and knows_config(config)
         and config.head_size <= ops.MAX_HEAD_SIZE
         and config.rope_n_elem <= config.head_size
         and config.rope_n_elem % 2 == 0

@@ -9,6 +9,8 @@ import tiny_models
 import torch
 import transformers
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from litgpt.checkpoint import load_model, open_checkpoint
 from litgpt.checkpoint.gguf import GGUFCheckpoint
@@ -409,8 +411,8 @@ def test_any_part_of_a_split_file_and_its_folder_stand_for_the_model(small_first
     whole, parts = split(tmp_path, "llama", small_first_shard=small_first)
     assert len(parts) > 3
     expected = load_model(whole).state_dict()
-    for given in (parts[0], parts[2], parts[-1], parts[0].parent):
-        checkpoint = open_checkpoint(given)
+    for path in (parts[0], parts[2], parts[-1], parts[0].parent):
+        checkpoint = open_checkpoint(path)
         assert checkpoint.files == parts
         assert checkpoint.config.name == "tiny"
         found = load_model(checkpoint).state_dict()
@@ -455,14 +457,14 @@ LARGE = ["tiny.gguf", "model.safetensors", "pytorch_model.bin", "lit_model.pth",
 def test_a_git_lfs_pointer_is_called_so(name, tmp_path):
     random_model("llama").config.save_pretrained(tmp_path)
     (tmp_path / name).write_text(LFS)
-    given = tmp_path / name if name.endswith("gguf") else tmp_path
+    model = tmp_path / name if name.endswith("gguf") else tmp_path
     if name.startswith("lit_model"):
         (tmp_path / "model_config.yaml").write_text("name: x\n")
     message = (
         f"{name} is a Git LFS pointer, not the file of 98,362,432 bytes .*: run `git lfs pull` in its folder, or down"
     )
     with pytest.raises(ValueError, match=message) as error:
-        Tokenizer(given) if name.startswith("tokenizer") else load_model(given)
+        Tokenizer(model) if name.startswith("tokenizer") else load_model(model)
     assert "\n" not in str(error.value)
 
 
@@ -633,3 +635,23 @@ def test_rope_factors_that_are_not_llama_3_are_refused(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", "llama 3 rope", model)
     with pytest.raises(ValueError, match="rope_freqs.weight does not follow Llama 3's rule"):
         _ = open_checkpoint(path).config
+
+
+@pytest.fixture(scope="module")
+def whole_file(tmp_path_factory):
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", "llama", random_model("llama"))
+
+
+@given(st.lists(st.tuples(st.integers(4, 3500), st.integers(0, 255)), min_size=1, max_size=4))
+@settings(max_examples=80, deadline=None)
+def test_wrong_bytes_in_the_header_are_one_line_or_harmless(whole_file, changes):
+    path, changed = whole_file.with_name("changed.gguf"), bytearray(whole_file.read_bytes())
+    for place, byte in changes:
+        changed[place] = byte
+    path.write_bytes(changed)
+    said = ""
+    try:
+        load_model(path)
+    except (ValueError, FileNotFoundError) as error:
+        said = str(error)
+    assert "\n" not in said

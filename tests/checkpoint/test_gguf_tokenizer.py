@@ -408,3 +408,41 @@ def test_tokenizer_of_gemma_follows_its_scores(gemma_gguf):
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert "".join(tokenizer.decode_stream(tokenizer.encode(text))) == text
     assert tokenizer.encode("a  <table>\n\n").tolist()[2:] == [138, 168, 108]
+
+
+STRANGE = [None, "", "x", -1, 0, 10**12, 2.5, float("nan"), True, [], [1], ["a"], [[1]], [None]]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model",
+        "pre",
+        "tokens",
+        "token_type",
+        "merges",
+        "scores",
+        "bos_token_id",
+        "eos_token_id",
+        "eot_token_id",
+        "unknown_token_id",
+        "padding_token_id",
+        "add_bos_token",
+        "add_space_prefix",
+        "chat_template",
+    ],
+)
+def test_strange_values_are_one_line_or_harmless(kind, key, sentencepiece_model):
+    metadata = metadata_of(byte_level("gpt-2"), "gpt-2")
+    if kind == "llama":
+        metadata = metadata_of_sentencepiece(*sentencepiece_model)
+    for value in STRANGE:
+        name = "tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}"
+        tokenizer, said = None, ""
+        try:
+            tokenizer = tokenizer_from_gguf(metadata | {name: value})
+        except ValueError as error:
+            said = str(error)
+        assert "\n" not in said
+        assert tokenizer is None or tokenizer.decode(tokenizer.encode("hello world")) == "hello world"

@@ -48,9 +48,14 @@ def test_any_kind_of_checkpoint_is_compared(sharded, tmp_path):
 
 def test_what_cannot_be_read_is_an_error_of_the_result_and_printed(tmp_path, capsys):
     result = litgpt.validate_checkpoint(tmp_path / "no.pth", tiny_gpt())
-    assert result.errors == [f"{tmp_path / 'no.pth'} does not exist"]
+    assert result.errors == [f"Checkpoint not found: {tmp_path / 'no.pth'} does not exist"]
     assert capsys.readouterr().out == f"{result.summary()}\n"
-    assert "errors (1): " in result.summary()
+    assert "Errors (1): Checkpoint not found: " in result.summary()
+
+
+def test_what_is_no_checkpoint_is_an_error_of_the_result(tmp_path):
+    (tmp_path / "x.pth").write_text("text")
+    assert "Failed to load" in litgpt.validate_checkpoint(tmp_path / "x.pth", tiny_gpt(), verbose=False).errors[0]
 
 
 def test_files_that_are_cut_off_are_all_named(sharded):

@@ -348,3 +348,33 @@ def test_what_cannot_be_merged_is_refused(base, tmp_path, capsys):
     assert "lit_model.pth.lora' does not exist" in one_line(capsys)
     assert main(["merge_lora", str(tmp_path / "nowhere")]) == 1
     assert "nowhere' does not exist" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "absent", [(), ("lora_r", "lora_dropout"), ("lora_query", "lora_key", "lora_value", "lora_mlp", "lora_head")]
+)
+def test_a_folder_with_lora_weights_only_is_the_model_with_them_merged(absent, base, tmp_path):
+    model = write_tuned("lora", base, tmp_path / "tuned")
+    path = tmp_path / "tuned" / "hyperparameters.yaml"
+    options = {k: v for k, v in yaml.safe_load(path.read_text()).items() if k not in absent}
+    path.write_text(yaml.safe_dump(options))
+    tokens = torch.arange(6)[None]
+    torch.testing.assert_close(load_model(tmp_path / "tuned")(tokens), model(tokens), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("bf16-true", torch.bfloat16), ("32-true", torch.float32), (None, None)]
+)
+def test_merged_weights_have_the_precision_of_the_fine_tuning(precision, dtype, base, tmp_path):
+    write_tuned("lora", base, tmp_path / "tuned")
+    path = tmp_path / "tuned" / "hyperparameters.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "precision": precision}))
+    assert main(["merge_lora", str(tmp_path / "tuned")]) == 0
+    weights = torch.load(tmp_path / "tuned" / "lit_model.pth")
+    assert {x.dtype for x in weights.values()} == {dtype or open_checkpoint(base).dtype}
+
+
+def test_a_folder_with_an_adapter_only_says_which_command_takes_it(base, tmp_path):
+    write_tuned("adapter", base, tmp_path / "tuned")
+    with pytest.raises(ValueError, match="generate_adapter"):
+        open_checkpoint(tmp_path / "tuned")

@@ -1,13 +1,19 @@
 """One call for all layers gives what `GPT.run_layers` gives, and keeps away from what it does not know."""
 
+import dataclasses
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny import tiny_gpt
 from torch import nn
 
+from litgpt.config import Config
 from litgpt.engine.loading import slow_down_decode, speed_up_decode
 from litgpt.kernels import ops
 from litgpt.kvcache.factory import create_kv_caches
+from litgpt.runners import fused
 from litgpt.runners.fused import FusedLayers, fuse_layers
 from litgpt.runners.quantized_weights import quantize_model
 
@@ -46,6 +52,7 @@ FAMILIES = {
     "norms over all heads": LLAMA
     | {"norm_qk": True, "norm_qk_type": "olmo2", "norm_1": False, "norm_2": False}
     | {"post_attention_norm": True, "post_mlp_norm": True},
+    "sizes and factors": LLAMA | {"head_size": 24, "attention_scores_scalar": 30, "norm_eps": 0.1},
     "gemma": GEMMA,
     "soft-capping": GEMMA | {"attention_logit_softcapping": 2.0, "norm_qk": False},
 }
@@ -283,6 +290,46 @@ def test_other_layers_are_left_alone(flags):
     model = bf16_gpt(**flags)
     speed_up_decode(model)
     assert model.layer_runner is None
+
+
+def test_every_field_of_a_configuration_is_known():
+    fields = {field.name for field in dataclasses.fields(Config)}
+    assert fused.HANDLED | fused.OUTSIDE | fused.REQUIRED.keys() == fields
+    assert len(fused.HANDLED) + len(fused.OUTSIDE) + len(fused.REQUIRED) == len(fields)
+
+
+def test_every_field_that_is_handled_is_compared_in_some_family():
+    default = Config()
+    compared = [tiny_gpt(**(LLAMA | flags)).config for flags in FAMILIES.values()]
+    for name in fused.HANDLED:
+        assert any(getattr(config, name) != getattr(default, name) for config in compared), name
+
+
+def test_a_field_that_is_not_known_must_have_its_default(monkeypatch):
+    monkeypatch.setattr(fused, "OUTSIDE", fused.OUTSIDE - {"logits_divisor"})
+    assert fused.knows_config(bf16_gpt().config)
+    assert not fuse(bf16_gpt(logits_divisor=2.0))
+    monkeypatch.undo()
+    assert fuse(bf16_gpt(logits_divisor=2.0))
+
+
+def fuse(model):
+    speed_up_decode(model)
+    return model.layer_runner is not None
+
+
+def test_a_model_and_its_runner_are_freed_when_they_are_dropped():
+    model = bf16_gpt()
+    speed_up_decode(model)
+    run(model, [3, 1])
+    alive = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_calls_that_are_not_known_are_left_alone():
