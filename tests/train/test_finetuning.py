@@ -8,6 +8,7 @@ import torch
 import yaml
 from tiny import tiny_tokenizer
 
+from litgpt.__main__ import main
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.checkpoint.load import load_model
 from litgpt.data import JSON
@@ -177,3 +178,19 @@ def test_samples_and_answers_of_a_conversation_are_what_is_learned():
     assert text == style.render(messages, add_generation_prompt=False).replace(" ", "Ġ")
     said = "".join(tokenizer.id_to_token(i) for i in ids[counted].tolist())
     assert said == "Hello.<|end|>Noĉmore.<|end|>".replace("ĉ", "Ġ")
+
+
+def test_the_command_line_gives_every_option(checkpoint_dir, tmp_path, json_path):
+    out = tmp_path / "out"
+    arguments = f"""finetune_lora {checkpoint_dir} --out_dir {out} --data JSON --data.json_path {json_path}
+        --data.val_split_fraction 0.2 --data.mask_prompt true --train.max_steps 1 --train.global_batch_size 2
+        --train.micro_batch_size 1 --train.lr_warmup_steps 0 --eval.max_iters 1 --lora_r 4 --lora_mlp true
+        --optimizer AdamW --optimizer.init_args.lr 0.01 --precision 32-true"""
+    assert main(arguments.split()) == 0
+    values = yaml.safe_load((out / "final" / "hyperparameters.yaml").read_text())
+    assert values["data"]["init_args"]["mask_prompt"] is True
+    assert values["lora_r"] == 4
+    again = tmp_path / "again"  # the file reproduces the run
+    assert main(["finetune_lora", "--config", str(out / "final" / "hyperparameters.yaml"), "--out_dir", str(again)]) == 0
+    weights = [torch.load(x / "final" / "lit_model.pth.lora", weights_only=True)["model"] for x in (out, again)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
