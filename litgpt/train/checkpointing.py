@@ -11,6 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
 
 from litgpt.checkpoint.base import WEIGHTS_NAME
 
@@ -95,6 +103,61 @@ def full_tensors(
     return {
         name: (x.full_tensor() if hasattr(x, "full_tensor") else x).detach() for name, x in parameters if keep(name, x)
     }
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Whether processes have a part of each parameter."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def _divide_again(model: nn.Module) -> None:
+    """Free what was gathered for the last forward pass: an optimizer knows the divided parameters only."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def load_parameters(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give `model` some of its parameters, whole; each process takes its part where they are divided.
+
+    Raises:
+        ValueError: if the model has no such parameter, or of another shape.
+    """
+    own = model.state_dict()
+    for name, value in weights.items():
+        if name not in own or own[name].shape != value.shape:
+            raise ValueError(f"{name} {tuple(value.shape)} does not fit the model")
+    if is_divided(model):
+        _divide_again(model)
+        set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True, strict=False))
+        return
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(value)
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer, gathered where it is divided. All processes have to call it."""
+    if not is_divided(model):
+        return optimizer.state_dict()
+    _divide_again(model)
+    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take up what `optimizer_state` gave.
+
+    Raises:
+        ValueError: if it is of a run whose parameters were divided and this one's are not, or the other way round.
+    """
+    divided = is_divided(model)
+    if divided != any(isinstance(key, str) for key in state["state"]):
+        raise ValueError("its parameters were divided otherwise (strategy): resume with the strategy of the first run")
+    if divided:
+        _divide_again(model)
+        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    else:
+        optimizer.load_state_dict(state)
 
 
 def random_state() -> dict[str, Any]:

@@ -178,9 +178,10 @@ class Loop:
                 window_loss += self._checked(loss.item())
             done = rows[i * fabric.world_size : (i + 1) * fabric.world_size]
             position.tokens += sum(ids.shape[1] for ids, _, _ in done)
+            seen = sum(counts[j] for j in own[: i + 1])
             if last:
                 self._update(total)
-            seen = sum(counts[j] for j in own[: i + 1])
+                window_loss, seen = float(fabric.all_reduce(torch.tensor(window_loss), reduce_op="sum")), total
             self.report.iteration(self, window_loss, seen, time.perf_counter() - began, is_step=last)
         position.counted += total
 

@@ -23,6 +23,10 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.train.checkpointing import (
     find_resume_path,
     full_tensors,
+    is_divided,
+    load_optimizer_state,
+    load_parameters,
+    optimizer_state,
     random_state,
     remove_old,
     replacing_folder,
@@ -168,11 +172,13 @@ class Run:
         fabric.print(f"Number of trainable parameters: {number_of_parameters(self.gpt, True):,}")
         if not self.method.trains_all:
             fabric.print(f"Number of non-trainable parameters: {number_of_parameters(self.gpt, False):,}")
-        model = fabric.setup_module(TrainingModel(self.gpt, train.activation_checkpointing))
+        self.model = TrainingModel(self.gpt, train.activation_checkpointing)
+        model = fabric.setup_module(self.model)
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise ValueError(f"{self.method.name} trains nothing in {self.gpt.config.name}: check its options")
-        optimizer = fabric.setup_optimizers(make_optimizer(options.optimizer, trained))
+        self.optimizer = make_optimizer(options.optimizer, trained)
+        optimizer = fabric.setup_optimizers(self.optimizer)
         train_loader, val_loader = self.loaders
         accumulation = train.gradient_accumulation_iters(fabric.world_size) * fabric.world_size
         max_steps = steps_of_run(
@@ -251,7 +257,7 @@ class Run:
             random = [None] * self.fabric.world_size
             torch.distributed.all_gather_object(random, random_state())
         state = {
-            "optimizer": loop.optimizer.state_dict(),
+            "optimizer": optimizer_state(self.model, self.optimizer),
             "scheduler": loop.scheduler.state_dict(),
             "iter_num": position.iter_num,
             "step_count": position.step_count,
@@ -316,13 +322,11 @@ class Run:
         for name, own in (("method", self.method.name), ("model_name", self.gpt.config.name)):
             if state[name] != own:
                 raise ValueError(f"--resume: {path} is of {name}={state[name]!r}, this run of {own!r}")
-        parameters = self.gpt.state_dict()
-        with torch.no_grad():
-            for name, value in state["model"].items():
-                if name not in parameters or parameters[name].shape != value.shape:
-                    raise ValueError(f"--resume: {path} does not fit the model: {name} {tuple(value.shape)}")
-                parameters[name].copy_(value)
-        self.loop.optimizer.load_state_dict(state["optimizer"])
+        try:
+            load_parameters(self.gpt, state["model"])
+            load_optimizer_state(self.model, self.optimizer, state["optimizer"])
+        except ValueError as error:
+            raise ValueError(f"--resume: {path}: {error}") from None
         self.loop.scheduler.load_state_dict(state["scheduler"])
         random = state["random"]
         own = random[self.fabric.global_rank if len(random) == self.fabric.world_size else 0]
@@ -332,8 +336,8 @@ class Run:
 
     def show_example(self) -> None:
         """Show what the model says to a validation sample."""
-        if any(hasattr(p, "full_tensor") for p in self.gpt.parameters()):
-            return  # divided among processes
+        if is_divided(self.gpt):
+            return
         dataset = getattr(getattr(self.loop.val_loader, "dataset", None), "examples", None)
         if not dataset:
             return

@@ -102,7 +102,7 @@ def make_fabric(
             save_distributed_checkpoint=False,
         )
     elif several:
-        chosen = DDPStrategy(find_unused_parameters=bool(gpt_config.n_expert))
+        chosen = DDPStrategy(find_unused_parameters=bool(gpt_config.n_expert), broadcast_buffers=False)
     else:
         chosen = "auto"
     warnings.filterwarnings("ignore", message="The .*dataloader.* does not have many workers")

@@ -191,6 +191,8 @@ def test_the_command_line_gives_every_option(checkpoint_dir, tmp_path, json_path
     assert values["data"]["init_args"]["mask_prompt"] is True
     assert values["lora_r"] == 4
     again = tmp_path / "again"  # the file reproduces the run
-    assert main(["finetune_lora", "--config", str(out / "final" / "hyperparameters.yaml"), "--out_dir", str(again)]) == 0
+    assert (
+        main(["finetune_lora", "--config", str(out / "final" / "hyperparameters.yaml"), "--out_dir", str(again)]) == 0
+    )
     weights = [torch.load(x / "final" / "lit_model.pth.lora", weights_only=True)["model"] for x in (out, again)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
