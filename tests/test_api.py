@@ -164,7 +164,7 @@ def test_benchmark_measures_and_is_a_table(llm):
         ({"kv_cache": "nonsense"}, "nonsense.*dense-default"),
         ({"cache_length": 0}, "cache_length.*0"),
         ({"cache_length": 10}, "cache_length=10"),
-        ({"sinks": 2}, "sinks"),
+        ({"n_sink": 2}, "n_sink"),
         ({"prompt": ["a", "b"], "stream": True}, "single prompt"),
     ],
 )
@@ -332,7 +332,7 @@ def test_an_interrupt_at_any_line_leaves_everything_usable(llm, how):
         assert llm.generate("Hello", **args).tolist() == answer
         if how == "assigned":
             assert llm.model.kv_caches() == own
-        at += chance.randrange(1, 60)
+        at += chance.randrange(1, 200)
     assert at > 300
 
 
