@@ -39,6 +39,23 @@ class Rows(NamedTuple):
     sizes: tuple[int, ...]
 
 
+def attend_without_cache(
+    mha: MultiHeadSelfAttention,
+    block_idx: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: Rows | None,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention (B, T, H * D) of queries (B, H, T, D) over keys and values (B, G, T, D) of the same tokens, which with
+    `Rows` see those of their own row only."""
+    sizes = [query.shape[2]] if plan is None else plan.sizes
+    rows = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+    outputs = [mha(q, DefaultKeysAndValues(k, v), block_idx, sink_logits=sink_logits)[0] for q, k, v in rows]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
 class GPT(nn.Module):
     """A decoder-only transformer.
 
@@ -527,12 +544,7 @@ class CausalSelfAttention(nn.Module):
     ) -> torch.Tensor:
         """What queries (B, H, T, D) get out of keys and values (B, G, T, D) and those in the cache: (B, T, H * D)."""
         if plan is None or isinstance(plan, Rows):
-            sizes = [q.shape[2]] if plan is None else plan.sizes
-            rows = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
-            attended = [
-                self.mha(q, DefaultKeysAndValues(k, v), self.block_idx, sink_logits=self.sinks)[0] for q, k, v in rows
-            ]
-            return attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)
+            return attend_without_cache(self.mha, self.block_idx, q, k, v, plan, self.sinks)
         return self.kv_cache.run(plan, q, k, v, token_idx, self.sinks)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object, **kwargs: object) -> None:
@@ -592,12 +604,11 @@ class MultiheadLatentAttention(nn.Module):
         latent = self.kv_a_norm(latent)
         q_rotated = rotate(q_rotated, rope[0], config.rope_interleave)
         k_rotated = rotate(k_rotated, rope[0], config.rope_interleave)
-        if plan is None:
+        if plan is None or isinstance(plan, Rows):
             k, v = self.kv_b_proj(latent[:, 0]).unflatten(-1, (H, -1)).transpose(1, 2).split((n, config.v_head_dim), -1)
             k = torch.cat((k, k_rotated.expand(-1, H, -1, -1)), dim=-1).to(v.dtype)  # float32 under autocast, as q
             query = torch.cat((q, q_rotated), dim=-1).to(v.dtype)
-            y, _ = self.mha(query, DefaultKeysAndValues(k, v), self.block_idx)
-            return self.proj(y)
+            return self.proj(attend_without_cache(self.mha, self.block_idx, query, k, v, plan))
         to_key, to_value = self.kv_b_proj.by_head(H, n)
         key = torch.cat((latent, k_rotated), dim=-1).to(q.dtype)
         query = torch.cat((q @ to_key, q_rotated), dim=-1).to(q.dtype)
