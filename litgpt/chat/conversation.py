@@ -178,5 +178,5 @@ class Conversation:
 
     def _way_out(self) -> str:
         if any(cache.policy.n_sink for cache in self.session.kv_caches):
-            return "Without --sinks the conversation could go on without a limit."
+            return "Without --kv_cache_args.n_sink the conversation could go on without a limit."
         return "With --kv_cache lastrec the conversation can go on without a limit."
