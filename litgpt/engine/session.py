@@ -77,7 +77,7 @@ class Session:
     @property
     def cached(self) -> int:
         """Tokens, from the beginning of the sequence, that the caches hold or have evicted."""
-        return max((cache.next_token_pos for cache in self.kv_caches), default=0)
+        return self._lease.caches.next_token_pos
 
     @property
     def cache_bytes(self) -> int:
