@@ -1,6 +1,7 @@
 """Text to token ids and back, from a checkpoint's own tokenizer files."""
 
 import codecs
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -99,6 +100,12 @@ class Tokenizer:
     @property
     def eos_token(self) -> str | None:
         return None if self.eos_id is None else self._backend.id_to_token(self.eos_id)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of all that decides how texts become tokens."""
+        settings = json.dumps([self.bos_id, self.eos_ids, self.use_bos, self.chat_template])
+        return hashlib.sha256(self._backend.serialize() + settings.encode()).hexdigest()
 
     def token_to_id(self, token: str) -> int:
         """The id of `token`; `ValueError` when the vocabulary does not have it."""

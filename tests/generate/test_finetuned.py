@@ -238,7 +238,7 @@ def test_every_option_is_explained(method, capsys):
     with pytest.raises(SystemExit):
         main([f"generate_{method}", "--help"])
     words = " ".join(capsys.readouterr().out.split())
-    assert "First tokens that a lastrec cache never drops." in words
+    assert "Further arguments of the key-value cache" in words
     assert "The text to answer." in words
 
 
