@@ -460,7 +460,7 @@ def test_a_model_that_has_answered_can_be_copied(llm):
 
 
 @pytest.mark.parametrize(
-    "wrong, message",
+    ("wrong", "message"),
     [
         ({"prompt": "a\ud800"}, "half of a surrogate pair at character"),
         ({"prompt": [{"role": "user", "content": "\udc80"}]}, "UTF-8"),

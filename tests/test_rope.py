@@ -166,5 +166,5 @@ def test_layers_with_a_window_have_no_scaling_nor_its_factor():
     adjustments = {"factor": 2.0, "beta_fast": 32, "beta_slow": 1, "original_max_seq_len": 8}
     cos, sin = build_rope_cache(16, 8, extra_config=adjustments, rope_local_base_freq=500)
     plain, scaled = build_rope_cache(16, 8, base=500), build_rope_cache(16, 8, extra_config=adjustments)
-    assert cos[..., 1].equal(plain[0]) and sin[..., 1].equal(plain[1])
-    assert cos[..., 0].equal(scaled[0]) and sin[..., 0].equal(scaled[1])
+    assert torch.stack((cos, sin))[..., 1].equal(torch.stack(plain))
+    assert torch.stack((cos, sin))[..., 0].equal(torch.stack(scaled))
