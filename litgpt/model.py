@@ -332,7 +332,9 @@ class GPT(nn.Module):
         """
         if self.caches.caches:
             raise ValueError("key-value caches are assigned already; call clear_kv_caches(assigned=True) first")
-        self.exchange_kv_caches(LayerCaches.assigned(kv_caches, self.config))
+        caches = LayerCaches.assigned(kv_caches, self.config)
+        caches.expected_length = self.caches.expected_length
+        self.exchange_kv_caches(caches)
 
     def set_kv_caches(
         self, batch_size: int, dtype: torch.dtype | None = None, max_seq_length: int | None = None
