@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from litgpt.settings import read_json
+from litgpt.standard_streams import check_text
 
 if TYPE_CHECKING:
     import tokenizers
@@ -142,8 +143,9 @@ class Tokenizer:
 
         Special tokens that are spelled out in `string` count as such. `bos=None` prepends BOS where the tokenizer's
         files say so; a BOS or EOS that is there already is not doubled. `max_length > 0` cuts off the end.
-        Raises `ValueError` when BOS or EOS is asked for and the tokenizer has none.
+        Raises `ValueError` for half of a surrogate pair in `string`, and when BOS or EOS is asked for and the tokenizer has none.
         """
+        check_text("the text", string)
         ids = self._backend.encode(string)
         if self.use_bos if bos is None else bos:
             if self.bos_id is None:

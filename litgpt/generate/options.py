@@ -17,6 +17,7 @@ from litgpt.engine.sampling import Sampling
 from litgpt.engine.session import Session
 from litgpt.kvcache import CacheSpec
 from litgpt.model import GPT
+from litgpt.standard_streams import check_text
 
 DEFAULT_PROMPT = "What food do llamas eat?"
 _SHOWN = 60  # characters of a value in an error message
@@ -283,15 +284,6 @@ def _key(name: str, key: Any, kind: Any) -> Any:
     if kind is int and isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,18}", key):
         return int(key)
     return converted(f"a key of {name}", key, kind)
-
-
-def check_text(name: str, text: str) -> None:
-    """Raise `ValueError` if a text has what is no character: half of a surrogate pair, or bytes that are not UTF-8."""
-    if found := re.search("[\ud800-\udfff]", text):
-        place = f"at character {found.start() + 1}"
-        if "\udc80" <= found[0] <= "\udcff":
-            raise ValueError(f"{name} is not UTF-8 {place}: byte 0x{ord(found[0]) - 0xDC00:02x}")
-        raise ValueError(f"{name} has half of a surrogate pair {place}: \\u{ord(found[0]):04x}")
 
 
 def shown(value: Any) -> str:

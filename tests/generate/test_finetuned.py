@@ -181,7 +181,7 @@ def test_full_weights_of_another_model_are_refused(base, tmp_path, capsys):
     weights["lm_head.weight"] = weights["lm_head.weight"][:50].clone()
     torch.save(weights, file)
     assert main(["generate_full", str(base), f"--finetuned_path={file}"]) == 1
-    assert "weights do not fit the config 'tiny': wrong shape: lm_head.weight" in one_line(capsys)
+    assert "weights do not fit the config 'tiny': wrong shape or type: lm_head.weight" in one_line(capsys)
 
 
 @pytest.mark.parametrize(
