@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import greedy_without_caches, tiny_gpt
+from tiny import VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
+from litgpt.api import LLM, Preprocessor
 from litgpt.attention import DefaultKeysAndValues
 from litgpt.engine.prefill import prefill
 from litgpt.engine.session import Session
 from litgpt.generate.base import generate
 from litgpt.kvcache import DefaultKVCache, KVCache
 from litgpt.kvcache.layers import LayerCaches
+from litgpt.prompts import Default
 
 PROMPT = torch.arange(3, 33)
 
@@ -127,6 +129,17 @@ def test_it_generates_for_one_row_again_and_again(kind):
         prompt = PROMPT[start:]
         found = generate(model, prompt, len(prompt) + 20, temperature=0)
         assert found[len(prompt) :].tolist() == greedy_without_caches(tiny_like(model), prompt, 20).tolist()
+
+
+@pytest.mark.parametrize("kind", [Elsewhere, Prefilled])
+def test_llm_generates_and_streams_with_it(kind):
+    llm = LLM(tiny_gpt(**VOCABULARY), Preprocessor(tiny_tokenizer()), Default())
+    expected = llm.generate("Hello", max_new_tokens=20, temperature=0)
+    llm.model.clear_kv_caches()
+    llm.model.assign_kv_caches(kind(llm.model.config, 1, 80, i) for i in range(llm.model.config.n_layer))
+    assert llm.generate("Hello", max_new_tokens=20, temperature=0) == expected
+    assert "".join(llm.generate("Hello", max_new_tokens=20, temperature=0, stream=True)) == expected
+    assert isinstance(llm.model.kv_caches()[0], kind)
 
 
 def tiny_like(model):
