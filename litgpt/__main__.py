@@ -1,6 +1,7 @@
 """The `litgpt` command: a table of commands, each of which is a function whose signature gives its options."""
 
 import inspect
+import json
 import logging
 import os
 import re
@@ -43,6 +44,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "litgpt.generate.tp:main",
         "Answer a prompt with a model whose layers are divided among processes.",
     ),
+    "finetune": ("litgpt.finetune.lora:setup", "The same as finetune_lora."),
+    "finetune_lora": ("litgpt.finetune.lora:setup", "Fine-tune a model by LoRA: small matrices next to its weights."),
+    "finetune_full": ("litgpt.finetune.full:setup", "Fine-tune all weights of a model."),
+    "finetune_adapter": ("litgpt.finetune.adapter:setup", "Fine-tune a model by learned prefixes of its layers."),
+    "finetune_adapter_v2": (
+        "litgpt.finetune.adapter_v2:setup",
+        "Fine-tune a model by learned prefixes, and scales and biases of its layers.",
+    ),
+    "pretrain": ("litgpt.pretrain:setup", "Train a model on text, from random weights or from a checkpoint's."),
     "download": ("litgpt.scripts.download:download_from_hub", "Fetch a model, or list those that can be had."),
     "convert_to_litgpt": (
         "litgpt.scripts.convert_hf_checkpoint:convert_hf_checkpoint",
@@ -66,6 +76,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "validate": ("litgpt.scripts.validate:validate_setup", "Check a checkpoint, and tell how much memory it needs."),
 }
+
+
+def __getattr__(name: str) -> dict[str, Callable[..., Any]]:
+    """`PARSER_DATA`, LitGPT's table of commands: name -> function."""
+    if name != "PARSER_DATA":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    places = {command: place.split(":") for command, (place, _) in COMMANDS.items()}
+    return {command: getattr(import_module(module), function) for command, (module, function) in places.items()}
+
 
 _FLAGS = ("-h", "--help", "--print_config")
 
@@ -228,6 +247,7 @@ def _by_name(args: list[str], parameters: Mapping[str, inspect.Parameter], posit
                 next(rest)
             else:
                 named.append(option)
+    named = _with_class_arguments(named, parameters)
     given = {arg.partition("=")[0] for arg in named}
     free = [key for key in positional if f"--{key}" not in given]
     if len(values) > len(free):
@@ -239,6 +259,30 @@ def _by_name(args: list[str], parameters: Mapping[str, inspect.Parameter], posit
             raise UsageError(f"{ascii(option)[1:-1]} is not text in UTF-8: {os.fsencode(value)!r}")
     # What is said on the command line wins over a configuration file, and is part of what is printed.
     return sorted(named, key=lambda arg: (arg == "--print_config") - arg.startswith("--config="))
+
+
+def _with_class_arguments(named: list[str], parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Puts the arguments of a class that an option of type `str | dict` names (`--optimizer NAME --optimizer.lr 0.01`, or
+    `--optimizer.init_args.lr`) into its value."""
+    for key, parameter in parameters.items():
+        if parameter.annotation != str | dict:
+            continue
+        pattern = re.compile(rf"--{key}\.(?:init_args\.)?(\w+)=(.*)", re.DOTALL)
+        found = [match for arg in named if (match := pattern.fullmatch(arg))]
+        if not found:
+            continue
+        names = [arg.partition("=")[2] for arg in named if arg.startswith(f"--{key}=")]
+        value = {"class_path": names[-1] if names else parameter.default}
+        value["init_args"] = {match[1]: _number_or_text(match[2]) for match in found}
+        named = [arg for arg in named if not re.match(rf"--{key}[.=]", arg)] + [f"--{key}={json.dumps(value)}"]
+    return named
+
+
+def _number_or_text(text: str) -> Any:
+    """What a value on the command line means: 1e-3 is a number, which YAML does not see."""
+    with suppress(ValueError):
+        return float(text) if re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", text) else json.loads(text)
+    return text
 
 
 def _is_boolean(words: list[str]) -> bool:

@@ -8,7 +8,7 @@ given, to `attention.py` otherwise. It knows neither masks nor slots.
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,29 @@ from litgpt.rope import yarn_get_mscale as yarn_get_mscale
 
 if TYPE_CHECKING:
     from litgpt.runners.runner import LayerRunner
+
+
+class Rows(NamedTuple):
+    """In place of a plan, in training: the tokens of a call are rows of these sizes, one after the other."""
+
+    sizes: tuple[int, ...]
+
+
+def attend_without_cache(
+    mha: MultiHeadSelfAttention,
+    block_idx: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: Rows | None,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention (B, T, H * D) of queries (B, H, T, D) over keys and values (B, G, T, D) of the same tokens, which with
+    `Rows` see those of their own row only."""
+    sizes = [query.shape[2]] if plan is None else plan.sizes
+    rows = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+    outputs = [mha(q, DefaultKeysAndValues(k, v), block_idx, sink_logits=sink_logits)[0] for q, k, v in rows]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 class GPT(nn.Module):
@@ -123,14 +146,23 @@ class GPT(nn.Module):
         if idx.ndim != 2 or idx.shape[1] == 0:
             raise ValueError(f"idx must be (B, T) or (T,) with at least one token, got {tuple(idx.shape)}")
         B, T = idx.shape
-        if row_sizes is not None and (rows is None or input_pos is None or (B, T) != (1, sum(row_sizes))):
+        if row_sizes is not None and ((rows is None) != (input_pos is None) or (B, T) != (1, sum(row_sizes))):
             raise ValueError(
-                f"row_sizes={list(row_sizes)} need rows, input_pos and idx (1, {sum(row_sizes)}), got {tuple(idx.shape)}"
+                f"row_sizes={list(row_sizes)} need idx (1, {sum(row_sizes)}), and rows where there is input_pos, got "
+                f"{tuple(idx.shape)}"
             )
         if input_pos is None:
-            if T > self.max_seq_length:
-                raise ValueError(f"{T} tokens are more than max_seq_length = {self.max_seq_length}")
-            x = self.run_layers(idx, self.rope_rows(0, T, self.needs_long_rope(T)), None, None)
+            sizes = [T] if row_sizes is None else list(row_sizes)
+            longest = max(sizes)
+            if longest > self.max_seq_length:
+                raise ValueError(f"{longest} tokens are more than max_seq_length = {self.max_seq_length}")
+            long = self.needs_long_rope(longest)
+            if len(sizes) == 1:
+                rope, plans = self.rope_rows(0, T, long), None
+            else:
+                rope = self.rope_rows([0] * len(sizes), sizes, long)
+                plans = [Rows(tuple(sizes))] * self.config.n_layer
+            x = self.run_layers(idx, rope, plans, None)
             x = x[:, -1:] if last_token_only else x
         else:
             sizes = [T] * B if row_sizes is None else row_sizes
@@ -234,7 +266,7 @@ class GPT(nn.Module):
         if not 1 <= value <= self.config.block_size:
             raise ValueError(f"max_seq_length must be in 1..{self.config.block_size} (block_size), got {value}")
         self._max_seq_length = value
-        if value > self.rope_cache_length():
+        if value > self.rope_table.length:
             self.rope_table.cover(value, self.device)
 
     @property
@@ -248,15 +280,23 @@ class GPT(nn.Module):
         self.rope_table.cover(self.max_seq_length, self.device)
         return self.rope_table.cos
 
+    @cos.setter
+    def cos(self, value: torch.Tensor) -> None:
+        self.rope_table.cos = value
+
     @property
     def sin(self) -> torch.Tensor:
         """RoPE's sines of at least `max_seq_length` positions, float32."""
         self.rope_table.cover(self.max_seq_length, self.device)
         return self.rope_table.sin
 
+    @sin.setter
+    def sin(self, value: torch.Tensor) -> None:
+        self.rope_table.sin = value
+
     def rope_cache_length(self) -> int:
-        """Positions that the RoPE table covers. It grows when needed."""
-        return self.rope_table.length
+        """Elements of a head that RoPE rotates: the columns of `cos`, as LitGPT's `set_kv_cache` wants them."""
+        return self.config.rope_n_elem
 
     def rope_cache(self, seq_len: int | None = None, device: torch.device | None = None) -> Rope:
         """Cosines and sines of `seq_len` positions (default: `max_seq_length`), as `build_rope_cache` makes them."""
@@ -300,7 +340,9 @@ class GPT(nn.Module):
         """
         if self.caches.caches:
             raise ValueError("key-value caches are assigned already; call clear_kv_caches(assigned=True) first")
-        self.exchange_kv_caches(LayerCaches.assigned(kv_caches, self.config))
+        caches = LayerCaches.assigned(kv_caches, self.config)
+        caches.expected_length = self.caches.expected_length
+        self.exchange_kv_caches(caches)
 
     def set_kv_caches(
         self, batch_size: int, dtype: torch.dtype | None = None, max_seq_length: int | None = None
@@ -511,8 +553,8 @@ class CausalSelfAttention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan | None, token_idx: torch.Tensor | None
     ) -> torch.Tensor:
         """What queries (B, H, T, D) get out of keys and values (B, G, T, D) and those in the cache: (B, T, H * D)."""
-        if plan is None:
-            return self.mha(q, DefaultKeysAndValues(k, v), self.block_idx, sink_logits=self.sinks)[0]
+        if plan is None or isinstance(plan, Rows):
+            return attend_without_cache(self.mha, self.block_idx, q, k, v, plan, self.sinks)
         return self.kv_cache.run(plan, q, k, v, token_idx, self.sinks)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object, **kwargs: object) -> None:
@@ -572,12 +614,11 @@ class MultiheadLatentAttention(nn.Module):
         latent = self.kv_a_norm(latent)
         q_rotated = rotate(q_rotated, rope[0], config.rope_interleave)
         k_rotated = rotate(k_rotated, rope[0], config.rope_interleave)
-        if plan is None:
+        if plan is None or isinstance(plan, Rows):
             k, v = self.kv_b_proj(latent[:, 0]).unflatten(-1, (H, -1)).transpose(1, 2).split((n, config.v_head_dim), -1)
             k = torch.cat((k, k_rotated.expand(-1, H, -1, -1)), dim=-1).to(v.dtype)  # float32 under autocast, as q
             query = torch.cat((q, q_rotated), dim=-1).to(v.dtype)
-            y, _ = self.mha(query, DefaultKeysAndValues(k, v), self.block_idx)
-            return self.proj(y)
+            return self.proj(attend_without_cache(self.mha, self.block_idx, query, k, v, plan))
         to_key, to_value = self.kv_b_proj.by_head(H, n)
         key = torch.cat((latent, k_rotated), dim=-1).to(q.dtype)
         query = torch.cat((q @ to_key, q_rotated), dim=-1).to(q.dtype)

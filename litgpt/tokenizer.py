@@ -1,6 +1,7 @@
 """Text to token ids and back, from a checkpoint's own tokenizer files."""
 
 import codecs
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from litgpt.settings import read_json
+from litgpt.standard_streams import check_text
 
 if TYPE_CHECKING:
     import tokenizers
@@ -99,6 +101,12 @@ class Tokenizer:
     def eos_token(self) -> str | None:
         return None if self.eos_id is None else self._backend.id_to_token(self.eos_id)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of all that decides how texts become tokens."""
+        settings = json.dumps([self.bos_id, self.eos_ids, self.use_bos, self.chat_template])
+        return hashlib.sha256(self._backend.serialize() + settings.encode()).hexdigest()
+
     def token_to_id(self, token: str) -> int:
         """The id of `token`; `ValueError` when the vocabulary does not have it."""
         token_id = self._backend.token_to_id(token)
@@ -135,8 +143,9 @@ class Tokenizer:
 
         Special tokens that are spelled out in `string` count as such. `bos=None` prepends BOS where the tokenizer's
         files say so; a BOS or EOS that is there already is not doubled. `max_length > 0` cuts off the end.
-        Raises `ValueError` when BOS or EOS is asked for and the tokenizer has none.
+        Raises `ValueError` for half of a surrogate pair in `string`, and when BOS or EOS is asked for and the tokenizer has none.
         """
+        check_text("the text", string)
         ids = self._backend.encode(string)
         if self.use_bos if bos is None else bos:
             if self.bos_id is None:

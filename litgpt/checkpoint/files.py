@@ -108,8 +108,11 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or incomplete: {_one_line(error)}") from None
     values = values.get("model", values) if isinstance(values, dict) else values
-    if not isinstance(values, dict) or not all(isinstance(value, torch.Tensor) for value in values.values()):
-        raise ValueError(f"{path} must hold a state dict: parameter names and tensors")
+    if not isinstance(values, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        for name, value in values.items()
+    ):
+        raise ValueError(f"{path} must hold a state dict: parameter names and dense tensors")
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in values.items()}
 
 

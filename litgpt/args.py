@@ -1,0 +1,142 @@
+"""The options of training commands, in groups: `--train.x`, `--eval.x`, `--log.x`."""
+
+import math
+from collections.abc import Sized
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass
+class TrainArgs:
+    """How to train.
+
+    Attributes:
+        save_interval: optimizer steps between checkpoints (None: only the final one).
+        log_interval: iterations (micro-batches) between progress lines.
+        global_batch_size: samples of an optimizer step, over all devices.
+        micro_batch_size: samples that go through the model at once on one device.
+        lr_warmup_steps: optimizer steps until the learning rate is reached.
+        lr_warmup_fraction: the same, as a fraction of all steps; give one of the two.
+        epochs: times that the data is gone through.
+        max_tokens: tokens to train on, over all devices.
+        max_steps: most optimizer steps.
+        max_time: seconds after which training stops.
+        max_seq_length: samples are cut to that many tokens (None: the model's context).
+        tie_embeddings: train the embedding and the head as one weight (None: as the checkpoint has them).
+        max_norm: gradients are clipped to this norm (None: not).
+        min_lr: the learning rate at the end of the cosine schedule.
+        pack: fill the rows of a batch with several samples up to `max_seq_length` tokens. No sample sees another.
+        activation_checkpointing: keep only the inputs of layers for the backward pass, and compute the rest again.
+        keep_last: keep only this many of the step checkpoints, the best one besides (None: all).
+        early_stopping: stop after this many validations in a row without a better loss (None: never).
+    """
+
+    save_interval: int | None = 1000
+    log_interval: int = 1
+    global_batch_size: int = 64
+    micro_batch_size: int = 4
+    lr_warmup_steps: int | None = 100
+    lr_warmup_fraction: float | None = None
+    epochs: int | None = None
+    max_tokens: int | None = None
+    max_steps: int | None = None
+    max_time: float | None = None
+    max_seq_length: int | None = None
+    tie_embeddings: bool | None = None
+    max_norm: float | None = None
+    min_lr: float = 6e-5
+    pack: bool = False
+    activation_checkpointing: bool = False
+    keep_last: int | None = None
+    early_stopping: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.lr_warmup_fraction and self.lr_warmup_steps:
+            raise ValueError(
+                f"give lr_warmup_steps={self.lr_warmup_steps} or lr_warmup_fraction={self.lr_warmup_fraction}, not both"
+            )
+        if self.lr_warmup_fraction and not 0 <= self.lr_warmup_fraction <= 1:
+            raise ValueError(f"lr_warmup_fraction must be between 0 and 1, got {self.lr_warmup_fraction}")
+        for name in ("save_interval", "log_interval", "global_batch_size", "micro_batch_size", "epochs", "max_tokens"):
+            self._require_positive(name)
+        for name in ("max_steps", "max_time", "max_seq_length", "max_norm", "keep_last", "early_stopping"):
+            self._require_positive(name)
+        if self.lr_warmup_steps is not None and self.lr_warmup_steps < 0:
+            raise ValueError(f"lr_warmup_steps must be at least 0, got {self.lr_warmup_steps}")
+
+    def _require_positive(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+    def batch_size(self, devices: int, num_nodes: int = 1) -> int:
+        """Samples of an optimizer step on one device."""
+        size, rest = divmod(self.global_batch_size, devices * num_nodes)
+        if not size or rest:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} must be a multiple of the {devices * num_nodes} devices"
+            )
+        return size
+
+    def gradient_accumulation_iters(self, devices: int, num_nodes: int = 1) -> int:
+        """Micro-batches of an optimizer step on one device."""
+        count, rest = divmod(self.batch_size(devices, num_nodes), self.micro_batch_size)
+        if not count or rest:
+            raise ValueError(
+                f"global_batch_size={self.global_batch_size} must be a multiple of micro_batch_size="
+                f"{self.micro_batch_size} times {devices * num_nodes} devices"
+            )
+        return count
+
+    def warmup_iters(self, devices: int, num_nodes: int, max_iters: int, train_dataloader: Sized) -> int:
+        """Micro-batches of the warm-up on one device."""
+        if self.lr_warmup_fraction:
+            return min(max_iters, math.ceil(self.lr_warmup_fraction * len(train_dataloader)))
+        if self.lr_warmup_steps:
+            return min(max_iters, self.lr_warmup_steps * self.gradient_accumulation_iters(devices, num_nodes))
+        return 0
+
+
+@dataclass
+class EvalArgs:
+    """How to validate.
+
+    Attributes:
+        interval: optimizer steps between validations.
+        max_new_tokens: tokens of the example answer that is shown at each validation (None: no example).
+        max_iters: most batches of a validation (None: all).
+        initial_validation: validate before the first step.
+        final_validation: validate after the last one.
+        evaluate_example: which validation sample the example is: "first", "random", or its index.
+    """
+
+    interval: int = 600
+    max_new_tokens: int | None = None
+    max_iters: int | None = 100
+    initial_validation: bool = False
+    final_validation: bool = True
+    evaluate_example: Literal["first", "random"] | int = "first"
+
+    def __post_init__(self) -> None:
+        if self.interval < 1:
+            raise ValueError(f"eval.interval must be at least 1, got {self.interval}")
+
+
+@dataclass
+class LogArgs:
+    """What loggers that need an account are told.
+
+    Attributes:
+        project, run, group: where Weights & Biases and MLflow put the run.
+        teamspace, metadata, log_model, save_logs, checkpoint_name: accepted for scripts written for LitGPT; of its own
+            logger, which is not here.
+    """
+
+    project: str | None = None
+    run: str | None = None
+    group: str | None = None
+    teamspace: str | None = None
+    metadata: dict[str, Any] | None = None
+    log_model: bool = False
+    save_logs: bool = True
+    checkpoint_name: str | None = None

@@ -1,0 +1,25 @@
+"""Two thousand samples of Alpaca."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from litgpt.data.alpaca import Alpaca
+from litgpt.data.download import load_hub_dataset
+
+
+@dataclass
+class Alpaca2k(Alpaca):
+    """As `Alpaca`, from the Hugging Face hub."""
+
+    val_split_fraction: float = 0.05
+    download_dir: Path = Path("./data/alpaca2k")
+    repo_id: str = field(repr=False, default="mhenrichsen/alpaca_2k_test")
+    file_name: str = field(repr=False, default="alpaca2k_data_cleaned_archive.json")
+
+    def prepare_data(self) -> None:
+        load_hub_dataset(self.repo_id, cache_dir=self.download_dir)
+
+    def setup(self, stage: str = "") -> None:
+        data = load_hub_dataset(self.repo_id, cache_dir=self.download_dir)["train"]
+        parts = data.train_test_split(test_size=self.val_split_fraction, seed=self.seed)
+        self.train_dataset, self.test_dataset = self.dataset(parts["train"]), self.dataset(parts["test"])

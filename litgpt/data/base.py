@@ -1,0 +1,211 @@
+"""What data modules are: they give batches of samples for training and validation."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
+
+from litgpt.data.encoding import Encoded, EncodedSamples, Sample, encode_sample
+from litgpt.prompt_style import PromptStyle
+from litgpt.tokenizer import Tokenizer
+from litgpt.train.batches import PackedBatchSampler
+
+IGNORE_INDEX = -100
+
+
+class DataModule(LightningDataModule):
+    """Gives batches. A command calls `connect`, `prepare_data`, `setup`, and then asks for the loaders."""
+
+    @abstractmethod
+    def connect(
+        self,
+        tokenizer: Tokenizer | None = None,
+        batch_size: int = 1,
+        max_seq_length: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Take what the run decides: the tokenizer, samples of a batch, and tokens that a sample is cut to (None: no limit)."""
+
+    def setup(self, stage: str = "") -> None:
+        """Read the data. `stage` is Lightning's, and not needed."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class SFTDataset(Dataset):
+    """Samples of instructions and responses as tokens. Each is encoded when it is first asked for, or by `encode_all`.
+
+    Args:
+        data: mappings with `instruction`, `output` and perhaps `input`; or with `messages`, a conversation.
+        tokenizer: encodes.
+        prompt_style: how instructions are written down; conversations need one that takes messages.
+        max_seq_length: samples are cut to that many tokens (-1: not).
+        mask_prompt: count the loss on responses only.
+        ignore_index: label of tokens that are not counted.
+        transform: applied to every sample first.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Mapping[str, Any]],
+        tokenizer: Tokenizer,
+        prompt_style: str | PromptStyle,
+        max_seq_length: int = -1,
+        mask_prompt: bool = True,
+        ignore_index: int = IGNORE_INDEX,
+        transform: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self.data, self.tokenizer = data, tokenizer
+        self.prompt_style = PromptStyle.from_name(prompt_style) if isinstance(prompt_style, str) else prompt_style
+        self.max_seq_length, self.mask_prompt, self.ignore_index = max_seq_length, mask_prompt, ignore_index
+        self.transform = transform
+        self._encoded: EncodedSamples | dict[int, Encoded] = {}
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def sample(self, index: int) -> Sample:
+        return self.data[index] if self.transform is None else self.transform(self.data[index])
+
+    def encode_all(self, name: str) -> None:
+        """Encode all samples, with a progress bar, or take them from the cache on disk if they are there.
+
+        Raises:
+            ValueError: if no sample has a token that the loss counts.
+        """
+        samples = [self.sample(index) for index in range(len(self))]
+        self._encoded = EncodedSamples.of(
+            samples, self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt, name
+        )
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every sample; after `encode_all`."""
+        return self._encoded.lengths
+
+    def encoded(self, index: int) -> Encoded:
+        if isinstance(self._encoded, dict) and index not in self._encoded:
+            self._encoded[index] = encode_sample(
+                self.sample(index), self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt
+            )
+        return self._encoded[index]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`input_ids` (T,), `labels` (T,) the same with `ignore_index` where no loss is counted, and `token_counts`."""
+        ids, counted, raw = self.encoded(index)
+        ids = torch.from_numpy(ids.astype("int64"))
+        labels = ids.masked_fill(~torch.from_numpy(counted), self.ignore_index)
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "token_counts": {"raw": raw, "raw_plus_prompt_template": len(ids)},
+        }
+
+    @property
+    def examples(self) -> "Sequence[tuple[str, Tensor]]":
+        """For every sample, the text of its prompt, and the prompt's tokens."""
+        return _Examples(self)
+
+
+class _Examples(Sequence):
+    def __init__(self, dataset: SFTDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[str, Tensor]:
+        from litgpt.data.encoding import prompt_of
+        from litgpt.prompts import encode_prompt
+
+        prompt, more = prompt_of(self.dataset.sample(index))
+        shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        return shown, encode_prompt(self.dataset.tokenizer, self.dataset.prompt_style, prompt, **more)
+
+
+def get_sft_collate_fn(
+    max_seq_length: int = -1, pad_id: int = 0, ignore_index: int = IGNORE_INDEX
+) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+    """A function that makes a batch of samples: right-padded with `pad_id` and `ignore_index`, and cut to `max_seq_length`
+    (-1: not). The batch also has `lengths` (B,) and the samples' `token_counts`."""
+    return partial(_sft_collate_fn, max_seq_length=max_seq_length, pad_id=pad_id, ignore_index=ignore_index)
+
+
+def _sft_collate_fn(
+    samples: list[dict[str, Any]], max_seq_length: int = -1, pad_id: int = 0, ignore_index: int = IGNORE_INDEX
+) -> dict[str, Any]:
+    batch: dict[str, Any] = {}
+    for key, filler in (("input_ids", pad_id), ("labels", ignore_index)):
+        rows = torch.nn.utils.rnn.pad_sequence([s[key] for s in samples], batch_first=True, padding_value=filler)
+        batch[key] = rows[:, :max_seq_length] if max_seq_length > 0 else rows
+    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+    batch["lengths"] = lengths.clamp(max=batch["input_ids"].shape[1])
+    if "token_counts" in samples[0]:
+        names = samples[0]["token_counts"]
+        batch["token_counts"] = {
+            name: torch.tensor([s["token_counts"][name] for s in samples], dtype=torch.int64)[:, None] for name in names
+        }
+    return batch
+
+
+class SFTModule(DataModule):
+    """A data module of instructions and responses, or conversations: what is the same for all of them."""
+
+    pack = False  # fill rows with several samples: `train.pack`
+    tokenizer: Tokenizer | None = None
+    batch_size = 1
+    max_seq_length = -1
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        if isinstance(self.prompt_style, str):
+            self.prompt_style = PromptStyle.from_name(self.prompt_style)
+
+    def connect(
+        self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
+    ) -> None:
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.max_seq_length = -1 if max_seq_length is None else max_seq_length
+
+    def dataset(self, data: Sequence[Mapping[str, Any]], transform: Callable | None = None) -> SFTDataset:
+        """A dataset of samples with this module's settings."""
+        return SFTDataset(
+            data,
+            self.tokenizer,
+            self.prompt_style,
+            self.max_seq_length,
+            self.mask_prompt,
+            self.ignore_index,
+            transform,
+        )
+
+    def split(self, data: Sequence[Mapping[str, Any]], fraction: float) -> tuple[list, list]:
+        """Training and validation samples, drawn by `seed`."""
+        generator = torch.Generator().manual_seed(self.seed)
+        train, val = torch.utils.data.random_split(data, [1.0 - fraction, fraction], generator=generator)
+        return list(train), list(val)
+
+    def loader(self, dataset: SFTDataset, shuffle: bool) -> DataLoader:
+        """Batches of a dataset, in an order that `seed` decides if they are shuffled."""
+        dataset.encode_all(f"{type(self).__name__} ({'training' if shuffle else 'validation'})")
+        collate = get_sft_collate_fn(self.max_seq_length, ignore_index=self.ignore_index)
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.pack:
+            sampler = RandomSampler(dataset, generator=generator) if shuffle else SequentialSampler(dataset)
+            capacity = self.max_seq_length if self.max_seq_length > 0 else max(dataset.lengths)
+            batches = PackedBatchSampler(sampler, dataset.lengths, capacity, self.batch_size)
+            return DataLoader(dataset, batch_sampler=batches, generator=generator, collate_fn=collate)
+        return DataLoader(dataset, batch_size=self.batch_size, shuffle=shuffle, generator=generator, collate_fn=collate)
+
+    def train_dataloader(self) -> DataLoader:
+        return self.loader(self.train_dataset, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader | None:
+        dataset = self.test_dataset if hasattr(self, "test_dataset") else self.val_dataset
+        return self.loader(dataset, shuffle=False) if dataset is not None and len(dataset) else None

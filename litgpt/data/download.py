@@ -1,0 +1,64 @@
+"""Files that data modules fetch."""
+
+import tarfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import wrap_file
+
+from litgpt.atomic_file import replacing
+
+TIMEOUT = 10  # seconds without an answer
+
+
+def download_if_missing(file_path: Path, file_url: str) -> None:
+    """Fetch a file, unless it is there. What is written is complete or not there.
+
+    Raises:
+        OSError: if it cannot be fetched.
+    """
+    if file_path.exists():
+        return
+    file_path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with urllib.request.urlopen(file_url, timeout=TIMEOUT) as answer, replacing(file_path) as temporary:
+            size = int(answer.headers.get("Content-Length") or 0)
+            console = Console(stderr=True)
+            source = wrap_file(answer, size, description=file_path.name, console=console, transient=True)
+            with source as file, open(temporary, "wb") as target:
+                while chunk := file.read(1 << 20):
+                    target.write(chunk)
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        reason = getattr(error, "reason", error)
+        raise OSError(f"{file_url} could not be fetched ({reason}): put the file at {file_path} yourself") from None
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack a tar archive, unless `folder` is there."""
+    if folder.is_dir():
+        return
+    partly = folder.with_name(f".{folder.name}.partly")
+    with tarfile.open(archive) as file:
+        file.extractall(partly, filter="data")
+    partly.rename(folder)
+
+
+def load_hub_dataset(repo_id: str, **kwargs: Any) -> Any:
+    """`datasets.load_dataset`, with what goes wrong said in a line.
+
+    Raises:
+        ValueError: if the package `datasets` is not installed.
+        OSError: if the data cannot be fetched.
+    """
+    try:
+        from datasets import load_dataset
+    except ModuleNotFoundError:
+        raise ValueError(f"the data set {repo_id} needs the package datasets: pip install datasets") from None
+    try:
+        return load_dataset(repo_id, **kwargs)
+    except Exception as error:  # the package has no common class for its errors, and lets those of others through
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(f"the data set {repo_id} could not be fetched from the Hugging Face hub: {reason}") from None

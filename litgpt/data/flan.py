@@ -1,0 +1,132 @@
+"""FLAN: many tasks, written as instructions (arXiv:2109.01652)."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from litgpt.data.base import IGNORE_INDEX, SFTDataset, SFTModule
+from litgpt.data.download import download_if_missing
+from litgpt.prompt_style import PromptStyle
+
+_URL = "https://huggingface.co/datasets/Muennighoff/flan/resolve/main"
+SUBSETS = frozenset(
+    f"{task}_10templates"
+    for task in [
+        "aeslc",
+        "ag_news_subset",
+        "anli_r1",
+        "anli_r2",
+        "anli_r3",
+        "arc_challenge",
+        "arc_easy",
+        "bool_q",
+        "cb",
+        "cnn_dailymail",
+        "cola",
+        "common_gen",
+        "copa",
+        "coqa",
+        "cosmos_qa",
+        "dart",
+        "definite_pronoun_resolution",
+        "drop",
+        "e2e_nlg",
+        "fix_punct",
+        "gigaword",
+        "glue_mrpc",
+        "glue_qqp",
+        "hellaswag",
+        "imdb_reviews",
+        "math_dataset",
+        "mnli_matched",
+        "mnli_mismatched",
+        "multi_news",
+        "multirc",
+        "natural_questions",
+        "openbookqa",
+        "opinion_abstracts_idebate",
+        "opinion_abstracts_rotten_tomatoes",
+        "para_crawl_enes",
+        "paws_wiki",
+        "piqa",
+        "qnli",
+        "quac",
+        "record",
+        "rte",
+        "samsum",
+        "sentiment140",
+        "snli",
+        "squad_v1",
+        "squad_v2",
+        "sst2",
+        "story_cloze",
+        "stsb",
+        "trec",
+        "trivia_qa",
+        "true_case",
+        "web_nlg_en",
+        "wic",
+        "wiki_lingua_english_en",
+        "wmt14_enfr",
+        "wmt16_translate_csen",
+        "wmt16_translate_deen",
+        "wmt16_translate_fien",
+        "wmt16_translate_roen",
+        "wmt16_translate_ruen",
+        "wmt16_translate_tren",
+        "wnli",
+        "word_segment",
+        "wsc",
+        "yelp_polarity_reviews",
+    ]
+)
+
+
+@dataclass
+class FLAN(SFTModule):
+    """Samples of JSONL files, two for each task, that are fetched once. Fields: see `JSON`.
+
+    `subsets` names tasks, separated by commas (None: all of them, which are many gigabytes).
+    """
+
+    mask_prompt: bool = False
+    prompt_style: str | PromptStyle = "flan"
+    ignore_index: int = IGNORE_INDEX
+    seed: int = 42
+    num_workers: int = 4
+    download_dir: Path = Path("./data/flan")
+    url: str = _URL
+    subsets: str | None = None
+    train_dataset: SFTDataset | None = field(default=None, init=False, repr=False)
+    test_dataset: SFTDataset | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._tasks = sorted(SUBSETS) if self.subsets is None else self.subsets.split(",")
+        if unknown := sorted(set(self._tasks) - SUBSETS):
+            raise ValueError(f"subsets: {', '.join(unknown)} not known; there are {', '.join(sorted(SUBSETS))}")
+
+    def prepare_data(self) -> None:
+        for task in self._tasks:
+            for split in ("train", "test"):
+                name = f"{task}_{split}.jsonl"
+                download_if_missing(Path(self.download_dir) / name, f"{self.url}/{split}/{name}")
+
+    def setup(self, stage: str = "") -> None:
+        self.train_dataset, self.test_dataset = (
+            self.dataset(
+                [row for task in self._tasks for row in load_jsonl(Path(self.download_dir) / f"{task}_{split}.jsonl")],
+                _transform,
+            )
+            for split in ("train", "test")
+        )
+
+
+def load_jsonl(filename: Path) -> list[dict[str, str]]:
+    """The lines of a JSONL file."""
+    return [json.loads(line) for line in filename.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _transform(item: Mapping[str, str]) -> dict[str, str]:
+    return {"instruction": item["inputs"], "output": item["targets"]}

@@ -1,0 +1,138 @@
+"""Samples of one's own: JSON or JSONL files."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from litgpt.data.base import IGNORE_INDEX, SFTDataset, SFTModule
+from litgpt.data.encoding import sample_problem
+from litgpt.prompt_style import PromptStyle
+from litgpt.prompts import style_for
+
+ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
+DEFAULT_FRACTION = 0.05
+
+
+@dataclass
+class JSON(SFTModule):
+    """Samples from a JSON file (a list), a JSONL file (one a line), or a folder with `train` and `val` files of these kinds.
+
+    A sample has `instruction`, `output` and perhaps `input`; or it is a conversation: `messages` with `role` and `content`,
+    or `conversations` with `from` and `value`. Conversations are written down by the checkpoint's own chat template, and
+    only what the assistant says is learned.
+
+    Attributes:
+        json_path: the file or folder.
+        mask_prompt: learn responses only, not instructions; conversations always learn answers only unless it is False.
+        val_split_fraction: part of a single file's samples that validate.
+        prompt_style: how instructions are written down (a conversation's: the checkpoint's, unless another is named).
+        ignore_index: label of tokens that are not learned.
+        seed: of the split and of the order.
+        num_workers: accepted for scripts written for LitGPT; samples are encoded once, and need no workers.
+    """
+
+    json_path: Path
+    mask_prompt: bool = False
+    val_split_fraction: float | None = None
+    prompt_style: str | PromptStyle = "alpaca"
+    ignore_index: int = IGNORE_INDEX
+    seed: int = 42
+    num_workers: int = 4
+
+    train_dataset: SFTDataset | None = field(default=None, init=False, repr=False)
+    val_dataset: SFTDataset | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._named_style = self.prompt_style
+        super().__post_init__()
+        self.json_path = Path(self.json_path)
+        if not self.json_path.exists():
+            raise FileNotFoundError(f"json_path: {self.json_path} does not exist")
+        is_folder = self.json_path.is_dir()
+        if is_folder and self.val_split_fraction is not None:
+            raise ValueError(
+                f"val_split_fraction is for a single file; {self.json_path} is a folder, whose 'val' file validates"
+            )
+        if not is_folder and self.val_split_fraction is None:
+            self.val_split_fraction = DEFAULT_FRACTION
+            warnings.warn(f"val_split_fraction is not given: {DEFAULT_FRACTION} of the samples validate", stacklevel=2)
+        if self.val_split_fraction is not None and not 0 <= self.val_split_fraction < 1:
+            raise ValueError(f"val_split_fraction must be at least 0 and below 1, got {self.val_split_fraction}")
+
+    def setup(self, stage: str = "") -> None:
+        train, val = self.get_splits()
+        if any("messages" in sample for sample in train) and self._named_style == "alpaca":
+            self.prompt_style = style_for("", self.tokenizer, None)
+            self.mask_prompt = True
+        self.train_dataset = self.dataset(train)
+        self.val_dataset = self.dataset(val)
+
+    def get_splits(self) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+        """Training and validation samples."""
+        if self.json_path.is_file():
+            return self.split(read_samples(self.json_path), self.val_split_fraction)
+        files = self.find_split("train"), self.find_split("val")
+        for file, name in zip(files, ("train", "val"), strict=True):
+            if file is None:
+                raise FileNotFoundError(f"{self.json_path} must hold {name}.json or {name}.jsonl")
+        return read_samples(files[0]), read_samples(files[1])
+
+    def find_split(self, split_name: str) -> Path | None:
+        """The file of a split in the folder (None: there is none)."""
+        for suffix in (".json", ".jsonl"):
+            if (file := self.json_path / f"{split_name}{suffix}").is_file():
+                return file
+        return None
+
+
+def read_samples(path: Path) -> list[Mapping[str, Any]]:
+    """The samples of a file, conversations as `messages`.
+
+    Raises:
+        ValueError: naming the line or number of a sample that is none, and its field.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {error.start}") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    if path.suffix == ".jsonl":
+        lines = [(f"line {i}", line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
+        samples = [(place, _parse(path, line, place)) for place, line in lines]
+    else:
+        values = _parse(path, text, None)
+        if not isinstance(values, list):
+            raise ValueError(f"{path} must hold a list of samples, got {type(values).__name__}")
+        samples = [(f"sample {i}", value) for i, value in enumerate(values)]
+    found = []
+    for place, sample in samples:
+        sample = _as_messages(sample)
+        if problem := sample_problem(sample):
+            raise ValueError(f"{path}, {place}: {problem}")
+        found.append(sample)
+    return found
+
+
+def _parse(path: Path, text: str, place: str | None) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        where = place or (f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "")
+        raise ValueError(f"{path}, {where}: not valid JSON: {getattr(error, 'msg', 'nested too deeply')}") from None
+
+
+def _as_messages(sample: Any) -> Any:
+    """A conversation with `from` and `value` as one with `role` and `content`."""
+    if not isinstance(sample, Mapping) or not isinstance(sample.get("conversations"), list):
+        return sample
+    messages = [
+        {"role": ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
+        if isinstance(turn, Mapping)
+        else turn
+        for turn in sample["conversations"]
+    ]
+    return {"messages": messages}

@@ -1,0 +1,81 @@
+"""Folders and streams that `litdata` has optimised."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from litgpt.data.base import DataModule
+from litgpt.tokenizer import Tokenizer
+
+
+def litdata() -> Any:
+    """The package `litdata`'s streaming module.
+
+    Raises:
+        ValueError: if it is not installed.
+    """
+    try:
+        from litdata import streaming
+    except ModuleNotFoundError:
+        raise ValueError("this data needs the package litdata: pip install 'litgpt[litdata]'") from None
+    return streaming
+
+
+def rows(input_dir: str, seq_length: int, seed: int, shuffle: bool) -> Any:
+    """Rows of `seq_length` tokens of an optimised folder, or of a stream (s3://...)."""
+    if "://" not in input_dir and not Path(input_dir).is_dir():
+        raise FileNotFoundError(f"the data folder {input_dir} does not exist")
+    streaming = litdata()
+    loader = streaming.TokensLoader(block_size=seq_length)
+    return streaming.StreamingDataset(
+        input_dir=input_dir, item_loader=loader, shuffle=shuffle, seed=seed, drop_last=True
+    )
+
+
+def loader(dataset: Any, batch_size: int, num_workers: int) -> DataLoader:
+    """Batches of rows."""
+    kwargs = {"batch_size": batch_size, "num_workers": num_workers, "drop_last": True}
+    return litdata().StreamingDataLoader(dataset, **kwargs)
+
+
+@dataclass
+class LitData(DataModule):
+    """Rows of a folder or stream.
+
+    Attributes:
+        data_path: a folder, or an address such as s3://....
+        split_names: folders in it for training and validation (None: all of it is for both).
+        seed: of the order.
+        num_workers: processes that read.
+    """
+
+    data_path: str | Path = Path("data")
+    split_names: tuple[str, str] | None = None
+    seed: int = 42
+    num_workers: int = 8
+
+    batch_size = 1
+    seq_length = 2048
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        if self.split_names is not None and len(self.split_names) != 2:
+            raise ValueError(f"split_names must name two folders, for training and validation, got {self.split_names}")
+
+    def connect(
+        self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
+    ) -> None:
+        self.batch_size, self.seq_length = batch_size, max_seq_length + 1  # the token after the last is needed too
+
+    def train_dataloader(self) -> DataLoader:
+        return self._dataloader(0, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._dataloader(1, shuffle=False)
+
+    def _dataloader(self, which: int, shuffle: bool) -> DataLoader:
+        path = str(self.data_path).rstrip("/")
+        path = path if self.split_names is None else f"{path}/{self.split_names[which]}"
+        return loader(rows(path, self.seq_length, self.seed, shuffle), self.batch_size, self.num_workers)

@@ -1,0 +1,96 @@
+"""Pretraining on plain text files."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from litgpt.data.base import DataModule
+from litgpt.data.tokens import TokenRows, encode_files
+from litgpt.tokenizer import Tokenizer
+
+HELD_BACK = 0.05  # of a single file, for validation
+
+
+@dataclass
+class TextFiles(DataModule):
+    """Rows of the `.txt` files in a folder, each file a document.
+
+    Attributes:
+        train_data_path: the folder, or one file.
+        val_data_path: folder of the files that validate. Default: the first file of `train_data_path`, or, where there is
+            one file only, the last 5 % of it.
+        seed: of the order.
+        num_workers: accepted for scripts written for LitGPT.
+    """
+
+    train_data_path: Path
+    val_data_path: Path | None = None
+    seed: int = 42
+    num_workers: int = 4
+
+    tokenizer: Tokenizer | None = None
+    batch_size = 1
+    max_seq_length = -1
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.train_data_path = Path(self.train_data_path)
+        self.val_data_path = None if self.val_data_path is None else Path(self.val_data_path)
+        root = self.train_data_path if self.train_data_path.is_dir() else self.train_data_path.parent
+        self.out_path_train = root / "train"
+        self.out_path_val = (self.val_data_path or root) / "val"
+
+    def connect(self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int = -1) -> None:
+        self.tokenizer, self.batch_size, self.max_seq_length = tokenizer, batch_size, max_seq_length
+
+    def prepare_data(self) -> None:
+        self._tokens()
+
+    def setup(self, stage: str = "") -> None:
+        train, val = self._tokens()
+        self.train_rows, self.val_rows = TokenRows(train, self.max_seq_length), TokenRows(val, self.max_seq_length)
+
+    def train_dataloader(self) -> DataLoader:
+        return self.train_rows.loader(self.batch_size, self.seed, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.val_rows.loader(self.batch_size, self.seed, shuffle=False)
+
+    def _tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of training and of validation."""
+        if self.tokenizer is None:
+            raise ValueError("text needs a tokenizer: give --tokenizer_dir")
+        train = _files(self.train_data_path)
+        if self.val_data_path is not None:
+            val = _files(self.val_data_path)
+        elif len(train) > 1:
+            val, train = train[:1], train[1:]
+        else:
+            tokens = encode_files(train, self.out_path_train, self.tokenizer, _document)
+            held_back = max(self.max_seq_length + 1, round(HELD_BACK * len(tokens)))
+            return tokens[:-held_back], tokens[-held_back:]
+        return (
+            encode_files(train, self.out_path_train, self.tokenizer, _document),
+            encode_files(val, self.out_path_val, self.tokenizer, _document),
+        )
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"the text folder {path} does not exist")
+    files = sorted(path.glob("*.txt"))
+    if not files:
+        raise FileNotFoundError(f"{path} holds no .txt files")
+    return files
+
+
+def _document(file: Path) -> Iterable[str]:
+    try:
+        return [file.read_text(encoding="utf-8")]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: byte {error.start}") from None

@@ -1,0 +1,121 @@
+"""Long texts as one file of tokens, mapped into memory, and rows cut out of it."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch.utils.data import DataLoader, Dataset
+
+from litgpt.atomic_file import replacing
+from litgpt.tokenizer import Tokenizer
+
+PIECE = 1 << 20  # characters of a text that are encoded at a time
+VERSION = 1  # of the files
+
+
+class TokenRows(Dataset):
+    """Rows of `seq_length + 1` tokens of a text: each begins with the last token of the one before, so that every token but
+    the first is foreseen once."""
+
+    def __init__(self, tokens: np.ndarray, seq_length: int) -> None:
+        self.tokens, self.seq_length = tokens, seq_length
+
+    def __len__(self) -> int:
+        return max(0, (len(self.tokens) - 1) // self.seq_length)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        begin = index * self.seq_length
+        return torch.from_numpy(self.tokens[begin : begin + self.seq_length + 1].astype(np.int64))
+
+    def loader(self, batch_size: int, seed: int, shuffle: bool) -> DataLoader:
+        """Batches (B, seq_length + 1), in an order that `seed` decides.
+
+        Raises:
+            ValueError: if the text is shorter than a row.
+        """
+        if not len(self):
+            raise ValueError(f"{len(self.tokens)} tokens are less than one row of {self.seq_length + 1}: use more text")
+        generator = torch.Generator().manual_seed(seed)
+        return DataLoader(self, batch_size=batch_size, shuffle=shuffle, generator=generator)
+
+
+def files_digest(files: Sequence[Path], tokenizer: Tokenizer) -> str:
+    """What tells whether tokens made of these files are still theirs."""
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([VERSION, stats, tokenizer.fingerprint]).encode()).hexdigest()[:32]
+
+
+def encode_files(
+    files: Sequence[Path],
+    folder: Path,
+    tokenizer: Tokenizer,
+    documents: Callable[[Path], Iterable[str]],
+    eos: bool = False,
+) -> np.ndarray:
+    """The tokens of all documents in some files, one after the other, each after a BOS token where the tokenizer has one.
+
+    They are kept in `folder`, and taken from there as long as neither the files nor the tokenizer change.
+
+    Args:
+        documents: the documents in a file.
+        eos: put an end token after each document; in any case where the tokenizer has no BOS token.
+
+    Returns:
+        Tokens (n,), mapped into memory.
+    """
+    path = folder / f"tokens-{files_digest(files, tokenizer)}.bin"
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob("tokens-*.bin"):
+            stale.unlink()
+        texts = (text for file in files for text in documents(file))
+        total = sum(file.stat().st_size for file in files)
+        with replacing(path) as temporary, open(temporary, "wb") as target, ThreadPoolExecutor() as pool:
+            for tokens in _encoded(pool, texts, tokenizer, eos, total):
+                target.write(np.asarray(tokens, dtype=dtype).tobytes())
+    if not path.stat().st_size:
+        return np.empty(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _encoded(
+    pool: ThreadPoolExecutor, texts: Iterable[str], tokenizer: Tokenizer, eos: bool, total: int
+) -> Iterator[list[int]]:
+    """Tokens of pieces of texts, in order; the pieces are encoded by several threads."""
+    has_bos, has_eos = tokenizer.bos_id is not None, tokenizer.eos_id is not None
+
+    def encode(piece: tuple[str, bool, bool]) -> list[int]:
+        text, first, last = piece
+        return tokenizer.encode(text, bos=first and has_bos, eos=last and has_eos and (eos or not has_bos)).tolist()
+
+    pieces = (piece for text in texts if text.strip() for piece in _pieces(text.strip()))
+    steps = max(1, total // PIECE)
+    progress = track(
+        iter(lambda: list(islice(pieces, 16)), []),
+        description="Encoding text",
+        total=max(1, steps // 16),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    for group in progress:
+        yield from pool.map(encode, group)
+
+
+def _pieces(text: str) -> Iterator[tuple[str, bool, bool]]:
+    """Pieces of a text, cut at ends of paragraphs or lines, and whether each is the first and the last one."""
+    begin = 0
+    while begin < len(text):
+        end = begin + PIECE
+        if end < len(text):
+            cut = max(text.rfind("\n\n", begin, end), begin) or text.rfind("\n", begin, end)
+            end = cut if cut > begin else end
+        yield text[begin:end], begin == 0, end >= len(text)
+        begin = end

@@ -1,0 +1,1 @@
+"""Training: one loop for fine-tuning and pretraining, and its parts."""

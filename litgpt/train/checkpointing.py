@@ -1,0 +1,177 @@
+"""Checkpoints of a run: folders that are complete or not there, and how to go on from one."""
+
+import os
+import random
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+
+from litgpt.checkpoint.base import WEIGHTS_NAME
+
+STEP_FOLDER = re.compile(r"step-(\d+)")
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write to, which takes the name `folder` when the block ends well and is removed if not.
+
+    What stood there before is there until then. Temporary folders that killed runs left beside it are removed first.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.parent.glob(f".{folder.name}.*.tmp"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def step_folders(out_dir: Path) -> list[Path]:
+    """The step checkpoints of a run, oldest first."""
+    found = [(int(match[1]), path) for path in out_dir.glob("step-*") if (match := STEP_FOLDER.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def find_resume_path(resume: bool | Literal["auto"] | Path, out_dir: Path, suffix: str = "") -> Path | None:
+    """The file that a run goes on from (None: it begins anew).
+
+    Args:
+        resume: False; True: the last checkpoint in `out_dir`, which has to be there; "auto": the last one, if there is
+            one; or the file, or its folder.
+        out_dir: of the run.
+        suffix: of the file's name after `lit_model.pth`: ".lora", ".adapter", ...
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+    """
+    if resume is False or resume is None:
+        return None
+    name = WEIGHTS_NAME + suffix
+    if resume is True or resume == "auto":
+        for folder in reversed(step_folders(out_dir)):
+            if (folder / name).is_file():
+                return folder / name
+        if resume == "auto":
+            return None
+        raise FileNotFoundError(f"--resume: {out_dir} holds no checkpoint (step-*/{name}) to go on from")
+    path = Path(resume)
+    path = path / name if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"--resume: {path} does not exist")
+    return path
+
+
+def remove_old(out_dir: Path, keep_last: int | None, best: str | None) -> None:
+    """Remove all but the last `keep_last` step checkpoints (None: keep all) and the one called `best`."""
+    if keep_last is not None:
+        for folder in step_folders(out_dir)[:-keep_last]:
+            if folder.name != best:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def full_tensors(
+    parameters: Iterable[tuple[str, torch.Tensor]], keep: Callable[[str, torch.Tensor], bool] = lambda name, x: True
+) -> dict[str, torch.Tensor]:
+    """Parameters by name, gathered from all processes where they are divided. All processes have to call it."""
+    return {
+        name: (x.full_tensor() if hasattr(x, "full_tensor") else x).detach() for name, x in parameters if keep(name, x)
+    }
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Whether processes have a part of each parameter."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def _divide_again(model: nn.Module) -> None:
+    """Free what was gathered for the last forward pass: an optimizer knows the divided parameters only."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def load_parameters(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give `model` some of its parameters, whole; each process takes its part where they are divided.
+
+    Raises:
+        ValueError: if the model has no such parameter, or of another shape.
+    """
+    own = model.state_dict()
+    for name, value in weights.items():
+        if name not in own or own[name].shape != value.shape:
+            raise ValueError(f"{name} {tuple(value.shape)} does not fit the model")
+    if is_divided(model):
+        _divide_again(model)
+        set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True, strict=False))
+        return
+    with torch.no_grad():
+        for name, value in weights.items():
+            own[name].copy_(value)
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer, gathered where it is divided. All processes have to call it."""
+    if not is_divided(model):
+        return optimizer.state_dict()
+    _divide_again(model)
+    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Take up what `optimizer_state` gave.
+
+    Raises:
+        ValueError: if it is of a run whose parameters were divided and this one's are not, or the other way round.
+    """
+    divided = is_divided(model)
+    if divided != any(isinstance(key, str) for key in state["state"]):
+        raise ValueError("its parameters were divided otherwise (strategy): resume with the strategy of the first run")
+    if divided:
+        _divide_again(model)
+        set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    else:
+        optimizer.load_state_dict(state)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of the random number generators of this process."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Take up what `random_state` gave."""
+    torch.set_rng_state(state["torch"])
+    version, numbers, gauss = state["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,250 @@
+"""The training loop: gradients, optimizer steps, validation, checkpoints, and going on after a stop.
+
+Words: a *window* is the micro-batches of one optimizer step, on all processes together; an *iteration* is one micro-batch
+of this process. Every process goes through the same batches in the same order and takes its share of each window, so that
+a run does not depend on how many processes share it, up to rounding.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import nn
+from torch.utils.data import DataLoader
+
+from litgpt.args import EvalArgs, TrainArgs
+from litgpt.train.batches import as_rows, windows
+from litgpt.train.checkpointing import random_state, set_random_state
+from litgpt.train.loss import IGNORE_INDEX
+from litgpt.train.report import Reporter
+
+
+@dataclass
+class Position:
+    """How far a run is.
+
+    Attributes:
+        epoch: from 0 on.
+        batches: micro-batches of the epoch that are done, of all processes.
+        iter_num, step_count: iterations of a process, and optimizer steps, so far.
+        tokens: tokens so far that went through the model, of all processes.
+        counted: those of them that the loss counted.
+        seconds: of training so far.
+        best_loss: lowest validation loss.
+        best_step: the step that had it.
+        worse: validations in a row that did not reach it.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+    iter_num: int = 0
+    step_count: int = 0
+    tokens: int = 0
+    counted: int = 0
+    seconds: float = 0.0
+    best_loss: float = math.inf
+    best_step: int = 0
+    worse: int = 0
+
+
+class Loop:
+    """Trains a model on batches until a limit is reached.
+
+    Args:
+        fabric: launched.
+        model: a `TrainingModel`, set up by `fabric`.
+        optimizer: set up by `fabric`.
+        scheduler: advanced after every optimizer step.
+        train_loader, val_loader: give batches as `litgpt.train.batches` has them; `val_loader` may be None.
+        train, eval: options.
+        max_steps: optimizer steps of the run.
+        save: called as `save(loop)` when a checkpoint is due; every process calls it.
+        show_example: called after a validation (None: not).
+        report: says how it goes.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: torch.optim.lr_scheduler.LRScheduler,
+        train_loader: DataLoader,
+        val_loader: DataLoader | None,
+        train: TrainArgs,
+        eval: EvalArgs,
+        max_steps: int,
+        save: Callable[["Loop"], Path | None],
+        show_example: Callable[[], None] | None,
+        report: Reporter,
+    ) -> None:
+        self.fabric, self.model, self.optimizer, self.scheduler = fabric, model, optimizer, scheduler
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self.train, self.eval, self.max_steps = train, eval, max_steps
+        self.save, self.show_example, self.report = save, show_example, report
+        self.position = Position()
+        self._order: dict[str, Any] = {}  # random states that the order of this epoch's batches came from
+        self.accumulation = train.gradient_accumulation_iters(fabric.world_size)
+
+    # -- state
+
+    def state(self) -> dict[str, Any]:
+        """What a later `load_state` needs to go on from here exactly, next to weights, optimizer and scheduler."""
+        return {"position": asdict(self.position), "order": self._order, "random": random_state()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from where `state` was taken, by the same data and options."""
+        self.position = Position(**state["position"])
+        self._order = state["order"]
+        set_random_state(state["random"])
+
+    # -- training
+
+    def run(self) -> Position:
+        """Train to the end of the run."""
+        position, began = self.position, time.perf_counter() - self.position.seconds
+        self.model.train()
+        while not self._finished:
+            at_start = position.batches
+            for window in windows(self._epoch(), self.accumulation * self.fabric.world_size):
+                self._step(window)
+                position.batches += len(window)
+                position.seconds = time.perf_counter() - began
+                self._after_step()
+                if self._finished:
+                    break
+            else:
+                if position.batches == at_start == 0:
+                    raise ValueError("the training data gives no batches")
+                position.epoch, position.batches = position.epoch + 1, 0
+        return position
+
+    @property
+    def _finished(self) -> bool:
+        position, train = self.position, self.train
+        return (
+            position.step_count >= self.max_steps
+            or (train.epochs is not None and position.epoch >= train.epochs)
+            or (train.max_time is not None and position.seconds >= train.max_time)
+            or (train.early_stopping is not None and position.worse >= train.early_stopping)
+        )
+
+    def _epoch(self) -> Iterator[Any]:
+        """The batches that are left of this epoch."""
+        generator = self.train_loader.generator
+        sampler = getattr(self.train_loader.sampler, "generator", None)
+        if self.position.batches:  # in the middle of an epoch: draw its order once more
+            now = torch.get_rng_state()
+            torch.set_rng_state(self._order["torch"])
+            for source, name in ((generator, "loader"), (sampler, "sampler")):
+                if source is not None:
+                    source.set_state(self._order[name])
+            batches = iter(self.train_loader)
+            torch.set_rng_state(now)
+            return islice(batches, self.position.batches, None)
+        self._order = {"torch": torch.get_rng_state()}
+        for source, name in ((generator, "loader"), (sampler, "sampler")):
+            if source is not None:
+                self._order[name] = source.get_state()
+        return iter(self.train_loader)
+
+    def _step(self, window: list[Any]) -> None:
+        """One optimizer step on a window: gradients of the mean loss of its counted tokens."""
+        fabric, position = self.fabric, self.position
+        rows = [as_rows(batch) for batch in window]
+        counts = [int((labels != IGNORE_INDEX).sum()) for _, labels, _ in rows]
+        own = range(fabric.global_rank, len(rows), fabric.world_size)
+        iterations = math.ceil(len(rows) / fabric.world_size)
+        total = sum(counts)
+        window_loss = 0.0
+        for i in range(iterations):
+            began = time.perf_counter()
+            last = i == iterations - 1
+            if i < len(own):
+                ids, labels, sizes = rows[own[i]]
+            else:  # more processes than batches are left: go along, for what all have to do together
+                ids, labels, sizes = rows[0][0], torch.full_like(rows[0][1], IGNORE_INDEX), rows[0][2]
+            with fabric.no_backward_sync(self.model, enabled=not last):
+                loss = self.model(fabric.to_device(ids), fabric.to_device(labels), row_sizes=sizes)
+                fabric.backward(loss * (fabric.world_size / max(total, 1)))
+            position.iter_num += 1
+            if i < len(own):
+                window_loss += self._checked(loss.item())
+            done = rows[i * fabric.world_size : (i + 1) * fabric.world_size]
+            position.tokens += sum(ids.shape[1] for ids, _, _ in done)
+            seen = sum(counts[j] for j in own[: i + 1])
+            if last:
+                self._update(total)
+                window_loss, seen = float(fabric.all_reduce(torch.tensor(window_loss), reduce_op="sum")), total
+            self.report.iteration(self, window_loss, seen, time.perf_counter() - began, is_step=last)
+        position.counted += total
+
+    def _checked(self, loss: float) -> float:
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the loss is {loss} in step {self.position.step_count + 1}: lower the learning rate, clip gradients "
+                "(train.max_norm), or use a precision with a wider range; checkpoints of earlier steps are as they were"
+            )
+        return loss
+
+    def _update(self, counted: int) -> None:
+        if counted:
+            if self.train.max_norm is not None:
+                self.fabric.clip_gradients(self.model, self.optimizer, max_norm=self.train.max_norm)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        self.position.step_count += 1
+
+    def _after_step(self) -> None:
+        """Validate and save where it is due."""
+        position, train = self.position, self.train
+        if self.val_loader is not None and position.step_count % self.eval.interval == 0:
+            began = time.perf_counter()
+            loss = self.validate()
+            self.note_validation(loss)
+            self.report.validation(self, loss, time.perf_counter() - began)
+            if self.show_example is not None:
+                self.show_example()
+            self.fabric.barrier()
+        if train.save_interval is not None and position.step_count % train.save_interval == 0:
+            self.save(self)
+
+    def note_validation(self, loss: float) -> None:
+        """Take a validation's loss into account for the best checkpoint and for early stopping."""
+        position = self.position
+        if loss < position.best_loss:
+            position.best_loss, position.best_step, position.worse = loss, position.step_count, 0
+        else:
+            position.worse += 1
+
+    @torch.no_grad()
+    def validate(self, max_iters: int | None = None) -> float:
+        """Mean loss of the counted tokens of the validation batches, `max_iters` (default: as the options say) at most."""
+        return validate(self.fabric, self.model, self.val_loader, max_iters or self.eval.max_iters)
+
+
+@torch.no_grad()
+def validate(fabric: Fabric, model: nn.Module, loader: DataLoader, max_iters: int | None = None) -> float:
+    """Mean loss of the counted tokens of a loader's batches (NaN if there are none); random states stay as they are."""
+    before, was_training = random_state(), model.training
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    batches = list(islice(loader, max_iters))
+    rounds = math.ceil(len(batches) / fabric.world_size)
+    for i in range(rounds):
+        at = i * fabric.world_size + fabric.global_rank
+        ids, labels, sizes = as_rows(batches[min(at, len(batches) - 1)])
+        loss = model(fabric.to_device(ids), fabric.to_device(labels), row_sizes=sizes)
+        if at < len(batches):
+            total += torch.tensor([loss.item(), float((labels != IGNORE_INDEX).sum())], dtype=torch.float64)
+    model.train(was_training)
+    set_random_state(before)
+    loss, counted = fabric.all_reduce(total, reduce_op="sum").tolist()
+    return loss / counted if counted else math.nan

@@ -1,0 +1,51 @@
+"""The ways to fine-tune: what each adds to a model, what it trains, and what it saves."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from litgpt import adapter, adapter_v2, lora
+from litgpt.config import Config
+from litgpt.model import GPT
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Attributes:
+        name: as in `out/finetune/NAME`.
+        suffix: of the file that holds the trained weights, after `lit_model.pth`.
+        config: class of the model's configuration.
+        add: gives a model, in place, the modules that are trained.
+        is_trained: whether a parameter, by name and value, is trained, and saved.
+    """
+
+    name: str
+    suffix: str = ""
+    config: type[Config] = Config
+    add: Callable[[GPT, Any], None] = lambda model, config: None
+    is_trained: Callable[[str, Any], bool] = lambda name, value: True
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights of the model are trained."""
+        return not self.suffix
+
+    def prepare(self, model: GPT, config: Config) -> None:
+        """Add what is trained to `model`, in place, and freeze the rest."""
+        self.add(model, config)
+        model.config = config
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = self.is_trained(name, parameter)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("full"),
+        Method("lora", ".lora", lora.Config, lora.add_lora, lora.lora_filter),
+        Method("adapter", ".adapter", adapter.Config, adapter.add_prefixes, adapter.adapter_filter),
+        Method("adapter_v2", ".adapter_v2", adapter.Config, adapter_v2.add_adapter_v2, adapter_v2.adapter_filter),
+    )
+}

@@ -1,0 +1,61 @@
+"""Optimizers by name or by class."""
+
+import inspect
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+
+
+def resolve_optimizer(optimizer: str | Mapping[str, Any]) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """The class and arguments that `--optimizer` names.
+
+    Args:
+        optimizer: a class of `torch.optim` ("AdamW"), an import path ("bitsandbytes.optim.AdamW8bit"), or a mapping with
+            `class_path` and perhaps `init_args`, both of these kinds.
+
+    Raises:
+        ValueError: if there is no such class, or it does not take these arguments.
+    """
+    if isinstance(optimizer, Mapping):
+        path, arguments = optimizer.get("class_path"), dict(optimizer.get("init_args") or {})
+        if extra := sorted(set(optimizer) - {"class_path", "init_args"}):
+            raise ValueError(f"optimizer: {extra} not known; expected class_path and init_args")
+    else:
+        path, arguments = optimizer, {}
+    if not isinstance(path, str) or not path:
+        raise ValueError(f"optimizer must be a name or a mapping with class_path, got {optimizer!r}")
+    module, _, name = (path if "." in path else f"torch.optim.{path}").rpartition(".")
+    try:
+        kind = getattr(import_module(module), name)
+    except ImportError as error:
+        raise ValueError(f"optimizer {path!r} cannot be imported: {error}") from None
+    except AttributeError:
+        raise ValueError(f"optimizer {path!r} does not exist: {module} has no {name!r}") from None
+    if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+        raise ValueError(f"{path!r} is not an optimizer class")
+    parameters = inspect.signature(kind).parameters
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if (unknown := sorted(set(arguments) - set(parameters))) and not open_ended:
+        raise ValueError(f"optimizer {path} does not take {', '.join(unknown)}; it takes {', '.join(parameters)}")
+    return kind, arguments
+
+
+def make_optimizer(
+    optimizer: str | Mapping[str, Any], parameters: Iterable[torch.nn.Parameter], **defaults: Any
+) -> torch.optim.Optimizer:
+    """An optimizer of `parameters`; `defaults` are arguments that hold where `optimizer` does not say otherwise.
+
+    Optimizers of torch that have a fused form use it: one pass over the weights instead of one for every operation.
+    """
+    kind, arguments = resolve_optimizer(optimizer)
+    parameters = list(parameters)
+    known = inspect.signature(kind).parameters
+    if "fused" in known and not {"fused", "foreach"} & set(arguments):
+        defaults["fused"] = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
+    arguments = {name: value for name, value in defaults.items() if name in known} | arguments
+    try:
+        return kind(parameters, **arguments)
+    except TypeError as error:
+        raise ValueError(f"optimizer {kind.__name__} with {arguments}: {error}") from None

@@ -1,0 +1,148 @@
+"""What a run says while it goes: progress lines, logged numbers, and in the end a table and a curve."""
+
+import math
+import resource
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.fabric import Fabric
+
+if TYPE_CHECKING:
+    from litgpt.train.loop import Loop
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory that this process has used, in GB: on the GPU where it works on one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+class Reporter:
+    """Prints and logs how a run goes, on the first process only.
+
+    Args:
+        fabric: prints and logs.
+        log_interval: iterations between progress lines.
+    """
+
+    def __init__(self, fabric: Fabric, log_interval: int) -> None:
+        self.fabric, self.log_interval = fabric, log_interval
+        self.val_loss: float | None = None
+        self.curve: list[tuple[int, float]] = []  # step and training loss
+        self.val_curve: list[tuple[int, float]] = []
+        self._began = self._tokens_then = None
+
+    def iteration(self, loop: "Loop", loss: float, counted: int, seconds: float, is_step: bool) -> None:
+        """After an iteration: `loss` is summed over the `counted` tokens of the window so far, of this process."""
+        position = loop.position
+        mean = loss / counted if counted else 0.0
+        if self._began is None:
+            self._began, self._tokens_then = time.perf_counter() - seconds, 0
+            self._first_step = position.step_count - is_step
+        if is_step:
+            self.curve.append((position.step_count, mean))
+        if position.iter_num % self.log_interval:
+            return
+        elapsed = time.perf_counter() - self._began
+        steps = position.step_count - self._first_step
+        left = (loop.max_steps - position.step_count) * elapsed / steps if steps else None
+        speed = (position.tokens - self._tokens_then) / elapsed
+        self.fabric.print(
+            f"Epoch {position.epoch + 1} | iter {position.iter_num} step {position.step_count} | loss train: {mean:.3f},"
+            f" val: {'n/a' if self.val_loss is None else f'{self.val_loss:.3f}'} | iter time: {seconds * 1000:.2f} ms"
+            f"{' (step)' if is_step else ''} | {speed:.0f} tok/s, {peak_memory(self.fabric.device):.2f} GB"
+            + ("" if left is None else f" remaining time: {timedelta(seconds=int(left))}")
+        )
+        self.fabric.log_dict(
+            {
+                "loss": mean,
+                "iter": position.iter_num,
+                "step": position.step_count,
+                "epoch": position.epoch,
+                "iter_time": seconds,
+                "tokens": position.tokens,
+                "total_tokens": position.tokens,
+                "learning_rate": loop.scheduler.get_last_lr()[0],
+            },
+            step=position.iter_num,
+        )
+
+    def validation(self, loop: "Loop", loss: float, seconds: float) -> None:
+        position, self.val_loss = loop.position, loss
+        self.val_curve.append((position.step_count, loss))
+        self.fabric.print(f"iter {position.iter_num}: val loss {loss:.4f}, val time: {seconds * 1000:.2f} ms")
+        self.log_validation(loss, position.iter_num)
+
+    def log_validation(self, loss: float, step: int) -> None:
+        self.fabric.log_dict({"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}, step=step)
+
+    def final_validation(self, loop: "Loop", loss: float) -> None:
+        self.val_loss = loss
+        self.val_curve.append((loop.position.step_count, loss))
+        self.fabric.print(f"Final evaluation | val loss: {loss:.3f} | val ppl: {math.exp(min(loss, 700.0)):.3f}")
+        self.log_validation(loss, loop.position.iter_num)
+
+    def summary(self, metrics: dict[str, float]) -> None:
+        """Print the counts and speed of a run."""
+        rows = [
+            ("Token Counts", None),
+            ("- Input Tokens", f"{metrics['counted_tokens']:>8,}"),
+            ("- Total Tokens", f"{metrics['tokens']:>8,}"),
+            ("Performance", None),
+            ("- Training Time", f"{metrics['seconds']:.2f} s"),
+            ("- Tok/sec", f"{metrics['tokens_per_second']:.2f} tok/s"),
+            ("Memory Usage", None),
+            ("- Memory Used", f"{peak_memory(self.fabric.device):.2f} GB"),
+        ]
+        line = "| " + "-" * 53
+        text = [f"{line}\n| {name}" if value is None else f"| {name:<17} : {value:>12}" for name, value in rows]
+        self.fabric.print("\n" + "\n".join([*text, line]) + "\n")
+
+    def write_curve(self, path: Path) -> None:
+        """Draw the losses over the steps, as SVG."""
+        path.write_text(curve_svg({"train": self.curve, "validation": self.val_curve}), encoding="utf-8")
+
+
+def curve_svg(curves: dict[str, list[tuple[int, float]]], width: int = 720, height: int = 400) -> str:
+    """A picture of curves, each a list of points (step, loss)."""
+    points = [point for curve in curves.values() for point in curve if math.isfinite(point[1])]
+    if not points:
+        points = [(0, 0.0), (1, 1.0)]
+    low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
+    low_y, high_y = min(y for _, y in points), max(y for _, y in points)
+    high_x, high_y = max(high_x, low_x + 1), max(high_y, low_y + 1e-3)
+    left, top, right, bottom = 60, 20, width - 20, height - 45
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            left + (x - low_x) / (high_x - low_x) * (right - left),
+            bottom - (y - low_y) / (high_y - low_y) * (bottom - top),
+        )
+
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    for i in range(5):
+        y = low_y + (high_y - low_y) * i / 4
+        x = low_x + (high_x - low_x) * i / 4
+        (_, at_y), (at_x, _) = place(low_x, y), place(x, low_y)
+        lines.append(f'<line x1="{left}" x2="{right}" y1="{at_y:.1f}" y2="{at_y:.1f}" stroke="#ddd"/>')
+        lines.append(f'<text x="{left - 6}" y="{at_y + 4:.1f}" text-anchor="end">{y:.3g}</text>')
+        lines.append(f'<text x="{at_x:.1f}" y="{bottom + 18}" text-anchor="middle">{x:.0f}</text>')
+    lines.append(f'<text x="{(left + right) / 2}" y="{height - 8}" text-anchor="middle">optimizer step</text>')
+    for i, ((name, curve), color) in enumerate(zip(curves.items(), ("#1f77b4", "#d62728"), strict=False)):
+        path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in curve if math.isfinite(y))
+        lines.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>')
+        if len(curve) < 60:
+            lines += [
+                f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{color}"/>' for a, b in (place(*p) for p in curve)
+            ]
+        lines.append(f'<text x="{right - 90}" y="{top + 16 * (i + 1)}" fill="{color}">{name} loss</text>')
+    return "\n".join([*lines, "</svg>", ""])

@@ -1,0 +1,380 @@
+"""A training run: a model, data and options go in, a trained model in a folder that every other command takes comes out."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+import yaml
+from lightning import Fabric
+
+from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.checkpoint.base import CONFIG_NAME, WEIGHTS_NAME
+from litgpt.config import Config
+from litgpt.data.tokens import TokenRows
+from litgpt.engine import Engine, Sampling, Sequence, decode, prepare_caches
+from litgpt.model import GPT
+from litgpt.prompts import save_prompt_style
+from litgpt.tokenizer import Tokenizer
+from litgpt.train.checkpointing import (
+    find_resume_path,
+    full_tensors,
+    is_divided,
+    load_optimizer_state,
+    load_parameters,
+    optimizer_state,
+    random_state,
+    remove_old,
+    replacing_folder,
+    set_random_state,
+    step_folders,
+)
+from litgpt.train.loop import Loop, Position
+from litgpt.train.methods import Method
+from litgpt.train.model import TrainingModel
+from litgpt.train.optimizers import make_optimizer, resolve_optimizer
+from litgpt.train.report import Reporter
+from litgpt.train.schedule import cosine_schedule, steps_of_run
+from litgpt.train.setting import make_fabric, make_logger, number_of_parameters, parse_devices
+
+VERIFIED_BATCHES = 2  # of the validation that goes before everything else
+
+
+@dataclass
+class Options:
+    """What a run is told, apart from the model, the data and the method. Fields are as in the commands.
+
+    Attributes:
+        step_digits: in the names of step checkpoints.
+        hyperparameters: what `hyperparameters.yaml` is to say.
+    """
+
+    out_dir: Path | None = None
+    precision: str | None = None
+    devices: int | str = 1
+    num_nodes: int = 1
+    strategy: str = "auto"
+    resume: bool | str | Path = False
+    train: TrainArgs = field(default_factory=lambda: TrainArgs(global_batch_size=16, micro_batch_size=1, epochs=5))
+    eval: EvalArgs = field(default_factory=lambda: EvalArgs(interval=100, max_new_tokens=100))
+    log: LogArgs = field(default_factory=LogArgs)
+    optimizer: str | Mapping[str, Any] = "AdamW"
+    logger_name: str = "csv"
+    seed: int = 1337
+    step_digits: int = 6
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.out_dir is not None:
+            root, self.out_dir = os.getenv("LIGHTNING_ARTIFACTS_DIR"), Path(self.out_dir)
+            if root and not self.out_dir.is_absolute():
+                self.out_dir = Path(root) / self.out_dir
+
+    def check(self) -> None:
+        """Refuse what cannot work before anything is read, fetched or written."""
+        train = self.train
+        if train.epochs is None and train.max_steps is None and train.max_tokens is None:
+            raise ValueError("nothing says how long to train: give train.epochs, train.max_steps or train.max_tokens")
+        train.gradient_accumulation_iters(parse_devices(self.devices), self.num_nodes)
+        resolve_optimizer(self.optimizer)
+
+    def resume_path(self, suffix: str) -> Path | None:
+        """The file that the run goes on from (None: it begins anew).
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint to resume from.
+            ValueError: if the run begins anew and `out_dir` holds another one: nothing of that is to be overwritten.
+        """
+        if self.out_dir is None:
+            return None
+        if self.out_dir.exists() and not self.out_dir.is_dir():
+            raise ValueError(f"out_dir {self.out_dir} is a file: give a folder")
+        path = find_resume_path(self.resume, self.out_dir, suffix)
+        found = [folder.name for folder in step_folders(self.out_dir)]
+        found += ["final"] if (self.out_dir / "final").exists() else []
+        if path is None and found:
+            raise ValueError(
+                f"{self.out_dir} holds a run already ({found[-1]}): give another --out_dir, or --resume auto to go on "
+                "with it"
+            )
+        return path
+
+    def fabric(self, name: str, config: Config, resumed: bool) -> Fabric:
+        """A `Fabric` with the devices, the precision and the logger that are asked for, not launched yet."""
+        logger = None
+        if self.out_dir is not None:
+            logger = make_logger(self.logger_name, self.out_dir, name, self.train.log_interval, self.log, resumed)
+        return make_fabric(self.devices, self.num_nodes, self.precision, self.strategy, logger, config)
+
+
+def connect(
+    fabric: Fabric, data: Any, tokenizer: Tokenizer | None, train: TrainArgs, config: Config
+) -> tuple[Any, Any]:
+    """Loaders of training and validation batches; one process at a time prepares files.
+
+    Raises:
+        ValueError: if the samples are to be longer than the model's context, or the data cannot be packed.
+    """
+    if train.max_seq_length is not None and train.max_seq_length > config.block_size:
+        raise ValueError(
+            f"train.max_seq_length={train.max_seq_length} is more than the model's context of {config.block_size} tokens"
+        )
+    packable = hasattr(data, "pack")
+    if train.pack and not packable:
+        raise ValueError(f"train.pack: {type(data).__name__} gives batches of its own, which cannot be packed")
+    if packable:
+        data.pack = train.pack
+    limit = train.max_seq_length or config.block_size
+    data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=limit)
+    with fabric.rank_zero_first():
+        data.prepare_data()
+    data.setup()
+    return data.train_dataloader(), data.val_dataloader()
+
+
+class Run:
+    """A run: a model that is prepared for its method, data, and where it all goes.
+
+    Args:
+        fabric: launched.
+        gpt: with the modules of `method` in place, weights on the device.
+        method: how it is trained.
+        data: the data module, connected.
+        loaders: of training and validation batches.
+        options: of the run.
+        write_side_files: writes what belongs to a checkpoint besides weights into a folder.
+        tokenizer: of the model (None: no examples are shown).
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        gpt: GPT,
+        method: Method,
+        data: Any,
+        loaders: tuple[Any, Any],
+        options: Options,
+        write_side_files: Callable[[Path], None],
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        self.fabric, self.gpt, self.method, self.data = fabric, gpt, method, data
+        self.loaders, self.options, self.tokenizer = loaders, options, tokenizer
+        self.write_side_files = write_side_files
+        self.report = Reporter(fabric, options.train.log_interval)
+
+    def run(self, resume: Path | None = None) -> dict[str, float]:
+        """Train, validate, save. Returns metrics: losses, steps, tokens, seconds, tokens per second."""
+        fabric, options, train = self.fabric, self.options, self.options.train
+        fabric.print(f"Number of trainable parameters: {number_of_parameters(self.gpt, True):,}")
+        if not self.method.trains_all:
+            fabric.print(f"Number of non-trainable parameters: {number_of_parameters(self.gpt, False):,}")
+        self.model = TrainingModel(self.gpt, train.activation_checkpointing)
+        model = fabric.setup_module(self.model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
+            raise ValueError(f"{self.method.name} trains nothing in {self.gpt.config.name}: check its options")
+        self.optimizer = make_optimizer(options.optimizer, trained)
+        optimizer = fabric.setup_optimizers(self.optimizer)
+        train_loader, val_loader = self.loaders
+        accumulation = train.gradient_accumulation_iters(fabric.world_size) * fabric.world_size
+        max_steps = steps_of_run(
+            _steps_per_epoch(train_loader, accumulation),
+            _tokens_per_step(train_loader, accumulation),
+            train.epochs,
+            train.max_steps,
+            train.max_tokens,
+        )
+        warmup = train.lr_warmup_steps or 0
+        if train.lr_warmup_fraction:
+            warmup = round(train.lr_warmup_fraction * max_steps)
+        if warmup >= max_steps:
+            warmup = max_steps // 10
+            fabric.print(f"lr_warmup_steps is not less than the {max_steps} steps of the run: warming up for {warmup}")
+        scheduler = cosine_schedule(optimizer, warmup, max_steps, train.min_lr)
+        self.loop = loop = Loop(
+            fabric,
+            model,
+            optimizer,
+            scheduler,
+            train_loader,
+            val_loader,
+            train,
+            options.eval,
+            max_steps,
+            self.save_step,
+            self.show_example if options.eval.max_new_tokens and self.tokenizer is not None else None,
+            self.report,
+        )
+        if resume is not None:
+            fabric.print(f"Resuming training from {resume}")
+            self.load(resume)
+        if val_loader is not None:
+            if options.eval.initial_validation:
+                loss = loop.validate()
+                fabric.print(f"Initial evaluation | val loss: {loss:.3f}")
+            else:
+                fabric.print("Verifying settings ...")
+                loop.validate(VERIFIED_BATCHES)
+        began = time.perf_counter()
+        position = loop.run()
+        seconds = time.perf_counter() - began
+        if val_loader is not None and options.eval.final_validation:
+            loss = loop.validate()
+            loop.note_validation(loss)
+            self.report.final_validation(loop, loss)
+        metrics = self._metrics(position, seconds)
+        self.report.summary(metrics)
+        self.save_final()
+        return metrics
+
+    def _metrics(self, position: Position, seconds: float) -> dict[str, float]:
+        metrics = {
+            "steps": position.step_count,
+            "tokens": position.tokens,
+            "counted_tokens": position.counted,
+            "seconds": position.seconds,
+            "tokens_per_second": position.tokens / max(position.seconds, 1e-9),
+        }
+        if self.report.curve:
+            metrics["train_loss"] = self.report.curve[-1][1]
+        if self.report.val_loss is not None:
+            metrics["val_loss"] = self.report.val_loss
+        return metrics
+
+    # -- checkpoints
+
+    def save_step(self, loop: Loop) -> Path | None:
+        """Write a checkpoint from which the run can go on; old ones go, as `train.keep_last` says."""
+        if self.options.out_dir is None:
+            return None
+        position = loop.position
+        random = [random_state()]
+        if self.fabric.world_size > 1:
+            random = [None] * self.fabric.world_size
+            torch.distributed.all_gather_object(random, random_state())
+        state = {
+            "optimizer": optimizer_state(self.model, self.optimizer),
+            "scheduler": loop.scheduler.state_dict(),
+            "iter_num": position.iter_num,
+            "step_count": position.step_count,
+            "loop": loop.state(),
+            "random": random,
+            "method": self.method.name,
+            "model_name": self.gpt.config.name,
+        }
+        folder = self.options.out_dir / self._step_name(position.step_count)
+        self._write(folder, state)
+        if self.fabric.is_global_zero:
+            remove_old(self.options.out_dir, self.options.train.keep_last, self._step_name(position.best_step))
+        return folder
+
+    def _step_name(self, step: int) -> str:
+        return f"step-{step:0{self.options.step_digits}d}"
+
+    def save_final(self) -> None:
+        """Write the trained weights, and a picture of the losses."""
+        out_dir = self.options.out_dir
+        if out_dir is None:
+            return
+        self._write(out_dir / "final", {})
+        if self.fabric.is_global_zero:
+            (out_dir / "logs").mkdir(exist_ok=True)
+            self.report.write_curve(out_dir / "logs" / "loss.svg")
+            self.fabric.print(f"The losses as a picture: {out_dir / 'logs' / 'loss.svg'}")
+
+    def _write(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Write the trained weights, `state`, and all that belongs to a checkpoint. All processes call it."""
+        weights = full_tensors(self.gpt.state_dict().items(), self.method.is_trained)
+        if self.fabric.is_global_zero:
+            self.fabric.print(f"Saving checkpoint to {str(folder)!r}")
+            try:
+                with replacing_folder(folder) as temporary:
+                    torch.save({"model": weights, **state}, temporary / (WEIGHTS_NAME + self.method.suffix))
+                    self._write_description(temporary)
+            except (OSError, RuntimeError) as error:
+                last = step_folders(folder.parent)
+                kept = f"; the last complete checkpoint is {last[-1]}" if last else ""
+                raise OSError(f"{folder} could not be written: {error}{kept}") from None
+        self.fabric.barrier()
+
+    def _write_description(self, folder: Path) -> None:
+        """Write all that belongs to a checkpoint besides weights."""
+        hyperparameters = yaml.safe_dump(self.options.hyperparameters, sort_keys=False, allow_unicode=True)
+        (folder / "hyperparameters.yaml").write_text(hyperparameters, encoding="utf-8")
+        self.write_side_files(folder)
+        style = getattr(self.data, "prompt_style", None)
+        if style is not None:
+            save_prompt_style(style, folder)
+
+    def load(self, path: Path) -> None:
+        """Go on from a step checkpoint.
+
+        Raises:
+            ValueError: if it is of another model or method, or not one to go on from.
+        """
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if "loop" not in state:
+            raise ValueError(f"--resume: {path} holds weights only; give the file of a step-* folder")
+        for name, own in (("method", self.method.name), ("model_name", self.gpt.config.name)):
+            if state[name] != own:
+                raise ValueError(f"--resume: {path} is of {name}={state[name]!r}, this run of {own!r}")
+        try:
+            load_parameters(self.gpt, state["model"])
+            load_optimizer_state(self.model, self.optimizer, state["optimizer"])
+        except ValueError as error:
+            raise ValueError(f"--resume: {path}: {error}") from None
+        self.loop.scheduler.load_state_dict(state["scheduler"])
+        random = state["random"]
+        own = random[self.fabric.global_rank if len(random) == self.fabric.world_size else 0]
+        self.loop.load_state({**state["loop"], "random": own})
+
+    # -- examples
+
+    def show_example(self) -> None:
+        """Show what the model says to a validation sample."""
+        if is_divided(self.gpt):
+            return
+        dataset = getattr(getattr(self.loop.val_loader, "dataset", None), "examples", None)
+        if not dataset:
+            return
+        which = self.options.eval.evaluate_example
+        index = 0 if which == "first" else torch.randint(len(dataset), ()).item() if which == "random" else int(which)
+        prompt, ids = dataset[index % len(dataset)]
+        before, was_training = random_state(), self.gpt.training
+        self.gpt.eval()
+        self.fabric.print(prompt)
+        room = min(self.options.eval.max_new_tokens, self.gpt.max_seq_length - len(ids))
+        if room > 0:
+            answer = Sequence(ids.to(self.fabric.device), room, Sampling(0.8), [[i] for i in self.tokenizer.eos_ids])
+            prepare_caches(self.gpt, 1, answer.max_length)
+            for _ in decode(Engine(self.gpt), [answer]):
+                pass
+            self.fabric.print(f"{self.tokenizer.decode(answer.output)}\n")
+        self.gpt.clear_kv_caches()
+        self.gpt.train(was_training)
+        set_random_state(before)
+
+
+def write_config(config: Config, folder: Path) -> None:
+    """Write `model_config.yaml`."""
+    (folder / CONFIG_NAME).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def _steps_per_epoch(loader: Any, accumulation: int) -> int | None:
+    """Optimizer steps that a loader's batches make (None: it does not know)."""
+    try:
+        return -(-len(loader) // accumulation)
+    except TypeError:
+        return None
+
+
+def _tokens_per_step(loader: Any, accumulation: int) -> int | None:
+    """Tokens of a step, where all rows are equally long: those of a text (None: they are not)."""
+    rows = getattr(loader, "dataset", None)
+    if not isinstance(rows, TokenRows):
+        return None
+    return accumulation * loader.batch_size * rows.seq_length

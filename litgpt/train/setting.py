@@ -1,0 +1,156 @@
+"""Devices, precision and loggers of a run, by the names that people give them."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import Fabric
+from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+
+from litgpt.model import GPT, Block
+
+LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
+Strategy = Literal["auto", "ddp", "fsdp"]
+PRECISIONS = ("32-true", "bf16-true", "bf16-mixed", "16-mixed", "16-true")
+
+
+def parse_devices(devices: int | str) -> int:
+    """How many devices `devices` means: a number, or "auto" (-1): all GPUs, or one CPU process."""
+    if devices in ("auto", -1, "-1"):
+        return max(torch.cuda.device_count(), 1)
+    if isinstance(devices, str) and devices.isdigit():
+        devices = int(devices)
+    if isinstance(devices, int) and devices > 0:
+        return devices
+    raise ValueError(f"devices must be a positive number or 'auto', got {devices!r}")
+
+
+def default_precision() -> str:
+    """The precision in which training is fast here: bf16-mixed or 16-mixed on GPUs, 32-true on CPUs."""
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    return "32-true"
+
+
+def make_logger(
+    name: str, out_dir: Path, run_name: str, log_interval: int, log: Any = None, resume: bool = False
+) -> Any:
+    """A logger of Lightning: csv, tensorboard, wandb or mlflow.
+
+    Raises:
+        ValueError: if there is no such logger, or the package that it needs is not installed.
+    """
+    project = getattr(log, "project", None) or run_name
+    try:
+        if name == "csv":
+            from lightning.fabric.loggers import CSVLogger
+
+            return CSVLogger(out_dir / "logs", name="csv", flush_logs_every_n_steps=log_interval)
+        if name == "tensorboard":
+            from lightning.fabric.loggers import TensorBoardLogger
+
+            return TensorBoardLogger(out_dir / "logs", name="tensorboard")
+        if name == "wandb":
+            from lightning.pytorch.loggers import WandbLogger
+
+            options = {"name": getattr(log, "run", None), "group": getattr(log, "group", None)}
+            return WandbLogger(project=project, resume=resume, **options)
+        if name == "mlflow":
+            from lightning.pytorch.loggers import MLFlowLogger
+
+            return MLFlowLogger(experiment_name=project, run_name=getattr(log, "run", None))
+    except ModuleNotFoundError as error:
+        raise ValueError(f"logger {name!r} needs a package that is not installed: {error}") from None
+    raise ValueError(f"logger_name {name!r} is not one of csv, tensorboard, wandb, mlflow")
+
+
+def divide_parameters(model: nn.Module, device_mesh: Any) -> nn.Module:
+    """Divide the parameters of a `TrainingModel` among processes (FSDP): a layer's are gathered when it runs."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = device_mesh["data_parallel"]
+    for module in model.modules():
+        if isinstance(module, Block):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def make_fabric(
+    devices: int | str, num_nodes: int, precision: str | None, strategy: str, logger: Any, gpt_config: Any
+) -> Fabric:
+    """A `Fabric` for these devices, not launched yet.
+
+    Raises:
+        ValueError: for a strategy or precision that is not known.
+    """
+    devices = parse_devices(devices)
+    precision = default_precision() if precision is None else precision
+    precision = f"{precision}-true" if precision in ("32", "16", "bf16") else precision
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
+    if strategy not in ("auto", "ddp", "fsdp"):
+        raise ValueError(f"strategy {strategy!r} is not one of auto, ddp, fsdp")
+    several = devices * num_nodes > 1
+    if several and strategy == "fsdp":
+        chosen = ModelParallelStrategy(
+            divide_parameters,
+            data_parallel_size=devices * num_nodes,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+        )
+    elif several:
+        chosen = DDPStrategy(find_unused_parameters=bool(gpt_config.n_expert), broadcast_buffers=False)
+    else:
+        chosen = "auto"
+    warnings.filterwarnings("ignore", message="The .*dataloader.* does not have many workers")
+    return Fabric(
+        devices=devices, num_nodes=num_nodes, strategy=chosen, precision=precision, loggers=[logger] if logger else []
+    )
+
+
+def precision_of(fabric: Fabric) -> str:
+    """The precision that a `Fabric` works in, by Lightning's name."""
+    return fabric.strategy.precision.precision
+
+
+def compute_dtype(precision: str) -> torch.dtype:
+    """Data type of the weights under a precision of Lightning."""
+    return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+
+
+def number_of_parameters(model: GPT, trained: bool) -> int:
+    """Trained, or frozen, parameters; a quantised weight counts as the numbers it stands for."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad == trained)
+
+
+def plain(value: Any) -> Any:
+    """An option as YAML has it, such that `--config` gives it again: groups as mappings, objects by class and arguments."""
+    from dataclasses import fields, is_dataclass
+
+    from litgpt.config import Config
+    from litgpt.prompt_style import PromptStyle
+
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Config):
+        return value.to_dict()
+    if isinstance(value, PromptStyle):
+        named = next((name for name, kind in PromptStyle.styles.items() if kind is type(value)), None)
+        arguments = value.init_args()
+        path = f"{type(value).__module__}.{type(value).__qualname__}"
+        return named if named and not arguments else {"class_path": path, "init_args": plain(arguments)}
+    if is_dataclass(value) and not isinstance(value, type):
+        content = {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.init}
+        content = {name: x for name, x in content.items() if x is not None}
+        if type(value).__module__ == "litgpt.args":
+            return content
+        package = "litgpt.data" if type(value).__module__.startswith("litgpt.data.") else type(value).__module__
+        return {"class_path": f"{package}.{type(value).__qualname__}", "init_args": content}
+    if isinstance(value, Mapping):
+        return {str(key): plain(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(x) for x in value]
+    return value

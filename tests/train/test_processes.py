@@ -1,0 +1,43 @@
+"""Two processes share a run: its losses and weights are those of one."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(checkpoint_dir, out_dir, json_path, *options):
+    arguments = f"""finetune_full {checkpoint_dir} --out_dir {out_dir} --data JSON --data.json_path {json_path}
+        --data.val_split_fraction 0.2 --train.max_steps 4 --train.global_batch_size 4 --train.micro_batch_size 1
+        --train.lr_warmup_steps 1 --train.save_interval 2 --eval.max_iters 2 --eval.interval 2 --precision 32-true
+        --optimizer.lr 0.01 --eval.max_new_tokens 2"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "litgpt", *arguments.split(), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=280)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
+    text = done.stdout.decode(errors="replace")
+    losses = [line.split("loss train: ")[1].split(",")[0] for line in text.splitlines() if "(step)" in line]
+    losses += [line.split("val loss")[1].split(" |")[0] for line in text.splitlines() if "Final evaluation" in line]
+    return losses, torch.load(out_dir / "final" / "lit_model.pth", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_losses_and_weights_are_those_of_one_process_also_after_a_stop(strategy, checkpoint_dir, tmp_path, json_path):
+    losses, weights = run(checkpoint_dir, tmp_path / "one", json_path)
+    options = ("--devices", "2", "--strategy", strategy)
+    found_losses, found = run(checkpoint_dir, tmp_path / "two", json_path, *options)
+    assert found_losses == losses
+    for name in weights:
+        torch.testing.assert_close(found[name], weights[name], rtol=1e-4, atol=1e-5)
+    for folder in ("final", "step-000004"):
+        shutil.rmtree(tmp_path / "two" / folder)
+    resumed_losses, resumed = run(checkpoint_dir, tmp_path / "two", json_path, *options, "--resume", "true")
+    assert resumed_losses == losses[2:]
+    for name in weights:
+        assert torch.equal(resumed[name], found[name])
