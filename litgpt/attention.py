@@ -35,7 +35,7 @@ class KeysAndValues(Protocol):
 
 
 class DefaultKeysAndValues:
-    """Keys and values held as plain tensors."""
+    """Keys and values as plain tensors."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if keys.ndim != 4 or values.ndim != 4 or keys.shape[:-1] != values.shape[:-1]:
@@ -62,7 +62,7 @@ def _together(k_and_v: KeysAndValues) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def do_softcapping(x: torch.Tensor, thresh: float | None) -> torch.Tensor:
-    """Squash scores smoothly into (-thresh, thresh); `None` leaves them alone (Gemma 2, arXiv:2408.00118)."""
+    """Soft-cap scores to (-thresh, thresh); `None` leaves them alone (Gemma 2, arXiv:2408.00118)."""
     return x if thresh is None else torch.tanh(x / thresh) * thresh
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -309,7 +310,7 @@ class Config:
 
         settings = Settings(read_json(hf), str(hf)) if isinstance(hf, Path) else hf
         settings = settings if isinstance(settings, Settings) else Settings(settings)
-        fields = fields_from_hf(settings, kwargs.pop("name", ""))
+        fields = fields_from_hf(settings, partial(unmet, null=False), kwargs.pop("name", ""))
         try:
             return cls(**{**fields, **kwargs})
         except ValueError as error:

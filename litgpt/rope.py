@@ -82,7 +82,7 @@ class RopeTable:
         """
         starts = [start] if isinstance(start, int) else start
         stop = max(map(sum, zip(starts, [T] * len(starts) if isinstance(T, int) else T, strict=True)))
-        # twice as much as asked for, so that a sequence that grows token by token seldom needs a larger table
+        # twice the required length, so that a sequence that grows token by token seldom needs a larger table
         self.cover(stop, device, long, 2 * stop if stop > max_length else min(max_length, 2 * stop))
         if self._rows_of is not self.cos or self._rows[0][0].dtype != dtype:
             with torch.inference_mode(False):

@@ -84,7 +84,7 @@ def _too_large() -> TemplateLimit:
 
 
 def _size(value: Any, known: dict[int, int] | None = None) -> int:
-    """Characters and elements of a value, with all that it holds; what is held twice counts twice."""
+    """Characters and elements of a value, with everything in it; what is in it twice counts twice."""
     if isinstance(value, (str, bytes)):
         return len(value)
     if not isinstance(value, (list, tuple, dict)):

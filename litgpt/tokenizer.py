@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from litgpt.atomic_file import replacing
+from litgpt.git_lfs import refuse_lfs_pointer
 from litgpt.settings import read_json
 from litgpt.standard_streams import check_text
 
@@ -217,8 +219,6 @@ class Tokenizer:
 
         `generation_config.json` gets the BOS and EOS ids; what else stands in it stays.
         """
-        from litgpt.checkpoint.files import replacing
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {
@@ -274,7 +274,7 @@ class _HuggingFace:
     def from_file(cls, path: Path) -> "_HuggingFace":
         from tokenizers import Tokenizer as Processor
 
-        _refuse_lfs_pointer(path)
+        refuse_lfs_pointer(path)
         try:
             return cls(Processor.from_file(str(path)))
         except Exception as error:  # the library raises bare `Exception`
@@ -350,7 +350,7 @@ class _SentencePiece:
             raise ImportError(
                 f"{path} is a SentencePiece model: reading it needs `pip install 'litgpt[sentencepiece]'`"
             ) from None
-        _refuse_lfs_pointer(path)
+        refuse_lfs_pointer(path)
         try:
             return cls(SentencePieceProcessor(model_file=str(path)))
         except (RuntimeError, OSError) as error:
@@ -397,12 +397,6 @@ class _SentencePiece:
     def visible_id(self) -> int:
         """A token that is an ordinary character wherever it stands."""
         return next(i for i in range(self.vocab_size) if self.piece(i).strip(b" ").isalnum())
-
-
-def _refuse_lfs_pointer(path: Path) -> None:
-    from litgpt.checkpoint.files import refuse_lfs_pointer
-
-    refuse_lfs_pointer(path)
 
 
 def _byte_of_char() -> dict[str, int]:

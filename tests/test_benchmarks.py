@@ -532,8 +532,8 @@ def test_speculation_is_measured_and_compared_token_by_token(
     for found in results.values():
         assert [len(found["speeds"][kind]) for kind in ("plain", "lookup")] == [2, 2]
         assert found["same, 32-true"] == found["new, 32-true"] > 0
-        assert 0 <= found["accepted"] <= found["guessed"]
+        assert 0 <= found["accepted"] <= found["drafted"]
     found["speeds"] = {"plain": [10.0, 20.0, 90.0], "lookup": [40.0, 30.0, 180.0]}
-    found |= {"same, bf16-true": 5, "new, bf16-true": 12, "guessed": 9, "accepted": 4}
+    found |= {"same, bf16-true": 5, "new, bf16-true": 12, "drafted": 9, "accepted": 4}
     last = speculation.markdown(results).splitlines()[-1]
     assert "| 20.0 | 40.0 | 2.00x | 4 of 9 | 5 of 12 |" in last

@@ -108,7 +108,7 @@ def predictions(model: GPT, window: torch.Tensor) -> torch.Tensor:
 
 
 def weight_bytes(model: GPT) -> int:
-    """Bytes of all weights, those that are held twice counted once."""
+    """Bytes of all weights; shared ones count once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 

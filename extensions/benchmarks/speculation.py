@@ -32,11 +32,11 @@ LICENSE = Path(__file__).parents[2] / "LICENSE"
 
 
 class Run(NamedTuple):
-    """What one generation gave: the new tokens, the time from the first of them to the last, and what was guessed."""
+    """What one generation gave: the new tokens, the time from the first of them to the last, and the numbers of draft tokens."""
 
     tokens: list[int]
     seconds: float
-    guessed: int
+    drafted: int
     accepted: int
 
     @property
@@ -68,7 +68,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--text", type=Path, help="file of the text to repeat (default: the licence)")
     add("--words", type=int, default=300, help="words of it (default: %(default)s)")
     add("--new_tokens", type=int, default=400, help="most tokens of an answer (default: %(default)s)")
-    add("--prompt_lookup", type=int, default=15, help="most guesses at a time (default: %(default)s)")
+    add("--prompt_lookup", type=int, default=15, help="most draft tokens at a time (default: %(default)s)")
     add("--rounds", type=int, default=5, help="times that both are measured, in turn (default: %(default)s)")
     add("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     add("--out", type=Path, help="write all samples as JSON")
@@ -90,7 +90,7 @@ def tasks(text: str, words: int) -> dict[str, str]:
 
 
 def measure(path: Path, text: str, repeats: int, words: int, new_tokens: int, most: int) -> dict[str, dict]:
-    """Samples of every task: speeds in bfloat16, and how many tokens are the same with and without guesses."""
+    """Samples of every task: speeds in bfloat16, and how many tokens are the same with and without drafts."""
     results: dict[str, dict] = {}
     for precision, rounds in (("bf16-true", repeats), ("32-true", 1)):
         ready = make_ready(path, precision)
@@ -110,7 +110,7 @@ def measure(path: Path, text: str, repeats: int, words: int, new_tokens: int, mo
             if precision == "bf16-true":
                 found["prompt"] = len(tokens)
                 found["speeds"] = {kind: [run.speed for run in kind_runs] for kind, kind_runs in runs.items()}
-                found |= {"guessed": lookup.guessed, "accepted": lookup.accepted}
+                found |= {"drafted": lookup.drafted, "accepted": lookup.accepted}
     return results
 
 
@@ -129,15 +129,15 @@ def generate(ready: Ready, prompt: torch.Tensor, new_tokens: int, most: int | No
 
 def markdown(results: dict[str, dict]) -> str:
     """A table with a row for every task; speeds are medians."""
-    columns = ["task", "prompt", "answer", "plain, tokens/s", "lookup, tokens/s", "faster", "guesses that stood"]
+    columns = ["task", "prompt", "answer", "plain, tokens/s", "lookup, tokens/s", "faster", "draft tokens accepted"]
     lines = [row([*columns, "same tokens, bf16", "fp32"]), row(["---", *["---:"] * 8])]
     for name, found in results.items():
         speeds = found["speeds"]
-        stood = f"{found['accepted']} of {found['guessed']}"
+        accepted = f"{found['accepted']} of {found['drafted']}"
         same = [f"{found[f'same, {p}']} of {found[f'new, {p}']}" for p in ("bf16-true", "32-true")]
         cells = [name, str(found["prompt"]), str(found["new, bf16-true"])]
         cells += [number(median(speeds["plain"])), number(median(speeds["lookup"]))]
-        lines.append(row([*cells, f"{ratio(speeds['lookup'], speeds['plain']):.2f}x", stood, *same]))
+        lines.append(row([*cells, f"{ratio(speeds['lookup'], speeds['plain']):.2f}x", accepted, *same]))
     return "\n".join(lines)
 
 

@@ -8,7 +8,8 @@ import torch
 
 from litgpt.checkpoint.base import HEAD, Checkpoint
 from litgpt.checkpoint.files import copy_side_files, write_json, write_safetensors
-from litgpt.checkpoint.load import check_weights, is_tied, meta_model
+from litgpt.checkpoint.load import check_weights, is_tied
+from litgpt.checkpoint.meta_model import meta_model
 from litgpt.checkpoint.weights import WeightMap
 from litgpt.config import Config
 from litgpt.families import hf_from_config, same_architecture

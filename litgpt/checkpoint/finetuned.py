@@ -1,4 +1,4 @@
-"""What fine-tuning wrote: from its file to a model with what is in it, and LoRA weights as a checkpoint of their own."""
+"""The files that fine-tuning writes, and LoRA weights as a checkpoint of their own."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -12,10 +12,7 @@ import torch
 from litgpt import adapter, adapter_v2, lora
 from litgpt.checkpoint.base import HEAD, WEIGHTS_NAME, Checkpoint
 from litgpt.checkpoint.files import copy_side_files, load_state_dict
-from litgpt.checkpoint.find import find_checkpoint
-from litgpt.checkpoint.litgpt_folder import LitGPTCheckpoint
-from litgpt.checkpoint.load import load_model, meta_model
-from litgpt.checkpoint.open import open_checkpoint
+from litgpt.checkpoint.meta_model import meta_model
 from litgpt.config import Config
 from litgpt.model import GPT
 from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
@@ -53,7 +50,7 @@ _METHODS = {
 
 @dataclass
 class Finetuned:
-    """What fine-tuning wrote: a file of weights, and `hyperparameters.yaml` next to it.
+    """The result of fine-tuning: a file of weights, and `hyperparameters.yaml` next to it.
 
     Args:
         path: the file, or the folder that holds it under LitGPT's name.
@@ -143,23 +140,12 @@ class Finetuned:
             "lora_dropout": options.number("lora_dropout", lora.Config.lora_dropout, least=0),
         }
 
-    def load(
-        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, quantize: str | None = None
-    ) -> GPT:
-        """The model of `checkpoint`, fine-tuned, for inference. Nothing is loaded if what was trained does not fit it.
-
-        With `quantize` the weights of the checkpoint are quantised, and what an adapter or LoRA adds to them is not.
-        """
-        config = self.config(checkpoint.config)
-        if self.method == "full":
-            return load_model(LitGPTCheckpoint(self.path.parent, self.path.name, config), dtype, device, quantize)
+    def add_to(self, model: GPT, config: Config) -> None:
+        """Give a model of `config` the modules of the method, with the trained weights, for inference."""
         method = _METHODS[self.method]
-        self.part(config)
-        model = load_model(checkpoint, dtype, device, quantize)
         method.add(model, config)
         model.load_state_dict(self.weights, strict=False)
         method.finish(model)
-        return model
 
     def part(self, config: Config) -> GPT:
         """A model of that config with the trained weights, and without values of all others.
@@ -201,14 +187,13 @@ class LoRACheckpoint(Checkpoint):
     Sums are made in float32. `dtype` is that of the fine-tuning.
 
     Args:
-        path: The folder, or the file of LoRA weights.
-        base: The checkpoint that was fine-tuned (default: the one that the hyperparameters name).
+        finetuned: The LoRA weights.
+        base: The checkpoint that was fine-tuned.
     """
 
-    def __init__(self, path: str | Path, base: Path | None = None) -> None:
-        self._finetuned = Finetuned(Path(path), "lora")
-        super().__init__(self._finetuned.path.parent)
-        self._base = open_checkpoint(find_checkpoint(self._finetuned.base(base)))
+    def __init__(self, finetuned: Finetuned, base: Checkpoint) -> None:
+        super().__init__(finetuned.path.parent)
+        self._finetuned, self._base = finetuned, base
         self.files = [*self._base.files, self._finetuned.path]
 
     @cached_property

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from litgpt.checkpoint.files import refuse_lfs_pointer
 from litgpt.config import find_multiple
+from litgpt.git_lfs import refuse_lfs_pointer
 
 _VERSIONS = (2, 3)
 _SCALARS = dict(enumerate(["B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d"]))

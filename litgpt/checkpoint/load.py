@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
-from torch.overrides import TorchFunctionMode
 
 from litgpt.checkpoint.base import CONFIG_NAME, EMBEDDING, HEAD, QUANTIZED_NAME, WEIGHTS_NAME, Checkpoint, Piece
 from litgpt.checkpoint.files import copy_side_files, replacing, write_safetensors, write_state_dict
+from litgpt.checkpoint.finetuned import Finetuned
+from litgpt.checkpoint.litgpt_folder import LitGPTCheckpoint
+from litgpt.checkpoint.meta_model import meta_model
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.config import Config
 from litgpt.model import GPT
@@ -52,17 +53,32 @@ def load_model(
     return fill_model(model, checkpoint.stored(), tied, dtype, device)
 
 
+def load_finetuned(
+    finetuned: Finetuned,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: str | None = None,
+) -> GPT:
+    """The fine-tuned model of `checkpoint`, for inference. Nothing is loaded if the trained weights do not fit it.
+
+    With `quantize` the weights of the checkpoint are quantised; those of an adapter or LoRA are not.
+    """
+    config = finetuned.config(checkpoint.config)
+    if finetuned.method == "full":
+        path = finetuned.path
+        return load_model(LitGPTCheckpoint(path.parent, path.name, config), dtype, device, quantize)
+    finetuned.part(config)
+    model = load_model(checkpoint, dtype, device, quantize)
+    finetuned.add_to(model, config)
+    return model
+
+
 def quantize_meta(model: GPT, how: Scheme, dtype: torch.dtype, tied: bool) -> None:
     """Have a meta model take quantised weights."""
     if tied:
         model.lm_head.weight = model.transformer.wte.weight
     quantize_model(model.to(dtype), how.mode, how.group_size)
-
-
-def meta_model(config: Config, kind: Callable[[Config], GPT] = GPT) -> GPT:
-    """A model that has shapes and no memory, as `kind` makes it."""
-    with torch.device("meta"), _WithoutRandomNumbers():
-        return kind(config)
 
 
 def fill_model(
@@ -100,16 +116,6 @@ def _allocate(model: GPT, dtype: torch.dtype, device_of: Callable[[str], torch.d
             setattr(module, name, torch.nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device)))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
-
-
-class _WithoutRandomNumbers(TorchFunctionMode):
-    """Skips the initialisation of weights: drawing for a meta tensor would import torch's compiler, for most of 1 s."""
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 def is_tied(model: GPT) -> bool:

@@ -32,9 +32,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
                 raise ValueError(
                     f"{path} holds what `litgpt generate_{method}` takes: an adapter, without the model that it is for"
                 )
-            from litgpt.checkpoint.finetuned import LoRACheckpoint
-
-            return LoRACheckpoint(path)
+            return open_lora(path)
     if holds_weights(path):
         return HuggingFaceCheckpoint(path)
     from litgpt.checkpoint.gguf_file import gguf_models
@@ -48,6 +46,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     raise FileNotFoundError(
         f"{str(path)!r} holds no weights: expected {WEIGHTS_NAME}, *.safetensors, pytorch_model*.bin or one .gguf file"
     )
+
+
+def open_lora(path: Path, base: Path | None = None) -> Checkpoint:
+    """LoRA weights (their folder or file) added to `base`, by default the checkpoint that the hyperparameters name."""
+    from litgpt.checkpoint.find import find_checkpoint
+    from litgpt.checkpoint.finetuned import Finetuned, LoRACheckpoint
+
+    finetuned = Finetuned(path, "lora")
+    return LoRACheckpoint(finetuned, open_checkpoint(find_checkpoint(finetuned.base(base))))
 
 
 def _open_gguf(path: Path) -> Checkpoint:

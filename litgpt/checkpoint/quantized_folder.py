@@ -8,8 +8,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from litgpt.checkpoint.base import EMBEDDING, HEAD, QUANTIZED_NAME, Piece
-from litgpt.checkpoint.files import parse_dtype, refuse_lfs_pointer
+from litgpt.checkpoint.files import parse_dtype
 from litgpt.checkpoint.litgpt_folder import LitGPTCheckpoint
+from litgpt.git_lfs import refuse_lfs_pointer
 from litgpt.runners.quantized_weights import Scheme, dequantize_int4, dequantize_int8
 
 

@@ -10,7 +10,8 @@ from torch import nn
 from litgpt.checkpoint.base import HEAD, Checkpoint, Piece
 from litgpt.checkpoint.files import parse_dtype, read_tensors
 from litgpt.checkpoint.huggingface import HuggingFaceCheckpoint
-from litgpt.checkpoint.load import meta_model, weight_differences
+from litgpt.checkpoint.load import weight_differences
+from litgpt.checkpoint.meta_model import meta_model
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.config import Config
 
@@ -64,15 +65,17 @@ def check_files(checkpoint: Checkpoint) -> int:
     Raises `FileNotFoundError` or `ValueError`, naming all that is wrong, for files that are missing, cut off or lack
     tensors that an index places in them.
     """
-    problems, held = [], {}
+    problems, stored = [], {}
     # the header of a .gguf file was compared with its size when it was opened
     for file in checkpoint.files if checkpoint.path.is_dir() else []:
         try:
-            held[file.name] = {name for name, _ in read_tensors(file)}
+            stored[file.name] = {name for name, _ in read_tensors(file)}
         except ValueError as error:
             problems.append(str(error))
     if isinstance(checkpoint, HuggingFaceCheckpoint):
-        lacking = [f"{name} ({file})" for name, file in checkpoint.index.items() if name not in held.get(file, {name})]
+        lacking = [
+            f"{name} ({file})" for name, file in checkpoint.index.items() if name not in stored.get(file, {name})
+        ]
         problems += [f"not in the file where the index has them: {', '.join(lacking)}"] if lacking else []
     if problems:
         raise ValueError("; ".join(problems))

@@ -36,7 +36,7 @@ class Drafter(Protocol):
 
 
 class PromptLookup:
-    """Drafts that the text goes on as it did where its last tokens stood before, in the prompt or in the output.
+    """Drafts the continuation of an earlier occurrence of the last tokens, in the prompt or in the output.
 
     Needs no model, and pays where the output repeats what is there: editing, quoting, code, lists. A lookup takes the same
     time whatever the length of the text. After drafts that were rejected come shorter ones, after accepted ones longer.

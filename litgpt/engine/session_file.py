@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from litgpt.checkpoint.files import replacing, safetensors_header, tensor_bytes
+from litgpt.atomic_file import replacing
+from litgpt.checkpoint.files import safetensors_header, tensor_bytes
 
 FORMAT = 1
 CHECKSUMS = "checksums"  # the last tensor: that of the header, and then those of the other tensors

@@ -1,6 +1,6 @@
 """One module per family of models, holding every fact about it; none of them imports torch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
@@ -85,8 +85,9 @@ def family_of_hf(hf: Settings) -> "tuple[Family, Settings]":
     return family, hf
 
 
-def fields_from_hf(hf: Settings, name: str = "") -> dict[str, Any]:
-    """Keyword arguments of `Config` from a `config.json`.
+def fields_from_hf(hf: Settings, unmet: "Callable[[str, Any], str | None]", name: str = "") -> dict[str, Any]:
+    """Keyword arguments of `Config` from a `config.json`. `unmet(field, value)` says what the field would have to be, where a
+    value is not valid for it.
 
     `name` is what the model is called, by default what the file says. Where it is a named model's, the model gets
     that model's `name` and `hf_config`. Raises `ValueError` for an architecture or a setting that is not supported.
@@ -94,7 +95,7 @@ def fields_from_hf(hf: Settings, name: str = "") -> dict[str, Any]:
     from litgpt.families.hf_config import read_config
 
     family, text = family_of_hf(hf)
-    fields = read_config(family, text)
+    fields = read_config(family, text, unmet)
     repository = name or hf.text("_name_or_path", None, null=True) or ""
     name = repository.rstrip("/").rpartition("/")[2]
     for model in family.models.values():

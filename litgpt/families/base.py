@@ -38,7 +38,7 @@ class Family:
         interleaved_qkv: Their query, key and value rows alternate by head group: q q k v, q q k v, ...
         prefixes: What the names may begin with in some files, and what to read instead.
         ignored: Pieces of names of tensors that carry no weights of the text model.
-        extra_blocks: Files may hold blocks after the last, which guess further tokens and are left out.
+        extra_blocks: Files may hold blocks after the last, for multi-token prediction, which are left out.
         tied: Whether input and output embedding are one matrix when `config.json` does not say.
         tied_models: Patterns of the names of models of which it is, in a family where it is not otherwise.
         name_mark: What LitGPT 0.5.13 looks for in a model's name to know the family's norm.

@@ -1,8 +1,8 @@
 """Between `config.json` of Hugging Face and the fields of `Config`, both ways."""
 
+from collections.abc import Callable
 from typing import Any
 
-from litgpt.config import unmet
 from litgpt.families.base import Family, layer_flags
 from litgpt.settings import Settings
 
@@ -32,13 +32,19 @@ _DERIVED = ("n_query_groups", "head_size", "intermediate_size", "n_shared_expert
 _NULLABLE = (*_DERIVED, "attention_logit_softcapping", "final_logit_softcapping")
 
 
-def read_config(family: Family, hf: Settings) -> dict[str, Any]:
-    """`Config` fields from a `config.json` of this family; `ValueError` for what the family cannot compute."""
+def read_config(family: Family, hf: Settings, unmet: Callable[[str, Any], str | None]) -> dict[str, Any]:
+    """`Config` fields from a `config.json` of this family; `ValueError` for what the family cannot compute.
+
+    `unmet` says what a field would have to be, where a value is not valid for it.
+    """
     for key, supported in (_EXPECTED | family.expects).items():
         hf.only(key, supported, family.defaults.get(key, supported[0]), family.model_type)
     fields = dict(family.structure)
     for name, keys in family.keys.items():
-        value = _lookup(family, hf, name, (keys,) if isinstance(keys, str) else keys)
+        value, key = _lookup(family, hf, (keys,) if isinstance(keys, str) else keys)
+        derived = value is None and name in _NULLABLE
+        if key not in family.values and not derived and (expected := unmet(name, value)) is not None:
+            raise hf.error(key, f"must be {expected}")
         if value is not None:
             fields[name] = value
     fields["vocab_size"] = fields["padded_vocab_size"]
@@ -57,21 +63,16 @@ def write_config(family: Family, config: Any) -> dict[str, Any]:
     return hf | _write_rope(family, config) | _write_windows(family, config) | family.write(config)
 
 
-def _lookup(family: Family, hf: Settings, field: str, keys: tuple[str, ...]) -> Any:
-    """The value of a field, `None` where it is derived from others."""
+def _lookup(family: Family, hf: Settings, keys: tuple[str, ...]) -> tuple[Any, str]:
+    """The value of a field, and the key that it comes from."""
     key = next((key for key in keys if key in hf), keys[0])
     default = (family.defaults[key],) if key in family.defaults else ()
-    if (table := family.values.get(key)) is not None:
-        value = hf.text(key, *default)
-        if value not in table:
-            raise hf.error(key, f"is not supported, only {', '.join(map(repr, table))}")
-        return table[value]
-    value = hf.value(key, object, *default)
-    if value is None and field in _NULLABLE:
-        return None
-    if (expected := unmet(field, value, null=False)) is not None:
-        raise hf.error(key, f"must be {expected}")
-    return value
+    if (table := family.values.get(key)) is None:
+        return hf.value(key, object, *default), key
+    value = hf.text(key, *default)
+    if value not in table:
+        raise hf.error(key, f"is not supported, only {', '.join(map(repr, table))}")
+    return table[value], key
 
 
 def _rope_sections(family: Family, hf: Settings) -> tuple[Settings, Settings | None]:

@@ -1,9 +1,11 @@
-"""What the commands for fine-tuned models share."""
+"""The common part of the commands for fine-tuned models."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from litgpt.checkpoint.finetuned import Finetuned
+from litgpt.checkpoint.load import load_finetuned
 from litgpt.engine.loading import Ready, make_ready
 from litgpt.generate import base
 from litgpt.generate.options import AnswerOptions, CheckpointOptions, PromptLookupOptions, option
@@ -35,7 +37,7 @@ def answer_finetuned(options: FinetunedOptions, path: Path, method: str) -> None
 
     def load() -> Ready:
         checkpoint_dir = finetuned.base(options.checkpoint_dir)
-        ready = make_ready(checkpoint_dir, **options.loading(), load=finetuned.load)
+        ready = make_ready(checkpoint_dir, **options.loading(), load=partial(load_finetuned, finetuned))
         ready.prompt_style = finetuned.prompt_style() or ready.prompt_style
         return ready
 

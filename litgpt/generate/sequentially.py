@@ -80,7 +80,7 @@ class SequentialOptions(GenerateOptions):
 def main(options: SequentialOptions) -> None:
     """Answer a prompt with a model whose layers are spread over several GPUs.
 
-    The weights are read straight to where they work, so the model need not fit into one GPU. GPUs take turns: for speed,
+    The weights are read straight to their device, so the model need not fit into one GPU. GPUs take turns: for speed,
     see generate_tp.
     """
     lines = prompt_lines(options)

@@ -133,7 +133,7 @@ def _uniform_steps(
     stop = start + T
     seen = policy.reach if window is None else min(window, policy.reach)
     if start == 0:
-        written = _span(policy.held(stop), 0, stop, device)
+        written = _span(policy.cached_positions(stop), 0, stop, device)
         return [
             Step(
                 slice(0, T),
@@ -169,14 +169,14 @@ def _uniform_steps(
 def _attend_then_evict(
     policy: PositionalPolicy, window: int | None, start: int, T: int, dtype: torch.dtype, device: torch.device
 ) -> list[Step]:
-    """Steps of a chunk whose own tokens evict what its first queries still see: pieces attend, and then are stored."""
+    """Steps of a chunk whose own tokens evict what its first queries still see: a part of the chunk attends, then it is stored."""
     size = min(512, max(64, policy.cache_length))
     masks: dict[tuple[int, ...], torch.Tensor] = {}
     steps = []
     for q0 in range(0, T, size):
         q1 = min(q0 + size, T)
         first, stop = start + q0, start + q1
-        old = _span(policy.held(first), 0, first, device)
+        old = _span(policy.cached_positions(first), 0, first, device)
         # once all slots are taken, masks depend on differences of positions only, unless a window moves over the sinks
         moves = window is not None and policy.n_sink > 0
         kind = (first if moves else min(first, policy.cache_length), q1 - q0)
@@ -184,7 +184,7 @@ def _attend_then_evict(
             queries = torch.arange(first, stop, device=device)
             keys = torch.cat((old, queries))
             masks[kind] = position_bias(queries, keys, dtype, window=window, reach=policy.reach, n_sink=policy.n_sink)
-        kept = _span(policy.held(stop), first, stop, device)
+        kept = _span(policy.cached_positions(stop), first, stop, device)
         steps.append(
             Step(
                 slice(q0, q1),
@@ -230,7 +230,7 @@ def read_bucket(length: int) -> int:
     return -(-length // READ_BUCKET) * READ_BUCKET
 
 
-def _span(held: tuple[range, range], start: int, stop: int, device: torch.device) -> torch.Tensor:
-    """The held positions that lie in [start, stop), ascending, (N,) int64."""
-    pieces = [torch.arange(max(r.start, start), max(min(r.stop, stop), r.start, start), device=device) for r in held]
-    return torch.cat(pieces) if len(pieces[0]) else pieces[1]
+def _span(ranges: tuple[range, range], start: int, stop: int, device: torch.device) -> torch.Tensor:
+    """The positions of both ranges that lie in [start, stop), ascending, (N,) int64."""
+    parts = [torch.arange(max(r.start, start), max(min(r.stop, stop), r.start, start), device=device) for r in ranges]
+    return torch.cat(parts) if len(parts[0]) else parts[1]

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from litgpt.checkpoint.base import Checkpoint, Piece
-from litgpt.checkpoint.load import check_weights, fill_model, is_tied, meta_model, quantize_meta
+from litgpt.checkpoint.load import check_weights, fill_model, is_tied, quantize_meta
+from litgpt.checkpoint.meta_model import meta_model
 from litgpt.config import Config
 from litgpt.model import GPT, RMSNorm
 from litgpt.runners.quantized_weights import BNB_MODES, Scheme
@@ -176,7 +177,7 @@ def _times(units: range, size: int, first: int = 0) -> range:
 
 
 class ShardedGPT(GPT):
-    """A `GPT` that is held by a group of processes: all have to make the same calls, and get the same logits."""
+    """A `GPT` that is divided among a group of processes: all have to make the same calls, and get the same logits."""
 
     def __init__(self, shard: Shard) -> None:
         super().__init__(shard.config)

@@ -210,7 +210,7 @@ def can_pack(weight: torch.Tensor) -> bool:
 def pack_linears(model: nn.Module) -> None:
     """Replace the plain linear layers of `model` by packed ones, where that works, and pack those that are opaque already.
 
-    One at a time, so that no more than one weight is held twice. One that an embedding shares stays as it is.
+    One at a time, so that no more than one weight is in memory twice. One that an embedding shares stays as it is.
     """
     _pack(model, {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)})
 

@@ -253,7 +253,7 @@ class TiedHead(OpaqueLayer):
 
     def __init__(self, table: Int8Embedding, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self._table = (table,)  # a tuple: no submodule, so that nothing is held or stored twice
+        self._table = (table,)  # a tuple: no submodule, so that nothing is in memory or stored twice
         self.in_features, self.out_features, self.bias = table.in_features, table.out_features, bias
 
     @property

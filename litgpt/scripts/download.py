@@ -60,7 +60,7 @@ def num_parameters(config: Config, tied: bool = False) -> int:
 
     Layers after the first with experts are equal, so only one of them is made.
     """
-    from litgpt.checkpoint.load import meta_model
+    from litgpt.checkpoint.meta_model import meta_model
 
     made = min(config.n_layer, (config.first_k_dense_replace or 0) + 1)
     model = meta_model(replace(config, n_layer=made))

@@ -7,8 +7,8 @@ import torch
 import yaml
 
 from litgpt.checkpoint.base import WEIGHTS_NAME
-from litgpt.checkpoint.finetuned import LoRACheckpoint
 from litgpt.checkpoint.load import save_litgpt
+from litgpt.checkpoint.open import open_lora
 from litgpt.engine.loading import parse_precision
 
 
@@ -26,7 +26,7 @@ def merge_lora(
         precision: Of the merged weights: bf16-true, 16-true or 32-true. Default: that of the
             fine-tuning.
     """
-    checkpoint = LoRACheckpoint(checkpoint_dir, pretrained_checkpoint_dir)
+    checkpoint = open_lora(checkpoint_dir, pretrained_checkpoint_dir)
     folder = checkpoint.path
     if (folder / WEIGHTS_NAME).exists():
         print(f"LoRA weights have already been merged: delete {folder / WEIGHTS_NAME} to merge again")

@@ -11,7 +11,8 @@ from litgpt.checkpoint.base import WEIGHTS_NAME, Checkpoint
 from litgpt.checkpoint.files import parse_dtype
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.litgpt_folder import LitGPTCheckpoint
-from litgpt.checkpoint.load import check_weights, load_model, meta_model
+from litgpt.checkpoint.load import check_weights, load_model
+from litgpt.checkpoint.meta_model import meta_model
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.checkpoint.validation import (
     CheckpointValidationResult,

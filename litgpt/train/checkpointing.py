@@ -29,7 +29,7 @@ STEP_FOLDER = re.compile(r"step-(\d+)")
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to write to, which takes the name `folder` when the block ends well and is removed if not.
 
-    What stood there before is there until then. Temporary folders that killed runs left beside it are removed first.
+    The previous content stays until then. Temporary folders of killed runs beside it are removed first.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in folder.parent.glob(f".{folder.name}.*.tmp"):

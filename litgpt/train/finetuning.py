@@ -9,14 +9,13 @@ import torch
 from lightning import Fabric
 
 from litgpt.checkpoint.find import find_checkpoint
-from litgpt.checkpoint.load import load_model
-from litgpt.checkpoint.open import open_checkpoint
+from litgpt.checkpoint.load import load_model, save_litgpt
+from litgpt.checkpoint.open import open_checkpoint, open_lora
 from litgpt.config import Config
 from litgpt.data import JSON, DataModule
 from litgpt.data.memory import Samples
 from litgpt.lora import merge_lora_weights, unwrap_lora
 from litgpt.model import GPT
-from litgpt.scripts.merge_lora import merge_lora
 from litgpt.train.methods import METHODS, Method
 from litgpt.train.run import Options, Run, connect, write_config
 from litgpt.train.setting import compute_dtype, plain, precision_of
@@ -70,7 +69,7 @@ def finetune_command(method: str, arguments: Mapping[str, Any]) -> dict[str, flo
         if fabric.is_global_zero and options.out_dir is not None:
             final = options.out_dir / "final"
             if method == "lora":
-                merge_lora(final)
+                save_litgpt(open_lora(final), final)
             if method in ("lora", "full"):
                 fabric.print(f"Talk with the result: litgpt chat {final}")
             else:

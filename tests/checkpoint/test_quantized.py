@@ -168,7 +168,7 @@ def large_folder(tmp_path_factory):
     """Of 140 million parameters in bfloat16, 280 MB."""
     path = tmp_path_factory.mktemp("large") / "plain"
     config = {**LLAMA, "n_embd": 1024, "n_head": 8, "n_layer": 8, "intermediate_size": 4096, "padded_vocab_size": 8192}
-    from litgpt.checkpoint.load import meta_model
+    from litgpt.checkpoint.meta_model import meta_model
     from litgpt.config import Config
 
     model = meta_model(Config(**config)).to_empty(device="cpu").to(torch.bfloat16)

@@ -162,7 +162,7 @@ def test_a_long_prompt_does_not_hold_up_the_others(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_guesses_stand_beside_prompts_that_enter(name):
+def test_draft_tokens_are_accepted_beside_prompts_that_are_prefilled(name):
     class Bold:
         def draft(self, rows, limits):
             return [Draft([row.tokens[-1], 3, 5][:limit]) for row, limit in zip(rows, limits, strict=True)]

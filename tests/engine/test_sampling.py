@@ -175,10 +175,10 @@ def test_processors_keep_what_they_know_about_one_sequence():
 
 def test_pick_inverts_the_distribution():
     weights = torch.tensor([0.0, 1.0, 0.0, 3.0, 4.0, 0.0])
-    for chance, index in [(0.0, 1), (0.12, 1), (0.13, 3), (0.49, 3), (0.51, 4), (1 - 2**-32, 4)]:
-        assert pick(weights[None], torch.tensor([chance], dtype=torch.float64)).item() == index
-    chances = (torch.arange(800, dtype=torch.float64) + 0.5) / 800
-    counts = torch.bincount(pick(weights.expand(800, -1), chances), minlength=6)
+    for random_draw, index in [(0.0, 1), (0.12, 1), (0.13, 3), (0.49, 3), (0.51, 4), (1 - 2**-32, 4)]:
+        assert pick(weights[None], torch.tensor([random_draw], dtype=torch.float64)).item() == index
+    random_draws = (torch.arange(800, dtype=torch.float64) + 0.5) / 800
+    counts = torch.bincount(pick(weights.expand(800, -1), random_draws), minlength=6)
     assert counts.tolist() == [0, 100, 0, 300, 400, 0]
 
 

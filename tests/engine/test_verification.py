@@ -15,7 +15,7 @@ from litgpt.engine.verification import verify_token
 GRID = [(i + 0.5) / 40 for i in range(40)]
 
 
-class Chances(Sequence):
+class RandomDraws(Sequence):
     """A row whose random numbers are given, and counted."""
 
     def give(self, *numbers):
@@ -42,41 +42,43 @@ def distributions(kind):
 
 
 @pytest.mark.parametrize("kind", ["near", "apart", "equal", "one-hot target", "one-hot draft"])
-def test_what_is_drawn_beside_a_guess_has_the_targets_distribution_over_all_chances(kind):
-    """Every guess, weighted by q, with every pair of chances on a grid: what comes is p, and guesses stand as often as can be."""
+def test_tokens_drawn_with_a_draft_have_the_targets_distribution_over_all_random_draws(kind):
+    """Every draft token, weighted by q, with every pair of random draws on a grid: the result has distribution p, and draft tokens are accepted as often as possible."""
     p, q = distributions(kind)
-    drawn, stood = torch.zeros(6), 0.0
-    for guess in range(6):
+    drawn, accepted = torch.zeros(6), 0.0
+    for draft_token in range(6):
         for first in GRID:
-            row = Chances(torch.tensor([0]), 9)
-            token = verify_token(p.log(), guess, q, row.give(first, 0.5))
+            row = RandomDraws(torch.tensor([0]), 9)
+            token = verify_token(p.log(), draft_token, q, row.give(first, 0.5))
             if row.used == 1:
-                assert token == guess
-                drawn[guess] += q[guess] / len(GRID)
-                stood += q[guess].item() / len(GRID)
+                assert token == draft_token
+                drawn[draft_token] += q[draft_token] / len(GRID)
+                accepted += q[draft_token].item() / len(GRID)
                 continue
             for second in GRID:
-                again = verify_token(p.log(), guess, q, row.give(first, second))
-                assert again != guess or q[guess] == 0
-                drawn[again] += q[guess] / len(GRID) ** 2
+                again = verify_token(p.log(), draft_token, q, row.give(first, second))
+                assert again != draft_token or q[draft_token] == 0
+                drawn[again] += q[draft_token] / len(GRID) ** 2
     assert torch.allclose(drawn, p, atol=0.03)
-    assert stood == pytest.approx(torch.minimum(p, q).sum().item(), abs=0.03)  # no rule accepts more
+    assert accepted == pytest.approx(torch.minimum(p, q).sum().item(), abs=0.03)  # no rule accepts more
 
 
-def test_a_certain_guess_leaves_the_draw_as_it_is():
+def test_a_certain_draft_token_leaves_the_draw_as_it_is():
     logits = torch.randn(50)
     for seed in range(100):
         plain, beside = (Sequence(torch.tensor([0]), 9, Sampling(top_k=10, seed=seed)) for _ in range(2))
-        tokens = {verify_token(logits, guess, None, row) for guess, row in ((3, plain), (seed % 50, beside))}
+        tokens = {
+            verify_token(logits, draft_token, None, row) for draft_token, row in ((3, plain), (seed % 50, beside))
+        }
         assert len(tokens) == 1
         assert plain.uniform() == beside.uniform()
 
 
 def test_equal_distributions_that_differ_by_rounding_only_give_a_token():
     p = torch.tensor([0.25, 0.75])
-    row = Chances(torch.tensor([0]), 9).give(1 - 2**-32, 0.5)
+    row = RandomDraws(torch.tensor([0]), 9).give(1 - 2**-32, 0.5)
     assert verify_token(p.log(), 1, torch.tensor([0.25, 1.0]), row) in (0, 1)
-    assert draw_from(torch.tensor([0.0, 0.0, 1.0]), Chances(torch.tensor([0]), 9).give(0.0)) == 2
+    assert draw_from(torch.tensor([0.0, 0.0, 1.0]), RandomDraws(torch.tensor([0]), 9).give(0.0)) == 2
 
 
 # --- all of it, over many draws
@@ -95,7 +97,7 @@ def expected(model, prompt, setting):
     """The probability of every sequence of new tokens, from full forwards and formulas written out."""
     sequences = {}
     for new in itertools.product(range(4), repeat=NEW):
-        chance = 1.0
+        probability = 1.0
         for i in range(NEW):
             so_far = [*prompt.tolist(), *new[:i]]
             logits = model(torch.tensor([so_far]))[0, -1].double()
@@ -116,8 +118,8 @@ def expected(model, prompt, setting):
                 mass += probs[token].item()
             least = setting.min_p * probs.max()
             probs[[t for t in range(4) if t not in nucleus or probs[t] < least]] = 0
-            chance *= (probs / probs.sum())[new[i]].item()
-        sequences[new] = chance
+            probability *= (probs / probs.sum())[new[i]].item()
+        sequences[new] = probability
     return sequences
 
 
@@ -143,16 +145,16 @@ def test_sampled_output_has_the_targets_distribution(drafter, setting):
         model.lm_head.weight.data *= 0.25  # nothing certain, and yet not alike
     prompt = torch.tensor([0, 1, 2, 3, 0, 1])
     probabilities = expected(target, prompt, SETTINGS[setting])
-    counts, guessed, accepted = {}, 0, 0
+    counts, drafted, accepted = {}, 0, 0
     for _ in range(ROUNDS):
         sequences = [Sequence(prompt, NEW, SETTINGS[setting]) for _ in range(BATCH)]
-        guesses = DraftModel(draft, 4, 2) if drafter == "draft" else PromptLookup(2, min_ngram=1)
-        engine = Engine(target, drafter=guesses)
+        drafting = DraftModel(draft, 4, 2) if drafter == "draft" else PromptLookup(2, min_ngram=1)
+        engine = Engine(target, drafter=drafting)
         prepare_caches(target, BATCH, len(prompt) + NEW)
         for _ in decode(engine, sequences):
             pass
         for sequence in sequences:
             counts[tuple(sequence.new_tokens)] = counts.get(tuple(sequence.new_tokens), 0) + 1
-        guessed, accepted = guessed + engine.n_drafted, accepted + engine.n_accepted
-    assert 0.1 < accepted / guessed < 0.95
+        drafted, accepted = drafted + engine.n_drafted, accepted + engine.n_accepted
+    assert 0.1 < accepted / drafted < 0.95
     assert chance_of_a_worse_fit(counts, probabilities) > 0.001

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
 from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.finetuned import Finetuned
-from litgpt.checkpoint.load import load_model
+from litgpt.checkpoint.load import load_finetuned, load_model
 from litgpt.model import GPT
 from litgpt.prompts import Alpaca, ChatTemplate, encode_prompt, save_prompt_style
 from litgpt.runners.compiled import compile_decode
@@ -157,7 +158,7 @@ def test_weights_of_another_model_are_refused_before_the_model_is_loaded(
     other = tiny_gpt(name="other", **{**FIELDS, **fields})
     LLM(other, Preprocessor(tokenizer), ChatTemplate.from_tokenizer(tokenizer)).save(tmp_path / "other")
     write_tuned(method, tmp_path / "other", tmp_path / "tuned")
-    monkeypatch.setattr("litgpt.checkpoint.finetuned.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("litgpt.checkpoint.load.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert main([f"generate_{method}", str(base), f"--{PATHS[method]}={tmp_path / 'tuned'}"]) == 1
     line = one_line(capsys)
     assert f"lit_model.pth.{method} was not made from tiny" in line
@@ -251,7 +252,7 @@ def test_packed_layers_inside_decode_as_the_fine_tuned_model_does(method, base, 
     from litgpt.engine.loading import make_ready
 
     reference = write_tuned(method, base, tmp_path / "tuned")
-    model = make_ready(base, "bf16-true", load=Finetuned(tmp_path / "tuned", method).load).model
+    model = make_ready(base, "bf16-true", load=partial(load_finetuned, Finetuned(tmp_path / "tuned", method))).model
     layer = model.transformer.h[1].attn.qkv
     assert isinstance(layer if method == "adapter" else layer.linear, PackedLinear)
     idx = torch.randint(5, 261, (1, 30))
@@ -267,7 +268,9 @@ def test_packed_layers_inside_decode_as_the_fine_tuned_model_does(method, base, 
 @pytest.mark.parametrize("method", ["lora", "adapter", "adapter_v2"])
 def test_nothing_is_left_that_inference_need_not_do(method, base, tmp_path):
     write_tuned(method, base, tmp_path / "tuned")
-    model = Finetuned(tmp_path / "tuned", method).load(open_checkpoint(base), torch.float32, torch.device("cpu"))
+    model = load_finetuned(
+        Finetuned(tmp_path / "tuned", method), open_checkpoint(base), torch.float32, torch.device("cpu")
+    )
     if method == "lora":
         assert all(layer.r for layer in model.modules() if isinstance(layer, lora.LoRALinear))
     else:
@@ -278,7 +281,7 @@ def test_nothing_is_left_that_inference_need_not_do(method, base, tmp_path):
 def test_the_checkpoint_below_may_be_quantised(method, base, tmp_path):
     model = write_tuned(method, base, tmp_path / "tuned")
     finetuned = Finetuned(tmp_path / "tuned", method)
-    quantised = finetuned.load(open_checkpoint(base), torch.float32, torch.device("cpu"), "int8")
+    quantised = load_finetuned(finetuned, open_checkpoint(base), torch.float32, torch.device("cpu"), "int8")
     layer = quantised.transformer.h[1].attn.qkv
     assert isinstance(layer if method == "adapter" else layer.linear, Int8Linear)
     plain = load_model(base, torch.float32, "cpu", "int8")
@@ -297,7 +300,9 @@ def test_compiled_decoding_is_one_graph_and_the_same(method, base, tmp_path):
 
     model = write_tuned(method, base, tmp_path / "tuned").requires_grad_(False)
     finetuned = Finetuned(tmp_path / "tuned", method)
-    compiled = finetuned.load(open_checkpoint(base), torch.float32, torch.device("cpu")).requires_grad_(False)
+    compiled = load_finetuned(finetuned, open_checkpoint(base), torch.float32, torch.device("cpu")).requires_grad_(
+        False
+    )
     torch._dynamo.reset()
     counters.clear()
     compile_decode(compiled)

@@ -30,19 +30,19 @@ def almost(model, deviation=0.02):
 
 
 class Oracle:
-    """Knows how sequences go on, and gives a random number of right guesses and then wrong ones."""
+    """Knows how sequences go on, and gives a random number of right draft tokens and then wrong ones."""
 
     def __init__(self, answers, most=6):
         self.answers, self.most, self.chance = answers, most, random.Random(5)
 
     def draft(self, rows, limits):
-        guesses = []
+        draft_tokens = []
         for row, limit in zip(rows, limits, strict=True):
             known = self.answers[tuple(row.tokens[: row.prompt_length])][len(row.tokens) - row.prompt_length :]
             count = self.chance.randint(0, min(limit, self.most, len(known)))
             right = self.chance.randint(0, count)
-            guesses.append(Draft([*known[:right], *[(token + 1) % 100 for token in known[right:count]]]))
-        return guesses
+            draft_tokens.append(Draft([*known[:right], *[(token + 1) % 100 for token in known[right:count]]]))
+        return draft_tokens
 
 
 def run(model, prompts, new, drafter=None, sampling=GREEDY, stops=(), chunksize=None, **kwargs):
@@ -101,7 +101,7 @@ def test_greedy_output_is_that_of_plain_decoding(prompts, drafter, caches):
     assert drafter != "oracle" or any(row != steps[0] for row in steps)  # rows go at their own pace
 
 
-def test_caches_that_evicted_are_asked_for_as_few_guesses_as_they_can_take_back(prompts):
+def test_no_more_tokens_are_drafted_than_caches_that_evicted_can_rewind(prompts):
     model, given = tiny_gpt(block_size=256), []
     model.assign_kv_caches(create_kv_caches("lastrec", model.config, 1, 24))
 
@@ -113,12 +113,12 @@ def test_caches_that_evicted_are_asked_for_as_few_guesses_as_they_can_take_back(
     for prompt in prompts[:2]:  # of 8 and of 30 tokens
         plain = outputs(model, [prompt], 30)
         assert outputs(model, [prompt], 30, Noted({tuple(prompt.tolist()): plain[0]})) == plain
-    # 24 slots, one more token to run than guesses; after the 24th token the last one can be taken back, and no other
+    # 24 slots, one more token to run than draft tokens; after the 24th token the last one can be taken back, and no other
     assert all(limit == 24 - length if length < 24 else limit == 1 for length, limit in given if limit)
     assert {length < 24 for length, _ in given} == {True, False}
 
 
-def test_stop_sequences_inside_guesses_end_the_text_where_plain_decoding_does(prompts):
+def test_stop_sequences_inside_drafts_end_the_text_where_plain_decoding_does(prompts):
     model = tiny_gpt(block_size=256)
     free, guessers = drafters(model, prompts, 60)
     stops = [free[0][21:23], free[1][30:31], free[2][11:14]]
@@ -142,7 +142,7 @@ def test_limits_are_kept(prompts, new):
         assert len(plain[0]) == new
 
 
-def test_a_certain_guess_changes_no_sampled_token(prompts):
+def test_a_certain_draft_token_changes_no_sampled_token(prompts):
     model = tiny_gpt(block_size=256)
     model.lm_head.weight.data *= 0.3
     sampling = Sampling(temperature=0.8, top_k=20, top_p=0.95, repetition_penalty=1.1, seed=9)
@@ -175,7 +175,7 @@ class NoneTwice:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_processors_that_keep_state_see_the_tokens_that_stand(prompts, temperature):
+def test_processors_that_keep_state_see_the_accepted_tokens(prompts, temperature):
     model = tiny_gpt(block_size=256)
     sampling = Sampling(temperature=temperature, processors=(NoneTwice(),), seed=3)
     plain = outputs(model, prompts, 40, sampling=sampling)
@@ -193,13 +193,13 @@ def test_log_probabilities_are_those_of_plain_decoding(prompts):
     model = tiny_gpt(block_size=256)
     _, guessers = drafters(model, prompts, 40)
     _, plain, _ = run(model, prompts, 40, logprobs=2)
-    _, guessed, _ = run(model, prompts, 40, guessers["oracle"], logprobs=2)
-    for one, other in zip(plain, guessed, strict=True):
+    _, drafted, _ = run(model, prompts, 40, guessers["oracle"], logprobs=2)
+    for one, other in zip(plain, drafted, strict=True):
         assert other.token_logprobs == pytest.approx(one.token_logprobs, abs=1e-4)
         assert [set(step) for step in other.top_logprobs] == [set(step) for step in one.top_logprobs]
 
 
-def test_guesses_that_stand_save_calls_and_come_together(prompts):
+def test_accepted_draft_tokens_save_calls_and_come_together(prompts):
     model, calls = tiny_gpt(), []
     draft = DraftModel(copy.deepcopy(model), 100, 4)
     model.set_start_of_layer_hook(lambda x, block_idx, input_pos: calls.append(x.shape[1]) if block_idx == 0 else None)
@@ -239,7 +239,7 @@ def test_generate_refuses_what_means_nothing(prompts):
             generate(tiny_gpt(), target, prompts[0], **{"max_returned_tokens": 20, **settings})
 
 
-def test_a_session_goes_on_exactly_after_guesses(prompts):
+def test_a_session_goes_on_exactly_after_drafts(prompts):
     model = tiny_gpt(block_size=256)
     plain, guessing = Session(model), Session(model)
     for text in (prompts[1].tolist(), prompts[3].tolist(), prompts[0].tolist()):
@@ -251,16 +251,16 @@ def test_a_session_goes_on_exactly_after_guesses(prompts):
         assert plain.reused == guessing.reused
 
 
-def test_the_llm_answers_as_without_guesses_and_tells_the_rate():
+def test_the_llm_answers_as_without_drafts_and_tells_the_rate():
     llm = LLM(tiny_gpt(block_size=512, **VOCABULARY), Preprocessor(tiny_tokenizer()))
     llm.distribute("cpu", precision="32-true")
     settings = {"logit_bias": {50: 99.0, 60: 99.0}, "seed": 5, "max_new_tokens": 60, "return_as_token_ids": True}
     for prompt in ("abcabcabc", ["abab", "a", "cdcdcdcdcd"]):
         plain = llm.generate(prompt, **settings)
         assert llm.acceptance_rate == 0
-        guessed = llm.generate(prompt, prompt_lookup=8, **settings)
+        drafted = llm.generate(prompt, prompt_lookup=8, **settings)
         assert 0 < llm.acceptance_rate < 1
-        pairs = [(plain, guessed)] if isinstance(prompt, str) else zip(plain, guessed, strict=True)
+        pairs = [(plain, drafted)] if isinstance(prompt, str) else zip(plain, drafted, strict=True)
         assert all(torch.equal(one, other) for one, other in pairs)
     with pytest.raises(ValueError, match="at least 1"):
         llm.generate("a", prompt_lookup=0)
@@ -284,7 +284,7 @@ def test_steps_by_hand_make_the_targets_text(prompts, k):
         assert tokens[8:] == greedy_without_caches(target, prompts[0], len(tokens) - 8).tolist()
 
 
-def test_a_step_by_hand_refuses_more_guesses_than_can_be_taken_back(prompts):
+def test_a_step_by_hand_refuses_more_draft_tokens_than_can_be_rewound(prompts):
     draft, target = tiny_gpt(), tiny_gpt()
     target.assign_kv_caches(create_kv_caches("lastrec", target.config, 1, 6))
     draft.set_kv_caches(1)
@@ -314,13 +314,13 @@ def test_the_commands_answer_as_plain_decoding_does_and_tell_how_many_draft_toke
         assert main(["generate", large, *args, *more, "--prompt_lookup", "8"]) == 0
         looked_up = capsys.readouterr()
         assert main(["generate_speculatively", draft, large, *args, *more]) == 0
-        guessed = capsys.readouterr()
-        assert guessed.out == looked_up.out == plain.out != ""
-        assert "draft tokens accepted" in guessed.err
+        drafted = capsys.readouterr()
+        assert drafted.out == looked_up.out == plain.out != ""
+        assert "draft tokens accepted" in drafted.err
         assert "draft tokens accepted" in looked_up.err
 
 
-def test_a_conversation_with_guesses_is_the_one_without(tmp_path, capsys, monkeypatch):
+def test_a_conversation_with_drafts_is_the_one_without(tmp_path, capsys, monkeypatch):
     model = save(tmp_path / "model", tiny_gpt(block_size=512, **VOCABULARY))
     answers = []
     for more in ([], ["--prompt_lookup", "6"]):

@@ -47,7 +47,7 @@ def test_slot_positions_and_held_are_what_is_left_of_a_sequence(policy):
     for length in lengths:
         stored = stored_after(policy, length)
         assert table[length] == [stored.get(slot, -1) for slot in range(policy.cache_length)]
-        first, last = policy.held(length)
+        first, last = policy.cached_positions(length)
         assert [*first, *last] == sorted(stored.values())
 
 
@@ -55,7 +55,7 @@ def test_slot_positions_and_held_are_what_is_left_of_a_sequence(policy):
 def test_held_is_what_queries_may_see(policy):
     """The last token of a sequence sees exactly what is held: an evicting cache gives away nothing it could show."""
     for length in range(1, longest(policy) + 1):
-        first, last = policy.held(length)
+        first, last = policy.cached_positions(length)
         assert [*first, *last] == visible(length - 1, capacity=policy.cache_length, sinks=policy.n_sink)
 
 

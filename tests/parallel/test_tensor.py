@@ -17,7 +17,8 @@ from tiny import LLAMA, VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokeni
 from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
 from litgpt.checkpoint import open_checkpoint
-from litgpt.checkpoint.load import fill_model, meta_model, save_litgpt, weight_differences
+from litgpt.checkpoint.load import fill_model, save_litgpt, weight_differences
+from litgpt.checkpoint.meta_model import meta_model
 from litgpt.config import Config
 from litgpt.engine.loading import choose_kv_caches
 from litgpt.generate.base import batched_generate_fn, generate

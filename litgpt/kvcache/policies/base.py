@@ -71,7 +71,7 @@ class PositionalPolicy(Policy):
 
     Positions are per row: 0 is the first token of that row. Positions below `cache_length` take the slot of the same
     number, so that a sequence which fits is stored in order. The first `n_sink` tokens of a sequence keep their slots for
-    good; of the others the last `reach` ones are held, in slots that are all distinct.
+    good; of the others the cache has the last `reach` ones, in distinct slots.
     """
 
     n_sink: ClassVar[int] = 0  # a field or a property, in policies that keep the first tokens
@@ -91,8 +91,8 @@ class PositionalPolicy(Policy):
         """How many of a sequence's last tokens the slots hold, next to the first `n_sink`."""
         return self.cache_length - self.n_sink
 
-    def held(self, length: int) -> tuple[range, range]:
-        """Positions held after `length` tokens of a sequence: the kept first ones, and the last ones."""
+    def cached_positions(self, length: int) -> tuple[range, range]:
+        """Positions in the cache after `length` tokens of a sequence: the first ones that stay, and the last ones."""
         first = min(self.n_sink, length)
         return range(first), range(max(length - self.reach, first), length)
 
