@@ -1,12 +1,12 @@
 """FLAN: many tasks, written as instructions (arXiv:2109.01652)."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from litgpt.data.base import IGNORE_INDEX, SFTDataset, SFTModule
 from litgpt.data.download import download_if_missing
+from litgpt.data.json_data import load_jsonl
 from litgpt.prompt_style import PromptStyle
 
 _URL = "https://huggingface.co/datasets/Muennighoff/flan/resolve/main"
@@ -116,16 +116,15 @@ class FLAN(SFTModule):
     def setup(self, stage: str = "") -> None:
         self.train_dataset, self.test_dataset = (
             self.dataset(
-                [row for task in self._tasks for row in load_jsonl(Path(self.download_dir) / f"{task}_{split}.jsonl")],
+                [
+                    row
+                    for task in self._tasks
+                    for row in load_jsonl(Path(self.download_dir) / f"{task}_{split}.jsonl").values()
+                ],
                 _transform,
             )
             for split in ("train", "test")
         )
-
-
-def load_jsonl(filename: Path) -> list[dict[str, str]]:
-    """The lines of a JSONL file."""
-    return [json.loads(line) for line in filename.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _transform(item: Mapping[str, str]) -> dict[str, str]:
