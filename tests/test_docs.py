@@ -27,7 +27,7 @@ from litgpt.prompts import ChatTemplate
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = [README, *sorted(ROOT.glob("tutorials/*.md")), *sorted(ROOT.glob("config_hub/**/*.md"))]
-CONFIGS = sorted(ROOT.glob("config_hub/*/*.yaml"))
+CONFIGS = sorted(path for name in ("chat", "generate") for path in ROOT.glob(f"config_hub/{name}/*.yaml"))
 
 
 def name_of(path: Path) -> str:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,8 +55,7 @@ class Plan(NamedTuple):
     """What of a sample is to be encoded.
 
     Attributes:
-        parts: encoded apart and put together; if `whole`, the first is all of the text, and of every answer there follow the
-            text up to its beginning and up to its end.
+        parts: encoded apart and put together; if `whole`, the first is all of the text, and its pieces follow.
     """
 
     parts: list[Part]
@@ -108,7 +108,7 @@ def encode_sample(
         ValueError: if the style cannot write the sample down, or rewrites answers that more messages follow.
     """
     plan = plan_of(sample, tokenizer, style)
-    return _assemble(plan, _encode_parts(plan.parts, tokenizer), max_seq_length, mask_prompt)
+    return _assemble(plan, _encode_parts(plan.parts, tokenizer), tokenizer, max_seq_length, mask_prompt)
 
 
 def plan_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> Plan:
@@ -152,7 +152,7 @@ def _plan_of_template(
     messages: list[dict[str, Any]], learned: list[int], tokenizer: Tokenizer, style: ChatTemplate, more: dict[str, Any]
 ) -> Plan:
     text = style.render(messages, add_generation_prompt=False, **more)
-    parts = [Part(text)]
+    cuts = [0]
     end_texts = [tokenizer.id_to_token(i) for i in tokenizer.eos_ids]
     for i in learned:
         through = (
@@ -166,8 +166,9 @@ def _plan_of_template(
         end = min(ends) if ends else len(through.rstrip())
         if through[:end] != text[:end]:
             raise RewrittenAnswerError(_REWRITTEN)
-        parts += [Part(text[:start]), Part(text[:end])]
-    return Plan(parts, whole=True)
+        cuts += [start, end]
+    pieces = [Part(text[a:b], counted=i % 2 == 1) for i, (a, b) in enumerate(pairwise([*cuts, len(text)]))]
+    return Plan([Part(text), *pieces], whole=True)
 
 
 def _start_of_answer(
@@ -192,17 +193,23 @@ def _encode_parts(parts: Sequence[Part], tokenizer: Tokenizer) -> list[list[int]
     return [list(tokenizer.encode(part.text, bos=part.bos, eos=part.eos)) for part in parts]
 
 
-def _assemble(plan: Plan, encoded: Sequence[Sequence[int]], max_seq_length: int, mask_prompt: bool) -> Encoded:
+def _assemble(
+    plan: Plan, encoded: Sequence[Sequence[int]], tokenizer: Tokenizer, max_seq_length: int, mask_prompt: bool
+) -> Encoded:
+    parts = plan.parts[1:] if plan.whole else plan.parts
+    pieces = encoded[1:] if plan.whole else encoded
+    ids = np.array([i for tokens in pieces for i in tokens], dtype=np.int32)
+    counted = np.repeat([part.counted for part in parts], [len(tokens) for tokens in pieces])
+    raw = int(counted.sum())
     if plan.whole:
-        ids = np.array(encoded[0], dtype=np.int32)
-        counted = np.zeros(len(ids), dtype=bool)
-        for before, through in zip(encoded[1::2], encoded[2::2], strict=True):
-            counted[_common(ids, before) : _common(ids, through)] = True
-        raw = len(ids)
-    else:
-        ids = np.array([i for tokens in encoded for i in tokens], dtype=np.int32)
-        counted = np.repeat([part.counted for part in plan.parts], [len(tokens) for tokens in encoded])
-        raw = int(counted.sum())
+        raw = len(encoded[0])
+        if ids.tolist() != encoded[0]:  # the text has other tokens where its pieces meet
+            ids, counted = np.array(encoded[0], dtype=np.int32), np.zeros(raw, dtype=bool)
+            text, begin = "", 0
+            for part in parts:
+                text += part.text
+                end = _common(ids, tokenizer.encode(text, bos=False).tolist())
+                counted[begin:end], begin = part.counted, end
     if not mask_prompt:
         counted = np.ones(len(ids), dtype=bool)
     end = len(ids) if max_seq_length < 0 else max_seq_length
@@ -336,7 +343,7 @@ def _encode(
             source += [i] * len(made)
         tokens = iter(_encode_parts([part for plan in plans for part in plan.parts], tokenizer))
         for plan in plans:
-            encoded.append(_assemble(plan, [next(tokens) for _ in plan.parts], max_seq_length, mask_prompt))
+            encoded.append(_assemble(plan, [next(tokens) for _ in plan.parts], tokenizer, max_seq_length, mask_prompt))
         report_progress(begin + GROUP, len(samples))
     return {
         "ids": np.concatenate([sample.ids for sample in encoded]),
