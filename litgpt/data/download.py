@@ -55,7 +55,7 @@ def load_hub_dataset(repo_id: str, **kwargs: Any) -> Any:
     try:
         from datasets import load_dataset
     except ModuleNotFoundError:
-        raise ValueError(f"the data set {repo_id} needs the package datasets: pip install datasets") from None
+        raise ValueError(f"the data set {repo_id} needs the package datasets: pip install 'litgpt[datasets]'") from None
     try:
         return load_dataset(repo_id, **kwargs)
     except Exception as error:  # the package has no common class for its errors, and lets those of others through

@@ -31,6 +31,8 @@ class TokenRows(Dataset):
         return max(0, (len(self.tokens) - 1) // self.seq_length)
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
         begin = index * self.seq_length
         return torch.from_numpy(self.tokens[begin : begin + self.seq_length + 1].astype(np.int64))
 

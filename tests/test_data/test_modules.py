@@ -161,7 +161,7 @@ def test_what_the_hub_does_not_give_is_one_line(hub, monkeypatch):
     with pytest.raises(ValueError, match="set HF_TOKEN"):
         LIMA()
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match="pip install datasets"):
+    with pytest.raises(ValueError, match="needs the package datasets"):
         ready(Deita())
 
 
