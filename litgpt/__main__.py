@@ -288,6 +288,8 @@ def _config_file(named: list[str]) -> str:
 def _explain(message: str, parameters: Mapping[str, inspect.Parameter], config_file: str) -> str:
     """Says in one line what jsonargparse objects to."""
     message = " ".join(message.split())
+    if match := re.match(r'Parser key "([\w.]+)": Exceeds the limit', message):
+        return f"--{match[1]} has a number that is too large"
     if match := re.match(r"(?:Problems parsing|Unexpected) config: ?(.*)", message):
         reason = match[1] if message.startswith("Problems") else "it has no lines `option: value`"
         return f"--config {config_file or chr(39) * 2} cannot be used: {reason}"

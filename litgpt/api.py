@@ -29,7 +29,9 @@ from litgpt.engine.loading import (
 from litgpt.engine.sampling import LogitsProcessor, Sampling, whole_number
 from litgpt.engine.sequence import Sequence
 from litgpt.engine.session import Session
-from litgpt.model import GPT, LayerCaches
+from litgpt.kvcache import CacheSpec
+from litgpt.kvcache.layers import LayerCaches
+from litgpt.model import GPT
 from litgpt.parallel.pipeline import choose_devices, spread_layers
 from litgpt.parallel.processes import join_group, launched_outside, number_of_processes, own_device
 from litgpt.parallel.tensor import ShardedGPT, shard_model
@@ -267,9 +269,8 @@ class LLM(nn.Module):
         top_p: float = 1.0,
         return_as_token_ids: bool = False,
         stream: bool = False,
-        kv_cache: str | None = None,
+        kv_cache: CacheSpec | str | None = None,
         cache_length: int | None = None,
-        sinks: int = 0,
         prompt_chunksize: int | None = None,
         *,
         min_p: float = 0.0,
@@ -282,6 +283,7 @@ class LLM(nn.Module):
         logprobs: int | None = None,
         batch_size: int | None = None,
         prompt_lookup: int | None = None,
+        **kv_cache_args: Any,
     ) -> (
         str
         | torch.Tensor
@@ -304,12 +306,11 @@ class LLM(nn.Module):
             top_p: draw each token from the likeliest ones whose probabilities add up to this.
             return_as_token_ids: give tokens (n,) instead of text.
             stream: give an iterator over pieces of the answer (of one prompt).
-            kv_cache: what the key-value cache keeps: "dense" (every token) or "lastrec" (the last `cache_length` ones). The
-                model's own caches stay as they are then. Default: the caches that were assigned to the model
+            kv_cache: which key-value caches: a `CacheSpec`, or the name of one, such as "dense" (every token) or "lastrec" (the
+                last `cache_length` ones). The model's own caches stay as they are then. Default: the caches that were assigned to the model
                 (`GPT.assign_kv_caches`), or else "dense". Of several calls that use assigned caches, one overtakes those
                 before it: their streams end with an error.
             cache_length: tokens that the cache holds (default: as many as are needed, or 1024 for lastrec).
-            sinks: first tokens that a lastrec cache never drops.
             prompt_chunksize: most tokens of the prompt that go through the model at once (default: all of them).
             min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias: as for
                 `litgpt.engine.sampling.Sampling`.
@@ -321,6 +322,7 @@ class LLM(nn.Module):
             batch_size: most prompts at a time; an answer that is done makes room for the next (default: all at once).
             prompt_lookup: draft up to this many next tokens at a time from the text so far, and verify them in one call: the
                 same answer, faster where it repeats much of the prompt (default: no drafts).
+            kv_cache_args: further arguments of the caches, such as `n_sink`: first tokens that lastrec never drops.
 
         Returns:
             The answer, without the prompt: a text, tokens, or an `Answer`; a list of them for a list of prompts. A stream
@@ -373,7 +375,7 @@ class LLM(nn.Module):
             for i, one in enumerate(prompts)
         ]
         self._for_inference()
-        lease = self._lease(kv_cache, cache_length, sinks, rows)
+        lease = self._lease(kv_cache, cache_length, kv_cache_args, rows)
         longest = max(sequence.max_length for sequence in sequences)
         batch = ContinuousBatch(self.model, rows, longest, prompt_chunksize, drafter, lease)
         self._engine = batch.engine
@@ -402,16 +404,23 @@ class LLM(nn.Module):
         """What part of the draft tokens of the last `generate(prompt_lookup=...)` was accepted (0 if there were none)."""
         return 0.0 if self._engine is None else self._engine.acceptance_rate
 
-    def _lease(self, kv_cache: str | None, cache_length: int | None, sinks: int, batch_size: int) -> CacheLease:
+    def _lease(
+        self,
+        kv_cache: CacheSpec | str | None,
+        cache_length: int | None,
+        kv_cache_args: abc.Mapping[str, Any],
+        batch_size: int,
+    ) -> CacheLease:
         """The caches that an answer is generated with."""
-        default = kv_cache in (None, "dense") and cache_length is None and not sinks
+        spec = CacheSpec.parse(kv_cache or "dense", cache_length, **kv_cache_args)
+        default = spec == CacheSpec()
         if default:
             lease = CacheLease.take(self.model)
             if kv_cache is None or lease.caches is not None:
                 return lease
         lease = CacheLease(self.model, LayerCaches())
         if not default:
-            lease.run(choose_kv_caches, self.model, kv_cache or "dense", cache_length, batch_size, sinks)
+            lease.run(choose_kv_caches, self.model, spec, batch_size)
         return lease
 
     @staticmethod
@@ -427,17 +436,17 @@ class LLM(nn.Module):
 
     def session(
         self,
-        kv_cache: str = "dense",
+        kv_cache: CacheSpec | str = "dense",
         cache_length: int | None = None,
-        sinks: int = 0,
         prompt_chunksize: int | None = None,
+        **kv_cache_args: Any,
     ) -> Session:
         """A sequence of tokens with caches of its own, which can go on, go back, be copied and saved.
 
         The arguments are those of `generate`.
         """
         self._for_inference()
-        return Session(self.model, kv_cache, cache_length, sinks, prompt_chunksize)
+        return Session(self.model, kv_cache, cache_length, prompt_chunksize, **kv_cache_args)
 
     def _text_to_token_ids(self, prompt: str | abc.Sequence[Message], sys_prompt: str | None = None) -> torch.Tensor:
         """The prompt as the model is to see it, (T,)."""

@@ -84,19 +84,19 @@ def position_bias(
     *,
     window: int | None = None,
     reach: int | None = None,
-    sinks: int = 0,
+    n_sink: int = 0,
 ) -> torch.Tensor:
     """Additive mask (..., T, N) from positions (..., T) and (..., N): 0 where a query sees a key, -inf elsewhere.
 
     A query at p sees keys at 0..p (negative key positions mark empty slots), of those only the last `window`, and, where
-    `reach` is given, only the last `reach` and the first `sinks` of the sequence.
+    `reach` is given, only the last `reach` and the first `n_sink` of the sequence.
     """
     query, key = query_positions.unsqueeze(-1), key_positions.unsqueeze(-2)
     visible = (key >= 0) & (key <= query)
     if window is not None:
         visible &= key > query - window
     if reach is not None:
-        visible &= (key > query - reach) | (key < sinks)
+        visible &= (key > query - reach) | (key < n_sink)
     return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, -math.inf)
 
 
@@ -150,7 +150,7 @@ def scaled_dot_product_attention(
     scale: float,
     mask: torch.Tensor | None = None,
     attention_logit_softcapping: float | None = None,
-    sinks: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out, with every weight returned.
 
@@ -160,7 +160,7 @@ def scaled_dot_product_attention(
         scale: factor on the query-key products.
         mask: additive float or boolean (True: attend) mask, broadcastable to (B, H, T, N).
         attention_logit_softcapping: threshold for `do_softcapping`, applied before the mask.
-        sinks: (H,), for each head the score of a key that takes part in the softmax and has no value (GPT-OSS).
+        sink_logits: (H,), for each head the score of a key that takes part in the softmax and has no value (GPT-OSS).
 
     Returns:
         Output (B, H, T, D) in the query's dtype; weights (B, H, T, N), float32.
@@ -173,10 +173,10 @@ def scaled_dot_product_attention(
     scores = do_softcapping(scores, attention_logit_softcapping)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    if sinks is None:
+    if sink_logits is None:
         weights = torch.softmax(scores, dim=-1)
     else:
-        weights = (scores - torch.logaddexp(scores.logsumexp(-1), sinks.float()[:, None]).unsqueeze(-1)).exp()
+        weights = (scores - torch.logaddexp(scores.logsumexp(-1), sink_logits.float()[:, None]).unsqueeze(-1)).exp()
     values = k_and_v.values()
     output = weights.to(values.dtype).view(B, G, H // G * T, N) @ values
     return output.view(B, H, T, values.shape[-1]), weights
@@ -192,7 +192,7 @@ def attend(
     softcapping: float | None = None,
     return_weights: bool = False,
     eager: bool = False,
-    sinks: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
     own_kernels: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention by the fastest way that gives what is asked: fused kernel, or written out in blocks of queries.
@@ -206,7 +206,7 @@ def attend(
         softcapping: threshold for `do_softcapping`.
         return_weights: also return the weights, summed over the T queries.
         eager: never use the fused kernel.
-        sinks: (H,), as for `scaled_dot_product_attention`.
+        sink_logits: (H,), as for `scaled_dot_product_attention`.
         own_kernels: whether `litgpt.kernels` may be used, and not only those of torch.
 
     Returns:
@@ -216,13 +216,17 @@ def attend(
         keys, values = _together(k_and_v)
         if bias is not None and bias.ndim == 2:
             bias = bias[None, None]
-        if own_kernels and (not is_causal or query.shape[2] == 1) and ops.can_attend(query, keys, values, bias, sinks):
+        if (
+            own_kernels
+            and (not is_causal or query.shape[2] == 1)
+            and ops.can_attend(query, keys, values, bias, sink_logits)
+        ):
             run = torch.ops.litgpt.attend if torch.compiler.is_compiling() else ops.attend
-            return run(query, keys, values, bias, sinks, scale, softcapping or 0.0).transpose(1, 2), None
-        if own_kernels and is_causal and ops.can_attend_causally(query, keys, values, sinks):
-            y = ops.attend_causally(query, keys, values, sinks, None, scale, softcapping or 0.0)
+            return run(query, keys, values, bias, sink_logits, scale, softcapping or 0.0).transpose(1, 2), None
+        if own_kernels and is_causal and ops.can_attend_causally(query, keys, values, sink_logits):
+            y = ops.attend_causally(query, keys, values, sink_logits, None, scale, softcapping or 0.0)
             return y.transpose(1, 2), None
-        if softcapping is None and sinks is None:
+        if softcapping is None and sink_logits is None:
             grouped, shape = query.shape[1] != keys.shape[1], (*query.shape[:3], values.shape[-1])
             if grouped and query.shape[2] == 1 and (bias is None or bias.shape[1] == 1):
                 # the heads of a group see the same keys: as rows of one product they read them once
@@ -245,7 +249,7 @@ def attend(
         else:
             part = bias
         output, weights = scaled_dot_product_attention(
-            query[:, :, start:stop], k_and_v, scale, part, softcapping, sinks
+            query[:, :, start:stop], k_and_v, scale, part, softcapping, sink_logits
         )
         outputs.append(output)
         if return_weights:
@@ -296,7 +300,7 @@ class MultiHeadSelfAttention:
         bias: torch.Tensor | None,
         is_causal: bool,
         return_weights: bool = False,
-        sinks: torch.Tensor | None = None,
+        sink_logits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`attend` with this model's scale and soft-capping. Returns (B, H, T, D) and (B, H, N) or None."""
         context = nullcontext() if self.sdpa_kernels is None else sdpa_kernel(list(self.sdpa_kernels))
@@ -310,7 +314,7 @@ class MultiHeadSelfAttention:
                 softcapping=self.softcapping,
                 return_weights=return_weights,
                 eager=self.use_eager_sdpa_always or query.shape[-1] == self.shared_key_size,
-                sinks=sinks,
+                sink_logits=sink_logits,
                 own_kernels=self.is_plain(),
             )
 
@@ -320,19 +324,19 @@ class MultiHeadSelfAttention:
         k_and_v: KeysAndValues,
         consecutive: Consecutive,
         return_weights: bool = False,
-        sinks: torch.Tensor | None = None,
+        sink_logits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`attend` for T queries among N consecutive positions: by one kernel where that is there, else tile by tile."""
         T = consecutive.T
         # few queries, as when draft tokens are verified, get to the last bit what they get one by one
         if T > ops.MAX_QUERIES and not return_weights and self.is_plain() and query.shape[-1] != self.shared_key_size:
             keys, values = _together(k_and_v)
-            if ops.can_attend_causally(query, keys, values, sinks):
+            if ops.can_attend_causally(query, keys, values, sink_logits):
                 y = ops.attend_causally(
-                    query, keys, values, sinks, consecutive.window, self.scale, self.softcapping or 0.0
+                    query, keys, values, sink_logits, consecutive.window, self.scale, self.softcapping or 0.0
                 )
                 return y.transpose(1, 2), None
-        return self._attend_tiles(query, k_and_v, consecutive.tiles, return_weights, sinks)
+        return self._attend_tiles(query, k_and_v, consecutive.tiles, return_weights, sink_logits)
 
     def _attend_tiles(
         self,
@@ -340,7 +344,7 @@ class MultiHeadSelfAttention:
         k_and_v: KeysAndValues,
         tiles: Sequence[Tile],
         return_weights: bool,
-        sinks: torch.Tensor | None,
+        sink_logits: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`attend` for tiles that come one after the other and have all queries."""
         B, H = query.shape[:2]
@@ -354,7 +358,7 @@ class MultiHeadSelfAttention:
                 part = DefaultKeysAndValues(*(x[:, :, tile.k0 : tile.k1] for x in _together(k_and_v)))
             if len(tiles) > 1:
                 own = query[:, :, tile.q0 : tile.q1]
-            output, weights = self.attend(own, part, tile.bias, tile.is_causal, return_weights, sinks)
+            output, weights = self.attend(own, part, tile.bias, tile.is_causal, return_weights, sink_logits)
             outputs.append(output)
             if return_weights:
                 summed = torch.zeros(B, H, N, device=query.device) if summed is None else summed
@@ -369,7 +373,7 @@ class MultiHeadSelfAttention:
         input_pos: int | None = None,
         return_attn_weights: bool = False,
         token_positions: torch.Tensor | None = None,
-        sinks: torch.Tensor | None = None,
+        sink_logits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend causally in layer `block_idx`.
 
@@ -380,7 +384,7 @@ class MultiHeadSelfAttention:
             input_pos: position of the first query. None or 0: keys are those of the same T tokens.
             return_attn_weights: also return the weights summed over the T queries.
             token_positions: position of every key, (B, G, N), negative for none. Default: 0..N-1.
-            sinks: (H,), as for `scaled_dot_product_attention`.
+            sink_logits: (H,), as for `scaled_dot_product_attention`.
 
         Returns:
             Output (B, T, H * D); weights (B, H, N) in float32, or None.
@@ -400,12 +404,12 @@ class MultiHeadSelfAttention:
         window = self.config.window(block_idx)
         if token_positions is None:
             consecutive = Consecutive(T, N, window, query.dtype, query.device)
-            output, summed = self.attend_consecutive(query, k_and_v, consecutive, return_attn_weights, sinks)
+            output, summed = self.attend_consecutive(query, k_and_v, consecutive, return_attn_weights, sink_logits)
         else:
             if tuple(token_positions.shape) != (B, G, N):
                 raise ValueError(f"token_positions must be {(B, G, N)}, got {tuple(token_positions.shape)}")
             tiles = self._tiles_by_position(query, token_positions, first, window)
-            output, summed = self._attend_tiles(query, k_and_v, tiles, return_attn_weights, sinks)
+            output, summed = self._attend_tiles(query, k_and_v, tiles, return_attn_weights, sink_logits)
         return output.transpose(1, 2).flatten(2), summed
 
     @staticmethod

@@ -336,7 +336,7 @@ class Config:
             return cls.from_name(path.resolve().name, **kwargs)
         except ValueError:
             raise FileNotFoundError(
-                f"{str(path)!r} holds neither model_config.yaml nor config.json, and its name is no known model's"
+                f"{str(path)!r} holds no model: neither 'model_config.yaml' nor matching config exists, nor config.json"
             ) from None
 
 

@@ -6,7 +6,6 @@ given, to `attention.py` otherwise. It knows neither masks nor slots.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,34 +19,41 @@ from litgpt.config import Config, StartOfLayerHook
 from litgpt.indexing import batched_index_copy_ as batched_index_copy_
 from litgpt.indexing import batched_index_select as batched_index_select
 from litgpt.kernels import ops
-from litgpt.kvcache import DenseKVCache, KVCache, KVCacheParams, LastRecentlyInsertedKVCache
-from litgpt.kvcache.plan import Plan, read_bucket
+from litgpt.kvcache import KVCache, KVCacheParams
+from litgpt.kvcache.layers import LayerCaches
+from litgpt.kvcache.plan import Plan
 from litgpt.moe import Experts, GroupedTopkRouter
-from litgpt.rope import Rope, build_rope_cache, rotate, short_context
+from litgpt.rope import Rope, RopeTable, layer_rope, rotate
 from litgpt.rope import apply_rope as apply_rope
 from litgpt.rope import apply_rope_interleave as apply_rope_interleave
+from litgpt.rope import build_rope_cache as build_rope_cache
 from litgpt.rope import yarn_get_mscale as yarn_get_mscale
 
 if TYPE_CHECKING:
     from litgpt.runners.runner import LayerRunner
-
-WINDOW_SLACK = 64  # slots that a sliding-window layer's default cache has beyond its window: `crop` is exact within it
-
-
-@dataclass
-class LayerCaches:
-    """Caches of all layers (or none), and what a model knows of the sequences in them."""
-
-    caches: list[KVCache] = field(default_factory=list)
-    default: bool = False
-    expected_length: int = 0
-    long_rope: bool = False
 
 
 class Rows(NamedTuple):
     """In place of a plan, in training: the tokens of a call are rows of these sizes, one after the other."""
 
     sizes: tuple[int, ...]
+
+
+def attend_without_cache(
+    mha: MultiHeadSelfAttention,
+    block_idx: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: Rows | None,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention (B, T, H * D) of queries (B, H, T, D) over keys and values (B, G, T, D) of the same tokens, which with
+    `Rows` see those of their own row only."""
+    sizes = [query.shape[2]] if plan is None else plan.sizes
+    rows = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+    outputs = [mha(q, DefaultKeysAndValues(k, v), block_idx, sink_logits=sink_logits)[0] for q, k, v in rows]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 class GPT(nn.Module):
@@ -76,16 +82,9 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             block.attn.mha = self.mha
         self._max_seq_length = config.block_size
-        self.register_buffer("cos", torch.empty(0, config.rope_n_elem), persistent=False)
-        self.register_buffer("sin", torch.empty(0, config.rope_n_elem), persistent=False)
-        self._expected_length = 0  # tokens that sequences in the caches will have, if known
-        self._short_context = short_context(config.rope_adjustments)
-        self._long_rope = False  # with LongRoPE: sequences in the caches are turned by the long factors,
-        self._long_table = False  # and so is the table
-        self._turns: list[Rope] = []  # the table as layers want it, in the model's dtype
-        self._turns_of: torch.Tensor | None = None  # and the one that it was made of
+        self.rope_table = RopeTable(config)
+        self.caches = LayerCaches()  # of all layers, whose attention has them as `kv_cache`
         self._start_of_layer_hook: StartOfLayerHook | None = config.start_of_layer_hook
-        self.default_kv_caches = False  # True: made by `set_kv_caches`, which may replace them
         self.layer_devices: list[torch.device] | None = None  # where blocks are, if not all are where the embedding is
         self.layer_runner: LayerRunner | None = None  # a faster `run_layers`, for calls with caches
 
@@ -159,9 +158,9 @@ class GPT(nn.Module):
                 raise ValueError(f"{longest} tokens are more than max_seq_length = {self.max_seq_length}")
             long = self.needs_long_rope(longest)
             if len(sizes) == 1:
-                rope, plans = self._rope_rows(0, T, long), None
+                rope, plans = self.rope_rows(0, T, long), None
             else:
-                rope = self._rope_rows([0] * len(sizes), sizes, long)
+                rope = self.rope_rows([0] * len(sizes), sizes, long)
                 plans = [Rows(tuple(sizes))] * self.config.n_layer
             x = self.run_layers(idx, rope, plans, None)
             x = x[:, -1:] if last_token_only else x
@@ -224,50 +223,27 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """`run_layers` with the caches, by the layer runner if it can; `output_tokens` as it is given them."""
         B, T = idx.shape
-        caches = self.kv_caches()
-        if len(caches) != self.config.n_layer:
-            raise ValueError("there are no key-value caches: call set_kv_caches or assign_kv_caches first")
+        sizes, packed = ([T] * B, False) if row_sizes is None else (row_sizes, True)
         static = self.static_shapes and T == 1 and rows is None
-        sizes = [T] * B if row_sizes is None else row_sizes
-        n_rows = B if row_sizes is None else len(rows)
-        shared: dict[tuple, Plan] = {}
-        plans = []
-        for cache in caches:
-            key = cache.plan_key()
-            if key not in shared:
-                shared[key] = cache.plan(input_pos, n_rows, T if row_sizes is None else row_sizes, rows, static)
-            plans.append(shared[key])
-        starts = plans[0].before if rows is None else [plans[0].before[row] for row in rows]
-        if input_pos == 0 and max(sizes) > self.max_seq_length:  # a prefill attends to all of its tokens
-            raise ValueError(
-                f"a prefill of {max(sizes)} tokens is more than max_seq_length = {self.max_seq_length}: use chunks"
-            )
-        longest = max(start + size for start, size in zip(starts, sizes, strict=True))
-        if longest > self.max_seq_length and not all(cache.unbounded for cache in caches):
-            raise ValueError(
-                f"{longest} tokens are more than max_seq_length = {self.max_seq_length}: "
-                "only caches that evict go on beyond the model's context"
-            )
-        if input_pos == 0:  # what is in the caches was turned by one set of factors, and so has to be what follows
-            needed = self.needs_long_rope(max(*sizes, self._expected_length))
-            self._long_rope = needed or (rows is not None and self._long_rope)
-        if row_sizes is not None:
-            rope = self._rope_rows(starts, row_sizes, self._long_rope)
+        self.caches.attach(block.attn for block in self.transformer.h)
+        plans, starts = self.caches.plan(input_pos, sizes, rows, packed, static, self.max_seq_length)
+        if input_pos == 0:  # what is in the caches was rotated by one set of factors, and so has to be what follows
+            needed = self.needs_long_rope(max(*sizes, self.caches.expected_length))
+            self.caches.long_rope = needed or (rows is not None and self.caches.long_rope)
+        if not packed and len(set(starts)) == 1:
+            rope = self.rope_rows(starts[0], T, self.caches.long_rope)
         else:
-            rope = self._rope_rows(starts[0] if len(set(starts)) == 1 else starts, T, self._long_rope)
+            rope = self.rope_rows(starts, sizes if packed else T, self.caches.long_rope)
         runner = self.layer_runner if self._start_of_layer_hook is None else None
-        try:
+
+        def layers() -> torch.Tensor:
             x = None if runner is None else runner(idx, rope, plans, input_pos, output_tokens)
-            if x is None:
-                x = self.run_layers(idx, rope, plans, input_pos)
-                x = x if output_tokens is None else x.flatten(0, 1)[output_tokens, None]
-        except BaseException:
-            for cache in caches:
-                cache.clear()  # slots may be half written: better empty than wrong
-            raise
-        for cache, plan in zip(caches, plans, strict=True):
-            cache.commit(plan)
-        return x
+            if x is not None:
+                return x
+            x = self.run_layers(idx, rope, plans, input_pos)
+            return x if output_tokens is None else x.flatten(0, 1)[output_tokens, None]
+
+        return self.caches.run(plans, layers)
 
     def broadcast_tokens(self, tokens: list[int]) -> list[int]:
         """Drawn tokens, as all processes that share this model are to go on with them: here there is only one."""
@@ -291,92 +267,62 @@ class GPT(nn.Module):
             raise ValueError(f"max_seq_length must be in 1..{self.config.block_size} (block_size), got {value}")
         self._max_seq_length = value
         if value > self.rope_cache_length():
-            self.cos, self.sin = self.rope_cache(value, device=self.cos.device)
+            self.rope_table.cover(value, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where tokens have to be."""
+        return self.transformer.wte.weight.device
+
+    @property
+    def cos(self) -> torch.Tensor:
+        """RoPE's cosines of at least `max_seq_length` positions, float32."""
+        self.rope_table.cover(self.max_seq_length, self.device)
+        return self.rope_table.cos
+
+    @property
+    def sin(self) -> torch.Tensor:
+        """RoPE's sines of at least `max_seq_length` positions, float32."""
+        self.rope_table.cover(self.max_seq_length, self.device)
+        return self.rope_table.sin
 
     def rope_cache_length(self) -> int:
         """Positions that the RoPE table covers. It grows when needed."""
-        return self.cos.shape[0]
+        return self.rope_table.length
 
-    def rope_cache(
-        self, seq_len: int | None = None, device: torch.device | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def rope_cache(self, seq_len: int | None = None, device: torch.device | None = None) -> Rope:
         """Cosines and sines of `seq_len` positions (default: `max_seq_length`), as `build_rope_cache` makes them."""
-        config = self.config
-        return build_rope_cache(
-            self.max_seq_length if seq_len is None else seq_len,
-            config.rope_n_elem,
-            device=device,
-            base=config.rope_base,
-            condense_ratio=config.rope_condense_ratio,
-            extra_config=config.rope_adjustments,
-            rope_local_base_freq=config.rope_local_base_freq,
-            long=self._long_table,
-        )
+        return self.rope_table.build(self.max_seq_length if seq_len is None else seq_len, device)
+
+    def rope_rows(self, start: int | Sequence[int], T: int | Sequence[int], long: bool = False) -> list[Rope]:
+        """What `run_layers` needs for T tokens from position `start` on; as `RopeTable.rows`."""
+        return self.rope_table.rows(start, T, self.max_seq_length, self.dtype, self.device, long)
 
     def expect_length(self, length: int) -> None:
-        """Say how many tokens the sequences in the caches will have: with LongRoPE that decides how they are turned, as
-        otherwise the length of the prefill does. What is in the caches and was turned otherwise is forgotten."""
-        self._expected_length = length
-        if self.needs_long_rope(length) != self._long_rope:
-            self.crop_kv_caches(0)
+        """Say how many tokens the sequences in the caches will have: with LongRoPE that decides how they are rotated, as
+        otherwise the length of the prefill does. What is in the caches and was rotated otherwise is forgotten."""
+        self.caches.expected_length = length
+        if self.needs_long_rope(length) != self.caches.long_rope:
+            self.caches.clear()
 
     def needs_long_rope(self, length: int) -> bool:
-        """Whether LongRoPE turns positions of sequences of that length by its long factors."""
-        return self._short_context is not None and length > self._short_context
-
-    def _rope_rows(self, start: int | Sequence[int], T: int | Sequence[int], long: bool = False) -> list[Rope]:
-        """Cosines and signed sines for T tokens from position `start` (one, or one for every row) on. With a T for every row,
-        too, the rows lie one after the other.
-
-        Returns pairs of (B or 1, 1, T, rope_n_elem) in the model's dtype, one for each table that layers choose from.
-        """
-        starts = [start] if isinstance(start, int) else start
-        stop = max(map(sum, zip(starts, [T] * len(starts) if isinstance(T, int) else T, strict=True)))
-        weight = self.transformer.wte.weight
-        if stop > self.rope_cache_length() or self.cos.device != weight.device or long != self._long_table:
-            self._long_table = long
-            # twice as much as asked for, so that a sequence that grows token by token seldom needs a larger table
-            length = 2 * stop if stop > self.max_seq_length else min(self.max_seq_length, 2 * stop)
-            with torch.inference_mode(False):  # the table outlives the call that makes it
-                self.cos, self.sin = self.rope_cache(length, device=weight.device)
-        if self._turns_of is not self.cos or self._turns[0][0].dtype != self.dtype:
-            with torch.inference_mode(False):
-                self._turns, self._turns_of = self._turns_from_table(), self.cos
-        if isinstance(start, int):
-            return [(cos[start:stop][None, None], sin[start:stop][None, None]) for cos, sin in self._turns]
-        if isinstance(T, int):
-            positions = torch.tensor(list(start))[:, None] + torch.arange(T)
-        else:
-            positions = torch.cat([torch.arange(a, a + size) for a, size in zip(start, T, strict=True)])[None]
-        positions = positions.to(weight.device).unsqueeze(1)
-        return [(cos[positions], sin[positions]) for cos, sin in self._turns]
-
-    def _turns_from_table(self) -> list[Rope]:
-        """Cosines and signed sines (positions, rope_n_elem) of every table, in the model's dtype."""
-        cos, sin = self.cos.to(self.dtype), self.sin.to(self.dtype)
-        if cos.ndim == 2:
-            cos, sin = cos.unsqueeze(-1), sin.unsqueeze(-1)
-        n = self.config.rope_n_elem
-        if (
-            n == 1
-        ):  # LitGPT and transformers make two equal elements of it, which add twice to the product of query and key
-            cos, sin = cos[:, :1] * 2**0.5, sin[:, :1] * 2**0.5
-        left, right = sin.split((n - n // 2, n // 2), dim=1)
-        sin = torch.cat((-left, right), dim=1)
-        return [(c.contiguous(), s.contiguous()) for c, s in zip(cos.unbind(-1), sin.unbind(-1), strict=True)]
+        """Whether LongRoPE rotates sequences of that length by its long factors."""
+        return self.rope_table.needs_long(length)
 
     # -- key-value caches
 
     def kv_caches(self) -> list[KVCache]:
-        """The layers' caches, those there are."""
-        # not `block.attn.kv_cache`, which takes three times as long, several times in every step
-        blocks = self.transformer.h._modules.values()
-        caches = [block._modules["attn"]._modules.get("kv_cache") for block in blocks]
-        return [cache for cache in caches if cache is not None]
+        """The layers' caches (none, if there are none)."""
+        return self.caches.caches
+
+    @property
+    def default_kv_caches(self) -> bool:
+        """Whether the caches were made by `set_kv_caches`, which may replace them."""
+        return self.caches.default
 
     def are_kv_caches_assigned(self) -> bool:
         """Whether every layer has a cache."""
-        return len(self.kv_caches()) == self.config.n_layer
+        return bool(self.caches.caches)
 
     def assign_kv_caches(self, kv_caches: Iterable[KVCache]) -> None:
         """Give every layer its cache.
@@ -384,25 +330,9 @@ class GPT(nn.Module):
         Raises:
             ValueError: if caches are assigned already, or they do not fit the configuration or each other.
         """
-        kv_caches = list(kv_caches)
-        if self.kv_caches():
+        if self.caches.caches:
             raise ValueError("key-value caches are assigned already; call clear_kv_caches(assigned=True) first")
-        if len(kv_caches) != self.config.n_layer:
-            raise ValueError(f"need {self.config.n_layer} caches, one a layer, got {len(kv_caches)}")
-        for block_idx, cache in enumerate(kv_caches):
-            for name, value, expected in (
-                ("block_idx", cache.block_idx, block_idx),
-                ("n_head", cache.n_head, self.config.n_head),
-                ("n_query_groups", cache.n_query_groups, self.config.cache_groups),
-                ("head_size", cache.head_size, self.config.cache_head_size),
-                ("batch_size", cache.batch_size, kv_caches[0].batch_size),
-                ("dtype", cache.dtype, kv_caches[0].dtype),
-            ):
-                if value != expected:
-                    raise ValueError(f"the cache of layer {block_idx} has {name} = {value}, expected {expected}")
-        for block, cache in zip(self.transformer.h, kv_caches, strict=True):
-            block.attn.kv_cache = cache
-        self.default_kv_caches = False
+        self.exchange_kv_caches(LayerCaches.assigned(kv_caches, self.config))
 
     def set_kv_caches(
         self, batch_size: int, dtype: torch.dtype | None = None, max_seq_length: int | None = None
@@ -419,89 +349,57 @@ class GPT(nn.Module):
         Raises:
             ValueError: if caches were given by `assign_kv_caches`, or `max_seq_length` is more than the model takes.
         """
-        if self.kv_caches() and not self.default_kv_caches:
+        if self.caches.caches and not self.caches.default:
             raise ValueError("caches were given by assign_kv_caches: clear_kv_caches(assigned=True) removes them")
         length = self.max_seq_length if max_seq_length is None else max_seq_length
         if length > self.max_seq_length:
             raise ValueError(f"max_seq_length {length} is more than the model's {self.max_seq_length}")
-        dtype = self.dtype if dtype is None else dtype
-        for block_idx, block in enumerate(self.transformer.h):
-            window, device = self.config.window(block_idx), self.layer_device(block_idx)
-            args = (self.config, batch_size)
-            if window is None or window + WINDOW_SLACK >= length:
-                # compiled code tells a whole buffer from a part of one: leave a slot that is never read
-                kind, cache_length = DenseKVCache, read_bucket(length) + 1 if self.static_shapes else length
-            else:
-                kind, cache_length = LastRecentlyInsertedKVCache, window + WINDOW_SLACK
-            old = block.attn.kv_cache
-            wanted = (kind, cache_length, batch_size, dtype, device)
-            if old is not None and (type(old), old.cache_length, old.batch_size, old.dtype, old.device) == wanted:
-                old.clear()
-            elif kind is DenseKVCache:
-                block.attn.kv_cache = DenseKVCache(*args, block_idx, device, dtype, cache_length)
-            else:
-                block.attn.kv_cache = kind(*args, cache_length, block_idx, device, dtype)
-        self.default_kv_caches = True
+        self.exchange_kv_caches(self.caches.defaults(self, batch_size, length, dtype, self.static_shapes))
 
     def layer_device(self, block_idx: int) -> torch.device:
         """Where a layer is, and its cache has to be."""
-        return self.transformer.wte.weight.device if self.layer_devices is None else self.layer_devices[block_idx]
+        return self.device if self.layer_devices is None else self.layer_devices[block_idx]
 
     def clear_kv_caches(self, assigned: bool = False) -> None:
         """Drop default caches, and with `assigned` also those given by `assign_kv_caches`."""
-        if self.default_kv_caches or assigned:
-            for block in self.transformer.h:
-                block.attn.kv_cache = None
-            self.default_kv_caches = False
-
-    def layer_caches(self) -> LayerCaches:
-        """The model's caches, with all that is known of what is in them."""
-        return LayerCaches(self.kv_caches(), self.default_kv_caches, self._expected_length, self._long_rope)
+        if self.caches.default or assigned:
+            self.exchange_kv_caches(LayerCaches(expected_length=self.caches.expected_length))
 
     def exchange_kv_caches(self, others: LayerCaches) -> LayerCaches:
         """Put other caches, with all that is known of what is in them, in the place of the model's own, which are given
         back. So sequences that are kept in caches of their own take turns on one model."""
-        own = self.layer_caches()
-        for block, cache in zip(self.transformer.h, others.caches or [None] * self.config.n_layer, strict=True):
-            block.attn.kv_cache = cache
-        self.default_kv_caches = others.default
-        self._expected_length, self._long_rope = others.expected_length, others.long_rope
+        own = self.caches
+        own.detach()
+        others.detach()
+        self.caches = others
+        others.attach(block.attn for block in self.transformer.h)
         return own
 
     @property
     def next_token_pos(self) -> int:
         """The `input_pos` of the next token, the same in all caches (0: they are empty, or there are none)."""
-        caches = self.kv_caches()
-        return caches[0].next_token_pos if caches else 0
+        return self.caches.next_token_pos
 
     def start_kv_caches(self, batch_size: int) -> None:
         """Begin a batch of empty rows, each to be filled by calls with `rows`."""
-        self._long_rope = self.needs_long_rope(self._expected_length)
-        for cache in self.kv_caches():
-            cache.start(batch_size)
+        self.caches.long_rope = self.needs_long_rope(self.caches.expected_length)
+        self.caches.start(batch_size)
 
     def extend_kv_caches(self, count: int) -> None:
         """Let `count` empty rows join the batch, each to be filled by calls with `rows`."""
-        for cache in self.kv_caches():
-            cache.extend(count)
+        self.caches.extend(count)
 
     def rewind_kv_caches(self, counts: Sequence[int]) -> None:
         """Row b forgets its last `counts[b]` tokens."""
-        for cache in self.kv_caches():
-            cache.rewind(counts)
+        self.caches.rewind(counts)
 
     def crop_kv_caches(self, n: int) -> bool:
         """Go back to when `next_token_pos` was n, if all caches can; else forget everything. Returns whether they could."""
-        caches = self.kv_caches()
-        possible = 0 < n <= self.next_token_pos and all(n >= cache.crop_limit for cache in caches)
-        for cache in caches:
-            cache.crop(n if possible else 0)
-        return possible
+        return self.caches.crop(n)
 
     def reorder_kv_caches(self, rows: Sequence[int]) -> None:
         """Row i of the batch becomes what row `rows[i]` was; rows may be dropped or repeated."""
-        for cache in self.kv_caches():
-            cache.reorder(rows)
+        self.caches.reorder(rows)
 
     def set_kv_cache(
         self,
@@ -521,31 +419,25 @@ class GPT(nn.Module):
 
     def get_kv_cache_params(self, layer_idx: int) -> KVCacheParams | None:
         """Size and place of a layer's cache (None: it has none)."""
-        cache = self.transformer.h[layer_idx].attn.kv_cache
-        return None if cache is None else cache.get_params()
+        return self.caches.caches[layer_idx].get_params() if self.caches.caches else None
 
     def kv_cache_max_tokens_forward(self) -> int | None:
         """Most tokens that a call with `input_pos > 0` should bring (None: there are no caches)."""
-        return min((cache.max_tokens_forward for cache in self.kv_caches()), default=None)
-
-    def kv_cache_max_tokens_tentative(self) -> int:
-        """Most tokens that a call may bring such that all but the first of them can be rewound, in every row."""
-        caches = self.kv_caches()
-        room = [cache.max_tokens_tentative for cache in caches]
-        if not all(cache.unbounded for cache in caches):
-            room.append(self.max_seq_length - self.next_token_pos)
-        return min(room)
+        return self.caches.max_tokens_forward
 
     def kv_cache_max_prefill_length(self) -> int | None:
         """Most tokens that a call with `input_pos=0` may bring (None: any number)."""
-        limits = [cache.max_prefill_length for cache in self.kv_caches()]
-        return min((limit for limit in limits if limit is not None), default=None)
+        return self.caches.max_prefill_length
+
+    def kv_cache_max_rewindable_tokens(self) -> int:
+        """Most tokens at the end of the next call that can be rewound after it, in every row."""
+        return self.caches.max_rewindable_tokens(self.max_seq_length)
 
     # -- weights
 
     def reset_parameters(self) -> None:
         """Rebuild what is not a parameter: the RoPE table."""
-        self.cos, self.sin = self.rope_cache(device=self.cos.device)
+        self.rope_table = RopeTable(self.config)
 
     def _init_weights(self, module: nn.Module) -> None:
         """Normal weights of deviation 0.02, zero biases. Use as `model.apply(model._init_weights)`."""
@@ -585,6 +477,7 @@ class Block(nn.Module):
         token_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is that of this layer's cache."""
+        rope, plan = layer_rope(rope, plan)
         normed = self.norm_1(x)
         attended = self.post_attention_norm(self.attn(normed, rope, plan, token_idx))
         if self.config.parallel_residual:
@@ -627,6 +520,7 @@ class CausalSelfAttention(nn.Module):
         token_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is that of this layer's cache."""
+        rope, plan = layer_rope(rope, plan)
         H, G, D = self.config.n_head, self.config.n_query_groups, self.config.head_size
         B, T, _ = x.shape
         qkv = self.qkv(x)
@@ -635,13 +529,13 @@ class CausalSelfAttention(nn.Module):
             qkv = torch.cat((self.norm_q(q), self.norm_k(k), v), dim=-1)
         heads = qkv.view(B, T, H + 2 * G, D).transpose(1, 2)
         own_rope = None if self.rope_kind is None else rope[self.rope_kind]
-        turn = partial(rotate, rope=own_rope, interleave=self.config.rope_interleave)
+        rotate_heads = partial(rotate, rope=own_rope, interleave=self.config.rope_interleave)
         if self.norm_q is not None and self.config.norm_qk_type != "olmo2":
             q, k, v = heads.split_with_sizes((H, G, G), dim=1)
-            q, k = turn(self.norm_q(q)), turn(self.norm_k(k))
+            q, k = rotate_heads(self.norm_q(q)), rotate_heads(self.norm_k(k))
         else:
-            rotated, v = heads.split_with_sizes((H + G, G), dim=1)
-            q, k = turn(rotated).split_with_sizes((H, G), dim=1)
+            heads_with_rope, v = heads.split_with_sizes((H + G, G), dim=1)
+            q, k = rotate_heads(heads_with_rope).split_with_sizes((H, G), dim=1)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast, norms and RoPE give float32
         return self.proj(self.attend(q, k, v, plan, token_idx))
 
@@ -649,11 +543,8 @@ class CausalSelfAttention(nn.Module):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan | None, token_idx: torch.Tensor | None
     ) -> torch.Tensor:
         """What queries (B, H, T, D) get out of keys and values (B, G, T, D) and those in the cache: (B, T, H * D)."""
-        if plan is None:
-            return self.mha(q, DefaultKeysAndValues(k, v), self.block_idx, sinks=self.sinks)[0]
-        if isinstance(plan, Rows):
-            rows = zip(*(x.split(plan.sizes, dim=2) for x in (q, k, v)), strict=True)
-            return torch.cat([self.attend(*row, None, None) for row in rows], dim=1)
+        if plan is None or isinstance(plan, Rows):
+            return attend_without_cache(self.mha, self.block_idx, q, k, v, plan, self.sinks)
         return self.kv_cache.run(plan, q, k, v, token_idx, self.sinks)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object, **kwargs: object) -> None:
@@ -704,23 +595,23 @@ class MultiheadLatentAttention(nn.Module):
         token_idx: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is that of this layer's cache."""
+        rope, plan = layer_rope(rope, plan)
         config = self.config
         H, R, r, n = config.n_head, config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim
         q = self.q_proj(x) if config.q_lora_rank is None else self.q_b_proj(self.q_a_norm(self.q_a_proj(x)))
-        q, q_turned = q.unflatten(-1, (H, n + r)).transpose(1, 2).split((n, r), dim=-1)
-        latent, k_turned = self.kv_a_proj_with_mqa(x).unsqueeze(1).split((R, r), dim=-1)
+        q, q_rotated = q.unflatten(-1, (H, n + r)).transpose(1, 2).split((n, r), dim=-1)
+        latent, k_rotated = self.kv_a_proj_with_mqa(x).unsqueeze(1).split((R, r), dim=-1)
         latent = self.kv_a_norm(latent)
-        q_turned = rotate(q_turned, rope[0], config.rope_interleave)
-        k_turned = rotate(k_turned, rope[0], config.rope_interleave)
-        if plan is None:
+        q_rotated = rotate(q_rotated, rope[0], config.rope_interleave)
+        k_rotated = rotate(k_rotated, rope[0], config.rope_interleave)
+        if plan is None or isinstance(plan, Rows):
             k, v = self.kv_b_proj(latent[:, 0]).unflatten(-1, (H, -1)).transpose(1, 2).split((n, config.v_head_dim), -1)
-            k = torch.cat((k, k_turned.expand(-1, H, -1, -1)), dim=-1).to(v.dtype)  # float32 under autocast, as q
-            query = torch.cat((q, q_turned), dim=-1).to(v.dtype)
-            y, _ = self.mha(query, DefaultKeysAndValues(k, v), self.block_idx)
-            return self.proj(y)
+            k = torch.cat((k, k_rotated.expand(-1, H, -1, -1)), dim=-1).to(v.dtype)  # float32 under autocast, as q
+            query = torch.cat((q, q_rotated), dim=-1).to(v.dtype)
+            return self.proj(attend_without_cache(self.mha, self.block_idx, query, k, v, plan))
         to_key, to_value = self.kv_b_proj.by_head(H, n)
-        key = torch.cat((latent, k_turned), dim=-1).to(q.dtype)
-        query = torch.cat((q @ to_key, q_turned), dim=-1).to(q.dtype)
+        key = torch.cat((latent, k_rotated), dim=-1).to(q.dtype)
+        query = torch.cat((q @ to_key, q_rotated), dim=-1).to(q.dtype)
         y = self.kv_cache.run(plan, query, key, key[..., :R], token_idx)
         y = y.unflatten(-1, (H, R)).transpose(1, 2) @ to_value.mT
         return self.proj(self.kv_b_proj.with_bias(y.transpose(1, 2), n).flatten(2))

@@ -1,11 +1,114 @@
 """Rotary position embedding (arXiv:2104.09864): frequencies, tables of cosines and sines, and the rotation itself."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from litgpt.config import Config
+
 Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+class RopeTable:
+    """A model's table of cosines and sines, float32, which grows with the positions that are asked for.
+
+    With LongRoPE it has the short or the long factors: whichever the sequence at hand is rotated by.
+
+    Attributes:
+        cos, sin: of positions 0 to `length` - 1, as `build_rope_cache` makes them.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.short_context = short_context(config.rope_adjustments)
+        self.cos = self.sin = torch.empty(0, config.rope_n_elem)
+        self._long = False  # whether it has the long factors
+        self._rows: list[Rope] = []  # the table as layers want it, in one dtype
+        self._rows_of: torch.Tensor | None = None  # and the cosines that it was made of
+
+    @property
+    def length(self) -> int:
+        """Positions that the table covers."""
+        return self.cos.shape[0]
+
+    def needs_long(self, length: int) -> bool:
+        """Whether LongRoPE rotates sequences of that length by its long factors."""
+        return self.short_context is not None and length > self.short_context
+
+    def build(self, length: int, device: torch.device | None = None) -> Rope:
+        """Cosines and sines of that many positions."""
+        config = self.config
+        with torch.inference_mode(False):  # the table outlives the call that makes it
+            return build_rope_cache(
+                length,
+                config.rope_n_elem,
+                device=device,
+                base=config.rope_base,
+                condense_ratio=config.rope_condense_ratio,
+                extra_config=config.rope_adjustments,
+                rope_local_base_freq=config.rope_local_base_freq,
+                long=self._long,
+            )
+
+    def cover(self, length: int, device: torch.device, long: bool | None = None, room: int | None = None) -> None:
+        """See that the table has at least that many positions on that device, by the long factors or not (None: as it is);
+        where it has not, make it of `room` positions (default: that many)."""
+        long = self._long if long is None else long
+        if length > self.length or self.cos.device != device or long != self._long:
+            self._long = long
+            self.cos, self.sin = self.build(length if room is None else room, device)
+
+    def rows(
+        self,
+        start: int | Sequence[int],
+        T: int | Sequence[int],
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        long: bool = False,
+    ) -> list[Rope]:
+        """Cosines and signed sines for T tokens from position `start` (one, or one for every row) on. With a T for every row,
+        too, the rows lie one after the other.
+
+        Args:
+            max_length: of the model's sequences.
+            dtype, device: of the result.
+            long: with LongRoPE, by its long factors.
+
+        Returns:
+            Pairs of (B or 1, 1, T, rope_n_elem), one for each table that layers choose from.
+        """
+        starts = [start] if isinstance(start, int) else start
+        stop = max(map(sum, zip(starts, [T] * len(starts) if isinstance(T, int) else T, strict=True)))
+        # twice as much as asked for, so that a sequence that grows token by token seldom needs a larger table
+        self.cover(stop, device, long, 2 * stop if stop > max_length else min(max_length, 2 * stop))
+        if self._rows_of is not self.cos or self._rows[0][0].dtype != dtype:
+            with torch.inference_mode(False):
+                self._rows, self._rows_of = (
+                    _signed(self.cos.to(dtype), self.sin.to(dtype), self.config.rope_n_elem),
+                    self.cos,
+                )
+        if isinstance(start, int):
+            return [(cos[start:stop][None, None], sin[start:stop][None, None]) for cos, sin in self._rows]
+        if isinstance(T, int):
+            positions = torch.tensor(list(start))[:, None] + torch.arange(T)
+        else:
+            positions = torch.cat([torch.arange(a, a + size) for a, size in zip(start, T, strict=True)])[None]
+        positions = positions.to(device).unsqueeze(1)
+        return [(cos[positions], sin[positions]) for cos, sin in self._rows]
+
+
+def _signed(cos: torch.Tensor, sin: torch.Tensor, n: int) -> list[Rope]:
+    """Of a table, or several in the last dimension, cosines and sines (positions, n) as `rotate` takes them."""
+    if cos.ndim == 2:
+        cos, sin = cos.unsqueeze(-1), sin.unsqueeze(-1)
+    if n == 1:  # LitGPT and transformers make two equal elements of it, which add twice to the product of query and key
+        cos, sin = cos[:, :1] * 2**0.5, sin[:, :1] * 2**0.5
+    left, right = sin.split((n - n // 2, n // 2), dim=1)
+    sin = torch.cat((-left, right), dim=1)
+    return [(c.contiguous(), s.contiguous()) for c, s in zip(cos.unbind(-1), sin.unbind(-1), strict=True)]
 
 
 def rotate(x: torch.Tensor, rope: Rope | None, interleave: bool = False) -> torch.Tensor:
@@ -13,7 +116,7 @@ def rotate(x: torch.Tensor, rope: Rope | None, interleave: bool = False) -> torc
     neighbours: then the result is in halves all the same.
 
     `rope` holds cosines and sines, (B or 1, 1, T, n) each, the sines with the sign that the element each one multiplies
-    takes: the first half of a rotated vector gets minus the second, so that turning is one multiplication, one roll, one
+    takes: the first half of a rotated vector gets minus the second, so that a rotation is one multiplication, one roll, one
     addcmul. `None` leaves x as it is, for layers without RoPE.
     """
     if rope is None:
@@ -22,8 +125,17 @@ def rotate(x: torch.Tensor, rope: Rope | None, interleave: bool = False) -> torc
     head = x if n == x.shape[-1] else x[..., :n]
     if interleave:
         head = head.unflatten(-1, (-1, 2)).mT.flatten(-2)
-    turned = torch.addcmul(head * rope[0], head.roll(-(n // 2), -1), rope[1])
-    return turned if n == x.shape[-1] else torch.cat((turned, x[..., n:]), dim=-1)
+    rotated = torch.addcmul(head * rope[0], head.roll(-(n // 2), -1), rope[1])
+    return rotated if n == x.shape[-1] else torch.cat((rotated, x[..., n:]), dim=-1)
+
+
+def layer_rope(rope: list[Rope] | torch.Tensor, plan: Any) -> tuple[list[Rope], Any]:
+    """A layer's arguments. LitGPT gives cosines and sines, (B, T, n) each, in the place of tables and a cache's plan."""
+    if not isinstance(rope, torch.Tensor):
+        return rope, plan
+    n = rope.shape[-1]
+    left, right = plan.split((n - n // 2, n // 2), dim=-1)
+    return [(rope.unsqueeze(1), torch.cat((-left, right), dim=-1).unsqueeze(1))], None
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -134,18 +246,18 @@ def _scaled(theta: torch.Tensor, adjustments: dict[str, Any], n_elem: int, base:
 
 
 def _llama_3_kept(theta: torch.Tensor, adjustments: dict[str, Any]) -> torch.Tensor:
-    """How far each frequency stays as it is, 0 to 1: by the turns it makes in the original context (arXiv:2407.21783)."""
+    """How far each frequency stays as it is, 0 to 1: by the rotations it makes in the original context (arXiv:2407.21783)."""
     low, high = adjustments["low_freq_factor"], adjustments["high_freq_factor"]
-    turns = adjustments["original_max_seq_len"] * theta / (2 * math.pi)
-    return ((turns - low) / (high - low)).clamp(0, 1)
+    rotations = adjustments["original_max_seq_len"] * theta / (2 * math.pi)
+    return ((rotations - low) / (high - low)).clamp(0, 1)
 
 
 def _yarn_kept(theta: torch.Tensor, adjustments: dict[str, Any], n_elem: int, base: float) -> torch.Tensor:
-    """As `_llama_3_kept`, linear in the frequency's index instead of its turns (arXiv:2309.00071)."""
+    """As `_llama_3_kept`, linear in the frequency's index instead of its rotations (arXiv:2309.00071)."""
     original = adjustments["original_max_seq_len"]
     first, last = (
-        n_elem * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
-        for turns in (adjustments["beta_fast"], adjustments["beta_slow"])
+        n_elem * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+        for rotations in (adjustments["beta_fast"], adjustments["beta_slow"])
     )
     if adjustments.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from tiny import LLAMA, tiny_gpt
+from tiny import LLAMA, create_kv_caches, tiny_gpt
 
 from litgpt.adapter import (
     GPT,
@@ -13,7 +13,6 @@ from litgpt.adapter import (
     freeze_prefixes,
     mark_only_adapter_as_trainable,
 )
-from litgpt.kvcache.factory import create_kv_caches
 from litgpt.model import CausalSelfAttention as PlainAttention
 from litgpt.runners.packed_weights import can_pack, pack_linears
 
@@ -92,7 +91,7 @@ def through_caches(model, idx, cuts):
 def test_attention_is_the_formula(family):
     fields = {k: v for k, v in FAMILIES[family].items() if k != "mlp_class_name"}
     model = adapter_gpt(**{**fields, "rotary_percentage": 1.0})
-    x, rope = torch.randn(1, 12, 64), model._rope_rows(0, 12)
+    x, rope = torch.randn(1, 12, 64), model.rope_rows(0, 12)
     for block in model.transformer.h[1:]:
         expected = block.attn.proj(attention_by_hand(block.attn, x, rope[0]))
         torch.testing.assert_close(block.attn(x, rope), expected, atol=1e-5, rtol=1e-4)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import LLAMA, tiny_gpt
+from tiny import LLAMA, create_kv_caches, tiny_gpt
 
 from litgpt.adapter import GPT as AdapterGPT
 from litgpt.adapter import freeze_prefixes
@@ -12,7 +12,6 @@ from litgpt.adapter_v2 import (
     add_adapter_v2,
     mark_only_adapter_v2_as_trainable,
 )
-from litgpt.kvcache.factory import create_kv_caches
 from litgpt.runners.packed_weights import PackedLinear, can_pack, pack_linears
 
 FAMILIES = {
@@ -82,7 +81,7 @@ def test_an_evicting_cache_gives_what_it_gives_with_folded_weights():
     model, idx = v2_gpt(), torch.randint(0, 100, (1, 40))
     plain = folded_by_hand(model)
     for gpt in (model, plain):
-        gpt.assign_kv_caches(create_kv_caches("lastrec", gpt.config, 1, 8, sinks=2))
+        gpt.assign_kv_caches(create_kv_caches("lastrec", gpt.config, 1, 8, n_sink=2))
     cuts = (12, *range(13, 40, 3))
     torch.testing.assert_close(through_caches(model, idx, cuts), through_caches(plain, idx, cuts), atol=1e-5, rtol=1e-4)
 

@@ -8,7 +8,7 @@ import torch
 from tiny import CHAT_TEMPLATE, VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
 from litgpt.api import LLM, Preprocessor, benchmark_dict_to_markdown_table, calculate_number_of_devices
-from litgpt.engine.loading import choose_kv_caches
+from litgpt.kvcache import CacheSpec
 from litgpt.prompts import ChatTemplate
 from litgpt.runners.packed_weights import PackedLinear
 
@@ -161,10 +161,10 @@ def test_benchmark_measures_and_is_a_table(llm):
         ({"prompt": "x" * 200}, r"253 tokens, but the model's context is 128"),
         ({"top_p": 2.0}, "top_p"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"kv_cache": "nonsense"}, "nonsense.*dense-default"),
+        ({"kv_cache": "nonsense"}, "nonsense.*dense, lastrec"),
         ({"cache_length": 0}, "cache_length.*0"),
         ({"cache_length": 10}, "cache_length=10"),
-        ({"sinks": 2}, "sinks"),
+        ({"n_sink": 2}, "n_sink"),
         ({"prompt": ["a", "b"], "stream": True}, "single prompt"),
     ],
 )
@@ -209,9 +209,7 @@ def test_assigned_caches_are_used_and_stay_assigned(llm, kind):
 
 def some_caches(model, kind, length):
     """Caches that a user makes."""
-    spare = tiny_gpt(**VOCABULARY)
-    choose_kv_caches(spare, kind, length)
-    return spare.kv_caches()
+    return CacheSpec(kind, cache_length=length).create(model, 1)
 
 
 SETTINGS = [
@@ -288,7 +286,8 @@ def interrupted(run, after):
         nonlocal lines
         if "litgpt" not in frame.f_code.co_filename or "tests" in frame.f_code.co_filename:
             return None
-        if event == "line":
+        # Python looks for signals at calls and loops only: none can come where a lock is let go
+        if event == "line" and frame.f_code.co_name != "_locked":
             lines += 1
             if lines == after:
                 raise KeyboardInterrupt
@@ -332,7 +331,7 @@ def test_an_interrupt_at_any_line_leaves_everything_usable(llm, how):
         assert llm.generate("Hello", **args).tolist() == answer
         if how == "assigned":
             assert llm.model.kv_caches() == own
-        at += chance.randrange(1, 60)
+        at += chance.randrange(1, 200)
     assert at > 300
 
 

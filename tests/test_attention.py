@@ -104,7 +104,7 @@ def test_position_bias_shows_what_the_rules_show(window, capacity, sinks):
     queries = torch.tensor([[0, 7, 3], [12, 1, 5]])
     keys = torch.stack([torch.randperm(14) - 1 for _ in range(2)])
     reach = None if capacity is None else capacity - sinks
-    bias = position_bias(queries, keys, torch.bfloat16, window=window, reach=reach, sinks=sinks)
+    bias = position_bias(queries, keys, torch.bfloat16, window=window, reach=reach, n_sink=sinks)
     assert (bias.shape, bias.dtype) == ((2, 3, 14), torch.bfloat16)
     for b, t in itertools.product(range(2), range(3)):
         seen = visible(int(queries[b, t]), 0, capacity, sinks, window)

@@ -43,8 +43,7 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios_not_of_the_medians(monkeypat
     # the machine was ten times slower in the last round, for both; medians 40 and 10 would give 4
     assert results.ratio([40.0, 60.0, 5.0], [10.0, 30.0, 1.0]) == 4.0
     assert results.ratio([40.0, 60.0, 6.0], [20.0, 10.0, 2.0]) == 3.0
-    with pytest.raises(ValueError, match="zip"):
-        results.ratio([1.0, 2.0], [1.0])
+    assert results.ratio([3.0, 5.0], [1.0]) == 3.0  # the peer failed in the second round
 
 
 def test_tables_have_medians_and_ratios_and_leave_out_what_was_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +173,46 @@ def test_systems_take_turns_and_go_backwards_every_other_round(monkeypatch: pyte
         f"{systems.OURS}; {systems.LITGPT}: well",
         f"greedy tokens in common with this, of 3 at 16: {systems.LITGPT} 2",
     ]
+
+
+def test_a_system_that_fails_later_leaves_what_was_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rounds, environments = module("rounds", monkeypatch), module("environments", monkeypatch)
+    systems, results = module("systems", monkeypatch), module("results", monkeypatch)
+    calls = []
+
+    class Failing(environments.Launcher):
+        def work(self, python: Path, worker: str, job: dict) -> dict:
+            calls.append(worker)
+            if worker == "b.py" and calls.count(worker) == 2:
+                raise RuntimeError("no more memory")
+            return dict.fromkeys(("prefill", "decode", "peak_bytes", "peak_above_import"), 2.0) | {
+                "threads": self.threads,
+                "answer": [1],
+            }
+
+    measured = [
+        systems.System("ours-bf16", systems.OURS, "a.py", "x", {}),
+        systems.System("litgpt", systems.LITGPT, "b.py", "x"),
+    ]
+    places = rounds.Places({"ours": Path("o"), "litgpt": Path("p")}, {"x": Path("x")}, Path("text"))
+    samples, notes = rounds.measure(Failing(tmp_path, 2), measured, places, 3, rounds.Sizes((16,), 2, 64, 1))
+    decode = samples[results.at(results.DECODE, 16)]
+    assert {name: len(values) for name, values in decode.items()} == {systems.OURS: 3, systems.LITGPT: 1}
+    assert results.comparison(samples, (16,))
+    assert notes[-1] == f"{systems.LITGPT} failed in round 2, 16 tokens: no more memory"
+
+
+@pytest.mark.parametrize(
+    ("output", "begun"),
+    [
+        (b"The capital", True),
+        (b"Paris is", True),
+        (b"user What is the capital of France? assistant", False),
+        (b"What is the capital of France? The capital of France", True),
+    ],
+)
+def test_the_beginning_of_an_answer_is_known_however_it_begins(monkeypatch, output, begun) -> None:
+    assert bool(module("first_token", monkeypatch).ANSWER.search(output)) == begun
 
 
 @pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"quantize": "int4"}])

@@ -17,9 +17,10 @@ from litgpt.api import LLM, Preprocessor
 from litgpt.checkpoint.default_model import DEFAULT_REPO
 from litgpt.config import Config
 from litgpt.families import families
-from litgpt.kvcache import DenseKVCache, KVCacheParams, factory
-from litgpt.kvcache.dense import DensePolicy
-from litgpt.kvcache.lastrec import LastRecentPolicy
+from litgpt.kvcache import DenseKVCache, KVCacheParams
+from litgpt.kvcache.policies import POLICIES
+from litgpt.kvcache.policies.dense import DensePolicy
+from litgpt.kvcache.policies.lastrec import LastRecentPolicy
 from litgpt.prompt_style import PromptStyle
 from litgpt.prompts import ChatTemplate
 
@@ -62,7 +63,7 @@ def _scratch(tmp_path, monkeypatch) -> Iterator[None]:
     """An empty folder to work in; what documents register is forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LITGPT_HOME", str(tmp_path / "home"))
-    registries = factory.KV_CACHES, PromptStyle.styles
+    registries = POLICIES, PromptStyle.styles
     saved = [dict(registry) for registry in registries]
     yield
     for registry, entries in zip(registries, saved, strict=True):
@@ -200,8 +201,10 @@ def test_readme_keeps_a_place_for_figures():
 
 
 def test_readme_shows_what_the_slots_hold():
-    rows = dict(re.findall(r"^(dense|lastrec|lastrec, sinks=2) +((?:\d+ +)+)", README.read_text("utf-8"), re.MULTILINE))
-    policies = {"lastrec": LastRecentPolicy(8), "lastrec, sinks=2": LastRecentPolicy(8, sinks=2)}
+    rows = dict(
+        re.findall(r"^(dense|lastrec|lastrec, n_sink=2) +((?:\d+ +)+)", README.read_text("utf-8"), re.MULTILINE)
+    )
+    policies = {"lastrec": LastRecentPolicy(8), "lastrec, n_sink=2": LastRecentPolicy(8, n_sink=2)}
     for name, policy in policies.items():
         assert [int(p) for p in rows.pop(name).split()] == policy.slot_positions(torch.tensor([12]))[0].tolist()
     assert [int(p) for p in rows.pop("dense").split()] == DensePolicy(8).slot_positions(torch.tensor([8]))[0].tolist()

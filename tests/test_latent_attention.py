@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tiny import create_kv_caches
 from torch import nn
 
 from litgpt.config import Config
 from litgpt.kvcache import KVCacheParams
-from litgpt.kvcache.factory import create_kv_caches
 from litgpt.kvcache.testing import KV_CACHE_NAMES
 from litgpt.model import GPT
 

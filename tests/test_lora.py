@@ -2,9 +2,8 @@ import copy
 
 import pytest
 import torch
-from tiny import LLAMA, tiny_gpt
+from tiny import LLAMA, create_kv_caches, tiny_gpt
 
-from litgpt.kvcache.factory import create_kv_caches
 from litgpt.lora import (
     GPT,
     Config,
@@ -114,7 +113,7 @@ def test_an_evicting_cache_gives_what_it_gives_with_merged_weights():
     model = lora_gpt(**ALL)
     plain, idx = merged_by_hand(model), torch.randint(0, 100, (1, 40))
     for gpt in (model, plain):
-        gpt.assign_kv_caches(create_kv_caches("lastrec", gpt.config, 1, 8, sinks=2))
+        gpt.assign_kv_caches(create_kv_caches("lastrec", gpt.config, 1, 8, n_sink=2))
     cuts = (12, *range(13, 40, 3))
     torch.testing.assert_close(through_caches(model, idx, cuts), through_caches(plain, idx, cuts), atol=1e-5, rtol=1e-5)
 

@@ -349,7 +349,8 @@ def test_command_has_the_options_and_defaults_of_litgpt(litgpt, name):
         if default == "required":
             assert list(parameters)[i] == key
         else:
-            assert repr(parameters[key].default).replace("WindowsPath", "PosixPath") == default, key
+            found = repr(parameters[key].default).replace("WindowsPath", "PosixPath")
+            assert found == default or found.startswith(f"{default[:-1]}, "), key  # a group may have fields of ours
     code, out, err = litgpt(name, "--help")
     assert (code, err) == (0, "")
     words = " ".join(out.split())

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import StaticShapes, greedy_without_caches, tiny_gpt
+from tiny import StaticShapes, create_kv_caches, greedy_without_caches, tiny_gpt
 
 import litgpt.model
 from litgpt import attention
 from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention
 from litgpt.config import Config
 from litgpt.generate.base import generate
-from litgpt.kvcache import DenseKVCache, KVCache, LastRecentlyInsertedKVCache, default, plan
-from litgpt.kvcache.factory import create_kv_caches
+from litgpt.kvcache import DenseKVCache, KVCache, LastRecentlyInsertedKVCache, plan, positional, spec
 from litgpt.model import GPT, RMSNorm
 
 ARCHITECTURES = {
@@ -160,7 +159,7 @@ def test_rope_turns_pairs_by_their_position_times_their_frequency(interleave):
     scores = turned(q) @ turned(k).mT / math.sqrt(D)
     weights = scores.masked_fill(torch.ones(T, T).triu(1) > 0, -math.inf).softmax(-1)
     expected = attention.proj((weights @ v).float().transpose(0, 1).flatten(1))
-    close(attention(x, model._rope_rows(0, T))[0], expected, 1e-5)
+    close(attention(x, model.rope_rows(0, T))[0], expected, 1e-5)
 
 
 def test_positions_matter_by_their_differences_only():
@@ -194,7 +193,7 @@ def test_rope_table_grows_when_needed_and_seldom(monkeypatch):
 
 @every_architecture
 def test_caches_change_nothing_however_the_sequence_is_cut(title, monkeypatch):
-    monkeypatch.setattr(litgpt.model, "WINDOW_SLACK", 3)
+    monkeypatch.setattr(spec, "WINDOW_SLACK", 3)
     model, idx = architecture(title), tokens()
     expected = model(idx)
     model.set_kv_caches(2)
@@ -206,7 +205,7 @@ def test_caches_change_nothing_however_the_sequence_is_cut(title, monkeypatch):
 
 @every_architecture
 def test_rows_of_a_ragged_batch_go_their_own_ways(title, monkeypatch):
-    monkeypatch.setattr(litgpt.model, "WINDOW_SLACK", 3)
+    monkeypatch.setattr(spec, "WINDOW_SLACK", 3)
     model, idx = architecture(title), tokens(B=4)
     expected, lengths = model(idx), torch.tensor([3, 17, 8, 8])
     model.set_kv_caches(5)
@@ -325,7 +324,7 @@ def test_layers_with_a_window_have_default_caches_of_its_size():
     model = tiny_gpt(n_layer=4, sliding_window_size=8, sliding_window_indices=[1, 1, 0, 1])
     model.set_kv_caches(1)
     lengths = [cache.cache_length for cache in model.kv_caches()]
-    assert lengths == [8 + litgpt.model.WINDOW_SLACK] * 2 + [128] + [8 + litgpt.model.WINDOW_SLACK]
+    assert lengths == [8 + spec.WINDOW_SLACK] * 2 + [128] + [8 + spec.WINDOW_SLACK]
     assert (model.kv_cache_max_tokens_forward(), model.kv_cache_max_prefill_length()) == (lengths[0], 128)
     model.set_kv_caches(1, max_seq_length=20)
     assert [cache.cache_length for cache in model.kv_caches()] == [20] * 4
@@ -334,8 +333,8 @@ def test_layers_with_a_window_have_default_caches_of_its_size():
     idx = tokens(100, 1)
     expected = model(idx)
     in_cuts(model, idx, (100,))
-    assert model.crop_kv_caches(100 - litgpt.model.WINDOW_SLACK)
-    assert model.next_token_pos == 100 - litgpt.model.WINDOW_SLACK
+    assert model.crop_kv_caches(100 - spec.WINDOW_SLACK)
+    assert model.next_token_pos == 100 - spec.WINDOW_SLACK
     close(in_cuts(model, idx, (30, 34), 36), expected[:, 36:])
     assert not model.crop_kv_caches(20)
     assert model.next_token_pos == 0
@@ -461,7 +460,7 @@ def test_evicting_caches_go_on_beyond_the_context():
 @pytest.mark.parametrize("kind", ["sinks", "dense", "mixed"])
 def test_other_caches_do_not(kind):
     model, idx = tiny_gpt(block_size=16), tokens(20)
-    caches = evicting(model, 8, **({"sinks": 2} if kind == "sinks" else {}))
+    caches = evicting(model, 8, **({"n_sink": 2} if kind == "sinks" else {}))
     if kind != "sinks":
         caches[-1] = DenseKVCache(model.config, 2, 1, max_sequence_length=64)
     if kind == "dense":
@@ -481,7 +480,7 @@ def test_other_caches_do_not(kind):
 def test_what_is_the_same_for_all_layers_is_planned_once(monkeypatch):
     model = tiny_gpt(n_layer=6, sliding_window_size=8, sliding_window_indices=[1, 1, 0, 1, 1, 0])
     calls = []
-    for module, name in ((default, "plan_call"), (plan, "position_bias"), (attention, "causal_tiles")):
+    for module, name in ((positional, "plan_call"), (plan, "position_bias"), (attention, "causal_tiles")):
         original = getattr(module, name)
 
         def counted(*args, name=name, original=original, **kwargs):

@@ -126,6 +126,6 @@ def test_a_mixture_compiles_as_one_graph():
     expected = model(tokens)
     for used in (model, copy.deepcopy(model)):
         layers = torch.compile(used.run_layers, fullgraph=True, backend="eager")
-        torch.testing.assert_close(used.logits(layers(tokens, used._rope_rows(0, 5), None, None)), expected)
+        torch.testing.assert_close(used.logits(layers(tokens, used.rope_rows(0, 5), None, None)), expected)
         for parameter in model.transformer.h.parameters():
             parameter.zero_()  # the copy goes on with weights of its own

@@ -149,3 +149,14 @@ def test_a_table_cut_to_an_odd_number_lacks_the_last_partner():
         (a * cos[:, 0] - b * sin[:, 0], b * cos[:, 1] - c * sin[:, 1], c * cos[:, 2] + a * sin[:, 2]), -1
     )
     torch.testing.assert_close(apply_rope(x, cos, sin), expected)
+
+
+def test_a_layer_takes_cosines_and_sines_as_litgpt_gives_them():
+    config = Config(n_layer=1, n_embd=16, n_head=2, block_size=8, padded_vocab_size=8, rotary_percentage=0.5)
+    model = GPT(config)
+    seen = {}
+    block = model.transformer.h[0]
+    block.register_forward_hook(lambda module, args, output: seen.update(x=args[0], output=output))
+    model(torch.arange(6)[None])
+    cos, sin = build_rope_cache(6, config.rope_n_elem)
+    torch.testing.assert_close(block(seen["x"], cos[None], sin[None]), seen["output"])

@@ -7,6 +7,7 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
 from litgpt.config import Config
+from litgpt.kvcache import CacheSpec, KVCache
 from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
 
@@ -72,3 +73,15 @@ def tiny_tokenizer() -> Tokenizer:
 
 
 VOCABULARY = {"vocab_size": 261, "padded_vocab_size": 261}
+
+
+def create_kv_caches(
+    name: str,
+    config: Config,
+    batch_size: int,
+    cache_length: int | None = None,
+    dtype: torch.dtype | None = None,
+    **args: Any,
+) -> list[KVCache]:
+    """Caches called `name` for all layers of a model with that configuration."""
+    return CacheSpec.parse(name, cache_length, **args).create(config, batch_size, dtype=dtype)

@@ -48,21 +48,25 @@ def measure(
 ) -> tuple[Samples, list[str]]:
     """Every figure of every system, once a round; and what is to be said about them.
 
-    Systems take turns, so that all of them see the same state of the machine; every other round goes backwards.
+    Systems take turns, so that all of them see the same state of the machine; every other round goes backwards. A system that
+    fails is told among the notes and measured no more; what it and the others gave stays.
     """
     samples: Samples = {}
     ways: dict[str, list[str]] = {}  # what is said of how it ran, and the systems that say it
     common: list[str] = []
+    failures: dict[str, str] = {}
 
     def add(figure: str, system: System, value: float) -> None:
         samples.setdefault(figure, {}).setdefault(system.name, []).append(value)
 
     for round_idx in range(repeats):
-        in_turn = list(systems) if round_idx % 2 == 0 else list(reversed(systems))
+        in_turn = [system for system in systems if system.name not in failures]
+        if round_idx % 2:
+            in_turn.reverse()
         for context in sizes.contexts:
             long, answers = context >= sizes.long, {}
             for system in in_turn:
-                if long and not system.long:
+                if (long and not system.long) or system.name in failures:
                     continue
                 print(f"round {round_idx + 1}/{repeats}, {context} tokens: {system.name}", file=sys.stderr)
                 job = {
@@ -72,9 +76,13 @@ def measure(
                     "new_tokens": sizes.long_new_tokens if long else sizes.new_tokens,
                     "threads": launcher.threads,
                 }
-                found = launcher.work(places.pythons[system.group], system.worker, job | system.options)
-                if found["threads"] != launcher.threads:
-                    raise RuntimeError(f"{system.name} ran on {found['threads']} threads, not {launcher.threads}")
+                try:
+                    found = launcher.work(places.pythons[system.group], system.worker, job | system.options)
+                    if found["threads"] != launcher.threads:
+                        raise RuntimeError(f"{system.name} ran on {found['threads']} threads, not {launcher.threads}")
+                except (RuntimeError, OSError) as error:
+                    failures[system.name] = failed(f"round {round_idx + 1}, {context} tokens", error)
+                    continue
                 add(at(DECODE, context), system, found["decode"])
                 add(at(PREFILL, context), system, found["prefill"])
                 add(at(MEMORY, context), system, found["peak_bytes"] / 1e6)
@@ -89,10 +97,20 @@ def measure(
                     tokens = f"greedy tokens in common with {OURS}, of {len(ours)} at {context:,}"
                     common.append(f"{tokens}: {'; '.join(shared)}")
         for system in in_turn:
-            if system.command:
+            if system.command and system.name not in failures:
                 print(f"round {round_idx + 1}/{repeats}, command: {system.name}", file=sys.stderr)
                 python, checkpoint = places.pythons[system.group], places.weights[system.weights]
-                if round_idx == 0:
-                    seconds_to_answer(launcher, python, checkpoint)  # files cached, bytecode written
-                add(ANSWER, system, seconds_to_answer(launcher, python, checkpoint))
-    return samples, [f"{'; '.join(names)}: {note}" for note, names in ways.items()] + common
+                try:
+                    if round_idx == 0:
+                        seconds_to_answer(launcher, python, checkpoint)  # files cached, bytecode written
+                    add(ANSWER, system, seconds_to_answer(launcher, python, checkpoint))
+                except (RuntimeError, OSError) as error:
+                    failures[system.name] = failed(f"round {round_idx + 1}, command", error)
+    notes = [f"{'; '.join(names)}: {note}" for note, names in ways.items()]
+    return samples, [*notes, *common, *(f"{name} failed in {what}" for name, what in failures.items())]
+
+
+def failed(where: str, error: Exception) -> str:
+    """A note of an error, which is told on stderr too."""
+    print(f"{where}: {error}", file=sys.stderr)
+    return f"{where}: {' '.join(str(error).split())[:300]}"

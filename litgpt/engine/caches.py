@@ -6,7 +6,8 @@ from threading import Lock, get_ident
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from litgpt.model import GPT, LayerCaches
+from litgpt.kvcache.layers import LayerCaches
+from litgpt.model import GPT
 
 ROOM = 1024  # least capacity of default caches that are to last
 COMPILED_ROOM = 4096  # and of those that code is compiled for
@@ -28,9 +29,8 @@ def prepare_caches(model: GPT, batch_size: int, max_length: int, roomy: bool = F
     if not caches or model.default_kv_caches:
         if max_length > model.max_seq_length:
             raise ValueError(_too_long(model, max_length))
-        fits = len(caches) == model.config.n_layer and all(
-            cache.batch_size >= batch_size and (cache.policy.evicts or cache.cache_length >= max_length)
-            for cache in caches
+        fits = caches and all(
+            cache.batch_size >= batch_size and (cache.evicts or cache.cache_length >= max_length) for cache in caches
         )
         if not fits:
             room = max_length
@@ -50,7 +50,7 @@ def check_caches(model: GPT, batch_size: int, max_length: int) -> None:
     rows = min((cache.batch_size for cache in caches), default=0)
     if rows < batch_size:
         raise ValueError(f"{batch_size} sequences at once, but the caches hold batch_size={rows}")
-    slots = min((cache.cache_length for cache in caches if cache.max_prefill_length is not None), default=max_length)
+    slots = min((cache.cache_length for cache in caches if not cache.evicts), default=max_length)
     if slots < max_length:
         raise ValueError(
             f"prompt and new tokens come to {max_length} tokens, but the cache holds cache_length={slots} "
@@ -167,7 +167,7 @@ class CacheLease:
         use = self._use
         if self._caches is None or use.running is self:
             return function(*args)
-        found, others, placed = self.model.layer_caches(), use.running, False
+        found, others, placed = self.model.caches, use.running, False
         outermost = use.displaced is None
         try:
             if outermost:
@@ -184,7 +184,7 @@ class CacheLease:
             raise
         finally:
             if placed:
-                self._caches = self.model.layer_caches()
+                self._caches = self.model.caches
             use.running = others
             self.model.exchange_kv_caches(use.displaced if outermost and use.displaced is not None else found)
             if outermost:
@@ -192,7 +192,7 @@ class CacheLease:
 
     def _own_caches(self) -> LayerCaches:
         """The model's own caches."""
-        return self.model.layer_caches() if self._use.displaced is None else self._use.displaced
+        return self.model.caches if self._use.displaced is None else self._use.displaced
 
     def _set_own_caches(self, caches: LayerCaches) -> None:
         if self._use.displaced is None:

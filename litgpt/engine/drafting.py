@@ -13,7 +13,8 @@ from litgpt.engine.drawing import draw_from
 from litgpt.engine.prefill import prefill
 from litgpt.engine.sampling import check_tokens, likeliest, probabilities
 from litgpt.engine.sequence import Sequence
-from litgpt.model import GPT, LayerCaches
+from litgpt.kvcache.layers import LayerCaches
+from litgpt.model import GPT
 
 FIRST_DRAFT = 3  # draft tokens of a prompt lookup at first: a call of four tokens takes hardly longer than one of two
 
@@ -159,7 +160,7 @@ class DraftModel:
         rows = self._rows
         n_run = max(row.n_behind for row in rows)  # 2 if all draft tokens of some row were accepted, else 1
         self.model.rewind_kv_caches([row.n_cached - (len(row.sequence.tokens) - n_run) for row in rows])
-        count = min(count, self.model.kv_cache_max_tokens_tentative() - 1)
+        count = min(count, self.model.kv_cache_max_rewindable_tokens())
         inputs = [row.sequence.tokens[-n_run:] for row in rows]
         drawn: dict[Sequence, tuple[list[int], list[torch.Tensor]]] = {sequence: ([], []) for sequence in limit}
         for row in rows:

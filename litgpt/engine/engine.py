@@ -250,7 +250,7 @@ class Engine:
 
     def _draft(self, decoding: list[int]) -> dict[int, Draft]:
         """Drafts by row, of those rows that have any, not more than can be rewound."""
-        rows, room = self._rows.sequences, self.model.kv_cache_max_tokens_tentative() - 1
+        rows, room = self._rows.sequences, self.model.kv_cache_max_rewindable_tokens()
         limits = {i: limit for i in decoding if (limit := min(room, rows[i].n_left - 1)) > 0}
         if not limits:
             return {}

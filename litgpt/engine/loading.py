@@ -12,7 +12,7 @@ from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model
 from litgpt.kernels import processor
-from litgpt.kvcache.factory import create_kv_caches
+from litgpt.kvcache import CacheSpec
 from litgpt.model import GPT
 from litgpt.prompt_style import PromptStyle
 from litgpt.prompts import all_stop_tokens
@@ -119,22 +119,20 @@ def slow_down_decode(model: GPT) -> None:
     unpack_linears(model)
 
 
-def choose_kv_caches(model: GPT, kv_cache: str, cache_length: int | None, batch_size: int = 1, sinks: int = 0) -> None:
-    """Give the model caches of the kind called `kv_cache`.
+def choose_kv_caches(model: GPT, spec: CacheSpec | str, batch_size: int = 1) -> None:
+    """Give the model the caches that are asked for, in the place of those that it has.
 
-    `dense` without a `cache_length` means default caches, which are made when it is known how long they have to be.
+    Dense caches without a `cache_length` are default caches, which are made when it is known how long they have to be.
 
     Raises:
-        ValueError: if there is no such kind, or it cannot have that length.
+        ValueError: if there are no such caches.
     """
+    spec = CacheSpec.parse(spec)
     model.clear_kv_caches(assigned=True)
-    if kv_cache == "dense" and cache_length is None and not sinks:
-        return
-    devices = [model.layer_device(block_idx) for block_idx in range(model.config.n_layer)]
-    caches = create_kv_caches(kv_cache, model.config, batch_size, cache_length, devices, model.dtype, sinks)
-    model.assign_kv_caches(caches)
+    if spec != CacheSpec():
+        model.assign_kv_caches(spec.create(model, batch_size))
 
 
 def cache_bytes(model: GPT) -> int:
     """Bytes that the model's caches have allocated."""
-    return sum(cache.size_estimate()[0] for cache in model.kv_caches()) // 8
+    return model.caches.size_in_bytes()

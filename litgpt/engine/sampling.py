@@ -212,14 +212,12 @@ def _candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor,
     logits, tokens = logits.float(), None
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         logits, tokens = torch.topk(logits, sampling.top_k)
-        top = logits[:, :1]
-    else:
-        top = logits.amax(dim=-1, keepdim=True)
-    logits = (logits - top) / sampling.temperature  # the largest is 0: nothing overflows, and NaN and inf become NaN
+    logits = logits / sampling.temperature
     if sampling.top_p < 1:
         logits = sample_top_p(logits, sampling.top_p)
     if sampling.min_p > 0:
-        logits = logits.masked_fill(logits < math.log(sampling.min_p), float("-inf"))
+        least = logits.amax(dim=-1, keepdim=True) + math.log(sampling.min_p)
+        logits = logits.masked_fill(logits < least, float("-inf"))
     return logits.softmax(dim=-1), tokens
 
 

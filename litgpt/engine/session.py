@@ -17,8 +17,9 @@ from litgpt.engine.sampling import Sampling
 from litgpt.engine.sequence import Sequence as GeneratedSequence
 from litgpt.engine.session_file import SessionFile, read_session, write_session
 from litgpt.fingerprint import fingerprint
-from litgpt.kvcache.base import KVCache
-from litgpt.model import GPT, LayerCaches
+from litgpt.kvcache import CacheSpec, KVCache
+from litgpt.kvcache.layers import LayerCaches
+from litgpt.model import GPT
 
 
 class Session:
@@ -29,11 +30,11 @@ class Session:
 
     Args:
         model: in evaluation mode.
-        kv_cache: what the caches keep: "dense" (every token), "lastrec" (the last `cache_length` ones), or the name of
-            another kind.
+        kv_cache: which caches: a `CacheSpec`, or the name of one, such as "dense" (every token) or "lastrec" (the last
+            `cache_length` ones).
         cache_length: tokens that they hold (None: as many as are needed, or for a kind that evicts its default).
-        sinks: first tokens that a lastrec cache never drops.
         prompt_chunksize: most tokens of a call in the prefill (None: as many as the caches take).
+        kv_cache_args: further arguments of the caches, such as `n_sink`.
 
     Attributes:
         tokens: the sequence: all that was given, and all that was drawn, stop sequences included.
@@ -47,10 +48,10 @@ class Session:
     def __init__(
         self,
         model: GPT,
-        kv_cache: str = "dense",
+        kv_cache: CacheSpec | str = "dense",
         cache_length: int | None = None,
-        sinks: int = 0,
         prompt_chunksize: int | None = None,
+        **kv_cache_args: Any,
     ) -> None:
         self.model = model
         self.prompt_chunksize = prompt_chunksize
@@ -59,11 +60,12 @@ class Session:
         self.notes: dict[str, Any] = {}
         self._version = 0  # a generation that another one has overtaken must not go on
         self._lease = CacheLease(model, LayerCaches())
-        self._lease.run(choose_kv_caches, model, kv_cache, cache_length, 1, sinks)
+        spec = CacheSpec.parse(kv_cache, cache_length, **kv_cache_args)
+        self._lease.run(choose_kv_caches, model, spec)
         self._grows = not self.kv_caches  # default caches are made, and enlarged, when they are needed
-        if not self._grows:
-            cache_length = self.kv_caches[0].cache_length
-        self._kind = {"kv_cache": kv_cache.removesuffix("-default"), "cache_length": cache_length, "sinks": sinks}
+        self._kind = spec.describe()
+        if not self._grows and spec.cache_length is None:
+            self._kind["cache_length"] = spec.policy_class.default_cache_length(model.config)
 
     # -- what is in it
 
@@ -89,7 +91,7 @@ class Session:
             return self.model.max_seq_length
         if all(cache.unbounded for cache in self.kv_caches):
             return None
-        dense = [cache.cache_length for cache in self.kv_caches if cache.max_prefill_length is not None]
+        dense = [cache.cache_length for cache in self.kv_caches if not cache.evicts]
         return min([self.model.max_seq_length, *dense])
 
     # -- going on, going back
@@ -218,7 +220,7 @@ class Session:
         about, tokens = file.about, file.tensors["tokens"].tolist()
         self._check_fits(file)
         fresh = copy.copy(self)
-        caches = LayerCaches([cache.twin() for cache in self.kv_caches if not self._grows])
+        caches = LayerCaches([cache.empty_copy() for cache in self.kv_caches if not self._grows])
         fresh._lease = CacheLease(self.model, caches)
         if self._grows and about["caches"]:
             fresh._make_room(len(tokens))
@@ -266,9 +268,9 @@ class Session:
         model = self.model
         model.expect_length(length)  # which may make the caches forget
         old = model.kv_caches()
-        small = any(not cache.policy.evicts and cache.cache_length < length for cache in old)
+        small = any(not cache.evicts and cache.cache_length < length for cache in old)
         if self._grows and small and length <= model.max_seq_length:
-            model.exchange_kv_caches(replace(model.layer_caches(), caches=[], default=False))
+            model.exchange_kv_caches(replace(model.caches, caches=[], default=False))
         prepare_caches(model, 1, length, roomy=True)
         for cache, previous in zip(model.kv_caches(), old, strict=False):
             if cache is not previous:

@@ -15,7 +15,7 @@ from litgpt.engine.drafting import Drafter, PromptLookup
 from litgpt.engine.loading import Quantization, choose_kv_caches
 from litgpt.engine.sampling import Sampling
 from litgpt.engine.session import Session
-from litgpt.kvcache.factory import check_name
+from litgpt.kvcache import CacheSpec
 from litgpt.model import GPT
 
 DEFAULT_PROMPT = "What food do llamas eat?"
@@ -145,7 +145,12 @@ class CacheOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_name(self.kv_cache)
+        self.cache_spec()  # says at once what is wrong
+
+    def cache_spec(self) -> CacheSpec:
+        """The cache that is asked for; `ValueError` if there is none."""
+        args = {"n_sink": self.sinks} if self.sinks else {}
+        return CacheSpec.parse(self.kv_cache, self.cache_length, **args)
 
     def assign_caches(self, model: GPT, batch_size: int = 1) -> None:
         """Give the model the caches for `batch_size` rows.
@@ -153,7 +158,7 @@ class CacheOptions(Options):
         Raises:
             ValueError: if there are no such caches.
         """
-        choose_kv_caches(model, self.kv_cache, self.cache_length, batch_size, self.sinks)
+        choose_kv_caches(model, self.cache_spec(), batch_size)
 
     def session_of(self, model: GPT) -> Session:
         """A session with such caches.
@@ -161,7 +166,7 @@ class CacheOptions(Options):
         Raises:
             ValueError: if there are no such caches.
         """
-        return Session(model, self.kv_cache, self.cache_length, self.sinks, self.prompt_chunksize)
+        return Session(model, self.cache_spec(), prompt_chunksize=self.prompt_chunksize)
 
 
 @dataclass(frozen=True, kw_only=True)

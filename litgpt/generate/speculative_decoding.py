@@ -99,7 +99,7 @@ def speculative_decoding(
     Raises:
         ValueError: if the caches are elsewhere, or cannot be rewound by that many tokens.
     """
-    room = min(model.kv_cache_max_tokens_tentative() for model in (draft_model, target_model)) - 1
+    room = min(model.kv_cache_max_rewindable_tokens() for model in (draft_model, target_model))
     if not 1 <= speculative_k <= room:
         raise ValueError(f"speculative_k must be in 1..{room}, which the caches can take back, got {speculative_k}")
     sequence = Sequence(token, speculative_k + 1, Sampling(**sample_kwargs))

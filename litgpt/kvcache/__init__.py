@@ -1,8 +1,24 @@
 """Key-value caches: a policy says which tokens stay, a storage how they are kept."""
 
 from litgpt.kvcache.base import KVCache, KVCacheParams
+from litgpt.kvcache.baselines import DenseKVCache, LastRecentlyInsertedKVCache
 from litgpt.kvcache.default import DefaultKVCache
-from litgpt.kvcache.dense import DenseKVCache
-from litgpt.kvcache.lastrec import LastRecentlyInsertedKVCache
+from litgpt.kvcache.policies import Policy, PositionalPolicy, register_policy
+from litgpt.kvcache.positional import PositionalKVCache
+from litgpt.kvcache.spec import CacheSpec
+from litgpt.kvcache.storages import Storage, register_storage
 
-__all__ = ["DefaultKVCache", "DenseKVCache", "KVCache", "KVCacheParams", "LastRecentlyInsertedKVCache"]
+__all__ = [
+    "CacheSpec",
+    "DefaultKVCache",
+    "DenseKVCache",
+    "KVCache",
+    "KVCacheParams",
+    "LastRecentlyInsertedKVCache",
+    "Policy",
+    "PositionalKVCache",
+    "PositionalPolicy",
+    "Storage",
+    "register_policy",
+    "register_storage",
+]

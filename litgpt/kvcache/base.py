@@ -3,9 +3,11 @@
 Letters as in `litgpt.attention`; C is the number of slots of a cache (`cache_length`), N the number of slots in use.
 """
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -58,6 +60,10 @@ class KVCache(nn.Module, ABC):
     Called once per forward of its layer, with the new tokens' queries, keys and values; it stores what its policy keeps
     and returns the attention output. `input_pos=0` starts new sequences, `input_pos > 0` continues them.
 
+    What is abstract is enough to generate. All else that a model, an engine or a session asks of a cache has a default
+    here: it works where that needs nothing more, for rows that have one length and go on together, and is a `ValueError`
+    that says so where it does.
+
     Args:
         config: the model's configuration.
         batch_size: rows that the buffers hold, the largest batch a prefill may bring.
@@ -84,13 +90,16 @@ class KVCache(nn.Module, ABC):
             raise ValueError(f"block_idx must be in 0..{config.n_layer - 1}, got {block_idx}")
         self.config = config
         self.batch_size = batch_size
-        self.cache_length = cache_length
+        self._cache_length = cache_length
         self.block_idx = block_idx
-        self.n_query_groups = config.cache_groups
         self.n_head = config.n_head
         self.head_size = config.cache_head_size if head_size is None else head_size
         self.value_size = config.cache_value_size
         self._dtype = torch.get_default_dtype() if dtype is None else dtype
+        self._rows_in_use = 1  # as the last call said
+        self._cleared_at: int | None = None  # `next_token_pos` when it was last cleared
+
+    # -- one call
 
     @abstractmethod
     def forward(
@@ -133,15 +142,13 @@ class KVCache(nn.Module, ABC):
         Raises:
             ValueError: a wrong position, or `rows` in a cache that cannot take rows apart.
         """
-        if rows is not None:
-            raise ValueError(f"{type(self).__name__} takes all rows together, got rows={list(rows)}")
-        if input_pos not in (0, self.next_token_pos):
-            raise ValueError(f"input_pos={input_pos}, but the next token's position is {self.next_token_pos}")
+        together = rows is None or list(rows) == list(range(max(1, len(self.row_lengths)))) == [0]
+        if not together:
+            raise ValueError(self._refusal(f"call it for rows {list(rows)}"))
+        expected = max(self.row_lengths, default=0)
+        if input_pos not in (0, expected):
+            raise ValueError(f"input_pos={input_pos}, but the next token's position is {expected}")
         return Unplanned(input_pos, batch_size)
-
-    def is_chunk_invariant(self, length: int) -> bool:
-        """Whether the outputs for a sequence of that many tokens do not depend on how it is cut into calls."""
-        return length <= self.cache_length
 
     def plan_key(self) -> tuple:
         """Caches with equal keys have equal plans for the same call."""
@@ -154,18 +161,24 @@ class KVCache(nn.Module, ABC):
         key: torch.Tensor,
         value: torch.Tensor,
         token_idx: torch.Tensor,
-        sinks: torch.Tensor | None = None,
+        sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`forward` as planned. `sinks` (H,) are scores as in `litgpt.attention.scaled_dot_product_attention`."""
-        if sinks is not None:
-            raise ValueError(f"{type(self).__name__} does not know attention sinks")
-        return self(query, key, value, token_idx, plan.input_pos)
+        """`forward` as planned. `sink_logits` (H,) as in `litgpt.attention.scaled_dot_product_attention`."""
+        if sink_logits is not None:
+            raise ValueError(f"{type(self).__name__} does not know a model's learned sink logits")
+        output = self(query, key, value, token_idx, plan.input_pos)
+        self._rows_in_use, self._cleared_at = plan.batch_size, None
+        return output
 
     def commit(self, plan: Plan | Unplanned) -> None:
         """Note that `plan` was run in all layers."""
 
-    def clear(self) -> None:
-        """Forget everything; the next call has to be a prefill."""
+    # -- limits
+
+    @property
+    def evicts(self) -> bool:
+        """Whether a full cache drops tokens to take others. Where it does not, it refuses more than `cache_length`."""
+        return True
 
     @property
     def unbounded(self) -> bool:
@@ -173,37 +186,14 @@ class KVCache(nn.Module, ABC):
         return False
 
     @property
-    def crop_limit(self) -> int:
-        """Least n that `crop` accepts, next to 0."""
-        return self.next_token_pos
+    def takes_rows_apart(self) -> bool:
+        """Whether rows may have lengths of their own, come, go and change places: `start`, `extend`, `reorder`, `rewind`
+        by row, and calls for some rows."""
+        return False
 
-    @property
-    def supports_crop(self) -> bool:
-        """Whether `crop` goes back to any earlier point: nothing that later tokens would see was evicted."""
-        return self.crop_limit == 0
-
-    def crop(self, n: int) -> None:
-        """Go back to when `next_token_pos` was n: the last tokens of every row are forgotten."""
-        raise ValueError(
-            f"{type(self).__name__} cannot crop (to {n} of {self.next_token_pos} tokens): start anew instead"
-        )
-
-    def rewind(self, counts: Sequence[int]) -> None:
-        """Row b forgets its last `counts[b]` tokens."""
-        if any(count != counts[0] for count in counts):
-            raise ValueError(f"{type(self).__name__} takes all rows together, got counts={list(counts)}")
-        if counts[0]:
-            self.crop(self.next_token_pos - counts[0])
-
-    @property
-    def max_tokens_tentative(self) -> int:
-        """Most tokens that a call may bring such that all but the first of them can be rewound, in every row."""
-        return 1
-
-    @property
-    @abstractmethod
-    def next_token_pos(self) -> int:
-        """The `input_pos` that the next call has to give (0: nothing stored)."""
+    def is_chunk_invariant(self, length: int) -> bool:
+        """Whether the outputs for a sequence of that many tokens do not depend on how it is cut into calls."""
+        return length <= self.cache_length
 
     @property
     @abstractmethod
@@ -214,6 +204,97 @@ class KVCache(nn.Module, ABC):
     @abstractmethod
     def max_prefill_length(self) -> int | None:
         """Most tokens that a call with `input_pos=0` may bring (None: any number)."""
+
+    @property
+    def max_rewindable_tokens(self) -> int:
+        """Most tokens at the end of the next call that can be rewound after it, in every row."""
+        return 0
+
+    # -- rows
+
+    @property
+    @abstractmethod
+    def next_token_pos(self) -> int:
+        """The `input_pos` that the next call has to give (0: nothing stored)."""
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """Tokens so far of every row in use."""
+        position = self.next_token_pos or 0  # caches made elsewhere may have None for 0
+        return (position,) * self._rows_in_use if position and position != self._cleared_at else ()
+
+    def start(self, batch_size: int) -> None:
+        """Begin a batch of empty rows, each to be filled by a call with `rows`."""
+        if batch_size != 1:
+            raise ValueError(self._refusal(f"start {batch_size} empty ones"))
+        self.clear()
+
+    def extend(self, count: int) -> None:
+        """Let `count` empty rows join the batch, each to be filled by a call with `rows`."""
+        raise ValueError(self._refusal(f"extend them by {count}"))
+
+    def reorder(self, rows: Iterable[int]) -> None:
+        """Row i becomes what row `rows[i]` was. Rows may be dropped or repeated, as long as `batch_size` holds them."""
+        rows = list(rows)
+        if rows != list(range(len(self.row_lengths))):
+            raise ValueError(self._refusal(f"reorder them to {rows}"))
+
+    # -- going back
+
+    def clear(self) -> None:
+        """Forget everything; the next call has to be a prefill."""
+        self._cleared_at = self.next_token_pos or 0
+
+    @property
+    def crop_limit(self) -> int:
+        """Least n that `crop` accepts, next to 0."""
+        return max(self.row_lengths, default=0)
+
+    @property
+    def supports_crop(self) -> bool:
+        """Whether `crop` goes back to any earlier point: nothing that later tokens would see was evicted."""
+        return self.crop_limit == 0
+
+    def crop(self, n: int) -> None:
+        """Go back to when `next_token_pos` was n: the last tokens of every row are forgotten."""
+        end = max(self.row_lengths, default=0)
+        if n not in (0, end):
+            raise ValueError(f"{type(self).__name__} cannot crop (to {n} of {end} tokens): start anew instead")
+        if n == 0:
+            self.clear()
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        """Row b forgets its last `counts[b]` tokens."""
+        if any(count != counts[0] for count in counts):
+            raise ValueError(self._refusal(f"rewind them by {list(counts)} tokens"))
+        if counts[0]:
+            self.crop(max(self.row_lengths, default=0) - counts[0])
+
+    # -- copies
+
+    def fork(self) -> "KVCache":
+        """An independent copy: what is done to one does not show in the other."""
+        with torch.inference_mode(False):  # its buffers outlive the call that makes them
+            return copy.deepcopy(self, {id(self.config): self.config})
+
+    def empty_copy(self) -> "KVCache":
+        """An empty cache of the same kind and size."""
+        empty = self.fork()
+        empty.clear()
+        return empty
+
+    def state(self, copy: bool = True) -> dict[str, Any]:
+        """What a later `load_state` needs to go on from here: tensors, and what JSON can hold.
+
+        Without `copy`, tensors are views of the buffers, good until the next call.
+        """
+        raise ValueError(f"{type(self).__name__} cannot give its state, so it cannot be saved or enlarged")
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from where `state` was taken."""
+        raise ValueError(f"{type(self).__name__} cannot take over a state, so it cannot be loaded")
+
+    # -- what is in it
 
     @abstractmethod
     def get_keys_values(self) -> KeysAndValues | None:
@@ -240,6 +321,16 @@ class KVCache(nn.Module, ABC):
     def dtype(self) -> torch.dtype:
         return self._dtype
 
+    @property
+    def cache_length(self) -> int:
+        """C, slots per row and head."""
+        return self._cache_length
+
+    @property
+    def n_query_groups(self) -> int:
+        """G, heads of keys and values."""
+        return self.config.cache_groups
+
     def get_params(self) -> KVCacheParams:
         return KVCacheParams(
             batch_size=self.batch_size,
@@ -250,4 +341,10 @@ class KVCache(nn.Module, ABC):
             device=self.device,
             dtype=self.dtype,
             value_size=self.value_size,
+        )
+
+    def _refusal(self, action: str) -> str:
+        return (
+            f"{type(self).__name__} takes all rows together, at one length: it cannot {action}. "
+            "Generate one sequence at a time, or use another cache"
         )

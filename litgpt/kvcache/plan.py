@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from litgpt.attention import Consecutive, position_bias
-from litgpt.kvcache.policy import Policy
+from litgpt.kvcache.policies.base import PositionalPolicy
 
 READ_BUCKET = 256  # a static decode step reads a multiple of this many slots
 
@@ -65,10 +65,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Unplanned:
-    """Stands for a plan where a cache does all of its work in `forward`."""
+    """Stands for a plan where a cache does all of its work in `forward`. No steps are known of it."""
 
     input_pos: int
     batch_size: int
+    parts: tuple[Part, ...] = ()
 
     @property
     def before(self) -> tuple[int, ...]:
@@ -76,7 +77,7 @@ class Unplanned:
 
 
 def plan_call(
-    policy: Policy,
+    policy: PositionalPolicy,
     window: int | None,
     lengths: Sequence[int],
     rows: Sequence[int] | None,
@@ -126,7 +127,7 @@ def plan_call(
 
 
 def _uniform_steps(
-    policy: Policy, window: int | None, start: int, T: int, dtype: torch.dtype, device: torch.device
+    policy: PositionalPolicy, window: int | None, start: int, T: int, dtype: torch.dtype, device: torch.device
 ) -> list[Step]:
     """Steps for rows that all hold `start` tokens."""
     stop = start + T
@@ -157,16 +158,16 @@ def _uniform_steps(
         ]
     if T <= policy.reach - seen + 1:  # nothing that a query sees is overwritten
         bias = None
-        if T > 1 or seen < policy.reach or (window is not None and policy.sinks):
+        if T > 1 or seen < policy.reach or (window is not None and policy.n_sink):
             stored = policy.slot_positions(torch.tensor([stop], device=device))[0]
-            bias = position_bias(new, stored, dtype, window=window, reach=policy.reach, sinks=policy.sinks)
+            bias = position_bias(new, stored, dtype, window=window, reach=policy.reach, n_sink=policy.n_sink)
         whole = slice(0, policy.cache_length)
         return [Step(slice(0, T), whole, None, bias, None, slice(0, T), policy.slots(new), True)]
     return _attend_then_evict(policy, window, start, T, dtype, device)
 
 
 def _attend_then_evict(
-    policy: Policy, window: int | None, start: int, T: int, dtype: torch.dtype, device: torch.device
+    policy: PositionalPolicy, window: int | None, start: int, T: int, dtype: torch.dtype, device: torch.device
 ) -> list[Step]:
     """Steps of a chunk whose own tokens evict what its first queries still see: pieces attend, and then are stored."""
     size = min(512, max(64, policy.cache_length))
@@ -177,12 +178,12 @@ def _attend_then_evict(
         first, stop = start + q0, start + q1
         old = _span(policy.held(first), 0, first, device)
         # once all slots are taken, masks depend on differences of positions only, unless a window moves over the sinks
-        moves = window is not None and policy.sinks > 0
+        moves = window is not None and policy.n_sink > 0
         kind = (first if moves else min(first, policy.cache_length), q1 - q0)
         if kind not in masks:
             queries = torch.arange(first, stop, device=device)
             keys = torch.cat((old, queries))
-            masks[kind] = position_bias(queries, keys, dtype, window=window, reach=policy.reach, sinks=policy.sinks)
+            masks[kind] = position_bias(queries, keys, dtype, window=window, reach=policy.reach, n_sink=policy.n_sink)
         kept = _span(policy.held(stop), first, stop, device)
         steps.append(
             Step(
@@ -198,7 +199,7 @@ def _attend_then_evict(
 
 
 def _decode_step(
-    policy: Policy,
+    policy: PositionalPolicy,
     window: int | None,
     lengths: list[int],
     dtype: torch.dtype,
@@ -216,7 +217,9 @@ def _decode_step(
         stored, reach = torch.arange(used, device=device)[None], None
     else:
         stored, reach = policy.slot_positions(positions + 1)[:, :used], policy.reach
-    bias = position_bias(positions[:, None], stored, dtype, window=window, reach=reach, sinks=policy.sinks).unsqueeze(1)
+    bias = position_bias(positions[:, None], stored, dtype, window=window, reach=reach, n_sink=policy.n_sink).unsqueeze(
+        1
+    )
     slots = policy.slots(positions)
     whole = slice(0, 1)
     return Step(whole, None, None, bias, None, whole, slots if len(lengths) == 1 else slots[:, None], True)

@@ -3,27 +3,34 @@
 import torch
 
 from litgpt.config import Config
-from litgpt.kvcache import factory
-from litgpt.kvcache.base import KVCacheParams
-from litgpt.kvcache.default import DefaultKVCache
+from litgpt.kvcache.base import KVCache, KVCacheParams
+from litgpt.kvcache.policies import POLICIES
+from litgpt.kvcache.spec import CacheSpec, make_kv_cache
+from litgpt.kvcache.storages import STORAGES
 
-KV_CACHE_NAMES = tuple(factory.KV_CACHES)
+KV_CACHE_NAMES = tuple(f"{policy}-{storage}" for policy in POLICIES for storage in STORAGES)
 
 
-def create_kv_cache(name: str, params: KVCacheParams, block_idx: int = 0, **kwargs: object) -> DefaultKVCache:
-    """A cache by name (one of `KV_CACHE_NAMES`) for a small configuration that fits `params`.
+def create_kv_cache(
+    name: str, params: KVCacheParams, block_idx: int = 0, config: Config | None = None, **args: object
+) -> KVCache:
+    """A cache by name (one of `KV_CACHE_NAMES`, or what else `CacheSpec.parse` takes), of the size that `params` say.
 
-    Further arguments are the policy's. The configuration has `block_idx + 1` layers.
+    Further arguments are the policy's and the storage's. It is made for a small configuration that fits `params` and has
+    `block_idx + 1` layers, where no other is given.
     """
-    config = Config(
-        n_layer=block_idx + 1,
-        n_embd=params.n_head * params.head_size,
-        n_head=params.n_head,
-        head_size=params.head_size,
-        n_query_groups=params.n_query_groups,
-        block_size=max(params.cache_length, 4096),
-    )
-    return factory.create_kv_cache(name, config, params, block_idx, **kwargs)
+    if config is None:
+        config = Config(
+            n_layer=block_idx + 1,
+            n_embd=params.n_head * params.head_size,
+            n_head=params.n_head,
+            head_size=params.head_size,
+            n_query_groups=params.n_query_groups,
+            block_size=max(params.cache_length, 4096),
+        )
+    spec = CacheSpec.parse(name, **args)
+    policy = spec.make_policy(params.cache_length)
+    return make_kv_cache(config, params, policy, block_idx, spec.storage_class, spec.storage_args)
 
 
 def random_tensor(params: KVCacheParams, num: int, is_query: bool = False) -> torch.Tensor:

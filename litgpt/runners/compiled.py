@@ -32,7 +32,8 @@ class CompiledDecode:
         input_pos: int,
         output_tokens: Sequence[int] | None = None,
     ) -> torch.Tensor | None:
-        if idx.shape[1] > 1 or any(part.rows is not None for plan in plans for part in plan.parts):
+        whole = all(plan.parts and all(part.rows is None for part in plan.parts) for plan in plans)
+        if idx.shape[1] > 1 or not whole:
             return None  # of single tokens, all are output tokens
         for plan in plans:
             for part in plan.parts:

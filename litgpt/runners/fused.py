@@ -17,8 +17,7 @@ from litgpt.config import Config
 from litgpt.kernels import ops
 from litgpt.kernels.library import library
 from litgpt.kernels.structs import Layer, Rope, Segment, Shape, StepPlan, Weight, address
-from litgpt.kvcache import KVCache
-from litgpt.kvcache.default import DefaultKVCache
+from litgpt.kvcache import KVCache, PositionalKVCache
 from litgpt.kvcache.plan import Plan
 from litgpt.model import GPT, Block, CausalSelfAttention, GemmaMLP, LLaMAMLP, Multiply, RMSNorm
 from litgpt.rope import Rope as RopeRows
@@ -173,7 +172,7 @@ class FusedLayers:
         return True
 
 
-def _place(cache: DefaultKVCache) -> tuple[int, int]:
+def _place(cache: PositionalKVCache) -> tuple[int, int]:
     keys, values = cache.storage.kernel_view()
     return keys.data_ptr(), values.data_ptr()
 
@@ -233,8 +232,8 @@ def _segments(plan: Plan, B: int, T: int) -> "ctypes.Array[Segment] | None":
 
 def _is_known_cache(cache: KVCache | None) -> bool:
     return (
-        isinstance(cache, DefaultKVCache)
-        and type(cache).run is DefaultKVCache.run
+        isinstance(cache, PositionalKVCache)
+        and type(cache).run is PositionalKVCache.run
         and cache.dtype == torch.bfloat16
         and cache.storage.kernel_view() is not None
         and cache.mha.is_plain()

@@ -16,7 +16,7 @@ from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.checkpoint.base import CONFIG_NAME, WEIGHTS_NAME
 from litgpt.config import Config
 from litgpt.data.tokens import TokenRows
-from litgpt.generate.base import generate
+from litgpt.engine import Engine, Sampling, Sequence, decode, prepare_caches
 from litgpt.model import GPT
 from litgpt.prompts import save_prompt_style
 from litgpt.tokenizer import Tokenizer
@@ -347,15 +347,13 @@ class Run:
         before, was_training = random_state(), self.gpt.training
         self.gpt.eval()
         self.fabric.print(prompt)
-        ids = ids.to(self.fabric.device)
-        room = self.gpt.max_seq_length - len(ids)
+        room = min(self.options.eval.max_new_tokens, self.gpt.max_seq_length - len(ids))
         if room > 0:
-            new = min(self.options.eval.max_new_tokens, room)
-            with torch.no_grad():
-                out = generate(
-                    self.gpt, ids, len(ids) + new, temperature=0.8, eos_id=self.tokenizer.eos_id, include_prompt=False
-                )
-            self.fabric.print(f"{self.tokenizer.decode(out)}\n")
+            answer = Sequence(ids.to(self.fabric.device), room, Sampling(0.8), [[i] for i in self.tokenizer.eos_ids])
+            prepare_caches(self.gpt, 1, answer.max_length)
+            for _ in decode(Engine(self.gpt), [answer]):
+                pass
+            self.fabric.print(f"{self.tokenizer.decode(answer.output)}\n")
         self.gpt.clear_kv_caches()
         self.gpt.train(was_training)
         set_random_state(before)

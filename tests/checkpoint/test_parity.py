@@ -1,11 +1,11 @@
 import pytest
 import torch
+from tiny import create_kv_caches
 from tiny_models import CASES, save_tiny
 
 from litgpt.checkpoint import load_model
 from litgpt.engine.caches import prepare_caches
 from litgpt.engine.prefill import prefill
-from litgpt.kvcache.factory import create_kv_caches
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 

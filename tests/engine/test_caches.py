@@ -13,7 +13,7 @@ from litgpt.engine.loading import choose_kv_caches
 from litgpt.engine.sampling import Sampling
 from litgpt.engine.sequence import Sequence
 from litgpt.generate.base import generate, generate_fn
-from litgpt.model import LayerCaches
+from litgpt.kvcache.layers import LayerCaches
 
 GREEDY = Sampling(temperature=0)
 PROMPT = torch.arange(5, 15)

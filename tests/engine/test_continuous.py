@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import StaticShapes, greedy_without_caches, tiny_gpt
+from tiny import StaticShapes, create_kv_caches, greedy_without_caches, tiny_gpt
 
 from litgpt.engine.caches import prepare_caches
 from litgpt.engine.continuous import ContinuousBatch
@@ -12,7 +12,6 @@ from litgpt.engine.drafting import Draft
 from litgpt.engine.engine import Engine, decode
 from litgpt.engine.sampling import Sampling
 from litgpt.engine.sequence import Sequence
-from litgpt.kvcache.factory import create_kv_caches
 
 pytestmark = pytest.mark.usefixtures("small_pieces")
 ROWS = 3
@@ -34,7 +33,7 @@ MODELS = {
 for name, gpt in MODELS.items():
     gpt.layer_runner = StaticShapes() if name.startswith("static") else None
     if name.endswith("lastrec"):
-        gpt.assign_kv_caches(create_kv_caches("lastrec", gpt.config, ROWS, 12, sinks=2))
+        gpt.assign_kv_caches(create_kv_caches("lastrec", gpt.config, ROWS, 12, n_sink=2))
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import StaticShapes, tiny_gpt
+from tiny import StaticShapes, create_kv_caches, tiny_gpt
 
 from litgpt.engine.caches import prepare_caches
 from litgpt.engine.engine import Engine
 from litgpt.engine.sampling import Sampling
 from litgpt.engine.sequence import Sequence
 from litgpt.engine.session import Session
-from litgpt.kvcache.factory import create_kv_caches
 
 RUNS = 500  # of each of the two kinds
 SLOTS, SINKS = 9, 2
@@ -40,7 +39,7 @@ class Masked:
     def __init__(self, scale, window, sees):
         self.scale, self.window, self.sees = scale, window, sees
 
-    def __call__(self, query, k_and_v, block_idx, sinks=None):
+    def __call__(self, query, k_and_v, block_idx, sink_logits=None):
         heads = query.shape[1]
         keys, values = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k_and_v.keys(), k_and_v.values()))
         scores = query @ keys.mT * self.scale
@@ -89,7 +88,7 @@ def test_batches_whose_requests_join_and_leave(wanted, name, evicts, chunksize, 
     model.clear_kv_caches(assigned=True)
     model.layer_runner = StaticShapes() if static else None
     if evicts:
-        model.assign_kv_caches(create_kv_caches("lastrec", model.config, len(wanted), SLOTS, sinks=SINKS))
+        model.assign_kv_caches(create_kv_caches("lastrec", model.config, len(wanted), SLOTS, n_sink=SINKS))
     prepare_caches(model, len(wanted), 30)
     engine = Engine(model, chunksize)
     waiting = []

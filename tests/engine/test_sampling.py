@@ -6,6 +6,7 @@ from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, Top
 
 from litgpt.engine.drawing import draw
 from litgpt.engine.sampling import (
+    NO_TOKEN,
     Sampling,
     batched_sample,
     draw_rows,
@@ -226,3 +227,24 @@ def test_rows_with_settings_of_their_own_are_drawn_by_them():
 def test_settings_that_mean_nothing_are_refused_by_name(args):
     with pytest.raises(ValueError, match=next(iter(args))):
         Sampling(**args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("broken", [[math.nan], [-math.nan], [math.inf], [-math.inf] * 4], ids=str)
+@pytest.mark.parametrize("place", [0, 2])
+def test_no_token_is_drawn_from_logits_that_are_not_finite(dtype, broken, place):
+    logits = torch.tensor([[3.0, 1.0, 2.0, -1.0], [3.0, 1.0, 2.0, -1.0]], dtype=dtype)
+    logits[0, (0 if len(broken) > 1 else place) :][: len(broken)] = torch.tensor(broken, dtype=dtype)
+    for sampling in (Sampling(0.0), Sampling(), Sampling(top_k=4), Sampling(0.5, 3, 0.9, 0.1), Sampling(top_k=1)):
+        tokens = draw_rows(logits, sampling)
+        assert tokens[0] == NO_TOKEN
+        assert 0 <= tokens[1] < 4  # rows are independent
+        with pytest.raises(ValueError, match="logits are NaN or infinite"):
+            sample(logits[:, None], sampling.temperature, sampling.top_k, sampling.top_p)
+
+
+def test_a_nan_with_a_sign_is_found_among_larger_bits():
+    logits = torch.tensor([[3.0, 1.0, 2.0]], dtype=torch.bfloat16)
+    logits.view(torch.int16)[0, 1] = -64  # what processors give for inf - inf
+    assert logits[0, 1].isnan()
+    assert likeliest(logits).tolist() == [NO_TOKEN]

@@ -15,7 +15,7 @@ from litgpt.config import Config
 from litgpt.engine import Session
 from litgpt.engine.session_file import read_session
 from litgpt.fingerprint import fingerprint
-from litgpt.kvcache.default import DefaultKVCache
+from litgpt.kvcache import CacheSpec, DefaultKVCache
 from litgpt.model import GPT
 from litgpt.runners.compiled import compile_decode
 from litgpt.runners.packed_weights import can_pack, pack_linears
@@ -38,7 +38,7 @@ KINDS = {
     "dense": ({}, {}),
     "dense of a fixed length": ({}, {"cache_length": 100}),
     "lastrec": ({}, {"kv_cache": "lastrec", "cache_length": 24}),
-    "lastrec with sinks": ({}, {"kv_cache": "lastrec", "cache_length": 24, "sinks": 3}),
+    "lastrec with sinks": ({}, {"kv_cache": "lastrec", "cache_length": 24, "n_sink": 3}),
     "sliding windows": (WINDOW, {}),
     "latent attention": (LATENT, {}),
 }
@@ -282,7 +282,7 @@ def test_a_limit_is_that_of_the_context_or_the_caches():
     assert Session(model).limit == 128
     assert Session(model, cache_length=50).limit == 50
     assert Session(model, "lastrec", 16).limit is None
-    assert Session(model, "lastrec", 16, sinks=2).limit == 128
+    assert Session(model, "lastrec", 16, n_sink=2).limit == 128
 
 
 def test_what_makes_no_sense_is_refused_before_any_work():
@@ -407,7 +407,7 @@ def test_a_session_of_another_model_precision_or_kind_is_refused_and_nothing_cha
             Session(tiny_gpt().bfloat16()),
             "holds float32, the model computes in bfloat16: load the model in the prec",
         ),
-        ("s", Session(model, "lastrec", 24), "kv_cache='dense', cache_length=None, sinks=0, this session has.*lastrec"),
+        ("s", Session(model, "lastrec", 24), "kv_cache='dense', cache_length=None, this session has.*lastrec"),
         ("w", Session(windows, cache_length=100), "cache_length=None.*cache_length=100.*use the same"),
     ):
         with pytest.raises(ValueError, match=message) as error:
@@ -418,7 +418,7 @@ def test_a_session_of_another_model_precision_or_kind_is_refused_and_nothing_cha
     lastrec = Session(model, "lastrec", 24)
     lastrec.extend(some_tokens(30))
     lastrec.save(tmp_path / "s")
-    for kind in (("lastrec", 25), ("lastrec", 24, 1), ("dense", None)):
+    for kind in (("lastrec", 25), (CacheSpec("lastrec", cache_length=24, n_sink=1),), ("dense", None)):
         with pytest.raises(ValueError, match="use the same, or begin a new session"):
             Session(model, *kind).load(tmp_path / "s")
 

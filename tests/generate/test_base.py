@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import StaticShapes, greedy_without_caches, tiny_gpt
+from tiny import StaticShapes, create_kv_caches, greedy_without_caches, tiny_gpt
 
 from litgpt.generate.base import (
     batched_generate_fn,
@@ -9,7 +9,6 @@ from litgpt.generate.base import (
     generate_fn,
     next_token,
 )
-from litgpt.kvcache.factory import create_kv_caches
 
 GREEDY = {"temperature": 0.0}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from litgpt.config import Config
-from litgpt.kvcache import DefaultKVCache, KVCacheParams
-from litgpt.kvcache.factory import create_kv_cache
+from litgpt.kvcache import KVCacheParams, PositionalKVCache
+from litgpt.kvcache.testing import create_kv_cache
 
 from .reference import ReferenceCache
 
@@ -21,7 +21,7 @@ class Case:
     """A cache to be tested, and what its attention is like."""
 
     name: str
-    sinks: int = 0
+    n_sink: int = 0
     heads: tuple[int, int] = (4, 2)  # H, G
     window: int | None = None
     softcap: float | None = None
@@ -31,7 +31,7 @@ class Case:
     def __str__(self):
         window = "full" if self.window is None else f"window{self.window}"
         cap = "" if self.softcap is None else "-softcap"
-        return f"{self.name}-sinks{self.sinks}-{self.heads[0]}:{self.heads[1]}-{window}{cap}-{str(self.dtype)[6:]}"
+        return f"{self.name}-n_sink{self.n_sink}-{self.heads[0]}:{self.heads[1]}-{window}{cap}-{str(self.dtype)[6:]}"
 
     @property
     def evicts(self) -> bool:
@@ -60,13 +60,18 @@ class Case:
             self.config, batch, self.cache_length, device=torch.device("cpu"), dtype=self.dtype
         )
 
-    def cache(self, batch: int = 2) -> DefaultKVCache:
-        kwargs = {"sinks": self.sinks} if self.sinks else {}
-        return create_kv_cache(self.name, self.config, self.params(batch), block_idx=1, **kwargs)
+    def cache(self, batch: int = 2) -> PositionalKVCache:
+        return self.make(self.params(batch))
+
+    def make(self, params: KVCacheParams, config: Config | None = None) -> PositionalKVCache:
+        """The cache for the last layer of a configuration (default: the case's own)."""
+        config = config or self.config
+        args = {"n_sink": self.n_sink} if self.n_sink else {}
+        return create_kv_cache(self.name, params, config.n_layer - 1, config, **args)
 
     def reference(self) -> ReferenceCache:
         capacity = self.cache_length if self.evicts else None
-        return ReferenceCache(1 / math.sqrt(D), capacity, self.sinks, self.window, self.softcap)
+        return ReferenceCache(1 / math.sqrt(D), capacity, self.n_sink, self.window, self.softcap)
 
     def tokens(self, T: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         H, G = self.heads
@@ -77,7 +82,7 @@ class Case:
         torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=0 if tolerance < 1e-4 else 0.05)
 
 
-CACHES = [Case("dense-default"), Case("lastrec-default"), Case("lastrec-default", sinks=3)]
+CACHES = [Case("dense-default"), Case("lastrec-default"), Case("lastrec-default", n_sink=3)]
 # with a window, one longer and one shorter than what an evicting cache keeps
 KINDS = [*CACHES, *(dataclasses.replace(case, window=window) for case in CACHES for window in (5, 20))]
 every_cache = pytest.mark.parametrize("case", CACHES, ids=str)

@@ -9,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from litgpt.config import Config
 from litgpt.kvcache import KVCacheParams
-from litgpt.kvcache.factory import create_kv_cache
 from litgpt.kvcache.testing import KV_CACHE_NAMES
 
 from .cases import (
@@ -53,7 +52,7 @@ def test_G1_G3_outputs_are_those_of_masked_attention_however_the_sequence_is_cut
 
 @pytest.mark.parametrize("case", [c for c in KINDS if c.evicts], ids=str)
 def test_G1_nothing_differs_from_a_dense_cache_before_the_first_eviction(case):
-    dense = dataclasses.replace(case, name="dense-default", sinks=0)
+    dense = dataclasses.replace(case, name="dense-default", n_sink=0)
     tokens = case.tokens(SLOTS)
     for cuts in [(SLOTS,), (1,) * SLOTS, (5, 1, 6)]:
         assert torch.equal(feed(case.cache(), tokens, cuts), feed(dense.cache(), tokens, cuts))
@@ -88,7 +87,7 @@ def attended(case, cuts):
     T = sum(cuts)
     config = Config(n_layer=1, n_embd=64, n_head=1, head_size=64, block_size=128, sliding_window_size=case.window)
     params = KVCacheParams.from_config(config, 1, case.cache_length, torch.device("cpu"), torch.float32)
-    cache = create_kv_cache(case.name, config, params, 0, **({"sinks": case.sinks} if case.sinks else {}))
+    cache = case.make(params, config)
     zeros = torch.zeros(1, 1, T, 64)
     output = feed(cache, (zeros, zeros, torch.eye(64)[None, None, :T]), cuts)
     return [set(row.nonzero().flatten().tolist()) for row in output[0]]
@@ -99,7 +98,7 @@ def test_G4_no_query_loses_a_key_to_a_later_token_of_its_own_call(case):
     T = 30
     one_by_one = attended(case, (1,) * T)
     capacity = case.cache_length if case.evicts else None
-    assert one_by_one == [set(visible(p, 1, capacity, case.sinks, case.window)) for p in range(T)]
+    assert one_by_one == [set(visible(p, 1, capacity, case.n_sink, case.window)) for p in range(T)]
     for cuts in [(T,), (1, T - 1), (4, 13, 13), (13, 1, 16), *((T - n, n) for n in (2, 11, 12, 13))]:
         larger = attended(case, cuts)
         assert all(alone <= together for alone, together in zip(one_by_one, larger, strict=True))
@@ -175,7 +174,7 @@ def test_G6_a_second_run_is_bit_identical_to_a_first(case):
 def test_G8_bytes_are_those_allocated_and_never_grow(case):
     for dtype in (torch.float32, torch.bfloat16, None):
         params = dataclasses.replace(case.params(3), dtype=dtype)
-        cache = create_kv_cache(case.name, case.config, params, 1)
+        cache = dataclasses.replace(case, n_sink=0).make(params)
         bits, parts = cache.size_estimate()
 
         def allocated(cache=cache):
@@ -212,7 +211,7 @@ class Sizes(TorchDispatchMode):
 def test_G9_nothing_is_read_back_from_the_device(case):
     """On the meta device there is nothing to read: `item`, `tolist`, `nonzero` or `if tensor` would fail."""
     params = dataclasses.replace(case.params(3), device=torch.device("meta"))
-    cache = create_kv_cache(case.name, case.config, params, 1)
+    cache = dataclasses.replace(case, n_sink=0).make(params)
     tokens = [x.to("meta") for x in case.tokens(30, 3)]
     for cuts in [(30,), (9, 1, 14, 1)]:
         assert feed(cache, tokens, cuts).shape == (3, sum(cuts), case.heads[0] * D)
@@ -347,7 +346,7 @@ def test_G10_a_call_that_fails_midway_leaves_the_cache_empty(case, monkeypatch):
 @every_cache
 def test_G10_sizes_that_cannot_be(case, name, value):
     with pytest.raises(ValueError, match=rf"{name}.*{value}"):
-        create_kv_cache(case.name, case.config, dataclasses.replace(case.params(2), **{name: value}), 1)
+        case.make(dataclasses.replace(case.params(2), **{name: value}))
 
 
 @every_cache

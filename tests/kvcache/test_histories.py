@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from litgpt.config import Config
 from litgpt.kvcache import KVCacheParams
-from litgpt.kvcache.factory import create_kv_cache
+from litgpt.kvcache.testing import create_kv_cache
 
 from .reference import ReferenceCache
 
@@ -18,7 +18,7 @@ ROWS = 3
 
 number = st.integers(0, 99)
 actions = ["prefill", "chunk", "steps", "steps", "some", "join", "crop", "crop", "crop", "fork", "reorder", "load"]
-actions += ["tentative", "tentative", "leave", "extend"]
+actions += ["rewind", "rewind", "leave", "extend"]
 history = st.lists(st.tuples(st.sampled_from(actions), number, number), min_size=3, max_size=12)
 kind = st.tuples(
     st.sampled_from(["dense", "lastrec"]), st.integers(2, 8), st.integers(0, 7), st.sampled_from([None, 1, 2, 3, 5, 9])
@@ -32,11 +32,11 @@ class Pair:
         config = Config(n_layer=1, n_embd=H * D, n_head=H, n_query_groups=G, block_size=64, sliding_window_size=window)
         self.dense = name == "dense"
         params = KVCacheParams.from_config(config, ROWS, 4 * slots if self.dense else slots)
-        arguments = {} if self.dense else {"sinks": sinks % slots}
-        self.new = lambda: create_kv_cache(name, config, params, 0, **arguments)
+        arguments = {} if self.dense else {"n_sink": sinks % slots}
+        self.new = lambda: create_kv_cache(name, params, 0, config, **arguments)
         self.cache = self.new()
         capacity = None if self.dense else slots
-        self.reference = ReferenceCache(1 / math.sqrt(D), capacity, arguments.get("sinks", 0), window)
+        self.reference = ReferenceCache(1 / math.sqrt(D), capacity, arguments.get("n_sink", 0), window)
 
     def tokens(self, batch, T):
         return [torch.randn(batch, heads, T, D) for heads in (H, G, G)]
@@ -83,9 +83,9 @@ class Pair:
             if n == 0:
                 self.reference.rows = []
         elif (
-            action == "tentative"
+            action == "rewind"
         ):  # all but the first token of a call may be taken back, from each row as many as one likes
-            T = min(a % 9 + 1, self.cache.max_tokens_tentative)
+            T = min(a % 9 + 1, 1 + self.cache.max_rewindable_tokens)
             if T > 0 and self.reference.end:
                 self.bring(T)
                 self.rewind([(b + 3 * row) % T for row in range(B)])

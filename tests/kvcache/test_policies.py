@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from litgpt.kvcache.dense import DensePolicy
-from litgpt.kvcache.lastrec import LastRecentPolicy
+from litgpt.kvcache.policies.dense import DensePolicy
+from litgpt.kvcache.policies.lastrec import LastRecentPolicy
 
 from .reference import visible
 
@@ -12,7 +12,7 @@ LONGEST = 23
 POLICIES = [DensePolicy(LONGEST), DensePolicy(1)] + [
     LastRecentPolicy(cache_length, sinks) for cache_length in (1, 2, 5, 8) for sinks in range(min(cache_length, 4))
 ]
-ids = [f"{type(p).__name__}-{p.cache_length}-{p.sinks}" for p in POLICIES]
+ids = [f"{type(p).__name__}-{p.cache_length}-{p.n_sink}" for p in POLICIES]
 every_policy = pytest.mark.parametrize("policy", POLICIES, ids=ids)
 
 
@@ -56,7 +56,7 @@ def test_held_is_what_queries_may_see(policy):
     """The last token of a sequence sees exactly what is held: an evicting cache gives away nothing it could show."""
     for length in range(1, longest(policy) + 1):
         first, last = policy.held(length)
-        assert [*first, *last] == visible(length - 1, capacity=policy.cache_length, sinks=policy.sinks)
+        assert [*first, *last] == visible(length - 1, capacity=policy.cache_length, sinks=policy.n_sink)
 
 
 @every_policy
@@ -64,7 +64,7 @@ def test_held_is_what_queries_may_see(policy):
 def test_crop_limit_is_the_least_length_to_go_back_to(policy, window):
     def exact(length, n):
         """Whether the tokens still stored are all that the query at n sees of those before it."""
-        needed = visible(n, capacity=policy.cache_length, sinks=policy.sinks, window=window)[:-1]
+        needed = visible(n, capacity=policy.cache_length, sinks=policy.n_sink, window=window)[:-1]
         return set(needed) <= set(stored_after(policy, length).values())
 
     for length in range(longest(policy) + 1):
@@ -76,5 +76,5 @@ def test_crop_limit_is_the_least_length_to_go_back_to(policy, window):
 
 @pytest.mark.parametrize(("cache_length", "sinks"), [(4, 4), (4, -1), (1, 1)])
 def test_sinks_leave_room_for_other_tokens(cache_length, sinks):
-    with pytest.raises(ValueError, match=rf"sinks.*{cache_length - 1}.*{sinks}"):
+    with pytest.raises(ValueError, match=rf"n_sink.*{cache_length - 1}.*{sinks}"):
         LastRecentPolicy(cache_length, sinks)

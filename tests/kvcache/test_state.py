@@ -12,8 +12,8 @@ from .reference import visible
 def crop_is_exact(case, length, n):
     """Whether all that the query at n sees of those before it is held after `length` tokens."""
     reference = case.reference()
-    needed = visible(n, 0, reference.capacity, case.sinks, case.window)[:-1]
-    kept = range(length) if reference.capacity is None else visible(length - 1, 0, reference.capacity, case.sinks)
+    needed = visible(n, 0, reference.capacity, case.n_sink, case.window)[:-1]
+    kept = range(length) if reference.capacity is None else visible(length - 1, 0, reference.capacity, case.n_sink)
     return set(needed) <= set(kept)
 
 
@@ -142,7 +142,7 @@ def test_G7_a_state_that_does_not_fit_is_refused(case):
     feed(good, case.tokens(26), (26,))
     for other in CACHES:  # what a policy left in its slots means nothing to another one
         other = dataclasses.replace(other, slots=good.cache_length)
-        if (other.name, other.sinks) != (case.name, case.sinks) and case.evicts:
+        if (other.name, other.n_sink) != (case.name, case.n_sink) and case.evicts:
             cache = other.cache(4)
             with pytest.raises(ValueError, match="LastRecentPolicy.*Policy"):
                 cache.load_state(good.state())

@@ -22,6 +22,7 @@ from litgpt.config import Config
 from litgpt.engine.loading import choose_kv_caches
 from litgpt.generate.base import batched_generate_fn, generate
 from litgpt.generate.tp import tensor_parallel, tensor_parallel_linear
+from litgpt.kvcache import CacheSpec
 from litgpt.model import GPT
 from litgpt.parallel.processes import number_of_processes, run_in_processes
 from litgpt.parallel.tensor import Shard, ShardedGPT, load_shard, shard_model
@@ -111,7 +112,7 @@ def report(rank: int, world_size: int, folder: Path, names: list[str]) -> None:
     model = shard_model(whole_model("llama"), torch.float32, CPU, rank, world_size)
     torch.manual_seed(rank)  # each process has random numbers of its own
     results["drawn"] = run_batch(model)
-    choose_kv_caches(model, "lastrec", 8, 1, sinks=2)
+    choose_kv_caches(model, CacheSpec("lastrec", cache_length=8, n_sink=2))
     results["lastrec"] = generate(model, PROMPT, 20, temperature=0).tolist()
     if world_size == 2:
         results |= with_other_layers(folder / "llama", rank, world_size)
@@ -291,7 +292,7 @@ def test_compiled_decoding_is_one_graph_with_the_same_tokens(two):
 
 def test_a_cache_that_evicts_works_in_parts(two):
     model = whole_model("llama")
-    choose_kv_caches(model, "lastrec", 8, 1, sinks=2)
+    choose_kv_caches(model, CacheSpec("lastrec", cache_length=8, n_sink=2))
     assert two[0]["lastrec"] == two[1]["lastrec"] == generate(model, PROMPT, 20, temperature=0).tolist()
 
 

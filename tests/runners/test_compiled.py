@@ -2,12 +2,11 @@ import shutil
 
 import pytest
 import torch
-from tiny import tiny_gpt
+from tiny import create_kv_caches, tiny_gpt
 from torch._dynamo.utils import counters
 
 from litgpt.engine.prefill import prefill
 from litgpt.generate.base import batched_generate_fn
-from litgpt.kvcache.factory import create_kv_caches
 from litgpt.runners.compiled import compile_decode
 
 pytestmark = [
@@ -29,7 +28,7 @@ def test_compiled_decoding_is_one_graph_for_all_positions_and_runs(kv_cache):
     model.load_state_dict(plain.state_dict())
     if kv_cache == "lastrec":
         for gpt in (plain, model):
-            gpt.assign_kv_caches(create_kv_caches("lastrec", gpt.config, 2, 64, sinks=2))
+            gpt.assign_kv_caches(create_kv_caches("lastrec", gpt.config, 2, 64, n_sink=2))
     torch._dynamo.reset()
     counters.clear()
     compile_decode(model)

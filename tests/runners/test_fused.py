@@ -6,13 +6,12 @@ import weakref
 
 import pytest
 import torch
-from tiny import tiny_gpt
+from tiny import create_kv_caches, tiny_gpt
 from torch import nn
 
 from litgpt.config import Config
 from litgpt.engine.loading import slow_down_decode, speed_up_decode
 from litgpt.kernels import ops
-from litgpt.kvcache.factory import create_kv_caches
 from litgpt.runners import fused
 from litgpt.runners.fused import FusedLayers, fuse_layers
 from litgpt.runners.quantized_weights import quantize_model
@@ -191,7 +190,7 @@ def test_single_tokens_of_many_rows_do_not_have_whole_caches_laid_out():
 @pytest.mark.parametrize("sinks", [0, 3])
 def test_prefill_of_more_tokens_than_an_evicting_cache_holds(sinks):
     model = bf16_gpt()
-    caches = {"name": "lastrec", "cache_length": 8, "sinks": sinks}
+    caches = {"name": "lastrec", "cache_length": 8, "n_sink": sinks}
     expected = run(model, [30, 1, 1, 1], **caches)
     speed_up_decode(model)
     done = count(model)
@@ -226,7 +225,7 @@ def test_rows_one_after_the_other(family):
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_caches_that_evict(sinks):
     model = bf16_gpt()
-    caches = {"name": "lastrec", "cache_length": 8, "sinks": sinks}
+    caches = {"name": "lastrec", "cache_length": 8, "n_sink": sinks}
     calls = [5] + [1] * 20
     expected = run(model, calls, **caches)
     speed_up_decode(model)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_gpt
+from tiny import LLAMA, tiny_gpt
 
+from litgpt import adapter
 from litgpt.train import loss as module
 from litgpt.train.model import TrainingModel
 
@@ -40,9 +41,34 @@ def test_losses_and_gradients_are_those_of_plain_cross_entropy(softcapping, tied
         torch.testing.assert_close(ours[name], plain[name], rtol=1e-10, atol=1e-12)
 
 
-def test_rows_one_after_the_other_are_rows_of_their_own():
+def plain():
+    return tiny_gpt().requires_grad_(True).double()
+
+
+def sliding():
+    windows = {"sliding_window_size": 4, "sliding_window_indices": [1, 0]}
+    return tiny_gpt(**windows).requires_grad_(True).double()
+
+
+def latent():
+    sizes = {"q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    return tiny_gpt(latent_attention=sizes, n_query_groups=4).requires_grad_(True).double()
+
+
+def with_prefixes():
+    model = tiny_gpt().double()
+    config = adapter.Config(**{**LLAMA, "adapter_start_layer": 0})
+    adapter.add_prefixes(model, config)
+    for name, parameter in model.named_parameters():
+        if "gating" in name:
+            torch.nn.init.normal_(parameter)
+    return model.requires_grad_(True)
+
+
+@pytest.mark.parametrize("make", [plain, sliding, latent, with_prefixes])
+def test_rows_one_after_the_other_are_rows_of_their_own(make):
     torch.manual_seed(0)
-    model = tiny_gpt().requires_grad_(True).double()
+    model = make()
     rows = [torch.randint(0, 100, (n,)) for n in (5, 1, 17)]
     labels = [row.roll(-1) for row in rows]
     together = TrainingModel(model)(torch.cat(rows)[None], torch.cat(labels)[None], row_sizes=[5, 1, 17])

@@ -7,13 +7,14 @@ from timing import read_job, read_tokens, report
 
 from litgpt.engine.loading import cache_bytes, choose_kv_caches, make_ready
 from litgpt.engine.prefill import prefill
+from litgpt.kvcache import CacheSpec
 from litgpt.model import GPT
 
 
 def main() -> None:
     job = read_job()
     model = make_ready(job["checkpoint"], "bf16-true", device=torch.device("cpu")).model
-    choose_kv_caches(model, "lastrec", job["slots"])
+    choose_kv_caches(model, CacheSpec("lastrec", cache_length=job["slots"]))
     tokens = torch.tensor(read_tokens(job, job["text"]))
     report(measure_windows(model, tokens, job["slots"], job["start"], job["windows"]))
 

@@ -1,85 +1,15 @@
-"""How the keys and values of a cache are kept."""
+"""Keys and values as they are."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from litgpt.attention import DefaultKeysAndValues, KeysAndValues
 from litgpt.kvcache.base import KVCacheParams
-
-Index = slice | torch.Tensor
-
-
-class Storage(nn.Module, ABC):
-    """Slots for keys and values: B rows x G heads x C slots. Knows nothing of positions or policies."""
-
-    @abstractmethod
-    def set(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor | None) -> None:
-        """Write key and value (B, G, T, D) into `slots`: (T,) for all rows and heads, or (B, T) by row.
-
-        `rows` (B,) names the rows written to (None: the first B).
-        """
-
-    @abstractmethod
-    def get(self, batch: int, slots: Index, rows: torch.Tensor | None = None) -> KeysAndValues:
-        """Keys and values in `slots` (a slice, or (N,) in any order) of `rows` (None: the first `batch`)."""
-
-    def kernel_view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Buffers of keys and values (batch_size, G, C, D) as `litgpt.kernels` reads and writes them; None: it cannot."""
-        return None
-
-    @abstractmethod
-    def select_rows(self, rows: Sequence[int]) -> None:
-        """Row i becomes what row `rows[i]` was."""
-
-    @abstractmethod
-    def state(self, batch: int, used: int) -> dict[str, torch.Tensor]:
-        """What the first `used` slots of the first `batch` rows hold, as it is stored: views of the buffers."""
-
-    def load_state(self, state: Mapping[str, torch.Tensor], batch: int, used: int) -> None:
-        """Take over what `state` gave.
-
-        Raises:
-            ValueError: if it is of another shape or dtype; nothing is changed then.
-        """
-        targets = self.state(batch, used)
-        for name, target in targets.items():
-            found = state.get(name)
-            if found is None or found.shape != target.shape or found.dtype != target.dtype:
-                what = "missing" if found is None else f"{tuple(found.shape)} {found.dtype}"
-                raise ValueError(
-                    f"{name} of the state are {what}, the cache needs {tuple(target.shape)} {target.dtype}"
-                )
-        for name, target in targets.items():
-            target.copy_(state[name])
-
-    @abstractmethod
-    def size_in_bits(self) -> dict[str, int]:
-        """Bits allocated, by part."""
-
-    @classmethod
-    @abstractmethod
-    def size_in_bits_apriori(cls, params: KVCacheParams) -> dict[str, int]:
-        """What `size_in_bits` of a storage with these parameters will be."""
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device: ...
-
-    @property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Of the keys and values that `set` takes and `get` gives."""
+from litgpt.kvcache.storages.base import Index, Storage, register_storage
 
 
-def _take(x: torch.Tensor, row: Index, slots: Index) -> torch.Tensor:
-    if isinstance(slots, slice):  # first, since taking rows copies
-        return x[:, :, slots][row]
-    return x[row][:, :, slots]
-
-
+@register_storage("default")
 class DefaultStorage(Storage):
     """Keys and values as they are, in two tensors (batch_size, G, C, D); or keys alone, if values are parts of them."""
 
@@ -138,8 +68,14 @@ class DefaultStorage(Storage):
 
     @property
     def device(self) -> torch.device:
-        return self._buffers["k"].device
+        return self.k.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._buffers["k"].dtype
+        return self.k.dtype
+
+
+def _take(x: torch.Tensor, row: Index, slots: Index) -> torch.Tensor:
+    if isinstance(slots, slice):  # first, since taking rows copies
+        return x[:, :, slots][row]
+    return x[row][:, :, slots]

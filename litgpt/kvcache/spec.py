@@ -1,0 +1,261 @@
+"""Which cache is meant: policy, storage, length and arguments, from and to what people type."""
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Protocol
+
+import torch
+
+from litgpt.attention import MultiHeadSelfAttention
+from litgpt.config import Config
+from litgpt.kvcache.base import KVCache, KVCacheParams
+from litgpt.kvcache.baselines import DenseKVCache, LastRecentlyInsertedKVCache
+from litgpt.kvcache.policies import POLICIES, Policy, PositionalPolicy
+from litgpt.kvcache.policies.dense import DensePolicy
+from litgpt.kvcache.policies.lastrec import LastRecentPolicy
+from litgpt.kvcache.positional import PositionalKVCache
+from litgpt.kvcache.storages import STORAGES, Storage
+
+WINDOW_SLACK = 64  # slots that a sliding-window layer's cache has beyond its window: `crop` is exact within it
+
+KV_CACHES_OF_KINDS: dict[type[Policy], type[KVCache]] = {PositionalPolicy: PositionalKVCache}
+"""The cache that works with a kind of policy."""
+NAMED_KV_CACHES: dict[type[Policy], type[KVCache]] = {
+    DensePolicy: DenseKVCache,
+    LastRecentPolicy: LastRecentlyInsertedKVCache,
+}
+"""And those that have classes of their own for one policy."""
+
+
+class HasCaches(Protocol):
+    """A model, as far as caches are made for it."""
+
+    config: Config
+    mha: MultiHeadSelfAttention
+    dtype: torch.dtype
+
+    def layer_device(self, block_idx: int) -> torch.device: ...
+
+
+@dataclass(frozen=True, init=False)
+class CacheSpec:
+    """A cache as people ask for it; a value.
+
+    Args:
+        policy: which tokens stay: a name in `POLICIES`, or `my_module:MyPolicy`, a class of one's own, whose module may be in
+            the current folder.
+        storage: how they are kept: a name in `STORAGES`.
+        cache_length: all slots of a row and head (None: the policy's default).
+        args: arguments of the policy or the storage, such as `n_sink`.
+
+    Raises:
+        ValueError: if there is no such policy, storage or argument; it names those that there are.
+    """
+
+    policy: str
+    storage: str
+    cache_length: int | None
+    arguments: tuple[tuple[str, Any], ...]
+
+    def __init__(
+        self, policy: str = "dense", storage: str = "default", cache_length: int | None = None, **args: Any
+    ) -> None:
+        if cache_length is not None and (isinstance(cache_length, bool) or not isinstance(cache_length, int)):
+            raise ValueError(f"cache_length must be a whole number of slots, got {cache_length!r}")
+        values = policy, storage, cache_length, tuple(sorted(args.items()))
+        for field, value in zip(fields(self), values, strict=True):
+            object.__setattr__(self, field.name, value)
+        known = {**self.policy_class.arguments(), **self.storage_class.arguments()}
+        for name in args:
+            if name not in known:
+                has = f"its arguments are {', '.join(known)}" if known else "it has no arguments"
+                raise ValueError(f"the key-value cache {str(self)!r} has no argument {name!r}: {has}")
+
+    @classmethod
+    def parse(cls, text: "str | CacheSpec", cache_length: int | None = None, **args: Any) -> "CacheSpec":
+        """The cache that `policy` or `policy-storage` names; what is a spec already stays as it is, but for what is given."""
+        if isinstance(text, CacheSpec):
+            length = text.cache_length if cache_length is None else cache_length
+            return cls(text.policy, text.storage, length, **{**dict(text.arguments), **args})
+        policy, storage = _split(text)
+        return cls(policy, storage, cache_length, **args)
+
+    def __str__(self) -> str:
+        return self.policy if self.storage == "default" else f"{self.policy}-{self.storage}"
+
+    def __repr__(self) -> str:
+        given = {"cache_length": self.cache_length, **dict(self.arguments)}
+        parts = [repr(self.policy), repr(self.storage), *(f"{name}={value!r}" for name, value in given.items())]
+        return f"CacheSpec({', '.join(parts)})"
+
+    def describe(self) -> dict[str, Any]:
+        """All of it, as numbers and text that JSON can hold."""
+        return {"kv_cache": str(self), "cache_length": self.cache_length, **dict(self.arguments)}
+
+    @property
+    def policy_class(self) -> type[Policy]:
+        return resolve_policy(self.policy)
+
+    @property
+    def storage_class(self) -> type[Storage]:
+        if self.storage not in STORAGES:
+            raise ValueError(f"no cache storage is called {self.storage!r}; there are {', '.join(STORAGES)}")
+        return STORAGES[self.storage]
+
+    @property
+    def evicts(self) -> bool:
+        """Whether a full cache drops tokens to take others."""
+        return self.policy_class.evicts
+
+    def create(
+        self,
+        model: "HasCaches | Config",
+        batch_size: int,
+        device: torch.device | str | Sequence[torch.device] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> list[KVCache]:
+        """Make a cache for every layer.
+
+        A layer with a sliding window has a cache of the window's last tokens and `WINDOW_SLACK` more, whatever the policy,
+        if that takes fewer slots.
+
+        Args:
+            model: whose layers they are for; or its configuration alone.
+            batch_size: most rows.
+            device, dtype: of the buffers; there may be a device for each layer (default: those of the model, or the CPU and
+                torch's default dtype).
+
+        Raises:
+            ValueError: if a cache cannot have that length, those arguments or that storage.
+        """
+        config = model if isinstance(model, Config) else model.config
+        kwargs: dict[str, Any] = {}
+        if not isinstance(model, Config):
+            kwargs["mha"] = model.mha
+            dtype = model.dtype if dtype is None else dtype
+            device = [model.layer_device(i) for i in range(config.n_layer)] if device is None else device
+        length = self.policy_class.default_cache_length(config) if self.cache_length is None else self.cache_length
+        if not 1 <= length <= config.block_size:
+            raise ValueError(f"cache_length must be in 1..{config.block_size}, the model's context, got {length}")
+        devices = device if isinstance(device, (list, tuple)) else [device] * config.n_layer
+        return [
+            self.create_layer(config, batch_size, block_idx, length, devices[block_idx], dtype, **kwargs)
+            for block_idx in range(config.n_layer)
+        ]
+
+    def create_layer(
+        self,
+        config: Config,
+        batch_size: int,
+        block_idx: int,
+        cache_length: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> KVCache:
+        """The cache of one layer, of `cache_length` slots or those of its window. `kwargs` as for the cache's class."""
+        policy = self.layer_policy(config, block_idx, cache_length)
+        device = None if device is None else torch.device(device)
+        params = KVCacheParams.from_config(config, batch_size, policy.cache_length, device, dtype)
+        return make_kv_cache(config, params, policy, block_idx, self.storage_class, self.storage_args, **kwargs)
+
+    def layer_policy(self, config: Config, block_idx: int, cache_length: int) -> Policy:
+        """The policy of one layer: with `cache_length` slots, or that of its window."""
+        window = config.window(block_idx)
+        if window is not None and window + WINDOW_SLACK < cache_length:
+            return LastRecentPolicy(window + WINDOW_SLACK)
+        return self.make_policy(cache_length)
+
+    def make_policy(self, cache_length: int) -> Policy:
+        """The policy for a cache of that many slots."""
+        policy = self.policy_class
+        return policy(cache_length, **self._among(policy.arguments()))
+
+    def size(self, model: "HasCaches | Config", batch_size: int, dtype: torch.dtype | None = None) -> tuple[int, dict]:
+        """Bits that the caches of all layers will take, in total and by part; nothing is allocated."""
+        parts: dict[str, int] = {}
+        for cache in self.create(model, batch_size, torch.device("meta"), dtype):
+            for name, bits in cache.size_estimate()[1].items():
+                parts[name] = parts.get(name, 0) + bits
+        return sum(parts.values()), parts
+
+    @property
+    def storage_args(self) -> dict[str, Any]:
+        """The arguments that are the storage's."""
+        return self._among(self.storage_class.arguments())
+
+    def _among(self, names: Iterable[str]) -> dict[str, Any]:
+        return {name: value for name, value in self.arguments if name in names}
+
+
+def make_kv_cache(
+    config: Config,
+    params: KVCacheParams,
+    policy: Policy,
+    block_idx: int,
+    storage: type[Storage] | None = None,
+    storage_args: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> KVCache:
+    """The cache of a policy and a storage for layer `block_idx`; `kwargs` as for its class."""
+    kind = NAMED_KV_CACHES.get(type(policy)) or next(
+        (cache for kind, cache in KV_CACHES_OF_KINDS.items() if isinstance(policy, kind)), None
+    )
+    if kind is None:
+        kinds = ", ".join(kind.__name__ for kind in KV_CACHES_OF_KINDS)
+        raise ValueError(f"{type(policy).__name__} is of no kind of policy that there are caches for: {kinds}")
+    storage = STORAGES["default"] if storage is None else storage
+    return kind.from_policy(config, params, policy, block_idx, storage=storage, storage_args=storage_args, **kwargs)
+
+
+def resolve_policy(name: str) -> type[Policy]:
+    """The policy that is called `name`, or that `my_module:MyPolicy` imports.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if ":" not in name:
+        if name not in POLICIES:
+            raise ValueError(
+                f"no key-value cache is called {name!r}; the policies are {', '.join(POLICIES)}, and module:Class for one of "
+                "your own"
+            )
+        return POLICIES[name]
+    module_name, _, attribute = name.partition(":")
+    try:
+        policy = getattr(_import(module_name), attribute, None)
+    except ImportError as error:
+        raise ValueError(f"the cache policy {name!r} cannot be imported: {error}") from None
+    if not (isinstance(policy, type) and issubclass(policy, Policy) and is_dataclass(policy)):
+        raise ValueError(f"{attribute!r} of the module {module_name!r} is no cache policy, a class derived from Policy")
+    return policy
+
+
+def _import(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        here = os.getcwd()
+        if error.name != name.partition(".")[0] or here in sys.path:
+            raise
+        sys.path.append(here)  # scripts of installed commands have their own folder there instead
+        importlib.invalidate_caches()
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            sys.path.remove(here)
+            raise
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Policy and storage of `policy-storage`; either may have a dash itself."""
+    parts = text.split("-")
+    for count in range(len(parts), 0, -1):
+        policy, storage = "-".join(parts[:count]), "-".join(parts[count:]) or "default"
+        if (policy in POLICIES or ":" in policy) and storage in STORAGES:
+            return policy, storage
+    policy, _, storage = text.partition("-")
+    return policy, storage or "default"

@@ -1,0 +1,119 @@
+"""How the keys and values of a cache are kept."""
+
+import copy
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from litgpt.attention import KeysAndValues
+from litgpt.kvcache.base import KVCacheParams
+
+Index = slice | torch.Tensor
+
+
+class Storage(nn.Module, ABC):
+    """Slots for keys and values: B rows x G heads x C slots. Knows nothing of positions or policies.
+
+    What it holds is in buffers. Made of `KVCacheParams`, and of keyword arguments of its own.
+    """
+
+    @abstractmethod
+    def set(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor | None) -> None:
+        """Write key and value (B, G, T, D) into `slots`: (T,) for all rows and heads, or (B, T) by row.
+
+        `rows` (B,) names the rows written to (None: the first B).
+        """
+
+    @abstractmethod
+    def get(self, batch: int, slots: Index, rows: torch.Tensor | None = None) -> KeysAndValues:
+        """Keys and values in `slots` (a slice, or (N,) in any order) of `rows` (None: the first `batch`)."""
+
+    def kernel_view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Buffers of keys and values (batch_size, G, C, D) as `litgpt.kernels` reads and writes them; None: it cannot."""
+        return None
+
+    @abstractmethod
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Row i becomes what row `rows[i]` was."""
+
+    @abstractmethod
+    def state(self, batch: int, used: int) -> dict[str, torch.Tensor]:
+        """What the first `used` slots of the first `batch` rows hold, as it is stored: views of the buffers."""
+
+    def load_state(self, state: Mapping[str, torch.Tensor], batch: int, used: int) -> None:
+        """Take over what `state` gave.
+
+        Raises:
+            ValueError: if it is of another shape or dtype; nothing is changed then.
+        """
+        targets = self.state(batch, used)
+        for name, target in targets.items():
+            found = state.get(name)
+            if found is None or found.shape != target.shape or found.dtype != target.dtype:
+                what = "missing" if found is None else f"{tuple(found.shape)} {found.dtype}"
+                raise ValueError(
+                    f"{name} of the state are {what}, the cache needs {tuple(target.shape)} {target.dtype}"
+                )
+        for name, target in targets.items():
+            target.copy_(state[name])
+
+    def empty_copy(self) -> "Storage":
+        """A storage of the same kind and size that holds nothing."""
+        with torch.inference_mode(False):  # the buffers outlive the call that makes them
+            return copy.deepcopy(self, {id(buffer): torch.zeros_like(buffer) for buffer in self.buffers()})
+
+    def detach_writes(self) -> None:
+        """Give the buffers memory of their own, apart from what autograd has saved of them: written to before it was needed
+        in a backward pass, that would be lost."""
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            setattr(self, name, buffer.clone())
+
+    def detach_graph(self) -> None:
+        """Forget how what is stored was computed."""
+        for name, buffer in list(self.named_buffers(recurse=False)):
+            if buffer.requires_grad:
+                setattr(self, name, buffer.detach())
+
+    @classmethod
+    def arguments(cls) -> dict[str, inspect.Parameter]:
+        """The storage's own arguments by name."""
+        _, _, *own = inspect.signature(cls.__init__).parameters.values()
+        return {parameter.name: parameter for parameter in own}
+
+    @abstractmethod
+    def size_in_bits(self) -> dict[str, int]:
+        """Bits allocated, by part."""
+
+    @classmethod
+    @abstractmethod
+    def size_in_bits_apriori(cls, params: KVCacheParams, **arguments: object) -> dict[str, int]:
+        """What `size_in_bits` of a storage with these parameters and arguments will be."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device: ...
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the keys and values that `set` takes and `get` gives."""
+
+
+STORAGES: dict[str, type[Storage]] = {}
+"""Storages by name."""
+
+StorageClass = TypeVar("StorageClass", bound=type[Storage])
+
+
+def register_storage(name: str) -> Callable[[StorageClass], StorageClass]:
+    """Class decorator: the storage can be named from now on, in commands, `CacheSpec` and everything that takes one."""
+
+    def register(storage: StorageClass) -> StorageClass:
+        STORAGES[name] = storage
+        return storage
+
+    return register
