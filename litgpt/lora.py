@@ -223,9 +223,9 @@ class LoRALinear(LoRALayer, WrappedLinear):
             self.lora_magnitude.data.copy_(weight.float().norm(dim=1)[self.lora_rows])
         self._squares = self.fixed_scale = None
 
-    def expanded_B(self) -> torch.Tensor:
-        """B such that `expanded_B() @ lora_A` has the weight's shape."""
-        return self.lora_B
+    def expanded_B(self, B: torch.Tensor | None = None) -> torch.Tensor:
+        """B (default: `lora_B`) such that `expanded_B() @ lora_A` has the weight's shape."""
+        return self.lora_B if B is None else B
 
     def get_lora_AB(self) -> torch.Tensor:
         """What the matrices add to the weight, (O, E)."""
@@ -311,18 +311,20 @@ class LoRAQKVLinear(LoRALinear):
     @property
     def lora_ind(self) -> torch.Tensor:
         """Rows of the weight that have matrices: their numbers in order."""
-        parts = torch.arange(sum(self.part_sizes), device=self.linear.weight.device).split(self.part_sizes)
+        device = self.lora_B.device if self.r > 0 else self.linear.weight.device
+        parts = torch.arange(sum(self.part_sizes), device=device).split(self.part_sizes)
         return torch.cat([part for part, enabled in zip(parts, self.enable_lora, strict=True) if enabled])
 
     @property
     def lora_rows(self) -> torch.Tensor | slice:
         return slice(None) if all(self.enable_lora) else self.lora_ind
 
-    def expanded_B(self) -> torch.Tensor:
+    def expanded_B(self, B: torch.Tensor | None = None) -> torch.Tensor:
         """The parts of B (O, n * r), each in its own rows and in the columns of its own A; zero elsewhere."""
         flags = list(zip(self.part_sizes, self.enable_lora, strict=True))
-        parts = iter(self.lora_B.split(self.qkv_shapes))
-        return torch.block_diag(*(next(parts) if on else self.lora_B.new_empty(size, 0) for size, on in flags))
+        B = self.lora_B if B is None else B
+        parts = iter(B.split(self.qkv_shapes))
+        return torch.block_diag(*(next(parts) if on else B.new_empty(size, 0) for size, on in flags))
 
     def zero_pad(self, x: torch.Tensor) -> torch.Tensor:
         """Values (..., enabled rows) of the rows that have matrices as (..., O), with zeros for the others."""
