@@ -192,6 +192,8 @@ class SFTModule(DataModule):
 
     def split(self, data: Sequence[Mapping[str, Any]], fraction: float) -> tuple[list, list]:
         """Training and validation samples, drawn by `seed`."""
+        if not fraction:
+            return list(data), []
         generator = torch.Generator().manual_seed(self.seed)
         train, val = torch.utils.data.random_split(data, [1.0 - fraction, fraction], generator=generator)
         return list(train), list(val)
