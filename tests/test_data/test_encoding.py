@@ -153,6 +153,14 @@ def test_the_prompt_is_what_the_model_sees_when_it_answers():
         assert found.ids[: spans(found.counted)[-1].start].tolist() == prompt, name
 
 
+def test_an_answer_that_holds_the_end_token_is_learned_to_its_own_end():
+    tokenizer = tokenizer_of(*TEMPLATES["chatml"][:3])
+    talk = [TALK[0], {"role": "assistant", "content": "It ends with <|im_end|>, see?"}]
+    found = encode_sample({"messages": talk}, tokenizer, ChatTemplate.from_tokenizer(tokenizer))
+    (span,) = spans(found.counted)
+    assert text_of(tokenizer, found.ids[span]) == "It ends with <|im_end|>, see?<|im_end|>"
+
+
 def test_styles_without_messages_encode_answers_apart_and_end_each():
     tokenizer = tiny_tokenizer()
     found = encode_sample({"messages": TALK}, tokenizer, PromptStyle.from_name("alpaca"))

@@ -99,6 +99,17 @@ def test_tokens_are_made_once_and_again_when_a_file_changes(folder, monkeypatch)
     assert [file for file in (folder / "train").glob("tokens-*.bin") if file == made] == []
 
 
+def test_what_changes_the_tokens_makes_the_file_stale(tmp_path):
+    file, tokenizer = tmp_path / "a.txt", tiny_tokenizer()
+    file.write_text("Text.")
+    digests = {tokens.files_digest([file], tokenizer), tokens.files_digest([file], tokenizer, eos=True)}
+    tokenizer_2 = tiny_tokenizer()
+    tokenizer_2.use_bos = True
+    digests.add(tokens.files_digest([file], tokenizer_2))
+    os.utime(file, ns=(1, 1))  # changed, at the same length
+    assert len({*digests, tokens.files_digest([file], tokenizer)}) == 4
+
+
 def test_long_texts_are_encoded_in_pieces_without_a_loss(tmp_path, monkeypatch):
     text = "\n\n".join(f"Line {i}\nand more" for i in range(300))
     (tmp_path / "a.txt").write_text(text)

@@ -12,7 +12,7 @@ from litgpt.train.batches import PackedBatchSampler, as_rows, pack
 from litgpt.train.loss import IGNORE_INDEX
 from litgpt.train.model import TrainingModel
 
-LENGTHS = [random.Random(1).randint(1, 60) for _ in range(200)]
+LENGTHS = random.Random(1).choices(range(1, 61), k=200)
 
 
 def connected(samples, pack, batch_size=2, limit=160, shuffle=True):
@@ -56,7 +56,7 @@ def test_no_samples_make_no_batches():
 
 
 def test_packing_a_large_set_takes_no_time():
-    lengths = [random.Random(2).randint(10, 500) for _ in range(1)] * 50_000 + LENGTHS * 250
+    lengths = random.Random(2).choices(range(10, 500), k=100_000)
     assert len(pack(lengths, 1024)) > 1000
 
 
