@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from litgpt.atomic_file import replacing
+from litgpt.settings import IS_LFS_POINTER, LFS_POINTER
 
 GetTensor = Callable[[str], torch.Tensor]
 _DTYPES = {
@@ -67,13 +68,10 @@ def refuse_lfs_pointer(path: Path) -> None:
     """Raises `ValueError` if a file is what Git leaves in the place of a large file that was not fetched."""
     with open(path, "rb") as file:
         begin = file.read(200)
-    if begin.startswith(b"version https://git-lfs.github.com/spec/"):
+    if begin.startswith(LFS_POINTER.encode()):
         size = re.search(rb"size (\d+)", begin)
         about = f" of {int(size[1]):,} bytes" if size else ""
-        raise ValueError(
-            f"{path} is a Git LFS pointer, not the file{about} that it stands for: run `git lfs pull` in its folder, or "
-            "download the file again"
-        )
+        raise ValueError(f"{path} {IS_LFS_POINTER.format(about)}")
 
 
 def _open_mapped(path: Path) -> tuple[list[str], GetTensor]:
