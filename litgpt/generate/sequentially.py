@@ -62,9 +62,8 @@ def replace_device(module: nn.Module, replace: torch.device, by: torch.device) -
         tensors = [*submodule.named_parameters(recurse=False), *submodule.named_buffers(recurse=False)]
         found = {tensor.device for _, tensor in tensors}
         if len(found) > 1:
-            raise ValueError(
-                f"Found multiple devices for {name or type(module).__name__!r}: {', '.join(map(str, found))}"
-            )
+            places = {f"{name}.{key}".lstrip("."): tensor.device for key, tensor in tensors}
+            raise ValueError(f"Found multiple devices: {places}")
         if found == {torch.device(replace)}:
             submodule._apply(lambda tensor: tensor.to(by), recurse=False)  # `to` would move the children too
     return module

@@ -1,15 +1,20 @@
 """Caches that are made elsewhere, with the methods of LitGPT's pull request 2061 and no others."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
-from tiny import greedy_without_caches, tiny_gpt
+from tiny import VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
+from litgpt.api import LLM, Preprocessor
 from litgpt.attention import DefaultKeysAndValues
 from litgpt.engine.prefill import prefill
 from litgpt.engine.session import Session
 from litgpt.generate.base import generate
 from litgpt.kvcache import DefaultKVCache, KVCache
 from litgpt.kvcache.layers import LayerCaches
+from litgpt.prompts import Default
 
 PROMPT = torch.arange(3, 33)
 
@@ -126,6 +131,17 @@ def test_it_generates_for_one_row_again_and_again(kind):
         assert found[len(prompt) :].tolist() == greedy_without_caches(tiny_like(model), prompt, 20).tolist()
 
 
+@pytest.mark.parametrize("kind", [Elsewhere, Prefilled])
+def test_llm_generates_and_streams_with_it(kind):
+    llm = LLM(tiny_gpt(**VOCABULARY), Preprocessor(tiny_tokenizer()), Default())
+    expected = llm.generate("Hello", max_new_tokens=20, temperature=0)
+    llm.model.clear_kv_caches()
+    llm.model.assign_kv_caches(kind(llm.model.config, 1, 80, i) for i in range(llm.model.config.n_layer))
+    assert llm.generate("Hello", max_new_tokens=20, temperature=0) == expected
+    assert "".join(llm.generate("Hello", max_new_tokens=20, temperature=0, stream=True)) == expected
+    assert isinstance(llm.model.kv_caches()[0], kind)
+
+
 def tiny_like(model):
     other = tiny_gpt()
     other.load_state_dict(model.state_dict())
@@ -204,6 +220,52 @@ def test_a_session_runs_with_it_and_cannot_be_saved(tmp_path):
     assert answer == greedy_without_caches(model, PROMPT, 8).tolist()
     with pytest.raises(ValueError, match="Elsewhere cannot give its state"):
         session.save(tmp_path / "s")
+
+
+class Foreign(torch.nn.Module):
+    """A cache with the methods of keys_values: it keeps the last tokens, counts them itself, and a call that brings more
+    than fill it up, or replace all of it but one when it is full, is an error."""
+
+    def __init__(self, config, batch_size, cache_length, block_idx):
+        super().__init__()
+        self.inner = Elsewhere(config, batch_size, cache_length, block_idx)
+        self.max_batch_size, self.cache_length, self.block_idx = batch_size, cache_length, block_idx
+        self.head_size, self.dtype, self.device = config.head_size, None, None
+        self.reset()
+
+    def reset(self):
+        self.input_pos = 0
+
+    @property
+    def max_prefill_length(self):
+        return self.cache_length - 2
+
+    def max_forward_length(self):
+        assert self.input_pos
+        free = self.cache_length - self.input_pos
+        return free if free > 0 else self.cache_length - 1
+
+    def forward(self, query, key, value, token_idx):
+        limit = self.max_forward_length() if self.input_pos else self.max_prefill_length
+        assert key.shape[2] <= limit
+        y = self.inner(query, key, value, token_idx, self.input_pos)
+        self.input_pos += key.shape[2]
+        return y
+
+
+@pytest.mark.parametrize("cache_length", [80, 11])
+def test_the_tutorials_adapter_takes_caches_of_another_contract(cache_length):
+    text = (Path(__file__).parents[2] / "tutorials" / "cache_policies.md").read_text("utf-8")
+    (code,) = re.findall(r"^```python\n([^`]*class Adapted\(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    exec(code, names := {})
+    model = tiny_gpt()
+    model.assign_kv_caches(
+        names["Adapted"](model.config, Foreign(model.config, 1, cache_length, i)) for i in range(model.config.n_layer)
+    )
+    found = [generate(model, PROMPT, 60, temperature=0) for _ in range(2)]
+    assert found[0].tolist() == found[1].tolist()
+    if cache_length > 60:
+        assert found[0][len(PROMPT) :].tolist() == greedy_without_caches(tiny_like(model), PROMPT, 30).tolist()
 
 
 def test_what_is_no_cache_is_refused():
