@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from functools import partial
+from functools import partial, wraps
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -341,6 +342,9 @@ class Config:
             ) from None
 
 
+Config.__new__ = wraps(Config.__init__)(Config.__new__)  # whoever reads signatures, as the command line, sees fields
+
+
 def unmet(field: str, value: Any, null: bool = True) -> str | None:
     """What a field of `Config` would have to be, where a value is not of its type or in its range; `None` where it is.
 
@@ -351,7 +355,7 @@ def unmet(field: str, value: Any, null: bool = True) -> str | None:
         kind = list | None  # `check_indicator_and_length` tells more
     if not fits(value, kind) or (value is None and not null):
         return described(kind).removesuffix("" if null else " or null")
-    if not fits(value, float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         return None
     if field in _MAY_BE_ZERO:
         if value < 0:

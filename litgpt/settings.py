@@ -10,6 +10,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
+from litgpt.git_lfs import refuse_lfs_pointer
+
 LARGEST = 2**31 - 1  # of whole numbers: sizes beyond it fit no memory
 _MISSING: Any = object()
 _KINDS = {
@@ -193,6 +195,7 @@ def read_json(path: str | Path, repair: bool = False) -> dict[str, Any]:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         values = _repaired(text) if repair else None
+        refuse_lfs_pointer(path)
         if values is None:
             reason = "its lists or objects are nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise ValueError(f"{path} is not valid JSON: {reason[:200]}") from None

@@ -4,7 +4,7 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,8 @@ import torch
 
 from litgpt.atomic_file import replacing
 from litgpt.git_lfs import refuse_lfs_pointer
-from litgpt.settings import read_json
-from litgpt.standard_streams import check_text
+from litgpt.settings import LARGEST, Settings, fits, read_json
+from litgpt.standard_streams import check_text, is_text
 
 if TYPE_CHECKING:
     import tokenizers
@@ -96,6 +96,11 @@ class Tokenizer:
         return self._backend.vocab_size
 
     @property
+    def n_tokens(self) -> int:
+        """All entries, tokens added to the base vocabulary included."""
+        return self._backend.n_tokens
+
+    @property
     def bos_token(self) -> str | None:
         return None if self.bos_id is None else self._backend.id_to_token(self.bos_id)
 
@@ -148,7 +153,19 @@ class Tokenizer:
         Raises `ValueError` for half of a surrogate pair in `string`, and when BOS or EOS is asked for and the tokenizer has none.
         """
         check_text("the text", string)
-        ids = self._backend.encode(string)
+        ids = self._with_ends(self._backend.encode(string), bos, eos)
+        if max_length > 0:
+            ids = ids[:max_length]
+        return torch.tensor(ids, dtype=torch.int, device=device)
+
+    def encode_batch(self, requests: Sequence[tuple[str, bool | None, bool]]) -> list[list[int]]:
+        """As `encode`, for many texts on all cores: token ids of each (text, bos, eos)."""
+        for text, _, _ in requests:
+            check_text("the text", text)
+        many = self._backend.encode_batch([text for text, _, _ in requests])
+        return [self._with_ends(ids, bos, eos) for ids, (_, bos, eos) in zip(many, requests, strict=True)]
+
+    def _with_ends(self, ids: list[int], bos: bool | None, eos: bool) -> list[int]:
         if self.use_bos if bos is None else bos:
             if self.bos_id is None:
                 raise ValueError("bos=True, but this tokenizer defines no BOS token")
@@ -159,9 +176,7 @@ class Tokenizer:
                 raise ValueError("eos=True, but this tokenizer defines no EOS token")
             if ids[-1:] != [self.eos_id]:
                 ids = [*ids, self.eos_id]
-        if max_length > 0:
-            ids = ids[:max_length]
-        return torch.tensor(ids, dtype=torch.int, device=device)
+        return ids
 
     def decode(self, tensor: torch.Tensor | list[int]) -> str:
         """The text of token ids, special tokens left out; ids outside the vocabulary stand for nothing."""
@@ -246,7 +261,7 @@ class Tokenizer:
         """The id of `bos` or `eos` by `tokenizer_config.json`, else by the SentencePiece model itself."""
         token = self._config.get(f"{which}_token")
         token = token.get("content") if isinstance(token, dict) else token
-        token_id = self._backend.token_to_id(token) if isinstance(token, str) else None
+        token_id = self._backend.token_to_id(token) if isinstance(token, str) and is_text(token) else None
         return self._backend.own_id(which) if token_id is None else token_id
 
 
@@ -261,6 +276,7 @@ class _HuggingFace:
         processor.no_padding()
         self.processor = processor
         self.vocab_size: int = processor.get_vocab_size(with_added_tokens=False)
+        self.n_tokens: int = processor.get_vocab_size()
         self._special = {i for i, token in processor.get_added_tokens_decoder().items() if token.special}
         decoder = {} if processor.decoder is None else json.loads(processor.decoder.__getstate__())
         steps = {step["type"]: step for step in decoder.get("decoders", [decoder]) if step}
@@ -276,12 +292,18 @@ class _HuggingFace:
 
         refuse_lfs_pointer(path)
         try:
-            return cls(Processor.from_file(str(path)))
+            return cls(Processor.from_str(path.read_bytes().decode("utf-8-sig")))
         except Exception as error:  # the library raises bare `Exception`
             raise ValueError(f"{path} is not a tokenizer that can be read: {_one_line(error)}") from None
 
     def encode(self, text: str) -> list[int]:
-        return self.processor.encode(text, add_special_tokens=False).ids
+        try:
+            return self.processor.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare `Exception`
+            raise ValueError(f"the tokenizer cannot encode the text: {_one_line(error)}") from None
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [found.ids for found in self.processor.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids, skip_special_tokens=True)
@@ -337,7 +359,7 @@ class _SentencePiece:
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
-        self.vocab_size: int = processor.vocab_size()
+        self.vocab_size = self.n_tokens = processor.vocab_size()
         control = {i: processor.id_to_piece(i) for i in range(self.vocab_size) if processor.is_control(i)}
         self._control = {token: i for i, token in control.items()}
         self._split = re.compile(f"({'|'.join(map(re.escape, self._control))})") if control else None
@@ -361,6 +383,9 @@ class _SentencePiece:
         parts = [text] if self._split is None else self._split.split(text)
         ids = ([self._control[p]] if p in self._control else self.processor.encode(p) for p in parts if p)
         return [i for part in ids for i in part]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode([i for i in ids if 0 <= i < self.vocab_size])
@@ -420,8 +445,8 @@ def _to_list(tokens: torch.Tensor | list[int] | int) -> list[int]:
 
 
 def _ids(value: Any) -> list[int]:
-    """`bos_token_id` and `eos_token_id` of configs are missing, one id, or a list of ids."""
-    return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+    """`bos_token_id` and `eos_token_id` of configs are missing, one id, or a list of ids; what is none stands for nothing."""
+    return [i for i in (value if isinstance(value, list) else [value]) if fits(i, int) and 0 <= i <= LARGEST]
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
@@ -431,11 +456,19 @@ def _read_optional(path: Path) -> dict[str, Any]:
 def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """The Jinja template of a checkpoint folder, wherever the generations of `transformers` have put it."""
     if (path := folder / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template") or _read_optional(folder / "chat_template.json").get("chat_template")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not text in UTF-8: byte {error.start}") from None
+    name = "tokenizer_config.json" if config.get("chat_template") else "chat_template.json"
+    values = config if config.get("chat_template") else _read_optional(folder / name)
+    settings = Settings(values, str(folder / name))
+    template = settings.value("chat_template", str | list[dict] | None, None)
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry.get("name"), str)}
         template = named.get("default", next(iter(named.values()), None))
+        if not isinstance(template, str | None):
+            raise settings.error("chat_template", "must be a text, or a list of a name and a template each")
     return template
 
 

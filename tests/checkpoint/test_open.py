@@ -347,3 +347,9 @@ def test_weights_that_are_no_floating_point_numbers_are_named(dtype, hf_folder):
     save_file(weights | {name: weights[name].to(dtype)}, hf_folder / "model.safetensors")
     with pytest.raises(ValueError, match=f"attn.qkv.weight of {str(dtype)[6:]}"):
         load_model(hf_folder)
+
+
+def test_what_an_interrupted_command_has_left_is_called_incomplete(lit_folder):
+    (lit_folder / "lit_model.pth").unlink()
+    with pytest.raises(FileNotFoundError, match="is incomplete: it holds model_config.yaml but no weights"):
+        open_checkpoint(lit_folder)
