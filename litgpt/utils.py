@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import math
 import os
 import random
 import re
@@ -29,6 +28,7 @@ from litgpt.checkpoint.validation import estimate_model_memory as estimate_model
 from litgpt.constants import _BITANDBYTES_AVAILABLE_NOT_EQUAL_0_42_0 as _BITANDBYTES_AVAILABLE_NOT_EQUAL_0_42_0
 from litgpt.indexing import batched_index_select as batched_index_select
 from litgpt.parallel.links import check_nvlink_connectivity as check_nvlink_connectivity
+from litgpt.runners.quantized_weights import num_parameters as num_parameters
 from litgpt.scripts.validate import validate_checkpoint as validate_checkpoint
 
 # -- folders
@@ -132,13 +132,6 @@ def fix_and_load_json(s: str) -> Any:
 
 
 # -- parameters and weights
-
-
-def num_parameters(module: nn.Module, requires_grad: bool | None = None) -> int:
-    """Numbers in the parameters of a module (with `requires_grad`: in those that are, or are not, trained)."""
-    wanted = [p for p in module.parameters() if requires_grad is None or p.requires_grad == requires_grad]
-    # a parameter of bitsandbytes holds several numbers in a byte
-    return sum(math.prod(p.quant_state.shape) if hasattr(p, "quant_state") else p.numel() for p in wanted)
 
 
 def reset_parameters(module: nn.Module) -> None:

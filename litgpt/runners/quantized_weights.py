@@ -12,6 +12,7 @@ Letters: N outputs and K inputs of a layer.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -482,3 +483,10 @@ def _bnb_linear(linear: nn.Linear, mode: str) -> nn.Module:
         layer.weight = bnb.nn.Params4bit(linear.weight.detach(), requires_grad=False, **settings)
     layer.bias = linear.bias
     return layer.to("cuda")
+
+
+def num_parameters(module: nn.Module, requires_grad: bool | None = None) -> int:
+    """Numbers in the parameters of a module (with `requires_grad`: in those that are, or are not, trained)."""
+    chosen = [p for p in module.parameters() if requires_grad is None or p.requires_grad == requires_grad]
+    # a parameter of bitsandbytes holds several numbers in a byte
+    return sum(math.prod(p.quant_state.shape) if hasattr(p, "quant_state") else p.numel() for p in chosen)

@@ -12,8 +12,7 @@ from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from litgpt.model import GPT, Block
-from litgpt.runners.quantized_weights import QuantizedLinear
-from litgpt.utils import num_parameters
+from litgpt.runners.quantized_weights import QuantizedLinear, num_parameters
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 Strategy = Literal["auto", "ddp", "fsdp"]
