@@ -6,9 +6,12 @@ import math
 import os
 import random
 import re
+import signal
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -262,6 +265,158 @@ def instantiate_torch_optimizer(
     kind = getattr(import_module(module or "torch.optim"), name)
     known = inspect.signature(kind).parameters
     return kind(model_parameters, **{**given, **{key: value for key, value in kwargs.items() if key in known}})
+
+
+def instantiate_bnb_optimizer(
+    optimizer: str | dict[str, Any], model_parameters: Iterable, **kwargs: Any
+) -> torch.optim.Optimizer:
+    """The paged AdamW of bitsandbytes, for quantised training, in place of the AdamW that `optimizer` names."""
+    path, given = (optimizer, {}) if isinstance(optimizer, str) else (optimizer["class_path"], optimizer["init_args"])
+    if path.rpartition(".")[2] != "AdamW":
+        raise ValueError(f"training with bitsandbytes only supports the AdamW optimizer, got {path!r}")
+    import bitsandbytes
+
+    kind = bitsandbytes.optim.PagedAdamW
+    return kind(model_parameters, **{k: x for k, x in {**kwargs, **given}.items() if k in get_argument_names(kind)})
+
+
+def choose_logger(
+    logger_name: str,
+    out_dir: Path,
+    name: str,
+    log_interval: int = 1,
+    log_args: dict | None = None,
+    resume: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A logger of Lightning: csv, tensorboard, wandb or mlflow. `kwargs` are accepted for scripts written for LitGPT."""
+    from litgpt.args import LogArgs
+    from litgpt.train.setting import make_logger
+
+    if logger_name not in ("csv", "tensorboard", "wandb", "mlflow"):
+        raise ValueError(
+            f"`--logger_name={logger_name}` is not a valid option. It is csv, tensorboard, wandb or mlflow."
+        )
+    return make_logger(logger_name, Path(out_dir), name, log_interval, LogArgs(**(log_args or {})), bool(resume))
+
+
+def load_checkpoint(fabric: Any, model: nn.Module, checkpoint_path: Path, strict: bool = True) -> None:
+    """Give a model, which `fabric` may have divided among processes, the weights of a LitGPT file."""
+    state = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
+    load_from_full_model_state_dict(model, state.get("model", state), fabric.device, strict)
+
+
+def load_checkpoint_update(
+    fabric: Any, adapter_path: Path, model: nn.Module, checkpoint_path: Path, strict: bool = True
+) -> None:
+    """As `load_checkpoint`, with the weights of a second file, of an adapter or LoRA, besides."""
+    state = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
+    more = torch.load(adapter_path, map_location="cpu", mmap=True, weights_only=True)
+    state = state.get("model", state) | more.get("model", more)
+    load_from_full_model_state_dict(model, state, fabric.device, strict)
+
+
+def load_from_full_model_state_dict(
+    model: nn.Module, full_sd: dict[str, Any], device: torch.device, strict: bool = False, cpu_offload: bool = False
+) -> Any:
+    """Give a model weights that are whole, of which it may have parts only. Returns the keys that do not fit."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        return model.load_state_dict(full_sd, strict=strict)
+    options = StateDictOptions(full_state_dict=True, strict=strict, cpu_offload=cpu_offload)
+    return set_model_state_dict(model, full_sd, options=options)
+
+
+def save_hyperparameters(function: Any, checkpoint_dir: Path, known_commands: Any = None) -> None:
+    """Write the options of the command line as `function` takes them into `hyperparameters.yaml`."""
+    import yaml
+
+    from litgpt.__main__ import COMMANDS, parse
+    from litgpt.train.setting import plain
+
+    args = sys.argv[1:]
+    name = args[0] if args and args[0] in COMMANDS else function.__name__
+    values = parse(name, function, args[args[:1] == [name] :])
+    values = {key: plain(value) for key, value in values.items() if value is not None}
+    (Path(checkpoint_dir) / "hyperparameters.yaml").write_text(yaml.safe_dump(values, sort_keys=False), "utf-8")
+
+
+def create_finetuning_performance_report(
+    training_time: float, token_counts: Mapping[str, Any], device_type: str
+) -> str:
+    """The counts and speed of a fine-tuning as a table; `token_counts` are tensors by name, as LoRA's `fit` gives them."""
+    counts = {name: int(torch.as_tensor(value).sum()) for name, value in token_counts.items()}
+    total = counts.get("raw_tokens_plus_prompt_template_and_padding", 0)
+    rows = [f"{name.replace('_', ' ').capitalize()}: {count}" for name, count in counts.items()]
+    rows += [f"Training Time: {training_time:.2f} s", f"Tok/sec: {total / max(training_time, 1e-9):.2f} tok/s"]
+    if device_type == "cuda":
+        rows.append(f"Memory Used: {torch.cuda.max_memory_allocated() / 1e9:.02f} GB")
+    line = "| " + "-" * 53
+    return "\n".join([line, *(f"| - {row}" for row in rows), line])
+
+
+def flops_per_param(max_seq_length: int, n_layer: int, n_embd: int, n_params: int) -> int:
+    """Floating-point operations of a forward pass over a sequence: two a parameter and token, and the attention's."""
+    return (2 * n_params + n_layer * 2 * 2 * n_embd * max_seq_length) * max_seq_length
+
+
+def estimate_flops(model: nn.Module, training: bool) -> int:
+    """Floating-point operations for a sequence as long as the model takes. A backward pass counts as two forward ones, and
+    as one for parameters that are not trained."""
+    config, length = model.config, model.max_seq_length
+    counts = (
+        (num_parameters(model, requires_grad=True), 3 if training else 1),
+        (
+            num_parameters(model, requires_grad=False),
+            2 if training else 1,
+        ),
+    )
+    return sum(times * flops_per_param(length, config.n_layer, config.n_embd, n) for n, times in counts if n)
+
+
+def check_nvlink_connectivity(fabric: Any = None) -> None:
+    """Say whether the GPUs of this machine are linked directly (NVLink or XGMI), and if not, that it will be slow."""
+    say = print if fabric is None else fabric.print
+    if not torch.cuda.is_available():
+        say("No GPUs available")
+        return
+    name = torch.cuda.get_device_properties(0).name
+    if "nvidia" in name.lower():
+        command, link, mark = ["nvidia-smi", "topo", "-m"], "NVLink", "NV"
+    elif "amd" in name.lower():
+        command, link, mark = ["rocm-smi", "--showtopotype"], "XGMI", "XGMI"
+    else:
+        say(f"Unrecognized GPU vendor: {name}")
+        return
+    try:
+        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    except OSError as error:
+        say(f"{command[0]} cannot tell how the GPUs are connected: {error}")
+        return
+    if answer.returncode != 0:
+        say(f"{command[0]} cannot tell how the GPUs are connected")
+        return
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).split() for line in answer.stdout.splitlines()]
+    rows = [line[1:] for line in lines if line and re.fullmatch(r"GPU\d+", line[0]) and line[1:2] != ["GPU1"]]
+    links = [cell for i, row in enumerate(rows) for j, cell in enumerate(row[: len(rows)]) if i != j]
+    if all(cell.startswith(mark) for cell in links):
+        say(f"All GPUs are fully connected via {link}.")
+    else:
+        say(
+            f"Warning: Not all GPUs are fully connected via {link}. Some GPUs are connected via slower interfaces. "
+            "It is recommended to switch to a different machine with faster GPU connections for optimal multi-GPU "
+            "training performance."
+        )
+
+
+def kill_process_tree(pid: int) -> None:
+    """End a process and all that it started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    for child in children.read_text().split() if children.is_file() else ():
+        kill_process_tree(int(child))
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def select_sft_generate_example(eval: Any, data: Any) -> str:
