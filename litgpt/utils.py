@@ -422,7 +422,8 @@ def kill_process_tree(pid: int) -> None:
 def select_sft_generate_example(eval: Any, data: Any) -> str:
     """The instruction that training answers now and then: `eval.evaluate_example` is "first", "random", or an index, in the
     test data or, where that is too short, in the training data."""
-    index, sets = eval.evaluate_example, (data.test_dataset.data, data.train_dataset.data)
+    tests = data.test_dataset if hasattr(data, "test_dataset") else data.val_dataset
+    index, sets = eval.evaluate_example, (tests.data, data.train_dataset.data)
     if index == "first":
         index = 0
     elif index == "random":
