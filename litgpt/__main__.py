@@ -85,6 +85,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "validate": ("litgpt.scripts.validate:validate_setup", "Check a checkpoint, and tell how much memory it needs."),
 }
 
+
+def __getattr__(name: str) -> dict[str, Callable[..., Any]]:
+    """`PARSER_DATA`, LitGPT's table of commands: name -> function."""
+    if name != "PARSER_DATA":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    places = {command: place.split(":") for command, (place, _) in COMMANDS.items()}
+    return {command: getattr(import_module(module), function) for command, (module, function) in places.items()}
+
+
 _FLAGS = ("-h", "--help", "--print_config")
 
 

@@ -355,18 +355,18 @@ class LLM(nn.Module):
             frequency_penalty,
             logit_bias,
             seed,
-            tuple(logits_processors),
+            logits_processors,
         )
         drafter = None if prompt_lookup is None else PromptLookup(whole_number("prompt_lookup", prompt_lookup))
         device = self.model.transformer.wte.weight.device
         encoded: dict[str, torch.Tensor] = {}
         for one in prompts:
-            if str(one) not in encoded:
-                encoded[str(one)] = self._text_to_token_ids(one, sys_prompt).to(device)
+            if repr(one) not in encoded:  # of a text with its quotes: it may spell a list of messages
+                encoded[repr(one)] = self._text_to_token_ids(one, sys_prompt).to(device)
         stops = all_stop_tokens(self.tokenizer, self.prompt_style)
         sequences = [
             Sequence(
-                encoded[str(one)],
+                encoded[repr(one)],
                 max_new_tokens,
                 sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + i),
                 stops,
@@ -544,6 +544,10 @@ class LLM(nn.Module):
     def load_state_dict(self, state_dict: dict[str, torch.Tensor], strict: bool = True) -> Any:
         self._for_training()
         return self.model.load_state_dict(state_dict, strict=strict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles have: not the last call's engine, which has a lock."""
+        return {**self.__dict__, "_engine": None}
 
     def _apply(self, *args: Any, **kwargs: Any) -> "LLM":
         """What `to`, `cuda`, `float` and so on call."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import wraps
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -354,7 +355,7 @@ def unmet(field: str, value: Any, null: bool = True) -> str | None:
         kind = list | None  # `check_indicator_and_length` tells more
     if not fits(value, kind) or (value is None and not null):
         return described(kind).removesuffix("" if null else " or null")
-    if not fits(value, float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         return None
     if field in _MAY_BE_ZERO:
         if value < 0:

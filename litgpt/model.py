@@ -266,7 +266,7 @@ class GPT(nn.Module):
         if not 1 <= value <= self.config.block_size:
             raise ValueError(f"max_seq_length must be in 1..{self.config.block_size} (block_size), got {value}")
         self._max_seq_length = value
-        if value > self.rope_cache_length():
+        if value > self.rope_table.length:
             self.rope_table.cover(value, self.device)
 
     @property
@@ -280,15 +280,23 @@ class GPT(nn.Module):
         self.rope_table.cover(self.max_seq_length, self.device)
         return self.rope_table.cos
 
+    @cos.setter
+    def cos(self, value: torch.Tensor) -> None:
+        self.rope_table.cos = value
+
     @property
     def sin(self) -> torch.Tensor:
         """RoPE's sines of at least `max_seq_length` positions, float32."""
         self.rope_table.cover(self.max_seq_length, self.device)
         return self.rope_table.sin
 
+    @sin.setter
+    def sin(self, value: torch.Tensor) -> None:
+        self.rope_table.sin = value
+
     def rope_cache_length(self) -> int:
-        """Positions that the RoPE table covers. It grows when needed."""
-        return self.rope_table.length
+        """Elements of a head that RoPE rotates: the columns of `cos`, as LitGPT's `set_kv_cache` wants them."""
+        return self.config.rope_n_elem
 
     def rope_cache(self, seq_len: int | None = None, device: torch.device | None = None) -> Rope:
         """Cosines and sines of `seq_len` positions (default: `max_seq_length`), as `build_rope_cache` makes them."""
@@ -332,7 +340,9 @@ class GPT(nn.Module):
         """
         if self.caches.caches:
             raise ValueError("key-value caches are assigned already; call clear_kv_caches(assigned=True) first")
-        self.exchange_kv_caches(LayerCaches.assigned(kv_caches, self.config))
+        caches = LayerCaches.assigned(kv_caches, self.config)
+        caches.expected_length = self.caches.expected_length
+        self.exchange_kv_caches(caches)
 
     def set_kv_caches(
         self, batch_size: int, dtype: torch.dtype | None = None, max_seq_length: int | None = None

@@ -190,7 +190,7 @@ def build_rope_cache(
     """
     exponents = torch.arange(0, n_elem, 2, device=device).float() / max(n_elem, 1)
     theta = 1.0 / base**exponents
-    scale = 1.0
+    scale: float | torch.Tensor = 1.0
     if extra_config is not None:
         if long is None:
             long = seq_len > extra_config.get("original_max_seq_len", seq_len)
@@ -198,6 +198,7 @@ def build_rope_cache(
         scale = attention_factor(extra_config)
     if rope_local_base_freq is not None:
         theta = torch.stack((theta, 1.0 / rope_local_base_freq**exponents), dim=-1)
+        scale = torch.tensor([scale, 1.0], device=device)  # the layers with a window have no scaling
     positions = torch.arange(seq_len, device=device).float() / condense_ratio
     angles = positions.view(-1, *[1] * theta.ndim) * theta
     angles = torch.cat((angles, angles), dim=1)

@@ -11,6 +11,8 @@ from types import UnionType
 from typing import Any, get_args, get_origin
 
 LARGEST = 2**31 - 1  # of whole numbers: sizes beyond it fit no memory
+LFS_POINTER = "version https://git-lfs.github.com/spec/"  # begins what Git leaves in the place of a large file
+IS_LFS_POINTER = "is a Git LFS pointer, not the file{} that it stands for: run `git lfs pull` in its folder, or download the file again"
 _MISSING: Any = object()
 _KINDS = {
     int: "a whole number",
@@ -193,6 +195,8 @@ def read_json(path: str | Path, repair: bool = False) -> dict[str, Any]:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         values = _repaired(text) if repair else None
+        if text.startswith(LFS_POINTER):
+            raise ValueError(f"{path} {IS_LFS_POINTER.format('')}") from None
         if values is None:
             reason = "its lists or objects are nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise ValueError(f"{path} is not valid JSON: {reason[:200]}") from None

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import sys
 from contextlib import suppress
 from typing import Any
@@ -67,6 +68,15 @@ def is_text(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(is_text, value))
     return not isinstance(value, str) or not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise `ValueError` if a text has what is no character: half of a surrogate pair, or bytes that are not UTF-8."""
+    if found := re.search("[\ud800-\udfff]", text):
+        place = f"at character {found.start() + 1}"
+        if "\udc80" <= found[0] <= "\udcff":
+            raise ValueError(f"{name} is not UTF-8 {place}: byte 0x{ord(found[0]) - 0xDC00:02x}")
+        raise ValueError(f"{name} has half of a surrogate pair {place}: \\u{ord(found[0]):04x}")
 
 
 def replace_surrogates(text: str) -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from litgpt.settings import read_json
+from litgpt.settings import LARGEST, Settings, fits, read_json
+from litgpt.standard_streams import check_text, is_text
 
 if TYPE_CHECKING:
     import tokenizers
@@ -93,6 +94,11 @@ class Tokenizer:
         return self._backend.vocab_size
 
     @property
+    def n_tokens(self) -> int:
+        """All entries, tokens added to the base vocabulary included."""
+        return self._backend.n_tokens
+
+    @property
     def bos_token(self) -> str | None:
         return None if self.bos_id is None else self._backend.id_to_token(self.bos_id)
 
@@ -142,8 +148,9 @@ class Tokenizer:
 
         Special tokens that are spelled out in `string` count as such. `bos=None` prepends BOS where the tokenizer's
         files say so; a BOS or EOS that is there already is not doubled. `max_length > 0` cuts off the end.
-        Raises `ValueError` when BOS or EOS is asked for and the tokenizer has none.
+        Raises `ValueError` for half of a surrogate pair in `string`, and when BOS or EOS is asked for and the tokenizer has none.
         """
+        check_text("the text", string)
         ids = self._with_ends(self._backend.encode(string), bos, eos)
         if max_length > 0:
             ids = ids[:max_length]
@@ -151,6 +158,8 @@ class Tokenizer:
 
     def encode_batch(self, requests: Sequence[tuple[str, bool | None, bool]]) -> list[list[int]]:
         """As `encode`, for many texts on all cores: token ids of each (text, bos, eos)."""
+        for text, _, _ in requests:
+            check_text("the text", text)
         many = self._backend.encode_batch([text for text, _, _ in requests])
         return [self._with_ends(ids, bos, eos) for ids, (_, bos, eos) in zip(many, requests, strict=True)]
 
@@ -252,7 +261,7 @@ class Tokenizer:
         """The id of `bos` or `eos` by `tokenizer_config.json`, else by the SentencePiece model itself."""
         token = self._config.get(f"{which}_token")
         token = token.get("content") if isinstance(token, dict) else token
-        token_id = self._backend.token_to_id(token) if isinstance(token, str) else None
+        token_id = self._backend.token_to_id(token) if isinstance(token, str) and is_text(token) else None
         return self._backend.own_id(which) if token_id is None else token_id
 
 
@@ -267,6 +276,7 @@ class _HuggingFace:
         processor.no_padding()
         self.processor = processor
         self.vocab_size: int = processor.get_vocab_size(with_added_tokens=False)
+        self.n_tokens: int = processor.get_vocab_size()
         self._special = {i for i, token in processor.get_added_tokens_decoder().items() if token.special}
         decoder = {} if processor.decoder is None else json.loads(processor.decoder.__getstate__())
         steps = {step["type"]: step for step in decoder.get("decoders", [decoder]) if step}
@@ -282,12 +292,15 @@ class _HuggingFace:
 
         _refuse_lfs_pointer(path)
         try:
-            return cls(Processor.from_file(str(path)))
+            return cls(Processor.from_str(path.read_bytes().decode("utf-8-sig")))
         except Exception as error:  # the library raises bare `Exception`
             raise ValueError(f"{path} is not a tokenizer that can be read: {_one_line(error)}") from None
 
     def encode(self, text: str) -> list[int]:
-        return self.processor.encode(text, add_special_tokens=False).ids
+        try:
+            return self.processor.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare `Exception`
+            raise ValueError(f"the tokenizer cannot encode the text: {_one_line(error)}") from None
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [found.ids for found in self.processor.encode_batch_fast(texts, add_special_tokens=False)]
@@ -346,7 +359,7 @@ class _SentencePiece:
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
-        self.vocab_size: int = processor.vocab_size()
+        self.vocab_size = self.n_tokens = processor.vocab_size()
         control = {i: processor.id_to_piece(i) for i in range(self.vocab_size) if processor.is_control(i)}
         self._control = {token: i for i, token in control.items()}
         self._split = re.compile(f"({'|'.join(map(re.escape, self._control))})") if control else None
@@ -438,8 +451,8 @@ def _to_list(tokens: torch.Tensor | list[int] | int) -> list[int]:
 
 
 def _ids(value: Any) -> list[int]:
-    """`bos_token_id` and `eos_token_id` of configs are missing, one id, or a list of ids."""
-    return [i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)]
+    """`bos_token_id` and `eos_token_id` of configs are missing, one id, or a list of ids; what is none stands for nothing."""
+    return [i for i in (value if isinstance(value, list) else [value]) if fits(i, int) and 0 <= i <= LARGEST]
 
 
 def _read_optional(path: Path) -> dict[str, Any]:
@@ -449,11 +462,19 @@ def _read_optional(path: Path) -> dict[str, Any]:
 def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """The Jinja template of a checkpoint folder, wherever the generations of `transformers` have put it."""
     if (path := folder / "chat_template.jinja").is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template") or _read_optional(folder / "chat_template.json").get("chat_template")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not text in UTF-8: byte {error.start}") from None
+    name = "tokenizer_config.json" if config.get("chat_template") else "chat_template.json"
+    values = config if config.get("chat_template") else _read_optional(folder / name)
+    settings = Settings(values, str(folder / name))
+    template = settings.value("chat_template", str | list[dict] | None, None)
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry.get("name"), str)}
         template = named.get("default", next(iter(named.values()), None))
+        if not isinstance(template, str | None):
+            raise settings.error("chat_template", "must be a text, or a list of a name and a template each")
     return template
 
 

@@ -30,6 +30,7 @@ from litgpt.checkpoint.validation import CheckpointValidationResult as Checkpoin
 from litgpt.checkpoint.validation import estimate_model_memory as estimate_model_memory
 from litgpt.constants import _BITANDBYTES_AVAILABLE_NOT_EQUAL_0_42_0 as _BITANDBYTES_AVAILABLE_NOT_EQUAL_0_42_0
 from litgpt.indexing import batched_index_select as batched_index_select
+from litgpt.parallel.links import check_nvlink_connectivity as check_nvlink_connectivity
 from litgpt.scripts.validate import validate_checkpoint as validate_checkpoint
 
 # -- folders
@@ -157,6 +158,42 @@ def map_old_state_dict_weights(state_dict: dict[str, Any], mapping: Mapping[str,
     return state_dict
 
 
+def load_checkpoint(fabric: Any, model: nn.Module, checkpoint_path: Path, strict: bool = True) -> None:
+    """Load a `lit_model.pth` into the model of a Lightning `fabric`, whose strategy may keep it in parts."""
+    from lightning.fabric.strategies import FSDPStrategy, ModelParallelStrategy
+
+    if isinstance(fabric.strategy, FSDPStrategy):
+        fabric.load_raw(checkpoint_path, model, strict=strict)
+        return
+    state_dict = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
+    state_dict = state_dict.get("model", state_dict)
+    if isinstance(fabric.strategy, ModelParallelStrategy):
+        load_from_full_model_state_dict(model, state_dict, fabric.device, strict, cpu_offload=True)
+    else:
+        model.load_state_dict(state_dict, strict=strict)
+
+
+def load_from_full_model_state_dict(
+    model: nn.Module, full_sd: Mapping[str, Any], device: torch.device, strict: bool = False, cpu_offload: bool = False
+) -> Any:
+    """Load a whole model's weights into one whose parameters may be `DTensor`s: each process gets its part of them.
+
+    Layers with LoRA weights have the plain layer's under `.linear`. With `cpu_offload`, what is loaded stays on the CPU.
+    """
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    own, loaded = model.state_dict(), {}
+    for name, tensor in full_sd.items():
+        module, _, kind = name.rpartition(".")
+        name = name if name in own or f"{module}.linear.{kind}" not in own else f"{module}.linear.{kind}"
+        if (like := own.get(name)) is not None:
+            tensor = tensor.to(device, like.dtype)
+            if isinstance(like, DTensor):
+                tensor = distribute_tensor(tensor, like.device_mesh, like.placements)
+        loaded[name] = nn.Parameter(tensor.cpu() if cpu_offload else tensor)
+    return model.load_state_dict(loaded, strict=strict, assign=True)
+
+
 def chunked_cross_entropy(
     logits: torch.Tensor | list[torch.Tensor], targets: torch.Tensor, chunk_size: int = 128, ignore_index: int = -100
 ) -> torch.Tensor:
@@ -224,6 +261,19 @@ def get_argument_names(cls: type) -> set[str]:
         for name, parameter in inspect.signature(cls.__init__).parameters.items()
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
     }
+
+
+def kill_process_tree(pid: int) -> None:
+    """Kill a process and those that it started, and they in turn. Needs the package psutil."""
+    import psutil
+
+    try:
+        parent = psutil.Process(pid)
+        for process in [parent, *parent.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    except psutil.NoSuchProcess:
+        pass  # it has ended
 
 
 # -- training

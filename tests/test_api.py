@@ -1,3 +1,4 @@
+import copy
 import inspect
 import random
 import sys
@@ -443,3 +444,38 @@ def test_arguments_and_helpers_stand_where_litgpt_has_them(llm):
         "|-------------------------------------|-----------------------------|-----------------------------|",
         "| Seconds total                       | 1.50                        | 0.71                        |",
     ]
+
+
+def test_a_text_that_spells_a_conversation_is_not_taken_for_it(llm):
+    messages = [{"role": "user", "content": "Hello"}]
+    settings = {"max_new_tokens": 6, "temperature": 0, "return_as_token_ids": True}
+    together = llm.generate([str(messages), messages], **settings)
+    for prompt, answer in zip((str(messages), messages), together, strict=True):
+        assert answer.tolist() == llm.generate(prompt, **settings).tolist()
+
+
+def test_a_model_that_has_answered_can_be_copied(llm):
+    answer = llm.generate("Hello", max_new_tokens=6, temperature=0)
+    assert copy.deepcopy(llm).generate("Hello", max_new_tokens=6, temperature=0) == answer
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"prompt": "a\ud800"}, "half of a surrogate pair at character"),
+        ({"prompt": [{"role": "user", "content": "\udc80"}]}, "UTF-8"),
+        ({"kv_cache": 5}, "CacheSpec or the name of one, got 5"),
+        ({"kv_cache": ["dense"]}, "CacheSpec or the name of one"),
+        ({"kv_cache": "lastrec", "n_sink": "2"}, "n_sink"),
+        ({"logits_processors": None}, "logits processors"),
+        ({"logits_processors": [lambda tokens, logits: None]}, "must return logits"),
+        ({"logits_processors": [lambda tokens, logits: logits[:9]]}, r"gave \(9,\)"),
+        ({"logits_processors": [lambda tokens, logits: logits[None]]}, "must return logits"),
+        ({"logit_bias": {5: 10**400}}, "logit_bias"),
+        ({"logit_bias": {5: -(10**400)}}, "logit_bias"),
+        ({"logit_bias": {True: 1.0}}, "logit_bias"),
+    ],
+)
+def test_what_a_call_cannot_use_is_one_line(llm, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        llm.generate(**{"prompt": "Hello", "max_new_tokens": 3, **wrong})

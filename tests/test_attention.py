@@ -304,3 +304,19 @@ def test_shapes_and_positions_that_do_not_fit_are_refused():
         mha(query, kv, 0, 5, token_positions=torch.zeros(2, 8, dtype=torch.int64))
     with pytest.raises(ValueError, match="3 query heads.* 2 "):
         mha(query[:, :3], kv, 0, 5)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_masks_of_whole_sequences_by_their_public_names(window):
+    from litgpt.attention_utils import build_mask_cache, build_mask_slice
+
+    mask = build_mask_cache(8, window, None, torch.float32)
+    shown = mask == 0
+    for query in range(8):
+        assert shown[query].nonzero().flatten().tolist() == visible(query, window=window)
+    assert (mask[~shown] == torch.finfo(torch.float32).min).all()
+    positions = torch.stack([torch.randperm(8) for _ in range(4)]).view(2, 2, 8)
+    part = build_mask_slice(5, 3, positions, 4, torch.float32, torch.device("cpu"), window)
+    assert part.shape == (2, 4, 3, 8)
+    for b, h in ((0, 0), (0, 3), (1, 1), (1, 2)):
+        assert torch.equal(part[b, h], mask[5:8][:, positions[b, h // 2]])

@@ -16,6 +16,7 @@ from litgpt.checkpoint.load import load_model, save_litgpt
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.engine.loading import choose_kv_caches
 from litgpt.generate.base import generate
+from litgpt.kvcache import CacheSpec
 
 BENCHMARKS = Path(__file__).parents[1] / "extensions" / "benchmarks"
 
@@ -294,7 +295,7 @@ def test_gguf_files_are_made_once_and_wholly(monkeypatch: pytest.MonkeyPatch, tm
 def test_windows_of_a_long_text_cover_it_and_the_caches_keep_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
     long_text = module("long_text", monkeypatch)
     model = tiny_gpt().to(torch.bfloat16)
-    choose_kv_caches(model, "lastrec", 8)
+    choose_kv_caches(model, CacheSpec("lastrec", cache_length=8))
     tokens = torch.randint(100, (61,))
     found = long_text.measure_windows(model, tokens, prompt=8, start=13, windows=4)
     assert found["edges"] == [13, 25, 37, 49, 61]

@@ -170,11 +170,11 @@ def test_positions_matter_by_their_differences_only():
 
 def test_rope_table_grows_when_needed_and_seldom(monkeypatch):
     model = tiny_gpt(block_size=64)
-    assert model.rope_cache_length() == 0
+    assert model.rope_table.length == 0
     model.max_seq_length = 10
-    assert (model.max_seq_length, model.rope_cache_length()) == (10, 10)
+    assert (model.max_seq_length, model.rope_table.length) == (10, 10)
     model.max_seq_length = 5
-    assert model.rope_cache_length() == 10
+    assert model.rope_table.length == 10
     for value in (0, 65):
         with pytest.raises(ValueError, match=f"1..64 .*{value}"):
             model.max_seq_length = value
@@ -186,6 +186,21 @@ def test_rope_table_grows_when_needed_and_seldom(monkeypatch):
     model.assign_kv_caches(evicting(model, 4, 1))
     in_cuts(model, tokens(150, 1), (1,) * 150)
     assert len(calls) <= 3
+
+
+def test_cosines_are_there_from_the_start_and_may_be_set():
+    """LitGPT's scripts read `cos`, ask for its columns, and set both after making a model on `meta`."""
+    for size in (1.0, 0.75, 0.25):
+        model = tiny_gpt(rotary_percentage=size)
+        n = model.config.rope_n_elem
+        assert model.cos.shape[0] == model.max_seq_length
+        assert model.rope_cache_length() == n == model.rope_rows(0, 3)[0][0].shape[-1]
+    idx = tokens(9, 1)
+    before = model(idx)
+    model.cos, model.sin = (table.flip(0) for table in model.rope_cache())
+    assert not torch.allclose(model(idx), before)
+    model.cos, model.sin = model.rope_cache()
+    close(model(idx), before)
 
 
 # -- forward with caches

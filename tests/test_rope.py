@@ -160,3 +160,11 @@ def test_a_layer_takes_cosines_and_sines_as_litgpt_gives_them():
     model(torch.arange(6)[None])
     cos, sin = build_rope_cache(6, config.rope_n_elem)
     torch.testing.assert_close(block(seen["x"], cos[None], sin[None]), seen["output"])
+
+
+def test_layers_with_a_window_have_no_scaling_nor_its_factor():
+    adjustments = {"factor": 2.0, "beta_fast": 32, "beta_slow": 1, "original_max_seq_len": 8}
+    cos, sin = build_rope_cache(16, 8, extra_config=adjustments, rope_local_base_freq=500)
+    plain, scaled = build_rope_cache(16, 8, base=500), build_rope_cache(16, 8, extra_config=adjustments)
+    assert torch.stack((cos, sin))[..., 1].equal(torch.stack(plain))
+    assert torch.stack((cos, sin))[..., 0].equal(torch.stack(scaled))

@@ -384,3 +384,47 @@ def test_errors_are_one_clear_line(tmp_path, monkeypatch):
         tokenizer.encode("a", eos=True)
     with pytest.raises(ValueError, match="'nope' is not in the vocabulary"):
         tokenizer.token_to_id("nope")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", b'{"chat_template": [1]}', "chat_template = .* must be a text or a list"),
+        ("tokenizer_config.json", b'{"chat_template": 5}', "chat_template = 5 must be a text"),
+        ("tokenizer_config.json", b'{"chat_template": [{"name": "default", "template": 5}]}', "chat_template"),
+        ("chat_template.json", b'{"chat_template": {"a": 1}}', "chat_template"),
+        ("chat_template.jinja", b"\xff", "UTF-8"),
+        ("tokenizer_config.json", LFS, "is a Git LFS pointer"),
+        ("tokenizer.json", LFS, "is a Git LFS pointer"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(name, content, message, tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        Tokenizer(tmp_path)
+    assert str(tmp_path / name) in str(error.value)
+
+
+@pytest.mark.parametrize("token_id", [-1, 10**30, True, 1.5, [-1]])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_ids_that_no_token_can_have_stand_for_nothing(token_id, name, tmp_path):
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "\\ud800", "eos_token": "</s>"}')
+    (tmp_path / name).write_text(json.dumps({"bos_token_id": token_id, "eos_token_id": token_id}))
+    ours = Tokenizer(tmp_path)
+    assert (ours.bos_id, ours.eos_ids, ours.encode("a").tolist()) == (None, (2,), byte_level().encode("a").ids)
+
+
+def test_a_byte_order_mark_before_the_tokenizer_changes_nothing(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("\ufeff" + byte_level().to_str(), encoding="utf-8")
+    assert Tokenizer(tmp_path).encode("hello").tolist() == byte_level().encode("hello").ids
+
+
+def test_what_the_tokenizer_cannot_encode_is_one_line(tmp_path):
+    Processor(models.Unigram([("b", -1.0)])).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="cannot encode"):
+        Tokenizer(tmp_path).encode("a")

@@ -27,6 +27,9 @@ from litgpt.utils import (
     fix_and_load_json,
     init_out_dir,
     instantiate_torch_optimizer,
+    kill_process_tree,
+    load_checkpoint,
+    load_from_full_model_state_dict,
     map_old_state_dict_weights,
     num_parameters,
     parse_devices,
@@ -247,3 +250,57 @@ def test_a_tensor_position_does_not_break_a_compiled_graph():
         explained = torch._dynamo.explain(model)(torch.arange(4)[None], torch.arange(4))
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
     assert model.next_token_pos == 4
+
+
+@pytest.fixture
+def mesh():
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_whole_models_weights_go_into_parts_and_under_lora(mesh):
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 2, device="meta"), torch.nn.Module())
+    model[1].linear = torch.nn.Linear(3, 3)
+    weights = {"0.weight": torch.rand(2, 4), "0.bias": torch.rand(2), "1.weight": torch.rand(3, 3)}
+    model[0].weight = torch.nn.Parameter(distribute_tensor(torch.zeros(2, 4), mesh, [Shard(0)]))
+    result = load_from_full_model_state_dict(model, weights, torch.device("cpu"), cpu_offload=True)
+    assert result.missing_keys == ["1.linear.bias"]
+    assert isinstance(model[0].weight, DTensor)
+    assert torch.equal(model[0].weight.full_tensor(), weights["0.weight"])
+    assert torch.equal(model[1].linear.weight, weights["1.weight"])
+    with pytest.raises(RuntimeError, match="Unexpected.*2.weight"):
+        load_from_full_model_state_dict(model, {"2.weight": torch.ones(1)}, torch.device("cpu"), strict=True)
+
+
+def test_a_fabrics_model_gets_the_weights_of_a_file(tmp_path):
+    from lightning import Fabric
+
+    model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    for saved in (model.state_dict(), {"model": model.state_dict()}):
+        torch.save(saved, tmp_path / "lit_model.pth")
+        torch.nn.init.zeros_(other.weight)
+        load_checkpoint(Fabric(accelerator="cpu", devices=1), other, tmp_path / "lit_model.pth")
+        assert torch.equal(other.weight, model.weight)
+
+
+def test_a_process_ends_with_those_that_it_started():
+    psutil = pytest.importorskip("psutil")
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(1, flush=True); input()'])"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert parent.stdout.readline().strip() == b"1"
+    (child,) = psutil.Process(parent.pid).children()
+    kill_process_tree(parent.pid)
+    assert parent.wait(10) != 0
+    child.wait(10)
+    kill_process_tree(parent.pid)
+
+
+def test_the_table_of_commands_holds_functions():
+    from litgpt.__main__ import COMMANDS, PARSER_DATA
+
+    assert list(PARSER_DATA) == list(COMMANDS)
+    assert PARSER_DATA["merge_lora"].__name__ == "merge_lora"
+    assert all(callable(function) for function in PARSER_DATA.values())

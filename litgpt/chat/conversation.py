@@ -177,6 +177,6 @@ class Conversation:
         return text, encode_prompt(tokenizer, style, messages, sys_prompt=self.sys_prompt).tolist()
 
     def _way_out(self) -> str:
-        if any(cache.policy.n_sink for cache in self.session.kv_caches):
-            return "Without --sinks the conversation could go on without a limit."
+        if self.session.n_sink:
+            return "Without --kv_cache_args.n_sink the conversation could go on without a limit."
         return "With --kv_cache lastrec the conversation can go on without a limit."

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from litgpt.atomic_file import replacing
+from litgpt.settings import IS_LFS_POINTER, LFS_POINTER
 
 GetTensor = Callable[[str], torch.Tensor]
 _DTYPES = {
@@ -67,13 +68,10 @@ def refuse_lfs_pointer(path: Path) -> None:
     """Raises `ValueError` if a file is what Git leaves in the place of a large file that was not fetched."""
     with open(path, "rb") as file:
         begin = file.read(200)
-    if begin.startswith(b"version https://git-lfs.github.com/spec/"):
+    if begin.startswith(LFS_POINTER.encode()):
         size = re.search(rb"size (\d+)", begin)
         about = f" of {int(size[1]):,} bytes" if size else ""
-        raise ValueError(
-            f"{path} is a Git LFS pointer, not the file{about} that it stands for: run `git lfs pull` in its folder, or "
-            "download the file again"
-        )
+        raise ValueError(f"{path} {IS_LFS_POINTER.format(about)}")
 
 
 def _open_mapped(path: Path) -> tuple[list[str], GetTensor]:
@@ -108,8 +106,11 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or incomplete: {_one_line(error)}") from None
     values = values.get("model", values) if isinstance(values, dict) else values
-    if not isinstance(values, dict) or not all(isinstance(value, torch.Tensor) for value in values.values()):
-        raise ValueError(f"{path} must hold a state dict: parameter names and tensors")
+    if not isinstance(values, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        for name, value in values.items()
+    ):
+        raise ValueError(f"{path} must hold a state dict: parameter names and dense tensors")
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in values.items()}
 
 

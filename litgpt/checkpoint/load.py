@@ -119,7 +119,7 @@ def is_tied(model: GPT) -> bool:
 
 def check_weights(checkpoint: Checkpoint, model: GPT) -> None:
     """Compares names and shapes of a checkpoint with a model's; one `ValueError` names the first of every kind of difference."""
-    kinds = ("missing", "not expected", "wrong shape")
+    kinds = ("missing", "not expected", "wrong shape or type")
     pieces = checkpoint.pieces(meta=True) if model.quantization is None else checkpoint.stored(meta=True)
     found = zip(kinds, weight_differences(model.state_dict(), pieces), strict=True)
     if problems := "; ".join(f"{kind}: {listed(names)}" for kind, names in found if names):
@@ -139,6 +139,8 @@ def weight_differences(
             extra.append(name)
             continue
         shape, found = expected[name], tuple(piece.shape)
+        if weights[name].is_floating_point() and not piece.is_floating_point():
+            wrong.setdefault(name, f"{name} of {str(piece.dtype).removeprefix('torch.')}")
         rows[name] += found[0] if found else 1
         if not found or found[1:] != shape[1:] or row + found[0] > shape[0]:
             wrong.setdefault(name, f"{name} {found} for {shape}")

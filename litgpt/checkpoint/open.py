@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from litgpt.checkpoint.base import QUANTIZED_NAME, WEIGHTS_NAME, Checkpoint
+from litgpt.checkpoint.base import CONFIG_NAME, QUANTIZED_NAME, WEIGHTS_NAME, Checkpoint
 from litgpt.checkpoint.huggingface import HuggingFaceCheckpoint, holds_weights
 from litgpt.checkpoint.litgpt_folder import LitGPTCheckpoint
 
@@ -45,6 +45,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if gguf_files:
         names = ", ".join(file.name for file in gguf_files)
         raise ValueError(f"{str(path)!r} holds several .gguf files ({names}): give the path of one")
+    if (path / CONFIG_NAME).is_file():
+        raise FileNotFoundError(
+            f"{str(path)!r} is incomplete: it holds {CONFIG_NAME} but no weights, as after a command that was interrupted; "
+            "run that again"
+        )
     raise FileNotFoundError(
         f"{str(path)!r} holds no weights: expected {WEIGHTS_NAME}, *.safetensors, pytorch_model*.bin or one .gguf file"
     )

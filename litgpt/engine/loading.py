@@ -1,5 +1,6 @@
 """From what a user names to a model that is ready to generate. All front ends begin here."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,8 @@ from litgpt.runners.packed_weights import pack_linears, unpack_linears
 from litgpt.runners.quantized_weights import Scheme
 from litgpt.tokenizer import Tokenizer
 from litgpt.waiting import waiting
+
+log = logging.getLogger(__name__)
 
 Quantization = Literal["int8", "int4", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8"]
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
@@ -100,6 +103,11 @@ def make_ready(
         tokenizer = checkpoint.tokenizer()
         style = checkpoint.prompt_style(tokenizer)
         model = load(checkpoint, dtype, device).requires_grad_(False)
+        if tokenizer.n_tokens > (rows := model.config.padded_vocab_size):
+            log.warning(
+                f"The tokenizer has {tokenizer.n_tokens:,} tokens, the model's embedding only {rows:,} rows: prompts with "
+                "tokens beyond them are refused. If that is not meant so, the tokenizer is another model's."
+            )
         if pack:
             speed_up_decode(model, compile)
     return Ready(model, tokenizer, style, path)

@@ -1,7 +1,7 @@
 """From logits to tokens: how they are drawn, and the distributions that they are drawn from."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from litgpt.settings import shown
+
 LogitsProcessor = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
 
+MAX_BIAS = torch.finfo(torch.float32).max
 MIN_TEMPERATURE = 1e-5  # below it the likeliest token has all of the probability, but for ties
 NO_TOKEN = -1  # in place of a token that cannot be drawn: `check_tokens` finds it once tokens are read from the device
 
@@ -74,8 +77,12 @@ class Sampling:
         if not isinstance(self.logit_bias, Mapping | None):
             raise ValueError(f"logit_bias must be a mapping {{token: number}}, got {self.logit_bias!r}")
         for token, bias in (self.logit_bias or {}).items():
-            if not (isinstance(token, Integral) and token >= 0 and isinstance(bias, Real) and bias < math.inf):
-                raise ValueError(f"logit_bias takes tokens (0, 1, ...) and numbers, got {token!r}: {bias!r}")
+            is_token = isinstance(token, Integral) and not isinstance(token, bool) and token >= 0
+            if not (is_token and isinstance(bias, Real) and (-MAX_BIAS <= bias <= MAX_BIAS or bias == -math.inf)):
+                raise ValueError(f"logit_bias takes tokens (0, 1, ...) and numbers, got {token!r}: {shown(bias)}")
+        if not isinstance(self.processors, Iterable):
+            raise ValueError(f"logits processors must be a list of functions, got {self.processors!r}")
+        keep("processors", tuple(self.processors))
         for process in self.processors:
             if not callable(process):
                 raise ValueError(f"a logits processor is called with (tokens, logits), got {process!r}")
@@ -113,9 +120,15 @@ class Sampling:
             output, counts = index(tokens[prompt_length:]).unique(return_counts=True)
             logits[output] -= self.presence_penalty + self.frequency_penalty * counts
         if self.logit_bias:
-            logits[index(list(self.logit_bias))] += torch.tensor(list(self.logit_bias.values()), device=logits.device)
+            logits[index(list(self.logit_bias))] += torch.tensor(
+                [float(bias) for bias in self.logit_bias.values()], device=logits.device
+            )
         for process in self.processors:
-            logits = process(tokens, logits)
+            changed = process(tokens, logits)
+            if not (isinstance(changed, torch.Tensor) and changed.shape == logits.shape):
+                got = tuple(changed.shape) if isinstance(changed, torch.Tensor) else shown(changed)
+                raise ValueError(f"a logits processor must return logits {tuple(logits.shape)}, {process!r} gave {got}")
+            logits = changed.float()
         return logits
 
 

@@ -64,6 +64,7 @@ class Session:
         self._lease.run(choose_kv_caches, model, spec)
         self._grows = not self.kv_caches  # default caches are made, and enlarged, when they are needed
         self._kind = spec.describe()
+        self.n_sink = dict(spec.arguments).get("n_sink", 0)  # first tokens that are never evicted
         if not self._grows and spec.cache_length is None:
             self._kind["cache_length"] = spec.policy_class.default_cache_length(model.config)
 
@@ -77,7 +78,7 @@ class Session:
     @property
     def cached(self) -> int:
         """Tokens, from the beginning of the sequence, that the caches hold or have evicted."""
-        return max((cache.next_token_pos for cache in self.kv_caches), default=0)
+        return self._lease.caches.next_token_pos
 
     @property
     def cache_bytes(self) -> int:

@@ -17,6 +17,7 @@ from litgpt.engine.sampling import Sampling
 from litgpt.engine.session import Session
 from litgpt.kvcache import CacheSpec
 from litgpt.model import GPT
+from litgpt.standard_streams import check_text
 
 DEFAULT_PROMPT = "What food do llamas eat?"
 _SHOWN = 60  # characters of a value in an error message
@@ -138,7 +139,11 @@ class CacheOptions(Options):
     cache_length: int | None = option(
         None, "Tokens that the key-value cache holds. Default: as many as are needed (dense), 1024 (lastrec).", least=1
     )
-    sinks: int = option(0, "First tokens that a lastrec cache never drops.", least=0)
+    kv_cache_args: dict[str, Any] | None = option(
+        None,
+        "Further arguments of the key-value cache, such as --kv_cache_args.n_sink 4, or as a mapping {n_sink: 4}: the first "
+        "4 tokens are never dropped.",
+    )
     prompt_chunksize: int | None = option(
         None, "Most tokens of a prompt that go through the model at once. Default: all of them.", least=1
     )
@@ -149,7 +154,9 @@ class CacheOptions(Options):
 
     def cache_spec(self) -> CacheSpec:
         """The cache that is asked for; `ValueError` if there is none."""
-        args = {"n_sink": self.sinks} if self.sinks else {}
+        args = self.kv_cache_args or {}
+        if clash := {"text", "policy", "storage", "cache_length"} & args.keys():
+            raise ValueError(f"kv_cache_args has {clash.pop()!r}: --kv_cache and --cache_length say that")
         return CacheSpec.parse(self.kv_cache, self.cache_length, **args)
 
     def assign_caches(self, model: GPT, batch_size: int = 1) -> None:
@@ -242,7 +249,7 @@ def checked(item: Any, value: Any, name: str | None = None) -> Any:
 def converted(name: str, value: Any, kind: Any) -> Any:
     """`value` as a `kind`: int, float, bool, str, Path, a Literal or a dict of them; `ValueError`, with its name, if it is
     no such thing, or a number that is not finite."""
-    if kind is bool and isinstance(value, bool):
+    if kind is Any or (kind is bool and isinstance(value, bool)):
         return value
     if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)
@@ -277,15 +284,6 @@ def _key(name: str, key: Any, kind: Any) -> Any:
     if kind is int and isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,18}", key):
         return int(key)
     return converted(f"a key of {name}", key, kind)
-
-
-def check_text(name: str, text: str) -> None:
-    """Raise `ValueError` if a text has what is no character: half of a surrogate pair, or bytes that are not UTF-8."""
-    if found := re.search("[\ud800-\udfff]", text):
-        place = f"at character {found.start() + 1}"
-        if "\udc80" <= found[0] <= "\udcff":
-            raise ValueError(f"{name} is not UTF-8 {place}: byte 0x{ord(found[0]) - 0xDC00:02x}")
-        raise ValueError(f"{name} has half of a surrogate pair {place}: \\u{ord(found[0]):04x}")
 
 
 def shown(value: Any) -> str:

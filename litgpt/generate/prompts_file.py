@@ -22,8 +22,9 @@ from litgpt.engine.drafting import Drafter
 from litgpt.engine.loading import Ready
 from litgpt.engine.sampling import Sampling
 from litgpt.engine.sequence import Sequence
-from litgpt.generate.options import SAMPLING_NAMES, SamplingOptions, check_text, checked, converted, shown
+from litgpt.generate.options import SAMPLING_NAMES, SamplingOptions, checked, converted, shown
 from litgpt.prompts import encode_prompt
+from litgpt.standard_streams import check_text
 
 KINDS: dict[str, Any] = {field.name: field for field in fields(SamplingOptions)}  # of the settings that a line may have
 KEYS = ("prompt", "sys_prompt", "input", "id", *KINDS)

@@ -1,16 +1,17 @@
-// Attention from a few queries of every sequence, as in decoding: it waits for memory, so keys and values are read once
-// for all queries that share them, by all threads. Letters as in attention.py.
+// Attention from a few queries of every sequence, as in a decode step. Memory bandwidth is the limit, so keys and
+// values are read once for all queries that share them, and divided among threads (KV splits). Letters as in
+// attention.py.
 //
-// With AVX-512 a query's output is the same to the last bit whatever other queries and later keys, which it does not
-// see, are in the call: guesses of tokens are checked in calls of many, and should stand or fall as if tokens came one
-// by one. So all of SPLIT scores are summed always, and by one piece of code; compilers reorder sums as they see fit,
-// in each place otherwise.
+// With AVX-512 a query's output is the same to the last bit whatever other queries and masked keys are in the call.
+// Draft tokens are verified many at a time, and must be accepted exactly as if they were computed one by one. So scores
+// are summed over all SPLIT_KEYS keys in every case, in one function that is not inlined: compilers reorder sums
+// differently in every place.
 
 #pragma once
 
 #include "layers.h"
 
-constexpr int SPLIT = 64;        // keys that one thread takes at a time
+constexpr int SPLIT_KEYS = 64;        // keys of a KV split, which one thread processes
 constexpr bf16 HIDDEN = 0xff80;  // the bias of a key that a query does not see: minus infinity
 
 // The largest of x (n,); n is a multiple of 16.
@@ -24,8 +25,8 @@ inline float largest(const float* x, int64_t n) {
 #endif
 }
 
-// Turns scores s (n,) into weights relative to the largest one, `top`; their sum.
-__attribute__((noinline)) inline float weigh(float* s, float* top, int64_t n) {
+// Replaces scores s (n,) by exp(s - top), where `top` is the largest score. Returns their sum.
+__attribute__((noinline)) inline float exponentiate(float* s, float* top, int64_t n) {
     const float most = *top = largest(s, n);
     const float base = most == -INFINITY ? 0.0f : most;
 #ifdef __AVX512BW__
@@ -47,14 +48,14 @@ __attribute__((noinline)) inline float weigh(float* s, float* top, int64_t n) {
 #endif
 }
 
-inline float squash(float score, float cap) {
+inline float softcap(float score, float cap) {
     return cap * (1.0f - 2.0f / (1.0f + exponential(std::min(2.0f * score / cap, 80.0f))));
 }
 
-// Adds n values, with R weights each, in numbers [d0, d0 + 16 V) of their D: out (R, D). The keys `ahead` are brought nearer.
+// Weighted sums of n values for R queries, columns [d0, d0 + 16 V): out (R, D). The keys at `ahead` are prefetched.
 #ifdef __AVX512BW__
 template <int R, int V>
-inline void add_values(const float (*weights)[SPLIT], const bf16* ahead, int64_t k_stride, const bf16* v,
+inline void add_values(const float (*weights)[SPLIT_KEYS], const bf16* ahead, int64_t k_stride, const bf16* v,
                        int64_t v_stride, int64_t n, int64_t D, int64_t d0, float* out) {
     __m512 sums[R][V];
     UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int i = 0; i < V; i++) sums[r][i] = _mm512_setzero_ps();
@@ -72,13 +73,14 @@ inline void add_values(const float (*weights)[SPLIT], const bf16* ahead, int64_t
 }
 #endif
 
-// Attention from R queries over n keys, SPLIT at most: their maxima, sums and weighted values.
+// Attention from R queries over n <= SPLIT_KEYS keys: `top` the largest scores, `total` the sums of exponentials, and
+// `out` the weighted sums of values.
 template <int R, int D0>
-void attend_part(const bf16* q, const bf16* k, const bf16* v, const bf16* ahead, int64_t k_stride, int64_t v_stride,
+void attend_keys(const bf16* q, const bf16* k, const bf16* v, const bf16* ahead, int64_t k_stride, int64_t v_stride,
                  const bf16* const* bias, int64_t n, int64_t any_D, float scale, float cap, float* top, float* total,
                  float* out) {
     const int64_t D = D0 ? D0 : any_D;
-    float scores[R][SPLIT];
+    float scores[R][SPLIT_KEYS];
     int64_t done = 0, d0 = 0;
 #ifdef __AVX512BW__
     if (D % 32 == 0)
@@ -110,11 +112,11 @@ void attend_part(const bf16* q, const bf16* k, const bf16* v, const bf16* ahead,
         float* s = scores[r];
         for (int64_t j = 0; j < n; j++) s[j] *= scale;
         if (cap > 0)
-            for (int64_t j = 0; j < n; j++) s[j] = squash(s[j], cap);
+            for (int64_t j = 0; j < n; j++) s[j] = softcap(s[j], cap);
         if (bias[r])
             for (int64_t j = 0; j < n; j++) s[j] += widen(bias[r][j]);
-        for (int64_t j = n; j < SPLIT; j++) s[j] = -INFINITY;
-        total[r] = weigh(s, top + r, SPLIT);
+        for (int64_t j = n; j < SPLIT_KEYS; j++) s[j] = -INFINITY;
+        total[r] = exponentiate(s, top + r, SPLIT_KEYS);
     }
 #ifdef __AVX512BW__
     for (; d0 + 64 <= D; d0 += 64) add_values<R, 4>(scores, ahead, k_stride, v, v_stride, n, D, d0, out);
@@ -133,26 +135,26 @@ template <int R>
 void attend_rows(const bf16* q, const bf16* k, const bf16* v, const bf16* ahead, int64_t k_stride, int64_t v_stride,
                  const bf16* const* bias, int64_t n, int64_t D, float scale, float cap, float* top, float* total,
                  float* out) {
-    const auto run = D == 64 ? attend_part<R, 64> : D == 128 ? attend_part<R, 128> : attend_part<R, 0>;
+    const auto run = D == 64 ? attend_keys<R, 64> : D == 128 ? attend_keys<R, 128> : attend_keys<R, 0>;
     run(q, k, v, ahead, k_stride, v_stride, bias, n, D, scale, cap, top, total, out);
 }
 
-// Pieces of SPLIT keys that some query of their row sees, by rows and groups of heads: in a ragged batch, none beyond a row's
-// own length.
-struct Pieces {
-    struct Piece {
+// The KV splits of SPLIT_KEYS keys that at least one query of the row sees, by rows and query groups. In a ragged batch
+// there are none beyond a row's own length.
+struct KvSplits {
+    struct Split {
         int64_t b, g, n0;
     };
-    std::vector<Piece> all;
-    std::vector<int64_t> first;  // of each row's group; and the end
+    std::vector<Split> all;
+    std::vector<int64_t> first;  // index of the first split of each row's group; and the end
 
     void find(int64_t B, int64_t G, int64_t T, int64_t N, const bf16* bias, const int64_t* bias_strides) {
         all.clear(), first.assign(1, 0);
         for (int64_t b = 0; b < B; b++) {
             std::vector<int64_t> seen;
-            for (int64_t n0 = 0; n0 < N; n0 += SPLIT) {
+            for (int64_t n0 = 0; n0 < N; n0 += SPLIT_KEYS) {
                 const bf16* own = bias ? bias + b * bias_strides[0] + n0 : nullptr;
-                if (is_seen(own, bias_strides[1], T, std::min<int64_t>(SPLIT, N - n0))) seen.push_back(n0);
+                if (is_seen(own, bias_strides[1], T, std::min<int64_t>(SPLIT_KEYS, N - n0))) seen.push_back(n0);
             }
             for (int64_t g = 0; g < G; g++) {
                 for (int64_t n0 : seen) all.push_back({b, g, n0});
@@ -169,7 +171,7 @@ private:
     }
 };
 
-// Attention of one call, in the order in which a team of threads does it: `parts`, then `combine`.
+// Attention of one call, in the order in which a team of threads does it: `attend_splits`, then `combine`.
 struct Attention {
     int64_t B, H, G, T, N, D;
     float scale, cap;
@@ -178,38 +180,38 @@ struct Attention {
     const bf16* bias;
     int64_t bias_strides[2];  // of rows, queries
     const bf16* sinks;
-    const Pieces* pieces;
-    const int64_t* rows;          // of keys and values, those of the queries (B,); null: the first ones
-    float *sums, *tops, *totals;  // of each piece, by the queries that share it
+    const KvSplits* splits;
+    const int64_t* rows;          // rows of keys and values that the queries attend to (B,); null: the first B
+    float *sums, *tops, *totals;  // of each split, by the queries that share it
     bf16* queries;                // (B, H, T, D)
 
     int64_t shared() const { return H / G * T; }  // queries that attend to the same keys
-    int64_t results() const { return int64_t(pieces->all.size()) * shared(); }
-    int64_t room() const { return results() * (D + 2) + (B * H * T * D + 1) / 2; }
+    int64_t results() const { return int64_t(splits->all.size()) * shared(); }
+    int64_t scratch_size() const { return results() * (D + 2) + (B * H * T * D + 1) / 2; }
 
-    void settle(float* room) {
-        sums = room;
+    void use_scratch(float* scratch) {
+        sums = scratch;
         tops = sums + results() * D;
         totals = tops + results();
         queries = (bf16*)(totals + results());
     }
 
-    void parts() const {
+    void attend_splits() const {
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < int64_t(pieces->all.size()); i++) part(i);
+        for (int64_t i = 0; i < int64_t(splits->all.size()); i++) attend_split(i);
     }
 
-    // Where a piece of the keys or values begins
-    const bf16* start(const Pieces::Piece& p, const bf16* x, const int64_t* strides) const {
+    // The first key or value of a split
+    const bf16* start(const KvSplits::Split& p, const bf16* x, const int64_t* strides) const {
         return x + (rows ? rows[p.b] : p.b) * strides[0] + p.g * strides[1] + p.n0 * strides[2];
     }
 
-    // What the queries of a group get from a piece
-    void part(int64_t i) const {
-        const Pieces::Piece& p = pieces->all[i];
-        const int64_t n = std::min<int64_t>(SPLIT, N - p.n0), group = p.b * G + p.g;
+    // Attention of all queries of a group over one split
+    void attend_split(int64_t i) const {
+        const KvSplits::Split& p = splits->all[i];
+        const int64_t n = std::min<int64_t>(SPLIT_KEYS, N - p.n0), group = p.b * G + p.g;
         const bf16 *keys = start(p, k, k_strides), *values = start(p, v, v_strides);
-        const bf16* ahead = i + 1 < int64_t(pieces->all.size()) ? start(pieces->all[i + 1], k, k_strides) : keys;
+        const bf16* ahead = i + 1 < int64_t(splits->all.size()) ? start(splits->all[i + 1], k, k_strides) : keys;
         for (int64_t r = 0; r < shared(); r += 4) {
             const int count = int(std::min<int64_t>(4, shared() - r));
             const bf16* rows_bias[4];
@@ -229,7 +231,7 @@ struct Attention {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < B * H * T; row++) {
             const int64_t group = row / shared(), r = row % shared(), b = group / G, h = row / T % H, t = row % T;
-            const int64_t begin = pieces->first[group] * shared() + r, end = pieces->first[group + 1] * shared();
+            const int64_t begin = splits->first[group] * shared() + r, end = splits->first[group + 1] * shared();
             float most = sinks ? widen(sinks[h]) : -INFINITY, out[MAX_D];
             for (int64_t at = begin; at < end; at += shared()) most = std::max(most, tops[at]);
             float total = sinks ? exponential(widen(sinks[h]) - most) : 0.0f;

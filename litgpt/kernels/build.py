@@ -1,7 +1,7 @@
 """Compiles `cpu.cpp` and what it includes for this machine, once, and keeps the result in a folder of this user's own.
 
-What is in that folder is run, so neither the folder nor a file is used that belongs to someone else or that others may
-write, and a file's name has a digest of what is in it. A compiler that fails is not tried again.
+Files in that folder are executed. So folder and files must belong to this user, nobody else may write them, and a file's
+name has the digest of its content. A compiler that fails is not tried again.
 """
 
 import contextlib
@@ -36,31 +36,31 @@ Load = Callable[[str], ctypes.CDLL]  # from a path; `OSError` or `AttributeError
 
 
 class CompilationError(RuntimeError):
-    """The compiler fails, or makes what is no library."""
+    """The compiler fails, or its output is no library."""
 
 
 def kernels_for(target: InstructionSet, load: Load) -> ctypes.CDLL | None:
-    """The library of kernels, compiled if it is not there yet. None, after one line that says why: there can be none."""
+    """The library of kernels, compiled if it is not there yet. None, after one line of explanation, if that is impossible."""
     compiler = shutil.which(os.environ.get("CXX") or "g++")
-    wanted = Names.of(target, compiler)
+    names = Names.of(target, compiler)
     for path in folders():
         try:
             with PrivateFolder.open(path) as folder:
-                return _kept(folder, wanted, load) or _new(folder, wanted, compiler, load)
+                return _load_compiled(folder, names, load) or _compile_and_load(folder, names, compiler, load)
         except OSError as error:
             log.warning(f"{path} is not used for compiled kernels: {error.strerror or error}")
     return None
 
 
 def folders() -> list[Path]:
-    """Where compiled kernels may be kept: the first that is fit for it is used."""
+    """Candidates for the folder of compiled kernels; the first usable one is taken."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return [cache / "litgpt" / "kernels", Path(tempfile.gettempdir(), f"litgpt-kernels-{os.geteuid()}")]
 
 
 @dataclass(frozen=True)
 class Names:
-    """What the files of this source, processor and compiler are called."""
+    """File names for this source, processor and compiler."""
 
     target: InstructionSet
     start: str
@@ -78,7 +78,7 @@ class Names:
         return cls(target, start, _digest(f"{path} {about.st_size} {about.st_mtime_ns}".encode())[:8])
 
     def digest_in(self, name: str) -> str | None:
-        """The digest that a library of this name says to have; None: it is none of these."""
+        """The digest in the file name of a library; None if the name is not one of these."""
         match = re.fullmatch(rf"{re.escape(self.start)}-(\w+)\.(\w+)\.so", name)
         return match[2] if match and self.compiler in (None, match[1]) else None
 
@@ -95,7 +95,7 @@ def _digest(*parts: bytes) -> str:
 
 
 class PrivateFolder:
-    """A folder that only this user may write. Files are opened in it whatever its path leads to by now."""
+    """A folder that only this user may write. It stays open, so files are opened in it even if its path changes."""
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path, self.fd = path, fd
@@ -121,10 +121,10 @@ class PrivateFolder:
             os.close(fd)
 
     def open_file(self, name: str, flags: int = os.O_RDONLY) -> int:
-        """A descriptor of a regular file of this user's own.
+        """A descriptor of a regular file that belongs to this user.
 
         Raises:
-            OSError: if it is none.
+            OSError: if the file is not of that kind.
         """
         fd = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=self.fd)
         try:
@@ -142,7 +142,7 @@ class PrivateFolder:
             os.unlink(name, dir_fd=self.fd)
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file that is there in whole or not at all, also after a crash."""
+        """Write a file atomically, also if the machine crashes."""
         temporary = f".{name}.{os.getpid()}"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600, dir_fd=self.fd)
         try:
@@ -158,7 +158,7 @@ class PrivateFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Held by one process at a time, where the file system has locks."""
+        """A lock that one process has at a time, where the file system has locks."""
         fd = self.open_file("lock", os.O_RDWR | os.O_CREAT)
         try:
             try:
@@ -180,14 +180,14 @@ def _check_owner(about: os.stat_result, remedy: str = "") -> None:
         raise OSError(f"others may write it{remedy and f' ({remedy})'}")
 
 
-def _kept(folder: PrivateFolder, wanted: Names, load: Load) -> ctypes.CDLL | None:
-    """The library if it is there and as it was written; one that is not is removed."""
+def _load_compiled(folder: PrivateFolder, names: Names, load: Load) -> ctypes.CDLL | None:
+    """The library if it is there with the right content; others are removed."""
     for name in sorted(os.listdir(folder.fd)):
-        digest = wanted.digest_in(name)
+        digest = names.digest_in(name)
         if digest is None:
             continue
         with contextlib.suppress(OSError, AttributeError):
-            fd = folder.open_file(name)  # not closed: what is loaded under this name is to be this file, and no other
+            fd = folder.open_file(name)  # not closed: exactly this file is loaded
             with open(fd, "rb", closefd=False) as file:
                 content = file.read()
             if _digest(content) == digest:
@@ -196,13 +196,13 @@ def _kept(folder: PrivateFolder, wanted: Names, load: Load) -> ctypes.CDLL | Non
     return None
 
 
-def _new(folder: PrivateFolder, wanted: Names, compiler: str | None, load: Load) -> ctypes.CDLL | None:
+def _compile_and_load(folder: PrivateFolder, names: Names, compiler: str | None, load: Load) -> ctypes.CDLL | None:
     """The library, compiled now, unless that failed before."""
-    if _is_known_to_fail(folder, wanted):
+    if _is_known_to_fail(folder, names):
         return None
     with folder.lock():
-        found = _kept(folder, wanted, load)  # made by another process meanwhile
-        if found is not None or _is_known_to_fail(folder, wanted):
+        found = _load_compiled(folder, names, load)  # made by another process meanwhile
+        if found is not None or _is_known_to_fail(folder, names):
             return found
         for name in os.listdir(folder.fd):
             if name.startswith("."):  # of a process that was killed
@@ -211,24 +211,24 @@ def _new(folder: PrivateFolder, wanted: Names, compiler: str | None, load: Load)
             if compiler is None:
                 raise CompilationError(f"there is no compiler {os.environ.get('CXX') or 'g++'!r}")
             with _announced("Compiling kernels for this processor, once, which takes up to half a minute"):
-                content = _compile(compiler, wanted.target)
-            folder.write(wanted.library(content), content)
-            library = _kept(folder, wanted, load)
+                content = _compile(compiler, names.target)
+            folder.write(names.library(content), content)
+            library = _load_compiled(folder, names, load)
             if library is None:
                 raise CompilationError(f"{compiler} makes what cannot be loaded")
             return library
         except CompilationError as error:
-            folder.write(wanted.failure, f"{error}\n".encode())
+            folder.write(names.failure, f"{error}\n".encode())
             log.warning(
                 f"No compiled kernels, so everything is slower: {error} "
-                f"(not tried again until {folder.path / wanted.failure} is deleted or the compiler is another)"
+                f"(not tried again until {folder.path / names.failure} is deleted or the compiler is another)"
             )
             return None
 
 
-def _is_known_to_fail(folder: PrivateFolder, wanted: Names) -> bool:
+def _is_known_to_fail(folder: PrivateFolder, names: Names) -> bool:
     try:
-        os.close(folder.open_file(wanted.failure))
+        os.close(folder.open_file(names.failure))
     except OSError:
         return False
     return True
@@ -236,7 +236,7 @@ def _is_known_to_fail(folder: PrivateFolder, wanted: Names) -> bool:
 
 @contextlib.contextmanager
 def _announced(message: str) -> Iterator[None]:
-    """Around what takes seconds: a spinner on a terminal, else a line in the log, which by default is stderr too."""
+    """Says what takes seconds: a spinner on a terminal, else a line in the log (stderr by default)."""
     if not sys.stderr.isatty():
         log.warning(message)
     with waiting(message):

@@ -1,5 +1,5 @@
-// Attention from many queries, as in the prefill: it waits for the processor. Scores and weighted values are products
-// of six rows with 64 columns, like those with weights, of keys and values that are laid out for it piece by piece.
+// Attention from many queries, as in the prefill. Arithmetic is the limit: scores and weighted values are products of
+// six rows with 64 columns, as in weights.h. Keys and values are rearranged for them, KEY_BLOCK at a time.
 //
 // T queries are the last of N consecutive positions, and each sees the last `window` keys up to its own.
 
@@ -9,9 +9,9 @@
 #include "weights.h"
 
 struct CausalAttention {
-    static constexpr int64_t PIECE = 512;      // keys that are laid out at a time
-    static constexpr int64_t TILE_ROWS = 144;  // about so many rows (queries of heads that share keys) go together
-    static constexpr int64_t KEYS = Blocked::UNIT;
+    static constexpr int64_t KEY_BLOCK = 512;      // keys that are rearranged at a time
+    static constexpr int64_t QUERY_TILE_ROWS = 144;  // approximate rows of a tile: queries of all heads that share keys
+    static constexpr int64_t KEYS = Blocked::TILE;
 
     int64_t H, G, T, N, D, window;
     float scale, cap;
@@ -20,28 +20,28 @@ struct CausalAttention {
     bf16* y;                                           // (T, H, D)
 
     int64_t tile_tokens() const {
-        const int64_t wanted = (TILE_ROWS * G / H + ROWS - 1) / ROWS * ROWS;
-        return std::max<int64_t>(4 * ROWS, wanted);
+        const int64_t tokens = (QUERY_TILE_ROWS * G / H + ROWS - 1) / ROWS * ROWS;
+        return std::max<int64_t>(4 * ROWS, tokens);
     }
     int64_t tiles() const { return (T + tile_tokens() - 1) / tile_tokens(); }
     int64_t tasks() const { return G * tiles(); }
 
-    int64_t last_key(int64_t t) const { return N - T + t + 1; }  // after it
+    int64_t last_key(int64_t t) const { return N - T + t + 1; }  // exclusive
     int64_t first_key(int64_t t) const { return std::max<int64_t>(0, last_key(t) - window); }
 
-    // One of `tasks()`, each of which any thread may do; the longest come first.
+    // One of `tasks()`. Any thread may take any of them; the longest come first.
     void run(int64_t task) const {
-        static thread_local Room<float> room;
+        static thread_local Scratch<float> scratch;
         const int64_t g = task % G, tile = tiles() - 1 - task / G, heads = H / G;
         const int64_t t0 = tile * tile_tokens(), count = std::min(tile_tokens(), T - t0), rows = heads * count;
         const int64_t size = (D + 31) / 32 * 32, outputs = (D + KEYS - 1) / KEYS * KEYS;
-        float* start = room.get(PIECE * size / 2 + PIECE * outputs / 2 + rows * size / 2 + rows * (outputs + 2) +
-                                ROWS * PIECE * 3 / 2);
-        uint32_t *keys = (uint32_t*)start, *values = keys + PIECE * size / 2;
-        bf16* queries = (bf16*)(values + PIECE * outputs / 2);
+        float* start = scratch.get(KEY_BLOCK * (size + outputs) / 2 + rows * size / 2 + rows * (outputs + 2) +
+                                   ROWS * KEY_BLOCK * 3 / 2);
+        uint32_t *keys = (uint32_t*)start, *values = keys + KEY_BLOCK * size / 2;
+        bf16* queries = (bf16*)(values + KEY_BLOCK * outputs / 2);
         float* sums = (float*)(queries + rows * size);
         float *tops = sums + rows * outputs, *totals = tops + rows, *scores = totals + rows;
-        bf16* weights = (bf16*)(scores + ROWS * PIECE);
+        bf16* weights = (bf16*)(scores + ROWS * KEY_BLOCK);
 
         std::fill_n((uint32_t*)queries, rows * size / 2, 0u);
         std::fill_n(sums, rows * outputs, 0.0f);
@@ -52,19 +52,20 @@ struct CausalAttention {
             totals[row] = sinks ? 1.0f : 0.0f;
         }
         const int64_t end = last_key(t0 + count - 1);
-        for (int64_t k0 = first_key(t0) / KEYS * KEYS; k0 < end; k0 += PIECE) {
-            const int64_t n = std::min(PIECE, end - k0), padded = (n + KEYS - 1) / KEYS * KEYS;
+        for (int64_t k0 = first_key(t0) / KEYS * KEYS; k0 < end; k0 += KEY_BLOCK) {
+            const int64_t n = std::min(KEY_BLOCK, end - k0), padded = (n + KEYS - 1) / KEYS * KEYS;
             lay_out_keys(keys, g, k0, n, size);
             lay_out_values(values, g, k0, n, outputs);
             for (int64_t row = 0; row < rows;) {
                 const int64_t t = t0 + row % count;
-                const int some = int(std::min<int64_t>(ROWS, count - row % count));  // consecutive tokens of one head
+                // consecutive tokens of one head
+                const int n_queries = int(std::min<int64_t>(ROWS, count - row % count));
                 const int64_t from = std::max<int64_t>(0, first_key(t) - k0) / KEYS * KEYS;
-                const int64_t to = std::min(padded, (last_key(t + some - 1) - k0 + KEYS - 1) / KEYS * KEYS);
+                const int64_t to = std::min(padded, (last_key(t + n_queries - 1) - k0 + KEYS - 1) / KEYS * KEYS);
                 if (from < to)
-                    attend(queries + row * size, keys, values, scores, weights, k0, from, to, t, some, size, outputs,
-                           tops + row, totals + row, sums + row * outputs);
-                row += some;
+                    attend(queries + row * size, keys, values, scores, weights, k0, from, to, t, n_queries, size,
+                           outputs, tops + row, totals + row, sums + row * outputs);
+                row += n_queries;
             }
         }
         for (int64_t row = 0; row < rows; row++) {
@@ -74,45 +75,46 @@ struct CausalAttention {
     }
 
 private:
-    // What `some` queries from t on get from the keys [from, to) of a piece that begins at k0, added to what they have.
+    // Adds the attention of `n_queries` queries from t on over keys [from, to) of the block that begins at k0.
     void attend(const bf16* queries, const uint32_t* keys, const uint32_t* values, float* scores, bf16* weights,
-                int64_t k0, int64_t from, int64_t to, int64_t t, int some, int64_t size, int64_t outputs, float* tops,
-                float* totals, float* sums) const {
+                int64_t k0, int64_t from, int64_t to, int64_t t, int n_queries, int64_t size, int64_t outputs,
+                float* tops, float* totals, float* sums) const {
         const int64_t n = to - from;
-        const Blocked key_blocks(keys, size, PIECE);
+        const Blocked key_blocks(keys, size, KEY_BLOCK);
         for (int64_t j = from; j < to; j += KEYS) {
             float part[ROWS * KEYS];
-            unit(key_blocks, j / KEYS, {(const char*)queries, size * 2}, 0, some, part);
-            for (int m = 0; m < some; m++) {
+            compute_tile(key_blocks, j / KEYS, {(const char*)queries, size * 2}, 0, n_queries, part);
+            for (int m = 0; m < n_queries; m++) {
                 float* s = scores + m * n + j - from;
                 const int64_t first = first_key(t + m) - k0 - j, last = last_key(t + m) - k0 - j;
                 if (cap > 0)
-                    for (int64_t i = 0; i < KEYS; i++) s[i] = squash(part[m * KEYS + i] * scale, cap);
+                    for (int64_t i = 0; i < KEYS; i++) s[i] = softcap(part[m * KEYS + i] * scale, cap);
                 else
                     for (int64_t i = 0; i < KEYS; i++) s[i] = part[m * KEYS + i] * scale;
                 if (first > 0 || last < KEYS)
                     for (int64_t i = 0; i < KEYS; i++) s[i] = i >= first && i < last ? s[i] : -INFINITY;
             }
         }
-        float factors[ROWS];  // of what the rows have so far
-        for (int m = 0; m < some; m++) {
+        float factors[ROWS];  // that rescale the sums so far
+        for (int m = 0; m < n_queries; m++) {
             const float before = tops[m];
-            totals[m] = weigh_row(scores + m * n, n, tops + m, totals[m], weights + m * n);
+            totals[m] = exponentiate_row(scores + m * n, n, tops + m, totals[m], weights + m * n);
             factors[m] = before == -INFINITY ? 0.0f : exponential(before - tops[m]);
         }
         for (int64_t u = 0; u < outputs / KEYS; u++) {
             float part[ROWS * KEYS];
-            const Blocked value_blocks(values + u * PIECE / 2 * KEYS + from / 2 * KEYS, n, KEYS);
-            unit(value_blocks, 0, {(const char*)weights, n * 2}, 0, some, part);
-            for (int m = 0; m < some; m++) {
+            const Blocked value_blocks(values + u * KEY_BLOCK / 2 * KEYS + from / 2 * KEYS, n, KEYS);
+            compute_tile(value_blocks, 0, {(const char*)weights, n * 2}, 0, n_queries, part);
+            for (int m = 0; m < n_queries; m++) {
                 float* out = sums + m * outputs + u * KEYS;
                 for (int64_t d = 0; d < KEYS; d++) out[d] = out[d] * factors[m] + part[m * KEYS + d];
             }
         }
     }
 
-    // Turns scores s (n,) into weights relative to the largest one so far, `top`; the sum of all weights so far.
-    static float weigh_row(const float* s, int64_t n, float* top, float total, bf16* weights) {
+    // Weights exp(s - top) of scores s (n,), where `top` is the largest score so far. Returns the sum of all weights so
+    // far.
+    static float exponentiate_row(const float* s, int64_t n, float* top, float total, bf16* weights) {
         const float most = std::max(*top, largest(s, n));
         const float base = most == -INFINITY ? 0.0f : most;
         if (total > 0) total *= exponential(*top - base);
@@ -191,10 +193,10 @@ private:
             const bf16* first = j < n ? start + j * v_strides[1] : none;
             const bf16* second = j + 1 < n ? start + (j + 1) * v_strides[1] : none;
             for (int64_t u = 0; u < outputs / KEYS; u++) {
-                uint32_t* row = target + u * PIECE / 2 * KEYS + j / 2 * KEYS;
-                const int64_t d0 = u * KEYS, some = std::min(KEYS, D - d0);
-                for (int64_t d = 0; d < some; d++) row[d] = uint32_t(first[d0 + d]) | uint32_t(second[d0 + d]) << 16;
-                for (int64_t d = some; d < KEYS; d++) row[d] = 0;
+                uint32_t* row = target + u * KEY_BLOCK / 2 * KEYS + j / 2 * KEYS;
+                const int64_t d0 = u * KEYS, width = std::min(KEYS, D - d0);
+                for (int64_t d = 0; d < width; d++) row[d] = uint32_t(first[d0 + d]) | uint32_t(second[d0 + d]) << 16;
+                for (int64_t d = width; d < KEYS; d++) row[d] = 0;
             }
         }
     }

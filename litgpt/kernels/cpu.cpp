@@ -1,6 +1,4 @@
-// What models consist of on a CPU, as functions for Python. Rows are bfloat16 outside and float inside. Plain loops for
-// the compiler to vectorise, and intrinsics where that is worth while. Letters as in attention.py; M rows, K inputs, N
-// outputs.
+// The kernels for CPUs as C functions, which ops.py calls. Letters as in attention.py; M rows, K inputs, N outputs.
 
 #include "decode.h"
 #include "prefill.h"
@@ -28,10 +26,10 @@ void linear_int4(const bf16* x, const uint8_t* w, const uint16_t* scale, const u
 // Gated MLP: `first` has the gate's I outputs and then as many more; I is a multiple of 64.
 void gated_mlp_blocked(const bf16* x, const uint32_t* first, const uint32_t* second, bf16* y, int64_t M, int64_t K,
                        int64_t I, int64_t N, int kind) {
-    static thread_local Room<char> room;
-    static thread_local Room<bf16> inner;
-    const Blocked gate(first, K, I), up(gate.at(I / Blocked::UNIT), K, I), down(second, I, N);
-    const Rows rows = rows_for(gate, x, M, room);
+    static thread_local Scratch<char> scratch;
+    static thread_local Scratch<bf16> inner;
+    const Blocked gate(first, K, I), up(gate.at(I / Blocked::TILE), K, I), down(second, I, N);
+    const Rows rows = rows_for(gate, x, M, scratch);
     bf16* shared = inner.get(M * I);
 #pragma omp parallel
     {
@@ -46,16 +44,16 @@ void rms_norm(const bf16* x, const bf16* weight, bf16* y, int64_t rows, int64_t 
 }
 
 // q (B, H, T, D) and keys, values (B, G, N, D) by strides over all but the last dimension, bias (null: none) by strides
-// over B, T; sinks (H,) or null; y (B, T, H, D). Scores are squashed into (-cap, cap) if that is positive.
+// over B, T; sinks (H,) or null; y (B, T, H, D). Scores are soft-capped to (-cap, cap) if `cap` is positive.
 void attend(const bf16* q, const bf16* k, const bf16* v, const bf16* bias, const bf16* sinks, bf16* y, int64_t B,
             int64_t H, int64_t G, int64_t T, int64_t N, int64_t D, const int64_t* strides, float scale, float cap) {
-    static thread_local Room<float> room;
-    static thread_local Pieces pieces;
+    static thread_local Scratch<float> scratch;
+    static thread_local KvSplits splits;
     const int64_t *qs = strides, *ks = strides + 3, *vs = strides + 6, *bs = strides + 9;
-    pieces.find(B, G, T, N, bias, bs);
+    splits.find(B, G, T, N, bias, bs);
     Attention a{B, H, G, T, N, D, scale, cap, k, v, {ks[0], ks[1], ks[2]}, {vs[0], vs[1], vs[2]}, bias, {bs[0], bs[1]},
-                sinks, &pieces, nullptr};
-    a.settle(room.get(a.room()));
+                sinks, &splits, nullptr};
+    a.use_scratch(scratch.get(a.scratch_size()));
     for (int64_t b = 0; b < B; b++)
         for (int64_t h = 0; h < H; h++)
             for (int64_t t = 0; t < T; t++)
@@ -63,7 +61,7 @@ void attend(const bf16* q, const bf16* k, const bf16* v, const bf16* bias, const
                             D * sizeof(bf16));
 #pragma omp parallel
     {
-        a.parts();
+        a.attend_splits();
         a.combine(y);
     }
 }
@@ -82,7 +80,8 @@ void attend_causally(const bf16* q, const bf16* k, const bf16* v, const bf16* si
     for (int64_t i = 0; i < B * tasks; i++) row(i / tasks).run(i % tasks);
 }
 
-// Whether the processor multiplies bfloat16 twice as fast as float: then many rows are as well off here as in libraries.
+// Whether the processor multiplies bfloat16 twice as fast as float. Then products of many rows are as fast here as in
+// libraries.
 int multiplies_fast() {
 #ifdef __AVX512BF16__
     return 1;
@@ -91,14 +90,14 @@ int multiplies_fast() {
 #endif
 }
 
-// x (B, T, E) through all layers and the final norm, in place.
-// Where plans have segments, `room` (B T (2 H + 2 G) D) is needed, and `wanted` tokens are as in `run_many`.
+// x (B, T, E) through all layers and the final norm, in place. Where plans have segments, `scratch` (B T (2 H + 2 G) D)
+// is needed, and `output_tokens` is as in `run_prefill`.
 void run_layers(const Shape* shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes,
-                bf16* x, bf16* room, int64_t B, int64_t T, const int64_t* wanted, int64_t n_wanted) {
+                bf16* x, bf16* scratch, int64_t B, int64_t T, const int64_t* output_tokens, int64_t n_output_tokens) {
     if (plans->n_segments)
-        run_many(*shape, layers, n_layers, plans, ropes, x, room, B, T, wanted, n_wanted);
+        run_prefill(*shape, layers, n_layers, plans, ropes, x, scratch, B, T, output_tokens, n_output_tokens);
     else
-        run_few(*shape, layers, n_layers, plans, ropes, x, B, T);
+        run_decode(*shape, layers, n_layers, plans, ropes, x, B, T);
 }
 
 }  // extern "C"

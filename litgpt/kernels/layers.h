@@ -1,10 +1,10 @@
-// What layers are told, and what they do with one token.
+// Arguments of all layers, and their functions of a single token.
 
 #pragma once
 
 #include "weights.h"
 
-constexpr int MAX_D = 256;  // most numbers of a head
+constexpr int MAX_D = 256;  // largest head size
 
 struct Shape {
     int64_t E, H, G, D, I, rope_n, interleave, activation, norm_all_heads;
@@ -16,22 +16,22 @@ struct Layer {
     const bf16 *norm_1, *norm_q, *norm_k, *post_attention_norm, *norm_2, *post_mlp_norm, *sinks;
     bf16 *keys, *values;
     int64_t row_stride, head_stride;  // of keys and values; slots lie one after the other
-    int64_t rope, plan;               // which of the step's; rope -1: none
+    int64_t rope, plan;               // indices of RoPE tables and plans of the call; rope -1: none
     Weight qkv, proj, gate, up, down;
 };
 
 // Many consecutive tokens of a row of the caches: tokens [first, first + T) of the call
 struct Segment {
     int64_t first, T, row;
-    int64_t key, N;               // they attend to N slots from `key` on; N = 0: to themselves
-    int64_t window;               // each sees the last so many keys
-    const int64_t *kept, *slots;  // which of them are stored (null: the first ones), and where
+    int64_t key, N;               // the tokens attend to N slots from `key` on; N = 0: to each other
+    int64_t window;               // number of newest keys that a token sees
+    const int64_t *kept, *slots;  // tokens that are stored (null: the first ones), and their slots
     int64_t n_kept;
 };
 
-// What a call does in a cache: for a few tokens T of every row, or by segments
+// The plan of a call for one kind of cache: T tokens of every row, or segments
 struct StepPlan {
-    const int64_t* rows;   // of the caches, those of the call (B,); null: the first ones
+    const int64_t* rows;   // rows of the caches that take part in the call (B,); null: the first B
     const int64_t* slots;  // (T,) or, if `slots_by_row`, (B, T)
     int64_t slots_by_row, first, N;
     const bf16* bias;
@@ -53,8 +53,8 @@ inline void norm_row(const bf16* x, const bf16* weight, bf16* y, int64_t size, f
     for (int64_t i = 0; i < size; i++) y[i] = narrow(widen(x[i]) * factor * (widen(weight[i]) + offset));
 }
 
-// RoPE for one head in place: halves are pairs, or with `interleave` neighbours, which end up in halves
-inline void turn(bf16* head, const bf16* cos, const bf16* sin, int64_t n, bool interleave) {
+// RoPE for one head in place. Pairs are (i, i + n / 2), or neighbours with `interleave`; the output has halves.
+inline void rotate(bf16* head, const bf16* cos, const bf16* sin, int64_t n, bool interleave) {
     float x[MAX_D], y[MAX_D];
     const int64_t half = n / 2;
     if (interleave)
@@ -76,7 +76,7 @@ inline void finish_head(const Shape& shape, const Layer& layer, const Rope* rope
     if (layer.rope < 0) return;
     const Rope& rope = ropes[layer.rope];
     const int64_t at = b * rope.row_stride + t * shape.rope_n;
-    turn(head, rope.cos + at, rope.sin + at, shape.rope_n, shape.interleave);
+    rotate(head, rope.cos + at, rope.sin + at, shape.rope_n, shape.interleave);
 }
 
 // Norm over all heads of the queries and keys of a token, in models that have it

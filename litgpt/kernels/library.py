@@ -1,4 +1,4 @@
-"""The compiled kernels, and what their functions take.
+"""The compiled kernels, and the types of their arguments.
 
 Compiling takes a C++ compiler. Without one everything works as well, by torch's own operations, only slower.
 """
@@ -25,11 +25,11 @@ _SIGNATURES = {
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where there can be none, or are to be none (`litgpt.kernels.processor`)."""
+    """The compiled kernels; None where they are impossible or disabled (`litgpt.kernels.processor`)."""
     target = processor.instruction_set()
     if target is None:
         return None
-    from litgpt.kernels.build import kernels_for  # what it imports is there on Linux, where there are instruction sets
+    from litgpt.kernels.build import kernels_for  # imports modules that only Linux has
 
     return kernels_for(target, _load)
 

@@ -1,4 +1,4 @@
-// Numbers: bfloat16 outside, float inside; and the few functions of them that layers need.
+// Numbers are bfloat16 in memory and float in registers. Conversions, scratch memory and elementwise functions.
 
 #pragma once
 
@@ -15,19 +15,19 @@
 
 using bf16 = uint16_t;
 
-// Memory that is kept from call to call, and begins where cache lines do.
+// A buffer for intermediate results, which is kept from call to call. It begins at a cache line.
 template <class T>
-class Room {
+class Scratch {
     std::unique_ptr<char[]> bytes;
     size_t size = 0;
 
 public:
     T* get(int64_t n) {
-        const size_t wanted = n * sizeof(T) + 64;
-        if (size < wanted) {
+        const size_t needed = n * sizeof(T) + 64;
+        if (size < needed) {
             bytes.reset();  // before there is more
-            bytes.reset(new char[wanted]);
-            size = wanted;
+            bytes.reset(new char[needed]);
+            size = needed;
         }
         return (T*)((uintptr_t(bytes.get()) + 63) / 64 * 64);
     }
@@ -75,10 +75,10 @@ inline float exponential(float x) {  // relative error below 3e-7; 0 for what fl
     return x < -87.0f ? 0.0f : p * scale;
 }
 
-// For loops over arrays of vectors that are to stay in registers, which GCC sees to only where indices are constants.
+// For loops over arrays of vectors: GCC keeps those in registers only where all indices are constants.
 #define UNROLLED _Pragma("GCC unroll 16")
 
-// Has memory brought nearer while something else is computed.
+// Asks for memory that is read soon, so that it arrives while something else is computed.
 inline void prefetch(const void* start, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)start + i, 0, 2);
 }
@@ -93,7 +93,7 @@ inline float activate(float x, int kind) {
 }
 
 #ifdef __AVX512BW__
-// sum + a b of 32 numbers each: two products end up in each of the 16 sums
+// sum + a b for 32 bfloat16 numbers: each of the 16 sums gets two products
 inline __m512 add_products(__m512 sum, __m512i a, __m512i b) {
 #ifdef __AVX512BF16__
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
@@ -106,7 +106,7 @@ inline __m512 add_products(__m512 sum, __m512i a, __m512i b) {
 #endif
 }
 
-inline __m512 exponential_16(__m512 x) {            // of what is at most 80; relative error below 3e-7
+inline __m512 exponential_16(__m512 x) {            // for x of at most 80; relative error below 3e-7
     x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);  // in this order NaN stays; below it is 0
     const __m512 log2 = _mm512_set1_ps(1.44269504f);
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, log2), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -117,7 +117,7 @@ inline __m512 exponential_16(__m512 x) {            // of what is at most 80; re
     return _mm512_scalef_ps(p, n);
 }
 
-inline __m256i narrow_16(__m512 x) {  // as `narrow`, of numbers
+inline __m256i narrow_16(__m512 x) {  // as `narrow`, for numbers that are not NaN
 #ifdef __AVX512BF16__
     return (__m256i)_mm512_cvtneps_pbh(x);
 #else

@@ -9,13 +9,11 @@ import torch
 from litgpt.kernels import processor
 from litgpt.kernels.library import library
 
-MAX_ROWS = (
-    16  # of a single layer; with more rows, torch's products in bfloat16 are as fast or faster, where it has them
-)
+MAX_ROWS = 16  # for more, torch's products of a single layer are as fast or faster, where it has them in bfloat16
 MAX_QUERIES = 16  # of one sequence
 MAX_HEAD_SIZE = 256  # of `attend`, as in layers.h
 ACTIVATIONS = {"silu": 0, "gelu-none": 1, "gelu-tanh": 2}  # of `gated_mlp_blocked`, as in numbers.h
-UNIT = 64  # outputs of a block in the layout of `blocked`, as in weights.h
+TILE = 64  # outputs of a block in the layout of `blocked`, as in weights.h
 
 _strides = struct.Struct("11q")
 
@@ -55,12 +53,12 @@ def packed_inputs(K: int) -> int:
 
 
 def blocked(weight: torch.Tensor) -> torch.Tensor:
-    """A weight (N, K) as `linear_blocked` reads it, which is oneDNN's way too: blocks of UNIT outputs, in them pairs of
-    inputs, padded with zeros: (blocks, pairs, UNIT, 2)."""
+    """A weight (N, K) as `linear_blocked` reads it, which is oneDNN's way too: blocks of TILE outputs, in them pairs of
+    inputs, padded with zeros: (blocks, pairs, TILE, 2)."""
     N, K = weight.shape
-    padded = weight.new_zeros(-(-N // UNIT) * UNIT, packed_inputs(K))
+    padded = weight.new_zeros(-(-N // TILE) * TILE, packed_inputs(K))
     padded[:N, :K] = weight
-    return padded.view(-1, UNIT, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
+    return padded.view(-1, TILE, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
 
 
 def unblocked(weight: torch.Tensor, N: int, K: int) -> torch.Tensor:
@@ -110,7 +108,7 @@ def linear_int4(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, mini
 
 
 def gated_mlp_blocked(x: torch.Tensor, first: int, second: int, inner: int, activation: int) -> torch.Tensor:
-    """A gated MLP (..., E) to (..., E): `first` is the address of the gate's and then as many (`inner`, a multiple of UNIT)
+    """A gated MLP (..., E) to (..., E): `first` is the address of the gate's and then as many (`inner`, a multiple of TILE)
     other outputs, `second` that of the way back. `activation` is one of `ACTIVATIONS`."""
     x = x.contiguous()
     E, y = x.shape[-1], torch.empty_like(x)

@@ -1,5 +1,5 @@
-// All layers for many tokens, as in the prefill. Threads share the work between the points where they meet; what lies
-// between two products is done while it is near, for BLOCK tokens at a time.
+// All layers for many tokens, as in the prefill. Tokens are processed BLOCK at a time from one product to the next, so
+// that intermediate results stay in the processor's caches.
 
 #pragma once
 
@@ -8,28 +8,28 @@
 
 constexpr int64_t BLOCK = 256;
 
-// 4-bit integers, each unit of which is turned into bfloat16 before it is multiplied with many rows
+// 4-bit integers. Each tile is dequantised to bfloat16 once, and then multiplied with many rows.
 template <int GROUP>
 struct Widened {
-    static constexpr int UNIT = ROW_UNIT, PASS = ROWS;
+    static constexpr int TILE = ROW_TILE, PASS = ROWS;
     Int4<GROUP> w;
     int64_t K, N;
-    bf16* rows;                    // of a unit
-    mutable int64_t current = -1;  // the unit that they are of
+    bf16* rows;                    // of a tile
+    mutable int64_t current = -1;  // index of that tile
 
-    Widened(const Weight& x, Room<bf16>& room) : w(x), K(x.K), N(x.N), rows(room.get(UNIT * K)) {}
+    Widened(const Weight& x, Scratch<bf16>& scratch) : w(x), K(x.K), N(x.N), rows(scratch.get(TILE * K)) {}
 
     int64_t row_bytes() const { return 0; }
     void prepare(const bf16*, char*) const {}
     const void* at(int64_t u) const { return w.at(u); }
 
     template <int M>
-    void unit(int64_t u, const char* x, int64_t stride, float* y, Ahead) const {
-        const int64_t size = std::min<int64_t>(UNIT, N - u * UNIT);
+    void compute_tile(int64_t u, const char* x, int64_t stride, float* y, Prefetch) const {
+        const int64_t size = std::min<int64_t>(TILE, N - u * TILE);
         if (current != u)
-            for (int64_t i = 0; i < size; i++) w.widen_row(u * UNIT + i, rows + i * K);
+            for (int64_t i = 0; i < size; i++) w.widen_row(u * TILE + i, rows + i * K);
         current = u;
-        Plain(rows, K, size).template unit<M>(0, x, stride, y, {nullptr, 0, 0});
+        Plain(rows, K, size).template compute_tile<M>(0, x, stride, y, {nullptr, 0, 0});
     }
 };
 
@@ -40,37 +40,37 @@ struct Prefill {
     int64_t T, M, heads;
     bf16 *qkv, *attended;        // M rows
     bf16 *normed, *out, *inner;  // BLOCK rows
-    char* prepared;              // BLOCK rows in the form that a weight wants
+    char* prepared;              // BLOCK rows, prepared for a weight
 
-    // `room` has M (2 H + 2 G) D numbers, for queries, keys, values and what attention gives.
-    Prefill(const Shape& shape, const Layer* layers, int64_t n_layers, const Rope* ropes, bf16* x, bf16* room,
+    // `scratch` has M (2 H + 2 G) D numbers: queries, keys, values and the output of attention.
+    Prefill(const Shape& shape, const Layer* layers, int64_t n_layers, const Rope* ropes, bf16* x, bf16* scratch,
             int64_t B, int64_t T)
-        : shape(shape), ropes(ropes), x(x), T(T), M(B * T), heads(shape.H + 2 * shape.G), qkv(room) {
-        static thread_local Room<bf16> block_room;
-        static thread_local Room<char> prepared_room;
+        : shape(shape), ropes(ropes), x(x), T(T), M(B * T), heads(shape.H + 2 * shape.G), qkv(scratch) {
+        static thread_local Scratch<bf16> block_scratch;
+        static thread_local Scratch<char> prepared_scratch;
         attended = qkv + M * heads * shape.D;
-        normed = block_room.get(BLOCK * (2 * shape.E + shape.I));
+        normed = block_scratch.get(BLOCK * (2 * shape.E + shape.I));
         out = normed + BLOCK * shape.E;
         inner = out + BLOCK * shape.E;
         int64_t most = 0;
         for (int64_t l = 0; l < n_layers; l++)
             for (const Weight* weight : {&layers[l].qkv, &layers[l].proj, &layers[l].gate, &layers[l].down})
                 if (weight->kind == 0) most = std::max(most, stride_of_rows(Blocked(*weight)));  // others need none
-        prepared = prepared_room.get(BLOCK * most);
+        prepared = prepared_scratch.get(BLOCK * most);
     }
 
-    // One layer, called by all threads of a team. With `wanted` (ascending), what follows attention is done for those tokens
-    // only, which are then the first ones of x.
-    void run(const Layer& layer, const StepPlan& plan, const int64_t* wanted, int64_t n_wanted) {
+    // One layer, called by all threads of a team. With `output_tokens` (ascending), the MLP is computed for those
+    // tokens only, and they become the first rows of x.
+    void run(const Layer& layer, const StepPlan& plan, const int64_t* output_tokens, int64_t n_output_tokens) {
         const int64_t E = shape.E, H = shape.H, G = shape.G, D = shape.D;
-        static thread_local Room<bf16> room;
+        static thread_local Scratch<bf16> scratch;
         for (int64_t m0 = 0; m0 < M; m0 += BLOCK) {
             const int64_t n = std::min(BLOCK, M - m0);
             const bf16* input = norm(layer.norm_1, x + m0 * E, n);
             const auto multiply = [&](const auto& w) {
                 product(w, rows_of(w, input, n), layer.qkv.bias, qkv + m0 * heads * D, n);
             };
-            with_weight<Widened>(layer.qkv, multiply, room);
+            with_weight<Widened>(layer.qkv, multiply, scratch);
         }
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < M; m++) {
@@ -78,7 +78,7 @@ struct Prefill {
             norm_heads(shape, layer, token);
             for (int64_t h = 0; h < H + G; h++) finish_head(shape, layer, ropes, token + h * D, h, m / T, m % T);
         }
-        for (int64_t s = 0; s < plan.n_segments; s++) keep(layer, plan.segments[s]);
+        for (int64_t s = 0; s < plan.n_segments; s++) store(layer, plan.segments[s]);
 #pragma omp barrier
         static thread_local std::vector<CausalAttention> attentions;
         static thread_local std::vector<int64_t> ends;  // of their tasks
@@ -93,19 +93,19 @@ struct Prefill {
             attentions[s].run(i - (s ? ends[s - 1] : 0));
         }
 #pragma omp single
-        for (int64_t i = 0; wanted && i < n_wanted; i++) {
-            std::memmove(x + i * E, x + wanted[i] * E, E * sizeof(bf16));
-            std::memmove(attended + i * H * D, attended + wanted[i] * H * D, H * D * sizeof(bf16));
+        for (int64_t i = 0; output_tokens && i < n_output_tokens; i++) {
+            std::memmove(x + i * E, x + output_tokens[i] * E, E * sizeof(bf16));
+            std::memmove(attended + i * H * D, attended + output_tokens[i] * H * D, H * D * sizeof(bf16));
         }
-        const int64_t left = wanted ? n_wanted : M;
+        const int64_t left = output_tokens ? n_output_tokens : M;
         for (int64_t m0 = 0; m0 < left; m0 += BLOCK) {
             const int64_t n = std::min(BLOCK, left - m0);
             bf16* own = x + m0 * E;
             add_product(layer.proj, attended + m0 * H * D, own, n, layer.post_attention_norm, shape.attention_factor,
-                        room);
+                        scratch);
             const bf16* input = norm(layer.norm_2, own, n);
-            gated_product(layer, input, n, room);
-            add_product(layer.down, inner, own, n, layer.post_mlp_norm, shape.mlp_factor, room);
+            gated_product(layer, input, n, scratch);
+            add_product(layer.down, inner, own, n, layer.post_mlp_norm, shape.mlp_factor, scratch);
         }
     }
 
@@ -129,7 +129,7 @@ private:
 
     // own += factor * post_norm(input w^T + bias)
     void add_product(const Weight& weight, const bf16* input, bf16* own, int64_t n, const bf16* post_norm, float factor,
-                     Room<bf16>& room) {
+                     Scratch<bf16>& scratch) {
         const int64_t E = shape.E;
         const auto multiply = [&](const auto& w) {
             product(w, rows_of(w, input, n), n, [&](int64_t m, int64_t first, int64_t size, const float* values) {
@@ -139,7 +139,7 @@ private:
                     for (int64_t j = 0; j < size; j++) sum[j] = add(sum[j], widen(target[j]), factor);
             });
         };
-        with_weight<Widened>(weight, multiply, room);
+        with_weight<Widened>(weight, multiply, scratch);
         if (!post_norm) return;
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < n; m++) {
@@ -150,21 +150,21 @@ private:
     }
 
     // inner = activation(input gate^T) * (input up^T)
-    void gated_product(const Layer& layer, const bf16* input, int64_t n, Room<bf16>& room) {
-        static thread_local Room<bf16> up_room;
+    void gated_product(const Layer& layer, const bf16* input, int64_t n, Scratch<bf16>& scratch) {
+        static thread_local Scratch<bf16> up_scratch;
         const auto multiply = [&](const auto& gate) {
             using W = std::decay_t<decltype(gate)>;
             const Rows rows = rows_of(gate, input, n);
             if constexpr (std::is_constructible_v<W, const Weight&>)
                 gated(gate, W(layer.up), rows, inner, n, int(shape.activation));
             else
-                gated(gate, W(layer.up, up_room), rows, inner, n, int(shape.activation));
+                gated(gate, W(layer.up, up_scratch), rows, inner, n, int(shape.activation));
         };
-        with_weight<Widened>(layer.gate, multiply, room);
+        with_weight<Widened>(layer.gate, multiply, scratch);
     }
 
-    // Stores the tokens of a segment that are kept.
-    void keep(const Layer& layer, const Segment& segment) {
+    // Writes the tokens of a segment that stay to the cache.
+    void store(const Layer& layer, const Segment& segment) {
         const int64_t H = shape.H, G = shape.G, D = shape.D;
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < segment.n_kept; i++) {
@@ -194,17 +194,17 @@ private:
     }
 };
 
-// x (B, T, E) through all layers and the final norm, in place; plans have segments. With `wanted`, tokens of the call in
-// ascending order, their outputs are the first rows of x, and others are not computed.
-inline void run_many(const Shape& shape, const Layer* layers, int64_t n_layers, const StepPlan* plans,
-                     const Rope* ropes, bf16* x, bf16* room, int64_t B, int64_t T, const int64_t* wanted,
-                     int64_t n_wanted) {
-    Prefill prefill(shape, layers, n_layers, ropes, x, room, B, T);
-    const int64_t rows = wanted ? n_wanted : B * T;
+// x (B, T, E) through all layers and the final norm, in place; plans have segments. With `output_tokens` (ascending),
+// their outputs become the first rows of x, and no others are computed.
+inline void run_prefill(const Shape& shape, const Layer* layers, int64_t n_layers, const StepPlan* plans,
+                     const Rope* ropes, bf16* x, bf16* scratch, int64_t B, int64_t T, const int64_t* output_tokens,
+                     int64_t n_output_tokens) {
+    Prefill prefill(shape, layers, n_layers, ropes, x, scratch, B, T);
+    const int64_t rows = output_tokens ? n_output_tokens : B * T;
 #pragma omp parallel
     {
         for (int64_t l = 0; l < n_layers; l++)
-            prefill.run(layers[l], plans[layers[l].plan], l + 1 < n_layers ? nullptr : wanted, n_wanted);
+            prefill.run(layers[l], plans[layers[l].plan], l + 1 < n_layers ? nullptr : output_tokens, n_output_tokens);
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < rows; m++) {
             bf16* row = x + m * shape.E;

@@ -1,7 +1,7 @@
-"""What this machine's processor, and what torch makes of it, can do: the one place that asks.
+"""The abilities of this machine's processor, and torch's use of them. No other module asks.
 
 `LITGPT_KERNELS` restricts the kernels: `avx2` compiles and runs them as for a processor with AVX2 and no more, `0` does
-without them; unset or `auto` means all that the processor has.
+without them; unset or `auto` means the best that the processor has.
 """
 
 import functools
@@ -15,12 +15,12 @@ import torch
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """What kernels are compiled for.
+    """The target of the compiler.
 
     Attributes:
-        name: part of the file name of what is compiled.
+        name: part of the file name of the library.
         flags: for the compiler.
-        features: the processor's names for what they need.
+        features: required features, by the processor's names.
     """
 
     name: str
@@ -29,7 +29,7 @@ class InstructionSet:
 
 
 RESTRICTED = {"avx2": InstructionSet("avx2", ("-mavx2", "-mfma", "-mf16c"), ("avx2", "fma", "f16c"))}
-# names for what `-march=native` comes to, the best first
+# names for the results of `-march=native`, the best first
 _NATIVE = {
     "avx512bf16": ("avx512bw", "avx512vl", "avx512dq", "avx512_bf16"),
     "avx512": ("avx512bw", "avx512vl", "avx512dq"),
@@ -39,7 +39,7 @@ _NATIVE = {
 
 @functools.cache
 def features() -> frozenset[str]:
-    """What the processor says that it has, in Linux's words; empty on other systems."""
+    """Features of the processor, by Linux's names; empty on other systems."""
     return frozenset(
         word for line in _about() if not line.startswith("model name") for word in line.split(":")[1].split()
     )
@@ -47,7 +47,7 @@ def features() -> frozenset[str]:
 
 @functools.cache
 def fingerprint() -> str:
-    """Tells processors apart whose compiled code may differ."""
+    """A text that differs between processors whose compiled code may differ."""
     return "\n".join(_about())
 
 
@@ -61,7 +61,7 @@ def _about() -> list[str]:
 
 
 def instruction_set() -> InstructionSet | None:
-    """What the kernels are to be compiled for; None: there are to be none, or cannot be on this system.
+    """The target for the kernels; None if they are disabled or impossible on this system.
 
     Raises:
         ValueError: if `LITGPT_KERNELS` is not one of its values, or asks for what the processor lacks.

@@ -1,4 +1,4 @@
-"""What `run_layers` is told, as layers.h has it."""
+"""The arguments of `run_layers`, as in layers.h."""
 
 import ctypes
 

@@ -54,6 +54,7 @@ class PositionalKVCache(DefaultKVCache):
     ) -> None:
         super().__init__(config, batch_size, policy.cache_length, block_idx, dtype, head_size, **mha_kwargs)
         self.policy = policy
+        self._policy_key = policy.key  # compiled code cannot enter the lock of a cached property
         device = torch.device("cpu") if device is None else torch.device(device)
         params = KVCacheParams.from_config(config, batch_size, policy.cache_length, device, self._dtype, self.head_size)
         self.storage = storage(params, **(storage_args or {}))
@@ -201,7 +202,7 @@ class PositionalKVCache(DefaultKVCache):
         return plan_call(self.policy, self.window, lengths, rows, T, self.dtype, self.device, static)
 
     def plan_key(self) -> tuple:
-        return self.policy.key, self.window, self._rows.lengths, *self._place
+        return self._policy_key, self.window, self._rows.lengths, *self._place
 
     def commit(self, plan: Plan) -> None:
         """Note that `plan` was run."""

@@ -80,6 +80,8 @@ class CacheSpec:
         if isinstance(text, CacheSpec):
             length = text.cache_length if cache_length is None else cache_length
             return cls(text.policy, text.storage, length, **{**dict(text.arguments), **args})
+        if not isinstance(text, str):
+            raise ValueError(f"a key-value cache is a CacheSpec or the name of one, got {text!r}")
         policy, storage = _split(text)
         return cls(policy, storage, cache_length, **args)
 

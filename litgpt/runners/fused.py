@@ -1,7 +1,7 @@
-"""All layers on CPU by one call: what PyTorch spends between operations costs as much as small models do.
+"""All layers on CPU by one call of the kernels: for small models PyTorch's overhead costs as much as the arithmetic.
 
-It is `GPT.run_layers` made of the same weights, caches and plans; where something is not as it knows it, it leaves the call to
-`run_layers`. A few tokens, as in decoding, and many, as in the prefill, are computed in ways of their own.
+`FusedLayers` computes what `GPT.run_layers` does, from the same weights, caches and plans. Calls that it does not support
+are left to `run_layers`. Decode steps and prefill steps have kernels of their own.
 """
 
 import ctypes
@@ -26,7 +26,7 @@ from litgpt.runners.packed_weights import PackedGatedMLP
 from litgpt.runners.watch import ModuleWatch
 
 # Every field of `Config` is in one of these. One that is in none has to have its default.
-REQUIRED = {  # what has no other code here
+REQUIRED = {  # the only supported values
     "norm_class_name": ("RMSNorm",),
     "parallel_residual": (False,),
     "shared_attention_norm": (False,),
@@ -36,7 +36,7 @@ REQUIRED = {  # what has no other code here
     "latent_attention": (None,),
 }
 HANDLED = {
-    # by what the kernels are told
+    # by the arguments of the kernels
     *("n_layer", "n_embd", "n_head", "n_query_groups", "head_size", "intermediate_size", "rotary_percentage"),
     *("rope_interleave", "rope_indices", "rope_local_base_freq", "nope_indices", "attention_scores_scalar"),
     *("attention_logit_softcapping", "attention_sinks", "gelu_approximate", "norm_eps", "norm_unit_offset"),
@@ -58,7 +58,7 @@ OUTSIDE = {
 
 
 def knows_config(config: Config) -> bool:
-    """Whether all that layers of such a configuration do is computed here."""
+    """Whether the kernels compute everything that layers of this configuration do."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in REQUIRED and value not in REQUIRED[field.name]:
@@ -69,11 +69,11 @@ def knows_config(config: Config) -> bool:
 
 
 def fuse_layers(model: GPT) -> bool:
-    """Have `model` run all layers by one call, if they are of the kinds that are known here.
+    """Have `model` run all layers by one call, if the kernels support them; returns whether they do.
 
-    Undone by `model.layer_runner = None`, which has to be done before the layers or their weights are replaced.
+    `model.layer_runner = None` undoes it, and is needed before layers or their weights are replaced.
     """
-    layers = [_layer(block) for block in model.transformer.h] if ops.available() and _is_known(model) else [None]
+    layers = [_layer(block) for block in model.transformer.h] if ops.available() and _is_supported(model) else [None]
     if None in layers:
         return False
     fused = FusedLayers(model, layers)
@@ -102,8 +102,8 @@ class FusedLayers:
             model.transformer.ln_f.weight.data_ptr(),
         )
         self.plans = (StepPlan * len(layers))()
-        self.room = 2 * (config.n_head + config.n_query_groups) * config.head_size  # numbers for a token of a prefill
-        self.caches: list[weakref.ref[KVCache]] = []  # whose buffers the layers have
+        self.scratch_size = 2 * (config.n_head + config.n_query_groups) * config.head_size  # for a token of a prefill
+        self.caches: list[weakref.ref[KVCache]] = []  # whose buffers `layers` point to
         self.places: list[tuple[int, int]] = []
         modules = [module for block in self.blocks for module in block.modules()] + [model.transformer.ln_f]
         self.watch = ModuleWatch(modules, apart=model.kv_caches())
@@ -121,7 +121,9 @@ class FusedLayers:
         if self.watch.has_hooks() or not self.watch.is_unchanged() or not self._has_caches(model.kv_caches()):
             return None
         different = list({id(plan): plan for plan in plans}.values())
-        if B * T <= ops.MAX_ROWS and all(_set_few(*pair, T) for pair in zip(self.plans, different, strict=False)):
+        if B * T <= ops.MAX_ROWS and all(
+            _set_decode_plan(*pair, T) for pair in zip(self.plans, different, strict=False)
+        ):
             pass
         elif ops.multiplies_fast():
             segments = [_segments(plan, B, T) for plan in different]
@@ -138,13 +140,13 @@ class FusedLayers:
         ropes = (Rope * len(tables))(
             *(Rope(cos.data_ptr(), sin.data_ptr(), cos.stride(0) if len(cos) > 1 else 0) for cos, sin in tables)
         )
-        x, room, rows = model.embed(idx).contiguous(), None, None
+        x, scratch, rows = model.embed(idx).contiguous(), None, None
         if self.plans[0].n_segments:
-            room = x.new_empty(B * T * self.room)
+            scratch = x.new_empty(B * T * self.scratch_size)
             rows = None if output_tokens is None else (ctypes.c_int64 * len(output_tokens))(*output_tokens)
         library().run_layers(
             *(ctypes.byref(self.shape), self.layers, len(self.layers), self.plans, ropes),
-            *(x.data_ptr(), address(room), B, T, rows, 0 if rows is None else len(rows)),
+            *(x.data_ptr(), address(scratch), B, T, rows, 0 if rows is None else len(rows)),
         )
         if output_tokens is None:
             return x
@@ -155,16 +157,16 @@ class FusedLayers:
         """A copy of the model runs its own layers, one by one."""
 
     def _has_caches(self, caches: list[KVCache]) -> bool:
-        """Note where the caches are, if they are of a kind that is known."""
+        """Point `layers` to the buffers of the caches; False if a cache is of an unsupported kind."""
         if len(self.caches) == len(caches) and all(
             ref() is cache for ref, cache in zip(self.caches, caches, strict=True)
         ):
             places = [_place(cache) for cache in caches]
             if places == self.places:
                 return True
-        if not all(map(_is_known_cache, caches)):
+        if not all(map(_is_supported_cache, caches)):
             return False
-        self.caches = list(map(weakref.ref, caches))  # their memory is not held here
+        self.caches = list(map(weakref.ref, caches))  # does not keep their memory
         self.places = list(map(_place, caches))
         for layer, cache, place in zip(self.layers, caches, self.places, strict=True):
             layer.keys, layer.values = place
@@ -177,13 +179,13 @@ def _place(cache: PositionalKVCache) -> tuple[int, int]:
     return keys.data_ptr(), values.data_ptr()
 
 
-def _set_few(target: StepPlan, plan: Plan, T: int) -> bool:
-    """Fill in what `plan` does with a few tokens, if it is of the usual kind: store them, then attend to a range of slots."""
+def _set_decode_plan(target: StepPlan, plan: Plan, T: int) -> bool:
+    """Copy a plan for a few tokens to `target`; False unless it stores all of them, then attends to a range of slots."""
     part = plan.parts[0]
     step = part.steps[0]
-    known = len(plan.parts) == len(part.steps) == 1 and part.spans is None and part.chunk_rows is None
+    simple = len(plan.parts) == len(part.steps) == 1 and part.spans is None and part.chunk_rows is None
     whole = slice(0, T)
-    if not (known and step.write_first and step.new is None and step.write == whole == step.queries):
+    if not (simple and step.write_first and step.new is None and step.write == whole == step.queries):
         return False
     bias, read = step.bias, step.read
     if step.consecutive is not None:
@@ -206,13 +208,13 @@ def _set_few(target: StepPlan, plan: Plan, T: int) -> bool:
 
 
 def _segments(plan: Plan, B: int, T: int) -> "ctypes.Array[Segment] | None":
-    """What `plan` does with many tokens of every row, if they attend to consecutive ones; None: it is of another kind."""
+    """The segments of a plan for many tokens of every row; None unless they attend to consecutive slots."""
     found = []
     for part in plan.parts:
         step = part.steps[0]
         if len(part.steps) > 1 or step.consecutive is None or not (step.write_first or step.read is None):
             return None
-        if step.read is not None and step.consecutive.T <= ops.MAX_QUERIES:  # laying out all keys would take longer
+        if step.read is not None and step.consecutive.T <= ops.MAX_QUERIES:  # rearranging all keys would take longer
             return None
         chunk_rows = range(B) if part.chunk_rows is None else part.chunk_rows.tolist()
         rows = chunk_rows if part.rows is None else part.rows.tolist()
@@ -230,7 +232,7 @@ def _segments(plan: Plan, B: int, T: int) -> "ctypes.Array[Segment] | None":
     return (Segment * len(found))(*found)
 
 
-def _is_known_cache(cache: KVCache | None) -> bool:
+def _is_supported_cache(cache: KVCache | None) -> bool:
     return (
         isinstance(cache, PositionalKVCache)
         and type(cache).run is PositionalKVCache.run
@@ -241,7 +243,7 @@ def _is_known_cache(cache: KVCache | None) -> bool:
 
 
 def _layer(block: nn.Module) -> Layer | None:
-    """What is the same in all steps, or None if the layer is of another kind."""
+    """The constant arguments of a layer; None if it is of an unsupported kind."""
     if type(block) is not Block or type(block.attn) is not CausalSelfAttention:
         return None
     attn, mlp = block.attn, block.mlp
@@ -285,7 +287,7 @@ def _weight(linear: nn.Module) -> Weight | None:
     return linear.kernel_weight() if isinstance(linear, OpaqueLayer) else None
 
 
-def _is_known(model: GPT) -> bool:
+def _is_supported(model: GPT) -> bool:
     config, wte = model.config, model.transformer.wte
     return (
         wte.weight.device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Layers that keep their weights in forms of their own: packed for a kernel, or quantised."""
+"""Layers whose weights are packed for a kernel, or quantised."""
 
 import itertools
 import weakref
@@ -11,10 +11,10 @@ from litgpt.kernels.structs import Weight
 
 
 class OpaqueLayer(nn.Module, ABC):
-    """A layer for inference whose weights are not plain parameters. What others need to know of them, they ask here.
+    """A layer for inference whose weights are not plain parameters. This class is the interface to them.
 
     Attributes:
-        in_features, out_features: sizes of the last dimension of what goes in and comes out.
+        in_features, out_features: sizes of the last dimension of input and output.
     """
 
     in_features: int
@@ -34,7 +34,7 @@ class OpaqueLayer(nn.Module, ABC):
 
     @abstractmethod
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """What the layer computes, (..., in_features) to (..., out_features), as plain code."""
+        """The output (..., out_features) for x (..., in_features), in plain code."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling() and x.device.type == "cpu":
@@ -46,7 +46,7 @@ class OpaqueLayer(nn.Module, ABC):
         """A few values of every weight, by the names of plain layers, for `litgpt.fingerprint`."""
 
     def kernel_weight(self) -> Weight | None:
-        """The weight as `litgpt.kernels` reads it, from memory that the layer holds; None: they do not read it."""
+        """The weight as `litgpt.kernels` reads it, without a copy; None if they cannot read it."""
         return None
 
     def pack(self) -> None:

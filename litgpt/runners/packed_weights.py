@@ -154,7 +154,7 @@ class PackedGatedMLP(OpaqueLayer):
         self.proj = PackedLinear(mlp.proj)
         self.in_features, self.out_features = self.first.in_features, self.proj.out_features
         self.activation: int | None = None  # of the kernel that does all at once, where there is one
-        if self.proj.layout.address is not None and mlp.fc_1.out_features % ops.UNIT == 0 and mlp.fc_1.bias is None:
+        if self.proj.layout.address is not None and mlp.fc_1.out_features % ops.TILE == 0 and mlp.fc_1.bias is None:
             self.activation = ops.ACTIVATIONS.get(mlp.activation)
 
     def weight_samples(self) -> dict[str, torch.Tensor]:

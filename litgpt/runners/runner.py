@@ -1,4 +1,4 @@
-"""What a faster way to run all layers of a model is to it."""
+"""The protocol of faster ways to run all layers of a model."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -13,7 +13,7 @@ class LayerRunner(Protocol):
     """A model's `layer_runner`: runs embedding, layers and final norm as `GPT.run_layers` does, for calls with caches.
 
     Attributes:
-        static_shapes: whether calls of one token a row are to be planned with shapes that stay the same as sequences grow.
+        static_shapes: whether decode steps need plans whose shapes stay the same as sequences grow.
     """
 
     static_shapes: bool
@@ -33,6 +33,6 @@ class LayerRunner(Protocol):
             output_tokens: indices of tokens, counted through all rows, in ascending order (None: all).
 
         Returns:
-            None where it cannot do the call, before any cache is changed: the model then runs its layers one by one.
+            None if it does not support the call; no cache is changed, and the model runs its layers one by one.
         """
         ...

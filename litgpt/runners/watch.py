@@ -1,7 +1,7 @@
-"""Whether modules are still as they were, asked in every step of decoding.
+"""A check that modules are unchanged, fast enough for every decode step.
 
-The one place that reads `nn.Module`'s own dictionaries: by attributes the same takes several times as long, and of hooks there
-is no other word.
+The only place that reads the dictionaries of `nn.Module`: attributes take several times as long, and hooks have no public
+accessor.
 """
 
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class ModuleWatch:
-    """Notes what modules hold: of each one tensor, for they move together, or one child. Those in `apart` do not count."""
+    """Remembers one tensor of each module (they move together), or one child. Modules in `apart` are ignored."""
 
     def __init__(self, modules: Iterable[nn.Module], apart: Iterable[nn.Module] = ()) -> None:
         apart = {id(part) for module in apart for part in module.modules()}
@@ -23,19 +23,19 @@ class ModuleWatch:
                 continue
             self.hooks += [module._forward_hooks, module._forward_pre_hooks]
             tensors = ((own, name, x) for own in (module._parameters, module._buffers) for name, x in own.items())
-            held = next(((*place, place[2].data_ptr()) for place in tensors if place[2] is not None), None)
-            if held is not None:
-                self.tensors.append(held)
+            first = next(((*place, place[2].data_ptr()) for place in tensors if place[2] is not None), None)
+            if first is not None:
+                self.tensors.append(first)
             else:
                 children = ((module._modules, name, child) for name, child in module.named_children())
                 self.children += [place for place in children if id(place[2]) not in apart][:1]
 
     def has_hooks(self) -> bool:
-        """Whether a module has forward hooks by now."""
+        """Whether a module has forward hooks now."""
         return any(self.hooks)
 
     def is_unchanged(self) -> bool:
-        """Whether all tensors and children are the same, where they were."""
+        """Whether all tensors and children are the same objects, at the same addresses."""
         return all(own.get(name) is child for own, name, child in self.children) and all(
             own.get(name) is x and x.data_ptr() == at for own, name, x, at in self.tensors
         )

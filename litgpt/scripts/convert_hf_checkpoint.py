@@ -75,7 +75,7 @@ def convert_hf_checkpoint(
 
 
 def _open(path: Path, model_name: str | None) -> Checkpoint:
-    if not holds_weights(path):
+    if not path.is_dir() or not holds_weights(path):
         return open_checkpoint(path)
     if model_name is not None:
         return HuggingFaceCheckpoint(path, Config.from_name(model_name))

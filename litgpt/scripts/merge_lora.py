@@ -1,6 +1,5 @@
 """The command `merge_lora`."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def merge_lora(
     checkpoint = LoRACheckpoint(checkpoint_dir, pretrained_checkpoint_dir)
     folder = checkpoint.path
     if (folder / WEIGHTS_NAME).exists():
-        print(f"{folder / WEIGHTS_NAME} is there already: delete it to merge again", file=sys.stderr)
+        print(f"LoRA weights have already been merged: delete {folder / WEIGHTS_NAME} to merge again")
         return
     dtype = None if precision is None else parse_precision(precision, torch.device("cpu"))
     save_litgpt(checkpoint, folder, dtype=dtype)

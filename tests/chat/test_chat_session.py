@@ -42,7 +42,9 @@ def talk(model, monkeypatch, capfd):
     return run
 
 
-@pytest.mark.parametrize("kind", [(), EVICTING, (*EVICTING, "--sinks", "2")], ids=["dense", "lastrec", "sinks"])
+@pytest.mark.parametrize(
+    "kind", [(), EVICTING, (*EVICTING, "--kv_cache_args.n_sink", "2")], ids=["dense", "lastrec", "sinks"]
+)
 def test_answers_are_those_of_one_conversation(talk, tmp_path, kind):
     said = ["Hello", "Über 東京", "And?", "So?"]
     _, expected, _ = talk(*said, options=kind)

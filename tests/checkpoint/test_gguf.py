@@ -19,6 +19,7 @@ from litgpt.checkpoint.weights import WeightMap
 from litgpt.families import family_of
 from litgpt.generate.base import generate
 from litgpt.rope import build_rope_cache
+from litgpt.scripts.convert_hf_checkpoint import convert_hf_checkpoint
 from litgpt.tokenizer import Tokenizer
 
 LICENCE = Path(__file__).parents[2] / "LICENSE"
@@ -655,3 +656,13 @@ def test_wrong_bytes_in_the_header_are_one_line_or_harmless(whole_file, changes)
     except (ValueError, FileNotFoundError) as error:
         said = str(error)
     assert "\n" not in said
+
+
+@torch.inference_mode()
+def test_a_gguf_file_is_converted_into_a_folder_beside_it(tmp_path):
+    tokenizer = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": [chr(i) for i in range(33, 127)]}
+    path = write_gguf(tmp_path / "tiny.gguf", "llama", random_model("llama"), **tokenizer)
+    expected = load_model(path)(torch.arange(9)[None])
+    convert_hf_checkpoint(path)
+    assert open_checkpoint(tmp_path).files[0].name == "lit_model.pth"
+    assert load_model(tmp_path)(torch.arange(9)[None]).equal(expected)

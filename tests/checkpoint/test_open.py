@@ -239,7 +239,9 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(kind, lit_folder, monke
     assert not (lit_folder / "executed").exists()
 
 
-@pytest.mark.parametrize("content", [{"step": 3}, [torch.zeros(1)]])
+@pytest.mark.parametrize(
+    "content", [{"step": 3}, [torch.zeros(1)], {5: torch.zeros(1)}, {"a": torch.zeros(1).to_sparse()}]
+)
 def test_a_file_that_is_no_state_dict_is_named(content, lit_folder):
     torch.save(content, lit_folder / "lit_model.pth")
     with pytest.raises(ValueError, match="must hold a state dict") as error:
@@ -336,3 +338,18 @@ def test_a_converted_folder_is_the_same_model_in_the_asked_dtype(case, tmp_path)
     save_litgpt(open_checkpoint(tmp_path / "lit"), tmp_path / "half", dtype=torch.bfloat16)
     half = torch.load(tmp_path / "half" / "lit_model.pth", weights_only=True)
     torch.testing.assert_close(half, dict(expected.to(torch.bfloat16).state_dict()), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_named(dtype, hf_folder):
+    weights = load_file(hf_folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    save_file(weights | {name: weights[name].to(dtype)}, hf_folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"attn.qkv.weight of {str(dtype)[6:]}"):
+        load_model(hf_folder)
+
+
+def test_what_an_interrupted_command_has_left_is_called_incomplete(lit_folder):
+    (lit_folder / "lit_model.pth").unlink()
+    with pytest.raises(FileNotFoundError, match="is incomplete: it holds model_config.yaml but no weights"):
+        open_checkpoint(lit_folder)

@@ -13,6 +13,7 @@ from litgpt.engine.loading import choose_kv_caches
 from litgpt.engine.sampling import Sampling
 from litgpt.engine.sequence import Sequence
 from litgpt.generate.base import generate, generate_fn
+from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.layers import LayerCaches
 
 GREEDY = Sampling(temperature=0)
@@ -21,7 +22,7 @@ PROMPT = torch.arange(5, 15)
 
 def with_assigned_caches():
     model = tiny_gpt()
-    choose_kv_caches(model, "dense", 100)
+    choose_kv_caches(model, CacheSpec(cache_length=100))
     return model, model.kv_caches()
 
 

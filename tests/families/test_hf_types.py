@@ -7,7 +7,24 @@ import pytest
 from litgpt.config import Config
 from litgpt.families import families, hf_from_config
 
-VALUES = ["7", -1, 0, 2.5, None, True, [], ["x"], {}, {"a": 1}, float("nan"), float("inf"), 10**9, 10**30, 1e308]
+VALUES = [
+    "7",
+    -1,
+    0,
+    2.5,
+    None,
+    True,
+    [],
+    ["x"],
+    {},
+    {"a": 1},
+    float("nan"),
+    float("inf"),
+    10**9,
+    10**30,
+    10**400,
+    1e308,
+]
 SMALL = {
     "n_layer": 2,
     "n_embd": 64,

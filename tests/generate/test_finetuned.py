@@ -1,5 +1,6 @@
 """Commands for fine-tuned models, and `merge_lora`, on tiny models."""
 
+import re
 import shutil
 
 import pytest
@@ -180,7 +181,7 @@ def test_full_weights_of_another_model_are_refused(base, tmp_path, capsys):
     weights["lm_head.weight"] = weights["lm_head.weight"][:50].clone()
     torch.save(weights, file)
     assert main(["generate_full", str(base), f"--finetuned_path={file}"]) == 1
-    assert "weights do not fit the config 'tiny': wrong shape: lm_head.weight" in one_line(capsys)
+    assert "weights do not fit the config 'tiny': wrong shape or type: lm_head.weight" in one_line(capsys)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ def test_every_option_is_explained(method, capsys):
     with pytest.raises(SystemExit):
         main([f"generate_{method}", "--help"])
     words = " ".join(capsys.readouterr().out.split())
-    assert "First tokens that a lastrec cache never drops." in words
+    assert "Further arguments of the key-value cache" in words
     assert "The text to answer." in words
 
 
@@ -330,7 +331,7 @@ def test_merging_twice_says_so_and_changes_nothing(base, tmp_path, capsys):
     write_tuned("lora", base, tmp_path / "tuned")
     (tmp_path / "tuned" / "lit_model.pth").write_bytes(b"merged")
     assert main(["merge_lora", str(tmp_path / "tuned")]) == 0
-    assert "is there already: delete it to merge again" in capsys.readouterr().err
+    assert re.search("already been merged: delete .* to merge again", capsys.readouterr().out)
     assert (tmp_path / "tuned" / "lit_model.pth").read_bytes() == b"merged"
 
 

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import os
+import sys
 import threading
 
 import pytest
@@ -335,3 +336,38 @@ def test_commands_that_generate_have_the_same_options():
 def test_an_option_of_the_wrong_kind_is_named(value):
     with pytest.raises(ValueError, match="max_new_tokens (is not a whole number|must be at least 1)"):
         base.main("no/such/model", max_new_tokens=value)
+
+
+POLICY = """
+from dataclasses import dataclass
+from litgpt.kvcache.policies.lastrec import LastRecentPolicy
+
+@dataclass(frozen=True)
+class MyPolicy(LastRecentPolicy):
+    pass
+"""
+
+
+def test_arguments_of_caches_reach_them_and_unknown_ones_are_refused_by_name(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    (tmp_path / "users_policy.py").write_text(POLICY)
+    (tmp_path / "options.yaml").write_text("kv_cache: lastrec\ncache_length: 8\nkv_cache_args:\n  n_sink: 2\n")
+    answers = []
+    evicting = ("--kv_cache", "lastrec", "--cache_length", 8)
+    for options in (
+        (*evicting, "--kv_cache_args.n_sink", 2),
+        (*evicting, "--kv_cache_args", "{n_sink: 2}"),
+        ("--config", tmp_path / "options.yaml"),
+        ("--kv_cache", "users_policy:MyPolicy", "--cache_length", 8, "--kv_cache_args.n_sink", 2),
+        evicting,
+    ):
+        assert generate(folder, "--prompt", "a long question", "--temperature", 0, *options) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] == answers[2] == answers[3] != answers[4]
+    for argument, message in (("nsink", "nsink"), ("cache_length", "say that")):
+        assert main(["generate", "no/such/model", "--kv_cache", "lastrec", f"--kv_cache_args.{argument}", "4"]) == 1
+        err = capsys.readouterr().err
+        assert message in err
+        assert "no/such/model" not in err
+        assert err.count("\n") == 1

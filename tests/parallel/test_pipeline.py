@@ -11,6 +11,7 @@ from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.load import save_litgpt
 from litgpt.engine.loading import choose_kv_caches
 from litgpt.generate.base import generate
+from litgpt.kvcache import CacheSpec
 from litgpt.parallel.pipeline import choose_devices, devices_of_layers, load_spread, spread_layers
 from litgpt.parallel.tensor import chunk_sizes
 from litgpt.prompts import ChatTemplate
@@ -64,7 +65,7 @@ def test_everything_that_a_layer_uses_is_on_its_device(kwargs, caches, tmp_path)
     if caches == "default":
         model.set_kv_caches(3)
     else:
-        choose_kv_caches(model, caches, 16, 3)
+        choose_kv_caches(model, CacheSpec(caches, cache_length=16), 3)
     assert [cache.device for cache in model.kv_caches()] == [CPU, CPU, META, META, META]
     idx, token_devices = torch.zeros(3, 9, dtype=torch.int64), set()
     for block in model.transformer.h:

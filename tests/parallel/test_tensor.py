@@ -314,7 +314,9 @@ def test_a_process_reads_its_part_only(two, folder):
 def test_parts_make_up_the_whole_and_nothing_is_held_twice_without_need(case, world_size):
     model = whole_model(case)
     config, weights = model.config, model.state_dict()
-    numbered = [(name, 0, 1 + torch.arange(t.numel()).view(t.shape)) for name, t in weights.items()]
+    numbered = [
+        (name, 0, 1 + torch.arange(t.numel(), dtype=torch.float64).view(t.shape)) for name, t in weights.items()
+    ]
     held = {name: torch.zeros(t.numel() + 1, dtype=torch.int64) for name, t in weights.items()}
     divided = set()
     for rank in range(world_size):
@@ -323,7 +325,7 @@ def test_parts_make_up_the_whole_and_nothing_is_held_twice_without_need(case, wo
         assert weight_differences(part, shard.pieces(numbered)) == ([], [], [])
         divided |= {name for name, t in part.items() if t.shape != weights[name].shape or name.endswith("proj.bias")}
         for name, _, piece in shard.pieces(numbered):
-            held[name] += torch.bincount(piece.flatten(), minlength=len(held[name]))
+            held[name] += torch.bincount(piece.flatten().long(), minlength=len(held[name]))
     assert len(divided) >= 2 + 4 * config.n_layer
     for name, counts in held.items():
         most = 1 if name in divided else world_size

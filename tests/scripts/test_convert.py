@@ -71,7 +71,7 @@ def test_a_folder_without_config_needs_a_name(tmp_path):
 
 
 def test_a_name_that_does_not_fit_the_weights_is_refused_and_nothing_written(hf_model, tmp_path):
-    with pytest.raises(ValueError, match="wrong shape: "):
+    with pytest.raises(ValueError, match="wrong shape or type: "):
         convert_hf_checkpoint(tmp_path / "hf", model_name="SmolLM2-135M")
     assert not (tmp_path / "hf" / "lit_model.pth").exists()
 

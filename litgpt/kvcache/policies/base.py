@@ -78,9 +78,9 @@ class PositionalPolicy(Policy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.n_sink < self.cache_length:
+        if not isinstance(self.n_sink, int) or not 0 <= self.n_sink < self.cache_length:
             last = self.cache_length - 1
-            raise ValueError(f"n_sink must be in 0..{last} (cache_length - 1), got {self.n_sink}")
+            raise ValueError(f"n_sink must be in 0..{last} (cache_length - 1), got {self.n_sink!r}")
 
     @abstractmethod
     def slots(self, positions: torch.Tensor) -> torch.Tensor:
