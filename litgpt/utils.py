@@ -6,8 +6,6 @@ import math
 import os
 import random
 import re
-import signal
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -350,32 +348,12 @@ def choose_logger(
     return make_logger(logger_name, Path(out_dir), name, log_interval, LogArgs(**(log_args or {})), bool(resume))
 
 
-def load_checkpoint(fabric: Any, model: nn.Module, checkpoint_path: Path, strict: bool = True) -> None:
-    """Give a model, which `fabric` may have divided among processes, the weights of a LitGPT file."""
-    state = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
-    load_from_full_model_state_dict(model, state.get("model", state), fabric.device, strict)
-
-
 def load_checkpoint_update(
     fabric: Any, adapter_path: Path, model: nn.Module, checkpoint_path: Path, strict: bool = True
 ) -> None:
-    """As `load_checkpoint`, with the weights of a second file, of an adapter or LoRA, besides."""
-    state = torch.load(checkpoint_path, map_location="cpu", mmap=True, weights_only=True)
-    more = torch.load(adapter_path, map_location="cpu", mmap=True, weights_only=True)
-    state = state.get("model", state) | more.get("model", more)
-    load_from_full_model_state_dict(model, state, fabric.device, strict)
-
-
-def load_from_full_model_state_dict(
-    model: nn.Module, full_sd: dict[str, Any], device: torch.device, strict: bool = False, cpu_offload: bool = False
-) -> Any:
-    """Give a model weights that are whole, of which it may have parts only. Returns the keys that do not fit."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    if not any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
-        return model.load_state_dict(full_sd, strict=strict)
-    options = StateDictOptions(full_state_dict=True, strict=strict, cpu_offload=cpu_offload)
-    return set_model_state_dict(model, full_sd, options=options)
+    """As `load_checkpoint`, with the weights of a second file, of an adapter or LoRA, besides. Neither has to be whole."""
+    for path in (checkpoint_path, adapter_path):
+        load_checkpoint(fabric, model, path, strict=False)
 
 
 def save_hyperparameters(function: Any, checkpoint_dir: Path, known_commands: Any = None) -> None:
@@ -423,50 +401,6 @@ def estimate_flops(model: nn.Module, training: bool) -> int:
         ),
     )
     return sum(times * flops_per_param(length, config.n_layer, config.n_embd, n) for n, times in counts if n)
-
-
-def check_nvlink_connectivity(fabric: Any = None) -> None:
-    """Say whether the GPUs of this machine are linked directly (NVLink or XGMI), and if not, that it will be slow."""
-    say = print if fabric is None else fabric.print
-    if not torch.cuda.is_available():
-        say("No GPUs available")
-        return
-    name = torch.cuda.get_device_properties(0).name
-    if "nvidia" in name.lower():
-        command, link, mark = ["nvidia-smi", "topo", "-m"], "NVLink", "NV"
-    elif "amd" in name.lower():
-        command, link, mark = ["rocm-smi", "--showtopotype"], "XGMI", "XGMI"
-    else:
-        say(f"Unrecognized GPU vendor: {name}")
-        return
-    try:
-        answer = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-    except OSError as error:
-        say(f"{command[0]} cannot tell how the GPUs are connected: {error}")
-        return
-    if answer.returncode != 0:
-        say(f"{command[0]} cannot tell how the GPUs are connected")
-        return
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).split() for line in answer.stdout.splitlines()]
-    rows = [line[1:] for line in lines if line and re.fullmatch(r"GPU\d+", line[0]) and line[1:2] != ["GPU1"]]
-    links = [cell for i, row in enumerate(rows) for j, cell in enumerate(row[: len(rows)]) if i != j]
-    if all(cell.startswith(mark) for cell in links):
-        say(f"All GPUs are fully connected via {link}.")
-    else:
-        say(
-            f"Warning: Not all GPUs are fully connected via {link}. Some GPUs are connected via slower interfaces. "
-            "It is recommended to switch to a different machine with faster GPU connections for optimal multi-GPU "
-            "training performance."
-        )
-
-
-def kill_process_tree(pid: int) -> None:
-    """End a process and all that it started."""
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    for child in children.read_text().split() if children.is_file() else ():
-        kill_process_tree(int(child))
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
 
 
 def select_sft_generate_example(eval: Any, data: Any) -> str:
