@@ -161,6 +161,11 @@ class LLM(nn.Module):
         if isinstance(self.model, ShardedGPT):
             raise ValueError("this process holds a part of the model only: save it before it is distributed")
         self._for_training()
+        if type(self.model.config) is not Config:
+            raise ValueError(
+                "the model carries what fine-tuning added to it, which stands apart from its weights: "
+                "`litgpt.train.finetune(..., out_dir=...)` writes that"
+            )
         if self.model.quantization is None:
             save_litgpt(self.model, out_dir)
         else:
@@ -499,12 +504,25 @@ class LLM(nn.Module):
             )
         return logits, loss_fn(logits[:, :-1], target_ids[:, 1:])
 
+    def prepare_for_training(self) -> GPT:
+        """The model with plain layers and without caches, for a training loop; `litgpt.train.finetune` is one.
+
+        The next `generate` speeds it up again, with the weights that it has then.
+
+        Raises:
+            ValueError: if the model is on several devices.
+        """
+        if self._on_several_devices:
+            raise ValueError("the model is on several devices: load it anew to train it")
+        self._for_training()
+        self.model.clear_kv_caches(assigned=True)
+        return self.model
+
     def trainer_setup(self, trainer_ckpt: Path | None = None) -> None:
         """Make the model trainable by a Lightning Trainer; with `trainer_ckpt`, from the weights of its checkpoint."""
         if self.model.quantization is not None:
             raise ValueError("quantised weights cannot be trained: load the model without quantize")
-        self._for_training()
-        self.model.clear_kv_caches(assigned=True)
+        self.prepare_for_training()
         if trainer_ckpt is not None:
             state = torch.load(trainer_ckpt, weights_only=True, map_location="cpu", mmap=True)
             found = {_GPT_KEY.search(key): value for key, value in state.get("state_dict", state).items()}

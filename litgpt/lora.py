@@ -1,11 +1,14 @@
-"""Low-rank adaptation (LoRA, arXiv:2106.09685): next to a frozen weight W, a trained product (alpha / r) B A of rank r.
+"""Low-rank adaptation (LoRA, arXiv:2106.09685): next to a frozen weight W, a trained product s B A of rank r.
 
-Letters: E inputs and O outputs of a linear layer, r the rank. A is (r, E), B is (O, r).
+The scale s is alpha / r, or with rsLoRA (arXiv:2312.03732) alpha / sqrt(r). DoRA (arXiv:2402.09353) trains the norms of the
+rows as well: row i of the weight becomes m_i (W + s B A)_i / ||(W + s B A)_i||, where the norm counts as a constant.
+
+Letters: E inputs and O outputs of a linear layer, r the rank. A is (r, E), B is (O, r), the magnitudes m are (O,).
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -27,7 +30,8 @@ Wrap = Callable[[str, int, int, nn.Module], nn.Module]
 class Config(BaseConfig):
     """An architecture, and which of its layers get LoRA matrices of what rank.
 
-    `lora_mlp` means all linear layers of the MLP, of every expert too, and the experts' router.
+    `lora_mlp` means all linear layers of the MLP, of every expert too, and the experts' router. `lora_all` means all linear
+    layers but the head, and sets the other flags. `lora_rslora` and `lora_dora` choose the kind of LoRA.
     """
 
     lora_r: int = 0
@@ -39,6 +43,23 @@ class Config(BaseConfig):
     lora_projection: bool = False
     lora_mlp: bool = False
     lora_head: bool = False
+    lora_all: bool = False
+    lora_rslora: bool = False
+    lora_dora: bool = False
+
+    def _derive(self) -> None:
+        super()._derive()
+        if self.lora_all:
+            parts = ("projection", "mlp") if self.latent_attention else ("query", "key", "value", "projection", "mlp")
+            for part in parts:
+                setattr(self, f"lora_{part}", True)
+
+    def lora_options(self) -> dict[str, Any]:
+        """The fields that the weights depend on, for `hyperparameters.yaml`: those that LitGPT has, and others if they are
+        set, so that LitGPT reads the file wherever it can."""
+        ours = ("lora_rslora", "lora_dora")
+        names = [f.name for f in fields(self) if f.name.startswith("lora_") and f.name not in ("lora_all", *ours)]
+        return {name: getattr(self, name) for name in names} | {name: True for name in ours if getattr(self, name)}
 
     def _validate(self) -> None:
         super()._validate()
@@ -86,24 +107,26 @@ class LoRALayer(nn.Module):
         r: the rank; 0 leaves the layer as it is.
         lora_alpha: the matrices' product counts lora_alpha / r times.
         lora_dropout: probability with which an input of A is zero in training.
+        rslora: it counts lora_alpha / sqrt(r) times.
+        dora: train magnitudes of the weight's rows too.
     """
 
-    def __init__(self, r: int, lora_alpha: int, lora_dropout: float) -> None:
+    def __init__(self, r: int, lora_alpha: int, lora_dropout: float, rslora: bool = False, dora: bool = False) -> None:
         super().__init__()
         if r < 0:
             raise ValueError(f"the rank r must be at least 0, got {r}")
-        self.r, self.lora_alpha = r, lora_alpha
+        self.r, self.lora_alpha, self.rslora, self.dora = r, lora_alpha, rslora, dora
         self.lora_dropout = nn.Dropout(lora_dropout)
         self.merged = False
 
 
 class LoRALinear(LoRALayer, WrappedLinear):
-    """A linear layer with LoRA matrices: W x + (alpha / r) B A dropout(x).
+    """A linear layer with LoRA matrices: W x + s B A dropout(x), with DoRA scaled row by row.
 
     Args:
         in_features: E.
         out_features: O.
-        r, lora_alpha, lora_dropout: as for `LoRALayer`.
+        r, lora_alpha, lora_dropout, rslora, dora: as for `LoRALayer`.
         linear, kwargs: as for `WrappedLinear`.
     """
 
@@ -115,18 +138,22 @@ class LoRALinear(LoRALayer, WrappedLinear):
         lora_alpha: int = 1,
         lora_dropout: float = 0.0,
         *,
+        rslora: bool = False,
+        dora: bool = False,
         linear: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(r, lora_alpha, lora_dropout)
+        super().__init__(r, lora_alpha, lora_dropout, rslora, dora)
         self._wrap(in_features, out_features, linear, **kwargs)
         self._add_matrices(r, in_features, out_features)
 
     def _add_matrices(self, rows: int, in_features: int, out_features: int) -> None:
         if self.r > 0:
-            self.scaling = self.lora_alpha / self.r
+            self.scaling = self.lora_alpha / (math.sqrt(self.r) if self.rslora else self.r)
             self.lora_A = self._new_parameter(rows, in_features)
             self.lora_B = self._new_parameter(out_features, self.r)
+            if self.dora:
+                self.lora_magnitude = self._new_parameter(out_features)
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -134,32 +161,104 @@ class LoRALinear(LoRALayer, WrappedLinear):
         if self.r > 0:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             nn.init.zeros_(self.lora_B)
+            self._reset_magnitude()
 
-    def expanded_B(self) -> torch.Tensor:
-        """B such that `expanded_B() @ lora_A` has the weight's shape."""
-        return self.lora_B
+    @torch.no_grad()
+    def _reset_magnitude(self) -> None:
+        """Take the norms of the weight's rows as magnitudes; forget what is known of the weight."""
+        self._squares: torch.Tensor | None = None
+        self.fixed_scale: torch.Tensor | None = None
+        if self.r > 0 and self.dora:
+            self.lora_magnitude.copy_(self._row_squares().sqrt()[self.lora_rows])
+
+    @property
+    def lora_rows(self) -> torch.Tensor | slice:
+        """Rows of the weight that have matrices."""
+        return slice(None)
+
+    def _row_squares(self) -> torch.Tensor:
+        """Squared norms (O,) of the rows of W, which is frozen: computed once."""
+        if self._squares is None:
+            weight = plain_weight(self.linear, self._form["dtype"])
+            form = torch.promote_types(weight.dtype, torch.float32)
+            self._squares = torch.cat([part.to(form).square().sum(dim=1) for part in weight.split(1024)])
+        return self._squares
+
+    @torch.no_grad()
+    def _norms(self) -> torch.Tensor:
+        """Norms (O,) of the rows of W + s B A, without making that matrix."""
+        A, B, s = self.lora_A, self.expanded_B(), self.scaling
+        with torch.autocast(A.device.type, enabled=False):
+            crossed = self.linear(A).T  # W A' (O, r)
+            if self.linear.bias is not None:
+                crossed = crossed - self.linear.bias[:, None]
+            squares = self._row_squares()
+            A, B, crossed = A.to(squares.dtype), B.to(squares.dtype), crossed.to(squares.dtype)
+            return (squares + (B * (2 * s * crossed + s * s * (B @ (A @ A.T)))).sum(dim=1)).clamp(min=0).sqrt()
+
+    def row_scale(self, norms: torch.Tensor) -> torch.Tensor:
+        """What DoRA multiplies the rows of W + s B A with, (O,), given their norms."""
+        rows = self.lora_rows
+        scale = self.lora_magnitude / norms[rows].clamp(min=torch.finfo(norms.dtype).tiny).to(self.lora_magnitude.dtype)
+        return scale if isinstance(rows, slice) else scale.new_ones(len(norms)).index_copy(0, rows, scale)
+
+    @torch.no_grad()
+    def fix_scale(self) -> None:
+        """Compute DoRA's scale once and for all. For inference: later changes of weights are not seen."""
+        if self.r > 0 and self.dora and not self.merged:
+            self.fixed_scale = self.row_scale(self._norms())
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "LoRALinear":
+        self._squares = None  # of another precision, or on another device
+        if getattr(self, "fixed_scale", None) is not None:
+            self.fixed_scale = args[0](self.fixed_scale)
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object, **kwargs: object) -> None:
+        known = f"{prefix}lora_magnitude" in state_dict
+        reads_weight = any(f"{prefix}{name}" in state_dict for name in ("weight", "linear.weight"))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if reads_weight and not known and self.r > 0 and self.dora:
+            weight = state_dict[f"{prefix}linear.weight"]
+            self.lora_magnitude.data.copy_(weight.float().norm(dim=1)[self.lora_rows])
+        self._squares = self.fixed_scale = None
+
+    def expanded_B(self, B: torch.Tensor | None = None) -> torch.Tensor:
+        """B (default: `lora_B`) such that `expanded_B() @ lora_A` has the weight's shape."""
+        return self.lora_B if B is None else B
 
     def get_lora_AB(self) -> torch.Tensor:
         """What the matrices add to the weight, (O, E)."""
         return self.expanded_B() @ self.lora_A * self.scaling
 
     @torch.no_grad()
+    def merged_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """What a weight W (O, E) becomes with the matrices, in float32 at least."""
+        form = torch.promote_types(weight.dtype, torch.float32)
+        weight = weight.to(form) + self.get_lora_AB().to(form)
+        return weight * self.row_scale(weight.norm(dim=1)).to(form).unsqueeze(1) if self.dora else weight
+
+    @torch.no_grad()
     def merge(self) -> None:
-        """Add the product to the weight; the matrices do nothing from then on. The sum is made in float32."""
+        """Make the weight the one with the matrices, which do nothing from then on. Sums are made in float32."""
         if self.r == 0 or self.merged:
             return
         if not isinstance(self.linear, nn.Linear):
             raise ValueError(
                 f"LoRA matrices cannot be merged into a {type(self.linear).__name__}: the layer must be a plain one"
             )
-        self.linear.weight.copy_(self.linear.weight.float() + self.get_lora_AB().float())
+        self.linear.weight.copy_(self.merged_weight(self.linear.weight))
         self.merged = True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.linear(x)
         if self.r == 0 or self.merged:
             return y
-        return y + F.linear(F.linear(self.lora_dropout(x), self.lora_A), self.expanded_B()) * self.scaling
+        y = y + F.linear(F.linear(self.lora_dropout(x), self.lora_A), self.expanded_B()) * self.scaling
+        if not self.dora:
+            return y
+        scale = self.row_scale(self._norms()) if self.fixed_scale is None else self.fixed_scale
+        return y * scale if self.linear.bias is None else y * scale + (1 - scale) * self.linear.bias
 
 
 class LoRAQKVLinear(LoRALinear):
@@ -173,7 +272,7 @@ class LoRAQKVLinear(LoRALinear):
         head_size: rows of the weight for each head.
         n_head: query heads.
         n_query_groups: key heads and value heads.
-        r, lora_alpha, lora_dropout, linear, kwargs: as for `LoRALinear`.
+        r, lora_alpha, lora_dropout, rslora, dora, linear, kwargs: as for `LoRALinear`.
         enable_lora: for queries, keys and values, or one for all.
     """
 
@@ -189,10 +288,12 @@ class LoRAQKVLinear(LoRALinear):
         lora_dropout: float = 0.0,
         enable_lora: bool | tuple[bool, bool, bool] = False,
         *,
+        rslora: bool = False,
+        dora: bool = False,
         linear: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        LoRALayer.__init__(self, r, lora_alpha, lora_dropout)
+        LoRALayer.__init__(self, r, lora_alpha, lora_dropout, rslora, dora)
         self._wrap(in_features, out_features, linear, **kwargs)
         self.head_size, self.n_head, self.n_query_groups = head_size, n_head, n_query_groups
         self.enable_lora = (enable_lora,) * 3 if isinstance(enable_lora, bool) else tuple(enable_lora)
@@ -210,14 +311,20 @@ class LoRAQKVLinear(LoRALinear):
     @property
     def lora_ind(self) -> torch.Tensor:
         """Rows of the weight that have matrices: their numbers in order."""
-        parts = torch.arange(sum(self.part_sizes), device=self.linear.weight.device).split(self.part_sizes)
+        device = self.lora_B.device if self.r > 0 else self.linear.weight.device
+        parts = torch.arange(sum(self.part_sizes), device=device).split(self.part_sizes)
         return torch.cat([part for part, enabled in zip(parts, self.enable_lora, strict=True) if enabled])
 
-    def expanded_B(self) -> torch.Tensor:
+    @property
+    def lora_rows(self) -> torch.Tensor | slice:
+        return slice(None) if all(self.enable_lora) else self.lora_ind
+
+    def expanded_B(self, B: torch.Tensor | None = None) -> torch.Tensor:
         """The parts of B (O, n * r), each in its own rows and in the columns of its own A; zero elsewhere."""
         flags = list(zip(self.part_sizes, self.enable_lora, strict=True))
-        parts = iter(self.lora_B.split(self.qkv_shapes))
-        return torch.block_diag(*(next(parts) if on else self.lora_B.new_empty(size, 0) for size, on in flags))
+        B = self.lora_B if B is None else B
+        parts = iter(B.split(self.qkv_shapes))
+        return torch.block_diag(*(next(parts) if on else B.new_empty(size, 0) for size, on in flags))
 
     def zero_pad(self, x: torch.Tensor) -> torch.Tensor:
         """Values (..., enabled rows) of the rows that have matrices as (..., O), with zeros for the others."""
@@ -270,6 +377,7 @@ def _wrapper(config: Config, dtype: torch.dtype | None = None) -> Wrap:
     heads = (config.head_size, config.n_head, config.n_query_groups)
     enabled = (config.lora_query, config.lora_key, config.lora_value)
     settings = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout, "dtype": dtype}
+    settings |= {"rslora": config.lora_rslora, "dora": config.lora_dora}
 
     def wrap(role: str, in_features: int, out_features: int, layer: nn.Module) -> LoRALinear:
         sizes = (in_features, out_features)
@@ -286,7 +394,8 @@ def create_lora_linear(
     """A new linear layer with the matrices that `config` gives to those of the MLP, or that `use_r` asks for."""
     r = config.lora_r if (config.lora_mlp if use_r is None else use_r) else 0
     bias = config.bias if bias is None else bias
-    return LoRALinear(in_size, out_size, r, config.lora_alpha, config.lora_dropout, bias=bias)
+    kind = {"rslora": config.lora_rslora, "dora": config.lora_dora}
+    return LoRALinear(in_size, out_size, r, config.lora_alpha, config.lora_dropout, bias=bias, **kind)
 
 
 def wrap_linears(model: BaseModel, wrap: Wrap) -> None:
@@ -321,8 +430,29 @@ def unwrap_lora(model: BaseModel) -> None:
                 setattr(parent, name, child.linear)
 
 
+def finish_lora(model: BaseModel) -> None:
+    """Make a LoRA model whose weights do not change any more faster."""
+    unwrap_lora(model)
+    for module in model.modules():
+        if isinstance(module, LoRALinear):
+            module.fix_scale()
+
+
+def plain_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
+    """The weight (O, E) of a linear layer, of a quantised one what it computes with."""
+    if hasattr(layer, "dequantized"):
+        return layer.dequantized(dtype)
+    if (state := getattr(layer.weight, "quant_state", None)) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(layer.weight.data, state).to(dtype)
+    if (scale := getattr(layer.weight, "SCB", None)) is not None:  # bitsandbytes' int8
+        return (layer.weight.data * (scale / 127).unsqueeze(1)).to(dtype)
+    return layer.weight
+
+
 def merge_lora_weights(model: BaseModel) -> None:
-    """Add every product of LoRA matrices to its weight. A head that shares its weight with the embedding gets its own."""
+    """Make every weight the one with its LoRA matrices. A head that shares its weight with the embedding gets its own."""
     head = model.lm_head
     if isinstance(head, LoRALinear) and head.r > 0 and head.linear.weight is model.transformer.wte.weight:
         weight = head.linear.weight

@@ -10,6 +10,7 @@ from litgpt.lora import (
     LoRALinear,
     LoRAQKVLinear,
     add_lora,
+    finish_lora,
     lora_filter,
     mark_only_lora_as_trainable,
     merge_lora_weights,
@@ -17,6 +18,7 @@ from litgpt.lora import (
 )
 from litgpt.model import GPT as BaseModel
 from litgpt.runners.packed_weights import PackedLinear, can_pack, pack_linears, unpack_linears
+from litgpt.runners.quantized_weights import quantize_model
 
 ALL = {f"lora_{part}": True for part in ("query", "key", "value", "projection", "mlp", "head")}
 FAMILIES = {
@@ -314,3 +316,109 @@ def test_a_named_model():
     model.apply(model._init_weights)
     assert not model.transformer.h[0].attn.qkv.lora_B.any()
     assert model.transformer.h[0].attn.qkv.lora_A.any()
+
+
+# --- rsLoRA, DoRA, all linear layers
+
+
+def merged_weight(W, A, B, scale, m=None):
+    """The weight with LoRA, and with magnitudes DoRA, as the papers have it."""
+    V = W + scale * B @ A
+    return V if m is None else m[:, None] * V / V.norm(dim=1, keepdim=True).detach()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("rslora", "dora"), [(True, False), (False, True), (True, True)])
+def test_outputs_and_gradients_are_those_of_the_formula(rslora, dora, bias):
+    torch.manual_seed(0)
+    layer = LoRALinear(6, 5, r=4, lora_alpha=3, rslora=rslora, dora=dora, bias=bias, dtype=torch.float64)
+    layer.linear.requires_grad_(False)
+    for parameter in (layer.lora_A, layer.lora_B):
+        torch.nn.init.normal_(parameter)
+    names = ["lora_A", "lora_B"] + ["lora_magnitude"] * dora
+    if dora:
+        torch.testing.assert_close(layer.lora_magnitude.data, layer.linear.weight.norm(dim=1))
+        torch.nn.init.uniform_(layer.lora_magnitude, 0.5, 2)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    free = {name: getattr(layer, name).detach().clone().requires_grad_() for name in names}
+    scale = 3 / 2 if rslora else 3 / 4
+    weight = merged_weight(layer.linear.weight, free["lora_A"], free["lora_B"], scale, free.get("lora_magnitude"))
+    expected = torch.nn.functional.linear(x, weight, layer.linear.bias)
+    found = layer(x)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    d_y = torch.randn_like(expected)
+    expected.backward(d_y)
+    found.backward(d_y)
+    for name in names:
+        torch.testing.assert_close(getattr(layer, name).grad, free[name].grad, atol=1e-12, rtol=1e-12)
+    layer.merge()
+    torch.testing.assert_close(layer(x), found, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("parts", [("query", "value"), tuple(p.removeprefix("lora_") for p in ALL)])
+def test_a_model_with_magnitudes_merges_exactly(family, parts):
+    flags = {f"lora_{part}": True for part in parts}
+    model = lora_gpt(**FAMILIES[family], **flags, lora_dora=True, lora_rslora=True).double()
+    for name, parameter in model.named_parameters():
+        if "lora_magnitude" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    idx = torch.randint(0, 100, (2, 20))
+    expected = model(idx)
+    finish_lora(model)
+    torch.testing.assert_close(model(idx), expected, atol=1e-10, rtol=1e-10)
+    model.set_kv_caches(2)
+    torch.testing.assert_close(through_caches(model, idx, (7, 8)), expected, atol=1e-5, rtol=1e-5)
+    model.clear_kv_caches()
+    merge_lora_weights(model)
+    torch.testing.assert_close(model(idx), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_magnitudes_begin_as_the_norms_of_the_weights_that_are_loaded():
+    base, idx = tiny_gpt(), torch.randint(0, 100, (1, 9))
+    model = GPT(Config(**LLAMA, lora_r=3, **ALL, lora_dora=True)).eval()
+    model.load_state_dict(base.state_dict(), strict=False)
+    torch.testing.assert_close(model(idx), base(idx))
+    model.load_state_dict({name: 2 * x for name, x in base.state_dict().items()}, strict=False)
+    norms = model.transformer.h[0].attn.proj.linear.weight.norm(dim=1)
+    torch.testing.assert_close(model.transformer.h[0].attn.proj.lora_magnitude.data, norms)
+
+
+def test_all_linear_layers_but_the_head():
+    config = Config(**LLAMA, lora_r=3, lora_all=True)
+    assert config.lora_options() == {
+        **{"lora_r": 3, "lora_alpha": 1, "lora_dropout": 0.0},
+        **dict.fromkeys(ALL, True),
+        "lora_head": False,
+    }
+    layers = [layer for layer in GPT(config).modules() if isinstance(layer, LoRALinear)]
+    assert [layer.r for layer in layers].count(0) == 1
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_gradients_next_to_quantised_weights_are_those_next_to_what_they_stand_for(mode, dora):
+    torch.manual_seed(0)
+    base = tiny_gpt()
+    quantize_model(base, mode)
+    plain = tiny_gpt()
+    layers = {name: layer for name, layer in base.named_modules() if hasattr(layer, "dequantized")}
+    plain.load_state_dict(
+        {name: x for name, x in plain.state_dict().items()}
+        | {f"{name}.weight": layer.dequantized(torch.float32) for name, layer in layers.items()}
+    )
+    config = Config(**LLAMA, lora_r=3, lora_all=True, lora_head=True, lora_dora=dora)
+    idx, found = torch.randint(0, 100, (2, 40)), []
+    for model in (base, plain):
+        add_lora(model, config)
+        mark_only_lora_as_trainable(model)
+        torch.manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("lora_A", "lora_B")):
+                torch.nn.init.normal_(parameter, std=0.1)
+        logits = model(idx)
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), idx.flatten()).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-5, atol=1e-6)

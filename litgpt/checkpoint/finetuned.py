@@ -41,7 +41,7 @@ class _Method(NamedTuple):
 
 
 _METHODS = {
-    "lora": _Method("lora_", lora.GPT, lora.add_lora, lora.unwrap_lora, lora.lora_filter),
+    "lora": _Method("lora_", lora.GPT, lora.add_lora, lora.finish_lora, lora.lora_filter),
     "adapter_v2": _Method(
         "adapter_scale", adapter_v2.GPT, adapter_v2.add_adapter_v2, adapter.freeze_prefixes, adapter_v2.adapter_filter
     ),
@@ -141,6 +141,9 @@ class Finetuned:
             "lora_r": rank,
             "lora_alpha": options.number("lora_alpha", lora.Config.lora_alpha),
             "lora_dropout": options.number("lora_dropout", lora.Config.lora_dropout, least=0),
+            "lora_all": options.flag("lora_all", False),
+            "lora_rslora": options.flag("lora_rslora", False),
+            "lora_dora": any("lora_magnitude" in name for name in self.weights),
         }
 
     def load(
@@ -196,7 +199,7 @@ class Finetuned:
 
 
 class LoRACheckpoint(Checkpoint):
-    """A folder with LoRA weights only: the checkpoint that was fine-tuned, with the matrices added as it is read.
+    """A folder with LoRA weights only: the checkpoint that was fine-tuned, with the matrices merged into it as it is read.
 
     Sums are made in float32. `dtype` is that of the fine-tuning.
 
@@ -235,8 +238,7 @@ class LoRACheckpoint(Checkpoint):
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._base.tensors():
             if name in self._layers:
-                with torch.no_grad():
-                    tensor = tensor.float() + self._layers[name].get_lora_AB().float()
+                tensor = self._layers[name].merged_weight(tensor)
             yield name, tensor.to(self.dtype)
 
     @property

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset
 
-from litgpt.data.encoding import Encoded, EncodedSamples, Sample, encode_sample
+from litgpt.chat_template import ChatTemplate
+from litgpt.data.encoding import Encoded, EncodedSamples, Sample, bos_of, encode_sample, prompt_of, render_prompt
 from litgpt.prompt_style import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.batches import PackedBatchSampler
@@ -65,10 +66,11 @@ class SFTDataset(Dataset):
         self.prompt_style = PromptStyle.from_name(prompt_style) if isinstance(prompt_style, str) else prompt_style
         self.max_seq_length, self.mask_prompt, self.ignore_index = max_seq_length, mask_prompt, ignore_index
         self.transform = transform
-        self._encoded: EncodedSamples | dict[int, Encoded] = {}
+        self.encodings: EncodedSamples | dict[int, Encoded] = {}
 
     def __len__(self) -> int:
-        return len(self.data)
+        """After `encode_all` a conversation may count as several: see `EncodedSamples`."""
+        return len(self.encodings or self.data)
 
     def sample(self, index: int) -> Sample:
         return self.data[index] if self.transform is None else self.transform(self.data[index])
@@ -79,22 +81,22 @@ class SFTDataset(Dataset):
         Raises:
             ValueError: if no sample has a token that the loss counts.
         """
-        samples = [self.sample(index) for index in range(len(self))]
-        self._encoded = EncodedSamples.of(
+        samples = [self.sample(index) for index in range(len(self.data))]
+        self.encodings = EncodedSamples.of(
             samples, self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt, name
         )
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of every sample; after `encode_all`."""
-        return self._encoded.lengths
+        return self.encodings.lengths
 
     def encoded(self, index: int) -> Encoded:
-        if isinstance(self._encoded, dict) and index not in self._encoded:
-            self._encoded[index] = encode_sample(
+        if isinstance(self.encodings, dict) and index not in self.encodings:
+            self.encodings[index] = encode_sample(
                 self.sample(index), self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt
             )
-        return self._encoded[index]
+        return self.encodings[index]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`input_ids` (T,), `labels` (T,) the same with `ignore_index` where no loss is counted, and `token_counts`."""
@@ -121,19 +123,19 @@ class _Examples(Sequence):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[str, Tensor]:
-        from litgpt.data.encoding import prompt_of
-        from litgpt.prompts import encode_prompt
-
-        prompt, more = prompt_of(self.dataset.sample(index))
-        shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        return shown, encode_prompt(self.dataset.tokenizer, self.dataset.prompt_style, prompt, **more)
+        dataset = self.dataset
+        sample = dataset.sample(getattr(dataset.encodings, "source", range(len(dataset)))[index])
+        prompt, _ = prompt_of(sample)
+        text = render_prompt(sample, dataset.prompt_style)
+        ids = dataset.tokenizer.encode(text, bos=bos_of(text, dataset.tokenizer, dataset.prompt_style))
+        return prompt if isinstance(prompt, str) else prompt[-1]["content"], ids
 
 
 def get_sft_collate_fn(
     max_seq_length: int = -1, pad_id: int = 0, ignore_index: int = IGNORE_INDEX
 ) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
     """A function that makes a batch of samples: right-padded with `pad_id` and `ignore_index`, and cut to `max_seq_length`
-    (-1: not). The batch also has `lengths` (B,) and the samples' `token_counts`."""
+    (-1: not). The batch also has the samples' `token_counts`."""
     return partial(_sft_collate_fn, max_seq_length=max_seq_length, pad_id=pad_id, ignore_index=ignore_index)
 
 
@@ -144,8 +146,6 @@ def _sft_collate_fn(
     for key, filler in (("input_ids", pad_id), ("labels", ignore_index)):
         rows = torch.nn.utils.rnn.pad_sequence([s[key] for s in samples], batch_first=True, padding_value=filler)
         batch[key] = rows[:, :max_seq_length] if max_seq_length > 0 else rows
-    lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-    batch["lengths"] = lengths.clamp(max=batch["input_ids"].shape[1])
     if "token_counts" in samples[0]:
         names = samples[0]["token_counts"]
         batch["token_counts"] = {
@@ -185,8 +185,15 @@ class SFTModule(DataModule):
             transform,
         )
 
+    def own_style(self) -> PromptStyle:
+        """The checkpoint's chat template; Alpaca's style where it has none."""
+        has_template = getattr(self.tokenizer, "chat_template", None)
+        return ChatTemplate.from_tokenizer(self.tokenizer) if has_template else PromptStyle.from_name("alpaca")
+
     def split(self, data: Sequence[Mapping[str, Any]], fraction: float) -> tuple[list, list]:
         """Training and validation samples, drawn by `seed`."""
+        if not fraction:
+            return list(data), []
         generator = torch.Generator().manual_seed(self.seed)
         train, val = torch.utils.data.random_split(data, [1.0 - fraction, fraction], generator=generator)
         return list(train), list(val)
@@ -197,9 +204,8 @@ class SFTModule(DataModule):
         collate = get_sft_collate_fn(self.max_seq_length, ignore_index=self.ignore_index)
         generator = torch.Generator().manual_seed(self.seed)
         if self.pack:
-            sampler = RandomSampler(dataset, generator=generator) if shuffle else SequentialSampler(dataset)
             capacity = self.max_seq_length if self.max_seq_length > 0 else max(dataset.lengths)
-            batches = PackedBatchSampler(sampler, dataset.lengths, capacity, self.batch_size)
+            batches = PackedBatchSampler(dataset.lengths, capacity, self.batch_size, generator if shuffle else None)
             return DataLoader(dataset, batch_sampler=batches, generator=generator, collate_fn=collate)
         return DataLoader(dataset, batch_size=self.batch_size, shuffle=shuffle, generator=generator, collate_fn=collate)
 

@@ -6,10 +6,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import wrap_file
-
 from litgpt.atomic_file import replacing
+from litgpt.waiting import report_progress, waiting
 
 TIMEOUT = 10  # seconds without an answer
 
@@ -26,11 +24,12 @@ def download_if_missing(file_path: Path, file_url: str) -> None:
     try:
         with urllib.request.urlopen(file_url, timeout=TIMEOUT) as answer, replacing(file_path) as temporary:
             size = int(answer.headers.get("Content-Length") or 0)
-            console = Console(stderr=True)
-            source = wrap_file(answer, size, description=file_path.name, console=console, transient=True)
-            with source as file, open(temporary, "wb") as target:
-                while chunk := file.read(1 << 20):
+            with waiting(f"Fetching {file_path.name}", log=True), open(temporary, "wb") as target:
+                while chunk := answer.read(1 << 20):
                     target.write(chunk)
+                    report_progress(target.tell(), size)
+                if size and target.tell() != size:
+                    raise ConnectionError(f"only {target.tell():,} of {size:,} bytes came")
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         reason = getattr(error, "reason", error)
         raise OSError(f"{file_url} could not be fetched ({reason}): put the file at {file_path} yourself") from None
@@ -56,7 +55,7 @@ def load_hub_dataset(repo_id: str, **kwargs: Any) -> Any:
     try:
         from datasets import load_dataset
     except ModuleNotFoundError:
-        raise ValueError(f"the data set {repo_id} needs the package datasets: pip install datasets") from None
+        raise ValueError(f"the data set {repo_id} needs the package datasets: pip install 'litgpt[datasets]'") from None
     try:
         return load_dataset(repo_id, **kwargs)
     except Exception as error:  # the package has no common class for its errors, and lets those of others through

@@ -1,86 +1,25 @@
 """FLAN: many tasks, written as instructions (arXiv:2109.01652)."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from litgpt.data.base import IGNORE_INDEX, SFTDataset, SFTModule
 from litgpt.data.download import download_if_missing
+from litgpt.data.json_data import load_jsonl
 from litgpt.prompt_style import PromptStyle
 
 _URL = "https://huggingface.co/datasets/Muennighoff/flan/resolve/main"
-SUBSETS = frozenset(
-    f"{task}_10templates"
-    for task in [
-        "aeslc",
-        "ag_news_subset",
-        "anli_r1",
-        "anli_r2",
-        "anli_r3",
-        "arc_challenge",
-        "arc_easy",
-        "bool_q",
-        "cb",
-        "cnn_dailymail",
-        "cola",
-        "common_gen",
-        "copa",
-        "coqa",
-        "cosmos_qa",
-        "dart",
-        "definite_pronoun_resolution",
-        "drop",
-        "e2e_nlg",
-        "fix_punct",
-        "gigaword",
-        "glue_mrpc",
-        "glue_qqp",
-        "hellaswag",
-        "imdb_reviews",
-        "math_dataset",
-        "mnli_matched",
-        "mnli_mismatched",
-        "multi_news",
-        "multirc",
-        "natural_questions",
-        "openbookqa",
-        "opinion_abstracts_idebate",
-        "opinion_abstracts_rotten_tomatoes",
-        "para_crawl_enes",
-        "paws_wiki",
-        "piqa",
-        "qnli",
-        "quac",
-        "record",
-        "rte",
-        "samsum",
-        "sentiment140",
-        "snli",
-        "squad_v1",
-        "squad_v2",
-        "sst2",
-        "story_cloze",
-        "stsb",
-        "trec",
-        "trivia_qa",
-        "true_case",
-        "web_nlg_en",
-        "wic",
-        "wiki_lingua_english_en",
-        "wmt14_enfr",
-        "wmt16_translate_csen",
-        "wmt16_translate_deen",
-        "wmt16_translate_fien",
-        "wmt16_translate_roen",
-        "wmt16_translate_ruen",
-        "wmt16_translate_tren",
-        "wnli",
-        "word_segment",
-        "wsc",
-        "yelp_polarity_reviews",
-    ]
-)
+_TASKS = """
+    aeslc ag_news_subset anli_r1 anli_r2 anli_r3 arc_challenge arc_easy bool_q cb cnn_dailymail cola common_gen copa
+    coqa cosmos_qa dart definite_pronoun_resolution drop e2e_nlg fix_punct gigaword glue_mrpc glue_qqp hellaswag
+    imdb_reviews math_dataset mnli_matched mnli_mismatched multi_news multirc natural_questions openbookqa
+    opinion_abstracts_idebate opinion_abstracts_rotten_tomatoes para_crawl_enes paws_wiki piqa qnli quac record rte
+    samsum sentiment140 snli squad_v1 squad_v2 sst2 story_cloze stsb trec trivia_qa true_case web_nlg_en wic
+    wiki_lingua_english_en wmt14_enfr wmt16_translate_csen wmt16_translate_deen wmt16_translate_fien
+    wmt16_translate_roen wmt16_translate_ruen wmt16_translate_tren wnli word_segment wsc yelp_polarity_reviews
+"""
+SUBSETS = frozenset(f"{task}_10templates" for task in _TASKS.split())
 
 
 @dataclass
@@ -116,16 +55,15 @@ class FLAN(SFTModule):
     def setup(self, stage: str = "") -> None:
         self.train_dataset, self.test_dataset = (
             self.dataset(
-                [row for task in self._tasks for row in load_jsonl(Path(self.download_dir) / f"{task}_{split}.jsonl")],
+                [
+                    row
+                    for task in self._tasks
+                    for row in load_jsonl(Path(self.download_dir) / f"{task}_{split}.jsonl").values()
+                ],
                 _transform,
             )
             for split in ("train", "test")
         )
-
-
-def load_jsonl(filename: Path) -> list[dict[str, str]]:
-    """The lines of a JSONL file."""
-    return [json.loads(line) for line in filename.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def _transform(item: Mapping[str, str]) -> dict[str, str]:

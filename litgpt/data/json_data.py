@@ -10,7 +10,6 @@ from typing import Any
 from litgpt.data.base import IGNORE_INDEX, SFTDataset, SFTModule
 from litgpt.data.encoding import sample_problem
 from litgpt.prompt_style import PromptStyle
-from litgpt.prompts import style_for
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
 DEFAULT_FRACTION = 0.05
@@ -26,7 +25,7 @@ class JSON(SFTModule):
 
     Attributes:
         json_path: the file or folder.
-        mask_prompt: learn responses only, not instructions; conversations always learn answers only unless it is False.
+        mask_prompt: learn responses only, not instructions. Of conversations only answers are learned in any case.
         val_split_fraction: part of a single file's samples that validate.
         prompt_style: how instructions are written down (a conversation's: the checkpoint's, unless another is named).
         ignore_index: label of tokens that are not learned.
@@ -50,11 +49,11 @@ class JSON(SFTModule):
         super().__post_init__()
         self.json_path = Path(self.json_path)
         if not self.json_path.exists():
-            raise FileNotFoundError(f"json_path: {self.json_path} does not exist")
+            raise FileNotFoundError(f"The `json_path` must be a file or a directory: {self.json_path} does not exist")
         is_folder = self.json_path.is_dir()
         if is_folder and self.val_split_fraction is not None:
             raise ValueError(
-                f"val_split_fraction is for a single file; {self.json_path} is a folder, whose 'val' file validates"
+                f"`val_split_fraction` should not be set for the folder {self.json_path}: its 'val' file validates"
             )
         if not is_folder and self.val_split_fraction is None:
             self.val_split_fraction = DEFAULT_FRACTION
@@ -64,9 +63,10 @@ class JSON(SFTModule):
 
     def setup(self, stage: str = "") -> None:
         train, val = self.get_splits()
-        if any("messages" in sample for sample in train) and self._named_style == "alpaca":
-            self.prompt_style = style_for("", self.tokenizer, None)
+        if any("messages" in sample for sample in [*train, *val]):
             self.mask_prompt = True
+            if self._named_style == "alpaca":
+                self.prompt_style = self.own_style()
         self.train_dataset = self.dataset(train)
         self.val_dataset = self.dataset(val)
 
@@ -77,7 +77,9 @@ class JSON(SFTModule):
         files = self.find_split("train"), self.find_split("val")
         for file, name in zip(files, ("train", "val"), strict=True):
             if file is None:
-                raise FileNotFoundError(f"{self.json_path} must hold {name}.json or {name}.jsonl")
+                raise FileNotFoundError(
+                    f"json_path must be a file or a directory containing {name}.json or {name}.jsonl: {self.json_path}"
+                )
         return read_samples(files[0]), read_samples(files[1])
 
     def find_split(self, split_name: str) -> Path | None:
@@ -88,33 +90,53 @@ class JSON(SFTModule):
         return None
 
 
+class FileSample(dict):
+    """A sample that knows where it stands in a file."""
+
+    place = ""
+
+
 def read_samples(path: Path) -> list[Mapping[str, Any]]:
     """The samples of a file, conversations as `messages`.
 
     Raises:
         ValueError: naming the line or number of a sample that is none, and its field.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: byte {error.start}") from None
-    if not text.strip():
-        raise ValueError(f"{path} is empty")
+    text = _read_text(path)
     if path.suffix == ".jsonl":
-        lines = [(f"line {i}", line) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-        samples = [(place, _parse(path, line, place)) for place, line in lines]
+        values = load_jsonl(path)
     else:
         values = _parse(path, text, None)
         if not isinstance(values, list):
             raise ValueError(f"{path} must hold a list of samples, got {type(values).__name__}")
-        samples = [(f"sample {i}", value) for i, value in enumerate(values)]
+        values = {f"sample {i}": value for i, value in enumerate(values)}
     found = []
-    for place, sample in samples:
-        sample = _as_messages(sample)
+    for place, value in values.items():
+        sample = _as_messages(value)
         if problem := sample_problem(sample):
             raise ValueError(f"{path}, {place}: {problem}")
-        found.append(sample)
+        found.append(FileSample(sample))
+        found[-1].place = f"{path}, {place}"
+    if not found:
+        raise ValueError(f"{path} holds no samples")
     return found
+
+
+def load_jsonl(path: Path) -> dict[str, Any]:
+    """The values of a JSONL file, by the line they stand in: "line 1". Only line feeds end lines, as JSON has it."""
+    lines = enumerate(_read_text(path).split("\n"), 1)
+    return {f"line {i}": _parse(path, line, f"line {i}") for i, line in lines if line.strip()}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: not UTF-8") from None
+    if not text.strip():
+        raise ValueError(f"{path} is empty")
+    return text
 
 
 def _parse(path: Path, text: str, place: str | None) -> Any:
@@ -130,9 +152,10 @@ def _as_messages(sample: Any) -> Any:
     if not isinstance(sample, Mapping) or not isinstance(sample.get("conversations"), list):
         return sample
     messages = [
-        {"role": ROLES.get(turn.get("from"), turn.get("from")), "content": turn.get("value")}
+        {"role": ROLES.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
         if isinstance(turn, Mapping)
         else turn
         for turn in sample["conversations"]
     ]
-    return {"messages": messages}
+    rest = {name: value for name, value in sample.items() if name != "conversations"}
+    return {**rest, "messages": messages}

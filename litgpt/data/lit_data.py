@@ -62,7 +62,9 @@ class LitData(DataModule):
     def __post_init__(self) -> None:
         super().__init__()
         if self.split_names is not None and len(self.split_names) != 2:
-            raise ValueError(f"split_names must name two folders, for training and validation, got {self.split_names}")
+            raise ValueError(
+                f"If provided `split_names` must be a tuple of two strings, for training and validation: {self.split_names}"
+            )
 
     def connect(
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
@@ -70,12 +72,14 @@ class LitData(DataModule):
         self.batch_size, self.seq_length = batch_size, max_seq_length + 1  # the token after the last is needed too
 
     def train_dataloader(self) -> DataLoader:
-        return self._dataloader(0, shuffle=True)
+        return self._dataloader(input_dir=self._folder(0), train=True)
 
     def val_dataloader(self) -> DataLoader:
-        return self._dataloader(1, shuffle=False)
+        return self._dataloader(input_dir=self._folder(1), train=False)
 
-    def _dataloader(self, which: int, shuffle: bool) -> DataLoader:
+    def _folder(self, which: int) -> str:
         path = str(self.data_path).rstrip("/")
-        path = path if self.split_names is None else f"{path}/{self.split_names[which]}"
-        return loader(rows(path, self.seq_length, self.seed, shuffle), self.batch_size, self.num_workers)
+        return path if self.split_names is None else f"{path}/{self.split_names[which]}"
+
+    def _dataloader(self, input_dir: str, train: bool) -> DataLoader:
+        return loader(rows(input_dir, self.seq_length, self.seed, shuffle=train), self.batch_size, self.num_workers)

@@ -7,7 +7,6 @@ from typing import Any
 from litgpt.data.base import IGNORE_INDEX, SFTDataset, SFTModule
 from litgpt.data.encoding import sample_problem
 from litgpt.prompt_style import PromptStyle
-from litgpt.prompts import style_for
 
 
 @dataclass
@@ -34,6 +33,6 @@ class Samples(SFTModule):
             if problem := sample_problem(sample):
                 raise ValueError(f"sample {i}: {problem}")
         if self.prompt_style is None:
-            self.prompt_style = style_for("", self.tokenizer, None)
+            self.prompt_style = self.own_style()
         train, val = self.split(self.samples, self.val_split_fraction)
         self.train_dataset, self.val_dataset = self.dataset(train), self.dataset(val)

@@ -49,7 +49,7 @@ class TinyLlama(DataModule):
         for path in self.required_paths:
             if "://" not in path and not Path(path).is_dir():
                 raise FileNotFoundError(
-                    f"{path} does not exist: --data.data_path must hold "
+                    f"The directory {path} does not exist: --data.data_path must hold "
                     + ", ".join(str(Path(p).relative_to(str(self.data_path))) for p in self.required_paths)
                 )
 

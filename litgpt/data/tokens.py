@@ -2,22 +2,22 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from litgpt.atomic_file import replacing
+from litgpt.data.encoding import cache_dir
 from litgpt.tokenizer import Tokenizer
+from litgpt.waiting import report_progress, waiting
 
 PIECE = 1 << 20  # characters of a text that are encoded at a time
-VERSION = 1  # of the files
+GROUP = 8 << 20  # characters of pieces that are encoded together, by all cores
+VERSION = 2  # of the files
 
 
 class TokenRows(Dataset):
@@ -31,6 +31,8 @@ class TokenRows(Dataset):
         return max(0, (len(self.tokens) - 1) // self.seq_length)
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
         begin = index * self.seq_length
         return torch.from_numpy(self.tokens[begin : begin + self.seq_length + 1].astype(np.int64))
 
@@ -46,10 +48,10 @@ class TokenRows(Dataset):
         return DataLoader(self, batch_size=batch_size, shuffle=shuffle, generator=generator)
 
 
-def files_digest(files: Sequence[Path], tokenizer: Tokenizer) -> str:
+def files_digest(files: Sequence[Path], tokenizer: Tokenizer, eos: bool = False) -> str:
     """What tells whether tokens made of these files are still theirs."""
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps([VERSION, stats, tokenizer.fingerprint]).encode()).hexdigest()[:32]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([VERSION, stats, tokenizer.fingerprint, eos]).encode()).hexdigest()[:32]
 
 
 def encode_files(
@@ -61,7 +63,8 @@ def encode_files(
 ) -> np.ndarray:
     """The tokens of all documents in some files, one after the other, each after a BOS token where the tokenizer has one.
 
-    They are kept in `folder`, and taken from there as long as neither the files nor the tokenizer change.
+    They are kept in `folder` (or, where that cannot be written, in the user's cache), and taken from there as long as neither
+    the files nor the tokenizer change.
 
     Args:
         documents: the documents in a file.
@@ -70,43 +73,49 @@ def encode_files(
     Returns:
         Tokens (n,), mapped into memory.
     """
-    path = folder / f"tokens-{files_digest(files, tokenizer)}.bin"
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    name = f"tokens-{files_digest(files, tokenizer, eos)}.bin"
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 15 else np.uint32  # added tokens come on top
+    if not (path := folder / name).is_file():
+        path = _writable(folder) / name
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("tokens-*.bin"):
-            stale.unlink()
+        for stale in path.parent.glob("tokens-*.bin") if path.parent == folder else ():
+            stale.unlink(missing_ok=True)
         texts = (text for file in files for text in documents(file))
         total = sum(file.stat().st_size for file in files)
-        with replacing(path) as temporary, open(temporary, "wb") as target, ThreadPoolExecutor() as pool:
-            for tokens in _encoded(pool, texts, tokenizer, eos, total):
+        with waiting("Encoding text", log=True), replacing(path) as temporary, open(temporary, "wb") as target:
+            for tokens in _encoded(texts, tokenizer, eos, total):
                 target.write(np.asarray(tokens, dtype=dtype).tobytes())
     if not path.stat().st_size:
         return np.empty(0, dtype=dtype)
     return np.memmap(path, dtype=dtype, mode="r")
 
 
-def _encoded(
-    pool: ThreadPoolExecutor, texts: Iterable[str], tokenizer: Tokenizer, eos: bool, total: int
-) -> Iterator[list[int]]:
-    """Tokens of pieces of texts, in order; the pieces are encoded by several threads."""
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    return cache_dir()
+
+
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer, eos: bool, total: int) -> Iterator[list[int]]:
+    """Tokens of pieces of texts, in order."""
     has_bos, has_eos = tokenizer.bos_id is not None, tokenizer.eos_id is not None
-
-    def encode(piece: tuple[str, bool, bool]) -> list[int]:
-        text, first, last = piece
-        return tokenizer.encode(text, bos=first and has_bos, eos=last and has_eos and (eos or not has_bos)).tolist()
-
-    pieces = (piece for text in texts if text.strip() for piece in _pieces(text.strip()))
-    steps = max(1, total // PIECE)
-    progress = track(
-        iter(lambda: list(islice(pieces, 16)), []),
-        description="Encoding text",
-        total=max(1, steps // 16),
-        console=Console(stderr=True),
-        transient=True,
-    )
-    for group in progress:
-        yield from pool.map(encode, group)
+    group: list[tuple[str, bool, bool]] = []
+    size = done = 0
+    for text in texts:
+        for piece, first, last in _pieces(text.strip()):
+            group.append((piece, first and has_bos, last and has_eos and (eos or not has_bos)))
+            size += len(piece)
+            if size >= GROUP:
+                yield from tokenizer.encode_batch(group)
+                done += size
+                report_progress(done, total)
+                group, size = [], 0
+    yield from tokenizer.encode_batch(group)
 
 
 def _pieces(text: str) -> Iterator[tuple[str, bool, bool]]:

@@ -26,6 +26,9 @@ def setup(
     lora_projection: bool = False,
     lora_mlp: bool = False,
     lora_head: bool = False,
+    lora_all: bool = False,
+    lora_rslora: bool = False,
+    lora_dora: bool = False,
     data: DataModule | None = None,
     train: TrainArgs = TrainArgs(  # noqa: B008
         save_interval=1000,
@@ -58,6 +61,9 @@ def setup(
         lora_alpha: Their product is scaled by lora_alpha / lora_r.
         lora_dropout: Part of their inputs that is left out at random.
         lora_query, lora_key, lora_value, lora_projection, lora_mlp, lora_head: Which layers have them.
+        lora_all: All linear layers but the head have them.
+        lora_rslora: Scale their product by lora_alpha / sqrt(lora_r) (rsLoRA), which suits large ranks.
+        lora_dora: Train the norms of the weights' rows too (DoRA): often better at small ranks, and slower.
         data: The data: `--data JSON --data.json_path FILE`, or another module of `litgpt.data`. Default: Alpaca.
         train: How to train.
         eval: How to validate.

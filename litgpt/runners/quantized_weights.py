@@ -29,7 +29,7 @@ from litgpt.model import GPT, LLaMAMoE
 from litgpt.runners.opaque_weights import OpaqueLayer
 
 MODES = ("int8", "int4")
-BNB_MODES = ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8")
+BNB_MODES = ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8", "bnb.int8-training")
 GROUP_SIZES = (32, 64, 128)
 KERNEL_ROWS = 24  # with more rows of inputs, an ordinary product with the dequantised weight beats torch's kernels
 _CUTS = (1.0, 0.9, 0.8)  # parts of a group's range that are tried for either end in int4
@@ -42,7 +42,7 @@ class Scheme:
     """How the weights of a model are quantised.
 
     Args:
-        mode: int8, int4, or bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq, bnb.int8.
+        mode: int8, int4, or bnb.nf4, bnb.nf4-dq, bnb.fp4, bnb.fp4-dq, bnb.int8; bnb.int8-training is the same as bnb.int8.
         group_size: columns that share a scale in mode int4: 32, 64 or 128.
 
     Raises:
@@ -147,8 +147,22 @@ def dequantize_int4(
     return groups.mul_(scale.float().unsqueeze(2)).add_(minimum.float().unsqueeze(2)).flatten(1).to(dtype)
 
 
+class _DequantizedProduct(torch.autograd.Function):
+    """Inputs times the dequantised weight of a layer, which is dequantised again in the backward pass instead of kept. Inputs
+    alone get gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantized(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, d_y: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return d_y @ ctx.layer.dequantized(d_y.dtype), None
+
+
 class QuantizedLinear(OpaqueLayer):
-    """`nn.Linear` for inference whose weight is kept as integers.
+    """`nn.Linear` whose weight is kept as integers, and is not trained; what is before it is.
 
     Attributes:
         dtype: of the inputs and results. `to(dtype)` and the like change this and the bias, never the weight's buffers.
@@ -186,7 +200,10 @@ class QuantizedLinear(OpaqueLayer):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features).contiguous()
         trained = torch.is_grad_enabled() and x.requires_grad  # what is before this layer: kernels have no gradients
-        kernel = None if trained or len(rows) > KERNEL_ROWS else self.kernel(x)
+        if trained:
+            y = _DequantizedProduct.apply(x, self)
+            return y if self.bias is None else y + self.bias
+        kernel = None if len(rows) > KERNEL_ROWS else self.kernel(x)
         if kernel is None:
             return F.linear(x, self.dequantized(x.dtype), self.bias)
         y = kernel(rows).view(*x.shape[:-1], self.out_features)
@@ -263,6 +280,10 @@ class TiedHead(OpaqueLayer):
     @property
     def scale(self) -> torch.Tensor:
         return self._table[0].scale
+
+    def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
+        """As `QuantizedLinear.dequantized`."""
+        return self._table[0].dequantized(dtype)
 
     def weight_samples(self) -> dict[str, torch.Tensor]:
         return {}  # it has none of its own
@@ -451,7 +472,7 @@ def _bnb_linear(linear: nn.Linear, mode: str) -> nn.Module:
     import bitsandbytes as bnb
 
     sizes = (linear.in_features, linear.out_features, linear.bias is not None)
-    if mode == "bnb.int8":
+    if mode.startswith("bnb.int8"):
         layer = bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False, device="meta")
         layer.weight = bnb.nn.Int8Params(linear.weight.detach(), requires_grad=False, has_fp16_weights=False)
     else:

@@ -1,16 +1,18 @@
 """Batches of samples, in an order that a seed decides and that can be taken up anywhere.
 
-A batch has "input_ids" (B, T) and "labels" (B, T), right-padded, with -100 where no loss is counted, and "lengths" (B,):
-tokens of each row. Batches of data modules made elsewhere may lack "lengths": then all rows are as long as T. Batches that
-are a tensor (B, T + 1) are rows of a text: every token but the first is to be foreseen.
+A batch has "input_ids" (B, T) and "labels" (B, T), right-padded, with -100 where no loss is counted, and "token_counts", of
+which "raw_plus_prompt_template" (B, 1) says how many tokens each row has. Batches of data modules made elsewhere may lack
+it: then all rows are as long as T. Batches that are a tensor (B, T + 1) are rows of a text: every token but the first is to
+be foreseen.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, Sampler
+from torch.utils.data import BatchSampler
 
 from litgpt.train.loss import IGNORE_INDEX
 
@@ -27,11 +29,12 @@ def as_rows(batch: Any) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     ids, labels = batch["input_ids"], batch["labels"]
     following = torch.full_like(labels, IGNORE_INDEX)
     following[:, :-1] = labels[:, 1:]
-    if "lengths" not in batch:
+    counts = batch.get("token_counts", {}).get("raw_plus_prompt_template")
+    if counts is None:
         return ids.reshape(1, -1), following.reshape(1, -1), [ids.shape[1]] * ids.shape[0]
-    lengths = batch["lengths"].tolist()
-    used = torch.arange(ids.shape[1]) < batch["lengths"][:, None]
-    return ids[used][None], following[used][None], lengths
+    lengths = counts.reshape(-1).clamp(max=ids.shape[1])
+    used = torch.arange(ids.shape[1]) < lengths[:, None]
+    return ids[used][None], following[used][None], lengths.tolist()
 
 
 def counted_tokens(batch: Any) -> int:
@@ -46,55 +49,54 @@ def windows(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield window
 
 
-class ShuffledSampler(Sampler[int]):
-    """Indices 0..n-1 in a new random order every epoch, which the seed and the number of the epoch decide alone."""
-
-    def __init__(self, n: int, seed: int) -> None:
-        self.n, self.generator = n, torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(torch.randperm(self.n, generator=self.generator).tolist())
-
-
 class PackedBatchSampler(BatchSampler):
-    """Batches of as many samples as fit into `rows` rows of `capacity` tokens, no sample cut in two.
+    """Batches of `rows` rows of `capacity` tokens, filled with whole samples.
 
-    Samples keep their order as far as they fit: each goes to the first open row with room.
+    Which samples share a row is decided once, by best fit in the order of falling lengths, so that every epoch has the same
+    number of batches. The order of the rows is new in every epoch if there is a `generator`.
 
     Args:
-        sampler: the order of samples.
         lengths: tokens of every sample, none more than `capacity`.
         capacity: tokens of a row.
         rows: rows of a batch.
+        generator: of the order (None: longest samples first).
     """
 
-    def __init__(self, sampler: Sampler[int], lengths: Sequence[int], capacity: int, rows: int) -> None:
+    def __init__(
+        self, lengths: Sequence[int], capacity: int, rows: int, generator: torch.Generator | None = None
+    ) -> None:
         if (longest := max(lengths, default=0)) > capacity:
             raise ValueError(f"a sample of {longest} tokens does not fit into rows of {capacity}")
-        self.sampler, self.lengths, self.capacity, self.rows = sampler, lengths, capacity, rows
+        self.packed, self.rows, self.generator = pack(lengths, capacity), rows, generator
 
     def __iter__(self) -> Iterator[list[int]]:
-        batch: list[list[int]] = []
-        room: list[int] = []
-        for index in self.sampler:
-            size = self.lengths[index]
-            place = next((i for i, free in enumerate(room) if free >= size), None)
-            if place is None:
-                if len(batch) == self.rows:
-                    yield [i for row in batch for i in row]
-                    batch, room = [], []
-                batch.append([])
-                room.append(self.capacity)
-                place = len(batch) - 1
-            batch[place].append(index)
-            room[place] -= size
-        if batch:
-            yield [i for row in batch for i in row]
+        n = len(self.packed)
+        order = range(n) if self.generator is None else torch.randperm(n, generator=self.generator).tolist()
+        for begin in range(0, n, self.rows):
+            yield [index for row in order[begin : begin + self.rows] for index in self.packed[row]]
 
     def __len__(self) -> int:
-        """About how many batches an epoch has: exact in the order 0, 1, 2, ..., and near it in others."""
-        in_order = PackedBatchSampler(range(len(self.lengths)), self.lengths, self.capacity, self.rows)
-        return sum(1 for _ in in_order)
+        return -(-len(self.packed) // self.rows)
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Samples by rows of at most `capacity` tokens: each, the longest first, goes where the least room is left."""
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by the tokens that are free
+    free_sizes: list[int] = []  # those that some row has, sorted
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect_left(free_sizes, lengths[index])
+        if at < len(free_sizes):
+            free = free_sizes[at]
+            row = with_room[free].pop()
+            if not with_room[free]:
+                del free_sizes[at]
+        else:
+            free, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        free -= lengths[index]
+        if not with_room[free]:
+            insort(free_sizes, free)
+        with_room[free].append(row)
+    return rows

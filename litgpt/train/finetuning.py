@@ -1,5 +1,6 @@
 """Fine-tuning: from a checkpoint or a loaded model to a tuned one."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -8,21 +9,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning import Fabric
 
+from litgpt.checkpoint.base import QUANTIZED_NAME
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.config import Config
 from litgpt.data import JSON, DataModule
 from litgpt.data.memory import Samples
-from litgpt.lora import merge_lora_weights, unwrap_lora
+from litgpt.lora import Config as LoRAConfig
+from litgpt.lora import finish_lora, merge_lora_weights, unwrap_lora
 from litgpt.model import GPT
 from litgpt.scripts.merge_lora import merge_lora
 from litgpt.train.methods import METHODS, Method
+from litgpt.train.model import forget_activation_checkpointing
 from litgpt.train.run import Options, Run, connect, write_config
 from litgpt.train.setting import compute_dtype, plain, precision_of
 
 if TYPE_CHECKING:
     from litgpt.api import LLM
+
+LORA_DEFAULTS = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "lora_query": True, "lora_value": True}
+SAMPLES_NAME = "samples.json"
 
 
 def finetune_command(method: str, arguments: Mapping[str, Any]) -> dict[str, float]:
@@ -48,11 +55,9 @@ def finetune_command(method: str, arguments: Mapping[str, Any]) -> dict[str, flo
     resume = options.resume_path(way.suffix)
     fabric = options.fabric(f"finetune-{checkpoint.config.name}", checkpoint.config, resume is not None)
     precision = precision_of(fabric)
-    options.hyperparameters = {
-        name: plain(value)
-        for name, value in (arguments | {"precision": precision, "data": data}).items()
-        if value is not None
-    }
+    config = way.config.extending(checkpoint.config, **_settings(method, arguments))
+    arguments |= {"precision": precision, "data": data} | _lora_options(config)
+    options.hyperparameters = described(arguments)
 
     def write_side_files(folder: Path) -> None:
         write_config(checkpoint.config, folder)
@@ -64,8 +69,7 @@ def finetune_command(method: str, arguments: Mapping[str, Any]) -> dict[str, flo
         loaders = connect(fabric, data, tokenizer, options.train, checkpoint.config)
         gpt = load_model(checkpoint, compute_dtype(precision), fabric.device, quantize=quantize)
         tie(gpt, checkpoint.tied, options.train.tie_embeddings)
-        settings = {name: value for name, value in arguments.items() if name.startswith(f"{method}_")}
-        way.prepare(gpt, extended_config(gpt.config, way, settings))
+        way.prepare(gpt, config)
         metrics = Run(fabric, gpt, way, data, loaders, options, write_side_files, tokenizer).run(resume)
         if fabric.is_global_zero and options.out_dir is not None:
             final = options.out_dir / "final"
@@ -88,16 +92,20 @@ def finetune(
     out_dir: str | Path | None = None,
     **options: Any,
 ) -> dict[str, float]:
-    """Fine-tune a loaded `LLM`, and leave it tuned.
+    """Fine-tune a loaded `LLM`, and leave it tuned, ready to generate. A run that is interrupted leaves it as far as it came.
+
+    LoRA's matrices are merged into the weights in the end; next to quantised weights they stay, as adapters do.
 
     Args:
-        llm: loaded, with plain weights.
+        llm: loaded; with quantised weights for all methods but full.
         data: samples (mappings with `instruction` and `output`, or with `messages`), the path of a JSON or JSONL file, or a
-            data module.
-        method: full, lora, adapter or adapter_v2. LoRA's products are added to the weights in the end.
-        out_dir: where checkpoints and logs go (None: nothing is written).
-        options: fields of `Options`; of its groups `train` and `eval`, as `max_steps=100`; `learning_rate`; and those of the
-            method, such as `lora_r=16` or `lora_mlp=True`.
+            data module. Samples and files are written down in the `llm`'s own prompt style, and only responses are learned;
+            the style of a data module becomes the `llm`'s.
+        method: full, lora, adapter or adapter_v2.
+        out_dir: where checkpoints and logs go (None: nothing is written). `hyperparameters.yaml` there repeats the run with
+            `--config`, if the `llm` came from disk.
+        options: fields of `Options`; of its groups `train` and `eval`, as `max_steps=100`; `learning_rate`; of samples and
+            files `val_split_fraction` and `mask_prompt`; and those of the method, such as `lora_r=16` or `lora_all=True`.
 
     Returns:
         Metrics: `steps`, `tokens`, `counted_tokens`, `seconds`, `tokens_per_second`, and, where there are any, the last
@@ -108,46 +116,68 @@ def finetune(
     """
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not one of {', '.join(METHODS)}")
-    way = METHODS[method]
-    chosen, settings = _options(method, out_dir, options)
+    way, tokenizer, base = METHODS[method], llm.tokenizer, llm.model.config
+    if type(base) is not Config:
+        raise ValueError("the model carries what an earlier fine-tuning added to it: load it anew")
+    if llm.model.quantization is not None and way.trains_all:
+        raise ValueError("full fine-tuning needs plain weights: load the model without quantize, or use lora")
+    module = _data_module(data, llm, out_dir, options)
+    chosen, config = _options(way, base, out_dir, options)
     chosen.check()
     resume = chosen.resume_path(way.suffix)
-    if isinstance(data, str | Path):
-        data = JSON(Path(data))
-    elif not isinstance(data, DataModule):
-        data = Samples(data)
-    gpt, tokenizer = llm.prepare_for_training(), llm.tokenizer
-    if gpt.quantization is not None and way.trains_all:
-        raise ValueError("full fine-tuning needs plain weights: load the model without quantize, or use lora")
-    fabric = chosen.fabric(f"finetune-{gpt.config.name}", gpt.config, resume is not None)
+    fabric = chosen.fabric(f"finetune-{base.name}", base, resume is not None)
     fabric.launch()
     fabric.seed_everything(chosen.seed)
-    base = gpt.config
-    loaders = connect(fabric, data, tokenizer, chosen.train, base)
-    way.prepare(gpt, extended_config(base, way, settings))
+    chosen.hyperparameters = _repeatable(llm, module, chosen, config, precision_of(fabric))
+    loaders = connect(fabric, module, tokenizer, chosen.train, base)
+    gpt = llm.prepare_for_training()
+    dtype = gpt.dtype
 
     def write_side_files(folder: Path) -> None:
         write_config(base, folder)
         tokenizer.save(folder)
 
     try:
-        metrics = Run(fabric, gpt, way, data, loaders, chosen, write_side_files, tokenizer).run(resume)
+        gpt.to(compute_dtype(precision_of(fabric)))
+        way.prepare(gpt, config)
+        run = Run(fabric, gpt, way, module, loaders, chosen, write_side_files, tokenizer)
+        if fabric.is_global_zero and chosen.out_dir is not None and isinstance(module, Samples):
+            chosen.out_dir.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(list(module.samples), ensure_ascii=False, indent=1)
+            (chosen.out_dir / SAMPLES_NAME).write_text(text, encoding="utf-8")
+        metrics = run.run(resume)
     finally:
-        if method == "lora":
+        forget_activation_checkpointing(gpt)
+        if method == "lora" and gpt.quantization is None:
             merge_lora_weights(gpt)
             unwrap_lora(gpt)
+        elif method == "lora":
+            finish_lora(gpt)
+        if method == "full" or (method == "lora" and gpt.quantization is None):
             gpt.config = base
-        gpt.requires_grad_(True).eval()
+        gpt.to(dtype).requires_grad_(gpt.quantization is None).eval()
+    llm.prompt_style = getattr(module, "prompt_style", None) or llm.prompt_style
     return metrics
 
 
-def _options(method: str, out_dir: str | Path | None, options: dict[str, Any]) -> tuple[Options, dict[str, Any]]:
-    """`Options`, and those of the method, from keywords."""
+def _data_module(data: Any, llm: "LLM", out_dir: str | Path | None, options: dict[str, Any]) -> DataModule:
+    """The data that `finetune` was given; what `options` say of it is taken from them."""
+    if isinstance(data, DataModule):
+        return data
+    settings: dict[str, Any] = {"prompt_style": llm.prompt_style, "mask_prompt": options.pop("mask_prompt", True)}
+    if not isinstance(data, str | Path):
+        return Samples(data, val_split_fraction=options.pop("val_split_fraction", 0.0), **settings)
+    fraction = options.pop("val_split_fraction", None if Path(data).is_dir() else 0.0)
+    return JSON(Path(data), val_split_fraction=fraction, **settings)
+
+
+def _options(
+    way: Method, base: Config, out_dir: str | Path | None, options: Mapping[str, Any]
+) -> tuple[Options, Config]:
+    """`Options`, and the configuration with what the method adds, from keywords."""
     chosen = Options(out_dir=out_dir)
-    settings: dict[str, Any] = {}
-    if method == "lora":
-        settings = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "lora_query": True, "lora_value": True}
-    own = {f.name for f in fields(METHODS[method].config)} - {f.name for f in fields(Config)}
+    settings = dict(LORA_DEFAULTS) if way.name == "lora" else {}
+    own = {f.name for f in fields(way.config)} - {f.name for f in fields(Config)}
     groups = [chosen, chosen.train, chosen.eval]
     for name, value in options.items():
         if name == "learning_rate":
@@ -157,16 +187,46 @@ def _options(method: str, out_dir: str | Path | None, options: dict[str, Any]) -
         else:
             group = next((group for group in groups if name in {f.name for f in fields(group)}), None)
             if group is None:
-                raise ValueError(f"option {name!r} is not known to fine-tuning by {method}")
+                raise ValueError(f"option {name!r} is not known to fine-tuning by {way.name}")
             setattr(group, name, value)
     chosen.train.__post_init__()
-    chosen.hyperparameters = {name: plain(value) for name, value in {**settings, **options}.items()}
-    return chosen, settings
+    chosen.eval.__post_init__()
+    return chosen, way.config.extending(base, **settings)
 
 
-def extended_config(config: Config, method: Method, settings: Mapping[str, Any]) -> Config:
-    """The configuration of a model with what `method` adds."""
-    return method.config(**{f.name: getattr(config, f.name) for f in fields(config) if f.init}, **settings)
+def _repeatable(llm: "LLM", data: DataModule, options: Options, config: Config, precision: str) -> dict[str, Any]:
+    """The hyperparameters of a run from Python: those of the command that repeats it."""
+    shown = {f.name: getattr(options, f.name) for f in fields(options)}
+    for name in ("hyperparameters", "step_digits", "resume"):
+        del shown[name]
+    values = {"checkpoint_dir": llm.checkpoint_dir, **shown, "precision": precision, **_lora_options(config)}
+    folder, how = llm.checkpoint_dir, llm.model.quantization
+    if how is not None and not (folder is not None and (Path(folder) / QUANTIZED_NAME).is_file()):
+        values["quantize"] = how.mode
+    values["data"] = data
+    if isinstance(data, Samples):
+        arguments = {
+            name: getattr(data, name) for name in ("mask_prompt", "val_split_fraction", "prompt_style", "seed")
+        }
+        if options.out_dir is not None:
+            arguments["json_path"] = options.out_dir / SAMPLES_NAME
+        values["data"] = {"class_path": "litgpt.data.JSON", "init_args": arguments}
+    return described(values)
+
+
+def described(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a command as `hyperparameters.yaml` has them."""
+    return {name: plain(value) for name, value in arguments.items() if value is not None}
+
+
+def _settings(method: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that are a method's own."""
+    return {name: value for name, value in arguments.items() if name.startswith(f"{method}_")}
+
+
+def _lora_options(config: Config) -> dict[str, Any]:
+    unset = {"lora_all": None, "lora_rslora": None, "lora_dora": None}
+    return unset | config.lora_options() if isinstance(config, LoRAConfig) else {}
 
 
 def tie(gpt: GPT, tied: bool, wanted: bool | None) -> None:

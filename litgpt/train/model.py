@@ -39,3 +39,9 @@ class TrainingModel(nn.Module):
         hidden = self.gpt(input_ids, skip_lm_head=True, row_sizes=row_sizes)
         params = [p for p in self.gpt.lm_head.parameters() if p.requires_grad]
         return loss_sum(hidden, labels, self.gpt.logits, params, self.gpt.config.padded_vocab_size)
+
+
+def forget_activation_checkpointing(gpt: GPT) -> None:
+    """Undo what a `TrainingModel` did to the layers of `gpt`."""
+    for block in gpt.transformer.h:
+        vars(block).pop("forward", None)

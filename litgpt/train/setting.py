@@ -1,5 +1,6 @@
 """Devices, precision and loggers of a run, by the names that people give them."""
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from litgpt.model import GPT, Block
+from litgpt.runners.quantized_weights import QuantizedLinear
+from litgpt.utils import num_parameters
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 Strategy = Literal["auto", "ddp", "fsdp"]
@@ -123,7 +126,11 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 def number_of_parameters(model: GPT, trained: bool) -> int:
     """Trained, or frozen, parameters; a quantised weight counts as the numbers it stands for."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad == trained)
+    quantised = 0
+    if not trained:
+        layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+        quantised = sum(layer.in_features * layer.out_features for layer in layers)
+    return quantised + num_parameters(model, trained)
 
 
 def plain(value: Any) -> Any:
@@ -141,7 +148,12 @@ def plain(value: Any) -> Any:
         named = next((name for name, kind in PromptStyle.styles.items() if kind is type(value)), None)
         arguments = value.init_args()
         path = f"{type(value).__module__}.{type(value).__qualname__}"
-        return named if named and not arguments else {"class_path": path, "init_args": plain(arguments)}
+        if named and not arguments:
+            return named
+        known = inspect.signature(type(value).__init__).parameters
+        content = {"class_path": path, "init_args": {k: plain(x) for k, x in arguments.items() if k in known}}
+        further = {k: plain(x) for k, x in arguments.items() if k not in known}  # of `**kwargs`
+        return content | ({"dict_kwargs": further} if further else {})
     if is_dataclass(value) and not isinstance(value, type):
         content = {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.init}
         content = {name: x for name, x in content.items() if x is not None}

@@ -1,5 +1,6 @@
 """Whole runs of fine-tuning: what they write, that they can be stopped, and that parts do not matter."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -9,10 +10,16 @@ import yaml
 from tiny import tiny_tokenizer
 
 from litgpt.__main__ import main
+from litgpt.api import LLM
 from litgpt.args import EvalArgs, TrainArgs
+from litgpt.checkpoint.finetuned import Finetuned
 from litgpt.checkpoint.load import load_model
+from litgpt.checkpoint.open import open_checkpoint
 from litgpt.data import JSON
 from litgpt.finetune import adapter, adapter_v2, full, lora
+from litgpt.scripts.quantize import quantize_checkpoint
+from litgpt.train import finetune
+from litgpt.train.loop import Loop
 
 SETUPS = {"full": full.setup, "lora": lora.setup, "adapter": adapter.setup, "adapter_v2": adapter_v2.setup}
 SUFFIXES = {"full": "", "lora": ".lora", "adapter": ".adapter", "adapter_v2": ".adapter_v2"}
@@ -196,3 +203,190 @@ def test_the_command_line_gives_every_option(checkpoint_dir, tmp_path, json_path
     )
     weights = [torch.load(x / "final" / "lit_model.pth.lora", weights_only=True)["model"] for x in (out, again)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_kinds_of_lora_are_options_and_what_they_train_is_understood(checkpoint_dir, tmp_path, json_path, capsys):
+    out = tmp_path / "out"
+    weights = run("lora", checkpoint_dir, out, json_path, lora_all=True, lora_rslora=True, lora_dora=True)
+    final = out / "final"
+    values = yaml.safe_load((final / "hyperparameters.yaml").read_text())
+    assert {name: values[name] for name in values if name.startswith("lora_")} == {
+        **{"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "lora_query": True, "lora_key": True},
+        **{"lora_value": True, "lora_projection": True, "lora_mlp": True, "lora_head": False},
+        **{"lora_rslora": True, "lora_dora": True},
+    }
+    base, merged = load_model(checkpoint_dir).state_dict(), load_model(final).state_dict()
+    name = "transformer.h.0.mlp.proj"
+    A, B, m = (weights[f"{name}.lora_{kind}"] for kind in ("A", "B", "magnitude"))
+    expected = base[f"{name}.weight"] + B @ A * (16 / 8**0.5)
+    expected = m[:, None] * expected / expected.norm(dim=1, keepdim=True)
+    assert not torch.allclose(expected, base[f"{name}.weight"], atol=1e-3)
+    torch.testing.assert_close(merged[f"{name}.weight"], expected)
+    loaded = Finetuned(final, "lora").load(open_checkpoint(checkpoint_dir), torch.float32, torch.device("cpu"))
+    idx = torch.randint(0, 261, (1, 20))
+    torch.testing.assert_close(loaded(idx), load_model(final)(idx), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["lora", "adapter", "adapter_v2"])
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_quantised_base_is_tuned_and_stays_as_it_is(mode, method, checkpoint_dir, tmp_path, json_path):
+    out = tmp_path / "out"
+    run(method, checkpoint_dir, out, json_path, replace(TRAIN, max_steps=2), quantize=mode)
+    values = yaml.safe_load((out / "final" / "hyperparameters.yaml").read_text())
+    assert values["quantize"] == mode
+    if method == "lora":  # merged into the weights that were quantised on reading
+        weights = torch.load(out / "final" / "lit_model.pth.lora")["model"]
+        name = "transformer.h.0.attn.qkv"
+        merged, base = (load_model(x).state_dict()[f"{name}.weight"] for x in (out / "final", checkpoint_dir))
+        A, B = weights[f"{name}.lora_A"], weights[f"{name}.lora_B"]
+        rows = base.shape[0] // 2  # queries: half of all rows
+        torch.testing.assert_close(merged[:rows], base[:rows] + 2 * B[:rows] @ A[:8])
+
+
+def test_full_fine_tuning_of_quantised_weights_is_refused(checkpoint_dir, tmp_path, json_path):
+    quantize_checkpoint(checkpoint_dir, tmp_path / "int8", quantize="int8")
+    with pytest.raises(ValueError, match="full fine-tuning needs plain weights"):
+        run("full", tmp_path / "int8", tmp_path / "out", json_path)
+    llm = LLM.load(checkpoint_dir, distribute=None, quantize="int8")
+    with pytest.raises(ValueError, match="full fine-tuning needs plain weights"):
+        finetune(llm, json_path, "full")
+
+
+@pytest.mark.parametrize("mode", ["bnb.nf4", "bnb.int8-training"])
+def test_formats_that_need_a_gpu_say_so(mode, checkpoint_dir, tmp_path, json_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(ValueError, match=f"quantize='{mode}' needs a GPU"):
+        run("lora", checkpoint_dir, tmp_path / "out", json_path, quantize=mode)
+
+
+# --- from Python
+
+ANSWER = [{"instruction": "Who?", "output": "Me, always."}]
+
+
+@pytest.fixture
+def llm(checkpoint_dir):
+    return LLM.load(checkpoint_dir, distribute=None)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("lora", {"lora_all": True, "lora_head": True, "learning_rate": 0.01, "lora_dropout": 0.0}),
+        ("lora", {"lora_all": True, "lora_head": True, "learning_rate": 0.01, "quantize": "int8"}),
+        ("full", {"learning_rate": 0.01}),
+        ("adapter_v2", {"learning_rate": 0.1}),
+    ],
+)
+def test_an_llm_that_learned_one_answer_gives_it_at_once(method, options, checkpoint_dir):
+    llm = LLM.load(checkpoint_dir, distribute=None, quantize=options.pop("quantize", None))
+    before = llm.generate("Who?", temperature=0.0)
+    metrics = finetune(
+        llm, ANSWER, method, max_steps=100, epochs=100, global_batch_size=1, lr_warmup_steps=0, **options
+    )
+    assert metrics["steps"] == 100
+    assert metrics["train_loss"] < 2
+    assert before != "Me, always." == llm.generate("Who?", temperature=0.0)
+
+
+def test_an_adapter_is_trained_from_python_and_leaves_the_llm_with_it(llm):
+    metrics = finetune(llm, ANSWER, "adapter", max_steps=3, epochs=9, global_batch_size=1, learning_rate=0.1)
+    assert metrics["steps"] == 3
+    assert isinstance(llm.generate("Who?", max_new_tokens=3), str)
+    with pytest.raises(ValueError, match="earlier fine-tuning"):
+        finetune(llm, ANSWER)
+    with pytest.raises(ValueError, match="stands apart from its weights"):
+        llm.save("nowhere")
+
+
+@pytest.mark.parametrize("source", ["samples", "path"])
+def test_the_hyperparameters_of_a_run_from_python_repeat_it(source, llm, samples, json_path, tmp_path):
+    out, again = tmp_path / "out", tmp_path / "again"
+    data = samples if source == "samples" else json_path
+    options = {"max_steps": 3, "lr_warmup_steps": 1, "global_batch_size": 4, "learning_rate": 0.01}
+    finetune(llm, data, out_dir=out, val_split_fraction=0.2, lora_mlp=True, lora_value=False, **options)
+    file = out / "final" / "hyperparameters.yaml"
+    assert main(["finetune_lora", "--config", str(file), "--out_dir", str(again)]) == 0
+    first, second = (torch.load(x / "final" / "lit_model.pth.lora")["model"] for x in (out, again))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    idx = torch.randint(0, 261, (1, 20))
+    torch.testing.assert_close(llm.model(idx), load_model(again / "final")(idx), atol=1e-4, rtol=1e-4)
+
+
+def test_a_run_that_is_interrupted_leaves_the_llm_usable(llm, monkeypatch):
+    steps = []
+
+    def interrupted(self, window):
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        steps.append(step(self, window))
+
+    step = Loop._step
+    monkeypatch.setattr(Loop, "_step", interrupted)
+    before = {name: x.clone() for name, x in llm.state_dict().items()}
+    options = {"global_batch_size": 1, "learning_rate": 0.01, "lr_warmup_steps": 0, "activation_checkpointing": True}
+    with pytest.raises(KeyboardInterrupt):
+        finetune(llm, ANSWER, epochs=10, **options)
+    after = llm.state_dict()
+    assert after.keys() == before.keys()
+    changed = {name.rpartition(".attn.")[2] for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {"qkv.weight"}  # what three steps learned is kept
+    assert isinstance(llm.generate("Who?", max_new_tokens=3), str)
+    assert not any("forward" in vars(block) for block in llm.model.transformer.h)
+
+
+def test_weights_keep_their_data_type(checkpoint_dir):
+    llm = LLM.load(checkpoint_dir, precision="bf16-true")
+    finetune(llm, ANSWER, max_steps=2, epochs=2, global_batch_size=1, lr_warmup_steps=0)
+    assert {x.dtype for x in llm.state_dict().values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "prompt"}, "method 'prompt' is not one of full, lora"),
+        ({"lora_r": 4, "method": "full"}, "option 'lora_r' is not known to fine-tuning by full"),
+        ({"speed": 3}, "option 'speed' is not known"),
+        ({"data": []}, "no samples"),
+        ({"data": [{"instruction": "a"}]}, "sample 0: "),
+        ({"lora_r": 0}, "trains nothing"),
+    ],
+)
+def test_wrong_arguments_leave_the_llm_as_it_was(arguments, message, llm):
+    before = {name: x.clone() for name, x in llm.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        finetune(llm, **({"data": ANSWER} | arguments))
+    assert all(torch.equal(x, before[name]) for name, x in llm.state_dict().items())
+
+
+def test_lightnings_trainer_trains_an_llm(llm, samples, tmp_path):
+    import lightning.pytorch as pl
+
+    class Tuning(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.llm, self.losses = llm, []
+            self.llm.trainer_setup()
+
+        def training_step(self, batch):
+            _, loss = self.llm(batch["input_ids"], target_ids=batch["labels"])
+            self.losses.append(loss.item())
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.llm.model.parameters(), lr=0.01)
+
+    data = JSONData(tmp_path, samples)
+    data.connect(llm.tokenizer, batch_size=4, max_seq_length=128)
+    tuning = Tuning()
+    settings = {"enable_checkpointing": False, "logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    pl.Trainer(max_steps=20, **settings).fit(tuning, data)
+    assert tuning.losses[-1] < 0.7 * tuning.losses[0]
+    assert isinstance(llm.generate("Say one.", max_new_tokens=3), str)
+
+
+def JSONData(folder, samples):
+    (folder / "data.json").write_text(json.dumps(samples))
+    return JSON(folder / "data.json", val_split_fraction=0.2)
