@@ -18,7 +18,7 @@ _CHOICES = {
     "mlp_class_name": ("GptNeoxMLP", "LLaMAMLP", "GemmaMLP", "LLaMAMoE"),
     "gelu_approximate": ("none", "tanh"),
 }
-_MOST_LAYERS = 2000  # more are a mistake in a file, and would take minutes to build
+_MOST_MODULES = {"n_layer": 2000, "n_expert": 2000}  # more are a mistake in a file, and would take minutes to build
 # Fields that may be 0 or negative; all other numbers are positive, where they are not None
 _MAY_BE_ZERO = (
     "norm_eps",
@@ -362,7 +362,7 @@ def unmet(field: str, value: Any, null: bool = True) -> str | None:
             return "at least 0"
     elif field not in _MAY_BE_NEGATIVE and value <= 0:
         return "positive"
-    most = _MOST_LAYERS if field == "n_layer" else LARGEST
+    most = _MOST_MODULES.get(field, LARGEST)
     return f"at most {most}" if value > most else None
 
 

@@ -7,8 +7,10 @@ from typing import Any, Literal
 import torch
 from lightning import Fabric
 from torch import nn
+from torch.utils.data import DataLoader
 
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.checkpoint.base import WEIGHTS_NAME, Checkpoint
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model
 from litgpt.checkpoint.open import open_checkpoint
@@ -20,7 +22,9 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.train.finetuning import tie
 from litgpt.train.methods import METHODS
 from litgpt.train.run import Options, Run, connect, write_config
+from litgpt.train.schedule import cosine_schedule
 from litgpt.train.setting import LoggerName, Strategy, compute_dtype, plain, precision_of
+from litgpt.utils import copy_config_files
 
 
 def setup(
@@ -79,8 +83,7 @@ def setup(
         print("\n".join(name_to_config))
         return
     config = model_config or _config(model_name)
-    if initial_checkpoint_dir is not None and resume:
-        raise ValueError("initial_checkpoint_dir begins anew, resume goes on: give one of the two")
+    validate_args(train, eval, initial_checkpoint_dir, resume)
     if data is None:
         from litgpt.data import TinyLlama
 
@@ -102,25 +105,36 @@ def setup(
         name: plain(value) for name, value in (arguments | {"precision": chosen}).items() if value is not None
     }
 
+    fabric.launch(_train, config, data, tokenizer, options, start, resume_path)
+
+
+def _train(
+    fabric: Fabric,
+    config: Config,
+    data: DataModule,
+    tokenizer: Tokenizer | None,
+    options: Options,
+    start: Checkpoint | None,
+    resume_path: Path | None,
+) -> dict[str, float]:
+    """What every process does. Returns metrics: see `Run.run`."""
+
     def write_side_files(folder: Path) -> None:
         write_config(config, folder)
         if tokenizer is not None:
             tokenizer.save(folder)
 
-    def main(fabric: Fabric) -> dict[str, float]:
-        fabric.seed_everything(seed)
-        loaders = connect(fabric, data, tokenizer, train, config)
-        if start is None:
-            with fabric.init_module(empty_init=False):
-                gpt = GPT(config)
-            initialize_weights(fabric, gpt, config.n_layer, config.n_embd)
-        else:
-            gpt = load_model(start, compute_dtype(chosen), fabric.device)
-        tie(gpt, False, train.tie_embeddings)
-        fabric.print(f"Total parameters: {sum(p.numel() for p in gpt.parameters()):,}")
-        return Run(fabric, gpt, METHODS["full"], data, loaders, options, write_side_files).run(resume_path)
-
-    fabric.launch(main)
+    fabric.seed_everything(options.seed)
+    loaders = connect(fabric, data, tokenizer, options.train, config)
+    if start is None:
+        with fabric.init_module(empty_init=False):
+            gpt = GPT(config)
+        initialize_weights(fabric, gpt, config.n_layer, config.n_embd)
+    else:
+        gpt = load_model(start, compute_dtype(precision_of(fabric)), fabric.device)
+    tie(gpt, False, options.train.tie_embeddings)
+    fabric.print(f"Total parameters: {sum(p.numel() for p in gpt.parameters()):,}")
+    return Run(fabric, gpt, METHODS["full"], data, loaders, options, write_side_files).run(resume_path)
 
 
 def _config(model_name: str) -> Config:
@@ -158,3 +172,98 @@ def get_lr(learning_rate: float, it: int, warmup_iters: int, max_iters: int, min
         return min_lr
     progress = (it - warmup_iters) / max(1, max_iters - warmup_iters)
     return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+
+
+# -- what scripts that were written for LitGPT import
+
+
+def main(
+    fabric: Fabric,
+    devices: int,
+    seed: int,
+    initial_checkpoint_dir: Path | None,
+    resume: bool | Literal["auto"] | Path,
+    config: Config,
+    data: DataModule,
+    out_dir: Path,
+    tokenizer_dir: Path | None,
+    tokenizer: Tokenizer | None,
+    train: TrainArgs,
+    eval: EvalArgs,
+    optimizer: str | dict,
+    num_nodes: int = 1,
+) -> None:
+    """Train in a process that `fabric` launched."""
+    validate_args(train, eval, initial_checkpoint_dir, resume)
+    options = Options(
+        out_dir, None, devices, num_nodes, resume=resume, train=train, eval=eval, seed=seed, step_digits=8
+    )
+    options.optimizer, options.hyperparameters = optimizer, {"model_name": config.name, "seed": seed}
+    options.check()
+    start = None if initial_checkpoint_dir is None else open_checkpoint(find_checkpoint(initial_checkpoint_dir))
+    _train(fabric, config, data, tokenizer, options, start, options.resume_path(""))
+
+
+def fit(
+    fabric: Fabric,
+    devices: int,
+    state: dict[str, Any],
+    train_dataloader: DataLoader,
+    val_dataloader: DataLoader,
+    out_dir: Path,
+    tokenizer_dir: Path | None,
+    train: TrainArgs,
+    eval: EvalArgs,
+    num_nodes: int = 1,
+) -> None:
+    """Train `state["model"]` with `state["optimizer"]`, both set up, on batches of tokens (B, T + 1)."""
+    from litgpt.finetune.base import train_loop
+
+    steps = train.max_steps
+    if steps is None:
+        rows = next(iter(train_dataloader))
+        steps = max(1, (train.max_tokens or 0) // (train.global_batch_size * (rows.shape[1] - 1)))
+    schedule = cosine_schedule(state["optimizer"], min(train.lr_warmup_steps or 0, steps // 10), steps, train.min_lr)
+
+    def save(folder: Path) -> None:
+        save_checkpoint(fabric, state, tokenizer_dir, folder / WEIGHTS_NAME)
+
+    loaders = (train_dataloader, val_dataloader)
+    train_loop(fabric, state["model"], state["optimizer"], schedule, loaders, out_dir, train, eval, steps, save, 8)
+
+
+def validate(
+    fabric: Fabric, model: nn.Module, val_dataloader: DataLoader, max_iters: int, verbose: bool = True
+) -> torch.Tensor:
+    """Mean loss of the tokens of at most `max_iters` batches."""
+    from litgpt.finetune.base import validate
+
+    return validate(fabric, model, val_dataloader, EvalArgs(max_iters=max_iters), verbose)
+
+
+def save_checkpoint(fabric: Fabric, state: dict[str, Any], tokenizer_dir: Path | None, checkpoint_file: Path) -> None:
+    """Write a model, its configuration, and the tokenizer's files. All processes call it."""
+    from litgpt.finetune.base import save_trained, unwrapped
+
+    save_trained("full", fabric, state["model"], checkpoint_file)
+    if fabric.is_global_zero:
+        write_config(unwrapped(state["model"]).config, Path(checkpoint_file).parent)
+        if tokenizer_dir is not None:
+            copy_config_files(tokenizer_dir, Path(checkpoint_file).parent)
+
+
+def get_dataloaders(
+    fabric: Fabric, data: DataModule, tokenizer: Tokenizer | None, train: TrainArgs, block_size: int
+) -> tuple[DataLoader, DataLoader]:
+    """Loaders of training and validation batches."""
+    return connect(fabric, data, tokenizer, train, Config(block_size=block_size))
+
+
+def validate_args(train: TrainArgs, eval: EvalArgs, initial_checkpoint_dir: Path | None, resume: Any) -> None:
+    """Refuse what does not go together.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if initial_checkpoint_dir is not None and resume:
+        raise ValueError("initial_checkpoint_dir begins anew, resume goes on: give one of the two")

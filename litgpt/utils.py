@@ -308,10 +308,99 @@ def instantiate_torch_optimizer(
     return kind(model_parameters, **{**given, **{key: value for key, value in kwargs.items() if key in known}})
 
 
+def instantiate_bnb_optimizer(
+    optimizer: str | dict[str, Any], model_parameters: Iterable, **kwargs: Any
+) -> torch.optim.Optimizer:
+    """The paged AdamW of bitsandbytes, for quantised training, in place of the AdamW that `optimizer` names."""
+    path, given = (optimizer, {}) if isinstance(optimizer, str) else (optimizer["class_path"], optimizer["init_args"])
+    if path.rpartition(".")[2] != "AdamW":
+        raise ValueError(f"training with bitsandbytes only supports the AdamW optimizer, got {path!r}")
+    import bitsandbytes
+
+    kind = bitsandbytes.optim.PagedAdamW
+    return kind(model_parameters, **{k: x for k, x in {**kwargs, **given}.items() if k in get_argument_names(kind)})
+
+
+def choose_logger(
+    logger_name: str,
+    out_dir: Path,
+    name: str,
+    log_interval: int = 1,
+    log_args: dict | None = None,
+    resume: bool | None = None,
+    **kwargs: Any,
+) -> Any:
+    """A logger of Lightning: csv, tensorboard, wandb or mlflow. `kwargs` are accepted for scripts written for LitGPT."""
+    from litgpt.args import LogArgs
+    from litgpt.train.setting import make_logger
+
+    if logger_name not in ("csv", "tensorboard", "wandb", "mlflow"):
+        raise ValueError(
+            f"`--logger_name={logger_name}` is not a valid option. It is csv, tensorboard, wandb or mlflow."
+        )
+    return make_logger(logger_name, Path(out_dir), name, log_interval, LogArgs(**(log_args or {})), bool(resume))
+
+
+def load_checkpoint_update(
+    fabric: Any, adapter_path: Path, model: nn.Module, checkpoint_path: Path, strict: bool = True
+) -> None:
+    """As `load_checkpoint`, with the weights of a second file, of an adapter or LoRA, besides. Neither has to be whole."""
+    for path in (checkpoint_path, adapter_path):
+        load_checkpoint(fabric, model, path, strict=False)
+
+
+def save_hyperparameters(function: Any, checkpoint_dir: Path, known_commands: Any = None) -> None:
+    """Write the options of the command line as `function` takes them into `hyperparameters.yaml`."""
+    import yaml
+
+    from litgpt.__main__ import COMMANDS, parse
+    from litgpt.train.setting import plain
+
+    args = sys.argv[1:]
+    name = args[0] if args and args[0] in COMMANDS else function.__name__
+    values = parse(name, function, args[args[:1] == [name] :])
+    values = {key: plain(value) for key, value in values.items() if value is not None}
+    (Path(checkpoint_dir) / "hyperparameters.yaml").write_text(yaml.safe_dump(values, sort_keys=False), "utf-8")
+
+
+def create_finetuning_performance_report(
+    training_time: float, token_counts: Mapping[str, Any], device_type: str
+) -> str:
+    """The counts and speed of a fine-tuning as a table; `token_counts` are tensors by name, as LoRA's `fit` gives them."""
+    counts = {name: int(torch.as_tensor(value).sum()) for name, value in token_counts.items()}
+    total = counts.get("raw_tokens_plus_prompt_template_and_padding", 0)
+    rows = [f"{name.replace('_', ' ').capitalize()}: {count}" for name, count in counts.items()]
+    rows += [f"Training Time: {training_time:.2f} s", f"Tok/sec: {total / max(training_time, 1e-9):.2f} tok/s"]
+    if device_type == "cuda":
+        rows.append(f"Memory Used: {torch.cuda.max_memory_allocated() / 1e9:.02f} GB")
+    line = "| " + "-" * 53
+    return "\n".join([line, *(f"| - {row}" for row in rows), line])
+
+
+def flops_per_param(max_seq_length: int, n_layer: int, n_embd: int, n_params: int) -> int:
+    """Floating-point operations of a forward pass over a sequence: two a parameter and token, and the attention's."""
+    return (2 * n_params + n_layer * 2 * 2 * n_embd * max_seq_length) * max_seq_length
+
+
+def estimate_flops(model: nn.Module, training: bool) -> int:
+    """Floating-point operations for a sequence as long as the model takes. A backward pass counts as two forward ones, and
+    as one for parameters that are not trained."""
+    config, length = model.config, model.max_seq_length
+    counts = (
+        (num_parameters(model, requires_grad=True), 3 if training else 1),
+        (
+            num_parameters(model, requires_grad=False),
+            2 if training else 1,
+        ),
+    )
+    return sum(times * flops_per_param(length, config.n_layer, config.n_embd, n) for n, times in counts if n)
+
+
 def select_sft_generate_example(eval: Any, data: Any) -> str:
     """The instruction that training answers now and then: `eval.evaluate_example` is "first", "random", or an index, in the
     test data or, where that is too short, in the training data."""
-    index, sets = eval.evaluate_example, (data.test_dataset.data, data.train_dataset.data)
+    tests = data.test_dataset if hasattr(data, "test_dataset") else data.val_dataset
+    index, sets = eval.evaluate_example, (tests.data, data.train_dataset.data)
     if index == "first":
         index = 0
     elif index == "random":

@@ -124,8 +124,10 @@ def test_readme_lists_the_commands():
 
 
 @pytest.mark.parametrize("path", DOCS, ids=name_of)
-def test_commands_take_the_options_given_to_them(path, monkeypatch):
-    monkeypatch.chdir(ROOT)  # where the paths of --config begin
+def test_commands_take_the_options_given_to_them(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config_hub").symlink_to(ROOT / "config_hub")  # where the paths of --config begin
+    (tmp_path / "samples.json").write_text('[{"instruction": "Hi!", "output": "Hello!"}]')
     for _, block in code_blocks(path, "bash"):
         for line in block.splitlines():
             if line.startswith("litgpt ") and "--print_config" not in line:

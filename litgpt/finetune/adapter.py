@@ -1,12 +1,25 @@
 """The command `finetune_adapter`."""
 
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.data import DataModule
+from litgpt.finetune import base
+from litgpt.finetune.base import generate_example as generate_example
+from litgpt.finetune.base import get_dataloaders as get_dataloaders
+from litgpt.finetune.base import get_longest_seq_length as get_longest_seq_length
+from litgpt.finetune.base import get_lr_scheduler as get_lr_scheduler
+from litgpt.finetune.base import parallelize_fn as parallelize_fn
+from litgpt.finetune.base import validate as validate
+from litgpt.finetune.base import validate_args as validate_args
 from litgpt.train.finetuning import finetune_command
 from litgpt.train.setting import LoggerName, Strategy
+
+main = partial(base.main, "adapter")
+fit = partial(base.fit, "adapter")
+save_adapter_checkpoint = partial(base.save_trained, "adapter")
 
 
 def setup(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning import Fabric
 
-from litgpt.checkpoint.base import QUANTIZED_NAME
+from litgpt.checkpoint.base import QUANTIZED_NAME, Checkpoint
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model, save_litgpt
 from litgpt.checkpoint.open import open_checkpoint, open_lora
@@ -58,29 +58,41 @@ def finetune_command(method: str, arguments: Mapping[str, Any]) -> dict[str, flo
     arguments |= {"precision": precision, "data": data} | _lora_options(config)
     options.hyperparameters = described(arguments)
 
+    return fabric.launch(tune, way, checkpoint, config, data, options, resume, quantize)
+
+
+def tune(
+    fabric: Fabric,
+    way: Method,
+    checkpoint: Checkpoint,
+    config: Config,
+    data: DataModule,
+    options: Options,
+    resume: Path | None,
+    quantize: str | None = None,
+) -> dict[str, float]:
+    """Fine-tune a checkpoint's model in the processes of `fabric`: see `finetune_command`. `config` has what `way` adds."""
+
     def write_side_files(folder: Path) -> None:
         write_config(checkpoint.config, folder)
         checkpoint.copy_side_files(folder)
 
-    def main(fabric: Fabric) -> dict[str, float]:
-        fabric.seed_everything(options.seed)
-        tokenizer = checkpoint.tokenizer()
-        loaders = connect(fabric, data, tokenizer, options.train, checkpoint.config)
-        gpt = load_model(checkpoint, compute_dtype(precision), fabric.device, quantize=quantize)
-        tie(gpt, checkpoint.tied, options.train.tie_embeddings)
-        way.prepare(gpt, config)
-        metrics = Run(fabric, gpt, way, data, loaders, options, write_side_files, tokenizer).run(resume)
-        if fabric.is_global_zero and options.out_dir is not None:
-            final = options.out_dir / "final"
-            if method == "lora":
-                save_litgpt(open_lora(final), final)
-            if method in ("lora", "full"):
-                fabric.print(f"Talk with the result: litgpt chat {final}")
-            else:
-                fabric.print(f"Try the result: litgpt generate_{method} --adapter_path {final} --prompt '...'")
-        return metrics
-
-    return fabric.launch(main)
+    fabric.seed_everything(options.seed)
+    tokenizer = checkpoint.tokenizer()
+    loaders = connect(fabric, data, tokenizer, options.train, checkpoint.config)
+    gpt = load_model(checkpoint, compute_dtype(precision_of(fabric)), fabric.device, quantize=quantize)
+    tie(gpt, checkpoint.tied, options.train.tie_embeddings)
+    way.prepare(gpt, config)
+    metrics = Run(fabric, gpt, way, data, loaders, options, write_side_files, tokenizer).run(resume)
+    if fabric.is_global_zero and options.out_dir is not None:
+        final = options.out_dir / "final"
+        if way.name == "lora":
+            save_litgpt(open_lora(final), final)
+        if way.name in ("lora", "full"):
+            fabric.print(f"Talk with the result: litgpt chat {final}")
+        else:
+            fabric.print(f"Try the result: litgpt generate_{way.name} --adapter_path {final} --prompt '...'")
+    return metrics
 
 
 def finetune(

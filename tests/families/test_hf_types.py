@@ -87,6 +87,7 @@ def read_or_refuse(hf, key, path):
         assert len(message) < 500
         return message
     assert config.n_layer <= 2000
+    assert config.n_expert <= 2000
     return None
 
 

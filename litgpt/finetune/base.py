@@ -1,0 +1,222 @@
+"""What LitGPT's scripts of fine-tuning offer for import, once for all four of them, by the parts of `litgpt.train`.
+
+Their `setup` needs none of it: these are for scripts that were written for LitGPT.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import Fabric
+from torch import nn
+from torch.utils.data import DataLoader
+
+from litgpt.args import EvalArgs, TrainArgs
+from litgpt.checkpoint.base import WEIGHTS_NAME
+from litgpt.checkpoint.find import find_checkpoint
+from litgpt.checkpoint.open import open_checkpoint
+from litgpt.config import Config
+from litgpt.data import DataModule
+from litgpt.generate.base import generate
+from litgpt.model import GPT
+from litgpt.prompts import encode_prompt
+from litgpt.tokenizer import Tokenizer
+from litgpt.train import loop
+from litgpt.train.checkpointing import full_tensors
+from litgpt.train.finetuning import tune
+from litgpt.train.methods import METHODS
+from litgpt.train.model import TrainingModel
+from litgpt.train.report import Reporter
+from litgpt.train.run import Options, connect
+from litgpt.train.schedule import cosine_schedule, steps_of_run
+from litgpt.train.setting import divide_parameters
+from litgpt.utils import copy_config_files, select_sft_generate_example
+
+
+def main(
+    method: str,
+    fabric: Fabric,
+    devices: int,
+    seed: int,
+    config: Config,
+    data: DataModule,
+    checkpoint_dir: Path,
+    out_dir: Path,
+    train: TrainArgs,
+    eval: EvalArgs,
+    optimizer: str | dict,
+    num_nodes: int = 1,
+    precision: str | None = None,
+    resume: bool | Literal["auto"] | Path = False,
+) -> None:
+    """Fine-tune in a process that `fabric` launched; `config` has the fields of the method."""
+    options = Options(out_dir, precision, devices, num_nodes, resume=resume, train=train, eval=eval, seed=seed)
+    options.optimizer = optimizer
+    options.check()
+    way, checkpoint = METHODS[method], open_checkpoint(find_checkpoint(checkpoint_dir))
+    options.hyperparameters = {"checkpoint_dir": str(checkpoint_dir), "seed": seed}
+    if hasattr(config, "lora_options"):
+        options.hyperparameters |= config.lora_options()
+    tune(fabric, way, checkpoint, config, data, options, options.resume_path(way.suffix))
+
+
+def fit(
+    method: str,
+    fabric: Fabric,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    train_dataloader: DataLoader,
+    val_dataloader: DataLoader | None,
+    devices: int,
+    checkpoint_dir: Path,
+    out_dir: Path,
+    train: TrainArgs,
+    eval: EvalArgs,
+    data: DataModule,
+    num_nodes: int = 1,
+) -> dict[str, torch.Tensor]:
+    """Train a model that is set up, with checkpoints of what the method trains.
+
+    Returns:
+        The tokens that went through the model, by the names that LitGPT gives them.
+    """
+    gpt, way = unwrapped(model), METHODS[method]
+
+    def save(folder: Path) -> None:
+        save_trained(method, fabric, gpt, folder / f"{WEIGHTS_NAME}{way.suffix}")
+        if fabric.is_global_zero:
+            copy_config_files(checkpoint_dir, folder)
+
+    accumulation = train.gradient_accumulation_iters(devices, num_nodes)
+    per_epoch = -(-len(train_dataloader) // (accumulation * fabric.world_size))
+    steps = steps_of_run(per_epoch, None, train.epochs, train.max_steps, train.max_tokens)
+    loaders = (train_dataloader, val_dataloader)
+    show = (lambda: generate_example(fabric, gpt, data.tokenizer, eval, data)) if eval.max_new_tokens else None
+    position = train_loop(fabric, gpt, optimizer, scheduler, loaders, out_dir, train, eval, steps, save, 6, show)
+    names = ("raw_tokens", "raw_tokens_plus_prompt_template", "raw_tokens_plus_prompt_template_and_padding")
+    counts = (position.counted, position.tokens, position.tokens)
+    return {name: torch.tensor([count], device=fabric.device) for name, count in zip(names, counts, strict=True)}
+
+
+def train_loop(
+    fabric: Fabric,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    loaders: tuple[DataLoader, DataLoader | None],
+    out_dir: Path,
+    train: TrainArgs,
+    eval: EvalArgs,
+    steps: int,
+    save: Callable[[Path], None],
+    step_digits: int,
+    show_example: Callable[[], None] | None = None,
+) -> loop.Position:
+    """Run the loop on parts that `fabric` has set up; `save` writes a checkpoint into a folder."""
+    training = fabric.setup_module(TrainingModel(unwrapped(model), train.activation_checkpointing))
+    report = Reporter(fabric, train.log_interval)
+
+    def save_step(state: loop.Loop) -> None:
+        save(Path(out_dir) / f"step-{state.position.step_count:0{step_digits}d}")
+
+    parts = (training, optimizer, scheduler, *loaders, train, eval, steps, save_step, show_example, report)
+    return loop.Loop(fabric, *parts).run()
+
+
+def fit_state(
+    fabric: Fabric,
+    state: dict[str, Any],
+    train_dataloader: DataLoader,
+    val_dataloader: DataLoader | None,
+    devices: int,
+    resume: bool | Literal["auto"] | Path,
+    *args: Any,
+    **kwargs: Any,
+) -> dict[str, torch.Tensor]:
+    """`fit` of the full method, which has model, optimizer and scheduler in one mapping."""
+    parts = (state[name] for name in ("model", "optimizer", "scheduler"))
+    return fit("full", fabric, *parts, train_dataloader, val_dataloader, devices, *args, **kwargs)
+
+
+def unwrapped(model: nn.Module) -> GPT:
+    """The GPT in what `fabric.setup` gives."""
+    while not isinstance(model, GPT):
+        model = model.module
+    return model
+
+
+def save_trained(method: str, fabric: Fabric, model: nn.Module, file_path: Path) -> None:
+    """Write what a method trains. All processes call it."""
+    fabric.print(f"Saving weights to {str(file_path)!r}")
+    weights = full_tensors(unwrapped(model).state_dict().items(), METHODS[method].is_trained)
+    if fabric.is_global_zero:
+        Path(file_path).parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"model": weights}, file_path)
+    fabric.barrier()
+
+
+def validate(
+    fabric: Fabric, model: nn.Module, val_dataloader: DataLoader, eval: EvalArgs, verbose: bool = True
+) -> torch.Tensor:
+    """Mean loss of the counted tokens of at most `eval.max_iters` batches."""
+    if verbose:
+        fabric.print("Validating ...")
+    return torch.tensor(loop.validate(fabric, TrainingModel(unwrapped(model)), val_dataloader, eval.max_iters))
+
+
+def generate_example(fabric: Fabric, model: nn.Module, tokenizer: Tokenizer, eval: EvalArgs, data: DataModule) -> None:
+    """Print the instruction of a sample, and what the model says to it."""
+    gpt, instruction = unwrapped(model), select_sft_generate_example(eval, data)
+    fabric.print(instruction)
+    ids = encode_prompt(tokenizer, data.prompt_style, instruction).to(fabric.device)
+    length = min(len(ids) + (eval.max_new_tokens or 0), gpt.max_seq_length)
+    if length > len(ids):
+        was_training = gpt.training
+        gpt.eval()
+        with torch.no_grad():
+            out = generate(gpt, ids, length, temperature=0.8, eos_id=tokenizer.eos_id)
+        gpt.clear_kv_caches()
+        gpt.train(was_training)
+        fabric.print(f"{tokenizer.decode(out)}\n")
+
+
+def get_lr_scheduler(
+    optimizer: torch.optim.Optimizer, warmup_steps: int, max_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Linear warm-up, then a cosine to 0."""
+    return cosine_schedule(optimizer, warmup_steps, max_steps, 0.0)
+
+
+def get_dataloaders(
+    fabric: Fabric, data: DataModule, tokenizer: Tokenizer, train: TrainArgs
+) -> tuple[DataLoader, DataLoader]:
+    """Loaders of training and validation batches; `fit` moves batches to their device."""
+    limit = Config(block_size=train.max_seq_length or 2**31 - 1)
+    loaders = connect(fabric, data, tokenizer, train, limit)
+    return loaders
+
+
+def get_longest_seq_length(data: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """Tokens of the longest sample, and its index."""
+    lengths = [len(sample["input_ids"]) for sample in data]
+    longest = max(lengths)
+    return longest, lengths.index(longest)
+
+
+def parallelize_fn(model: nn.Module, device_mesh: Any, activation_checkpointing: bool = True) -> nn.Module:
+    """Divide a model's parameters among the processes of `device_mesh`, for Lightning's `ModelParallelStrategy`."""
+    if activation_checkpointing:
+        TrainingModel(unwrapped(model), activation_checkpointing=True)
+    return divide_parameters(model, device_mesh)
+
+
+def validate_args(train: TrainArgs, eval: EvalArgs) -> None:
+    """Refuse options that leave open how long to train.
+
+    Raises:
+        ValueError: if neither epochs, nor steps, nor tokens are limited.
+    """
+    if train.epochs is None and train.max_steps is None and train.max_tokens is None:
+        raise ValueError("nothing says how long to train: give train.epochs, train.max_steps or train.max_tokens")

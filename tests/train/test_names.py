@@ -1,0 +1,98 @@
+"""The functions that scripts written for LitGPT import, called as such scripts call them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Fabric
+from tiny import tiny_gpt
+
+from litgpt import adapter, lora, pretrain
+from litgpt.args import EvalArgs, TrainArgs
+from litgpt.checkpoint.finetuned import Finetuned
+from litgpt.checkpoint.load import load_model
+from litgpt.checkpoint.open import open_checkpoint
+from litgpt.data import JSON
+from litgpt.finetune import adapter as finetune_adapter
+from litgpt.finetune import full as finetune_full
+from litgpt.finetune import lora as finetune_lora
+from litgpt.utils import estimate_flops, load_checkpoint
+
+TRAIN = TrainArgs(save_interval=2, global_batch_size=4, micro_batch_size=2, lr_warmup_steps=1, max_steps=4, epochs=5)
+EVAL = EvalArgs(interval=2, max_iters=2, max_new_tokens=3)
+
+
+@pytest.fixture
+def fabric():
+    return Fabric(accelerator="cpu", devices=1)
+
+
+@pytest.fixture
+def data(json_path):
+    return JSON(json_path, val_split_fraction=0.2)
+
+
+def test_a_script_that_calls_the_parts_of_lora(fabric, data, checkpoint_dir, tmp_path, capsys):
+    finetune_lora.validate_args(TRAIN, EVAL)
+    tokenizer = open_checkpoint(checkpoint_dir).tokenizer()
+    train_loader, val_loader = finetune_lora.get_dataloaders(fabric, data, tokenizer, TRAIN)
+    longest, index = finetune_lora.get_longest_seq_length(train_loader.dataset)
+    assert longest == len(train_loader.dataset[index]["input_ids"]) == max(train_loader.dataset.lengths)
+    config = lora.Config.extending(open_checkpoint(checkpoint_dir).config, lora_r=4, lora_query=True)
+    model = lora.GPT(config)
+    lora.mark_only_lora_as_trainable(model)
+    load_checkpoint(fabric, model, checkpoint_dir / "lit_model.pth", strict=False)
+    model = fabric.setup_module(model)
+    optimizer = fabric.setup_optimizers(torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01))
+    scheduler = finetune_lora.get_lr_scheduler(optimizer, 1, 4)
+    before = finetune_lora.validate(fabric, model, val_loader, EVAL)
+    parts = (model, optimizer, scheduler, train_loader, val_loader, 1, checkpoint_dir, tmp_path, TRAIN, EVAL, data)
+    counts = finetune_lora.fit(fabric, *parts)
+    assert counts["raw_tokens_plus_prompt_template_and_padding"] > counts["raw_tokens"] > 0
+    assert finetune_lora.validate(fabric, model, val_loader, EVAL) < before
+    file = tmp_path / "final" / "lit_model.pth.lora"
+    finetune_lora.save_lora_checkpoint(fabric, model, file)
+    assert set(torch.load(file)["model"]) == set(torch.load(tmp_path / "step-000004" / file.name)["model"])
+    finetune_lora.generate_example(fabric, model, tokenizer, EVAL, data)
+    assert "\nSay " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("module", "suffix", "config"),
+    [
+        (finetune_lora, ".lora", {"lora_r": 2, "lora_mlp": True}),
+        (finetune_adapter, ".adapter", {}),
+        (finetune_full, "", {}),
+    ],
+)
+def test_main_of_a_method(module, suffix, config, fabric, data, checkpoint_dir, tmp_path):
+    kind = {".lora": lora.Config, ".adapter": adapter.Config}.get(suffix)
+    base = open_checkpoint(checkpoint_dir).config
+    arguments = {"devices": 1, "seed": 1, "config": kind.extending(base, **config) if kind else base, "data": data}
+    module.main(
+        fabric, **arguments, checkpoint_dir=checkpoint_dir, out_dir=tmp_path, train=TRAIN, eval=EVAL, optimizer="AdamW"
+    )
+    assert (tmp_path / "final" / f"lit_model.pth{suffix}").is_file()
+    if suffix == ".lora":
+        Finetuned(tmp_path / "final", "lora").load(open_checkpoint(checkpoint_dir), torch.float32, torch.device("cpu"))
+
+
+def test_a_script_that_calls_the_parts_of_pretraining(fabric, tmp_path):
+    torch.manual_seed(0)
+    gpt = tiny_gpt().requires_grad_(True)
+    pretrain.initialize_weights(fabric, gpt, 2, 64)
+    rows = torch.arange(33).repeat(8, 1) + torch.arange(8)[:, None]
+    loader = torch.utils.data.DataLoader(rows, batch_size=2)
+    model = fabric.setup_module(gpt)
+    state = {"model": model, "optimizer": fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=0.01))}
+    before = pretrain.validate(fabric, model, loader, 4)
+    pretrain.fit(fabric, 1, state, loader, loader, tmp_path, None, TRAIN, EvalArgs(interval=2))
+    assert pretrain.validate(fabric, model, loader, 4) < before
+    saved = load_model(Path(tmp_path) / "step-00000004")
+    assert torch.equal(saved.lm_head.weight, gpt.lm_head.weight)
+
+
+def test_flops_are_two_a_parameter_and_token_and_three_times_that_in_training():
+    gpt = tiny_gpt().requires_grad_(True)
+    once = estimate_flops(gpt, training=False)
+    assert 2 * 128 * sum(p.numel() for p in gpt.parameters()) < once < estimate_flops(gpt, training=True) == 3 * once
