@@ -12,7 +12,7 @@ from tiny_models import GROUPED, SIZES
 from litgpt import lora
 from litgpt.__main__ import main
 from litgpt.checkpoint.finetuned import Finetuned
-from litgpt.checkpoint.load import load_model
+from litgpt.checkpoint.load import load_finetuned, load_model
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.checkpoint.peft import load_peft, save_peft
 
@@ -100,7 +100,9 @@ def test_weights_go_to_peft_and_come_back(family, kind, flags, tmp_path):
     save_peft(tmp_path / "ours", tmp_path / "peft")
     close(merged_by_peft_rules(base, tmp_path / "peft"), expected)
     load_peft(tmp_path / "peft", tmp_path / "again")
-    model = Finetuned(tmp_path / "again", "lora").load(open_checkpoint(base), torch.float32, torch.device("cpu"))
+    model = load_finetuned(
+        Finetuned(tmp_path / "again", "lora"), open_checkpoint(base), torch.float32, torch.device("cpu")
+    )
     close(model(tokens()), expected)
     close(load_model(tmp_path / "again", torch.float32)(tokens()), expected)
     if family in ("llama", "qwen2"):  # whose layers are cut alike, but for qkv

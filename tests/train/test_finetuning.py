@@ -13,7 +13,7 @@ from litgpt.__main__ import main
 from litgpt.api import LLM
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.checkpoint.finetuned import Finetuned
-from litgpt.checkpoint.load import load_model
+from litgpt.checkpoint.load import load_finetuned, load_model
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.data import JSON
 from litgpt.finetune import adapter, adapter_v2, full, lora
@@ -222,7 +222,9 @@ def test_kinds_of_lora_are_options_and_what_they_train_is_understood(checkpoint_
     expected = m[:, None] * expected / expected.norm(dim=1, keepdim=True)
     assert not torch.allclose(expected, base[f"{name}.weight"], atol=1e-3)
     torch.testing.assert_close(merged[f"{name}.weight"], expected)
-    loaded = Finetuned(final, "lora").load(open_checkpoint(checkpoint_dir), torch.float32, torch.device("cpu"))
+    loaded = load_finetuned(
+        Finetuned(final, "lora"), open_checkpoint(checkpoint_dir), torch.float32, torch.device("cpu")
+    )
     idx = torch.randint(0, 261, (1, 20))
     torch.testing.assert_close(loaded(idx), load_model(final)(idx), atol=1e-4, rtol=1e-4)
 

@@ -10,7 +10,7 @@ from tiny import tiny_gpt
 from litgpt import adapter, lora, pretrain
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.checkpoint.finetuned import Finetuned
-from litgpt.checkpoint.load import load_model
+from litgpt.checkpoint.load import load_finetuned, load_model
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.data import JSON
 from litgpt.finetune import adapter as finetune_adapter
@@ -74,7 +74,9 @@ def test_main_of_a_method(module, suffix, config, fabric, data, checkpoint_dir, 
     )
     assert (tmp_path / "final" / f"lit_model.pth{suffix}").is_file()
     if suffix == ".lora":
-        Finetuned(tmp_path / "final", "lora").load(open_checkpoint(checkpoint_dir), torch.float32, torch.device("cpu"))
+        load_finetuned(
+            Finetuned(tmp_path / "final", "lora"), open_checkpoint(checkpoint_dir), torch.float32, torch.device("cpu")
+        )
 
 
 def test_a_script_that_calls_the_parts_of_pretraining(fabric, tmp_path):
