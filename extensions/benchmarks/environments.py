@@ -112,14 +112,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, help="write all samples as JSON")
 
 
-def run_script(args: argparse.Namespace, measure: Callable[[Launcher], tuple[dict, str]]) -> int:
+def run_script(
+    args: argparse.Namespace, measure: Callable[[Launcher], tuple[dict, str]], precision: str = "bf16"
+) -> int:
     """Print the table that `measure` gives beside its result, and write the result to `--out`. What goes wrong ends in one
     line."""
     work_dir = args.work_dir.expanduser().resolve()
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
         result, table = measure(Launcher(work_dir, args.threads))
-        about = f"bf16, {args.threads} threads, torch {version('torch')}, {processor_name()}"
+        about = f"{precision}, {args.threads} threads, torch {version('torch')}, {processor_name()}"
         print(f"{table}\n\n{about}")
         if args.out is not None:
             args.out.write_text(json.dumps(result | {"about": about}, indent=1) + "\n", encoding="utf-8")

@@ -34,7 +34,7 @@ def main() -> int:
         result = measure(launcher, ensure_layouts(launcher, args.checkpoint).litgpt, peer, args)
         return result, markdown(result)
 
-    return run_script(args, run)
+    return run_script(args, run, args.precision)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def write_samples(path: Path, tokens_of: Path, shortest: int, longest: int) -> None:
+def write_samples(path: Path, shortest: int, longest: int) -> None:
     """Samples whose lengths lie evenly between the two, in a style of about 20 tokens, of a text's words."""
     text = (Path(__file__).resolve().parents[2] / "LICENSE").read_text(encoding="utf-8").split()
     draw = random.Random(0)
@@ -78,7 +78,7 @@ def measure(launcher: Launcher, checkpoint: Path, peer: Path, args: argparse.Nam
             for case in args.cases.split(","):
                 sizes = CASES[case]
                 path = launcher.work_dir / f"samples-{case}.json"
-                write_samples(path, checkpoint, sizes["shortest"], sizes["longest"])
+                write_samples(path, sizes["shortest"], sizes["longest"])
                 job = {
                     "checkpoint": str(checkpoint),
                     "samples": str(path),
@@ -104,7 +104,7 @@ def measure(launcher: Launcher, checkpoint: Path, peer: Path, args: argparse.Nam
 def markdown(result: dict) -> str:
     """A table of the medians, and of the rounds' own ratios."""
     lines = [
-        row([f"{result['precision']}", "tokens/s", f"/ {LITGPT}", "peak memory, MB", f"/ {LITGPT}"]),
+        row(["", "tokens/s", f"/ {LITGPT}", "peak memory, MB", f"/ {LITGPT}"]),
         row(["---", "---:", "---:", "---:", "---:"]),
     ]
     for case, systems in result["samples"].items():
