@@ -182,7 +182,7 @@ def parse(name: str, function: Callable[..., Any], args: list[str]) -> dict[str,
     parser = _parser(name, function, positional)
     named = _by_name(args, parameters, positional)
     try:
-        config = parser.instantiate(parser.parse_args(named))
+        parsed = parser.parse_args(named)
     except ArgumentError as error:
         message = _explain(str(error), parameters, _config_file(named))
         raise UsageError(f"{message} (`litgpt {name} --help` lists the options)") from error
@@ -192,6 +192,12 @@ def parse(name: str, function: Callable[..., Any], args: list[str]) -> dict[str,
         digits = [arg.partition("=")[0] for arg in named if re.search(r"=[-+]?\d{300}", arg)]
         place = digits[0] if digits else f"--config {_config_file(named)}"
         raise UsageError(f"{place} has a number that is too large") from error
+    try:
+        config = parser.instantiate(parsed)
+    except (ValueError, OSError, TypeError) as error:
+        while error.__cause__ or error.__context__:  # down to what the class itself says of its arguments
+            error = error.__cause__ or error.__context__
+        raise UsageError(describe(error)) from error
     return {key: config[key] for key in parameters}
 
 

@@ -392,3 +392,18 @@ def test_lightnings_trainer_trains_an_llm(llm, samples, tmp_path):
 def JSONData(folder, samples):
     (folder / "data.json").write_text(json.dumps(samples))
     return JSON(folder / "data.json", val_split_fraction=0.2)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("--data JSON --data.json_path nowhere.json", "nowhere.json"),
+        ("--data FLAN --data.subsets none", "none not"),
+        ("--data JSON --data.json_path {} --data.val_split_fraction 2", "val_split_fraction"),
+    ],
+)
+def test_what_a_data_module_says_of_its_options_is_the_error(data, message, checkpoint_dir, json_path, capsys):
+    assert main(["finetune_lora", str(checkpoint_dir), *data.format(json_path).split()]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
