@@ -40,7 +40,7 @@ class Rows:
     def empty(self, rows: abc.Sequence[int]) -> None:
         """Forget what the caches have in these rows."""
         lengths = self.model.kv_caches()[0].row_lengths
-        self.model.rewind_kv_caches([length if i in rows else 0 for i, length in enumerate(lengths)])
+        self.model.caches.rewind([length if i in rows else 0 for i, length in enumerate(lengths)])
 
     def place(self, sequences: abc.Sequence[Sequence], rows: abc.Sequence[int]) -> None:
         """Note that these sequences have these rows."""
@@ -52,7 +52,7 @@ class Rows:
         """Have at least that many rows."""
         missing = count - len(self.sequences)
         if missing > 0:
-            self.model.extend_kv_caches(missing)
+            self.model.caches.extend(missing)
             self.sequences += [None] * missing
 
     def remove_finished(self) -> None:
@@ -74,6 +74,6 @@ class Rows:
             order[i], rows[i] = order[-1], rows[-1]
             order.pop(), rows.pop()
         if order:
-            self.model.reorder_kv_caches(order)
+            self.model.caches.reorder(order)
         else:
-            self.model.crop_kv_caches(0)
+            self.model.caches.crop(0)

@@ -26,7 +26,7 @@ def prepare_caches(model: GPT, batch_size: int, max_length: int, roomy: bool = F
     """
     model.expect_length(max_length)
     caches = model.kv_caches()
-    if not caches or model.default_kv_caches:
+    if not caches or model.caches.default:
         if max_length > model.max_seq_length:
             raise ValueError(_too_long(model, max_length))
         fits = caches and all(

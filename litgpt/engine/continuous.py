@@ -53,7 +53,7 @@ class ContinuousBatch:
             raise
 
     def _make_caches(self, cache_length: int | None) -> None:
-        if not self.model.kv_caches() or self.model.default_kv_caches:
+        if not self.model.kv_caches() or self.model.caches.default:
             length = self.model.max_seq_length if cache_length is None else cache_length
             prepare_caches(self.model, self.batch_size, length)
         else:

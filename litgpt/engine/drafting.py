@@ -159,8 +159,8 @@ class DraftModel:
         self._follow(list(limit), longest)
         rows = self._rows
         n_run = max(row.n_behind for row in rows)  # 2 if all draft tokens of some row were accepted, else 1
-        self.model.rewind_kv_caches([row.n_cached - (len(row.sequence.tokens) - n_run) for row in rows])
-        count = min(count, self.model.kv_cache_max_rewindable_tokens())
+        self.model.caches.rewind([row.n_cached - (len(row.sequence.tokens) - n_run) for row in rows])
+        count = min(count, self.model.caches.max_rewindable_tokens(self.model.max_seq_length))
         inputs = [row.sequence.tokens[-n_run:] for row in rows]
         drawn: dict[Sequence, tuple[list[int], list[torch.Tensor]]] = {sequence: ([], []) for sequence in limit}
         for row in rows:
@@ -192,9 +192,9 @@ class DraftModel:
         followed = {row.sequence for row in self._rows}
         new = [_DraftRow(one, len(one.tokens) - 1) for one in sequences if one not in followed]
         if kept and len(kept) < len(before):
-            self.model.reorder_kv_caches(kept)
+            self.model.caches.reorder(kept)
         if kept and new:
-            self.model.extend_kv_caches(len(new))
+            self.model.caches.extend(len(new))
         if new:
             device = self.model.transformer.wte.weight.device
             prompts = [torch.tensor(row.sequence.tokens[:-1], device=device) for row in new]

@@ -127,7 +127,7 @@ class Engine:
             prompts = [prompts[id(sequence.prompt)] for sequence in sequences]
             logits = prefill(self.model, prompts, self.prompt_chunksize, n_cached, rows)
         elif rows is None:
-            self.model.start_kv_caches(len(sequences))
+            self.model.caches.start(len(sequences))
         else:
             self._rows.empty(rows)
         self._rows.place(sequences, range(len(sequences)) if rows is None else rows)
@@ -245,12 +245,12 @@ class Engine:
                 self.n_drafted += len(tokens)
                 self.n_accepted += n_accepted
         if any(unused.values()):
-            self.model.rewind_kv_caches([unused.get(i, 0) for i in range(len(rows))])
+            self.model.caches.rewind([unused.get(i, 0) for i in range(len(rows))])
         return released
 
     def _draft(self, decoding: list[int]) -> dict[int, Draft]:
         """Drafts by row, of those rows that have any, not more than can be rewound."""
-        rows, room = self._rows.sequences, self.model.kv_cache_max_rewindable_tokens()
+        rows, room = self._rows.sequences, self.model.caches.max_rewindable_tokens(self.model.max_seq_length)
         limits = {i: limit for i in decoding if (limit := min(room, rows[i].n_left - 1)) > 0}
         if not limits:
             return {}

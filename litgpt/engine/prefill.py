@@ -41,7 +41,7 @@ def prefill(
         copies = [run.index(i) for i in first_of]
     else:
         if rows is None and start == 0:
-            model.start_kv_caches(len(prompts))
+            model.caches.start(len(prompts))
         last = {}
         for members in _calls(model, {i: len(prompts[i]) for i in run}, chunksize, start):
             inputs, places = [prompts[i] for i in members], [into[i] for i in members]
@@ -51,7 +51,7 @@ def prefill(
         for i, row in enumerate(into):
             copies[row] = into[first_of[i]]
     if len(run) < len(prompts):
-        model.reorder_kv_caches(copies)
+        model.caches.reorder(copies)
     return torch.stack([last[i] for i in first_of])
 
 
@@ -174,7 +174,7 @@ class ChunkedPrefill:
             return [], None
         self._groups = [group for group in self._groups if group[0].n_prefilled < group[0].prompt_length]
         if len(done) > len(set(logits_of)):
-            self.model.reorder_kv_caches(copies)
+            self.model.caches.reorder(copies)
         return done, logits[logits_of]
 
     def _chunks(self) -> list[tuple[list[Sequence], torch.Tensor]]:

@@ -285,7 +285,7 @@ class Session:
         if self.tokens[:limit] != tokens[:limit]:
             common = next(i for i in range(limit) if self.tokens[i] != tokens[i])
         if common < self.cached:
-            self._lease.run(self.model.crop_kv_caches, common)
+            self._lease.run(lambda: self.model.caches.crop(common))
         return self.cached
 
     def _tensor(self, tokens: list[int]) -> torch.Tensor:

@@ -224,6 +224,7 @@ class LayerCaches:
 
     def start(self, batch_size: int) -> None:
         """Begin a batch of empty rows, each to be filled by calls with `rows`."""
+        self.long_rope = False  # until a prefill says how long the sequences are
         self._change(lambda cache: cache.start(batch_size))
 
     def extend(self, count: int) -> None:
