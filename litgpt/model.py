@@ -442,11 +442,7 @@ class Block(nn.Module):
         self.config = config
 
     def forward(
-        self,
-        x: torch.Tensor,
-        rope: list[Rope],
-        plan: Plan | None = None,
-        token_idx: torch.Tensor | None = None,
+        self, x: torch.Tensor, rope: list[Rope], plan: Plan | None = None, token_idx: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is for this layer's cache."""
         rope, plan = layer_rope(rope, plan)
@@ -485,11 +481,7 @@ class CausalSelfAttention(nn.Module):
         self.block_idx = block_idx
 
     def forward(
-        self,
-        x: torch.Tensor,
-        rope: list[Rope],
-        plan: Plan | None = None,
-        token_idx: torch.Tensor | None = None,
+        self, x: torch.Tensor, rope: list[Rope], plan: Plan | None = None, token_idx: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is for this layer's cache."""
         rope, plan = layer_rope(rope, plan)
@@ -560,11 +552,7 @@ class MultiheadLatentAttention(nn.Module):
         self.block_idx = block_idx
 
     def forward(
-        self,
-        x: torch.Tensor,
-        rope: list[Rope],
-        plan: Plan | None = None,
-        token_idx: torch.Tensor | None = None,
+        self, x: torch.Tensor, rope: list[Rope], plan: Plan | None = None, token_idx: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is for this layer's cache."""
         rope, plan = layer_rope(rope, plan)

@@ -12,8 +12,7 @@ class AdapterOptions(FinetunedOptions):
     """The options of `litgpt generate_adapter`."""
 
     adapter_path: Path = option(
-        Path("out/finetune/adapter/final/lit_model.pth.adapter"),
-        "File of the adapter's weights, or its folder.",
+        Path("out/finetune/adapter/final/lit_model.pth.adapter"), "File of the adapter's weights, or its folder."
     )
 
 

@@ -12,8 +12,7 @@ class AdapterV2Options(FinetunedOptions):
     """The options of `litgpt generate_adapter_v2`."""
 
     adapter_path: Path = option(
-        Path("out/finetune/adapter-v2/final/lit_model.pth.adapter_v2"),
-        "File of the adapter's weights, or its folder.",
+        Path("out/finetune/adapter-v2/final/lit_model.pth.adapter_v2"), "File of the adapter's weights, or its folder."
     )
 
 

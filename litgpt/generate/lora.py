@@ -12,8 +12,7 @@ class LoraOptions(FinetunedOptions):
     """The options of `litgpt generate_lora`."""
 
     lora_path: Path = option(
-        Path("out/finetune/lora/final/lit_model.pth.lora"),
-        "File of the LoRA weights, or its folder.",
+        Path("out/finetune/lora/final/lit_model.pth.lora"), "File of the LoRA weights, or its folder."
     )
 
 

@@ -199,9 +199,7 @@ class AnswerOptions(SamplingOptions, CacheOptions):
         1, "Number of answers to a prompt, generated together as one batch.", least=1, most=1_000_000
     )
     logprobs: int | None = option(
-        None,
-        "Give answers as JSON with each token's log-probability, and those of this many likeliest ones.",
-        least=0,
+        None, "Give answers as JSON with each token's log-probability, and those of this many likeliest ones.", least=0
     )
 
     def __post_init__(self) -> None:

@@ -142,8 +142,7 @@ class SpeculativeOptions(AnswerOptions, ModelOptions):
     """The options of `litgpt generate_speculatively`."""
 
     draft_model_checkpoint_dir: Path = option(
-        MISSING,
-        "The small model: folder of a checkpoint (Hugging Face or LitGPT), a .gguf file, or a model's name.",
+        MISSING, "The small model: folder of a checkpoint (Hugging Face or LitGPT), a .gguf file, or a model's name."
     )
     target_model_checkpoint_dir: Path = option(
         MISSING,
