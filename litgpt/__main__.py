@@ -5,9 +5,11 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -144,11 +146,33 @@ def _run(args: list[str]) -> int:
         hint = f"did you mean {' or '.join(near)}?" if near else "`litgpt --help` lists the commands"
         raise UsageError(f"unknown {'option' if name.startswith('-') else 'command'} {name!r}; {hint}")
     module, _, attribute = COMMANDS[name][0].partition(":")
-    with waiting("Starting"):
+    with waiting("Starting"), _exit_on_interrupt():
         function = getattr(import_module(module), attribute)
+        arguments = parse(name, function, args[1:])
     logging.getLogger("litgpt").addHandler(stderr_log)
-    function(**parse(name, function, args[1:]))
+    function(**arguments)
     return 0
+
+
+@contextmanager
+def _exit_on_interrupt() -> Iterator[None]:
+    """Ctrl-C ends the process at once inside the block: as an exception it can get lost in a module that is being imported, or
+    leave one half initialised."""
+
+    def leave(number: int, frame: Any) -> None:
+        with suppress(OSError):
+            os.write(2, b"\n" if sys.stderr.isatty() else b"")
+        os._exit(130)
+
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _overview() -> str:

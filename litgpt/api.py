@@ -4,6 +4,7 @@ import re
 from collections import abc, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from litgpt.checkpoint.load import save_litgpt, save_quantized
+from litgpt.checkpoint.load import load_model, save_litgpt, save_quantized
 from litgpt.config import Config
 from litgpt.engine.answer import Answer
 from litgpt.engine.caches import CacheLease
@@ -100,6 +101,7 @@ class LLM(nn.Module):
         precision: str | None = None,
         compile: bool = False,
         quantize: str | None = None,
+        tie_embeddings: bool = True,
     ) -> "LLM":
         """Load a model.
 
@@ -113,6 +115,8 @@ class LLM(nn.Module):
             precision: bf16-true, 16-true or 32-true (default: what the device computes well in).
             compile: compile the decoding step at the first use.
             quantize: keep the weights in fewer bits: int8, int4, or on a GPU one of bitsandbytes' ways.
+            tie_embeddings: False gives the output embedding a weight of its own where the checkpoint has one weight for both
+                embeddings, as LitGPT does: they are then trained apart.
 
         Raises:
             FileNotFoundError, ValueError: if there is no such model, or it cannot be used.
@@ -133,7 +137,10 @@ class LLM(nn.Module):
         else:
             device = default_device() if distribute else torch.device("cpu")
             precision = precision if distribute else precision or "32-true"
-            ready = make_ready(model, precision, quantize, device=device, access_token=access_token, pack=False)
+            load = partial(load_model, tie_embeddings=tie_embeddings)
+            ready = make_ready(
+                model, precision, quantize, device=device, access_token=access_token, pack=False, load=load
+            )
             gpt = ready.model
             llm = cls(
                 gpt.requires_grad_(gpt.quantization is None),

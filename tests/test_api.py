@@ -479,3 +479,14 @@ def test_a_model_that_has_answered_can_be_copied(llm):
 def test_what_a_call_cannot_use_is_one_line(llm, wrong, message):
     with pytest.raises(ValueError, match=message):
         llm.generate(**{"prompt": "Hello", "max_new_tokens": 3, **wrong})
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_embeddings_are_tied_as_in_the_checkpoint_unless_they_are_asked_to_be_apart(tmp_path, tie_embeddings):
+    gpt = tiny_gpt(**VOCABULARY)
+    gpt.lm_head.weight = gpt.transformer.wte.weight
+    LLM(gpt, Preprocessor(tiny_tokenizer()), ChatTemplate(CHAT_TEMPLATE)).save(tmp_path / "m")
+    llm = LLM.load(tmp_path / "m", tie_embeddings=tie_embeddings)
+    model = llm.prepare_for_training()
+    assert (model.lm_head.weight is model.transformer.wte.weight) == tie_embeddings
+    assert torch.equal(model.lm_head.weight, model.transformer.wte.weight)

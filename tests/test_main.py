@@ -366,3 +366,37 @@ def test_numbers_of_hundreds_of_digits_are_named(litgpt, tmp_path, digits):
     (tmp_path / "options.yaml").write_text(f"temperature: {number}\n")
     line = complaint(litgpt("talk", "--config", str(tmp_path / "options.yaml")))
     assert "options.yaml has a number that is too large" in line
+
+
+SWALLOWS = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+except KeyboardInterrupt:
+    pass
+def main() -> None:
+    print("went on")
+"""
+
+
+def test_an_interrupt_while_a_command_is_imported_is_not_lost(tmp_path):
+    (tmp_path / "swallows.py").write_text(SWALLOWS)
+    code = (
+        "import signal, sys, litgpt.__main__ as m; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "m.COMMANDS['x'] = ('swallows:main', ''); sys.exit(m.main(['x']))"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
+def test_the_help_of_kv_cache_names_all_policies_and_storages(capsys):
+    from litgpt.kvcache.policies import POLICIES
+    from litgpt.kvcache.storages import STORAGES
+
+    with pytest.raises(SystemExit, match="0"):
+        main(["generate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"Policies: {', '.join(POLICIES)}, or module:Class" in text
+    assert f"Storages: {', '.join(STORAGES)}." in text

@@ -14,6 +14,7 @@ from litgpt.chat.ctrl_c import CtrlC
 from litgpt.chat.messages import END_OF_MESSAGE, line_reader, read_messages, split_command
 from litgpt.chat.session_lock import locked
 from litgpt.checkpoint.find import find_checkpoint
+from litgpt.engine.answer import counted
 from litgpt.engine.loading import make_ready
 from litgpt.engine.sampling import Sampling
 from litgpt.engine.session_file import read_session
@@ -117,7 +118,8 @@ def main(options: ChatOptions) -> None:
             tell(f"A line with {END_OF_MESSAGE} ends a message.")
         if saved is not None:
             conversation.resume(saved)
-            tell(f"Going on after {len(conversation.messages)} messages, {len(conversation.session.tokens)} tokens.")
+            counts = counted(len(conversation.messages), "message"), counted(len(conversation.session.tokens), "token")
+            tell(f"Going on after {', '.join(counts)}.")
         with CtrlC().handled() as ctrl_c:
             _talk(conversation, ctrl_c, options.multiline, session)
 
@@ -153,8 +155,8 @@ def _talk(conversation: Conversation, ctrl_c: CtrlC, multiline: bool, path: Path
         if path is not None:
             with ctrl_c.as_mode("raise"), waiting("Saving the session"):
                 conversation.save(path)
-            tokens = len(conversation.session.tokens)
-            tell(f"Saved to {path}: {tokens} tokens, {path.stat().st_size / 1e6:.1f} MB.")
+            tokens = counted(len(conversation.session.tokens), "token")
+            tell(f"Saved to {path}: {tokens}, {path.stat().st_size / 1e6:.1f} MB.")
 
 
 def _keep(conversation: Conversation, path: Path, ctrl_c: CtrlC) -> None:
@@ -201,11 +203,11 @@ def _answer(conversation: Conversation, message: str, ctrl_c: CtrlC) -> None:
     seconds, tokens = time.perf_counter() - first, conversation.answer_tokens
     if tokens == conversation.answer_limit:
         why = "--max_new_tokens" if tokens == conversation.max_new_tokens else "the context is full"
-        tell(f"[stopped at {tokens} tokens: {why}]")
+        tell(f"[stopped at {counted(tokens, 'token')}: {why}]")
     rate = f", {(tokens - 1) / seconds:.1f} tokens/s" if tokens > 1 else ""
     tell(
-        f"[{tokens} tokens{rate}; first after {first - started:.2f} s; "
-        f"context {conversation.prompt_tokens + tokens} tokens, {conversation.session.reused} of them "
+        f"[{counted(tokens, 'token')}{rate}; first after {first - started:.2f} s; "
+        f"context {counted(conversation.prompt_tokens + tokens, 'token')}, {conversation.session.reused:,} of them "
         f"computed before; key-value cache {conversation.session.cache_bytes / 1e6:.1f} MB]"
     )
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from litgpt.engine.answer import counted
 from litgpt.engine.drafting import Drafter
 from litgpt.engine.loading import Ready
 from litgpt.engine.session import Session
@@ -157,13 +158,13 @@ class Conversation:
                 break
             if dropped >= len(messages) - 1:
                 raise ValueError(
-                    f"this message comes to {len(tokens)} tokens; with an answer of up to {self.max_new_tokens} it does "
+                    f"this message comes to {counted(len(tokens), 'token')}; with an answer of up to {self.max_new_tokens} it does "
                     f"not fit into {limit}: shorten it, or lower --max_new_tokens. {self._way_out()}"
                 )
             dropped += 2
         if turns := (dropped - before) // 2:
             self.notify(
-                f"The context of {limit} tokens is full: dropped the oldest {turns} turn{'s' * (turns > 1)}. "
+                f"The context of {limit} tokens is full: dropped the oldest {counted(turns, 'turn')}. "
                 + self._way_out()
             )
         return dropped, text, tokens

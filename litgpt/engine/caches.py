@@ -50,6 +50,11 @@ def check_caches(model: GPT, batch_size: int, max_length: int) -> None:
     rows = min((cache.batch_size for cache in caches), default=0)
     if rows < batch_size:
         raise ValueError(f"{batch_size} sequences at once, but the caches hold batch_size={rows}")
+    if batch_size > 1 and not model.caches.takes_rows_apart:
+        kind = next(type(cache).__name__ for cache in caches if not cache.takes_rows_apart)
+        raise ValueError(
+            f"{batch_size} sequences at once, but a {kind} cannot drop or reorder rows: generate one sequence at a time"
+        )
     slots = min((cache.cache_length for cache in caches if not cache.evicts), default=max_length)
     if slots < max_length:
         raise ValueError(

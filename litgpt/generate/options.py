@@ -16,6 +16,8 @@ from litgpt.engine.loading import Quantization, choose_kv_caches
 from litgpt.engine.sampling import Sampling
 from litgpt.engine.session import Session
 from litgpt.kvcache import CacheSpec
+from litgpt.kvcache.policies import POLICIES
+from litgpt.kvcache.storages import STORAGES
 from litgpt.model import GPT
 from litgpt.standard_streams import check_text
 
@@ -134,7 +136,10 @@ class CacheOptions(Options):
     """The key-value cache, and how a prompt enters it."""
 
     kv_cache: str = option(
-        "dense", "What the key-value cache keeps: dense (every token) or lastrec (the last cache_length ones)."
+        "dense",
+        "Which tokens the key-value cache keeps, as POLICY or POLICY-STORAGE. Policies: "
+        f"{', '.join(POLICIES)}, or module:Class for one of your own. Storages: {', '.join(STORAGES)}. dense keeps every "
+        "token, lastrec the last cache_length ones.",
     )
     cache_length: int | None = option(
         None, "Tokens that the key-value cache holds. Default: as many as are needed (dense), 1024 (lastrec).", least=1
@@ -187,7 +192,7 @@ class AnswerOptions(SamplingOptions, CacheOptions):
         'need be, a "sys_prompt", "max_new_tokens", "id", and settings such as "temperature" or "seed". Answers are JSON '
         "objects, one a line, in the same order.",
     )
-    out: Path | None = option(None, "File for answers as JSON lines. Default: stdout.")
+    out: str | Path | None = option(None, "File for answers as JSON lines. Default: stdout.")
     batch_size: int = option(8, "Most answers to a file of prompts that are generated at the same time.", least=1)
     sys_prompt: str | None = option(None, "System prompt, where the model's chat template has one.")
     num_samples: int = option(
@@ -200,6 +205,8 @@ class AnswerOptions(SamplingOptions, CacheOptions):
     )
 
     def __post_init__(self) -> None:
+        if isinstance(self.out, str) and self.out.endswith(os.sep):  # a `Path` does not show it
+            raise ValueError(f"--out {self.out!r} is a folder: give the name of a file in it")
         super().__post_init__()
         if not self.prompt:
             raise ValueError("the prompt is empty: give some text with --prompt")
@@ -237,7 +244,7 @@ def checked(item: Any, value: Any, name: str | None = None) -> Any:
     kinds = get_args(item.type) if isinstance(item.type, UnionType) or NoneType in get_args(item.type) else [item.type]
     if value is None and NoneType in kinds:
         return None
-    value = converted(name, value, kinds[0])
+    value = converted(name, value, Path if Path in kinds else kinds[0])
     least, most = item.metadata["least"], item.metadata["most"]
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {shown(value)}")

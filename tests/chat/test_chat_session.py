@@ -194,3 +194,10 @@ def test_where_no_session_can_be_saved_is_said_at_the_start(talk):
     assert code == 1
     assert err.count("\n") == 1
     assert "/proc/" in err
+
+
+def test_one_token_is_one_token(talk, tmp_path):
+    code, _, err = talk("Hello", options=("--max_new_tokens", "1", "--session", str(tmp_path / "s")))
+    assert code == 0
+    assert "[stopped at 1 token: --max_new_tokens]" in err
+    assert re.search(r"^\[1 token; first after", err, re.MULTILINE)

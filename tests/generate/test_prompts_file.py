@@ -371,3 +371,16 @@ def test_arguments_of_caches_reach_them_and_unknown_ones_are_refused_by_name(fol
         assert message in err
         assert "no/such/model" not in err
         assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [(), ("--config",)])
+def test_out_with_a_slash_at_its_end_is_a_folder_and_refused(options, tmp_path, capsys):
+    out = f"{tmp_path / 'new'}{os.sep}"
+    if options:
+        (tmp_path / "options.yaml").write_text(f"out: {out}\n")
+        arguments = ["--config", str(tmp_path / "options.yaml")]
+    else:
+        arguments = ["--out", out]
+    assert main(["generate", "no/such/model", *arguments]) == 1
+    assert f"--out {out!r} is a folder" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

@@ -11,7 +11,7 @@ from litgpt.api import LLM, Preprocessor
 from litgpt.attention import DefaultKeysAndValues
 from litgpt.engine.prefill import prefill
 from litgpt.engine.session import Session
-from litgpt.generate.base import generate
+from litgpt.generate.base import batched_generate_fn, generate
 from litgpt.kvcache import DefaultKVCache, KVCache
 from litgpt.kvcache.layers import LayerCaches
 from litgpt.prompts import Default
@@ -186,6 +186,21 @@ def test_rows_of_one_length_go_together_and_others_are_refused_in_one_line():
         model.reorder_kv_caches([1, 0])
     with pytest.raises(ValueError, match="extend"):
         model.extend_kv_caches(1)
+
+
+def test_a_batch_is_refused_before_the_prefill():
+    model = model_with(Elsewhere, 2, 40)
+    steps = batched_generate_fn(
+        model,
+        torch.stack((PROMPT, PROMPT.flip(0))),
+        35,
+        sample_args={"temperature": 0},
+        include_prompt=False,
+        include_eos=False,
+    )
+    with pytest.raises(ValueError, match="2 sequences at once, but a Elsewhere cannot drop or reorder rows"):
+        next(steps)
+    assert model.next_token_pos == 0
 
 
 def test_what_it_cannot_do_says_so_and_the_rest_works(tmp_path):

@@ -1,5 +1,6 @@
 """A model divided among processes says what it says in one. Every launch of processes checks many models."""
 
+import json
 import os
 import signal
 import time
@@ -393,6 +394,23 @@ def test_the_command_says_what_generate_says(folder, two, capfd):
     assert captured.out == expected
     assert captured.err.count("by 2 processes") == 1
     assert [result["command"] for result in two] == [expected, ""]  # where they were started by something else
+
+
+def test_the_command_answers_a_file_of_prompts_as_generate_does(folder, tmp_path, capfd):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hi!", "id": 7}\n{"prompt": "So?", "max_new_tokens": 3}\n')
+    records = []
+    for name in ("generate", "generate_tp"):
+        out = tmp_path / f"{name}.jsonl"
+        options = ["--prompts", str(tmp_path / "prompts.jsonl"), "--out", str(out), "--batch_size", "1"]
+        command = [name, str(folder / "command"), *options, "--precision", "32-true", "--max_new_tokens", "9"]
+        assert main(command) == 0
+        captured = capfd.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("2 answers") == 1
+        records.append([json.loads(line) for line in out.read_text().splitlines()])
+    assert records[0] == records[1]
+    assert [record["new_tokens"] for record in records[0]] == [9, 3]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["generate.jsonl", "generate_tp.jsonl", "prompts.jsonl"]
 
 
 @pytest.mark.parametrize(
