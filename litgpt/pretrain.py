@@ -1,6 +1,7 @@
 """The command `pretrain`."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,14 +41,26 @@ def _pretrain(options: PretrainOptions) -> None:
     if options.data is None:
         options.data = TinyLlama()
     options.check()
-    tokenizer = None if options.tokenizer_dir is None else Tokenizer(options.tokenizer_dir)
-    start = None
+    tokenizer = start = None
     if options.initial_checkpoint_dir is not None:
-        start = open_checkpoint(find_checkpoint(options.initial_checkpoint_dir))
+        options.initial_checkpoint_dir = find_checkpoint(options.initial_checkpoint_dir)
+        start = open_checkpoint(options.initial_checkpoint_dir)
+        options.tokenizer_dir = options.tokenizer_dir or options.initial_checkpoint_dir
+    if options.tokenizer_dir is not None:
+        options.tokenizer_dir = find_checkpoint(options.tokenizer_dir)
+        tokenizer = _open_tokenizer(options.tokenizer_dir)
     resume = options.resume_path("")
     fabric = make_fabric(options, f"pretrain-{config.name}", config, resume is not None)
     options.describe(precision=precision_of(fabric))
     fabric.launch(_train, config, tokenizer, options, start, resume)
+
+
+def _open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a folder that may hold nothing else, or of a checkpoint."""
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        with suppress(FileNotFoundError):  # no checkpoint either: `Tokenizer` says what is missing
+            return open_checkpoint(path).tokenizer()
+    return Tokenizer(path)
 
 
 setup = command(

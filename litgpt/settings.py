@@ -33,7 +33,10 @@ _NO_COMMA = re.compile(r'("(?:[^"\\]|\\.)*"|[\]}\w])(?=\s*\n\s*")')
 
 def shown(value: Any) -> str:
     """A value for an error message: as Python writes it, but short."""
-    text = _SHORT.repr(value)
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 

@@ -388,10 +388,7 @@ def estimate_flops(model: nn.Module, training: bool) -> int:
     config, length = model.config, model.max_seq_length
     counts = (
         (num_parameters(model, requires_grad=True), 3 if training else 1),
-        (
-            num_parameters(model, requires_grad=False),
-            2 if training else 1,
-        ),
+        (num_parameters(model, requires_grad=False), 2 if training else 1),
     )
     return sum(times * flops_per_param(length, config.n_layer, config.n_embd, n) for n, times in counts if n)
 

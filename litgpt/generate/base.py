@@ -14,13 +14,7 @@ from litgpt.engine.caches import CacheLease, prepare_caches
 from litgpt.engine.drafting import Drafter
 from litgpt.engine.engine import Engine, decode
 from litgpt.engine.loading import Ready, cache_bytes, make_ready
-from litgpt.engine.sampling import (
-    Sampling,
-    batched_sample,
-    multinomial_num_samples_1,
-    sample,
-    sample_top_p,
-)
+from litgpt.engine.sampling import Sampling, batched_sample, multinomial_num_samples_1, sample, sample_top_p
 from litgpt.engine.sequence import Sequence
 from litgpt.generate.options import AnswerOptions, CheckpointOptions, PromptLookupOptions, command
 from litgpt.generate.prompts_file import PromptLine, answer_prompts, answers_to, encode_line, read_prompts

@@ -99,7 +99,7 @@ def speculative_decoding(
     Raises:
         ValueError: if the caches are elsewhere, or cannot be rewound by that many tokens.
     """
-    room = min(model.kv_cache_max_rewindable_tokens() for model in (draft_model, target_model))
+    room = min(model.caches.max_rewindable_tokens(model.max_seq_length) for model in (draft_model, target_model))
     if not 1 <= speculative_k <= room:
         raise ValueError(f"speculative_k must be in 1..{room}, which the caches can take back, got {speculative_k}")
     sequence = Sequence(token, speculative_k + 1, Sampling(**sample_kwargs))
@@ -122,7 +122,7 @@ def speculative_decoding(
         target_model.broadcast_tokens,
     )
     for model in (draft_model, target_model):
-        model.rewind_kv_caches([idx.shape[1] - sequence.n_new])
+        model.caches.rewind([idx.shape[1] - sequence.n_new])
     return torch.tensor(sequence.new_tokens, device=token.device)
 
 
@@ -142,8 +142,7 @@ class SpeculativeOptions(AnswerOptions, ModelOptions):
     """The options of `litgpt generate_speculatively`."""
 
     draft_model_checkpoint_dir: Path = option(
-        MISSING,
-        "The small model: folder of a checkpoint (Hugging Face or LitGPT), a .gguf file, or a model's name.",
+        MISSING, "The small model: folder of a checkpoint (Hugging Face or LitGPT), a .gguf file, or a model's name."
     )
     target_model_checkpoint_dir: Path = option(
         MISSING,

@@ -1,5 +1,6 @@
 """Fine-tuning: from a checkpoint or a loaded model to a tuned one."""
 
+import gc
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -20,7 +21,7 @@ from litgpt.lora import Config as LoRAConfig
 from litgpt.lora import finish_lora, merge_lora_weights, unwrap_lora
 from litgpt.model import GPT
 from litgpt.train.methods import METHODS, Method
-from litgpt.train.model import forget_activation_checkpointing
+from litgpt.train.model import restore_forward
 from litgpt.train.options import FinetuneOptions, LoRAOptions
 from litgpt.train.run import Run, connect, write_config
 from litgpt.train.setting import compute_dtype, make_fabric, precision_of
@@ -73,6 +74,8 @@ def tune(
     if fabric.is_global_zero and options.out_dir is not None:
         final = options.out_dir / "final"
         if way.name == "lora":
+            del gpt
+            gc.collect()  # the run's objects refer to one another; their memory goes to the merged weights
             save_litgpt(open_lora(final), final)
         if way.name in ("lora", "full"):
             fabric.print(f"Talk with the result: litgpt chat {final}")
@@ -143,7 +146,7 @@ def finetune(
             (chosen.out_dir / SAMPLES_NAME).write_text(text, encoding="utf-8")
         metrics = run.run(resume)
     finally:
-        forget_activation_checkpointing(gpt)
+        restore_forward(gpt)
         if method == "lora" and gpt.quantization is None:
             merge_lora_weights(gpt)
             unwrap_lora(gpt)

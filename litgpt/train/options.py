@@ -150,7 +150,9 @@ class PretrainOptions(Options):
         None, "Begin with the weights of this checkpoint instead of random ones."
     )
     tokenizer_dir: Path | None = option(
-        None, "Folder of the tokenizer, for data that is text; its files go into every checkpoint."
+        None,
+        "Checkpoint or folder with the tokenizer, for data that is text (default: that of `initial_checkpoint_dir`); its "
+        "files go into every checkpoint.",
     )
     precision: Literal["bf16-true", "bf16-mixed", "32-true", "16-mixed"] | None = option(
         None, "32-true, bf16-true, bf16-mixed or 16-mixed. Default: what is fast on the device."
