@@ -462,8 +462,6 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, block_idx: int) -> None:
         super().__init__()
-        if not config.parallel_residual and config.shared_attention_norm:
-            raise ValueError("shared_attention_norm needs parallel_residual: no known model has one without the other")
 
         def norm(wanted: bool, factor: float = 1.0) -> nn.Module:
             other = nn.Identity() if factor == 1.0 else Multiply(factor)
