@@ -76,10 +76,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "litgpt.scripts.convert_peft:convert_to_peft",
         "Turn LoRA weights into those of Hugging Face's PEFT.",
     ),
-    "convert_from_peft": (
-        "litgpt.scripts.convert_peft:convert_from_peft",
-        "Turn PEFT's LoRA weights into ours.",
-    ),
+    "convert_from_peft": ("litgpt.scripts.convert_peft:convert_from_peft", "Turn PEFT's LoRA weights into ours."),
     "quantize": (
         "litgpt.scripts.quantize:quantize_checkpoint",
         "Quantise a model's weights to 8 or 4 bits, once, into a folder of their own.",
@@ -301,11 +298,12 @@ def _by_name(args: list[str], parameters: Mapping[str, inspect.Parameter], posit
 
 def _with_class_arguments(named: list[str], parameters: Mapping[str, inspect.Parameter]) -> list[str]:
     """Puts the arguments of a class that an option of type `str | dict` names (`--optimizer NAME --optimizer.lr 0.01`, or
-    `--optimizer.init_args.lr`) into its value."""
+    `--optimizer.class_path NAME --optimizer.init_args.lr 0.01`) into its value."""
     for key, parameter in parameters.items():
         if parameter.annotation != str | dict:
             continue
         pattern = re.compile(rf"--{key}\.(?:init_args\.)?(\w+)=(.*)", re.DOTALL)
+        named = [re.sub(rf"--{key}\.class_path=", f"--{key}=", arg) for arg in named]
         found = [match for arg in named if (match := pattern.fullmatch(arg))]
         if not found:
             continue

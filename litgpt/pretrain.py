@@ -1,6 +1,7 @@
 """The command `pretrain`."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,111 +10,91 @@ from lightning import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
-from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.args import EvalArgs, TrainArgs
 from litgpt.checkpoint.base import WEIGHTS_NAME, Checkpoint
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.config import Config, name_to_config
-from litgpt.data import DataModule
+from litgpt.data import DataModule, TinyLlama
+from litgpt.finetune import base
 from litgpt.model import GPT, CausalSelfAttention
 from litgpt.moe import GroupedTopkRouter
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.finetuning import tie
 from litgpt.train.methods import METHODS
-from litgpt.train.run import Options, Run, connect, write_config
+from litgpt.train.options import PretrainOptions, command
+from litgpt.train.run import Run, connect, write_config
 from litgpt.train.schedule import cosine_schedule
-from litgpt.train.setting import LoggerName, Strategy, compute_dtype, plain, precision_of
+from litgpt.train.setting import compute_dtype, make_fabric, precision_of
 from litgpt.utils import copy_config_files
 
 
-def setup(
-    model_name: str,
-    model_config: Config | None = None,
-    out_dir: Path = Path("out/pretrain"),
-    precision: Literal["bf16-true", "bf16-mixed", "32-true", "16-mixed"] | None = None,
-    initial_checkpoint_dir: Path | None = None,
-    resume: bool | Literal["auto"] | Path = False,
-    data: DataModule | None = None,
-    train: TrainArgs = TrainArgs(  # noqa: B008
-        save_interval=1000,
-        log_interval=1,
-        global_batch_size=512,
-        micro_batch_size=4,
-        max_tokens=int(3e12),
-        max_norm=1.0,
-        min_lr=4e-5,
-        lr_warmup_steps=2000,
-        tie_embeddings=False,
-    ),
-    eval: EvalArgs = EvalArgs(interval=1000, max_iters=100),  # noqa: B008
-    log: LogArgs = LogArgs(),  # noqa: B008
-    optimizer: str | dict = "AdamW",
-    devices: int | str = "auto",
-    num_nodes: int = 1,
-    tokenizer_dir: Path | None = None,
-    logger_name: LoggerName = "tensorboard",
-    seed: int = 42,
-    strategy: Strategy = "auto",
-) -> None:
-    """Train a model from random weights, or go on from a checkpoint's with text.
-
-    Args:
-        model_name: The architecture: the name of a model, or a folder with a `model_config.yaml`. `list` shows the names.
-        model_config: The architecture, field by field, in place of that of `model_name`.
-        out_dir: Where checkpoints and logs go.
-        precision: 32-true, bf16-true, bf16-mixed or 16-mixed. Default: what is fast on the device.
-        initial_checkpoint_dir: Begin with the weights of this checkpoint instead of random ones.
-        resume: Go on from the last checkpoint in `out_dir` (true; or auto: if there is one), or from a file.
-        data: The data: `--data TextFiles --data.train_data_path FOLDER`, or another module of `litgpt.data`. Default:
-            TinyLlama.
-        train: How to train.
-        eval: How to validate.
-        log: What loggers with an account are told.
-        optimizer: A class of `torch.optim` or an import path; `--optimizer.init_args.lr 1e-4` sets its arguments.
-        devices: How many GPUs, or processes on a CPU.
-        num_nodes: How many machines.
-        tokenizer_dir: Folder of the tokenizer, for data that is text; its files go into every checkpoint.
-        logger_name: csv, tensorboard, wandb or mlflow.
-        seed: Of all random numbers.
-        strategy: How several devices share the work: ddp (each has all weights) or fsdp (each has a part of them).
-    """
-    arguments = dict(locals())
-    if model_name == "list":
+def _pretrain(options: PretrainOptions) -> None:
+    name = options.model_name
+    if name == "list":
         print("\n".join(name_to_config))
         return
-    config = model_config or _config(model_name)
-    validate_args(train, eval, initial_checkpoint_dir, resume)
-    if data is None:
-        from litgpt.data import TinyLlama
-
-        data = TinyLlama()
-    own = ("out_dir", "precision", "devices", "num_nodes", "strategy", "resume", "train", "eval", "log", "optimizer")
-    options = Options(
-        **{name: arguments[name] for name in (*own, "logger_name", "seed")},
-        step_digits=8,
-    )
+    if (config := options.model_config) is None:
+        config = open_checkpoint(Path(name)).config if Path(name).is_dir() else Config.from_name(name)
+    validate_args(options.train, options.eval, options.initial_checkpoint_dir, options.resume)
+    if options.data is None:
+        options.data = TinyLlama()
     options.check()
-    tokenizer = None if tokenizer_dir is None else Tokenizer(tokenizer_dir)
-    start = None
-    if initial_checkpoint_dir is not None:
-        start = open_checkpoint(find_checkpoint(initial_checkpoint_dir))
-    resume_path = options.resume_path("")
-    fabric = options.fabric(f"pretrain-{config.name}", config, resume_path is not None)
-    chosen = precision_of(fabric)
-    options.hyperparameters = {
-        name: plain(value) for name, value in (arguments | {"precision": chosen}).items() if value is not None
-    }
+    tokenizer = start = None
+    if options.initial_checkpoint_dir is not None:
+        options.initial_checkpoint_dir = find_checkpoint(options.initial_checkpoint_dir)
+        start = open_checkpoint(options.initial_checkpoint_dir)
+        options.tokenizer_dir = options.tokenizer_dir or options.initial_checkpoint_dir
+    if options.tokenizer_dir is not None:
+        options.tokenizer_dir = find_checkpoint(options.tokenizer_dir)
+        tokenizer = _open_tokenizer(options.tokenizer_dir)
+    resume = options.resume_path("")
+    fabric = make_fabric(options, f"pretrain-{config.name}", config, resume is not None)
+    options.describe(precision=precision_of(fabric))
+    fabric.launch(_train, config, tokenizer, options, start, resume)
 
-    fabric.launch(_train, config, data, tokenizer, options, start, resume_path)
+
+def _open_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a folder that may hold nothing else, or of a checkpoint."""
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        with suppress(FileNotFoundError):  # no checkpoint either: `Tokenizer` says what is missing
+            return open_checkpoint(path).tokenizer()
+    return Tokenizer(path)
+
+
+setup = command(
+    PretrainOptions,
+    _pretrain,
+    "Train a model from random weights, or continue from a checkpoint's with text.",
+    "model_name model_config out_dir precision initial_checkpoint_dir resume data train eval log optimizer devices "
+    "num_nodes tokenizer_dir logger_name seed strategy",
+    {
+        "out_dir": Path("out/pretrain"),
+        "train": TrainArgs(
+            save_interval=1000,
+            log_interval=1,
+            global_batch_size=512,
+            micro_batch_size=4,
+            max_tokens=int(3e12),
+            max_norm=1.0,
+            min_lr=4e-5,
+            lr_warmup_steps=2000,
+            tie_embeddings=False,
+        ),
+        "eval": EvalArgs(interval=1000, max_iters=100),
+        "devices": "auto",
+        "logger_name": "tensorboard",
+        "seed": 42,
+    },
+)
 
 
 def _train(
     fabric: Fabric,
     config: Config,
-    data: DataModule,
     tokenizer: Tokenizer | None,
-    options: Options,
+    options: PretrainOptions,
     start: Checkpoint | None,
     resume_path: Path | None,
 ) -> dict[str, float]:
@@ -125,7 +106,7 @@ def _train(
             tokenizer.save(folder)
 
     fabric.seed_everything(options.seed)
-    loaders = connect(fabric, data, tokenizer, options.train, config)
+    loaders = connect(fabric, options.data, tokenizer, options.train, config)
     if start is None:
         with fabric.init_module(empty_init=False):
             gpt = GPT(config)
@@ -134,14 +115,7 @@ def _train(
         gpt = load_model(start, compute_dtype(precision_of(fabric)), fabric.device)
     tie(gpt, False, options.train.tie_embeddings)
     fabric.print(f"Total parameters: {sum(p.numel() for p in gpt.parameters()):,}")
-    return Run(fabric, gpt, METHODS["full"], data, loaders, options, write_side_files).run(resume_path)
-
-
-def _config(model_name: str) -> Config:
-    """The architecture of a name, or of a folder."""
-    if Path(model_name).is_dir():
-        return open_checkpoint(Path(model_name)).config
-    return Config.from_name(model_name)
+    return Run(fabric, gpt, METHODS["full"], options, loaders, write_side_files).run(resume_path)
 
 
 @torch.no_grad()
@@ -195,13 +169,22 @@ def main(
 ) -> None:
     """Train in a process that `fabric` launched."""
     validate_args(train, eval, initial_checkpoint_dir, resume)
-    options = Options(
-        out_dir, None, devices, num_nodes, resume=resume, train=train, eval=eval, seed=seed, step_digits=8
+    options = PretrainOptions(
+        model_name=config.name,
+        out_dir=out_dir,
+        devices=devices,
+        num_nodes=num_nodes,
+        resume=resume,
+        data=data,
+        train=train,
+        eval=eval,
+        optimizer=optimizer,
+        seed=seed,
     )
-    options.optimizer, options.hyperparameters = optimizer, {"model_name": config.name, "seed": seed}
     options.check()
+    options.describe()
     start = None if initial_checkpoint_dir is None else open_checkpoint(find_checkpoint(initial_checkpoint_dir))
-    _train(fabric, config, data, tokenizer, options, start, options.resume_path(""))
+    _train(fabric, config, tokenizer, options, start, options.resume_path(""))
 
 
 def fit(
@@ -217,8 +200,6 @@ def fit(
     num_nodes: int = 1,
 ) -> None:
     """Train `state["model"]` with `state["optimizer"]`, both set up, on batches of tokens (B, T + 1)."""
-    from litgpt.finetune.base import train_loop
-
     steps = train.max_steps
     if steps is None:
         rows = next(iter(train_dataloader))
@@ -229,25 +210,21 @@ def fit(
         save_checkpoint(fabric, state, tokenizer_dir, folder / WEIGHTS_NAME)
 
     loaders = (train_dataloader, val_dataloader)
-    train_loop(fabric, state["model"], state["optimizer"], schedule, loaders, out_dir, train, eval, steps, save, 8)
+    base.train_loop(fabric, state["model"], state["optimizer"], schedule, loaders, out_dir, train, eval, steps, save, 8)
 
 
 def validate(
     fabric: Fabric, model: nn.Module, val_dataloader: DataLoader, max_iters: int, verbose: bool = True
 ) -> torch.Tensor:
     """Mean loss of the tokens of at most `max_iters` batches."""
-    from litgpt.finetune.base import validate
-
-    return validate(fabric, model, val_dataloader, EvalArgs(max_iters=max_iters), verbose)
+    return base.validate(fabric, model, val_dataloader, EvalArgs(max_iters=max_iters), verbose)
 
 
 def save_checkpoint(fabric: Fabric, state: dict[str, Any], tokenizer_dir: Path | None, checkpoint_file: Path) -> None:
     """Write a model, its configuration, and the tokenizer's files. All processes call it."""
-    from litgpt.finetune.base import save_trained, unwrapped
-
-    save_trained("full", fabric, state["model"], checkpoint_file)
+    base.save_trained("full", fabric, state["model"], checkpoint_file)
     if fabric.is_global_zero:
-        write_config(unwrapped(state["model"]).config, Path(checkpoint_file).parent)
+        write_config(base.unwrapped(state["model"]).config, Path(checkpoint_file).parent)
         if tokenizer_dir is not None:
             copy_config_files(tokenizer_dir, Path(checkpoint_file).parent)
 

@@ -1,9 +1,8 @@
-"""What LitGPT's scripts of fine-tuning offer for import, once for all four of them, by the parts of `litgpt.train`.
-
-Their `setup` needs none of it: these are for scripts that were written for LitGPT.
-"""
+"""The commands that fine-tune, and what LitGPT's scripts of them offer for import, once for all four."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,14 +23,51 @@ from litgpt.prompts import encode_prompt
 from litgpt.tokenizer import Tokenizer
 from litgpt.train import loop
 from litgpt.train.checkpointing import full_tensors
-from litgpt.train.finetuning import tune
+from litgpt.train.finetuning import finetune_command, tune
 from litgpt.train.methods import METHODS
 from litgpt.train.model import TrainingModel
+from litgpt.train.options import FinetuneOptions, LoRAOptions, command, require_end
 from litgpt.train.report import Reporter
-from litgpt.train.run import Options, connect
+from litgpt.train.run import connect
 from litgpt.train.schedule import cosine_schedule, steps_of_run
 from litgpt.train.setting import divide_parameters
 from litgpt.utils import copy_config_files, select_sft_generate_example
+
+__all__ = [
+    "generate_example",
+    "get_dataloaders",
+    "get_longest_seq_length",
+    "get_lr_scheduler",
+    "parallelize_fn",
+    "validate",
+    "validate_args",
+]
+
+_SUMMARIES = {
+    "full": "Fine-tune all weights of a model.",
+    "lora": "Fine-tune a model by LoRA: small matrices next to its frozen weights (arXiv:2106.09685).",
+    "adapter": "Fine-tune a model by LLaMA-Adapter: learned prefixes in its upper layers (arXiv:2303.16199).",
+    "adapter_v2": "Fine-tune a model by LLaMA-Adapter V2: prefixes, and scales and biases of all layers (arXiv:2304.15010).",
+}
+_BEGIN, _END = "checkpoint_dir out_dir precision", "optimizer logger_name seed access_token strategy"
+_LORA = " ".join(f.name for f in fields(LoRAOptions) if f.name.startswith("lora_"))
+_NAMES = {
+    "full": f"{_BEGIN} devices num_nodes resume data train eval log {_END}",
+    "lora": f"{_BEGIN} quantize devices num_nodes {_LORA} data train log eval {_END} resume",
+    "adapter": f"{_BEGIN} quantize devices num_nodes data train eval log {_END} resume",
+    "adapter_v2": f"{_BEGIN} quantize devices num_nodes resume data train eval log {_END}",
+}
+
+
+def _setup(method: str) -> Callable[..., None]:
+    defaults: dict[str, Any] = {"out_dir": Path("out/finetune") / method.replace("_", "-")}
+    if method == "full":
+        defaults["eval"] = EvalArgs(interval=600, max_new_tokens=100, max_iters=100)
+    kind = LoRAOptions if method == "lora" else FinetuneOptions
+    return command(kind, partial(finetune_command, method), _SUMMARIES[method], _NAMES[method], defaults)
+
+
+setups = {method: _setup(method) for method in METHODS}
 
 
 def main(
@@ -51,14 +87,23 @@ def main(
     resume: bool | Literal["auto"] | Path = False,
 ) -> None:
     """Fine-tune in a process that `fabric` launched; `config` has the fields of the method."""
-    options = Options(out_dir, precision, devices, num_nodes, resume=resume, train=train, eval=eval, seed=seed)
-    options.optimizer = optimizer
+    options = FinetuneOptions(
+        checkpoint_dir=checkpoint_dir,
+        out_dir=out_dir,
+        precision=precision,
+        devices=devices,
+        num_nodes=num_nodes,
+        resume=resume,
+        data=data,
+        train=train,
+        eval=eval,
+        optimizer=optimizer,
+        seed=seed,
+    )
     options.check()
+    options.describe(**(config.lora_options() if hasattr(config, "lora_options") else {}))
     way, checkpoint = METHODS[method], open_checkpoint(find_checkpoint(checkpoint_dir))
-    options.hyperparameters = {"checkpoint_dir": str(checkpoint_dir), "seed": seed}
-    if hasattr(config, "lora_options"):
-        options.hyperparameters |= config.lora_options()
-    tune(fabric, way, checkpoint, config, data, options, options.resume_path(way.suffix))
+    tune(fabric, way, checkpoint, config, options, options.resume_path(way.suffix))
 
 
 def fit(
@@ -218,5 +263,4 @@ def validate_args(train: TrainArgs, eval: EvalArgs) -> None:
     Raises:
         ValueError: if neither epochs, nor steps, nor tokens are limited.
     """
-    if train.epochs is None and train.max_steps is None and train.max_tokens is None:
-        raise ValueError("nothing says how long to train: give train.epochs, train.max_steps or train.max_tokens")
+    require_end(train)

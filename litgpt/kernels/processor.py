@@ -88,3 +88,8 @@ def torch_multiplies_bfloat16() -> bool:
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
+
+
+def mkl_forgoes_avx512() -> bool:
+    """Whether the processor has AVX-512 and MKL does not use it: it does so on Intel's only."""
+    return "avx512f" in features() and not any("Intel" in line for line in _about() if line.startswith("model name"))

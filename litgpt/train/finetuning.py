@@ -1,5 +1,6 @@
 """Fine-tuning: from a checkpoint or a loaded model to a tuned one."""
 
+import gc
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -14,62 +15,48 @@ from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model, save_litgpt
 from litgpt.checkpoint.open import open_checkpoint, open_lora
 from litgpt.config import Config
-from litgpt.data import JSON, DataModule
+from litgpt.data import JSON, Alpaca, DataModule
 from litgpt.data.memory import Samples
 from litgpt.lora import Config as LoRAConfig
 from litgpt.lora import finish_lora, merge_lora_weights, unwrap_lora
 from litgpt.model import GPT
 from litgpt.train.methods import METHODS, Method
-from litgpt.train.model import forget_activation_checkpointing
-from litgpt.train.run import Options, Run, connect, write_config
-from litgpt.train.setting import compute_dtype, plain, precision_of
+from litgpt.train.model import restore_forward
+from litgpt.train.options import FinetuneOptions, LoRAOptions
+from litgpt.train.run import Run, connect, write_config
+from litgpt.train.setting import compute_dtype, make_fabric, precision_of
 
 if TYPE_CHECKING:
     from litgpt.api import LLM
 
-LORA_DEFAULTS = {"lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "lora_query": True, "lora_value": True}
 SAMPLES_NAME = "samples.json"
 
 
-def finetune_command(method: str, arguments: Mapping[str, Any]) -> dict[str, float]:
-    """What the commands `finetune_*` do.
-
-    Args:
-        method: full, lora, adapter or adapter_v2.
-        arguments: of the command's `setup`, by name.
-
-    Returns:
-        The run's metrics: see `Run.run`.
-    """
-    way, arguments = METHODS[method], dict(arguments)
-    data = arguments.pop("data") or _alpaca()
-    access_token, quantize = arguments.pop("access_token"), arguments.get("quantize")
-    options = Options(**{f.name: arguments[f.name] for f in fields(Options) if f.name in arguments})
+def finetune_command(method: str, options: FinetuneOptions) -> dict[str, float]:
+    """What the commands `finetune_*` do, by full, lora, adapter or adapter_v2. Returns metrics: see `Run.run`."""
+    way = METHODS[method]
+    if options.data is None:
+        options.data = Alpaca()
     options.check()
-    if quantize is not None and way.trains_all:
-        raise ValueError(f"quantize={quantize!r}: full fine-tuning needs plain weights; use finetune_lora")
-    checkpoint = open_checkpoint(find_checkpoint(arguments["checkpoint_dir"], access_token))
+    if options.quantize is not None and way.trains_all:
+        raise ValueError(f"quantize={options.quantize!r}: full fine-tuning needs plain weights; use finetune_lora")
+    checkpoint = open_checkpoint(find_checkpoint(options.checkpoint_dir, options.access_token))
     if checkpoint.quantization is not None and way.trains_all:
         raise ValueError(f"{checkpoint.path} is quantised: full fine-tuning needs plain weights; use finetune_lora")
     resume = options.resume_path(way.suffix)
-    fabric = options.fabric(f"finetune-{checkpoint.config.name}", checkpoint.config, resume is not None)
-    precision = precision_of(fabric)
-    config = way.config.extending(checkpoint.config, **_settings(method, arguments))
-    arguments |= {"precision": precision, "data": data} | _lora_options(config)
-    options.hyperparameters = described(arguments)
-
-    return fabric.launch(tune, way, checkpoint, config, data, options, resume, quantize)
+    fabric = make_fabric(options, f"finetune-{checkpoint.config.name}", checkpoint.config, resume is not None)
+    config = checkpoint.config
+    if isinstance(options, LoRAOptions):
+        own = {f.name: getattr(options, f.name) for f in fields(LoRAOptions) if f.name.startswith("lora_")}
+        config = way.config.extending(config, **own)
+    else:
+        config = way.config.extending(config)
+    options.describe(precision=precision_of(fabric), **_lora_options(config))
+    return fabric.launch(tune, way, checkpoint, config, options, resume)
 
 
 def tune(
-    fabric: Fabric,
-    way: Method,
-    checkpoint: Checkpoint,
-    config: Config,
-    data: DataModule,
-    options: Options,
-    resume: Path | None,
-    quantize: str | None = None,
+    fabric: Fabric, way: Method, checkpoint: Checkpoint, config: Config, options: FinetuneOptions, resume: Path | None
 ) -> dict[str, float]:
     """Fine-tune a checkpoint's model in the processes of `fabric`: see `finetune_command`. `config` has what `way` adds."""
 
@@ -79,14 +66,16 @@ def tune(
 
     fabric.seed_everything(options.seed)
     tokenizer = checkpoint.tokenizer()
-    loaders = connect(fabric, data, tokenizer, options.train, checkpoint.config)
-    gpt = load_model(checkpoint, compute_dtype(precision_of(fabric)), fabric.device, quantize=quantize)
+    loaders = connect(fabric, options.data, tokenizer, options.train, checkpoint.config)
+    gpt = load_model(checkpoint, compute_dtype(precision_of(fabric)), fabric.device, quantize=options.quantize)
     tie(gpt, checkpoint.tied, options.train.tie_embeddings)
     way.prepare(gpt, config)
-    metrics = Run(fabric, gpt, way, data, loaders, options, write_side_files, tokenizer).run(resume)
+    metrics = Run(fabric, gpt, way, options, loaders, write_side_files, tokenizer).run(resume)
     if fabric.is_global_zero and options.out_dir is not None:
         final = options.out_dir / "final"
         if way.name == "lora":
+            del gpt
+            gc.collect()  # the run's objects refer to one another; their memory goes to the merged weights
             save_litgpt(open_lora(final), final)
         if way.name in ("lora", "full"):
             fabric.print(f"Talk with the result: litgpt chat {final}")
@@ -132,15 +121,14 @@ def finetune(
         raise ValueError("the model carries what an earlier fine-tuning added to it: load it anew")
     if llm.model.quantization is not None and way.trains_all:
         raise ValueError("full fine-tuning needs plain weights: load the model without quantize, or use lora")
-    module = _data_module(data, llm, out_dir, options)
-    chosen, config = _options(way, base, out_dir, options)
+    chosen, config = _options(way, llm, data, out_dir, options)
     chosen.check()
     resume = chosen.resume_path(way.suffix)
-    fabric = chosen.fabric(f"finetune-{base.name}", base, resume is not None)
+    fabric = make_fabric(chosen, f"finetune-{base.name}", base, resume is not None)
     fabric.launch()
     fabric.seed_everything(chosen.seed)
-    chosen.hyperparameters = _repeatable(llm, module, chosen, config, precision_of(fabric))
-    loaders = connect(fabric, module, tokenizer, chosen.train, base)
+    _describe(chosen, llm, config, precision_of(fabric))
+    loaders = connect(fabric, chosen.data, tokenizer, chosen.train, base)
     gpt = llm.prepare_for_training()
     dtype = gpt.dtype
 
@@ -151,14 +139,14 @@ def finetune(
     try:
         gpt.to(compute_dtype(precision_of(fabric)))
         way.prepare(gpt, config)
-        run = Run(fabric, gpt, way, module, loaders, chosen, write_side_files, tokenizer)
-        if fabric.is_global_zero and chosen.out_dir is not None and isinstance(module, Samples):
+        run = Run(fabric, gpt, way, chosen, loaders, write_side_files, tokenizer)
+        if fabric.is_global_zero and chosen.out_dir is not None and isinstance(chosen.data, Samples):
             chosen.out_dir.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(list(module.samples), ensure_ascii=False, indent=1)
+            text = json.dumps(list(chosen.data.given), ensure_ascii=False, indent=1)
             (chosen.out_dir / SAMPLES_NAME).write_text(text, encoding="utf-8")
         metrics = run.run(resume)
     finally:
-        forget_activation_checkpointing(gpt)
+        restore_forward(gpt)
         if method == "lora" and gpt.quantization is None:
             merge_lora_weights(gpt)
             unwrap_lora(gpt)
@@ -167,12 +155,12 @@ def finetune(
         if method == "full" or (method == "lora" and gpt.quantization is None):
             gpt.config = base
         gpt.to(dtype).requires_grad_(gpt.quantization is None).eval()
-    llm.prompt_style = getattr(module, "prompt_style", None) or llm.prompt_style
+    llm.prompt_style = getattr(chosen.data, "prompt_style", None) or llm.prompt_style
     return metrics
 
 
-def _data_module(data: Any, llm: "LLM", out_dir: str | Path | None, options: dict[str, Any]) -> DataModule:
-    """The data that `finetune` was given; what `options` say of it is taken from them."""
+def _data_module(data: Any, llm: "LLM", options: dict[str, Any]) -> DataModule:
+    """The data that `finetune` was given, as `options` say, which lose these settings."""
     if isinstance(data, DataModule):
         return data
     settings: dict[str, Any] = {"prompt_style": llm.prompt_style, "mask_prompt": options.pop("mask_prompt", True)}
@@ -183,56 +171,42 @@ def _data_module(data: Any, llm: "LLM", out_dir: str | Path | None, options: dic
 
 
 def _options(
-    way: Method, base: Config, out_dir: str | Path | None, options: Mapping[str, Any]
-) -> tuple[Options, Config]:
-    """`Options`, and the configuration with what the method adds, from keywords."""
-    chosen = Options(out_dir=out_dir)
-    settings = dict(LORA_DEFAULTS) if way.name == "lora" else {}
+    way: Method, llm: "LLM", data: Any, out_dir: str | Path | None, keywords: dict[str, Any]
+) -> tuple[FinetuneOptions, Config]:
+    """Options, and the configuration with what the method adds, from keywords."""
+    kind = LoRAOptions if way.name == "lora" else FinetuneOptions
+    chosen = kind(checkpoint_dir=llm.checkpoint_dir, out_dir=out_dir, data=_data_module(data, llm, keywords))
     own = {f.name for f in fields(way.config)} - {f.name for f in fields(Config)}
+    settings = {f.name: getattr(chosen, f.name) for f in fields(chosen) if f.name in own}
     groups = [chosen, chosen.train, chosen.eval]
-    for name, value in options.items():
+    for name, value in keywords.items():
+        group = next((group for group in groups if hasattr(group, name) and name not in own), None)
         if name == "learning_rate":
             chosen.optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": value}}
         elif name in own:
             settings[name] = value
+        elif group is None:
+            raise ValueError(f"option {name!r} is not known to fine-tuning by {way.name}")
         else:
-            group = next((group for group in groups if name in {f.name for f in fields(group)}), None)
-            if group is None:
-                raise ValueError(f"option {name!r} is not known to fine-tuning by {way.name}")
             setattr(group, name, value)
     chosen.train.__post_init__()
     chosen.eval.__post_init__()
-    return chosen, way.config.extending(base, **settings)
+    return chosen, way.config.extending(llm.model.config, **settings)
 
 
-def _repeatable(llm: "LLM", data: DataModule, options: Options, config: Config, precision: str) -> dict[str, Any]:
-    """The hyperparameters of a run from Python: those of the command that repeats it."""
-    shown = {f.name: getattr(options, f.name) for f in fields(options)}
-    for name in ("hyperparameters", "step_digits", "resume"):
-        del shown[name]
-    values = {"checkpoint_dir": llm.checkpoint_dir, **shown, "precision": precision, **_lora_options(config)}
+def _describe(options: FinetuneOptions, llm: "LLM", config: Config, precision: str) -> None:
+    """Note the hyperparameters of a run from Python: those of the command that repeats it."""
+    changed = {"precision": precision, "resume": None, **_lora_options(config)}
     folder, how = llm.checkpoint_dir, llm.model.quantization
     if how is not None and not (folder is not None and (Path(folder) / QUANTIZED_NAME).is_file()):
-        values["quantize"] = how.mode
-    values["data"] = data
-    if isinstance(data, Samples):
-        arguments = {
-            name: getattr(data, name) for name in ("mask_prompt", "val_split_fraction", "prompt_style", "seed")
-        }
+        changed["quantize"] = how.mode
+    if isinstance(data := options.data, Samples):
+        names = ("mask_prompt", "val_split_fraction", "prompt_style", "seed")
+        arguments = {name: getattr(data, name) for name in names}
         if options.out_dir is not None:
             arguments["json_path"] = options.out_dir / SAMPLES_NAME
-        values["data"] = {"class_path": "litgpt.data.JSON", "init_args": arguments}
-    return described(values)
-
-
-def described(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of a command as `hyperparameters.yaml` has them."""
-    return {name: plain(value) for name, value in arguments.items() if value is not None}
-
-
-def _settings(method: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that are a method's own."""
-    return {name: value for name, value in arguments.items() if name.startswith(f"{method}_")}
+        changed["data"] = {"class_path": "litgpt.data.JSON", "init_args": arguments}
+    options.describe(**changed)
 
 
 def _lora_options(config: Config) -> dict[str, Any]:
@@ -247,9 +221,3 @@ def tie(gpt: GPT, tied: bool, wanted: bool | None) -> None:
         gpt.lm_head.weight = gpt.transformer.wte.weight
     elif wanted is False and shared:
         gpt.lm_head.weight = torch.nn.Parameter(gpt.transformer.wte.weight.detach().clone())
-
-
-def _alpaca() -> DataModule:
-    from litgpt.data import Alpaca
-
-    return Alpaca()

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 
 IGNORE_INDEX = -100
-LOGITS_BYTES = 32 << 20  # float32 logits that exist at a time
+LOGITS_BYTES = 16 << 20  # float32 logits that exist at a time
+TRAINED_LOGITS_BYTES = (
+    128 << 20
+)  # with a trained head, where every further chunk adds to a gradient as large as its weight
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -18,7 +21,13 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: torch.Tensor, labels: torch.Tensor, head: Callable, chunk: int, *params: torch.Tensor
+        ctx,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        head: Callable,
+        chunk: int,
+        tied: list[torch.Tensor] | None,
+        *params: torch.Tensor,
     ) -> torch.Tensor:
         form = torch.promote_types(hidden.dtype, torch.float32)
         total = hidden.new_zeros((), dtype=form)
@@ -32,7 +41,7 @@ class _HeadLoss(torch.autograd.Function):
             scores, targets = logits.detach().to(form), labels[part, None]
             shifted = torch.logsumexp(scores, dim=-1, keepdim=True)
             total += (shifted - scores.gather(1, targets)).sum()
-            d_logits = torch.sub(scores, shifted, out=scores if scores.dtype != logits.dtype else None).exp_()
+            d_logits = torch.sub(scores, shifted, out=scores).exp_()
             d_logits.scatter_add_(1, targets, d_logits.new_full(targets.shape, -1.0))
             inputs = [x] * (d_hidden is not None) + list(params)
             found = list(torch.autograd.grad(logits, inputs, d_logits.to(logits.dtype)))
@@ -40,15 +49,37 @@ class _HeadLoss(torch.autograd.Function):
                 d_hidden[part] = found.pop(0)
             for i, gradient in enumerate(found):
                 d_params[i] = gradient if d_params[i] is None else d_params[i].add_(gradient)
-        ctx.save_for_backward(d_hidden, *d_params)
+        ctx.saved, ctx.tied = (d_hidden, *d_params), tied
         return total
 
     @staticmethod
     def backward(ctx, d_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        d_hidden, *d_params = (
-            None if saved is None else saved * d_total.to(saved.dtype) for saved in ctx.saved_tensors
-        )
-        return d_hidden, None, None, None, *d_params
+        if ctx.saved is None:
+            raise RuntimeError("the gradients of this loss have been taken already: compute it anew")
+        saved, ctx.saved = ctx.saved, None  # scaled in place: those of the head are as large as its weight
+        d_hidden, *d_params = (None if d is None else d.mul_(d_total.to(d.dtype)) for d in saved)
+        if ctx.tied is not None:
+            ctx.tied.append(d_params[0])
+            d_params[0] = None
+        return d_hidden, None, None, None, None, *d_params
+
+
+class TiedEmbedding(torch.autograd.Function):
+    """Rows of an embedding that is the head's weight too. To the head's gradient, which `loss_sum` has left in a list, those
+    of the rows are added, instead of a second gradient of the weight's size."""
+
+    @staticmethod
+    def forward(ctx, ids: torch.Tensor, weight: torch.Tensor, tied: list[torch.Tensor]) -> torch.Tensor:
+        ctx.save_for_backward(ids, weight)
+        ctx.tied = tied
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx, d_rows: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        ids, weight = ctx.saved_tensors
+        d_weight = ctx.tied.pop() if ctx.tied else torch.zeros_like(weight)
+        d_weight.index_add_(0, ids.flatten(), d_rows.flatten(0, -2).to(d_weight.dtype))
+        return None, d_weight, None
 
 
 def loss_sum(
@@ -57,6 +88,7 @@ def loss_sum(
     head: Callable[[torch.Tensor], torch.Tensor],
     params: Sequence[torch.Tensor],
     vocabulary: int,
+    tied: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Sum of the next-token losses over counted tokens.
 
@@ -66,17 +98,18 @@ def loss_sum(
         head: logits (n, V) of outputs (n, E).
         params: parameters of the head that want gradients.
         vocabulary: V, by which the number of tokens at a time is chosen.
+        tied: the list that a `TiedEmbedding` before `hidden` was given: for the gradient of the first of `params`.
 
     Returns:
         A number in float32 (float64 where outputs are); 0, with zero gradients, if no token is counted.
     """
     counted = labels != IGNORE_INDEX
     hidden, labels = hidden[counted], labels[counted]
-    chunk = max(16, LOGITS_BYTES // (4 * vocabulary))
+    chunk = max(16, (TRAINED_LOGITS_BYTES if params else LOGITS_BYTES) // (4 * vocabulary))
     form = torch.promote_types(hidden.dtype, torch.float32)
     if not len(hidden):
         return sum((p.sum() * 0.0 for p in params), hidden.sum() * 0.0).to(form)
     if torch.is_grad_enabled() and (hidden.requires_grad or params):
-        return _HeadLoss.apply(hidden, labels, head, chunk, *params)
+        return _HeadLoss.apply(hidden, labels, head, chunk, tied, *params)
     parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
     return sum(F.cross_entropy(head(x).to(form), y, reduction="sum") for x, y in parts)

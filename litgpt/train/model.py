@@ -1,18 +1,36 @@
 """A model with its loss: what is trained, as one module, so that wrappers for several devices see a whole forward pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from litgpt.model import GPT
-from litgpt.train.loss import loss_sum
+from litgpt.model import GPT, LLaMAMLP
+from litgpt.train.loss import TiedEmbedding, loss_sum
+from litgpt.train.products import linear, onednn_is_faster
+
+
+class _Recomputed(torch.autograd.Function):
+    """A function of tensors, element by element, of which only the inputs are kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.function = function
+        ctx.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        with torch.enable_grad():
+            y = ctx.function(*inputs)
+        return None, *torch.autograd.grad(y, inputs, d_y)
 
 
 class TrainingModel(nn.Module):
-    """A `GPT` whose forward pass gives the summed loss of next tokens.
+    """A `GPT` whose forward pass gives the summed loss of next tokens. `restore_forward` makes it a plain one again.
 
     Args:
         gpt: the model.
@@ -25,6 +43,11 @@ class TrainingModel(nn.Module):
         if activation_checkpointing:
             for block in gpt.transformer.h:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        for module in gpt.modules():
+            if isinstance(module, LLaMAMLP):
+                module.gated = partial(_Recomputed.apply, module.gated)
+            elif type(module) is nn.Linear and onednn_is_faster():
+                module.forward = partial(linear, module)
 
     def forward(
         self, input_ids: torch.Tensor, labels: torch.Tensor, row_sizes: Sequence[int] | None = None
@@ -36,12 +59,21 @@ class TrainingModel(nn.Module):
             labels: of the same shape; the token that follows each, or -100 where it is not counted.
             row_sizes: tokens of each row.
         """
-        hidden = self.gpt(input_ids, skip_lm_head=True, row_sizes=row_sizes)
-        params = [p for p in self.gpt.lm_head.parameters() if p.requires_grad]
-        return loss_sum(hidden, labels, self.gpt.logits, params, self.gpt.config.padded_vocab_size)
+        head, embedding, tied = self.gpt.lm_head, self.gpt.transformer.wte, None
+        weight = embedding.weight
+        if getattr(head, "weight", None) is weight and weight.requires_grad and torch.is_grad_enabled():
+            tied = []
+            embedding.forward = lambda ids: TiedEmbedding.apply(ids, weight, tied)
+        try:
+            hidden = self.gpt(input_ids, skip_lm_head=True, row_sizes=row_sizes)
+        finally:
+            vars(embedding).pop("forward", None)
+        params = [p for p in head.parameters() if p.requires_grad]
+        return loss_sum(hidden, labels, self.gpt.logits, params, self.gpt.config.padded_vocab_size, tied)
 
 
-def forget_activation_checkpointing(gpt: GPT) -> None:
-    """Undo what a `TrainingModel` did to the layers of `gpt`."""
-    for block in gpt.transformer.h:
-        vars(block).pop("forward", None)
+def restore_forward(gpt: GPT) -> None:
+    """Undo what a `TrainingModel` did to the modules of `gpt`."""
+    for module in gpt.modules():
+        for name in ("forward", "gated"):
+            vars(module).pop(name, None)

@@ -1,9 +1,7 @@
 """A training run: a model, data and options go in, a trained model in a folder that every other command takes comes out."""
 
-import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +10,7 @@ import torch.distributed
 import yaml
 from lightning import Fabric
 
-from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.args import TrainArgs
 from litgpt.checkpoint.base import CONFIG_NAME, WEIGHTS_NAME
 from litgpt.config import Config
 from litgpt.data.tokens import TokenRows
@@ -21,7 +19,6 @@ from litgpt.model import GPT
 from litgpt.prompts import save_prompt_style
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.checkpointing import (
-    find_resume_path,
     full_tensors,
     is_divided,
     load_optimizer_state,
@@ -36,79 +33,13 @@ from litgpt.train.checkpointing import (
 from litgpt.train.loop import Loop, Position
 from litgpt.train.methods import Method
 from litgpt.train.model import TrainingModel
-from litgpt.train.optimizers import make_optimizer, resolve_optimizer
+from litgpt.train.optimizers import make_optimizer
+from litgpt.train.options import Options
 from litgpt.train.report import Reporter
 from litgpt.train.schedule import cosine_schedule, steps_of_run
-from litgpt.train.setting import make_fabric, make_logger, number_of_parameters, parse_devices
+from litgpt.train.setting import number_of_parameters
 
 VERIFIED_BATCHES = 2  # of the validation that goes before everything else
-
-
-@dataclass
-class Options:
-    """What a run is told, apart from the model, the data and the method. Fields are as in the commands.
-
-    Attributes:
-        step_digits: in the names of step checkpoints.
-        hyperparameters: what `hyperparameters.yaml` is to say.
-    """
-
-    out_dir: Path | None = None
-    precision: str | None = None
-    devices: int | str = 1
-    num_nodes: int = 1
-    strategy: str = "auto"
-    resume: bool | str | Path = False
-    train: TrainArgs = field(default_factory=lambda: TrainArgs(global_batch_size=16, micro_batch_size=1, epochs=5))
-    eval: EvalArgs = field(default_factory=lambda: EvalArgs(interval=100, max_new_tokens=100))
-    log: LogArgs = field(default_factory=LogArgs)
-    optimizer: str | Mapping[str, Any] = "AdamW"
-    logger_name: str = "csv"
-    seed: int = 1337
-    step_digits: int = 6
-    hyperparameters: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.out_dir is not None:
-            root, self.out_dir = os.getenv("LIGHTNING_ARTIFACTS_DIR"), Path(self.out_dir)
-            if root and not self.out_dir.is_absolute():
-                self.out_dir = Path(root) / self.out_dir
-
-    def check(self) -> None:
-        """Refuse what cannot work before anything is read, fetched or written."""
-        train = self.train
-        if train.epochs is None and train.max_steps is None and train.max_tokens is None:
-            raise ValueError("nothing says how long to train: give train.epochs, train.max_steps or train.max_tokens")
-        train.gradient_accumulation_iters(parse_devices(self.devices), self.num_nodes)
-        resolve_optimizer(self.optimizer)
-
-    def resume_path(self, suffix: str) -> Path | None:
-        """The file that the run goes on from (None: it begins anew).
-
-        Raises:
-            FileNotFoundError: if there is no checkpoint to resume from.
-            ValueError: if the run begins anew and `out_dir` holds another one: nothing of that is to be overwritten.
-        """
-        if self.out_dir is None:
-            return None
-        if self.out_dir.exists() and not self.out_dir.is_dir():
-            raise ValueError(f"out_dir {self.out_dir} is a file: give a folder")
-        path = find_resume_path(self.resume, self.out_dir, suffix)
-        found = [folder.name for folder in step_folders(self.out_dir)]
-        found += ["final"] if (self.out_dir / "final").exists() else []
-        if path is None and found:
-            raise ValueError(
-                f"{self.out_dir} holds a run already ({found[-1]}): give another --out_dir, or --resume auto to go on "
-                "with it"
-            )
-        return path
-
-    def fabric(self, name: str, config: Config, resumed: bool) -> Fabric:
-        """A `Fabric` with the devices, the precision and the logger that are asked for, not launched yet."""
-        logger = None
-        if self.out_dir is not None:
-            logger = make_logger(self.logger_name, self.out_dir, name, self.train.log_interval, self.log, resumed)
-        return make_fabric(self.devices, self.num_nodes, self.precision, self.strategy, logger, config)
 
 
 def connect(
@@ -143,9 +74,8 @@ class Run:
         fabric: launched.
         gpt: with the modules of `method` in place, weights on the device.
         method: how it is trained.
-        data: the data module, connected.
+        options: of the run, with its data module, connected.
         loaders: of training and validation batches.
-        options: of the run.
         write_side_files: writes what belongs to a checkpoint besides weights into a folder.
         tokenizer: of the model (None: no examples are shown).
     """
@@ -155,13 +85,12 @@ class Run:
         fabric: Fabric,
         gpt: GPT,
         method: Method,
-        data: Any,
-        loaders: tuple[Any, Any],
         options: Options,
+        loaders: tuple[Any, Any],
         write_side_files: Callable[[Path], None],
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        self.fabric, self.gpt, self.method, self.data = fabric, gpt, method, data
+        self.fabric, self.gpt, self.method = fabric, gpt, method
         self.loaders, self.options, self.tokenizer = loaders, options, tokenizer
         self.write_side_files = write_side_files
         self.report = Reporter(fabric, options.train.log_interval)
@@ -306,7 +235,7 @@ class Run:
         hyperparameters = yaml.safe_dump(self.options.hyperparameters, sort_keys=False, allow_unicode=True)
         (folder / "hyperparameters.yaml").write_text(hyperparameters, encoding="utf-8")
         self.write_side_files(folder)
-        style = getattr(self.data, "prompt_style", None)
+        style = getattr(self.options.data, "prompt_style", None)
         if style is not None:
             save_prompt_style(style, folder)
 

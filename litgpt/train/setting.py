@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +11,11 @@ import torch
 from lightning import Fabric
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
+from litgpt.config import Config
 from litgpt.model import GPT, Block
+from litgpt.prompt_style import PromptStyle
 from litgpt.runners.quantized_weights import QuantizedLinear, num_parameters
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
@@ -71,8 +75,6 @@ def make_logger(
 
 def divide_parameters(model: nn.Module, device_mesh: Any) -> nn.Module:
     """Divide the parameters of a `TrainingModel` among processes (FSDP): a layer's are gathered when it runs."""
-    from torch.distributed.fsdp import fully_shard
-
     mesh = device_mesh["data_parallel"]
     for module in model.modules():
         if isinstance(module, Block):
@@ -80,16 +82,18 @@ def divide_parameters(model: nn.Module, device_mesh: Any) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def make_fabric(
-    devices: int | str, num_nodes: int, precision: str | None, strategy: str, logger: Any, gpt_config: Any
-) -> Fabric:
-    """A `Fabric` for these devices, not launched yet.
+def make_fabric(options: Any, run_name: str, config: Config, resumed: bool) -> Fabric:
+    """A `Fabric` with the devices, the precision and the logger that `options` (`litgpt.train.options`) say, not launched yet.
 
     Raises:
         ValueError: for a strategy or precision that is not known.
     """
-    devices = parse_devices(devices)
-    precision = default_precision() if precision is None else precision
+    loggers = []
+    if options.out_dir is not None:
+        interval = options.train.log_interval
+        loggers = [make_logger(options.logger_name, options.out_dir, run_name, interval, options.log, resumed)]
+    devices, num_nodes, strategy = parse_devices(options.devices), options.num_nodes, options.strategy
+    precision = options.precision or default_precision()
     precision = f"{precision}-true" if precision in ("32", "16", "bf16") else precision
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
@@ -104,13 +108,11 @@ def make_fabric(
             save_distributed_checkpoint=False,
         )
     elif several:
-        chosen = DDPStrategy(find_unused_parameters=bool(gpt_config.n_expert), broadcast_buffers=False)
+        chosen = DDPStrategy(find_unused_parameters=bool(config.n_expert), broadcast_buffers=False)
     else:
         chosen = "auto"
     warnings.filterwarnings("ignore", message="The .*dataloader.* does not have many workers")
-    return Fabric(
-        devices=devices, num_nodes=num_nodes, strategy=chosen, precision=precision, loggers=[logger] if logger else []
-    )
+    return Fabric(devices=devices, num_nodes=num_nodes, strategy=chosen, precision=precision, loggers=loggers)
 
 
 def precision_of(fabric: Fabric) -> str:
@@ -134,11 +136,6 @@ def number_of_parameters(model: GPT, trained: bool) -> int:
 
 def plain(value: Any) -> Any:
     """An option as YAML has it, such that `--config` gives it again: groups as mappings, objects by class and arguments."""
-    from dataclasses import fields, is_dataclass
-
-    from litgpt.config import Config
-    from litgpt.prompt_style import PromptStyle
-
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Config):

@@ -192,7 +192,7 @@ def test_the_command_line_gives_every_option(checkpoint_dir, tmp_path, json_path
     arguments = f"""finetune_lora {checkpoint_dir} --out_dir {out} --data JSON --data.json_path {json_path}
         --data.val_split_fraction 0.2 --data.mask_prompt true --train.max_steps 1 --train.global_batch_size 2
         --train.micro_batch_size 1 --train.lr_warmup_steps 0 --eval.max_iters 1 --lora_r 4 --lora_mlp true
-        --optimizer AdamW --optimizer.init_args.lr 0.01 --precision 32-true"""
+        --optimizer.class_path torch.optim.AdamW --optimizer.init_args.lr 0.01 --precision 32-true"""
     assert main(arguments.split()) == 0
     values = yaml.safe_load((out / "final" / "hyperparameters.yaml").read_text())
     assert values["data"]["init_args"]["mask_prompt"] is True
@@ -407,3 +407,18 @@ def test_what_a_data_module_says_of_its_options_is_the_error(data, message, chec
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_pretraining_takes_model_and_tokenizer_by_name(checkpoint_dir, tmp_path, monkeypatch):
+    home = tmp_path / "home" / "org"
+    home.mkdir(parents=True)
+    shutil.copytree(checkpoint_dir, home / "tiny-model")
+    monkeypatch.setenv("LITGPT_HOME", str(home.parent))
+    (tmp_path / "text.txt").write_text("Some words of a text. " * 40, encoding="utf-8")
+    out = tmp_path / "out"
+    arguments = f"""pretrain {checkpoint_dir} --initial_checkpoint_dir org/tiny-model --data TextFiles
+        --data.train_data_path {tmp_path / "text.txt"} --train.max_steps 1 --train.global_batch_size 1
+        --train.micro_batch_size 1 --train.max_seq_length 16 --train.lr_warmup_steps 0 --eval.max_iters 1
+        --devices 1 --precision 32-true --logger_name csv --out_dir {out}"""
+    assert main(arguments.split()) == 0
+    assert (out / "final" / "tokenizer.json").is_file()

@@ -12,7 +12,8 @@ from litgpt.train.model import TrainingModel
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "LOGITS_BYTES", 4 * 100 * 16)
+    for name in ("LOGITS_BYTES", "TRAINED_LOGITS_BYTES"):
+        monkeypatch.setattr(module, name, 4 * 100 * 16)
 
 
 def gradients(model, loss):
@@ -103,3 +104,20 @@ def test_activation_checkpointing_changes_no_gradient():
     again = gradients(model, TrainingModel(model, activation_checkpointing=True)(idx, labels))
     for name in plain:
         assert torch.equal(plain[name], again[name])
+
+
+def test_gradients_of_a_loss_can_be_taken_once():
+    ids = torch.randint(0, 100, (2, 20))
+    loss = TrainingModel(tiny_gpt().requires_grad_(True))(ids, ids)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="have been taken already"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("mlp", ["LLaMAMLP", "GemmaMLP"])
+def test_gated_products_are_not_kept_for_the_backward_pass(mlp):
+    model = tiny_gpt(mlp_class_name=mlp, intermediate_size=50).requires_grad_(True)
+    ids, kept = torch.randint(0, 100, (1, 20)), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        TrainingModel(model)(ids, ids)
+    assert sum(shape[-1] == 50 and 20 in shape for shape in kept) == 3 * model.config.n_layer

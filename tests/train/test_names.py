@@ -1,5 +1,6 @@
 """The functions that scripts written for LitGPT import, called as such scripts call them."""
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,24 @@ def test_flops_are_two_a_parameter_and_token_and_three_times_that_in_training():
     gpt = tiny_gpt().requires_grad_(True)
     once = estimate_flops(gpt, training=False)
     assert 2 * 128 * sum(p.numel() for p in gpt.parameters()) < once < estimate_flops(gpt, training=True) == 3 * once
+
+
+SHARED = "optimizer logger_name seed access_token"
+LORA = "lora_r lora_alpha lora_dropout lora_query lora_key lora_value lora_projection lora_mlp lora_head"
+PARAMETERS = {  # of LitGPT 0.5.13, in its order
+    finetune_full: f"checkpoint_dir out_dir precision devices num_nodes resume data train eval log {SHARED}",
+    finetune_lora: f"checkpoint_dir out_dir precision quantize devices num_nodes {LORA} data train log eval {SHARED}",
+    finetune_adapter: f"checkpoint_dir out_dir precision quantize devices num_nodes data train eval log {SHARED}",
+    pretrain: "model_name model_config out_dir precision initial_checkpoint_dir resume data train eval log optimizer "
+    "devices num_nodes tokenizer_dir logger_name seed",
+}
+
+
+@pytest.mark.parametrize("module", PARAMETERS, ids=lambda module: module.__name__)
+def test_parameters_of_setup_are_litgpts_in_its_order(module):
+    parameters = inspect.signature(module.setup).parameters
+    expected = PARAMETERS[module].split()
+    assert [name for name in parameters if name in expected] == expected
+    required = [name for name, p in parameters.items() if p.default is p.empty]
+    assert required == expected[:1]
+    assert parameters["out_dir"].annotation is Path

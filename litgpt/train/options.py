@@ -1,0 +1,198 @@
+"""The options of the training commands and of `litgpt.train.finetune`, each declared once."""
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.config import Config
+from litgpt.data import DataModule
+from litgpt.train.checkpointing import find_resume_path, step_folders
+from litgpt.train.optimizers import resolve_optimizer
+from litgpt.train.setting import LoggerName, Strategy, parse_devices, plain
+
+Quantization = Literal["int8", "int4", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training"]
+FINETUNING = TrainArgs(
+    save_interval=1000,
+    log_interval=1,
+    global_batch_size=16,
+    micro_batch_size=1,
+    lr_warmup_steps=100,
+    epochs=5,
+    max_seq_length=None,
+)
+
+
+def option(default: Any, help: str) -> Any:
+    """A field that is an option, with its default value (`MISSING`: it has to be given) and its help."""
+    if type(default).__hash__ is None:  # an instance of `TrainArgs` or the like
+        return field(default_factory=lambda: copy(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class Options:
+    """What a run is told, apart from the model and the method. `step_digits` is the length of the numbers of checkpoints."""
+
+    out_dir: Path = option(None, "Where checkpoints and logs go.")  # None, from Python only: nowhere
+    precision: str | None = option(
+        None, "32-true, bf16-true, bf16-mixed or 16-mixed. Default: what is fast on the device."
+    )
+    devices: int | str = option(1, "How many GPUs, or processes on a CPU.")
+    num_nodes: int = option(1, "How many machines.")
+    strategy: Strategy = option(
+        "auto", "How several devices share the work: ddp (each has all weights) or fsdp (each has a part of them)."
+    )
+    resume: bool | Literal["auto"] | Path = option(
+        False, "Resume from the last checkpoint in `out_dir` (true; or auto: if there is one), or from a file."
+    )
+    data: DataModule | None = option(
+        None,
+        "The data: `--data JSON --data.json_path FILE` (fine-tuning), `--data TextFiles --data.train_data_path FOLDER` "
+        "(pretraining), or another module of `litgpt.data`. Default: Alpaca, or TinyLlama.",
+    )
+    train: TrainArgs = option(FINETUNING, "How to train.")
+    eval: EvalArgs = option(EvalArgs(interval=100, max_new_tokens=100, max_iters=100), "How to validate.")
+    log: LogArgs = option(LogArgs(), "What loggers with an account are told.")
+    optimizer: str | dict = option(
+        "AdamW", "A class of `torch.optim` or an import path; `--optimizer.init_args.lr 1e-4` sets its arguments."
+    )
+    logger_name: LoggerName = option("csv", "csv, tensorboard, wandb or mlflow.")
+    seed: int = option(1337, "Seed of all random numbers.")
+    step_digits: int = 6
+    hyperparameters: dict[str, Any] = field(default_factory=dict)  # of the command that repeats the run
+
+    def __post_init__(self) -> None:
+        if self.out_dir is not None:
+            self.out_dir = Path(os.getenv("LIGHTNING_ARTIFACTS_DIR", "")) / self.out_dir
+
+    def check(self) -> None:
+        """Refuse what cannot work before anything is read, fetched or written."""
+        require_end(self.train)
+        self.train.gradient_accumulation_iters(parse_devices(self.devices), self.num_nodes)
+        resolve_optimizer(self.optimizer)
+
+    def resume_path(self, suffix: str) -> Path | None:
+        """The file that the run resumes from (None: it begins anew).
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint to resume from.
+            ValueError: if the run begins anew and `out_dir` holds another one: nothing of that is to be overwritten.
+        """
+        if self.out_dir is None:
+            return None
+        if self.out_dir.exists() and not self.out_dir.is_dir():
+            raise ValueError(f"out_dir {self.out_dir} is a file: give a folder")
+        path = find_resume_path(self.resume, self.out_dir, suffix)
+        found = [folder.name for folder in step_folders(self.out_dir)]
+        found += ["final"] if (self.out_dir / "final").exists() else []
+        if path is None and found:
+            raise ValueError(
+                f"{self.out_dir} holds a run already ({found[-1]}): give another --out_dir, or --resume auto to "
+                "continue it"
+            )
+        return path
+
+    def describe(self, **changed: Any) -> None:
+        """Set `hyperparameters`: these options, some of them `changed` (None: left out)."""
+        hidden = {"access_token", "step_digits", "hyperparameters"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden} | changed
+        self.hyperparameters = {name: plain(value) for name, value in values.items() if value is not None}
+
+
+@dataclass(kw_only=True)
+class FinetuneOptions(Options):
+    """Options of the commands that fine-tune."""
+
+    checkpoint_dir: Path = option(MISSING, "The model: a folder (Hugging Face or LitGPT), a .gguf file, or a name.")
+    quantize: Quantization | None = option(
+        None, "Keep the frozen weights in fewer bits: int8 or int4, or on a GPU one of bitsandbytes' ways."
+    )
+    access_token: str | None = option(None, "Of the Hugging Face hub, for models that ask for one.")
+
+
+@dataclass(kw_only=True)
+class LoRAOptions(FinetuneOptions):
+    """Options of fine-tuning by LoRA."""
+
+    lora_r: int = option(8, "Rank of the LoRA matrices.")
+    lora_alpha: int = option(16, "Their product is scaled by lora_alpha / lora_r.")
+    lora_dropout: float = option(0.05, "Part of their inputs that is left out at random.")
+    lora_query: bool = option(True, "Queries have them.")
+    lora_key: bool = option(False, "Keys have them.")
+    lora_value: bool = option(True, "Values have them.")
+    lora_projection: bool = option(False, "The output projections of attention have them.")
+    lora_mlp: bool = option(False, "All linear layers of MLPs have them.")
+    lora_head: bool = option(False, "The head has them.")
+    lora_all: bool = option(False, "All linear layers but the head have them.")
+    lora_rslora: bool = option(
+        False, "Scale their product by lora_alpha / sqrt(lora_r) (rsLoRA), which suits large ranks."
+    )
+    lora_dora: bool = option(
+        False, "Train the norms of the weights' rows too (DoRA): often better at small ranks, and slower."
+    )
+
+
+@dataclass(kw_only=True)
+class PretrainOptions(Options):
+    """Options of pretraining."""
+
+    model_name: str = option(
+        MISSING,
+        "The architecture: the name of a model, or a folder with a `model_config.yaml`. `list` shows the names.",
+    )
+    model_config: Config | None = option(None, "The architecture, field by field, in place of that of `model_name`.")
+    initial_checkpoint_dir: Path | None = option(
+        None, "Begin with the weights of this checkpoint instead of random ones."
+    )
+    tokenizer_dir: Path | None = option(
+        None,
+        "Checkpoint or folder with the tokenizer, for data that is text (default: that of `initial_checkpoint_dir`); its "
+        "files go into every checkpoint.",
+    )
+    precision: Literal["bf16-true", "bf16-mixed", "32-true", "16-mixed"] | None = option(
+        None, "32-true, bf16-true, bf16-mixed or 16-mixed. Default: what is fast on the device."
+    )
+    step_digits: int = 8
+
+
+def require_end(train: TrainArgs) -> None:
+    """Raise `ValueError` if options leave open how long to train."""
+    if train.epochs is None and train.max_steps is None and train.max_tokens is None:
+        raise ValueError("nothing says how long to train: give train.epochs, train.max_steps or train.max_tokens")
+
+
+def command(
+    kind: type[Options], run: Callable[[Any], Any], summary: str, names: str, defaults: Mapping[str, Any]
+) -> Callable[..., None]:
+    """The function `setup` of a command: it makes a `kind` of its arguments, and calls `run` with it.
+
+    Args:
+        summary: the first line of its docstring.
+        names: its parameters, in this order, which is that of LitGPT's function; those that LitGPT lacks follow.
+        defaults: those default values that are not the class's.
+    """
+    options = {item.name: item for item in fields(kind)}
+    parameters = []
+    for name in names.split():
+        item = options[name]
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        default = defaults.get(name, inspect.Parameter.empty if default is MISSING else default)
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=item.type)
+        )
+    signature = inspect.Signature(parameters, return_annotation=None)
+
+    def setup(*args: Any, **kwargs: Any) -> None:
+        arguments = signature.bind(*args, **kwargs)
+        arguments.apply_defaults()
+        run(kind(**arguments.arguments))
+
+    explained = "\n".join(f"    {name}: {options[name].metadata['help']}" for name in signature.parameters)
+    setup.__doc__ = f"{summary}\n\nArgs:\n{explained}\n"
+    setup.__signature__, setup.__qualname__ = signature, "setup"
+    return setup

@@ -1,0 +1,57 @@
+"""Matrix products of linear layers in float32 by the library that is fast on this processor.
+
+torch multiplies float32 matrices on CPUs by MKL where it was built with it, which uses AVX-512 on Intel's processors only.
+oneDNN, which torch also brings, uses it on all that have it: there, products take about half the time.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from litgpt.kernels import processor
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether that holds for this processor and this torch."""
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and processor.mkl_forgoes_avx512()
+    )
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x weight' + bias, by oneDNN."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer of inputs (N, E) whose three products oneDNN makes."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        return (
+            _product(d_y, weight.T) if wants_x else None,
+            _product(d_y.T, x.T) if wants_weight else None,
+            d_y.sum(0) if wants_bias else None,
+        )
+
+
+def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """What `layer` gives, in float32 on a CPU by oneDNN."""
+    weight, bias = layer.weight, layer.bias
+    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
+    if not plain or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
