@@ -76,10 +76,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "litgpt.scripts.convert_peft:convert_to_peft",
         "Turn LoRA weights into those of Hugging Face's PEFT.",
     ),
-    "convert_from_peft": (
-        "litgpt.scripts.convert_peft:convert_from_peft",
-        "Turn PEFT's LoRA weights into ours.",
-    ),
+    "convert_from_peft": ("litgpt.scripts.convert_peft:convert_from_peft", "Turn PEFT's LoRA weights into ours."),
     "quantize": (
         "litgpt.scripts.quantize:quantize_checkpoint",
         "Quantise a model's weights to 8 or 4 bits, once, into a folder of their own.",

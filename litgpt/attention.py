@@ -30,7 +30,7 @@ class KeysAndValues(Protocol):
     def values(self) -> torch.Tensor: ...
 
     def both_in_parallel(self) -> bool:
-        """False if asking for the values may invalidate the keys (a storage that decodes into one shared buffer)."""
+        """False if `values` may overwrite the result of `keys` (a storage that decodes into one shared buffer)."""
         ...
 
 
@@ -40,7 +40,7 @@ class DefaultKeysAndValues:
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         if keys.ndim != 4 or values.ndim != 4 or keys.shape[:-1] != values.shape[:-1]:
             raise ValueError(
-                f"keys and values must be (B, G, N, D) and agree in B, G, N; got {tuple(keys.shape)} and "
+                f"keys and values must be (B, G, N, D) with equal B, G and N; got {tuple(keys.shape)} and "
                 f"{tuple(values.shape)}"
             )
         self._keys, self._values = keys, values
@@ -56,13 +56,13 @@ class DefaultKeysAndValues:
 
 
 def _together(k_and_v: KeysAndValues) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values to be used at the same time."""
+    """Keys and values that can be used at the same time."""
     keys = k_and_v.keys()
     return keys if k_and_v.both_in_parallel() else keys.clone(), k_and_v.values()
 
 
 def do_softcapping(x: torch.Tensor, thresh: float | None) -> torch.Tensor:
-    """Soft-cap scores to (-thresh, thresh); `None` leaves them alone (Gemma 2, arXiv:2408.00118)."""
+    """Softcap scores to (-thresh, thresh) (Gemma 2, arXiv:2408.00118); `None` does not change them."""
     return x if thresh is None else torch.tanh(x / thresh) * thresh
 
 
@@ -88,8 +88,8 @@ def position_bias(
 ) -> torch.Tensor:
     """Additive mask (..., T, N) from positions (..., T) and (..., N): 0 where a query sees a key, -inf elsewhere.
 
-    A query at p sees keys at 0..p (negative key positions mark empty slots), of those only the last `window`, and, where
-    `reach` is given, only the last `reach` and the first `n_sink` of the sequence.
+    A query at p sees keys at 0..p (negative positions mark empty slots), but only the last `window` of them, and with `reach`
+    only the last `reach` and the first `n_sink` of the sequence.
     """
     query, key = query_positions.unsqueeze(-1), key_positions.unsqueeze(-2)
     visible = (key >= 0) & (key <= query)
@@ -126,9 +126,9 @@ def causal_tiles(T: int, N: int, window: int | None, dtype: torch.dtype, device:
 
 
 class Consecutive:
-    """T queries that are the last of N consecutive positions, each seeing the last `window` keys (None: all) up to its own.
+    """T queries at the last of N consecutive positions, each seeing the last `window` keys (None: all) up to its own.
 
-    `dtype` and `device` are those of masks.
+    Masks are made in `dtype` on `device`.
     """
 
     def __init__(self, T: int, N: int, window: int | None, dtype: torch.dtype, device: torch.device) -> None:
@@ -138,7 +138,7 @@ class Consecutive:
 
     @property
     def tiles(self) -> list[Tile]:
-        """As `causal_tiles` has them, made when they are first asked for."""
+        """The tiles of `causal_tiles`, made on first use."""
         if self._tiles is None:
             self._tiles = causal_tiles(self.T, self.N, self.window, *self._form)
         return self._tiles
@@ -160,7 +160,7 @@ def scaled_dot_product_attention(
         scale: factor on the query-key products.
         mask: additive float or boolean (True: attend) mask, broadcastable to (B, H, T, N).
         attention_logit_softcapping: threshold for `do_softcapping`, applied before the mask.
-        sink_logits: (H,), for each head the score of a key that takes part in the softmax and has no value (GPT-OSS).
+        sink_logits: (H,), for each head the score of an additional key in the softmax without a value (GPT-OSS).
 
     Returns:
         Output (B, H, T, D) in the query's dtype; weights (B, H, T, N), float32.
@@ -182,83 +182,8 @@ def scaled_dot_product_attention(
     return output.view(B, H, T, values.shape[-1]), weights
 
 
-def attend(
-    query: torch.Tensor,
-    k_and_v: KeysAndValues,
-    *,
-    scale: float,
-    bias: torch.Tensor | None = None,
-    is_causal: bool = False,
-    softcapping: float | None = None,
-    return_weights: bool = False,
-    eager: bool = False,
-    sink_logits: torch.Tensor | None = None,
-    own_kernels: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention by the fastest way that gives what is asked: fused kernel, or written out in blocks of queries.
-
-    Args:
-        query: (B, H, T, D).
-        k_and_v: keys and values (B, G, N, D).
-        scale: factor on the query-key products.
-        bias: additive mask broadcastable to (B, H, T, N), in the query's dtype.
-        is_causal: query t sees keys 0..t; needs T == N and no bias.
-        softcapping: threshold for `do_softcapping`.
-        return_weights: also return the weights, summed over the T queries.
-        eager: never use the fused kernel.
-        sink_logits: (H,), as for `scaled_dot_product_attention`.
-        own_kernels: whether `litgpt.kernels` may be used, and not only those of torch.
-
-    Returns:
-        Output (B, H, T, D); weights (B, H, N) in float32, or None.
-    """
-    if not (eager or return_weights):
-        keys, values = _together(k_and_v)
-        if bias is not None and bias.ndim == 2:
-            bias = bias[None, None]
-        if (
-            own_kernels
-            and (not is_causal or query.shape[2] == 1)
-            and ops.can_attend(query, keys, values, bias, sink_logits)
-        ):
-            run = torch.ops.litgpt.attend if torch.compiler.is_compiling() else ops.attend
-            return run(query, keys, values, bias, sink_logits, scale, softcapping or 0.0).transpose(1, 2), None
-        if own_kernels and is_causal and ops.can_attend_causally(query, keys, values, sink_logits):
-            y = ops.attend_causally(query, keys, values, sink_logits, None, scale, softcapping or 0.0)
-            return y.transpose(1, 2), None
-        if softcapping is None and sink_logits is None:
-            grouped, shape = query.shape[1] != keys.shape[1], (*query.shape[:3], values.shape[-1])
-            if grouped and query.shape[2] == 1 and (bias is None or bias.shape[1] == 1):
-                # the heads of a group see the same keys: as rows of one product they read them once
-                query, grouped = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[-1]), False
-            return F.scaled_dot_product_attention(
-                query, keys, values, attn_mask=bias, is_causal=is_causal, scale=scale, enable_gqa=grouped
-            ).reshape(shape), None
-    B, H, T, _ = query.shape
-    N = k_and_v.keys().shape[2]
-    if is_causal:
-        positions = torch.arange(T, device=query.device)
-    rows = max(1, min(T, SCORE_BLOCK_BYTES // (4 * B * H * N)))
-    outputs, summed = [], None
-    for start in range(0, T, rows):
-        stop = min(start + rows, T)
-        if is_causal:
-            part = position_bias(positions[start:stop], positions, query.dtype)
-        elif bias is not None and bias.shape[-2] > 1:
-            part = bias[..., start:stop, :]
-        else:
-            part = bias
-        output, weights = scaled_dot_product_attention(
-            query[:, :, start:stop], k_and_v, scale, part, softcapping, sink_logits
-        )
-        outputs.append(output)
-        if return_weights:
-            summed = weights.sum(2) if summed is None else summed + weights.sum(2)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), summed
-
-
 def attention_scale(config: Config) -> float:
-    """Factor on query-key products. With latent attention YaRN's factor for the whole head is in it."""
+    """Factor on query-key products, with latent attention including YaRN's factor."""
     if config.latent_attention is None:
         return 1.0 / math.sqrt(config.attention_scores_scalar or config.head_size)
     adjustments = config.rope_adjustments or {}
@@ -267,11 +192,11 @@ def attention_scale(config: Config) -> float:
 
 
 class MultiHeadSelfAttention:
-    """Causal attention as a model's configuration asks for it: scale, soft-capping, sliding windows per layer.
+    """Causal attention with a configuration's scale, softcap and sliding windows.
 
     Args:
         config: the model's configuration.
-        sdpa_kernels: kernels that torch may choose from (default: all).
+        sdpa_kernels: torch's kernels to choose from (default: all, and those of `litgpt.kernels`).
         use_eager_sdpa_always: write attention out instead of calling a fused kernel.
     """
 
@@ -286,11 +211,11 @@ class MultiHeadSelfAttention:
         self.softcapping = config.attention_logit_softcapping
         self.sdpa_kernels = [sdpa_kernels] if isinstance(sdpa_kernels, SDPBackend) else sdpa_kernels
         self.use_eager_sdpa_always = use_eager_sdpa_always
-        # keys that all heads share and that are longer than values: a fused kernel would copy them for every head
+        # of keys shared by all heads and longer than values: a fused kernel would copy them for every head
         self.shared_key_size = None if config.latent_attention is None else config.cache_head_size
 
     def is_plain(self) -> bool:
-        """Whether no certain kernels are asked for."""
+        """Whether any kernel may be used."""
         return self.sdpa_kernels is None and not self.use_eager_sdpa_always
 
     def attend(
@@ -302,21 +227,83 @@ class MultiHeadSelfAttention:
         return_weights: bool = False,
         sink_logits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`attend` with this model's scale and soft-capping. Returns (B, H, T, D) and (B, H, N) or None."""
-        context = nullcontext() if self.sdpa_kernels is None else sdpa_kernel(list(self.sdpa_kernels))
-        with context:
-            return attend(
-                query,
-                k_and_v,
-                scale=self.scale,
-                bias=bias,
-                is_causal=is_causal,
-                softcapping=self.softcapping,
-                return_weights=return_weights,
-                eager=self.use_eager_sdpa_always or query.shape[-1] == self.shared_key_size,
-                sink_logits=sink_logits,
-                own_kernels=self.is_plain(),
+        """Attention in the fastest way that gives what is asked for: by a fused kernel, or written out in blocks of queries.
+
+        Args:
+            query: (B, H, T, D).
+            k_and_v: keys and values (B, G, N, D).
+            bias: additive mask broadcastable to (B, H, T, N), in the query's dtype.
+            is_causal: query t sees keys 0..t; needs T == N and no bias.
+            return_weights: also return the weights, summed over the T queries.
+            sink_logits: (H,), as for `scaled_dot_product_attention`.
+
+        Returns:
+            Output (B, H, T, D); weights (B, H, N) in float32, or None.
+        """
+        y = None
+        if not (self.use_eager_sdpa_always or return_weights or query.shape[-1] == self.shared_key_size):
+            y = self._attend_fused(query, *_together(k_and_v), bias, is_causal, sink_logits)
+        if y is not None:
+            return y, None
+        return self._attend_eager(query, k_and_v, bias, is_causal, return_weights, sink_logits)
+
+    def _attend_fused(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        bias: torch.Tensor | None,
+        is_causal: bool,
+        sink_logits: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """Output (B, H, T, D) of a fused kernel; None if there is none for these arguments."""
+        if bias is not None and bias.ndim == 2:
+            bias = bias[None, None]
+        factors = self.scale, self.softcapping or 0.0
+        if self.is_plain():
+            if (not is_causal or query.shape[2] == 1) and ops.can_attend(query, keys, values, bias, sink_logits):
+                run = torch.ops.litgpt.attend if torch.compiler.is_compiling() else ops.attend
+                return run(query, keys, values, bias, sink_logits, *factors).transpose(1, 2)
+            if is_causal and ops.can_attend_causally(query, keys, values, sink_logits):
+                return ops.attend_causally(query, keys, values, sink_logits, None, *factors).transpose(1, 2)
+        if self.softcapping is not None or sink_logits is not None:
+            return None
+        grouped, shape = query.shape[1] != keys.shape[1], (*query.shape[:3], values.shape[-1])
+        if grouped and query.shape[2] == 1 and (bias is None or bias.shape[1] == 1):
+            # the heads of a group see the same keys: as rows of one product they read them once
+            query, grouped = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[-1]), False
+        with nullcontext() if self.sdpa_kernels is None else sdpa_kernel(list(self.sdpa_kernels)):
+            return F.scaled_dot_product_attention(
+                query, keys, values, attn_mask=bias, is_causal=is_causal, scale=self.scale, enable_gqa=grouped
+            ).reshape(shape)
+
+    def _attend_eager(
+        self,
+        query: torch.Tensor,
+        k_and_v: KeysAndValues,
+        bias: torch.Tensor | None,
+        is_causal: bool,
+        return_weights: bool,
+        sink_logits: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`attend`, written out in blocks of queries."""
+        B, H, T, _ = query.shape
+        rows = max(1, min(T, SCORE_BLOCK_BYTES // (4 * B * H * k_and_v.keys().shape[2])))
+        positions = torch.arange(T, device=query.device) if is_causal else None
+        outputs, summed = [], None
+        for start in range(0, T, rows):
+            block, part = slice(start, start + rows), bias
+            if is_causal:
+                part = position_bias(positions[block], positions, query.dtype)
+            elif bias is not None and bias.shape[-2] > 1:
+                part = bias[..., block, :]
+            output, weights = scaled_dot_product_attention(
+                query[:, :, block], k_and_v, self.scale, part, self.softcapping, sink_logits
             )
+            outputs.append(output)
+            if return_weights:
+                summed = weights.sum(2) if summed is None else summed + weights.sum(2)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), summed
 
     def attend_consecutive(
         self,
@@ -326,9 +313,9 @@ class MultiHeadSelfAttention:
         return_weights: bool = False,
         sink_logits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`attend` for T queries among N consecutive positions: by one kernel where that is there, else tile by tile."""
+        """`attend` for T queries among N consecutive positions: by one kernel if possible, else tile by tile."""
         T = consecutive.T
-        # few queries, as when draft tokens are verified, get to the last bit what they get one by one
+        # few queries, e.g. draft tokens, get bitwise the outputs of single queries
         if T > ops.MAX_QUERIES and not return_weights and self.is_plain() and query.shape[-1] != self.shared_key_size:
             keys, values = _together(k_and_v)
             if ops.can_attend_causally(query, keys, values, sink_logits):
@@ -346,7 +333,7 @@ class MultiHeadSelfAttention:
         return_weights: bool,
         sink_logits: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`attend` for tiles that come one after the other and have all queries."""
+        """`attend` tile by tile; the tiles cover all queries in order."""
         B, H = query.shape[:2]
         N = k_and_v.keys().shape[2]
         outputs, summed = [], None
@@ -381,7 +368,7 @@ class MultiHeadSelfAttention:
             query: (B, H, T, D), the queries of T consecutive tokens.
             k_and_v: keys and values (B, G, N, D).
             block_idx: the layer, which decides about a sliding window.
-            input_pos: position of the first query. None or 0: keys are those of the same T tokens.
+            input_pos: position of the first query. None or 0: the keys are of the same T tokens.
             return_attn_weights: also return the weights summed over the T queries.
             token_positions: position of every key, (B, G, N), negative for none. Default: 0..N-1.
             sink_logits: (H,), as for `scaled_dot_product_attention`.
@@ -390,7 +377,7 @@ class MultiHeadSelfAttention:
             Output (B, T, H * D); weights (B, H, N) in float32, or None.
 
         Raises:
-            ValueError: if shapes and positions do not fit each other.
+            ValueError: for inconsistent shapes or positions.
         """
         B, H, T, _ = query.shape
         G, N = k_and_v.keys().shape[1:3]

@@ -8,7 +8,7 @@ given, to `attention.py` otherwise. It knows neither masks nor slots.
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,12 +48,25 @@ def attend_without_cache(
     plan: Rows | None,
     sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention (B, T, H * D) of queries (B, H, T, D) over keys and values (B, G, T, D) of the same tokens, which with
-    `Rows` see those of their own row only."""
+    """Causal attention (B, T, H * D) of queries (B, H, T, D) over the keys and values (B, G, T, D) of the same tokens; with
+    `Rows`, within each row."""
     sizes = [query.shape[2]] if plan is None else plan.sizes
     rows = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     outputs = [mha(q, DefaultKeysAndValues(k, v), block_idx, sink_logits=sink_logits)[0] for q, k, v in rows]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _rope_values(name: str, what: str) -> property:
+    """A property of `GPT` for a part of its RoPE table."""
+
+    def get(model: "GPT") -> torch.Tensor:
+        model.rope_table.cover(model.max_seq_length, model.device)
+        return getattr(model.rope_table, name)
+
+    def set(model: "GPT", value: torch.Tensor) -> None:
+        setattr(model.rope_table, name, value)
+
+    return property(get, set, doc=f"RoPE's {what} of at least `max_seq_length` positions, float32.")
 
 
 class GPT(nn.Module):
@@ -62,9 +75,8 @@ class GPT(nn.Module):
     Key-value caches are made by `set_kv_caches` (or given by `assign_kv_caches`) and used by calls with `input_pos`.
     """
 
-    quantization: object = (
-        None  # how the weights are quantised, if they are: `litgpt.runners.quantized_weights` sets it
-    )
+    config_class: ClassVar[type[Config]] = Config
+    quantization: object = None  # the `Scheme` of quantised weights, set by `litgpt.runners.quantized_weights`
 
     def __init__(self, config: Config, **mha_kwargs: Any) -> None:
         """`mha_kwargs` are arguments of `MultiHeadSelfAttention`, for layers and default caches."""
@@ -83,9 +95,9 @@ class GPT(nn.Module):
             block.attn.mha = self.mha
         self._max_seq_length = config.block_size
         self.rope_table = RopeTable(config)
-        self.caches = LayerCaches()  # of all layers, whose attention has them as `kv_cache`
+        self.caches = LayerCaches()  # of all layers
         self._start_of_layer_hook: StartOfLayerHook | None = config.start_of_layer_hook
-        self.layer_devices: list[torch.device] | None = None  # where blocks are, if not all are where the embedding is
+        self.layer_devices: list[torch.device] | None = None  # of blocks that are on several devices
         self.layer_runner: LayerRunner | None = None  # a faster `run_layers`, for calls with caches
 
     @property
@@ -102,7 +114,7 @@ class GPT(nn.Module):
     @classmethod
     def from_name(cls, name: str, **kwargs: object) -> "GPT":
         """A model with random weights and the configuration called `name`, its fields overridden by `kwargs`."""
-        return cls(Config.from_name(name, **kwargs))
+        return cls(cls.config_class.from_name(name, **kwargs))
 
     # -- forward
 
@@ -122,23 +134,23 @@ class GPT(nn.Module):
 
         Args:
             idx: tokens (B, T) or (T,).
-            input_pos: position of the first token. None: no cache (training). 0: prefill, which starts new sequences in
-                the caches. > 0: the next chunk. In a ragged batch it is the position in the longest row; the other rows
-                go on at their own lengths. (A tensor of consecutive positions is accepted, as LitGPT has it.)
+            input_pos: position of the first token. None: no cache (training). 0: prefill, which starts new sequences. > 0:
+                the next chunk; in a ragged batch the position in the longest row, while the other rows continue at their
+                own lengths. (A tensor of consecutive positions is accepted, for scripts written for LitGPT.)
             lm_head_chunk_size: if positive, return a list of logits for chunks of that many tokens.
             skip_lm_head: return the final norm's output instead of logits.
-            last_token_only: give the output of the last token only, (B, 1, V), or (B, 1, E) with `skip_lm_head`.
-            rows: rows of the caches that the B rows of `idx` stand for (None: the first B).
-            row_sizes: tokens that each of `rows` gets, if not all get as many. Then `idx` is (1, sum(row_sizes)), one row's
-                tokens after the other's, and so is the output; with `last_token_only` it is (rows, 1, V).
-            input_pos_maxp1: not needed; accepted for scripts written for LitGPT.
+            last_token_only: return the output of the last token only, (B, 1, V), or (B, 1, E) with `skip_lm_head`.
+            rows: rows of the caches that the B rows of `idx` belong to (None: the first B).
+            row_sizes: number of tokens of each of `rows`, if they differ. Then `idx` is (1, sum(row_sizes)), one row's tokens
+                after the other's, and so is the output; with `last_token_only` it is (rows, 1, V).
+            input_pos_maxp1: ignored; accepted for scripts written for LitGPT.
 
         Returns:
             Logits (B, T, padded_vocab_size), or a list of (B, <= lm_head_chunk_size, padded_vocab_size), or (B, T, E).
 
         Raises:
             ValueError: if the caches are missing or not at `input_pos`, the sequence is longer than the model takes, or
-                `row_sizes` do not fit.
+                `row_sizes` do not fit `idx`.
             IndexError: if a dense cache is full.
         """
         if idx.ndim == 1:
@@ -179,13 +191,13 @@ class GPT(nn.Module):
     def run_layers(
         self, idx: torch.Tensor, rope: list[Rope], plans: list[Plan] | None, input_pos: int | None
     ) -> torch.Tensor:
-        """Embedding, blocks and final norm: tensor code only, once everything about positions is planned.
+        """Embedding, blocks and final norm: tensor code only, after everything about positions was planned.
 
         Args:
             idx: (B, T).
-            rope: cosines and signed sines of every kind that layers choose from, (B or 1, 1, T, rope_n_elem) each.
-            plans: a plan for every layer's cache, or None.
-            input_pos: handed to the start-of-layer hook.
+            rope: cosines and signed sines (B or 1, 1, T, rope_n_elem), one pair for each kind of layer.
+            plans: one for each layer's cache, or None.
+            input_pos: for the start-of-layer hook.
         """
         x = self.embed(idx)
         hook = self._start_of_layer_hook
@@ -198,7 +210,7 @@ class GPT(nn.Module):
         return self.transformer.ln_f(x)
 
     def embed(self, idx: torch.Tensor) -> torch.Tensor:
-        """What the first layer gets for tokens (B, T): (B, T, E)."""
+        """Scaled embeddings (B, T, E) of tokens (B, T), the input of the first layer."""
         x = self.transformer.wte(idx)
         if self.config.scale_embeddings:
             x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
@@ -221,13 +233,13 @@ class GPT(nn.Module):
         row_sizes: Sequence[int] | None,
         output_tokens: Sequence[int] | None,
     ) -> torch.Tensor:
-        """`run_layers` with the caches, by the layer runner if it can; `output_tokens` as it is given them."""
+        """`run_layers` with the caches, by the layer runner if it supports the call. `output_tokens`: see `LayerRunner`."""
         B, T = idx.shape
         sizes, packed = ([T] * B, False) if row_sizes is None else (row_sizes, True)
         static = self.static_shapes and T == 1 and rows is None
         self.caches.attach(block.attn for block in self.transformer.h)
         plans, starts = self.caches.plan(input_pos, sizes, rows, packed, static, self.max_seq_length)
-        if input_pos == 0:  # what is in the caches was rotated by one set of factors, and so has to be what follows
+        if input_pos == 0:  # all tokens of a sequence are rotated by the same factors
             needed = self.needs_long_rope(max(*sizes, self.caches.expected_length))
             self.caches.long_rope = needed or (rows is not None and self.caches.long_rope)
         if not packed and len(set(starts)) == 1:
@@ -246,19 +258,19 @@ class GPT(nn.Module):
         return self.caches.run(plans, layers)
 
     def broadcast_tokens(self, tokens: list[int]) -> list[int]:
-        """Drawn tokens, as all processes that share this model are to go on with them: here there is only one."""
+        """The drawn tokens that all processes sharing this model continue with; here there is one process."""
         return tokens
 
     def set_start_of_layer_hook(self, hook: StartOfLayerHook | None) -> None:
-        """Have `hook(x, block_idx, input_pos)` called before each block with the detached layer input (B, T, E), and once
-        more after the last block with `block_idx == n_layer`. None: no hook."""
+        """Call `hook(x, block_idx, input_pos)` before each block with the detached layer input (B, T, E), and once more after
+        the last block with `block_idx == n_layer`. None: no hook."""
         self._start_of_layer_hook = hook
 
     # -- positions
 
     @property
     def max_seq_length(self) -> int:
-        """Most tokens of a sequence that the model works with, at most `config.block_size`."""
+        """Most tokens of a sequence, at most `config.block_size`."""
         return self._max_seq_length
 
     @max_seq_length.setter
@@ -271,31 +283,14 @@ class GPT(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where tokens have to be."""
+        """The device of the embedding, where tokens have to be."""
         return self.transformer.wte.weight.device
 
-    @property
-    def cos(self) -> torch.Tensor:
-        """RoPE's cosines of at least `max_seq_length` positions, float32."""
-        self.rope_table.cover(self.max_seq_length, self.device)
-        return self.rope_table.cos
-
-    @cos.setter
-    def cos(self, value: torch.Tensor) -> None:
-        self.rope_table.cos = value
-
-    @property
-    def sin(self) -> torch.Tensor:
-        """RoPE's sines of at least `max_seq_length` positions, float32."""
-        self.rope_table.cover(self.max_seq_length, self.device)
-        return self.rope_table.sin
-
-    @sin.setter
-    def sin(self, value: torch.Tensor) -> None:
-        self.rope_table.sin = value
+    cos = _rope_values("cos", "cosines")
+    sin = _rope_values("sin", "sines")
 
     def rope_cache_length(self) -> int:
-        """Elements of a head that RoPE rotates: the columns of `cos`, as LitGPT's `set_kv_cache` wants them."""
+        """Number of elements of a head that RoPE rotates, which LitGPT's `set_kv_cache` takes."""
         return self.config.rope_n_elem
 
     def rope_cache(self, seq_len: int | None = None, device: torch.device | None = None) -> Rope:
@@ -303,12 +298,12 @@ class GPT(nn.Module):
         return self.rope_table.build(self.max_seq_length if seq_len is None else seq_len, device)
 
     def rope_rows(self, start: int | Sequence[int], T: int | Sequence[int], long: bool = False) -> list[Rope]:
-        """What `run_layers` needs for T tokens from position `start` on; as `RopeTable.rows`."""
+        """`RopeTable.rows` for T tokens from position `start` on."""
         return self.rope_table.rows(start, T, self.max_seq_length, self.dtype, self.device, long)
 
     def expect_length(self, length: int) -> None:
-        """Say how many tokens the sequences in the caches will have: with LongRoPE that decides how they are rotated, as
-        otherwise the length of the prefill does. What is in the caches and was rotated otherwise is forgotten."""
+        """Announce the length that the sequences in the caches will have. With LongRoPE it decides by which factors they are
+        rotated (otherwise the length of the prefill does); the caches are cleared if theirs were others."""
         self.caches.expected_length = length
         if self.needs_long_rope(length) != self.caches.long_rope:
             self.caches.clear()
@@ -320,13 +315,8 @@ class GPT(nn.Module):
     # -- key-value caches
 
     def kv_caches(self) -> list[KVCache]:
-        """The layers' caches (none, if there are none)."""
+        """The caches, one a layer, or an empty list."""
         return self.caches.caches
-
-    @property
-    def default_kv_caches(self) -> bool:
-        """Whether the caches were made by `set_kv_caches`, which may replace them."""
-        return self.caches.default
 
     def are_kv_caches_assigned(self) -> bool:
         """Whether every layer has a cache."""
@@ -367,7 +357,7 @@ class GPT(nn.Module):
         self.exchange_kv_caches(self.caches.defaults(self, batch_size, length, dtype, self.static_shapes))
 
     def layer_device(self, block_idx: int) -> torch.device:
-        """Where a layer is, and its cache has to be."""
+        """The device of a layer and of its cache."""
         return self.device if self.layer_devices is None else self.layer_devices[block_idx]
 
     def clear_kv_caches(self, assigned: bool = False) -> None:
@@ -376,8 +366,7 @@ class GPT(nn.Module):
             self.exchange_kv_caches(LayerCaches(expected_length=self.caches.expected_length))
 
     def exchange_kv_caches(self, others: LayerCaches) -> LayerCaches:
-        """Put other caches, with all that is known of what is in them, in the place of the model's own, which are given
-        back. So sequences that are kept in caches of their own take turns on one model."""
+        """Use other caches, with what is known of the sequences in them, in place of the model's own, which are returned."""
         own = self.caches
         own.detach()
         others.detach()
@@ -390,27 +379,6 @@ class GPT(nn.Module):
         """The `input_pos` of the next token, the same in all caches (0: they are empty, or there are none)."""
         return self.caches.next_token_pos
 
-    def start_kv_caches(self, batch_size: int) -> None:
-        """Begin a batch of empty rows, each to be filled by calls with `rows`."""
-        self.caches.long_rope = self.needs_long_rope(self.caches.expected_length)
-        self.caches.start(batch_size)
-
-    def extend_kv_caches(self, count: int) -> None:
-        """Let `count` empty rows join the batch, each to be filled by calls with `rows`."""
-        self.caches.extend(count)
-
-    def rewind_kv_caches(self, counts: Sequence[int]) -> None:
-        """Row b forgets its last `counts[b]` tokens."""
-        self.caches.rewind(counts)
-
-    def crop_kv_caches(self, n: int) -> bool:
-        """Go back to when `next_token_pos` was n, if all caches can; else forget everything. Returns whether they could."""
-        return self.caches.crop(n)
-
-    def reorder_kv_caches(self, rows: Sequence[int]) -> None:
-        """Row i of the batch becomes what row `rows[i]` was; rows may be dropped or repeated."""
-        self.caches.reorder(rows)
-
     def set_kv_cache(
         self,
         batch_size: int,
@@ -419,8 +387,7 @@ class GPT(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """`set_kv_caches` by LitGPT's name. Caches are on the model's device: `device` is not needed, nor is
-        `rope_cache_length`."""
+        """`set_kv_caches` by LitGPT's name; `rope_cache_length` and `device` are ignored (caches are on the model's device)."""
         self.set_kv_caches(batch_size, dtype=dtype, max_seq_length=max_seq_length)
 
     def clear_kv_cache(self) -> None:
@@ -428,7 +395,7 @@ class GPT(nn.Module):
         self.clear_kv_caches()
 
     def get_kv_cache_params(self, layer_idx: int) -> KVCacheParams | None:
-        """Size and place of a layer's cache (None: it has none)."""
+        """Sizes, device and dtype of a layer's cache (None: there is no cache)."""
         return self.caches.caches[layer_idx].get_params() if self.caches.caches else None
 
     def kv_cache_max_tokens_forward(self) -> int | None:
@@ -438,10 +405,6 @@ class GPT(nn.Module):
     def kv_cache_max_prefill_length(self) -> int | None:
         """Most tokens that a call with `input_pos=0` may bring (None: any number)."""
         return self.caches.max_prefill_length
-
-    def kv_cache_max_rewindable_tokens(self) -> int:
-        """Most tokens at the end of the next call that can be rewound after it, in every row."""
-        return self.caches.max_rewindable_tokens(self.max_seq_length)
 
     # -- weights
 
@@ -462,12 +425,10 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, block_idx: int) -> None:
         super().__init__()
-        if not config.parallel_residual and config.shared_attention_norm:
-            raise ValueError("shared_attention_norm needs parallel_residual: no known model has one without the other")
 
-        def norm(wanted: bool, factor: float = 1.0) -> nn.Module:
+        def norm(present: bool, factor: float = 1.0) -> nn.Module:
             other = nn.Identity() if factor == 1.0 else Multiply(factor)
-            return config.norm_class(config.n_embd, eps=config.norm_eps) if wanted else other
+            return config.norm_class(config.n_embd, eps=config.norm_eps) if present else other
 
         self.norm_1 = norm(config.norm_1)
         attention = CausalSelfAttention if config.latent_attention is None else MultiheadLatentAttention
@@ -480,13 +441,9 @@ class Block(nn.Module):
         self.config = config
 
     def forward(
-        self,
-        x: torch.Tensor,
-        rope: list[Rope],
-        plan: Plan | None = None,
-        token_idx: torch.Tensor | None = None,
+        self, x: torch.Tensor, rope: list[Rope], plan: Plan | None = None, token_idx: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is that of this layer's cache."""
+        """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is for this layer's cache."""
         rope, plan = layer_rope(rope, plan)
         normed = self.norm_1(x)
         attended = self.post_attention_norm(self.attn(normed, rope, plan, token_idx))
@@ -500,7 +457,7 @@ class Block(nn.Module):
 
 
 class CausalSelfAttention(nn.Module):
-    """Queries, keys and values of one layer; what attends and what is kept is up to its `kv_cache`."""
+    """Attention of one layer: projections, norms and RoPE. The layer's `kv_cache` decides what is kept and attended to."""
 
     def __init__(self, config: Config, block_idx: int) -> None:
         super().__init__()
@@ -511,7 +468,7 @@ class CausalSelfAttention(nn.Module):
         self.kv_cache: KVCache | None = None
         self.mha = MultiHeadSelfAttention(config)
         if config.norm_qk:
-            over_heads = config.norm_qk_type == "olmo2"  # one norm over all heads, instead of one for each
+            over_heads = config.norm_qk_type == "olmo2"  # one norm over all heads, not one a head
             self.norm_q = config.norm_class(H * D if over_heads else D, eps=config.norm_eps)
             self.norm_k = config.norm_class(G * D if over_heads else D, eps=config.norm_eps)
         else:
@@ -523,13 +480,9 @@ class CausalSelfAttention(nn.Module):
         self.block_idx = block_idx
 
     def forward(
-        self,
-        x: torch.Tensor,
-        rope: list[Rope],
-        plan: Plan | None = None,
-        token_idx: torch.Tensor | None = None,
+        self, x: torch.Tensor, rope: list[Rope], plan: Plan | None = None, token_idx: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is that of this layer's cache."""
+        """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is for this layer's cache."""
         rope, plan = layer_rope(rope, plan)
         H, G, D = self.config.n_head, self.config.n_query_groups, self.config.head_size
         B, T, _ = x.shape
@@ -552,7 +505,7 @@ class CausalSelfAttention(nn.Module):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan | None, token_idx: torch.Tensor | None
     ) -> torch.Tensor:
-        """What queries (B, H, T, D) get out of keys and values (B, G, T, D) and those in the cache: (B, T, H * D)."""
+        """Attention outputs (B, T, H * D) of queries (B, H, T, D) over keys and values (B, G, T, D) and the cached ones."""
         if plan is None or isinstance(plan, Rows):
             return attend_without_cache(self.mha, self.block_idx, q, k, v, plan, self.sinks)
         return self.kv_cache.run(plan, q, k, v, token_idx, self.sinks)
@@ -572,11 +525,11 @@ class CausalSelfAttention(nn.Module):
 class MultiheadLatentAttention(nn.Module):
     """Attention whose keys and values of all heads come from one small vector a token (arXiv:2405.04434, section 2.1).
 
-    Only that vector, with its rotated part, is cached, as the one key that all heads share and whose beginning is the
-    value. Queries and outputs are brought into its space instead: the same products in another order.
+    Only that vector and its rotated part are cached, as one key that all heads share; the vector alone is the value. Queries
+    and outputs are projected to and from its space: the same products in another order.
     """
 
-    LATENT_EPS = 1e-6  # whatever the model's other norms have
+    LATENT_EPS = 1e-6  # independent of `norm_eps`
 
     def __init__(self, config: Config, block_idx: int) -> None:
         super().__init__()
@@ -598,13 +551,9 @@ class MultiheadLatentAttention(nn.Module):
         self.block_idx = block_idx
 
     def forward(
-        self,
-        x: torch.Tensor,
-        rope: list[Rope],
-        plan: Plan | None = None,
-        token_idx: torch.Tensor | None = None,
+        self, x: torch.Tensor, rope: list[Rope], plan: Plan | None = None, token_idx: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is that of this layer's cache."""
+        """(B, T, E) to (B, T, E). Arguments as for `GPT.run_layers`; `plan` is for this layer's cache."""
         rope, plan = layer_rope(rope, plan)
         config = self.config
         H, R, r, n = config.n_head, config.kv_lora_rank, config.qk_rope_head_dim, config.qk_nope_head_dim
@@ -628,16 +577,16 @@ class MultiheadLatentAttention(nn.Module):
 
 
 class LatentExpansion(nn.Linear):
-    """From the latent vector to keys and values of all heads. A class of its own, since its weight is also used in
-    parts: layers that keep weights in other forms must not take its place."""
+    """Projects the latent vector to keys and values of all heads. A class of its own because its weight is also used in
+    parts: packed or quantised layers must not replace it."""
 
     def by_head(self, n_head: int, key_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weight's parts for keys (H, key_size, R) and values (H, value_size, R)."""
+        """The parts of the weight for keys (H, key_size, R) and values (H, value_size, R)."""
         weight = self.weight.unflatten(0, (n_head, -1))
         return weight[:, :key_size], weight[:, key_size:]
 
     def with_bias(self, values: torch.Tensor, key_size: int) -> torch.Tensor:
-        """Values (..., H, value_size) with the bias that `by_head` leaves out. That of keys changes no attention weight."""
+        """Values (..., H, value_size) plus the bias that `by_head` leaves out (a bias of keys changes no attention weight)."""
         if self.bias is None:
             return values
         return values + self.bias.unflatten(0, (values.shape[-2], -1))[:, key_size:]
@@ -661,7 +610,7 @@ class GptNeoxMLP(nn.Module):
 class LLaMAMLP(nn.Module):
     """Gated MLP with SiLU (SwiGLU, arXiv:2002.05202)."""
 
-    activation = "silu"  # as `litgpt.kernels` calls it
+    activation = "silu"  # its name in `litgpt.kernels`
 
     def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
         super().__init__()
@@ -694,7 +643,7 @@ class ClampedMLP(LLaMAMLP):
     """Gated MLP of GPT-OSS's experts: clamped inputs, a steeper sigmoid, and one added to the linear part."""
 
     SLOPE = 1.702
-    activation = "clamped"  # not one of the kernels'
+    activation = "clamped"  # no kernel has it
 
     def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
         super().__init__(config, intermediate_size)
@@ -808,6 +757,6 @@ def _norm_class(config: Config) -> Callable[..., nn.Module]:
     return lambda size, eps: nn.LayerNorm(size, eps=eps, elementwise_affine=config.norm_affine)
 
 
-# `Config` is torch-free; the classes its names stand for are known here
+# `Config` does not import torch: the classes that it names are added here
 Config.norm_class = property(_norm_class, doc="Makes the model's norms: `config.norm_class(size, eps=...)`.")
 Config.mlp_class = property(lambda config: _MLP_CLASSES[config.mlp_class_name], doc="Class of the model's MLPs.")

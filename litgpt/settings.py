@@ -33,7 +33,10 @@ _NO_COMMA = re.compile(r'("(?:[^"\\]|\\.)*"|[\]}\w])(?=\s*\n\s*")')
 
 def shown(value: Any) -> str:
     """A value for an error message: as Python writes it, but short."""
-    text = _SHORT.repr(value)
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:
+        return "a number of thousands of digits"
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
@@ -205,10 +208,14 @@ def read_json(path: str | Path, repair: bool = False) -> dict[str, Any]:
     return values
 
 
+def repair_json(text: str) -> str:
+    """JSON with commas removed before closing brackets and added at the ends of lines where they are missing."""
+    return _NO_COMMA.sub(r"\1,", _LAST_COMMA.sub(lambda match: match[1] or "", text))
+
+
 def _repaired(text: str) -> Any:
-    text = _NO_COMMA.sub(r"\1,", _LAST_COMMA.sub(lambda match: match[1] or "", text))
     try:
-        return json.loads(text)
+        return json.loads(repair_json(text))
     except (ValueError, RecursionError):
         return None
 

@@ -13,7 +13,6 @@ from litgpt import attention
 from litgpt.attention import (
     DefaultKeysAndValues,
     MultiHeadSelfAttention,
-    attend,
     causal_tiles,
     do_softcapping,
     position_bias,
@@ -173,16 +172,10 @@ def test_attend_is_softmax_attention_by_every_way(H, G, softcap, dtype, shared, 
     ]:
         if block:  # a few queries at a time
             monkeypatch.setattr(attention, "SCORE_BLOCK_BYTES", 4 * 2 * H * N * 2)
-        output, weights = attend(
-            query,
-            kv,
-            scale=0.3,
-            bias=bias if mode in ("bias", "row-bias") else None,
-            is_causal=mode == "causal",
-            softcapping=softcap,
-            return_weights=return_weights,
-            eager=eager,
-        )
+        mha = MultiHeadSelfAttention(Config(n_head=H, n_query_groups=G), use_eager_sdpa_always=eager)
+        mha.scale, mha.softcapping = 0.3, softcap
+        own_bias = bias if mode in ("bias", "row-bias") else None
+        output, weights = mha.attend(query, kv, own_bias, mode == "causal", return_weights)
         assert output.dtype == dtype
         close(output, expected, dtype)
         assert (weights is not None) == return_weights

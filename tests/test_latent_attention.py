@@ -73,7 +73,7 @@ def test_a_cache_of_the_last_tokens_equals_a_sliding_window(name):
 def test_rows_of_a_ragged_batch_equal_no_cache(name):
     model, rows = make(CONFIGS[name]), [torch.randint(50, (length,)) for length in (9, 14)]
     model.set_kv_caches(2)
-    model.start_kv_caches(2)
+    model.caches.start(2)
     for row, prompt in enumerate(rows):
         model(prompt[None, :-2], 0, rows=[row])
     for step in (-2, -1):

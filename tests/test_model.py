@@ -224,7 +224,7 @@ def test_rows_of_a_ragged_batch_go_their_own_ways(title, monkeypatch):
     model, idx = architecture(title), tokens(B=4)
     expected, lengths = model(idx), torch.tensor([3, 17, 8, 8])
     model.set_kv_caches(5)
-    model.start_kv_caches(4)
+    model.caches.start(4)
     for rows in ([1], [3, 2], [0]):
         T = int(lengths[rows[0]])
         close(model(idx[rows, :T], 0, rows=rows), expected[rows, :T])
@@ -242,7 +242,7 @@ def test_rows_of_a_ragged_batch_go_their_own_ways(title, monkeypatch):
         bring(rows, T)
     model.layer_runner = StaticShapes()
     bring([0, 1, 2, 3], 1)
-    model.reorder_kv_caches([2, 2, 1])
+    model.caches.reorder([2, 2, 1])
     idx, expected, lengths = idx[[2, 2, 1]], expected[[2, 2, 1]], lengths[[2, 2, 1]]
     at = lengths[:, None]
     close(model(idx.gather(1, at), int(max(lengths))), expected.gather(1, at[..., None].expand(-1, -1, V)))
@@ -266,7 +266,7 @@ def test_what_comes_back_is_what_was_asked_for():
     close(model(idx[0, :4], 0), expected[:1, :4])
     close(model(idx[0, 4:], torch.arange(4, 10), input_pos_maxp1=10), expected[:1, 4:])
     close(model(idx[:1, :1], torch.tensor([0])), expected[:1, :1])
-    model.start_kv_caches(2)
+    model.caches.start(2)
     packed = model(idx.reshape(1, -1)[:, 6:], 0, rows=[1, 0], row_sizes=[4, 10], last_token_only=True)
     close(packed, torch.cat([model(idx[:1, 6:])[:, -1:], expected[1:, -1:]]))
     for wrong in (torch.tensor([0, 2]), torch.tensor([], dtype=torch.int64), torch.tensor([3, 2])):
@@ -348,10 +348,10 @@ def test_layers_with_a_window_have_default_caches_of_its_size():
     idx = tokens(100, 1)
     expected = model(idx)
     in_cuts(model, idx, (100,))
-    assert model.crop_kv_caches(100 - spec.WINDOW_SLACK)
+    assert model.caches.crop(100 - spec.WINDOW_SLACK)
     assert model.next_token_pos == 100 - spec.WINDOW_SLACK
     close(in_cuts(model, idx, (30, 34), 36), expected[:, 36:])
-    assert not model.crop_kv_caches(20)
+    assert not model.caches.crop(20)
     assert model.next_token_pos == 0
 
 
@@ -518,7 +518,7 @@ def test_nothing_is_read_back_from_the_device():
     model.set_kv_caches(3)
     idx = tokens(110, 3).to("meta")
     assert in_cuts(model, idx, (20, 1, 60, 1)).shape == (3, 82, 100)
-    model.start_kv_caches(3)
+    model.caches.start(3)
     for rows, T in [([1], 9), ([2, 0], 4)]:
         model(idx[rows, :T], 0, rows=rows)
     for static, T in [(False, 1), (True, 1), (False, 5)]:
@@ -619,11 +619,11 @@ def test_rows_one_after_the_other_give_what_each_gives_alone(window, evicts):
         caches(1)
         alone.append(torch.cat((model(prompt[None, :size], 0), model(prompt[None, size:], size)), dim=1)[0])
     caches(4)
-    model.start_kv_caches(4)
+    model.caches.start(4)
     begun = torch.cat([prompt[:size] for prompt, size in zip(prompts, sizes, strict=True)])[None]
     first = model(begun, 0, rows=rows, row_sizes=sizes)[0].split(sizes)
     ends = [end - 1 for end in itertools.accumulate(sizes)]
-    model.start_kv_caches(4)
+    model.caches.start(4)
     last = model(begun, 0, rows=rows, row_sizes=sizes, last_token_only=True)
     assert last.shape == (4, 1, model.config.padded_vocab_size)
     torch.testing.assert_close(last[:, 0], torch.cat(first)[ends])
@@ -636,7 +636,7 @@ def test_rows_one_after_the_other_give_what_each_gives_alone(window, evicts):
 def test_rows_whose_sizes_do_not_fit_are_refused():
     model = tiny_gpt()
     model.set_kv_caches(2, max_seq_length=20)
-    model.start_kv_caches(2)
+    model.caches.start(2)
     idx = tokens(7, 1)
     for arguments in ({"row_sizes": [3, 4]}, {"rows": [0, 1], "row_sizes": [3, 3]}):
         with pytest.raises(ValueError, match=r"row_sizes=\[3, .*\(1, 7\)"):

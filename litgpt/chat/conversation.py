@@ -128,11 +128,7 @@ class Conversation:
 
         def tokens() -> Iterator[int]:
             for token in self.session.generate(
-                prompt,
-                self.answer_limit,
-                stop_tokens=self.ready.stop_tokens,
-                drafter=self.drafter,
-                **self.sampling,
+                prompt, self.answer_limit, stop_tokens=self.ready.stop_tokens, drafter=self.drafter, **self.sampling
             ):
                 answer.append(token)
                 yield token

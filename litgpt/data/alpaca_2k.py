@@ -1,13 +1,15 @@
 """Two thousand samples of Alpaca."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from litgpt.data.alpaca import Alpaca
 from litgpt.data.download import load_hub_dataset
+from litgpt.data.encoding import Sample
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Alpaca2k(Alpaca):
     """As `Alpaca`, from the Hugging Face hub."""
 
@@ -17,9 +19,9 @@ class Alpaca2k(Alpaca):
     file_name: str = field(repr=False, default="alpaca2k_data_cleaned_archive.json")
 
     def prepare_data(self) -> None:
-        load_hub_dataset(self.repo_id, cache_dir=self.download_dir)
+        self.samples()
 
-    def setup(self, stage: str = "") -> None:
+    def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
         data = load_hub_dataset(self.repo_id, cache_dir=self.download_dir)["train"]
         parts = data.train_test_split(test_size=self.val_split_fraction, seed=self.seed)
-        self.train_dataset, self.test_dataset = self.dataset(parts["train"]), self.dataset(parts["test"])
+        return parts["train"], parts["test"]

@@ -8,7 +8,7 @@ from litgpt.data.alpaca import Alpaca
 _URL = "https://raw.githubusercontent.com/Instruction-Tuning-with-GPT-4/GPT-4-LLM/main/data/alpaca_gpt4_data.json"
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AlpacaGPT4(Alpaca):
     """As `Alpaca`, with other answers."""
 

@@ -1,8 +1,10 @@
 """What data modules are: they give batches of samples for training and validation."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -154,11 +156,28 @@ def _sft_collate_fn(
     return batch
 
 
+@dataclass(kw_only=True)
 class SFTModule(DataModule):
-    """A data module of instructions and responses, or conversations: what is the same for all of them."""
+    """A data module of instructions and responses, or conversations. Subclasses say where `samples` are.
+
+    Attributes:
+        mask_prompt: learn responses only, not instructions.
+        val_split_fraction: part of the samples that validate.
+        prompt_style: how instructions are written down.
+        ignore_index: label of tokens that are not learned.
+        seed: of the split and of the order.
+        num_workers: accepted for scripts written for LitGPT; samples are encoded once, and need no workers.
+    """
+
+    mask_prompt: bool = False
+    val_split_fraction: float | None = None
+    prompt_style: str | PromptStyle = "alpaca"
+    ignore_index: int = IGNORE_INDEX
+    seed: int = 42
+    num_workers: int = 4
 
     pack = False  # fill rows with several samples: `train.pack`
-    tokenizer: Tokenizer | None = None
+    tokenizer = None
     batch_size = 1
     max_seq_length = -1
 
@@ -167,22 +186,22 @@ class SFTModule(DataModule):
         if isinstance(self.prompt_style, str):
             self.prompt_style = PromptStyle.from_name(self.prompt_style)
 
+    @abstractmethod
+    def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+        """Those for training, and those for validation."""
+
     def connect(
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
     ) -> None:
         self.tokenizer, self.batch_size = tokenizer, batch_size
         self.max_seq_length = -1 if max_seq_length is None else max_seq_length
 
-    def dataset(self, data: Sequence[Mapping[str, Any]], transform: Callable | None = None) -> SFTDataset:
-        """A dataset of samples with this module's settings."""
-        return SFTDataset(
-            data,
-            self.tokenizer,
-            self.prompt_style,
-            self.max_seq_length,
-            self.mask_prompt,
-            self.ignore_index,
-            transform,
+    def setup(self, stage: str = "") -> None:
+        self.train_dataset, self.test_dataset = (
+            SFTDataset(
+                samples, self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt, self.ignore_index
+            )
+            for samples in self.samples()
         )
 
     def own_style(self) -> PromptStyle:
@@ -190,12 +209,13 @@ class SFTModule(DataModule):
         has_template = getattr(self.tokenizer, "chat_template", None)
         return ChatTemplate.from_tokenizer(self.tokenizer) if has_template else PromptStyle.from_name("alpaca")
 
-    def split(self, data: Sequence[Mapping[str, Any]], fraction: float) -> tuple[list, list]:
+    def split(self, data: Sequence[Sample]) -> tuple[list, list]:
         """Training and validation samples, drawn by `seed`."""
-        if not fraction:
+        if not self.val_split_fraction:
             return list(data), []
         generator = torch.Generator().manual_seed(self.seed)
-        train, val = torch.utils.data.random_split(data, [1.0 - fraction, fraction], generator=generator)
+        parts = [1.0 - self.val_split_fraction, self.val_split_fraction]
+        train, val = torch.utils.data.random_split(data, parts, generator=generator)
         return list(train), list(val)
 
     def loader(self, dataset: SFTDataset, shuffle: bool) -> DataLoader:
@@ -213,5 +233,18 @@ class SFTModule(DataModule):
         return self.loader(self.train_dataset, shuffle=True)
 
     def val_dataloader(self) -> DataLoader | None:
-        dataset = self.test_dataset if hasattr(self, "test_dataset") else self.val_dataset
-        return self.loader(dataset, shuffle=False) if dataset is not None and len(dataset) else None
+        return self.loader(self.test_dataset, shuffle=False) if len(self.test_dataset) else None
+
+
+def has_own_split() -> Any:
+    """The field `val_split_fraction` of a data set that comes divided: no option."""
+    return field(default=None, init=False, repr=False)
+
+
+def samples_of_turns(talks: Iterable[Sequence[str]], all_turns: bool) -> list[dict[str, str]]:
+    """Samples of conversations, each a list of texts that alternate between user and assistant: of the first turn, or of all."""
+    return [
+        {"instruction": said, "input": "", "output": answer}
+        for texts in talks
+        for said, answer in islice(zip(texts[::2], texts[1::2], strict=False), None if all_turns else 1)
+    ]

@@ -1,55 +1,36 @@
 """Deita: 10,000 conversations chosen for their quality (arXiv:2312.15685)."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litgpt.data.base import IGNORE_INDEX, SFTDataset, SFTModule
+from litgpt.data.base import SFTModule, has_own_split, samples_of_turns
 from litgpt.data.download import load_hub_dataset
-from litgpt.prompt_style import PromptStyle
+from litgpt.data.encoding import Sample
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Deita(SFTModule):
-    """Conversations from the Hugging Face hub, each turn of which is a sample, or only the first. Fields: see `JSON`."""
+    """Conversations from the Hugging Face hub, each turn of which is a sample, or only the first. Fields: see `SFTModule`."""
 
-    mask_prompt: bool = False
-    prompt_style: str | PromptStyle = "alpaca"
-    ignore_index: int = IGNORE_INDEX
-    seed: int = 42
-    num_workers: int = 4
+    val_split_fraction: None = has_own_split()
     include_multiturn_conversations: bool = False
     download_dir: Path = Path("./data/deita")
     repo_id: str = "HuggingFaceH4/deita-10k-v0-sft"
-    train_dataset: SFTDataset | None = field(default=None, init=False, repr=False)
-    test_dataset: SFTDataset | None = field(default=None, init=False, repr=False)
 
     def prepare_data(self) -> None:
-        self._load()
+        self.samples()
 
-    def setup(self, stage: str = "") -> None:
-        train, test = (format_dataset(part, self.include_multiturn_conversations) for part in self._load())
-        self.train_dataset, self.test_dataset = self.dataset(train), self.dataset(test)
-
-    def _load(self) -> Any:
-        return load_hub_dataset(self.repo_id, split=["train_sft", "test_sft"], cache_dir=self.download_dir)
+    def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+        parts = load_hub_dataset(self.repo_id, split=["train_sft", "test_sft"], cache_dir=self.download_dir)
+        train, test = (format_dataset(part, self.include_multiturn_conversations) for part in parts)
+        return train, test
 
 
 def format_dataset(
     dataset: Iterable[Mapping[str, Any]], include_multi_turn_conversations: bool
 ) -> list[dict[str, str]]:
     """Samples of conversations whose `messages` alternate between user and assistant."""
-    return [
-        sample
-        for entry in dataset
-        for sample in pairs([message["content"] for message in entry["messages"]], include_multi_turn_conversations)
-    ]
-
-
-def pairs(texts: list[str], all_turns: bool) -> list[dict[str, str]]:
-    """Samples of texts that alternate between user and assistant: of the first turn, or of all."""
-    turns = list(zip(texts[::2], texts[1::2], strict=False))
-    return [
-        {"instruction": said, "input": "", "output": answer} for said, answer in (turns if all_turns else turns[:1])
-    ]
+    talks = ([message["content"] for message in entry["messages"]] for entry in dataset)
+    return samples_of_turns(talks, include_multi_turn_conversations)

@@ -1,11 +1,12 @@
 """FLAN: many tasks, written as instructions (arXiv:2109.01652)."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from litgpt.data.base import IGNORE_INDEX, SFTDataset, SFTModule
+from litgpt.data.base import SFTModule, has_own_split
 from litgpt.data.download import download_if_missing
+from litgpt.data.encoding import Sample
 from litgpt.data.json_data import load_jsonl
 from litgpt.prompt_style import PromptStyle
 
@@ -22,23 +23,18 @@ _TASKS = """
 SUBSETS = frozenset(f"{task}_10templates" for task in _TASKS.split())
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FLAN(SFTModule):
-    """Samples of JSONL files, two for each task, that are fetched once. Fields: see `JSON`.
+    """Samples of JSONL files, two for each task, that are fetched once. Fields: see `SFTModule`.
 
     `subsets` names tasks, separated by commas (None: all of them, which are many gigabytes).
     """
 
-    mask_prompt: bool = False
+    val_split_fraction: None = has_own_split()
     prompt_style: str | PromptStyle = "flan"
-    ignore_index: int = IGNORE_INDEX
-    seed: int = 42
-    num_workers: int = 4
     download_dir: Path = Path("./data/flan")
     url: str = _URL
     subsets: str | None = None
-    train_dataset: SFTDataset | None = field(default=None, init=False, repr=False)
-    test_dataset: SFTDataset | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,25 +42,21 @@ class FLAN(SFTModule):
         if unknown := sorted(set(self._tasks) - SUBSETS):
             raise ValueError(f"subsets: {', '.join(unknown)} not known; there are {', '.join(sorted(SUBSETS))}")
 
-    def prepare_data(self) -> None:
-        for task in self._tasks:
-            for split in ("train", "test"):
-                name = f"{task}_{split}.jsonl"
-                download_if_missing(Path(self.download_dir) / name, f"{self.url}/{split}/{name}")
+    def _files(self, split: str) -> list[Path]:
+        return [Path(self.download_dir) / f"{task}_{split}.jsonl" for task in self._tasks]
 
-    def setup(self, stage: str = "") -> None:
-        self.train_dataset, self.test_dataset = (
-            self.dataset(
-                [
-                    row
-                    for task in self._tasks
-                    for row in load_jsonl(Path(self.download_dir) / f"{task}_{split}.jsonl").values()
-                ],
-                _transform,
-            )
+    def prepare_data(self) -> None:
+        for split in ("train", "test"):
+            for file in self._files(split):
+                download_if_missing(file, f"{self.url}/{split}/{file.name}")
+
+    def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+        train, test = (
+            [
+                {"instruction": row["inputs"], "output": row["targets"]}
+                for file in self._files(split)
+                for row in load_jsonl(file).values()
+            ]
             for split in ("train", "test")
         )
-
-
-def _transform(item: Mapping[str, str]) -> dict[str, str]:
-    return {"instruction": item["inputs"], "output": item["targets"]}
+        return train, test

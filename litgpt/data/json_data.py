@@ -2,13 +2,13 @@
 
 import json
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from litgpt.data.base import IGNORE_INDEX, SFTDataset, SFTModule
-from litgpt.data.encoding import sample_problem
+from litgpt.data.base import SFTModule
+from litgpt.data.encoding import Sample, sample_problem
 from litgpt.prompt_style import PromptStyle
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
@@ -20,32 +20,13 @@ class JSON(SFTModule):
     """Samples from a JSON file (a list), a JSONL file (one a line), or a folder with `train` and `val` files of these kinds.
 
     A sample has `instruction`, `output` and perhaps `input`; or it is a conversation: `messages` with `role` and `content`,
-    or `conversations` with `from` and `value`. Conversations are written down by the checkpoint's own chat template, and
-    only what the assistant says is learned.
-
-    Attributes:
-        json_path: the file or folder.
-        mask_prompt: learn responses only, not instructions. Of conversations only answers are learned in any case.
-        val_split_fraction: part of a single file's samples that validate.
-        prompt_style: how instructions are written down (a conversation's: the checkpoint's, unless another is named).
-        ignore_index: label of tokens that are not learned.
-        seed: of the split and of the order.
-        num_workers: accepted for scripts written for LitGPT; samples are encoded once, and need no workers.
+    or `conversations` with `from` and `value`. Conversations are written down by the checkpoint's own chat template, unless a
+    style other than Alpaca's is named, and only what the assistant says is learned. Fields: see `SFTModule`.
     """
 
     json_path: Path
-    mask_prompt: bool = False
-    val_split_fraction: float | None = None
-    prompt_style: str | PromptStyle = "alpaca"
-    ignore_index: int = IGNORE_INDEX
-    seed: int = 42
-    num_workers: int = 4
-
-    train_dataset: SFTDataset | None = field(default=None, init=False, repr=False)
-    val_dataset: SFTDataset | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._named_style = self.prompt_style
         super().__post_init__()
         self.json_path = Path(self.json_path)
         if not self.json_path.exists():
@@ -61,33 +42,32 @@ class JSON(SFTModule):
         if self.val_split_fraction is not None and not 0 <= self.val_split_fraction < 1:
             raise ValueError(f"val_split_fraction must be at least 0 and below 1, got {self.val_split_fraction}")
 
-    def setup(self, stage: str = "") -> None:
+    def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
         train, val = self.get_splits()
         if any("messages" in sample for sample in [*train, *val]):
             self.mask_prompt = True
-            if self._named_style == "alpaca":
+            if type(self.prompt_style) is PromptStyle.styles["alpaca"]:
                 self.prompt_style = self.own_style()
-        self.train_dataset = self.dataset(train)
-        self.val_dataset = self.dataset(val)
+        return train, val
 
-    def get_splits(self) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    def get_splits(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
         """Training and validation samples."""
         if self.json_path.is_file():
-            return self.split(read_samples(self.json_path), self.val_split_fraction)
-        files = self.find_split("train"), self.find_split("val")
-        for file, name in zip(files, ("train", "val"), strict=True):
-            if file is None:
-                raise FileNotFoundError(
-                    f"json_path must be a file or a directory containing {name}.json or {name}.jsonl: {self.json_path}"
-                )
-        return read_samples(files[0]), read_samples(files[1])
+            return self.split(read_samples(self.json_path))
+        return read_samples(self.find_split("train")), read_samples(self.find_split("val"))
 
-    def find_split(self, split_name: str) -> Path | None:
-        """The file of a split in the folder (None: there is none)."""
+    def find_split(self, split_name: str) -> Path:
+        """The file of a split in the folder.
+
+        Raises:
+            FileNotFoundError: if there is none.
+        """
         for suffix in (".json", ".jsonl"):
             if (file := self.json_path / f"{split_name}{suffix}").is_file():
                 return file
-        return None
+        raise FileNotFoundError(
+            f"json_path must be a file or a directory containing {split_name}.json or {split_name}.jsonl: {self.json_path}"
+        )
 
 
 class FileSample(dict):
@@ -96,7 +76,7 @@ class FileSample(dict):
     place = ""
 
 
-def read_samples(path: Path) -> list[Mapping[str, Any]]:
+def read_samples(path: Path) -> list[Sample]:
     """The samples of a file, conversations as `messages`.
 
     Raises:

@@ -23,25 +23,35 @@ def litdata() -> Any:
     return streaming
 
 
-def rows(input_dir: str, seq_length: int, seed: int, shuffle: bool) -> Any:
-    """Rows of `seq_length` tokens of an optimised folder, or of a stream (s3://...)."""
-    if "://" not in input_dir and not Path(input_dir).is_dir():
-        raise FileNotFoundError(f"the data folder {input_dir} does not exist")
-    streaming = litdata()
-    loader = streaming.TokensLoader(block_size=seq_length)
-    return streaming.StreamingDataset(
-        input_dir=input_dir, item_loader=loader, shuffle=shuffle, seed=seed, drop_last=True
-    )
+class StreamModule(DataModule):
+    """A data module of optimised folders or streams. Subclasses have the fields `seed` and `num_workers`."""
 
+    batch_size = 1
+    seq_length = 2049
 
-def loader(dataset: Any, batch_size: int, num_workers: int) -> DataLoader:
-    """Batches of rows."""
-    kwargs = {"batch_size": batch_size, "num_workers": num_workers, "drop_last": True}
-    return litdata().StreamingDataLoader(dataset, **kwargs)
+    def connect(
+        self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = 2048
+    ) -> None:
+        self.batch_size, self.seq_length = batch_size, max_seq_length + 1  # the token after the last is needed too
+
+    def rows(self, input_dir: str, shuffle: bool) -> Any:
+        """Rows of `seq_length` tokens of a folder, or of a stream (s3://...)."""
+        if "://" not in input_dir and not Path(input_dir).is_dir():
+            raise FileNotFoundError(f"the data folder {input_dir} does not exist")
+        loader = litdata().TokensLoader(block_size=self.seq_length)
+        return litdata().StreamingDataset(
+            input_dir=input_dir, item_loader=loader, shuffle=shuffle, seed=self.seed, drop_last=True
+        )
+
+    def loader(self, rows: Any) -> DataLoader:
+        """Batches of rows."""
+        return litdata().StreamingDataLoader(
+            rows, batch_size=self.batch_size, num_workers=self.num_workers, drop_last=True
+        )
 
 
 @dataclass
-class LitData(DataModule):
+class LitData(StreamModule):
     """Rows of a folder or stream.
 
     Attributes:
@@ -56,9 +66,6 @@ class LitData(DataModule):
     seed: int = 42
     num_workers: int = 8
 
-    batch_size = 1
-    seq_length = 2048
-
     def __post_init__(self) -> None:
         super().__init__()
         if self.split_names is not None and len(self.split_names) != 2:
@@ -66,20 +73,12 @@ class LitData(DataModule):
                 f"If provided `split_names` must be a tuple of two strings, for training and validation: {self.split_names}"
             )
 
-    def connect(
-        self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
-    ) -> None:
-        self.batch_size, self.seq_length = batch_size, max_seq_length + 1  # the token after the last is needed too
-
-    def train_dataloader(self) -> DataLoader:
-        return self._dataloader(input_dir=self._folder(0), train=True)
-
-    def val_dataloader(self) -> DataLoader:
-        return self._dataloader(input_dir=self._folder(1), train=False)
-
     def _folder(self, which: int) -> str:
         path = str(self.data_path).rstrip("/")
         return path if self.split_names is None else f"{path}/{self.split_names[which]}"
 
-    def _dataloader(self, input_dir: str, train: bool) -> DataLoader:
-        return loader(rows(input_dir, self.seq_length, self.seed, shuffle=train), self.batch_size, self.num_workers)
+    def train_dataloader(self) -> DataLoader:
+        return self.loader(self.rows(self._folder(0), shuffle=True))
+
+    def val_dataloader(self) -> DataLoader:
+        return self.loader(self.rows(self._folder(1), shuffle=False))

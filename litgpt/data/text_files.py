@@ -5,17 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import DataLoader
 
-from litgpt.data.base import DataModule
-from litgpt.data.tokens import TokenRows, encode_files
-from litgpt.tokenizer import Tokenizer
+from litgpt.data.tokens import TextModule, encode_files
 
 HELD_BACK = 0.05  # of a single file, for validation
 
 
 @dataclass
-class TextFiles(DataModule):
+class TextFiles(TextModule):
     """Rows of the `.txt` files in a folder, each file a document.
 
     Attributes:
@@ -31,10 +28,6 @@ class TextFiles(DataModule):
     seed: int = 42
     num_workers: int = 4
 
-    tokenizer: Tokenizer | None = None
-    batch_size = 1
-    max_seq_length = -1
-
     def __post_init__(self) -> None:
         super().__init__()
         self.train_data_path = Path(self.train_data_path)
@@ -43,26 +36,7 @@ class TextFiles(DataModule):
         self.out_path_train = root / "train"
         self.out_path_val = (self.val_data_path or root) / "val"
 
-    def connect(self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int = -1) -> None:
-        self.tokenizer, self.batch_size, self.max_seq_length = tokenizer, batch_size, max_seq_length
-
-    def prepare_data(self) -> None:
-        self._tokens()
-
-    def setup(self, stage: str = "") -> None:
-        train, val = self._tokens()
-        self.train_rows, self.val_rows = TokenRows(train, self.max_seq_length), TokenRows(val, self.max_seq_length)
-
-    def train_dataloader(self) -> DataLoader:
-        return self.train_rows.loader(self.batch_size, self.seed, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        return self.val_rows.loader(self.batch_size, self.seed, shuffle=False)
-
-    def _tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens of training and of validation."""
-        if self.tokenizer is None:
-            raise ValueError("text needs a tokenizer: give --tokenizer_dir")
+    def tokens(self) -> tuple[np.ndarray, np.ndarray]:
         train = _files(self.train_data_path)
         if self.val_data_path is not None:
             val = _files(self.val_data_path)

@@ -5,15 +5,13 @@ from pathlib import Path
 
 from torch.utils.data import DataLoader
 
-from litgpt.data.base import DataModule
-from litgpt.data.lit_data import litdata, loader, rows
-from litgpt.tokenizer import Tokenizer
+from litgpt.data.lit_data import StreamModule, litdata
 
 WEIGHTS = (0.693584, 0.306416)  # of SlimPajama and Starcoder
 
 
 @dataclass
-class TinyLlama(DataModule):
+class TinyLlama(StreamModule):
     """Rows of folders that `litdata` has optimised: `slimpajama/train`, `slimpajama/val` and `starcoder`.
 
     Attributes:
@@ -28,9 +26,6 @@ class TinyLlama(DataModule):
     num_workers: int = 8
     use_starcoder: bool = True
 
-    batch_size = 1
-    seq_length = 2048
-
     def __post_init__(self) -> None:
         super().__init__()
         root = str(self.data_path).rstrip("/")
@@ -39,11 +34,6 @@ class TinyLlama(DataModule):
         self.required_paths = [self.slimpajama_train, self.slimpajama_val]
         if self.use_starcoder:
             self.required_paths.append(self.starcoder_train)
-
-    def connect(
-        self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
-    ) -> None:
-        self.batch_size, self.seq_length = batch_size, max_seq_length + 1  # the token after the last is needed too
 
     def prepare_data(self) -> None:
         for path in self.required_paths:
@@ -54,14 +44,13 @@ class TinyLlama(DataModule):
                 )
 
     def train_dataloader(self) -> DataLoader:
-        data = rows(self.slimpajama_train, self.seq_length, self.seed, shuffle=True)
+        rows = self.rows(self.slimpajama_train, shuffle=True)
         if self.use_starcoder:
-            code = rows(self.starcoder_train, self.seq_length, self.seed, shuffle=True)
-            data = litdata().CombinedStreamingDataset(
-                datasets=[data, code], seed=self.seed, weights=WEIGHTS, iterate_over_all=False
+            code = self.rows(self.starcoder_train, shuffle=True)
+            rows = litdata().CombinedStreamingDataset(
+                datasets=[rows, code], seed=self.seed, weights=WEIGHTS, iterate_over_all=False
             )
-        return loader(data, self.batch_size, self.num_workers)
+        return self.loader(rows)
 
     def val_dataloader(self) -> DataLoader:
-        data = rows(self.slimpajama_val, self.seq_length, self.seed, shuffle=False)
-        return loader(data, self.batch_size, self.num_workers)
+        return self.loader(self.rows(self.slimpajama_val, shuffle=False))

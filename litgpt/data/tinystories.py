@@ -5,19 +5,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-from litgpt.data.base import DataModule
 from litgpt.data.download import download_if_missing, unpack
-from litgpt.data.tokens import TokenRows, encode_files
+from litgpt.data.tokens import TextModule, encode_files
 from litgpt.tokenizer import Tokenizer
 
 _URL = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStories_all_data.tar.gz"
 
 
 @dataclass
-class TinyStories(DataModule):
+class TinyStories(TextModule):
     """Rows of the stories, fetched once; those of the first file validate.
 
     Attributes:
@@ -30,17 +29,10 @@ class TinyStories(DataModule):
     seed: int = 42
     num_workers: int = 8
 
-    tokenizer: Tokenizer | None = None
-    batch_size = 1
-    max_seq_length = -1
-
     def __post_init__(self) -> None:
         super().__init__()
         self.data_path = Path(self.data_path)
         self.data_path_train, self.data_path_val = self.data_path / "train", self.data_path / "val"
-
-    def connect(self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int = -1) -> None:
-        self.tokenizer, self.batch_size, self.max_seq_length = tokenizer, batch_size, max_seq_length
 
     def prepare_data(self) -> None:
         folder = self.data_path / "TinyStories_all_data"
@@ -50,23 +42,14 @@ class TinyStories(DataModule):
             unpack(archive, folder)
         self.setup()
 
-    def setup(self, stage: str = "") -> None:
-        files = sorted((self.data_path / "TinyStories_all_data").glob("*.json"))
-        if len(files) < 2:
+    def tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        val, *train = sorted((self.data_path / "TinyStories_all_data").glob("*.json")) or [None]
+        if not train:
             raise FileNotFoundError(f"{self.data_path}/TinyStories_all_data must hold two .json files or more")
-        if self.tokenizer is None:
-            raise ValueError("stories need a tokenizer: give --tokenizer_dir")
-        self.train_rows = self._rows(files[1:], self.data_path_train)
-        self.val_rows = self._rows(files[:1], self.data_path_val)
-
-    def _rows(self, files: list[Path], folder: Path) -> TokenRows:
-        return TokenRows(encode_files(files, folder, self.tokenizer, _stories), self.max_seq_length)
-
-    def train_dataloader(self) -> DataLoader:
-        return self.train_rows.loader(self.batch_size, self.seed, shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        return self.val_rows.loader(self.batch_size, self.seed, shuffle=False)
+        return (
+            encode_files(train, self.data_path_train, self.tokenizer, _stories),
+            encode_files([val], self.data_path_val, self.tokenizer, _stories),
+        )
 
 
 def _stories(file: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -11,12 +12,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from litgpt.atomic_file import replacing
+from litgpt.data.base import DataModule
 from litgpt.data.encoding import cache_dir
 from litgpt.tokenizer import Tokenizer
 from litgpt.waiting import report_progress, waiting
 
-PIECE = 1 << 20  # characters of a text that are encoded at a time
-GROUP = 8 << 20  # characters of pieces that are encoded together, by all cores
+PART = 1 << 20  # characters of a text that are encoded at a time
+GROUP = 8 << 20  # characters of parts that are encoded together, by all cores
 VERSION = 2  # of the files
 
 
@@ -46,6 +48,38 @@ class TokenRows(Dataset):
             raise ValueError(f"{len(self.tokens)} tokens are less than one row of {self.seq_length + 1}: use more text")
         generator = torch.Generator().manual_seed(seed)
         return DataLoader(self, batch_size=batch_size, shuffle=shuffle, generator=generator)
+
+
+class TextModule(DataModule):
+    """A data module of texts whose tokens are kept in files. Subclasses have the field `seed`, which decides the order, and say
+    where the `tokens` come from."""
+
+    tokenizer = None
+    batch_size = 1
+    max_seq_length = 2048
+
+    @abstractmethod
+    def tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (n,) for training, and those for validation."""
+
+    def connect(
+        self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = 2048
+    ) -> None:
+        self.tokenizer, self.batch_size, self.max_seq_length = tokenizer, batch_size, max_seq_length
+
+    def prepare_data(self) -> None:
+        self.setup()
+
+    def setup(self, stage: str = "") -> None:
+        if self.tokenizer is None:
+            raise ValueError("text needs a tokenizer: give --tokenizer_dir")
+        self.train_rows, self.val_rows = (TokenRows(tokens, self.max_seq_length) for tokens in self.tokens())
+
+    def train_dataloader(self) -> DataLoader:
+        return self.train_rows.loader(self.batch_size, self.seed, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.val_rows.loader(self.batch_size, self.seed, shuffle=False)
 
 
 def files_digest(files: Sequence[Path], tokenizer: Tokenizer, eos: bool = False) -> str:
@@ -102,14 +136,14 @@ def _writable(folder: Path) -> Path:
 
 
 def _encoded(texts: Iterable[str], tokenizer: Tokenizer, eos: bool, total: int) -> Iterator[list[int]]:
-    """Tokens of pieces of texts, in order."""
+    """Tokens of texts, part by part."""
     has_bos, has_eos = tokenizer.bos_id is not None, tokenizer.eos_id is not None
     group: list[tuple[str, bool, bool]] = []
     size = done = 0
     for text in texts:
-        for piece, first, last in _pieces(text.strip()):
-            group.append((piece, first and has_bos, last and has_eos and (eos or not has_bos)))
-            size += len(piece)
+        for part, first, last in _parts(text.strip()):
+            group.append((part, first and has_bos, last and has_eos and (eos or not has_bos)))
+            size += len(part)
             if size >= GROUP:
                 yield from tokenizer.encode_batch(group)
                 done += size
@@ -118,11 +152,11 @@ def _encoded(texts: Iterable[str], tokenizer: Tokenizer, eos: bool, total: int) 
     yield from tokenizer.encode_batch(group)
 
 
-def _pieces(text: str) -> Iterator[tuple[str, bool, bool]]:
-    """Pieces of a text, cut at ends of paragraphs or lines, and whether each is the first and the last one."""
+def _parts(text: str) -> Iterator[tuple[str, bool, bool]]:
+    """Parts of a text, cut at ends of paragraphs or lines, and whether each is the first and the last one."""
     begin = 0
     while begin < len(text):
-        end = begin + PIECE
+        end = begin + PART
         if end < len(text):
             cut = max(text.rfind("\n\n", begin, end), begin) or text.rfind("\n", begin, end)
             end = cut if cut > begin else end

@@ -1,21 +1,7 @@
 """The generation engine: sequences, prefill and decode steps, sampling, stopping, draft tokens, sessions; it prints nothing."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from litgpt.engine.answer import Answer as Answer
-    from litgpt.engine.caches import prepare_caches as prepare_caches
-    from litgpt.engine.continuous import ContinuousBatch as ContinuousBatch
-    from litgpt.engine.drafting import Draft as Draft
-    from litgpt.engine.drafting import Drafter as Drafter
-    from litgpt.engine.drafting import DraftModel as DraftModel
-    from litgpt.engine.drafting import PromptLookup as PromptLookup
-    from litgpt.engine.engine import Engine as Engine
-    from litgpt.engine.engine import decode as decode
-    from litgpt.engine.sampling import Sampling as Sampling
-    from litgpt.engine.sequence import Sequence as Sequence
-    from litgpt.engine.session import Session as Session
+from typing import Any
 
 _EXPORTS = {
     "Answer": "answer",

@@ -1,4 +1,4 @@
-"""Which row of the caches a sequence has: rows are given to those that join, and taken from those that are finished."""
+"""The rows of a batch: joining sequences get free ones, and those of finished sequences are dropped or kept idle."""
 
 from collections import abc
 
@@ -11,8 +11,8 @@ class Rows:
 
     Args:
         model: with caches.
-        batch_size: rows that the batch always has, some of them idle (None: as many as there are sequences, or, where the
-            model wants static shapes, were at most).
+        batch_size: fixed number of rows, some of them idle (None: one for each sequence; with static shapes, the largest
+            number of sequences so far).
     """
 
     def __init__(self, model: GPT, batch_size: int | None) -> None:
@@ -27,38 +27,37 @@ class Rows:
 
     @property
     def decoding(self) -> list[int]:
-        """Rows whose sequences are decoded."""
+        """Rows of sequences in their decode steps."""
         return [i for i, one in enumerate(self.sequences) if one is not None and one.is_decoding]
 
     def free(self, count: int) -> list[int]:
-        """That many rows without an active sequence; where too few are in use, further ones of the caches join the batch."""
+        """`count` rows without an active sequence; unused rows of the caches join the batch if there are too few."""
         free = [i for i, one in enumerate(self.sequences) if one is None or one.finish_reason]
         self._extend(len(self.sequences) + count - len(free))
         free += range(len(self.sequences) - max(0, count - len(free)), len(self.sequences))
         return free[:count]
 
     def empty(self, rows: abc.Sequence[int]) -> None:
-        """Forget what the caches have in these rows."""
-        lengths = self.model.kv_caches()[0].row_lengths
-        self.model.rewind_kv_caches([length if i in rows else 0 for i, length in enumerate(lengths)])
+        """Clear these rows of the caches."""
+        lengths = self.model.caches.row_lengths
+        self.model.caches.rewind([length if i in rows else 0 for i, length in enumerate(lengths)])
 
     def place(self, sequences: abc.Sequence[Sequence], rows: abc.Sequence[int]) -> None:
-        """Note that these sequences have these rows."""
+        """Assign rows to sequences."""
         for sequence, row in zip(sequences, rows, strict=True):
             self.sequences[row] = sequence
         self._extend(self.batch_size or 0)
 
     def _extend(self, count: int) -> None:
-        """Have at least that many rows."""
         missing = count - len(self.sequences)
         if missing > 0:
-            self.model.extend_kv_caches(missing)
+            self.model.caches.extend(missing)
             self.sequences += [None] * missing
 
     def remove_finished(self) -> None:
-        """Make the batch as small as it may be: the last row moves into a gap, so that dropping one costs the copy of one.
+        """Drop the rows of finished sequences, filling each gap with the last row: one copy a dropped row.
 
-        Where the batch is to keep its size, rows become idle instead: they are empty, and stay so.
+        Batches of a fixed size keep them, empty and idle.
         """
         rows = self.sequences
         finished = [i for i, one in enumerate(rows) if one is not None and one.finish_reason]
@@ -74,6 +73,6 @@ class Rows:
             order[i], rows[i] = order[-1], rows[-1]
             order.pop(), rows.pop()
         if order:
-            self.model.reorder_kv_caches(order)
+            self.model.caches.reorder(order)
         else:
-            self.model.crop_kv_caches(0)
+            self.model.caches.crop(0)

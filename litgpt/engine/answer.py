@@ -1,4 +1,4 @@
-"""What came of a sequence, in words."""
+"""Answers: generated sequences as text, with their log-probabilities."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from litgpt.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token in some place of a text, and the natural logarithm of its probability there.
+    """A token and the natural logarithm of its probability at its place in a text.
 
     The probability is the model's own, before penalties, temperature and so on. `top` are the likeliest tokens there.
     """
@@ -22,14 +22,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Answer:
-    """A text that was generated, and how it came to its end.
+    """A generated text.
 
     Attributes:
-        text: without the prompt, and without what stopped it.
+        text: without the prompt and the stop sequence.
         tokens: of the text.
-        finish_reason: "stop" (the model ended it), "length" (the most new tokens came), or "cancelled".
+        finish_reason: "stop" (a stop sequence), "length" (`max_new_tokens`), or "cancelled".
         prompt_tokens: number of tokens of the prompt.
-        logprobs: of every token, if asked for.
+        logprobs: one entry a token, if requested.
     """
 
     text: str

@@ -1,4 +1,4 @@
-"""Whose caches a model runs with, and whether sequences fit into them."""
+"""Which caches a model runs with, and whether sequences fit into them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,24 +9,24 @@ from weakref import WeakKeyDictionary
 from litgpt.kvcache.layers import LayerCaches
 from litgpt.model import GPT
 
-ROOM = 1024  # least capacity of default caches that are to last
-COMPILED_ROOM = 4096  # and of those that code is compiled for
+ROOM = 1024  # least capacity in tokens of default caches with `roomy`
+COMPILED_ROOM = 4096  # the same for compiled code
 
 T = TypeVar("T")
 
 
 def prepare_caches(model: GPT, batch_size: int, max_length: int, roomy: bool = False) -> None:
-    """See that the model's caches take `batch_size` rows of `max_length` tokens, before any work is done.
+    """Ensure that the model's caches take `batch_size` rows of `max_length` tokens, before any work is done.
 
-    Default caches are made, or enlarged; caches that were assigned have to do as they are. `roomy` makes them larger than
-    needed, so that longer sequences will find them large enough; so does compiled code, which is made for their size.
+    Default caches are made or enlarged; assigned caches are only checked. `roomy` makes default caches larger than needed, so
+    that longer sequences fit later; so does compiled code, which depends on their size.
 
     Raises:
         ValueError: if the sequences are longer than the model's context, or the caches too small.
     """
     model.expect_length(max_length)
-    caches = model.kv_caches()
-    if not caches or model.default_kv_caches:
+    caches = model.caches.caches
+    if not caches or model.caches.default:
         if max_length > model.max_seq_length:
             raise ValueError(_too_long(model, max_length))
         fits = caches and all(
@@ -41,27 +41,25 @@ def prepare_caches(model: GPT, batch_size: int, max_length: int, roomy: bool = F
 
 
 def check_caches(model: GPT, batch_size: int, max_length: int) -> None:
-    """See that the caches which the model has take `batch_size` rows of `max_length` tokens.
+    """Check that the model's caches take `batch_size` rows of `max_length` tokens.
 
     Raises:
         ValueError: if they do not.
     """
-    caches = model.kv_caches()
-    rows = min((cache.batch_size for cache in caches), default=0)
-    if rows < batch_size:
-        raise ValueError(f"{batch_size} sequences at once, but the caches hold batch_size={rows}")
-    if batch_size > 1 and not model.caches.takes_rows_apart:
-        kind = next(type(cache).__name__ for cache in caches if not cache.takes_rows_apart)
+    caches = model.caches
+    if caches.batch_size < batch_size:
+        raise ValueError(f"{batch_size} sequences at once, but the caches hold batch_size={caches.batch_size}")
+    if batch_size > 1 and not caches.takes_rows_apart:
+        kind = next(type(cache).__name__ for cache in caches.caches if not cache.takes_rows_apart)
         raise ValueError(
             f"{batch_size} sequences at once, but a {kind} cannot drop or reorder rows: generate one sequence at a time"
         )
-    slots = min((cache.cache_length for cache in caches if not cache.evicts), default=max_length)
-    if slots < max_length:
+    if caches.max_length is not None and caches.max_length < max_length:
         raise ValueError(
-            f"prompt and new tokens come to {max_length} tokens, but the cache holds cache_length={slots} "
+            f"prompt and new tokens come to {max_length} tokens, but the cache holds cache_length={caches.max_length} "
             "and does not evict: ask for fewer tokens, or use a longer or an evicting cache"
         )
-    if max_length > model.max_seq_length and not all(cache.unbounded for cache in caches):
+    if max_length > model.max_seq_length and not caches.unbounded:
         raise ValueError(_too_long(model, max_length))
 
 
@@ -74,13 +72,13 @@ def _too_long(model: GPT, max_length: int) -> str:
 
 @dataclass
 class _Use:
-    """Who runs a model at the moment."""
+    """The current user of a model."""
 
     lock: Lock = field(default_factory=Lock)
-    thread: int | None = None  # that has the lock
-    displaced: LayerCaches | None = None  # the model's own caches, while those of a lease are in their place
-    claim: object = None  # of the lease whose sequences are in the model's own caches
-    running: "CacheLease | None" = None  # whose caches are in the model
+    thread: int | None = None  # holds the lock
+    displaced: LayerCaches | None = None  # the model's own caches while it runs with a lease's
+    claim: object = None  # of the lease with sequences in the model's own caches
+    running: "CacheLease | None" = None  # its caches are in the model
 
 
 _uses: WeakKeyDictionary[GPT, _Use] = WeakKeyDictionary()
@@ -88,15 +86,15 @@ _uses_lock = Lock()
 
 
 class CacheLease:
-    """The caches that one user of a model works with: those of its own, which are in the model only while it runs, or the
-    model's own, where they are.
+    """The caches that one user of a model runs it with: either its own, which are in the model only during a run, or the
+    model's, in place.
 
-    One thread at a time runs a model. Whatever a run is interrupted by, the next one finds the model's own caches in the
-    model, and what it then runs with is sound: caches of an interrupted run are emptied.
+    One thread at a time runs a model. After an interrupt at any point the next run finds the model's own caches in the model,
+    and the caches of the interrupted run are empty.
 
     Args:
-        model: whose layers the caches are for.
-        caches: of the lease's own, perhaps yet to be made by `prepare_caches` (None: the model's, in place).
+        model: runs with the caches.
+        caches: of the lease's own, perhaps still to be made by `prepare_caches` (None: the model's, in place).
     """
 
     def __init__(self, model: GPT, caches: LayerCaches | None = None) -> None:
@@ -109,7 +107,7 @@ class CacheLease:
 
     @property
     def caches(self) -> LayerCaches | None:
-        """The lease's own caches, which are empty after an interrupt (None: it works with the model's)."""
+        """The lease's own caches, emptied after an interrupt (None: it uses the model's)."""
         if self._interrupted and self._use.running is not self:
             for cache in self._caches.caches:
                 cache.clear()
@@ -118,8 +116,8 @@ class CacheLease:
 
     @classmethod
     def take(cls, model: GPT) -> "CacheLease":
-        """What a call without caches of its own works with: caches that were assigned to the model, in place; else the
-        default caches that the model has, which are the lease's until `release`, or, if it has none, new ones."""
+        """A lease for a call without caches of its own: on caches that were assigned to the model, in place; else on its default
+        caches, which are the lease's until `release`, or on new ones."""
         lease = cls(model)
         return lease._locked(lease._take)
 
@@ -132,7 +130,7 @@ class CacheLease:
         return self
 
     def release(self) -> None:
-        """Give default caches back to the model, unless it has got others; they serve the next call."""
+        """Return default caches to the model for the next call, unless it has others by now."""
         if self._caches is not None:
             self._locked(self._release)
 
@@ -142,26 +140,26 @@ class CacheLease:
             self._set_own_caches(caches)
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
-        """`function(*args)`, with the lease's caches in the model."""
+        """Call `function(*args)` with the lease's caches in the model."""
         return self._locked(self._run, function, *args)
 
     def claim(self) -> None:
-        """Begin new sequences in the caches; whose sequences were in the model's own is overtaken."""
+        """Begin new sequences in the caches. A lease with earlier sequences in the same caches is then `overtaken`."""
         self._claim = self._use.claim = object()
 
     @property
     def overtaken(self) -> bool:
-        """Whether others have begun sequences in the caches."""
+        """Whether another lease has begun sequences in the same caches."""
         return self._caches is None and self._use.claim is not self._claim
 
     def _locked(self, function: Callable[..., T], *args: Any) -> T:
         use = self._use
-        if use.thread == get_ident() and use.lock.locked():  # in a run of this thread, as by a hook
+        if use.thread == get_ident() and use.lock.locked():  # nested, e.g. called by a hook
             return function(*args)
         with use.lock:
             use.thread, use.running = get_ident(), None
             try:
-                if use.displaced is not None:  # an interrupt has left a lease's caches in the model
+                if use.displaced is not None:  # left in the model by an interrupt
                     self.model.exchange_kv_caches(use.displaced)
                     use.displaced = None
                 return function(*args)
@@ -185,7 +183,7 @@ class CacheLease:
             self._interrupted = False
             return result
         except Exception:
-            self._interrupted = not placed  # the model has emptied what it left half done
+            self._interrupted = not placed  # `LayerCaches` clears itself after a failure
             raise
         finally:
             if placed:
@@ -196,7 +194,6 @@ class CacheLease:
                 use.displaced = None
 
     def _own_caches(self) -> LayerCaches:
-        """The model's own caches."""
         return self.model.caches if self._use.displaced is None else self._use.displaced
 
     def _set_own_caches(self, caches: LayerCaches) -> None:

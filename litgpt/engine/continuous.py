@@ -1,4 +1,4 @@
-"""Continuous batching: sequences wait, join and leave between steps, on caches that are made once."""
+"""Continuous batching: sequences queue up, and join and leave a batch between steps."""
 
 from collections import deque
 
@@ -10,24 +10,22 @@ from litgpt.model import GPT
 
 
 class ContinuousBatch:
-    """A queue before an engine: what a server, or a long list of prompts, is answered with.
+    """A queue in front of an engine, for servers and long lists of prompts.
 
-    Sequences wait for a free row in the order in which they came; a row is free as soon as its sequence is finished. The
-    output of each is that of its own batch of one. Others may use the model between steps; but let one thread `submit` and
-    `step`.
+    Sequences wait for a free row, first come, first served; a row is free as soon as its sequence is finished. Each output is
+    that sequence's output in a batch of one. Others may use the model between steps, but only one thread may call `submit`
+    and `step`.
 
     Args:
-        model: in evaluation mode. Caches that were assigned are used; otherwise default ones are made, once.
-        batch_size: most sequences at a time. In a compiled model every step has that many rows, some of them idle.
-        cache_length: tokens of a sequence, prompt and answer, that default caches are made for (default: the model's
-            context).
-        prompt_chunksize: most tokens of a call in the prefill (None: as many as the caches take, or 256 where others wait
-            for it).
+        model: in evaluation mode. Assigned caches are used; otherwise default ones are made, once.
+        batch_size: most sequences at a time. A compiled model always has that many rows, some of them idle.
+        cache_length: most tokens of a sequence that default caches are made for (default: the model's context).
+        prompt_chunksize: most tokens of a prefill call (None: as many as the caches take, or 256 while others are decoded).
         drafter: drafts the next tokens.
-        lease: the caches (None: those above).
+        lease: on the caches (None: as for `model`).
 
     Raises:
-        ValueError: if that is more than the model or its caches take.
+        ValueError: if the model or its caches cannot hold that many rows or tokens.
     """
 
     def __init__(
@@ -53,7 +51,7 @@ class ContinuousBatch:
             raise
 
     def _make_caches(self, cache_length: int | None) -> None:
-        if not self.model.kv_caches() or self.model.default_kv_caches:
+        if not self.model.caches.caches or self.model.caches.default:
             length = self.model.max_seq_length if cache_length is None else cache_length
             prepare_caches(self.model, self.batch_size, length)
         else:
@@ -61,20 +59,20 @@ class ContinuousBatch:
 
     @property
     def unfinished(self) -> int:
-        """Sequences that wait or are active."""
+        """Number of waiting and active sequences."""
         return len(self.waiting) + len(self.engine.active)
 
     def submit(self, sequence: Sequence) -> None:
-        """Let a sequence wait for a row.
+        """Queue a sequence.
 
         Raises:
-            ValueError: if it will never fit. The others are not disturbed.
+            ValueError: if it can never fit; the other sequences are not affected.
         """
         self.engine.check([sequence])
         self.waiting.append(sequence)
 
     def cancel(self, sequence: Sequence) -> None:
-        """End a sequence that waits or is active; no more tokens come of it."""
+        """End a waiting or active sequence without further tokens."""
         if sequence in self.waiting:
             self.waiting.remove(sequence)
             sequence.finish_reason = "cancelled"
@@ -82,10 +80,10 @@ class ContinuousBatch:
             self.engine.cancel(sequence)
 
     def step(self) -> Released:
-        """Let waiting sequences join, and go one step on: sequences, and their tokens that are now known to be output.
+        """Admit waiting sequences and run one step. Returns sequences and the tokens that are now known to be output.
 
-        While others are active, prompts go through the model chunk by chunk, so that a long one does not hold up the others'
-        next tokens. The list is empty when nothing is left to do. A sequence is finished when it has a `finish_reason`.
+        While others are active, prompts are prefilled chunk by chunk, so that a long one does not delay the others' tokens.
+        The list is empty when nothing is left. Finished sequences have a `finish_reason`.
         """
         joining: list[Sequence] = []
         free = self.batch_size - len(self.engine.active)
@@ -96,7 +94,7 @@ class ContinuousBatch:
         return self.engine.step()
 
     def run(self) -> None:
-        """Go on until all sequences are finished."""
+        """Run steps until all sequences are finished."""
         self.engine.lease.run(self._run)
 
     def _run(self) -> None:
@@ -104,5 +102,5 @@ class ContinuousBatch:
             self.step()
 
     def close(self) -> None:
-        """Give default caches back to the model, where the next call finds them."""
+        """Return default caches to the model, for the next call."""
         self.engine.lease.release()

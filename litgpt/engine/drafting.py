@@ -16,37 +16,35 @@ from litgpt.engine.sequence import Sequence
 from litgpt.kvcache.layers import LayerCaches
 from litgpt.model import GPT
 
-FIRST_DRAFT = 3  # draft tokens of a prompt lookup at first: a call of four tokens takes hardly longer than one of two
+FIRST_DRAFT = 3  # initial draft length of a prompt lookup: a call of four tokens takes hardly longer than one of two
 
 
 class Draft(NamedTuple):
-    """Draft tokens (n,) that may follow a sequence, and the distributions (n, V) that they were drawn from (None: they are
-    certain)."""
+    """Draft tokens (n,), and the distributions (n, V) that they were drawn from (None: they are certain)."""
 
     tokens: list[int]
     distributions: torch.Tensor | None = None
 
 
 class Drafter(Protocol):
-    """Drafts how sequences go on. What the model makes of the drafts is exact, however bad they are."""
+    """Drafts the next tokens of sequences. Verification makes the output exact, however bad the drafts are."""
 
     def draft(self, sequences: abc.Sequence[Sequence], limits: abc.Sequence[int]) -> list[Draft]:
-        """For every sequence, what may follow its `tokens`: as many draft tokens as its limit at most. A sequence is the
-        same object in every step."""
+        """A draft for every sequence, of at most as many tokens as its limit. A sequence is the same object in all steps."""
 
 
 class PromptLookup:
     """Drafts the continuation of an earlier occurrence of the last tokens, in the prompt or in the output.
 
-    Needs no model, and pays where the output repeats what is there: editing, quoting, code, lists. A lookup takes the same
-    time whatever the length of the text. After drafts that were rejected come shorter ones, after accepted ones longer.
+    It needs no model, and pays off where the output repeats text: editing, quoting, code, lists. A lookup takes constant time,
+    whatever the length of the text. Drafts get shorter after rejected ones, and longer after accepted ones.
 
     Args:
-        max_draft: draft tokens at a time.
-        max_ngram, min_ngram: how many of the last tokens have to be found again, as many as possible.
+        max_draft: most draft tokens at a time.
+        max_ngram, min_ngram: number of last tokens that have to match, as many as possible.
 
     Raises:
-        ValueError: for numbers that mean nothing.
+        ValueError: for numbers out of range.
     """
 
     def __init__(self, max_draft: int = 15, max_ngram: int = 4, min_ngram: int = 2) -> None:
@@ -59,7 +57,7 @@ class PromptLookup:
         self._indexes: WeakKeyDictionary[Sequence, _Index] = WeakKeyDictionary()
 
     def draft(self, sequences: abc.Sequence[Sequence], limits: abc.Sequence[int]) -> list[Draft]:
-        """As `Drafter.draft`; all draft tokens are certain."""
+        """See `Drafter.draft`; all draft tokens are certain."""
         return [Draft(self._look_up(one, limit)) for one, limit in zip(sequences, limits, strict=True)]
 
     def _look_up(self, sequence: Sequence, limit: int) -> list[int]:
@@ -72,28 +70,28 @@ class PromptLookup:
 
 
 class _Index:
-    """Index of the places where the n-grams of one growing text go on.
+    """Index of the n-grams of one growing text: where each occurred last, by the place of its next token.
 
     Args:
-        sizes: n, longest first.
-        count: draft tokens at first.
+        sizes: values of n, longest first.
+        count: initial draft length.
     """
 
     def __init__(self, sizes: abc.Sequence[int], count: int) -> None:
         self.sizes = sizes
         self.count = count
-        self.draft: list[int] = []  # the last one, for the place where the indexed part ended
-        self._next: dict[tuple[int, ...], int] = {}  # n-gram -> place of the token that followed it last
-        self._indexed = 0  # n-grams that end before this place, and so have a following token, are in
+        self.draft: list[int] = []  # the last one, which followed the indexed part
+        self._next: dict[tuple[int, ...], int] = {}  # n-gram -> place of its next token
+        self._indexed = 0  # n-grams that end before this place are in the index
 
     def next_count(self, tokens: abc.Sequence[int]) -> int:
-        """How many tokens to draft, by how many of the last ones were accepted."""
+        """Next draft length, from the number of draft tokens that were accepted last."""
         if not self.draft:
             return self.count
         return max(FIRST_DRAFT, 2 * _common_length(self.draft, tokens[self._indexed + 1 :]))
 
     def continuation(self, tokens: abc.Sequence[int], count: int) -> list[int]:
-        """What followed when `tokens`, of which new ones are indexed first, last ended as now; [] if they never did."""
+        """Index the new ones of `tokens`; then the continuation of their last n-gram's previous occurrence, or []."""
         for place in range(self._indexed + 1, len(tokens)):
             for size in self.sizes:
                 if size <= place:
@@ -102,22 +100,21 @@ class _Index:
         place = next((p for n in self.sizes if (p := self._next.get(tuple(tokens[-n:]))) is not None), None)
         if place is None:
             return []
-        period = len(tokens) - place  # a copy that overtakes the end of the text goes on with what it copied
+        period = len(tokens) - place  # a copy beyond the end of the text repeats itself
         return [tokens[place + i % period] for i in range(count)]
 
 
 class DraftModel:
-    """Drafts what a smaller model says that has the same vocabulary.
+    """Drafts with a smaller model of the same vocabulary.
 
-    Its caches follow the sequences: they are rewound to where draft tokens were rejected, and rows join and leave with those
-    of the batch. Where a sequence has become too long for the draft model, or has tokens that it does not know, there is no
-    draft.
+    Its caches follow the sequences: they are rewound to before rejected tokens, and rows join and leave with those of the
+    batch. There is no draft for a sequence that is too long for the draft model, or has tokens that it does not know.
 
     Args:
-        model: in evaluation mode. The drafts have caches of their own.
-        vocabulary: tokens that the distributions are to cover: `padded_vocab_size` of the model that verifies.
+        model: in evaluation mode. The drafter has its own caches.
+        vocabulary: size of the distributions: `padded_vocab_size` of the model that verifies.
         count: draft tokens at a time.
-        prompt_chunksize: most tokens of a call in the prefill (None: as many as the caches take).
+        prompt_chunksize: most tokens of a prefill call (None: as many as the caches take).
 
     Raises:
         ValueError: if `count` is not positive.
@@ -135,7 +132,7 @@ class DraftModel:
 
     @torch.inference_mode()
     def draft(self, sequences: abc.Sequence[Sequence], limits: abc.Sequence[int]) -> list[Draft]:
-        """As `Drafter.draft`; draft tokens of sequences with greedy sampling are certain."""
+        """See `Drafter.draft`; with greedy sampling, draft tokens are certain."""
         drafts = {sequence: Draft([]) for sequence in sequences}
         limit = {
             sequence: limit
@@ -150,7 +147,7 @@ class DraftModel:
         return [drafts[sequence] for sequence in sequences]
 
     def _knows_tokens_of(self, sequence: Sequence) -> bool:
-        """Whether all tokens have a row in the draft model's embedding; what is in its caches need not be looked at again."""
+        """Whether all tokens have a row in the draft model's embedding; cached ones were checked before."""
         row = next((row for row in self._rows if row.sequence is sequence), None)
         start = 0 if row is None else row.n_verified
         return max(sequence.tokens[start:], default=0) < self.model.config.padded_vocab_size
@@ -159,8 +156,8 @@ class DraftModel:
         self._follow(list(limit), longest)
         rows = self._rows
         n_run = max(row.n_behind for row in rows)  # 2 if all draft tokens of some row were accepted, else 1
-        self.model.rewind_kv_caches([row.n_cached - (len(row.sequence.tokens) - n_run) for row in rows])
-        count = min(count, self.model.kv_cache_max_rewindable_tokens())
+        self.model.caches.rewind([row.n_cached - (len(row.sequence.tokens) - n_run) for row in rows])
+        count = min(count, self.model.caches.max_rewindable_tokens(self.model.max_seq_length))
         inputs = [row.sequence.tokens[-n_run:] for row in rows]
         drawn: dict[Sequence, tuple[list[int], list[torch.Tensor]]] = {sequence: ([], []) for sequence in limit}
         for row in rows:
@@ -172,17 +169,17 @@ class DraftModel:
                 row.draft.append(drawn[row.sequence][0][-1])
             inputs = [row.draft[-1:] for row in rows]
         for row in rows:
-            row.draft.pop()  # was not run
+            row.draft.pop()  # is not in the caches
         return {one: Draft(tokens, torch.stack(q) if q else None) for one, (tokens, q) in drawn.items()}
 
     def _logits(self, inputs: list[list[int]]) -> torch.Tensor:
-        """Run tokens (B, T); logits (B, V) of what follows, V as in the model that verifies."""
-        idx = torch.tensor(inputs, device=self.model.transformer.wte.weight.device)
+        """Logits (B, V) of the tokens after `inputs` (B, T), V as in the model that verifies."""
+        idx = torch.tensor(inputs, device=self.model.device)
         logits = self.model(idx, self.model.next_token_pos, last_token_only=True)[:, -1, : self.vocabulary]
         return pad(logits, (0, self.vocabulary - logits.shape[-1]), value=-torch.inf)
 
     def _follow(self, sequences: abc.Sequence[Sequence], length: int) -> None:
-        """Have a row of the caches for each of the sequences, and room for `length` tokens in it."""
+        """Give each of the sequences a row of the caches with room for `length` tokens."""
         prepare_caches(self.model, len(sequences), length, roomy=True)
         if self.model.next_token_pos == 0:  # new caches, or emptied ones
             self._rows = []
@@ -192,11 +189,11 @@ class DraftModel:
         followed = {row.sequence for row in self._rows}
         new = [_DraftRow(one, len(one.tokens) - 1) for one in sequences if one not in followed]
         if kept and len(kept) < len(before):
-            self.model.reorder_kv_caches(kept)
+            self.model.caches.reorder(kept)
         if kept and new:
-            self.model.extend_kv_caches(len(new))
+            self.model.caches.extend(len(new))
         if new:
-            device = self.model.transformer.wte.weight.device
+            device = self.model.device
             prompts = [torch.tensor(row.sequence.tokens[:-1], device=device) for row in new]
             places = range(len(kept), len(kept) + len(new)) if kept else None
             prefill(self.model, prompts, self.prompt_chunksize, rows=places)
@@ -206,9 +203,9 @@ class DraftModel:
 def draw_draft_token(
     sequence: Sequence, logits: torch.Tensor, draft_tokens: list[int], distributions: list[torch.Tensor]
 ) -> None:
-    """Add to a sequence's draft tokens one drawn from logits (V,), and to their distributions the one that it was drawn
-    from; with greedy sampling draft tokens are certain, and have none."""
-    sampling = replace(sequence.sampling, processors=())  # they may keep state, and are to see accepted tokens only
+    """Draw a draft token from logits (V,) and add it to `draft_tokens`, and its distribution to `distributions`. Greedy draft
+    tokens are certain and have no distribution."""
+    sampling = replace(sequence.sampling, processors=())  # those may have state, and must see accepted tokens only
     adjusted = sampling.adjust(logits, [*sequence.tokens, *draft_tokens], sequence.prompt_length)
     if sampling.is_greedy:
         draft_tokens += check_tokens(likeliest(adjusted[None]).tolist())
@@ -219,7 +216,7 @@ def draw_draft_token(
 
 @dataclass(eq=False)
 class _DraftRow:
-    """What a row of the draft model's caches has: the first `n_verified` tokens of `sequence`, and after them `draft`."""
+    """A row of the draft model's caches: the first `n_verified` tokens of `sequence`, then `draft`."""
 
     sequence: Sequence
     n_verified: int
@@ -231,11 +228,11 @@ class _DraftRow:
 
     @property
     def n_behind(self) -> int:
-        """Tokens of the sequence that have to be run: those after the accepted ones, and in any case the last one."""
+        """Number of tokens still to be run: all after the accepted ones, and at least the last."""
         new = self.sequence.tokens[self.n_verified :]
         return len(new) - min(_common_length(self.draft, new), len(new) - 1)
 
 
 def _common_length(a: abc.Sequence[int], b: abc.Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """Length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

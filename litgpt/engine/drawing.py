@@ -9,9 +9,9 @@ from litgpt.engine.sequence import Sequence
 
 
 def draw(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> torch.Tensor:
-    """One token for each of the sequences, from logits (B, V): (B,) int64, `NO_TOKEN` where they are not finite.
+    """Draw a token for each sequence from logits (B, V): (B,) int64, `NO_TOKEN` where logits are not finite.
 
-    Those with equal settings are drawn at once.
+    Sequences with equal settings are drawn together.
     """
     if any(sequence.sampling.adjusts for sequence in sequences):
         logits = torch.stack([sequence.adjust(x) for sequence, x in zip(sequences, logits, strict=True)])
@@ -38,10 +38,10 @@ def _draw_alike(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> torc
 
 
 def draw_from(weights: torch.Tensor, sequence: Sequence) -> int:
-    """An index of `weights` (V,), as often as each of them says, by the sequence's own random numbers.
+    """An index drawn with probabilities proportional to `weights` (V,), by the sequence's own random numbers.
 
     Raises:
-        ValueError: if they are not finite.
+        ValueError: if weights are not finite.
     """
     uniform = torch.tensor([sequence.uniform()], dtype=torch.float64, device=weights.device)
     return check_tokens(pick(weights[None], uniform).tolist())[0]

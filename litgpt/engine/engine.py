@@ -1,7 +1,7 @@
 """The one loop behind every way to generate: prefill, then decode steps.
 
-A batch of one is a batch. Rows of a ragged batch are prefilled at their own lengths and decoded together; a sequence that is
-finished leaves the computation, and others may take its place at any time.
+A batch of one is a batch. Rows of a ragged batch are prefilled at their own lengths and decoded together; finished sequences
+leave the batch, and others may join at any time.
 """
 
 from collections import abc
@@ -27,22 +27,19 @@ Released = list[tuple[Sequence, list[int]]]
 class Engine:
     """A batch of sequences that are decoded together; they join and leave between steps.
 
-    The output of a sequence is that of its own batch of one, whatever else is in the batch, up to rounding: in float32 the
-    same tokens, in bfloat16 sums in another order may tip a close decision. (With LongRoPE the longest of the sequences that
-    are added to an empty batch decides for all of them how positions are rotated.)
+    The output of a sequence is its output in a batch of one, whatever else is in the batch, up to rounding: in float32 the
+    same tokens, in bfloat16 sums in another order may tip a near tie. (With LongRoPE the longest of the sequences that are
+    added to an empty batch decides how positions are rotated.)
 
-    If the model fails or is interrupted, the caches are emptied, and the sequences that were active are left unfinished; the
-    engine takes new ones.
+    If the model fails or is interrupted, the caches are cleared and active sequences stay unfinished; the engine takes new
+    ones.
 
     Args:
         model: in evaluation mode, with caches.
-        prompt_chunksize: most tokens of a call in the prefill (None: as many as the caches take, or 256 where other
-            sequences are decoded meanwhile).
-        drafter: drafts the next tokens of every sequence; several may then come in a step.
-        batch_size: rows of every step, some of them idle, as compiled code wants it (None: as many as there are sequences,
-            or, in a compiled model, were at most).
-        lease: the caches (None: those that the model has, see `prepare_caches`, in place: they are the engine's while
-            sequences are active).
+        prompt_chunksize: most tokens of a prefill call (None: as many as the caches take, or 256 while others are decoded).
+        drafter: drafts the next tokens of every sequence; a step may then give several.
+        batch_size: fixed number of rows of every step, some of them idle, for compiled code (None: see `Rows`).
+        lease: on the caches (None: the model's, see `prepare_caches`, in place while sequences are active).
     """
 
     def __init__(
@@ -59,16 +56,16 @@ class Engine:
         self.prompt_chunksize = prompt_chunksize
         self.drafter = drafter
         self.lease = CacheLease(model) if lease is None else lease
-        self.n_drafted = self.n_accepted = 0  # draft tokens, and those of them that were accepted
+        self.n_drafted = self.n_accepted = 0  # draft tokens, and accepted ones
         self._rows = Rows(model, batch_size)
         self._chunked = ChunkedPrefill(model, prompt_chunksize)
-        self._first: Released = []  # first tokens, which the prefill gave
+        self._first: Released = []  # first tokens, drawn after the prefill
         self._long_rope = False  # whether positions are rotated by LongRoPE's long factors
         self._interrupted = False
 
     @property
     def acceptance_rate(self) -> float:
-        """What part of the draft tokens was accepted (0 if there were none)."""
+        """Fraction of the draft tokens that was accepted (0 if there were none)."""
         return self.n_accepted / max(1, self.n_drafted)
 
     @property
@@ -82,13 +79,12 @@ class Engine:
         """Prefill sequences into free rows, and draw the first token of each.
 
         Args:
-            sequences: those that share a prompt's tensor share its prefill.
-            n_cached: first tokens of the prompts that the caches have already, where these sequences are the whole batch.
-            chunked: leave the prefill to the next steps, each of which does a part of it: so those that are active go on
-                meanwhile, however long the prompts are.
+            sequences: those with the same prompt tensor share its prefill.
+            n_cached: number of first tokens of the prompts that are cached already, if these sequences are the whole batch.
+            chunked: leave the prefill to the next steps, a part to each, so that active sequences are decoded meanwhile.
 
         Raises:
-            ValueError: if a sequence does not fit, before any work; those that are active are not disturbed.
+            ValueError: if a sequence does not fit, before any work; active ones are not affected.
         """
         self.lease.run(self._add, sequences, n_cached, chunked)
 
@@ -127,7 +123,7 @@ class Engine:
             prompts = [prompts[id(sequence.prompt)] for sequence in sequences]
             logits = prefill(self.model, prompts, self.prompt_chunksize, n_cached, rows)
         elif rows is None:
-            self.model.start_kv_caches(len(sequences))
+            self.model.caches.start(len(sequences))
         else:
             self._rows.empty(rows)
         self._rows.place(sequences, range(len(sequences)) if rows is None else rows)
@@ -139,15 +135,15 @@ class Engine:
         self._first += self._draw(sequences, logits)
 
     def cancel(self, sequence: Sequence) -> None:
-        """End a sequence: its row is free, and no more tokens come."""
+        """End a sequence without further tokens; its row is free."""
         if sequence in self.active:
             sequence.finish_reason = "cancelled"
             self._first = [(one, output) for one, output in self._first if one is not sequence]
             self._chunked.cancel(sequence, self._rows.sequences)
 
     def can_join(self, sequence: Sequence, others: abc.Sequence[Sequence] = ()) -> bool:
-        """Whether a sequence goes with those that are active, or with `others` where none are: with LongRoPE, positions of
-        long sequences are rotated otherwise than those of short ones."""
+        """Whether a sequence can be in a batch with the active ones, or with `others` if there are none: with LongRoPE, long
+        and short sequences cannot."""
         active = self.active
         if not active and not others:
             return True
@@ -178,11 +174,10 @@ class Engine:
     # -- steps
 
     def step(self) -> Released:
-        """Go one step on with every active sequence: the tokens that are now known to be output.
+        """Run one step of every active sequence. Returns the tokens that are now known to be output.
 
-        These are often one, none while a stop sequence may have begun, several when it turns out that it had not or when
-        draft tokens are accepted. The first tokens of sequences that have just been added come in a step of their own, unless
-        they were added chunk by chunk.
+        Mostly one a sequence; none while a stop sequence may have begun; several after accepted draft tokens or when a stop
+        sequence did not come. The first tokens of added sequences come in a step of their own, unless added in chunks.
         """
         return self.lease.run(self._step)
 
@@ -211,20 +206,20 @@ class Engine:
         return list(released.items())
 
     def _decode(self, decoding: list[int]) -> Released:
-        """Feed every decoded row its last token and its draft tokens, and see what follows."""
+        """Run the last token and the draft tokens of every row to be decoded, and draw or verify the next ones."""
         rows, prompts_left = self._rows.sequences, self._chunked.unfinished
         drafts = {} if self.drafter is None else self._draft(decoding)
         T = 1 + max((len(draft.tokens) for draft in drafts.values()), default=0)
-        # idle rows come along, as compiled code wants it, but not those whose prompts are still on their way
+        # idle rows are run too, for compiled code, but not those whose prompts are being prefilled
         called = decoding if prompts_left else list(range(len(rows)))
         inputs = [[0] if rows[i] is None else rows[i].tokens[-1:] for i in called]
         if T > 1:
             inputs = [x + (drafts[i].tokens if i in drafts else []) for i, x in zip(called, inputs, strict=True)]
             inputs = [x + [0] * (T - len(x)) for x in inputs]
-        idx = torch.tensor(inputs, device=self.model.transformer.wte.weight.device)
+        idx = torch.tensor(inputs, device=self.model.device)
         position = self.model.next_token_pos
         if prompts_left:
-            lengths = self.model.kv_caches()[0].row_lengths
+            lengths = self.model.caches.row_lengths
             position = max(lengths[i] for i in called)
         logits = self.model(idx, position, last_token_only=T == 1, rows=called if prompts_left else None)
         if len(decoding) < len(called):
@@ -245,12 +240,12 @@ class Engine:
                 self.n_drafted += len(tokens)
                 self.n_accepted += n_accepted
         if any(unused.values()):
-            self.model.rewind_kv_caches([unused.get(i, 0) for i in range(len(rows))])
+            self.model.caches.rewind([unused.get(i, 0) for i in range(len(rows))])
         return released
 
     def _draft(self, decoding: list[int]) -> dict[int, Draft]:
-        """Drafts by row, of those rows that have any, not more than can be rewound."""
-        rows, room = self._rows.sequences, self.model.kv_cache_max_rewindable_tokens()
+        """Drafts by row, no longer than what can be rewound."""
+        rows, room = self._rows.sequences, self.model.caches.max_rewindable_tokens(self.model.max_seq_length)
         limits = {i: limit for i in decoding if (limit := min(room, rows[i].n_left - 1)) > 0}
         if not limits:
             return {}
@@ -265,7 +260,7 @@ class Engine:
     # -- failures
 
     def _guarded(self, function: Callable[..., T], *args: Any) -> T:
-        """`function(*args)`; whatever ends it otherwise than well leaves an empty batch."""
+        """Call `function(*args)`; after an error or interrupt the batch is empty."""
         self._interrupted = True
         try:
             result = function(*args)
@@ -276,16 +271,17 @@ class Engine:
         return result
 
     def _empty(self) -> None:
-        for cache in self.model.kv_caches():
-            cache.clear()
+        self.model.caches.clear()
+        self._forget()
+        self._interrupted = False
+
+    def _forget(self) -> None:
         self._rows.sequences, self._first = [], []
         self._chunked.clear()
-        self._interrupted = False
 
     def _check_undisturbed(self) -> None:
         if self.lease.overtaken:
-            self._rows.sequences, self._first = [], []
-            self._chunked.clear()
+            self._forget()
             raise ValueError(
                 "others have used the model's key-value caches before these sequences were finished: finish one generation "
                 "before the next, or give each caches of its own"
@@ -293,7 +289,7 @@ class Engine:
 
 
 def check_vocabulary(tokens: abc.Sequence[int], vocabulary: int) -> None:
-    """Raise `ValueError` if tokens are none of a model's `vocabulary`."""
+    """Raise `ValueError` for tokens outside 0..vocabulary - 1."""
     for token in (min(tokens), max(tokens)):
         if not 0 <= token < vocabulary:
             raise ValueError(
@@ -302,10 +298,10 @@ def check_vocabulary(tokens: abc.Sequence[int], vocabulary: int) -> None:
 
 
 def decode(engine: Engine, sequences: abc.Sequence[Sequence], n_cached: int = 0) -> Iterator[list[list[int] | None]]:
-    """Prefill sequences into an engine that has no others, and generate until all are finished.
+    """Prefill sequences into an empty engine, and generate until all are finished.
 
     Yields:
-        For every step, each sequence's tokens that are now known to be output, or None once it is finished.
+        For every step, the tokens of each sequence that are now known to be output, or None if it had finished before.
     """
     place = {id(sequence): i for i, sequence in enumerate(sequences)}
     engine.add(sequences, n_cached)

@@ -1,4 +1,4 @@
-"""From what a user names to a model that is ready to generate. All front ends begin here."""
+"""From a model's name or path to a model that is ready to generate; all front ends use it."""
 
 import logging
 from collections.abc import Callable
@@ -32,7 +32,7 @@ DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 @dataclass
 class Ready:
-    """A model with all that belongs to it."""
+    """A model with its tokenizer and prompt style."""
 
     model: GPT
     tokenizer: Tokenizer
@@ -41,12 +41,12 @@ class Ready:
 
     @property
     def stop_tokens(self) -> tuple[list[int], ...]:
-        """What ends a text: the tokenizer's and the model's end tokens, and the prompt style's."""
+        """Stop sequences: the end tokens of tokenizer and model, and those of the prompt style."""
         return all_stop_tokens(self.tokenizer, self.prompt_style)
 
     @property
     def device(self) -> torch.device:
-        return self.model.transformer.wte.weight.device
+        return self.model.device
 
 
 def default_device() -> torch.device:
@@ -54,9 +54,9 @@ def default_device() -> torch.device:
 
 
 def parse_precision(precision: str | None, device: torch.device) -> torch.dtype:
-    """The dtype that a precision's name stands for: `32-true`, `bf16-true`, `16-true`, or those without `-true`.
+    """The dtype for `32-true`, `bf16-true` or `16-true` (`-true` may be left out).
 
-    None is bfloat16 where the device computes in it, else float32 (CPU) or float16 (CUDA).
+    None: bfloat16 where the device multiplies it fast, else float32 (CPU) or float16 (CUDA).
     """
     if precision is None:
         if device.type == "cuda":
@@ -84,18 +84,17 @@ def make_ready(
     Args:
         checkpoint_dir: a folder, a `.gguf` file, or a model's name.
         precision: see `parse_precision`.
-        quantize: how to quantise the weights as they are read (`litgpt.runners.quantized_weights`).
-        compile: compile the decoding step.
+        quantize: mode of quantisation (`litgpt.runners.quantized_weights`), applied while the weights are read.
+        compile: compile the decode step.
         device: default: the first GPU, else the CPU.
-        access_token: of the Hugging Face hub, where the model has to be fetched.
-        pack: lay the weights out for the CPU's kernels (`litgpt.runners.packed_weights`); no training then.
-        load: makes the model of the checkpoint, in that dtype and on that device; and with `quantize` as a keyword, if
-            that is given.
+        access_token: for the Hugging Face hub.
+        pack: pack the weights for the CPU's kernels (`litgpt.runners.packed_weights`); the model cannot be trained then.
+        load: makes the model, as `load_model`.
     """
     device = default_device() if device is None else device
     dtype = parse_precision(precision, device)
     if quantize is not None:
-        Scheme(quantize)  # says what is missing before anything is fetched
+        Scheme(quantize)  # raises before anything is fetched
         load = partial(load, quantize=quantize)
     path = find_checkpoint(checkpoint_dir, access_token)
     with waiting(f"Loading {path.resolve().name}", log=True):
@@ -106,7 +105,7 @@ def make_ready(
         if tokenizer.n_tokens > (rows := model.config.padded_vocab_size):
             log.warning(
                 f"The tokenizer has {tokenizer.n_tokens:,} tokens, the model's embedding only {rows:,} rows: prompts with "
-                "tokens beyond them are refused. If that is not meant so, the tokenizer is another model's."
+                "tokens beyond them are refused. If this is not intended, the tokenizer belongs to another model."
             )
         if pack:
             speed_up_decode(model, compile)
@@ -114,8 +113,8 @@ def make_ready(
 
 
 def speed_up_decode(model: GPT, compile: bool = False) -> None:
-    """Have the model run as fast as it can: with packed weights and all layers in one call, where that works, else layer by
-    layer, or with `compile` single tokens by a compiled graph."""
+    """Make the model fast: packed weights and, where supported, all layers in one kernel call; otherwise, with `compile`,
+    decode steps by a compiled graph."""
     pack_linears(model)
     if not fuse_layers(model) and compile:
         compile_decode(model)
@@ -128,9 +127,9 @@ def slow_down_decode(model: GPT) -> None:
 
 
 def choose_kv_caches(model: GPT, spec: CacheSpec | str, batch_size: int = 1) -> None:
-    """Give the model the caches that are asked for, in the place of those that it has.
+    """Replace the model's caches by those of `spec`.
 
-    Dense caches without a `cache_length` are default caches, which are made when it is known how long they have to be.
+    Dense caches without a `cache_length` are default caches, made once their length is known.
 
     Raises:
         ValueError: if there are no such caches.

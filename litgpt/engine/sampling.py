@@ -14,8 +14,8 @@ from litgpt.settings import shown
 LogitsProcessor = Callable[[Sequence[int], torch.Tensor], torch.Tensor]
 
 MAX_BIAS = torch.finfo(torch.float32).max
-MIN_TEMPERATURE = 1e-5  # below it the likeliest token has all of the probability, but for ties
-NO_TOKEN = -1  # in place of a token that cannot be drawn: `check_tokens` finds it once tokens are read from the device
+MIN_TEMPERATURE = 1e-5  # below it sampling is greedy
+NO_TOKEN = -1  # if no token can be drawn; `check_tokens` raises once tokens are read from the device
 
 
 @dataclass(frozen=True)
@@ -25,18 +25,18 @@ class Sampling:
     The order is: penalties, `logit_bias`, `processors`, then top-k, temperature, top-p, min-p, and a draw.
 
     Args:
-        temperature: logits are divided by it; 0, or next to nothing, takes the likeliest token.
+        temperature: logits are divided by it; 0 is greedy sampling.
         top_k: draw from the k likeliest tokens only.
         top_p: draw from the likeliest tokens whose probabilities add up to this (nucleus sampling, arXiv:1904.09751).
-        min_p: draw from tokens that are at least this times as likely as the likeliest one (arXiv:2407.01082).
-        repetition_penalty: logits of tokens that the prompt or the output has are divided by it where they are positive,
-            else multiplied (arXiv:1909.05858).
-        presence_penalty: taken off the logits of tokens that the output has.
-        frequency_penalty: taken off the logits of tokens of the output for every time that they are there.
+        min_p: draw from tokens at least this times as likely as the likeliest one (arXiv:2407.01082).
+        repetition_penalty: divides positive logits of tokens in prompt and output, multiplies negative ones
+            (arXiv:1909.05858).
+        presence_penalty: subtracted from the logits of tokens in the output.
+        frequency_penalty: the same, for every occurrence.
         logit_bias: added to the logits of tokens, {token: bias}.
-        seed: of a generator of this sequence's own, which draws the same whatever else is generated beside it.
-        processors: called as `(tokens so far, logits (V,) float32)`, prompt included; return logits (V,). Every sequence
-            gets copies (`copy.copy`) of its own, so they may keep what they know about it from call to call.
+        seed: of the sequence's own generator, whose draws do not depend on other sequences.
+        processors: called as `(tokens so far, logits (V,) float32)`, prompt included; return logits (V,). Every sequence gets
+            copies (`copy.copy`), so they may keep state.
 
     Raises:
         ValueError: for values that mean nothing.
@@ -89,12 +89,12 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """Whether the likeliest token is always drawn."""
         return self.temperature < MIN_TEMPERATURE or self.top_k == 1
 
     @property
     def adjusts(self) -> bool:
-        """Whether logits are changed, in ways that depend on the tokens so far or on the token."""
+        """Whether logits are changed by penalties, bias or processors."""
         return bool(
             self.repetition_penalty != 1
             or self.presence_penalty
@@ -133,7 +133,7 @@ class Sampling:
 
 
 def draw_rows(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor | None = None) -> torch.Tensor:
-    """One token for each row of adjusted logits (B, V): (B,) int64, `NO_TOKEN` where they are not finite.
+    """Draw a token for each row of adjusted logits (B, V): (B,) int64, `NO_TOKEN` where they are not finite.
 
     `uniforms` (B,) are random numbers in [0, 1) (None: from torch's generator).
     """
@@ -141,11 +141,9 @@ def draw_rows(logits: torch.Tensor, sampling: Sampling, uniforms: torch.Tensor |
         return likeliest(logits)
     probs, tokens = _candidates(logits, sampling)
     picked = pick(probs, uniforms)
-    return picked if tokens is None else torch.where(picked < 0, picked, _gather(tokens, picked.clamp(min=0)))
-
-
-def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    return x.gather(-1, index[:, None])[:, 0]
+    if tokens is None:
+        return picked
+    return torch.where(picked < 0, picked, tokens.gather(-1, picked.clamp(min=0)[:, None])[:, 0])
 
 
 def likeliest(logits: torch.Tensor) -> torch.Tensor:
@@ -156,7 +154,7 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
     if logits.device.type != "cpu":
         values, tokens = logits.max(dim=-1)
         return torch.where(values.isfinite(), tokens, NO_TOKEN)
-    # by numpy, since torch's own takes up to ten times as long
+    # by numpy: torch takes up to ten times as long
     logits = logits.detach()
     if logits.dtype == torch.bfloat16:  # positive ones are ordered as their bits are
         bits = logits.view(torch.int16).numpy()
@@ -172,8 +170,8 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
 
 
 def pick(probs: torch.Tensor, uniforms: torch.Tensor | None = None) -> torch.Tensor:
-    """One index for each row of weights (B, K) >= 0, which need not add up to 1: (B,) int64, `NO_TOKEN` where they add up
-    to nothing or to NaN.
+    """Draw an index for each row of weights (B, K) >= 0, which need not be normalised: (B,) int64, `NO_TOKEN` where the sum is 0
+    or NaN.
 
     `uniforms` (B,) are random numbers in [0, 1) (None: from torch's generator); equal ones give equal tokens.
     """
@@ -186,7 +184,7 @@ def pick(probs: torch.Tensor, uniforms: torch.Tensor | None = None) -> torch.Ten
 
 
 def check_tokens(tokens: list[int]) -> list[int]:
-    """Drawn tokens, as they are; `ValueError` if there is a `NO_TOKEN` among them."""
+    """Return drawn tokens; `ValueError` if there is a `NO_TOKEN` among them."""
     check_finite(min(tokens, default=0) >= 0)
     return tokens
 
@@ -220,8 +218,7 @@ def _number(name: str, value: object) -> float:
 
 
 def _candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Probabilities (B, K) of the tokens (B, K) that may be drawn (None: of all, in order); NaN where logits are not
-    finite."""
+    """Probabilities (B, K) of the candidates (B, K) (None: all tokens in order); NaN where logits are not finite."""
     logits, tokens = logits.float(), None
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         logits, tokens = torch.topk(logits, sampling.top_k)
@@ -235,10 +232,8 @@ def _candidates(logits: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor,
 
 
 def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """The distribution (B, V) float32 that tokens are drawn from; for greedy sampling all is on the likeliest token.
-
-    `logits` (B, V) are those that `Sampling.adjust` gives. Where they are not finite, neither is it.
-    """
+    """The distribution (B, V) float32 that tokens are drawn from, given adjusted logits (B, V); one-hot for greedy sampling, NaN
+    where logits are not finite."""
     if sampling.is_greedy:
         tokens = likeliest(logits)[:, None]
         certain = torch.where(tokens < 0, torch.nan, 1.0)
@@ -253,7 +248,7 @@ def multinomial_num_samples_1(probs: torch.Tensor) -> torch.Tensor:
 
 
 def _checked(tokens: torch.Tensor) -> torch.Tensor:
-    """Drawn tokens, as they are; `ValueError` if there is a `NO_TOKEN` among them. Waits for the device."""
+    """`check_tokens` for a tensor; waits for the device."""
     if not torch.compiler.is_compiling():
         check_finite(not (tokens < 0).any())
     return tokens
@@ -276,16 +271,10 @@ def sample(
     top_p: float = 1.0,
     apply_softmax: bool = True,
 ) -> torch.Tensor:
-    """One token from the logits of the last position of the first row, (V,), (T, V) or (B, T, V): (1,) int64.
+    """Draw a token from the logits of the last position of the first row, (V,), (T, V) or (B, T, V): (1,) int64.
 
-    `batched_sample` draws one for every row.
-
-    Args:
-        logits: of any dtype.
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        top_k: draw from the k likeliest tokens only.
-        top_p: draw from the likeliest tokens whose probabilities add up to this.
-        apply_softmax: False: `logits` are probabilities.
+    `batched_sample` draws for every row. With `apply_softmax=False`, `logits` are probabilities. The other arguments are those
+    of `Sampling`.
 
     Raises:
         ValueError: for a negative temperature, top_k < 1, top_p outside 0..1, or logits that are not finite.
@@ -298,13 +287,8 @@ def sample(
 def batched_sample(
     logits: torch.Tensor | Sequence[torch.Tensor], kwargs: dict[str, Any] | Sequence[dict[str, Any]]
 ) -> torch.Tensor:
-    """One token for each of B logits, with `sample` arguments for all or for each: (B, 1) int64."""
+    """`sample` for each of B logits, with arguments for all or for each: (B, 1) int64."""
     kwargs = [kwargs] * len(logits) if isinstance(kwargs, dict) else kwargs
     if len(logits) != len(kwargs):
         raise ValueError(f"{len(logits)} logits but {len(kwargs)} sets of sampling arguments")
     return torch.stack([sample(row, **args) for row, args in zip(logits, kwargs, strict=True)])
-
-
-def check_sampling(temperature: float = 1.0, top_k: int | None = None, top_p: float = 1.0) -> None:
-    """Raise `ValueError` for values that sampling cannot mean anything by."""
-    Sampling(temperature, top_k, top_p)

@@ -1,4 +1,4 @@
-"""One sequence that is generated: its prompt, how its tokens are drawn, and what came of it so far."""
+"""One sequence that is generated: its prompt, its sampling, and its tokens so far."""
 
 import copy
 import random
@@ -17,25 +17,25 @@ class Sequence:
     """One sequence that is generated, from its prompt to its last token.
 
     Args:
-        prompt: tokens (T,), at least one. Sequences that share one tensor share its prefill.
+        prompt: tokens (T,), at least one. Sequences with the same tensor share its prefill.
         max_new_tokens: most tokens to draw.
-        sampling: how they are drawn.
+        sampling: how tokens are drawn.
         stop_tokens: sequences of tokens, each of which ends the output.
-        include_eos: whether such a sequence is part of the output.
-        logprobs: None, or how many of the likeliest tokens are told with each drawn one's log-probability. These are the
-            model's own (of its logits before penalties, temperature and so on).
+        include_eos: whether the stop sequence is part of the output.
+        logprobs: None, or the number of likeliest tokens to report with the log-probability of each drawn one. These are the
+            model's own, before penalties, temperature and so on.
 
     Attributes:
-        tokens: the prompt, and after it all tokens drawn so far.
-        prompt_length: tokens of the prompt.
-        n_prefilled: tokens of the prompt that are in the caches.
-        n_output: how many of the drawn tokens are known to be output.
-        finish_reason: "stop" (a stop sequence came), "length" (`max_new_tokens` did), "cancelled", or None: not finished.
-        token_logprobs: natural logarithms of the drawn tokens' probabilities, if asked for.
-        top_logprobs: {token: log-probability} of the likeliest tokens in place of each drawn one, if asked for.
+        tokens: the prompt and all tokens drawn so far.
+        prompt_length: number of tokens of the prompt.
+        n_prefilled: number of tokens of the prompt that are cached.
+        n_output: number of drawn tokens that are known to be output.
+        finish_reason: "stop" (a stop sequence), "length" (`max_new_tokens`), "cancelled", or None: not finished.
+        token_logprobs: log-probabilities of the drawn tokens, if requested.
+        top_logprobs: {token: log-probability} of the likeliest tokens at each place, if requested.
 
     Raises:
-        ValueError: for an empty prompt, or numbers that mean nothing.
+        ValueError: for an empty prompt, or numbers out of range.
     """
 
     prompt: torch.Tensor
@@ -72,32 +72,32 @@ class Sequence:
 
     @property
     def output(self) -> list[int]:
-        """Those of them that are known to be output."""
+        """The drawn tokens that are known to be output."""
         return self.tokens[self.prompt_length : self.prompt_length + self.n_output]
 
     @property
     def n_new(self) -> int:
-        """How many tokens have been drawn."""
+        """Number of tokens drawn so far."""
         return len(self.tokens) - self.prompt_length
 
     @property
     def n_left(self) -> int:
-        """How many tokens may still be drawn."""
+        """Number of tokens that may still be drawn."""
         return self.max_new_tokens - self.n_new
 
     @property
     def max_length(self) -> int:
-        """Most tokens that the sequence will have."""
+        """Most tokens of the sequence, prompt included."""
         return self.prompt_length + self.max_new_tokens
 
     @property
     def is_decoding(self) -> bool:
-        """Whether the prompt is in the caches and the first token is drawn."""
+        """Whether the prompt is cached and the first token is drawn."""
         return len(self.tokens) > self.prompt_length
 
     @property
     def has_seed(self) -> bool:
-        """Whether its random numbers are its own."""
+        """Whether the sequence has its own generator."""
         return self._random is not None
 
     def uniform(self) -> float:
@@ -110,8 +110,8 @@ class Sequence:
         return self.sampling.adjust(logits, self.tokens, self.prompt_length)
 
     def append(self, token: int, logits: torch.Tensor) -> list[int]:
-        """Take the next token, drawn from the model's `logits` (V,); the tokens that are now known to be output. May finish
-        the sequence."""
+        """Append a token drawn from the model's `logits` (V,), which may finish the sequence. Returns the tokens that are now
+        known to be output."""
         if self.logprobs is not None:
             self._note_logprobs(token, logits)
         self.tokens.append(token)

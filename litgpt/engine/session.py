@@ -1,4 +1,4 @@
-"""A sequence that is continued again and again: its tokens, and the caches that hold them."""
+"""A sequence that is continued again and again, with caches of its own."""
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,23 +23,22 @@ from litgpt.model import GPT
 
 
 class Session:
-    """One sequence, and caches of its own that hold its beginning: what they hold is not computed again.
+    """One sequence with caches of its own: cached tokens are not computed again.
 
-    The caches are in the model only while the session runs it. So any number of sessions, and others who use the model,
-    take turns on it, even token by token.
+    The caches are in the model only while the session runs it, so any number of sessions and other users can share a model
+    and alternate, even token by token.
 
     Args:
         model: in evaluation mode.
-        kv_cache: which caches: a `CacheSpec`, or the name of one, such as "dense" (every token) or "lastrec" (the last
-            `cache_length` ones).
-        cache_length: tokens that they hold (None: as many as are needed, or for a kind that evicts its default).
-        prompt_chunksize: most tokens of a call in the prefill (None: as many as the caches take).
+        kv_cache: a `CacheSpec` or a cache's name, such as "dense" (every token) or "lastrec" (the last `cache_length` ones).
+        cache_length: capacity in tokens (None: as many as needed, or the default of a cache that evicts).
+        prompt_chunksize: most tokens of a prefill call (None: as many as the caches take).
         kv_cache_args: further arguments of the caches, such as `n_sink`.
 
     Attributes:
-        tokens: the sequence: all that was given, and all that was drawn, stop sequences included.
-        reused: how many tokens of the prompt the last `generate` found in the caches.
-        notes: anything that JSON can hold; it is saved with the session.
+        tokens: the sequence, given and drawn tokens, stop sequences included.
+        reused: number of tokens of the last `generate`'s prompt that were cached.
+        notes: any JSON value; saved with the session.
 
     Raises:
         ValueError: if there are no such caches.
@@ -58,11 +57,11 @@ class Session:
         self.tokens: list[int] = []
         self.reused = 0
         self.notes: dict[str, Any] = {}
-        self._version = 0  # a generation that another one has overtaken must not go on
+        self._version = 0  # an iterator of an earlier version must not continue
         self._lease = CacheLease(model, LayerCaches())
         spec = CacheSpec.parse(kv_cache, cache_length, **kv_cache_args)
         self._lease.run(choose_kv_caches, model, spec)
-        self._grows = not self.kv_caches  # default caches are made, and enlarged, when they are needed
+        self._grows = not self.kv_caches  # default caches, made and enlarged as needed
         self._kind = spec.describe()
         self.n_sink = dict(spec.arguments).get("n_sink", 0)  # first tokens that are never evicted
         if not self._grows and spec.cache_length is None:
@@ -72,33 +71,31 @@ class Session:
 
     @property
     def kv_caches(self) -> list[KVCache]:
-        """The session's caches, one a layer (none, if they are yet to be made)."""
+        """The session's caches, one a layer; empty if not made yet."""
         return self._lease.caches.caches
 
     @property
     def cached(self) -> int:
-        """Tokens, from the beginning of the sequence, that the caches hold or have evicted."""
+        """Number of first tokens of the sequence that the caches hold or have evicted."""
         return self._lease.caches.next_token_pos
 
     @property
     def cache_bytes(self) -> int:
         """Bytes that the caches have allocated."""
-        return sum(cache.size_estimate()[0] for cache in self.kv_caches) // 8
+        return self._lease.caches.size_in_bytes()
 
     @property
     def limit(self) -> int | None:
-        """Most tokens that the sequence may have (None: any number)."""
+        """Most tokens of the sequence (None: any number)."""
+        caches, context = self._lease.caches, self.model.max_seq_length
         if self._grows:
-            return self.model.max_seq_length
-        if all(cache.unbounded for cache in self.kv_caches):
-            return None
-        dense = [cache.cache_length for cache in self.kv_caches if not cache.evicts]
-        return min([self.model.max_seq_length, *dense])
+            return context
+        return None if caches.unbounded else min(context, caches.max_length or context)
 
     # -- going on, going back
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Let `tokens` follow, and run them through the model; the last one is run with what comes after it.
+        """Append tokens and run them through the model; the last one is run with the tokens that follow.
 
         Raises:
             ValueError: if there are none, or more than the model or the caches take, before any work.
@@ -123,22 +120,22 @@ class Session:
         drafter: Drafter | None = None,
         **sampling: Any,
     ) -> Iterator[int]:
-        """Let the model go on.
+        """Generate the next tokens.
 
         Args:
-            prompt: the whole sequence to go on from (None: the session's). Where it begins as the session does, that
-                beginning is not computed again, and the rest of the session is forgotten.
+            prompt: the whole sequence to continue (None: the session's). The prefix that it shares with the session is not
+                computed again; the rest of the session is forgotten.
             max_new_tokens: most tokens to draw.
             stop_tokens: sequences of tokens, each of which ends the output.
             drafter: drafts the next tokens (None: no drafts).
             sampling: fields of `Sampling`, such as `temperature=0`.
 
         Yields:
-            Tokens, without the stop sequence that ends them. The iterator may be left at any time.
+            Tokens, without the stop sequence. The iterator may be left at any time.
 
         Raises:
             ValueError: if there is no prompt, or more tokens than the model or the caches take, before any work; and if
-                the session is used otherwise before the iterator has ended.
+                the session is changed before the iterator has ended.
         """
         tokens = [int(token) for token in (self.tokens if prompt is None else prompt)]
         if not tokens:
@@ -149,11 +146,11 @@ class Session:
         self._make_room(sequence.max_length)
         self._version += 1
         version, self.reused = self._version, self._rewind(tokens)
-        self.tokens = sequence.tokens  # to which the engine adds
+        self.tokens = sequence.tokens  # the engine appends to it
         engine.add([sequence], self.reused)
         while True:
             if version != self._version:
-                raise ValueError("the session was used otherwise before this generation had ended")
+                raise ValueError("the session was changed before this generation had ended")
             released = engine.step()
             if not released:
                 return
@@ -161,10 +158,10 @@ class Session:
                 yield from output
 
     def crop(self, n: int) -> None:
-        """Forget all but the first `n` tokens. What the caches cannot go back to is computed again when it is needed.
+        """Forget all but the first `n` tokens. If the caches cannot be cropped to `n`, the tokens are computed again later.
 
         Raises:
-            ValueError: if there are not as many.
+            ValueError: if there are fewer.
         """
         if not 0 <= n <= len(self.tokens):
             raise ValueError(f"cannot crop to {n}: must be in 0..{len(self.tokens)}, the tokens so far")
@@ -177,7 +174,7 @@ class Session:
         self.crop(0)
 
     def fork(self) -> "Session":
-        """An independent session that goes on from here; a copy of the slots in use."""
+        """An independent copy of the session; the slots in use are copied."""
         twin = copy.copy(self)
         twin.tokens, twin.notes = list(self.tokens), copy.deepcopy(self.notes)
         caches = replace(self._lease.caches, caches=[cache.fork() for cache in self.kv_caches])
@@ -187,7 +184,7 @@ class Session:
     # -- files
 
     def save(self, path: Path | str) -> None:
-        """Write everything to a file. If that is cut short, by `kill -9` even, the file is what it was before.
+        """Write the session to a file. If interrupted at any point, the previous file stays intact.
 
         Raises:
             OSError: if it cannot be written.
@@ -208,16 +205,16 @@ class Session:
         write_session(Path(path), about, tensors)
 
     def load(self, path: Path | str) -> None:
-        """Become what was saved, and go on exactly as that would have.
+        """Restore a saved session, which then continues exactly as the saved one.
 
         Raises:
             FileNotFoundError: if there is no file.
-            ValueError: if it is damaged, or of another model, dtype or kind of caches; the session is as it was then.
+            ValueError: if it is damaged, or of another model, dtype or kind of caches; the session is then unchanged.
         """
         self.restore(read_session(Path(path)))
 
     def restore(self, file: SessionFile) -> None:
-        """`load`, from a file that has been read."""
+        """`load`, from a file that was read before."""
         about, tokens = file.about, file.tensors["tokens"].tolist()
         self._check_fits(file)
         fresh = copy.copy(self)
@@ -248,7 +245,7 @@ class Session:
                 f"{file.path} was saved with another model, {about['model']!r}, or with other weights of it: "
                 f"use those instead of this {config.name!r}, or begin a new session"
             )
-        # dense caches of any length hold the same, but default ones are smaller in layers with a sliding window
+        # dense caches of any length have equal contents, but default ones are smaller in layers with a sliding window
         both_dense = about["kind"]["kv_cache"] == self._kind["kv_cache"] == "dense"
         if about["kind"] != self._kind and not (both_dense and config.sliding_window_size is None):
             raise ValueError(
@@ -262,12 +259,12 @@ class Session:
     # -- the caches
 
     def _make_room(self, length: int) -> None:
-        """See that the caches take `length` tokens; those that are enlarged keep what is in them."""
+        """Ensure that the caches take `length` tokens; enlarged ones keep their contents."""
         self._lease.run(self._enlarge_caches, length)
 
     def _enlarge_caches(self, length: int) -> None:
         model = self.model
-        model.expect_length(length)  # which may make the caches forget
+        model.expect_length(length)  # may clear the caches
         old = model.kv_caches()
         small = any(not cache.evicts and cache.cache_length < length for cache in old)
         if self._grows and small and length <= model.max_seq_length:
@@ -278,18 +275,18 @@ class Session:
                 cache.load_state(previous.state(copy=False))
 
     def _rewind(self, tokens: list[int]) -> int:
-        """Take the caches back to where `tokens` depart from the session's, and at least to before their last one, which
-        is to be run. Returns how many tokens they hold then."""
+        """Rewind the caches to the common prefix with `tokens`, short of the last one, which is to be run. Returns the number
+        of tokens that are then cached."""
         limit = max(0, min(self.cached, len(tokens) - 1))
         common = limit
         if self.tokens[:limit] != tokens[:limit]:
             common = next(i for i in range(limit) if self.tokens[i] != tokens[i])
         if common < self.cached:
-            self._lease.run(self.model.crop_kv_caches, common)
+            self._lease.run(lambda: self.model.caches.crop(common))
         return self.cached
 
     def _tensor(self, tokens: list[int]) -> torch.Tensor:
-        return torch.tensor(tokens, device=self.model.transformer.wte.weight.device)
+        return torch.tensor(tokens, device=self.model.device)
 
 
 def _describe(kind: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Files of saved sessions: a safetensors file whose every byte is accounted for, replaced as a whole or not at all."""
+"""Files of saved sessions: safetensors files with checksums over all bytes, replaced atomically."""
 
 import json
 import zlib
@@ -15,18 +15,18 @@ from litgpt.atomic_file import replacing
 from litgpt.checkpoint.files import safetensors_header, tensor_bytes
 
 FORMAT = 1
-CHECKSUMS = "checksums"  # the last tensor: that of the header, and then those of the other tensors
+CHECKSUMS = "checksums"  # name of the last tensor: checksums of the header and of the other tensors
 PAGE = 4096  # bytes
 
 
 @dataclass(frozen=True)
 class SessionFile:
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
         path: the file.
-        about: everything but tensors.
-        tensors: views of the file, which is mapped into memory.
+        about: everything but the tensors.
+        tensors: views of the memory-mapped file.
     """
 
     path: Path
@@ -35,12 +35,12 @@ class SessionFile:
 
 
 def write_session(path: Path, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a file so that whatever happens meanwhile, `path` is the old file or the new one, and whole.
+    """Write a file atomically: after an interrupt at any point, `path` is the complete old or new file.
 
     Args:
         path: in a folder that exists.
-        about: what JSON can hold.
-        tensors: by name; not more than one of them is copied at a time.
+        about: a JSON object.
+        tensors: by name; only one of them is copied at a time.
     """
     layout = {**tensors, CHECKSUMS: torch.empty(1 + len(tensors), dtype=torch.int64)}
     header, _ = safetensors_header(layout, {"session": json.dumps({"format": FORMAT, **about})})
@@ -55,16 +55,16 @@ def write_session(path: Path, about: Mapping[str, Any], tensors: Mapping[str, to
 
 
 def read_session(path: Path) -> SessionFile:
-    """Open a file and check all of it.
+    """Open a file and verify its checksums.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: if it is no file of a session, one of another version, or damaged.
+        ValueError: if it is not a session's, of another version, or damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist" if not path.exists() else f"{path} is not a file")
     try:
-        with safe_open(path, framework="pt") as file:  # checks that places and sizes in the file fit together
+        with safe_open(path, framework="pt") as file:  # checks offsets and sizes
             names = file.keys()
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
@@ -87,8 +87,8 @@ def read_session(path: Path) -> SessionFile:
 
 
 def checksum(data: memoryview) -> int:
-    """Of any bytes. Pages are added up and the sums then checked in their order: about as fast as memory is read, and
-    blind only to errors that cancel each other within a page."""
+    """A checksum of any bytes, at about the speed of memory: a CRC of the sums of pages. It misses only errors that cancel
+    each other within a page."""
     values = np.asarray(data)
     whole = len(values) // PAGE * PAGE
     sums = values[:whole].view(np.uint64).reshape(-1, PAGE // 8).sum(axis=1)

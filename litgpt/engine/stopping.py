@@ -4,21 +4,21 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Finds stop sequences among the tokens of one sequence, and keeps back tokens that may turn out to begin one.
+    """Finds stop sequences in the tokens of one sequence, and withholds tokens that may begin one.
 
     Args:
-        stop_tokens: sequences of tokens, any of which ends the sequence.
-        include_eos: whether the stop sequence itself is output.
+        stop_tokens: sequences of tokens, each of which ends the sequence.
+        include_eos: whether the stop sequence is output.
     """
 
     def __init__(self, stop_tokens: Sequence[Sequence[int]], include_eos: bool) -> None:
         self.stops = [list(stop) for stop in stop_tokens if len(stop)]
         self.include_eos = include_eos
-        self.pending: list[int] = []  # the last tokens, of which it is not known whether they are output
+        self.pending: list[int] = []  # withheld tokens
         self.stopped = False
 
     def push(self, token: int) -> list[int]:
-        """Take the next token; give those that are now known to be output. Sets `stopped`."""
+        """Append a token; return those that are now known to be output. Sets `stopped`."""
         self.pending.append(token)
         for stop in self.stops:
             if self.pending[-len(stop) :] == stop:
@@ -28,7 +28,7 @@ class StopMatcher:
         return self._release(len(self.pending) - undecided)
 
     def flush(self) -> list[int]:
-        """Give what was kept back, once no further token will come."""
+        """Return the withheld tokens, after the last token."""
         return [] if self.stopped else self._release(len(self.pending))
 
     def _release(self, count: int) -> list[int]:
@@ -37,5 +37,5 @@ class StopMatcher:
 
 
 def _overlap(tokens: list[int], stop: list[int]) -> int:
-    """Length of the longest end of `tokens` that is a proper beginning of `stop`."""
+    """Length of the longest suffix of `tokens` that is a proper prefix of `stop`."""
     return next(n for n in range(min(len(tokens), len(stop) - 1), -1, -1) if tokens[len(tokens) - n :] == stop[:n])

@@ -16,17 +16,17 @@ def verify(
     distributions: torch.Tensor | None,
     broadcast: Callable[[list[int]], list[int]],
 ) -> tuple[list[int], int]:
-    """Draw a sequence's next tokens: for as long as its draft tokens are accepted, and one more.
+    """Draw a sequence's next tokens: one after each accepted draft token, and the first that differs or follows.
 
     Args:
-        sequence: gets the tokens, and may be finished by them.
+        sequence: gets the tokens, which may finish it.
         logits: of the model, after the sequence's last token and after every draft token, (n + 1 or more, V).
         draft_tokens: n tokens.
         distributions: that they were drawn from, (n, V) (None: they are certain).
         broadcast: as `GPT.broadcast_tokens`.
 
     Returns:
-        The tokens that are now known to be output, and how many draft tokens were accepted.
+        The tokens that are now known to be output, and the number of accepted draft tokens.
     """
     output: list[int] = []
     for place, draft_token in enumerate(draft_tokens):
@@ -43,11 +43,11 @@ def verify(
 
 
 def verify_token(logits: torch.Tensor, draft_token: int, distribution: torch.Tensor | None, sequence: Sequence) -> int:
-    """The next token of a sequence, distributed as if there were no draft: the draft token, as often as that allows.
+    """The next token of a sequence, distributed as if there were no draft.
 
-    A draft token x that was drawn from q is accepted with probability min(1, p(x) / q(x)); if it is not, the token is drawn
-    from max(0, p - q), normalised, where x has no part. A certain draft token leaves the draw as it is: it is accepted if x
-    is drawn, so that the tokens are also those that the same random numbers give without drafts.
+    A draft token x drawn from q is accepted with probability min(1, p(x) / q(x)); otherwise the token is drawn from the
+    normalised max(0, p - q), where x has probability 0. A certain draft token does not change the draw: it is accepted if x is
+    drawn, so equal random numbers give the same tokens with and without drafts.
 
     Args:
         logits: of the model, (V,).
@@ -65,4 +65,4 @@ def verify_token(logits: torch.Tensor, draft_token: int, distribution: torch.Ten
     if sequence.uniform() * q[draft_token].item() < p[draft_token].item():
         return draft_token
     rest = (p - q).clamp(min=0.0)
-    return draw_from(rest if rest.any() else p, sequence)  # without a rest, p and q are equal but for rounding
+    return draw_from(rest if rest.any() else p, sequence)  # without a rest, p and q are equal up to rounding

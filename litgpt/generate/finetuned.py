@@ -1,6 +1,7 @@
-"""The common part of the commands for fine-tuned models."""
+"""The commands for fine-tuned models."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, make_dataclass
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from litgpt.checkpoint.finetuned import Finetuned
 from litgpt.checkpoint.load import load_finetuned
 from litgpt.engine.loading import Ready, make_ready
 from litgpt.generate import base
-from litgpt.generate.options import AnswerOptions, CheckpointOptions, PromptLookupOptions, option
+from litgpt.generate.options import AnswerOptions, CheckpointOptions, PromptLookupOptions, command, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,21 +25,31 @@ class FinetunedOptions(AnswerOptions, PromptLookupOptions, CheckpointOptions):
     max_new_tokens: int = option(100, "Most tokens of an answer.", least=1)
 
 
-def positions(path: str) -> list[str]:
-    """The options that LitGPT's commands for fine-tuned models take by position; `path` names the weights' option."""
-    first = ["checkpoint_dir", "prompt", "input", "sys_prompt", path, "quantize"]
-    return [*first, "max_new_tokens", "top_k", "top_p", "temperature", "precision"]
+def finetuned_command(method: str, description: str, path: str, default: str, help: str) -> Callable[..., None]:
+    """The command for models that were fine-tuned by `method`.
 
+    Args:
+        method: full, lora, adapter or adapter_v2.
+        description: first line of the command's help.
+        path, default, help: name, default and help of the option for the weights' file.
+    """
+    options_class = make_dataclass(
+        "Options", [(path, Path, option(Path(default), help))], bases=(FinetunedOptions,), frozen=True, kw_only=True
+    )
 
-def answer_finetuned(options: FinetunedOptions, path: Path, method: str) -> None:
-    """What the commands for fine-tuned models do: answer with the weights in the file `path` and the checkpoint below."""
-    lines = base.prompt_lines(options, options.input)
-    finetuned = Finetuned(path, method)
+    def main(options: FinetunedOptions) -> None:
+        lines = base.prompt_lines(options, options.input)
+        finetuned = Finetuned(getattr(options, path), method)
 
-    def load() -> Ready:
-        checkpoint_dir = finetuned.base(options.checkpoint_dir)
-        ready = make_ready(checkpoint_dir, **options.loading(), load=partial(load_finetuned, finetuned))
-        ready.prompt_style = finetuned.prompt_style() or ready.prompt_style
-        return ready
+        def load() -> Ready:
+            checkpoint_dir = finetuned.base(options.checkpoint_dir)
+            ready = make_ready(checkpoint_dir, **options.loading(), load=partial(load_finetuned, finetuned))
+            ready.prompt_style = finetuned.prompt_style() or ready.prompt_style
+            return ready
 
-    base.answer(options, lines, load, lambda ready: options.drafter())
+        base.answer(options, lines, load, lambda ready: options.drafter())
+
+    main.__module__, main.__qualname__ = f"litgpt.generate.{method}", "main"
+    main.__doc__ = f"{description}\n\nThe answer goes to stdout, statistics to stderr."
+    positional = "checkpoint_dir", "prompt", "input", "sys_prompt", path, "quantize", "max_new_tokens"
+    return command(options_class, *positional, "top_k", "top_p", "temperature", "precision")(main)

@@ -1,4 +1,4 @@
-"""The options of the commands that generate: each is declared once, with its type, default, limits and help."""
+"""The options of the commands that generate, each declared once with its type, default, limits and help."""
 
 import inspect
 import math
@@ -19,17 +19,17 @@ from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.policies import POLICIES
 from litgpt.kvcache.storages import STORAGES
 from litgpt.model import GPT
+from litgpt.settings import shown
 from litgpt.standard_streams import check_text
 
 DEFAULT_PROMPT = "What food do llamas eat?"
-_SHOWN = 60  # characters of a value in an error message
 
 Kind = TypeVar("Kind", bound="Options")
 
 
 def option(default: Any, help: str, least: int | None = None, most: int | None = None) -> Any:
-    """A field of an `Options` class: an option with its default value (`MISSING`: it has to be given) and help, and where
-    it is a whole number its least and its largest value."""
+    """A field of an `Options` class: an option with its default (`MISSING`: it is required), its help, and the least and the
+    largest value of a whole number."""
     return field(default=default, metadata={"help": help, "least": least, "most": most})
 
 
@@ -38,7 +38,7 @@ class Options:
     """Values of options, checked.
 
     Raises:
-        ValueError: for a value of the wrong type or out of range, which is named.
+        ValueError: naming a value of the wrong type or out of range.
     """
 
     def __post_init__(self) -> None:
@@ -48,16 +48,14 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(Options):
-    """How the weights of a model are loaded."""
+    """How a model is loaded."""
 
     quantize: Quantization | None = option(
-        None, "Keep the weights in fewer bits: int8, int4, or those of bitsandbytes (bnb.*, needs a GPU)."
+        None, "Quantise the weights: int8, int4, or a mode of bitsandbytes (bnb.*, needs a GPU)."
     )
-    precision: str | None = option(
-        None, "bf16-true, 16-true or 32-true. Default: the fastest one that the device computes in."
-    )
-    compile: bool = option(False, "Compile the decode step. Takes a while at first, and is faster then.")
-    access_token: str | None = option(None, "Of the Hugging Face hub, for models that ask for one.")
+    precision: str | None = option(None, "bf16-true, 16-true or 32-true. Default: the fastest on the device.")
+    compile: bool = option(False, "Compile the decode step, which takes a while at first.")
+    access_token: str | None = option(None, "Token for the Hugging Face hub, for models that need one.")
 
     def loading(self) -> dict[str, Any]:
         """These options, as arguments of `make_ready`."""
@@ -77,38 +75,28 @@ class CheckpointOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions(Options):
-    """How tokens are drawn, and how many."""
+    """How many tokens are drawn, and how."""
 
     max_new_tokens: int = option(50, "Most tokens of an answer.", least=1)
     top_k: int | None = option(50, "Draw each token from the k likeliest ones only.")
     top_p: float = option(1.0, "Draw each token from the likeliest ones whose probabilities add up to this.")
-    min_p: float = option(
-        0.0, "Draw each token from those that are at least this times as likely as the likeliest one."
-    )
-    temperature: float = option(
-        0.8, "Below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest one."
-    )
-    repetition_penalty: float = option(
-        1.0, "Above 1 makes tokens that were there before, prompt included, less likely."
-    )
-    presence_penalty: float = option(0.0, "Subtracted from the logits of tokens that the answer has.")
-    frequency_penalty: float = option(0.0, "Subtracted from the logits of the answer's tokens as often as it has them.")
+    min_p: float = option(0.0, "Draw each token from tokens at least this times as likely as the likeliest one.")
+    temperature: float = option(0.8, "Logits are divided by it: below 1 favours likely tokens; 0 is greedy sampling.")
+    repetition_penalty: float = option(1.0, "Above 1 makes tokens of the prompt and the answer less likely.")
+    presence_penalty: float = option(0.0, "Subtracted from the logits of tokens in the answer.")
+    frequency_penalty: float = option(0.0, "The same, for every occurrence.")
     logit_bias: dict[int, float] | None = option(
         None, 'Added to the logits of tokens, such as {"11": -100, "42": 1.5}: token ids and numbers.'
     )
     seed: int = option(
         1234,
-        "Seed of the random draws. Every answer has its own; they count up from this.",
+        "Seed of the first answer's random draws; those of further answers count up from it.",
         least=-(2**63),
         most=2**63 - 1,
     )
 
     def sampling(self) -> Sampling:
-        """The settings of the first answer.
-
-        Raises:
-            ValueError: for settings that make no sense.
-        """
+        """The settings of the first answer; `ValueError` if they are out of range."""
         return Sampling(**{name: getattr(self, name) for name in SAMPLING_NAMES})
 
 
@@ -121,19 +109,19 @@ class PromptLookupOptions(Options):
 
     prompt_lookup: int | None = option(
         None,
-        "Draft up to this many next tokens at a time from the text so far, and check them in one call. The answer stays "
+        "Draft up to this many next tokens at a time from the text so far, and verify them in one call. The answer stays "
         "the same; one that repeats much of the text comes faster. 15 is a good value. Default: none.",
         least=1,
     )
 
     def drafter(self) -> Drafter | None:
-        """What drafts tokens, if something does."""
+        """The drafter, if any."""
         return None if self.prompt_lookup is None else PromptLookup(self.prompt_lookup)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions(Options):
-    """The key-value cache, and how a prompt enters it."""
+    """The key-value cache, and the prefill."""
 
     kv_cache: str = option(
         "dense",
@@ -149,41 +137,31 @@ class CacheOptions(Options):
         "Further arguments of the key-value cache, such as --kv_cache_args.n_sink 4, or as a mapping {n_sink: 4}: the first "
         "4 tokens are never dropped.",
     )
-    prompt_chunksize: int | None = option(
-        None, "Most tokens of a prompt that go through the model at once. Default: all of them.", least=1
-    )
+    prompt_chunksize: int | None = option(None, "Most tokens of a prefill call. Default: the whole prompt.", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.cache_spec()  # says at once what is wrong
+        self.cache_spec()  # raises at once
 
     def cache_spec(self) -> CacheSpec:
-        """The cache that is asked for; `ValueError` if there is none."""
+        """The chosen cache; `ValueError` if it does not exist."""
         args = self.kv_cache_args or {}
         if clash := {"text", "policy", "storage", "cache_length"} & args.keys():
             raise ValueError(f"kv_cache_args has {clash.pop()!r}: --kv_cache and --cache_length say that")
         return CacheSpec.parse(self.kv_cache, self.cache_length, **args)
 
     def assign_caches(self, model: GPT, batch_size: int = 1) -> None:
-        """Give the model the caches for `batch_size` rows.
-
-        Raises:
-            ValueError: if there are no such caches.
-        """
+        """Give the model the chosen caches for `batch_size` rows."""
         choose_kv_caches(model, self.cache_spec(), batch_size)
 
     def session_of(self, model: GPT) -> Session:
-        """A session with such caches.
-
-        Raises:
-            ValueError: if there are no such caches.
-        """
+        """A session with the chosen caches."""
         return Session(model, self.cache_spec(), prompt_chunksize=self.prompt_chunksize)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerOptions(SamplingOptions, CacheOptions):
-    """What is answered, how often, and where answers go. All commands `generate*` have these options."""
+    """The options of all commands `generate*`: prompts, number of answers, and output."""
 
     prompt: str = option(DEFAULT_PROMPT, "The text to answer.")
     prompts: Path | None = option(
@@ -193,15 +171,13 @@ class AnswerOptions(SamplingOptions, CacheOptions):
         "objects, one a line, in the same order.",
     )
     out: str | Path | None = option(None, "File for answers as JSON lines. Default: stdout.")
-    batch_size: int = option(8, "Most answers to a file of prompts that are generated at the same time.", least=1)
+    batch_size: int = option(8, "Most answers to a file of prompts that are generated together.", least=1)
     sys_prompt: str | None = option(None, "System prompt, where the model's chat template has one.")
     num_samples: int = option(
         1, "Number of answers to a prompt, generated together as one batch.", least=1, most=1_000_000
     )
     logprobs: int | None = option(
-        None,
-        "Give answers as JSON with each token's log-probability, and those of this many likeliest ones.",
-        least=0,
+        None, "Write answers as JSON with the log-probabilities of each token and of this many likeliest ones.", least=0
     )
 
     def __post_init__(self) -> None:
@@ -235,10 +211,10 @@ def _check_file(out: Path, prompts: Path | None) -> None:
 
 
 def checked(item: Any, value: Any, name: str | None = None) -> Any:
-    """The value of an option (a dataclass field made by `option`) in its type; `name` is what errors call it.
+    """The value of an option (a field made by `option`), converted to its type; errors call it `name`.
 
     Raises:
-        ValueError: if it is none, with the option's name.
+        ValueError: if the value has another type or is out of range.
     """
     name = name or item.name
     kinds = get_args(item.type) if isinstance(item.type, UnionType) or NoneType in get_args(item.type) else [item.type]
@@ -254,8 +230,7 @@ def checked(item: Any, value: Any, name: str | None = None) -> Any:
 
 
 def converted(name: str, value: Any, kind: Any) -> Any:
-    """`value` as a `kind`: int, float, bool, str, Path, a Literal or a dict of them; `ValueError`, with its name, if it is
-    no such thing, or a number that is not finite."""
+    """`value` as a `kind`: int, float, bool, str, Path, a Literal or a dict of them; otherwise `ValueError` with its name."""
     if kind is Any or (kind is bool and isinstance(value, bool)):
         return value
     if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
@@ -287,31 +262,18 @@ def converted(name: str, value: Any, kind: Any) -> Any:
 
 
 def _key(name: str, key: Any, kind: Any) -> Any:
-    """A key of a mapping; whole numbers may be spelled as text, as JSON has to."""
+    """A key of a mapping; in JSON, whole numbers are text."""
     if kind is int and isinstance(key, str) and re.fullmatch(r"0|[1-9][0-9]{0,18}", key):
         return int(key)
     return converted(f"a key of {name}", key, kind)
 
 
-def shown(value: Any) -> str:
-    """A value for an error message: `repr`, shortened."""
-    try:
-        text = repr(value)
-    except ValueError:  # more digits than Python writes
-        return "a number of thousands of digits"
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
 def command(kind: type[Kind], *positional: str) -> Callable[[Callable[[Kind], None]], Callable[..., None]]:
-    """Turn a function of options into a command: a function that has every option as a parameter.
+    """Decorator: turn a function of options into a command, with every option as a parameter in signature and docstring.
 
     Args:
         kind: the class of the options.
         positional: options that may be given by position, in this order; the others are given by name.
-
-    Returns:
-        A decorator. The command's signature and docstring tell of all options, whatever reads them: people, the command
-        line, or a script that calls the command as a function.
     """
     options = {item.name: item for item in fields(kind)}
     parameters = [

@@ -22,26 +22,28 @@ from litgpt.engine.drafting import Drafter
 from litgpt.engine.loading import Ready
 from litgpt.engine.sampling import Sampling
 from litgpt.engine.sequence import Sequence
-from litgpt.generate.options import SAMPLING_NAMES, SamplingOptions, checked, converted, shown
+from litgpt.generate.options import SAMPLING_NAMES, SamplingOptions, checked, converted
 from litgpt.prompts import encode_prompt
+from litgpt.settings import shown
 from litgpt.standard_streams import check_text
+from litgpt.waiting import report_progress, waiting
 
-KINDS: dict[str, Any] = {field.name: field for field in fields(SamplingOptions)}  # of the settings that a line may have
+KINDS: dict[str, Any] = {field.name: field for field in fields(SamplingOptions)}  # settings of a line
 KEYS = ("prompt", "sys_prompt", "input", "id", *KINDS)
-MOST_LEVELS = 100  # of brackets in brackets in a line
+MOST_LEVELS = 100  # of nested brackets in a line
 
 
 @dataclass(frozen=True)
 class PromptLine:
-    """A prompt of a file, with settings of its own where it has some."""
+    """A prompt with its settings."""
 
-    number: int | None  # of the line, from 1 (None: it is from no file)
+    number: int | None  # of the line, from 1 (None: not from a file)
     prompt: str
     sys_prompt: str | None
     max_new_tokens: int
     sampling: Sampling
     id: Any = None
-    input: str = ""  # what the prompt is about, where the prompt style has a place for it
+    input: str = ""  # for prompt styles with a place for it
 
 
 def read_prompts(
@@ -49,9 +51,9 @@ def read_prompts(
 ) -> list[PromptLine]:
     """Read a file of prompts: one a line, or, where its name ends in .jsonl, a JSON object a line.
 
-    An object has a "prompt" and may have a "sys_prompt", an "input", "max_new_tokens", an "id", which the answer gets, and
-    the settings of `Sampling`. What it does not have, or has as null, it gets from the arguments; seeds count up from that
-    of `sampling`. Empty lines are skipped.
+    An object has a "prompt" and may have a "sys_prompt", an "input", "max_new_tokens", an "id" for the answer, and the settings
+    of `Sampling`. Missing or null values come from the arguments; seeds count up from the seed of `sampling`. Empty lines are
+    skipped.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -92,18 +94,18 @@ def _decoded(line: bytes) -> str:
 
 
 def parse_line(line: str) -> dict[str, Any]:
-    """The JSON object of a line, whose fields are checked. Those that are null are left out, but for "id".
+    """The JSON object of a line, checked; fields that are null are left out, except "id".
 
     Raises:
-        ValueError: for what is no such object, with the field.
+        ValueError: with the field, for anything else.
     """
     try:
         given = json.loads(
             line,
             object_pairs_hook=_distinct,
-            parse_constant=_refuse_constant,
+            parse_constant=_finite,
             parse_int=_parse_int,
-            parse_float=_parse_float,
+            parse_float=_finite,
         )
     except json.JSONDecodeError as error:
         raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from error
@@ -126,7 +128,7 @@ def parse_line(line: str) -> dict[str, Any]:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, none of whose keys is there twice."""
+    """A JSON object; `ValueError` for duplicate keys."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -134,8 +136,10 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse_constant(text: str) -> Any:
-    raise ValueError(f"{text} is no number of JSON")
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{shown(text)} is not a finite number")
+    return number
 
 
 def _parse_int(text: str) -> int:
@@ -145,14 +149,8 @@ def _parse_int(text: str) -> int:
         raise ValueError(f"a number of {len(text):,} digits is too long") from None
 
 
-def _parse_float(text: str) -> float:
-    if not math.isfinite(number := float(text)):
-        raise ValueError(f"the number {text[:20]} is too large")
-    return number
-
-
 def _check_texts(name: str, value: Any, level: int = 1) -> None:
-    """Raise `ValueError` if a value of JSON holds texts that cannot be written down, or is nested too deeply."""
+    """Raise `ValueError` if a JSON value has text that UTF-8 cannot encode, or too many levels."""
     if level > MOST_LEVELS:
         raise ValueError(f"{name} has more than {MOST_LEVELS} levels of brackets")
     if isinstance(value, str):
@@ -172,19 +170,18 @@ def answer_prompts(
     logprobs: int | None = None,
     drafter: Drafter | None = None,
 ) -> None:
-    """Answer prompts, `batch_size` at a time, and write a record of every answer, in their order.
+    """Answer prompts, `batch_size` at a time, and write a record for each answer, in order; statistics go to stderr.
 
-    A short answer does not wait for a long one: the next prompt takes its place. What it cost is told on stderr. If
-    something fails, the answers that are complete are written, whatever their order.
+    A finished answer makes room for the next prompt. After an error, the complete answers are written, whatever their order.
 
     Args:
-        ready: the model and what belongs to it.
+        ready: the model.
         lines: the prompts.
         batch_size: most sequences at a time.
-        write: gets each record, as soon as its answer and those before it are complete (see `answers_to`).
-        num_samples: answers to each prompt, with seeds of their own.
+        write: gets each record once its answer and all before it are complete (see `answers_to`).
+        num_samples: answers to each prompt, with different seeds.
         prompt_chunksize: see `batched_generate_fn`.
-        logprobs: how many likeliest tokens are told with the log-probability of each token (None: no log-probabilities).
+        logprobs: see `Sequence`.
         drafter: drafts the next tokens.
 
     Raises:
@@ -217,17 +214,21 @@ def answer_prompts(
         record = {key: value for key, value in record.items() if value is not None}
         write(record | {"prompt": sources[i].prompt} | Answer.of(sequences[i], ready.tokenizer).record())
 
+    def progress() -> str:
+        new = sum(sequence.n_output for sequence in sequences)
+        return f"Answering: {new:,} tokens, {new / (time.perf_counter() - started):.1f} tokens/s"
+
     written = 0
     try:
-        with _progress(len(sequences)) as advance:
+        with waiting(progress):
             while batch.unfinished:
-                for sequence, tokens in batch.step():
-                    advance(sequence.finish_reason is not None, len(tokens))
+                batch.step()
+                report_progress(sum(sequence.finish_reason is not None for sequence in sequences), len(sequences))
                 while written < len(sequences) and sequences[written].finish_reason:
                     write_answer(written)
                     written += 1
     except BaseException:
-        with suppress(OSError):  # the error at hand is the one to tell
+        with suppress(OSError):  # the first error is reported
             for i in range(written, len(sequences)):
                 if sequences[i].finish_reason:
                     write_answer(i)
@@ -242,7 +243,7 @@ def answer_prompts(
 
 @contextmanager
 def _naming(line: PromptLine) -> Iterator[None]:
-    """Errors tell the line that they are about."""
+    """Adds the line's number to errors."""
     try:
         yield
     except ValueError as error:
@@ -272,13 +273,13 @@ def encode_line(ready: Ready, line: PromptLine) -> torch.Tensor:
 
 @contextmanager
 def answers_to(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Where answers go: a function that writes a record as a line of JSON, to stdout or to a file.
+    """A function that writes a record as a line of JSON, to stdout or to a file.
 
-    A file gets its name when it is complete. If something fails before, the lines so far stay in a file beside it, which is
-    told on stderr. What is no regular file (a pipe, a device) is written directly.
+    A file gets its name when it is complete; after an error the lines so far are kept in a file beside it, named on stderr.
+    Pipes and devices are written directly.
 
     Raises:
-        OSError: if the file cannot be written; on entering, as far as that shows then.
+        OSError: if the file cannot be written; on entering, if that shows then.
     """
     if out is None:
         in_ascii = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
@@ -309,27 +310,6 @@ def answers_to(out: Path | None) -> Iterator[Callable[[dict[str, Any]], None]]:
 
 
 def _unused(out: Path) -> Path:
-    """A name that no file has yet, for what came of `out`."""
+    """An unused name for the partial contents of `out`."""
     names = (out.with_name(f"{out.name}.partial{i or ''}") for i in itertools.count())
     return next(name for name in names if not os.path.lexists(name))
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """A bar on stderr, if that is a terminal: a function to call with whether an answer is done, and its new tokens."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
-    console = Console(stderr=True)
-    started, tokens = time.perf_counter(), 0
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty(), transient=True) as progress:
-        task = progress.add_task("", total=total, rate="")
-
-        def advance(done: bool, count: int) -> None:
-            nonlocal tokens
-            tokens += count
-            rate = f"{tokens / (time.perf_counter() - started):.1f} tokens/s"
-            progress.update(task, advance=int(done), rate=rate)
-
-        yield advance

@@ -170,7 +170,7 @@ def attend(
 ) -> torch.Tensor:
     """Attention (B, T, H, D) from query (B, H, T, D) over keys and values (B, G, N, D), with soft-capping if `cap` > 0.
 
-    Args as for `litgpt.attention.attend`; `bias` (B or 1, 1, T or 1, N).
+    Args as for `litgpt.attention.MultiHeadSelfAttention.attend`; `bias` (B or 1, 1, T or 1, N).
     """
     B, H, T, D = query.shape
     G, N = keys.shape[1:3]

@@ -14,11 +14,10 @@ from litgpt.kvcache.spec import CacheSpec, HasCaches
 
 @dataclass(eq=False)
 class LayerCaches:
-    """Caches of all layers (or none), and what is known of the sequences in them.
+    """The caches of all layers (or none), and what is known of the sequences in them.
 
-    A model uses one such object at a time, and takes another in a single assignment; its layers get their caches by `attach`,
-    which may be repeated. What changes all caches changes all of them, or is an error that changes none; if it is interrupted
-    on its way, they are empty afterwards.
+    A model uses one such object at a time, replaced by one assignment; its layers get their caches by `attach`, which may be
+    repeated. A change of all caches succeeds, or raises without changing any; after an interrupt they are empty.
 
     Attributes:
         caches: one a layer.
@@ -32,11 +31,11 @@ class LayerCaches:
     expected_length: int = 0
     long_rope: bool = False
     _attached: bool = field(default=False, init=False)
-    _torn: bool = field(default=False, init=False)  # a change of all caches has begun, and has not ended
+    _inconsistent: bool = field(default=False, init=False)  # during a change of all caches, and after its interrupt
 
     @staticmethod
     def assigned(caches: Iterable[KVCache], config: Config) -> "LayerCaches":
-        """Caches that someone else has made.
+        """Caches made by the caller, checked.
 
         Raises:
             ValueError: if they do not fit the configuration or each other.
@@ -62,9 +61,9 @@ class LayerCaches:
     def defaults(
         self, model: HasCaches, batch_size: int, length: int, dtype: torch.dtype | None = None, static: bool = False
     ) -> "LayerCaches":
-        """Default caches for `length` tokens in the place of these, of which those that fit are used on, empty.
+        """Default caches for `length` tokens to replace these; those that fit are cleared and reused.
 
-        `static` makes them for compiled code, which tells a whole buffer from a part of one: with a slot never read.
+        `static` adds a slot that is never read: compiled code distinguishes whole buffers from parts of them.
         """
         self.clear()
         dtype = model.dtype if dtype is None else dtype
@@ -80,7 +79,7 @@ class LayerCaches:
         return replace(self, caches=caches, default=True)
 
     def attach(self, attentions: Iterable[nn.Module]) -> None:
-        """Give every layer's attention its cache, unless that was done."""
+        """Give every layer's attention its cache, unless done before."""
         if not self._attached:
             attentions = list(attentions)
             for attention, cache in zip(attentions, self.caches or [None] * len(attentions), strict=True):
@@ -91,17 +90,17 @@ class LayerCaches:
         """Note that the layers may get other caches."""
         self._attached = False
 
-    # -- what is in them, and how much can be
+    # -- contents and limits
 
     @property
     def row_lengths(self) -> tuple[int, ...]:
-        """Tokens so far of every row in use."""
-        self._mend()
+        """Number of tokens so far of every row in use."""
+        self._recover()
         return self.caches[0].row_lengths if self.caches else ()
 
     @property
     def next_token_pos(self) -> int:
-        """The `input_pos` of the next token, the same in all caches (0: they are empty, or there are none)."""
+        """The `input_pos` of the next token, the same in all caches (0: empty, or no caches)."""
         return max(self.row_lengths, default=0)
 
     @property
@@ -116,12 +115,12 @@ class LayerCaches:
 
     @property
     def takes_rows_apart(self) -> bool:
-        """Whether rows may have lengths of their own, come, go and change places."""
+        """Whether rows may have different lengths, join, leave and be reordered."""
         return all(cache.takes_rows_apart for cache in self.caches)
 
     @property
     def max_length(self) -> int | None:
-        """Most tokens of a sequence, by those caches that do not evict (None: all do)."""
+        """Most tokens of a sequence in the caches that do not evict (None: all evict)."""
         return min((cache.cache_length for cache in self.caches if not cache.evicts), default=None)
 
     @property
@@ -136,7 +135,7 @@ class LayerCaches:
         return min((limit for limit in limits if limit is not None), default=None)
 
     def max_rewindable_tokens(self, max_seq_length: int) -> int:
-        """Most tokens at the end of the next call that can be rewound after it, in every row of a model of that context."""
+        """Most tokens of the next call that can be rewound after it in every row, with that context."""
         room = [cache.max_rewindable_tokens for cache in self.caches]
         if not self.unbounded:
             room.append(max(0, max_seq_length - self.next_token_pos - 1))
@@ -161,23 +160,23 @@ class LayerCaches:
         static: bool,
         max_seq_length: int,
     ) -> tuple[list[Plan | Unplanned], list[int]]:
-        """Plan a call that brings `sizes[i]` new tokens to the i-th of `rows`, once for all caches with equal plans.
+        """Plan a call with `sizes[i]` new tokens for the i-th of `rows`, once for all caches with equal plans.
 
         Args:
             input_pos, rows, static: as for `KVCache.plan`.
-            sizes: of the call's rows.
-            packed: the rows lie one after the other in the call.
+            sizes: tokens of each of the call's rows.
+            packed: the rows are concatenated into one.
             max_seq_length: the model's limit.
 
         Returns:
-            A plan for every layer, and how many tokens each of the call's rows has before it.
+            A plan for every layer, and the number of earlier tokens of each of the call's rows.
 
         Raises:
             ValueError, IndexError: if there are no caches, or they or the model do not take the call.
         """
         if not self.caches:
             raise ValueError("there are no key-value caches: call set_kv_caches or assign_kv_caches first")
-        self._mend()
+        self._recover()
         plans, different = [], []
         for cache in self.caches:
             key = cache.plan_key()
@@ -201,8 +200,8 @@ class LayerCaches:
         return plans, starts
 
     def run(self, plans: Sequence[Plan | Unplanned], layers: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What `layers` gives, which are to run the plans. If they fail, the caches are empty: better than half written."""
-        self._torn = True
+        """Run `layers`, which executes the plans, and return its output. After a failure the caches are empty."""
+        self._inconsistent = True
         try:
             output = layers()
             for cache, plan in zip(self.caches, plans, strict=True):
@@ -210,20 +209,21 @@ class LayerCaches:
         except BaseException:
             self.clear()
             raise
-        self._torn = False
+        self._inconsistent = False
         return output
 
     # -- rows, and going back
 
     def clear(self) -> None:
-        """Forget everything."""
-        self._torn = True
+        """Remove all tokens."""
+        self._inconsistent = True
         for cache in self.caches:
             cache.clear()
-        self._torn = False
+        self._inconsistent = False
 
     def start(self, batch_size: int) -> None:
         """Begin a batch of empty rows, each to be filled by calls with `rows`."""
+        self.long_rope = False  # until a prefill says how long the sequences are
         self._change(lambda cache: cache.start(batch_size))
 
     def extend(self, count: int) -> None:
@@ -239,7 +239,7 @@ class LayerCaches:
         self._change(lambda cache: cache.rewind(counts))
 
     def crop(self, n: int) -> bool:
-        """Go back to when `next_token_pos` was n, if all caches can; else forget everything. Returns whether they could."""
+        """Keep the first n tokens, if all caches can, otherwise none. Returns whether they could."""
         possible = 0 < n <= self.next_token_pos and all(n >= cache.crop_limit for cache in self.caches)
         if possible:
             self._change(lambda cache: cache.crop(n))
@@ -248,17 +248,17 @@ class LayerCaches:
         return possible
 
     def _change(self, change: Callable[[KVCache], None]) -> None:
-        self._mend()
+        self._recover()
         for i, cache in enumerate(self.caches):
-            self._torn = True
+            self._inconsistent = True
             try:
                 change(cache)
             except ValueError:
-                self._torn = i > 0  # the cache that refuses is as it was
+                self._inconsistent = i > 0  # the cache that raised is unchanged
                 raise
-        self._torn = False
+        self._inconsistent = False
 
-    def _mend(self) -> None:
-        """Empty all caches if a change of all was interrupted."""
-        if self._torn:
+    def _recover(self) -> None:
+        """Clear the caches if a change of them was interrupted."""
+        if self._inconsistent:
             self.clear()

@@ -142,7 +142,7 @@ def finetune(
         run = Run(fabric, gpt, way, chosen, loaders, write_side_files, tokenizer)
         if fabric.is_global_zero and chosen.out_dir is not None and isinstance(chosen.data, Samples):
             chosen.out_dir.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(list(chosen.data.samples), ensure_ascii=False, indent=1)
+            text = json.dumps(list(chosen.data.given), ensure_ascii=False, indent=1)
             (chosen.out_dir / SAMPLES_NAME).write_text(text, encoding="utf-8")
         metrics = run.run(resume)
     finally:

@@ -177,7 +177,7 @@ def test_a_generation_that_was_overtaken_does_not_go_on():
     next(first)
     session.extend([1, 2])
     tokens = list(session.tokens)
-    with pytest.raises(ValueError, match="used otherwise"):
+    with pytest.raises(ValueError, match="session was changed"):
         next(first)
     assert session.tokens == tokens
 

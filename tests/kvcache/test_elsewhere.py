@@ -183,9 +183,9 @@ def test_rows_of_one_length_go_together_and_others_are_refused_in_one_line():
     with pytest.raises(ValueError, match=r"^Elsewhere takes all rows together.*another cache$"):
         prefill(model, [PROMPT[:4], PROMPT])
     with pytest.raises(ValueError, match="reorder"):
-        model.reorder_kv_caches([1, 0])
+        model.caches.reorder([1, 0])
     with pytest.raises(ValueError, match="extend"):
-        model.extend_kv_caches(1)
+        model.caches.extend(1)
 
 
 def test_a_batch_is_refused_before_the_prefill():
@@ -216,7 +216,7 @@ def test_what_it_cannot_do_says_so_and_the_rest_works(tmp_path):
         for refused in (cache.state, lambda: cache.load_state({}), lambda: cache.crop(7), lambda: cache.rewind([3])):
             with pytest.raises(ValueError, match=r"^Elsewhere cannot "):
                 refused()
-        assert not model.crop_kv_caches(7)
+        assert not model.caches.crop(7)
         assert model.next_token_pos == 0
         model(PROMPT[None, :9], 0)
         assert model.next_token_pos == 9

@@ -75,9 +75,9 @@ def test_everything_that_a_layer_uses_is_on_its_device(kwargs, caches, tmp_path)
         assert model(idx, 0).device == CPU
         assert model(idx[:, :1], 9, last_token_only=True).device == CPU
         assert model(idx[:, :5], 10).device == CPU
-        model.rewind_kv_caches([1, 2, 0])
+        model.caches.rewind([1, 2, 0])
         assert model(idx[:, :1], 15).device == CPU  # ragged
-        model.start_kv_caches(3)
+        model.caches.start(3)
         assert model(idx[:2], 0, rows=[2, 0]).device == CPU
     assert token_devices == {(0, CPU), (1, CPU), (2, META), (3, META), (4, META)}
 

@@ -61,7 +61,7 @@ def test_single_tokens_of_a_prefill_are_not_those_that_are_compiled():
     for gpt in (plain, model):
         gpt.set_kv_caches(3, max_seq_length=20)
         logits = prefill(gpt, prompts, chunksize=4)
-        gpt.extend_kv_caches(1)
+        gpt.caches.extend(1)
         results.append(torch.cat((logits, prefill(gpt, [torch.tensor([7])], rows=[2]))))
     torch.testing.assert_close(*results)
 

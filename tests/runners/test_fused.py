@@ -167,9 +167,9 @@ def test_last_tokens_alone_are_the_same_to_the_last_bit():
     ):
         with torch.inference_mode():
             expected = model(tokens, **call)
-            model.crop_kv_caches(call["input_pos"])
+            model.caches.crop(call["input_pos"])
             if "rows" in call:
-                model.start_kv_caches(3)
+                model.caches.start(3)
             found = model(tokens, **call, last_token_only=True)
         ends = [2, 10, 11] if "rows" in call else [T * tokens.shape[1] - 1 for T in (1, 2, 3)]
         assert torch.equal(found[:, 0], expected.flatten(0, 1)[ends])
@@ -208,7 +208,7 @@ def test_rows_one_after_the_other(family):
     def packed():
         model.set_kv_caches(4, max_seq_length=50)
         with torch.inference_mode():
-            model.start_kv_caches(4)
+            model.caches.start(4)
             model(torch.arange(9)[None], 0, rows=[1])
             first = model(torch.cat(prompts)[None], 0, rows=[3, 0, 2], row_sizes=[3, 25, 7])
             assert first.shape[:2] == (1, 35)
@@ -240,7 +240,7 @@ def test_rows_of_different_lengths():
 
     def ragged():
         model.set_kv_caches(3, max_seq_length=40)
-        model.start_kv_caches(3)
+        model.caches.start(3)
         with torch.inference_mode():
             for row, prompt in enumerate(prompts):
                 model(prompt[None], 0, rows=[row])
@@ -260,7 +260,7 @@ def test_some_rows_of_the_caches(family):
     def some_rows():
         model.set_kv_caches(4, max_seq_length=50)
         with torch.inference_mode():
-            model.start_kv_caches(4)
+            model.caches.start(4)
             for row, length in enumerate((20, 3, 11, 14)):
                 model(torch.arange(length)[None], 0, rows=[row])
             ragged = [model(torch.tensor([[t], [7]]), 11 + t, rows=[2, 1])[:, 0] for t in range(3)]

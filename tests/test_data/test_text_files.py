@@ -113,7 +113,7 @@ def test_what_changes_the_tokens_makes_the_file_stale(tmp_path):
 def test_long_texts_are_encoded_in_pieces_without_a_loss(tmp_path, monkeypatch):
     text = "\n\n".join(f"Line {i}\nand more" for i in range(300))
     (tmp_path / "a.txt").write_text(text)
-    monkeypatch.setattr(tokens, "PIECE", 64)
+    monkeypatch.setattr(tokens, "PART", 64)
     monkeypatch.setattr(tokens, "GROUP", 500)
     tokenizer = tiny_tokenizer()
     found = encode_files([tmp_path / "a.txt"], tmp_path / "out", tokenizer, documents)

@@ -20,7 +20,7 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     torch.set_num_threads(job["threads"])
     setup = importlib.import_module(f"litgpt.finetune.{job['method']}").setup
-    own = {"pack": True} if job.get("pack") else {}
+    own = job.get("train", {}) | ({"pack": True} if job.get("pack") else {})
     size = job["micro_batch_size"]
     train = TrainArgs(
         save_interval=10_000,
@@ -43,7 +43,8 @@ def main() -> None:
             data=data,
             train=train,
             eval=evaluate,
-            optimizer={"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}},
+            optimizer=job.get("optimizer", {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}}),
+            **job.get("options", {}),
         )
     with open(out / "logs" / "csv" / "version_0" / "metrics.csv", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["iter_time"]]

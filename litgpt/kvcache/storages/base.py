@@ -40,6 +40,29 @@ class Storage(nn.Module, ABC):
     def select_rows(self, rows: Sequence[int]) -> None:
         """Row i becomes what row `rows[i]` was."""
 
+    def slot_buffers(self) -> list[torch.Tensor]:
+        """The buffers that have something for every slot, (batch_size, G, C, ...): all of them, unless a storage says which."""
+        return list(self.buffers())
+
+    def compact(self, index: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        """Slot j of row b and head g becomes what its slot `index[b, g, j]` was, for the (B, G, n) of `index`; slots from n on
+        are free. What is stored moves as it is: nothing is decoded or encoded.
+
+        Args:
+            index: int64 slots.
+            rows: (B,), the rows that are meant (None: the first B).
+        """
+        batch, _, n = index.shape
+        for buffer in self.slot_buffers():
+            source = buffer[:batch] if rows is None else buffer[rows]
+            moved = source.gather(
+                2, index.view(*index.shape, *[1] * (buffer.ndim - 3)).expand(-1, -1, -1, *buffer.shape[3:])
+            )
+            if rows is None:
+                buffer[:batch, :, :n] = moved
+            else:
+                buffer[rows, :, :n] = moved
+
     @abstractmethod
     def state(self, batch: int, used: int) -> dict[str, torch.Tensor]:
         """What the first `used` slots of the first `batch` rows hold, as it is stored: views of the buffers."""
