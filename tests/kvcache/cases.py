@@ -8,6 +8,7 @@ import torch
 
 from litgpt.config import Config
 from litgpt.kvcache import KVCacheParams, PositionalKVCache
+from litgpt.kvcache.storages import STORAGES
 from litgpt.kvcache.testing import create_kv_cache
 
 from .reference import ReferenceCache
@@ -36,6 +37,10 @@ class Case:
     @property
     def evicts(self) -> bool:
         return not self.name.startswith("dense")
+
+    @property
+    def storage(self) -> str:
+        return self.name.partition("-")[2]
 
     @property
     def cache_length(self) -> int:
@@ -71,7 +76,13 @@ class Case:
 
     def reference(self) -> ReferenceCache:
         capacity = self.cache_length if self.evicts else None
-        return ReferenceCache(1 / math.sqrt(D), capacity, self.n_sink, self.window, self.softcap)
+        cut = 1 / math.sqrt(D), capacity, self.n_sink, self.window, self.softcap
+        return ReferenceCache(*cut, as_stored=self.as_stored)
+
+    def as_stored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as the case's storage gives them back."""
+        stored = STORAGES[self.storage](self.params(1)).as_stored(key, value)
+        return stored.keys(), stored.values()
 
     def tokens(self, T: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         H, G = self.heads
@@ -83,8 +94,16 @@ class Case:
 
 
 CACHES = [Case("dense-default"), Case("lastrec-default"), Case("lastrec-default", n_sink=3)]
+for _storage in STORAGES:
+    if _storage != "default":
+        CACHES += [Case(f"dense-{_storage}"), Case(f"lastrec-{_storage}", n_sink=3)]
 # with a window, one longer and one shorter than what an evicting cache keeps
-KINDS = [*CACHES, *(dataclasses.replace(case, window=window) for case in CACHES for window in (5, 20))]
+KINDS = CACHES + [
+    dataclasses.replace(case, window=window)
+    for case in CACHES
+    for window in (5, 20)
+    if case.storage == "default" or (case.storage, window) == ("int8", 5)
+]
 every_cache = pytest.mark.parametrize("case", CACHES, ids=str)
 every_kind = pytest.mark.parametrize("case", KINDS, ids=str)
 
