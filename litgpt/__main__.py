@@ -81,6 +81,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "litgpt.scripts.quantize:quantize_checkpoint",
         "Quantise a model's weights to 8 or 4 bits, once, into a folder of their own.",
     ),
+    "plan_cache": (
+        "litgpt.scripts.plan_cache:plan_cache",
+        "Tell whether a model and its caches fit into a memory, and what would.",
+    ),
     "validate": ("litgpt.scripts.validate:validate_setup", "Check a checkpoint, and tell how much memory it needs."),
 }
 
