@@ -195,6 +195,8 @@ class Config:
         if self.latent_attention is not None:
             capped = self.attention_logit_softcapping is not None
             self._require("bias", not (self.bias and capped), "false with latent attention and soft-capping")
+        shared = self.shared_attention_norm and not self.parallel_residual
+        self._require("shared_attention_norm", not shared, "false without parallel_residual")
         post_norms = self.post_attention_norm or self.post_mlp_norm
         self._require("residual_multiplier", self.residual_multiplier == 1 or not post_norms, "1 with post norms")
         if self.mlp_class_name == "LLaMAMoE":

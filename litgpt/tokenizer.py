@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from litgpt.atomic_file import replacing
+from litgpt.errors import one_line
 from litgpt.git_lfs import refuse_lfs_pointer
 from litgpt.settings import LARGEST, Settings, fits, read_json
 from litgpt.standard_streams import check_text, is_text
@@ -294,13 +295,13 @@ class _HuggingFace:
         try:
             return cls(Processor.from_str(path.read_bytes().decode("utf-8-sig")))
         except Exception as error:  # the library raises bare `Exception`
-            raise ValueError(f"{path} is not a tokenizer that can be read: {_one_line(error)}") from None
+            raise ValueError(f"{path} is not a tokenizer that can be read: {one_line(error)}") from None
 
     def encode(self, text: str) -> list[int]:
         try:
             return self.processor.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the library raises bare `Exception`
-            raise ValueError(f"the tokenizer cannot encode the text: {_one_line(error)}") from None
+            raise ValueError(f"the tokenizer cannot encode the text: {one_line(error)}") from None
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [found.ids for found in self.processor.encode_batch_fast(texts, add_special_tokens=False)]
@@ -376,7 +377,7 @@ class _SentencePiece:
         try:
             return cls(SentencePieceProcessor(model_file=str(path)))
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path} is not a SentencePiece model: {_one_line(error)}") from None
+            raise ValueError(f"{path} is not a SentencePiece model: {one_line(error)}") from None
 
     def encode(self, text: str) -> list[int]:
         # The library itself never reads a control token out of a text.
@@ -488,7 +489,3 @@ def _read_special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]
 
 def _json(values: dict[str, Any]) -> bytes:
     return json.dumps(values, indent=2, ensure_ascii=False).encode()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from litgpt.checkpoint.weight_files import choose_weight_files, read_weight_map
 from litgpt.config import Config
+from litgpt.errors import one_line
 from litgpt.waiting import waiting
 
 _ANSWER_SECONDS = 6.0
@@ -150,7 +151,7 @@ def _guarded(repo_id: str, action: Callable[[], _T]) -> _T:
     except HFValidationError:
         raise ValueError(f"{repo_id!r} is not the name of a model on the Hugging Face hub: org/name") from None
     except LocalEntryNotFoundError as error:
-        raise ConnectionError(f"the Hugging Face hub cannot be reached ({_one_line(error)})") from None
+        raise ConnectionError(f"the Hugging Face hub cannot be reached ({one_line(error, 120)})") from None
     except HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status in (401, 403):
@@ -163,11 +164,7 @@ def _guarded(repo_id: str, action: Callable[[], _T]) -> _T:
     except Exception as error:  # the client's network errors have no common class over its versions
         if isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)):
             raise  # of this machine's disk
-        raise ConnectionError(f"the Hugging Face hub cannot be reached ({_one_line(error)})") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
+        raise ConnectionError(f"the Hugging Face hub cannot be reached ({one_line(error, 120)})") from None
 
 
 def _is_side_file(name: str) -> bool:

@@ -40,7 +40,7 @@ def families() -> "Iterator[Family]":
 @cache
 def named_models() -> dict[str, dict[str, Any]]:
     """Every named model as keyword arguments of `Config`, keyed by name."""
-    return {name: model for family in families() for name, model in family.models.items()}
+    return {name: family.structure | model for family in families() for name, model in family.models.items()}
 
 
 def is_tied(name: str) -> bool:

@@ -18,7 +18,7 @@ class Family:
     Attributes:
         model_type: `model_type` in `config.json`.
         architecture: The class that `transformers` loads it with.
-        structure: `Config` fields that all members share.
+        structure: `Config` fields that all members share, the named models too.
         keys: `Config` field -> the `config.json` key that holds it, or several of which the first is written and any
             is read.
         values: `config.json` key -> {its value: the `Config` field's}, where they differ; the first of several is
@@ -44,7 +44,7 @@ class Family:
         name_mark: What LitGPT 0.5.13 looks for in a model's name to know the family's norm.
         read: More `Config` fields from `config.json`.
         write: The inverse of `read`.
-        models: The named models, as keyword arguments of `Config` by name.
+        models: The named models: their name -> the other keyword arguments of `Config`.
     """
 
     model_type: str

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from litgpt.checkpoint.base import Checkpoint, Piece
+from litgpt.checkpoint.base import Checkpoint, RowShard
 from litgpt.checkpoint.load import check_weights, fill_model, is_tied, quantize_meta
 from litgpt.checkpoint.meta_model import meta_model
 from litgpt.config import Config
@@ -148,8 +148,8 @@ class Shard:
         shared = _times(expert, self.whole.n_shared_expert or 1)
         return {"mlp": dense, "mlp.experts": expert, "mlp.shared_experts": shared}
 
-    def pieces(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """This process's parts of pieces of the whole model, as views, so that nothing else is read.
+    def pieces(self, pieces: Iterable[RowShard]) -> Iterator[RowShard]:
+        """This process's parts of row shards of the whole model, as views, so that nothing else is read.
 
         A bias that is added to a sum is in the first process, and zero in the others.
         """
@@ -260,7 +260,7 @@ def load_shard(
         raise ValueError(f"quantize={quantize!r} is for one device: use int8 or int4")
     if quantize is not None:
         quantize_meta(model, Scheme(quantize), dtype, checkpoint.tied)
-    return fill_model(model, model.shard.pieces(checkpoint.pieces()), checkpoint.tied, dtype, device)
+    return fill_model(model, model.shard.pieces(checkpoint.row_shards()), checkpoint.tied, dtype, device)
 
 
 def shard_model(model: GPT, dtype: torch.dtype, device: torch.device, rank: int, world_size: int) -> ShardedGPT:
