@@ -248,14 +248,14 @@ class GPT(nn.Module):
             rope = self.rope_rows(starts, sizes if packed else T, self.caches.long_rope)
         runner = self.layer_runner if self._start_of_layer_hook is None else None
 
-        def layers() -> torch.Tensor:
+        def layers(plans: list[Plan]) -> torch.Tensor:
             x = None if runner is None else runner(idx, rope, plans, input_pos, output_tokens)
             if x is not None:
                 return x
             x = self.run_layers(idx, rope, plans, input_pos)
             return x if output_tokens is None else x.flatten(0, 1)[output_tokens, None]
 
-        return self.caches.run(plans, layers)
+        return self.caches.run(plans, layers, [getattr(block.attn, "sinks", None) for block in self.transformer.h])
 
     def broadcast_tokens(self, tokens: list[int]) -> list[int]:
         """The drawn tokens that all processes sharing this model continue with; here there is one process."""

@@ -17,8 +17,9 @@ from litgpt.config import Config
 from litgpt.kernels import ops
 from litgpt.kernels.library import library
 from litgpt.kernels.structs import Layer, Rope, Segment, Shape, StepPlan, Weight, address
-from litgpt.kvcache import KVCache, PositionalKVCache
+from litgpt.kvcache import KVCache
 from litgpt.kvcache.plan import Plan
+from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.model import GPT, Block, CausalSelfAttention, GemmaMLP, LLaMAMLP, Multiply, RMSNorm
 from litgpt.rope import Rope as RopeRows
 from litgpt.runners.opaque_weights import OpaqueLayer
@@ -174,7 +175,7 @@ class FusedLayers:
         return True
 
 
-def _place(cache: PositionalKVCache) -> tuple[int, int]:
+def _place(cache: PlannedKVCache) -> tuple[int, int]:
     keys, values = cache.storage.kernel_view()
     return keys.data_ptr(), values.data_ptr()
 
@@ -234,8 +235,8 @@ def _segments(plan: Plan, B: int, T: int) -> "ctypes.Array[Segment] | None":
 
 def _is_supported_cache(cache: KVCache | None) -> bool:
     return (
-        isinstance(cache, PositionalKVCache)
-        and type(cache).run is PositionalKVCache.run
+        isinstance(cache, PlannedKVCache)
+        and type(cache).run is PlannedKVCache.run
         and cache.dtype == torch.bfloat16
         and cache.storage.kernel_view() is not None
         and cache.mha.is_plain()

@@ -3,7 +3,7 @@
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -124,6 +124,26 @@ class Storage(nn.Module, ABC):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """Of the keys and values that `set` takes and `get` gives."""
+
+
+def write_slots(buffer: torch.Tensor, new: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor | None) -> None:
+    """Write `new` (B, heads, T, ...) into a buffer (batch_size, heads, slots, ...), with `slots` and `rows` as for `Storage.set`."""
+    batch = new.shape[0]
+    if rows is None and slots.ndim == 1:
+        target = buffer if batch == buffer.shape[0] else buffer[:batch]
+        target.index_copy_(2, slots, new)
+    else:
+        row = torch.arange(batch, device=new.device) if rows is None else rows
+        buffer[row[:, None], :, slots.expand(batch, -1)] = new.transpose(1, 2)
+
+
+def move_rows(buffers: Iterable[torch.Tensor], rows: Sequence[int]) -> None:
+    """Row i of buffers (batch_size, ...) becomes what row `rows[i]` was."""
+    moved = [(new, old) for new, old in enumerate(rows) if new != old]
+    if moved:
+        new, old = torch.tensor(moved).unbind(1)
+        for buffer in buffers:
+            buffer[new.to(buffer.device)] = buffer[old.to(buffer.device)]
 
 
 STORAGES: dict[str, type[Storage]] = {}
