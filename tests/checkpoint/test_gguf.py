@@ -424,7 +424,9 @@ def test_missing_and_foreign_parts_are_named(split_model):
     _, parts = split_model
     data = parts[1].read_bytes()
     parts[1].unlink()
-    with pytest.raises(FileNotFoundError, match=r"is one of 8 shards, of which .* lacks tiny-q8_0-00002-of-00008.gguf$"):
+    with pytest.raises(
+        FileNotFoundError, match=r"is one of 8 shards, of which .* lacks tiny-q8_0-00002-of-00008.gguf$"
+    ):
         open_checkpoint(parts[0])
     parts[1].write_bytes(parts[2].read_bytes())
     with pytest.raises(ValueError, match="00002-of-00008.gguf is not shard 2 of 8, as its name says"):
