@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from litgpt.kvcache import CacheSpec
-from litgpt.kvcache.layers import LayerCaches
 from litgpt.kvcache.plan import Plan
 from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.model import GPT
@@ -47,7 +46,9 @@ def chunks_of(row_sizes: Sequence[int], size: int, device: torch.device) -> list
     for start in range(0, max(row_sizes), size):
         rows = [row for row, total in enumerate(row_sizes) if total > start]
         sizes = [min(size, row_sizes[row] - start) for row in rows]
-        places = [torch.arange(begins[row] + start, begins[row] + start + n) for row, n in zip(rows, sizes, strict=True)]
+        places = [
+            torch.arange(begins[row] + start, begins[row] + start + n) for row, n in zip(rows, sizes, strict=True)
+        ]
         chunks.append(Chunk(rows, [start] * len(rows), sizes, torch.cat(places).to(device)))
     return chunks
 
@@ -158,7 +159,9 @@ class _CachedLayer(torch.autograd.Function):
             plan = cache.prepare(sweep.plan(cache, index), sinks)
             log.append(_Entry(plan, cache.row_fields, sweep.places(cache.token_positions())))
             with _cache_of(block, cache), _seeded(seed, index):
-                output[:, chunk.tokens] = block(x[:, chunk.tokens], sweep.ropes[index], plan, sweep.idx[:, chunk.tokens])
+                output[:, chunk.tokens] = block(
+                    x[:, chunk.tokens], sweep.ropes[index], plan, sweep.idx[:, chunk.tokens]
+                )
             cache.commit(plan)
         ctx.save_for_backward(x)
         ctx.sweep, ctx.block, ctx.cache, ctx.log, ctx.seed, ctx.params = sweep, block, cache, log, seed, params
