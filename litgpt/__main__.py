@@ -63,6 +63,10 @@ _COMMANDS = {
     "convert_to_peft": ("scripts.convert_peft:convert_to_peft", "Convert LoRA weights to Hugging Face's PEFT."),
     "convert_from_peft": ("scripts.convert_peft:convert_from_peft", "Convert PEFT's LoRA weights to ours."),
     "quantize": ("scripts.quantize:quantize_checkpoint", "Quantise a checkpoint's weights to 8 or 4 bits."),
+    "plan_cache": (
+        "scripts.plan_cache:plan_cache",
+        "Tell whether a model and its caches fit into a memory, and what would.",
+    ),
     "validate": ("scripts.validate:validate_setup", "Check a checkpoint, and estimate how much memory it needs."),
 }
 COMMANDS = {name: (f"litgpt.{place}", text) for name, (place, text) in _COMMANDS.items()}
