@@ -278,6 +278,14 @@ class ScoreKVCache(PlannedKVCache):
         filled = tuple(used - (old - new) for used, old, new in zip(filled, before, lengths, strict=True))
         return RowState(lengths, filled, *others)
 
+    @torch.no_grad()
+    def fork(self) -> "ScoreKVCache":
+        other = self.empty_copy()
+        for copied, buffer in zip(other.buffers(), self.buffers(), strict=True):
+            copied.copy_(buffer)
+        other._rows = RowState(*self._rows.fields)
+        return other
+
     def reorder(self, rows: Iterable[int]) -> None:
         rows = [int(row) for row in rows]
         super().reorder(rows)

@@ -67,6 +67,11 @@ class Case:
             attention_logit_softcapping=self.softcap,
         )
 
+    @property
+    def looks(self) -> bool:
+        """Whether the policy looks at every query."""
+        return self.name.split("-")[0] in LOOKING
+
     def params(self, batch: int) -> KVCacheParams:
         return KVCacheParams.from_config(
             self.config, batch, self.cache_length, device=torch.device("cpu"), dtype=self.dtype
@@ -96,7 +101,7 @@ class Case:
                 self.tail,
                 self.n_sink or sinks,
                 recent,
-                policy in LOOKING,
+                self.looks,
                 softcap=self.softcap,
             )
         capacity = self.cache_length if self.evicts else None

@@ -154,6 +154,10 @@ class ScoreReference:
         """Positions that a cache holds in the head g."""
         return row.kept[g] if row.kept else []
 
+    def seen(self, row: ScoredRow, position: int) -> list[int]:
+        """Positions that the next token sees, unless its coming makes others go."""
+        return self.kept(row)
+
     def limit(self, row: ScoredRow) -> int:
         """Least length, next to 0, that the row can go back to."""
         return row.looked_at if self.looks else row.evicted_at

@@ -55,6 +55,7 @@ class Storage(nn.Module, ABC):
         batch, _, n = index.shape
         for buffer in self.slot_buffers():
             source = buffer[:batch] if rows is None else buffer[rows]
+            source = source.clone() if source.requires_grad else source  # which autograd needs as it was
             moved = source.gather(
                 2, index.view(*index.shape, *[1] * (buffer.ndim - 3)).expand(-1, -1, -1, *buffer.shape[3:])
             )
