@@ -1,4 +1,4 @@
-"""LLaMA-Adapter (arXiv:2303.16199): in the upper layers, queries also attend to a few learned inputs, through a gate.
+"""LLaMA-Adapter (arXiv:2303.16199): in the upper layers, queries also attend to a learned prefix, weighted by a gate.
 
 Letters as in `model.py`, and P: tokens of the learned prefix.
 """
@@ -19,7 +19,7 @@ from litgpt.model import CausalSelfAttention as BaseCausalSelfAttention
 
 @dataclass
 class Config(BaseConfig):
-    """An architecture, how long the learned prefix is, and from which layer on there is one."""
+    """An architecture, with the length of the learned prefix and the first layer that has one."""
 
     adapter_prompt_length: int = 10
     adapter_start_layer: int = 2
@@ -34,13 +34,13 @@ class Config(BaseConfig):
 class CausalSelfAttention(BaseCausalSelfAttention):
     """Attention that adds gate * softmax(q K_p) V_p, where K_p and V_p are made of a learned prefix (P, E).
 
-    The prefix has no positions, and its keys no norm. The gate is a number for each head, at first 0: no change.
+    The prefix has no positions, and its keys no norm. The gate is a number for each head, initially 0.
 
     Args:
         config: of the model.
         block_idx: the layer.
-        base: the layer's attention, whose modules become part of this one (None: a new one).
-        dtype: of what is added.
+        base: the layer's attention, whose modules this one takes over (None: new ones).
+        dtype: of the added parameters.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class CausalSelfAttention(BaseCausalSelfAttention):
     def prefix(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (1, G, P, D) of the learned prefix.
 
-        They are rows of `qkv`'s output as LitGPT 0.5.13 takes them, with which prefixes were trained: as if queries, keys
-        and values alternated by head group, although in `qkv` they do not.
+        As in LitGPT 0.5.13, which trains prefixes so, the output of `qkv` is split as if queries, keys and values alternated by
+        head group, although in `qkv` they do not.
         """
         if self.frozen_keys is not None:
             return self.frozen_keys, self.frozen_values
@@ -82,13 +82,13 @@ class CausalSelfAttention(BaseCausalSelfAttention):
     ) -> torch.Tensor:
         y = super().attend(q, k, v, plan, token_idx)
         B, H, T, D = q.shape
-        rows = q.transpose(0, 1).reshape(1, H, B * T, D)  # all see the same keys: queries of one row
+        rows = q.transpose(0, 1).reshape(1, H, B * T, D)  # one row, since all queries see the same keys
         learned, _ = self.mha.attend(rows, DefaultKeysAndValues(*self.prefix()), None, False)
         learned = learned.view(H, B, T, D).permute(1, 2, 0, 3)
         return y + (self.gating_factor * learned).flatten(2)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object, **kwargs: object) -> None:
-        """Older checkpoints of LitGPT have gates of the shape (1, H, 1, 1)."""
+        """Accepts gates (1, H, 1, 1) of older LitGPT checkpoints."""
         if (gate := state_dict.get(f"{prefix}gating_factor")) is not None and gate.numel() == self.config.n_head:
             state_dict[f"{prefix}gating_factor"] = gate.reshape(self.gating_factor.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -97,13 +97,11 @@ class CausalSelfAttention(BaseCausalSelfAttention):
 class GPT(BaseModel):
     """A GPT with learned prefixes."""
 
+    config_class = Config
+
     def __init__(self, config: Config, **mha_kwargs: Any) -> None:
         super().__init__(config, **mha_kwargs)
         add_prefixes(self, config)
-
-    @classmethod
-    def from_name(cls, name: str, **kwargs: object) -> "GPT":
-        return cls(Config.from_name(name, **kwargs))
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -112,7 +110,7 @@ class GPT(BaseModel):
 
 
 def add_prefixes(model: BaseModel, config: Config) -> None:
-    """Give the layers of `model` from `adapter_start_layer` on a learned prefix, in place."""
+    """Add learned prefixes to the layers of `model` from `adapter_start_layer` on, in place."""
     for block_idx, block in enumerate(model.transformer.h):
         if block_idx >= config.adapter_start_layer:
             block.attn = CausalSelfAttention(config, block_idx, block.attn, model.dtype)
@@ -120,7 +118,7 @@ def add_prefixes(model: BaseModel, config: Config) -> None:
 
 @torch.no_grad()
 def freeze_prefixes(model: BaseModel) -> None:
-    """Compute keys and values of all prefixes once and for all. For inference: later changes of weights are not seen."""
+    """Fix keys and values of all prefixes for inference; later changes of weights have no effect on them."""
     for block in model.transformer.h:
         if isinstance(block.attn, CausalSelfAttention):
             block.attn.frozen_keys, block.attn.frozen_values = block.attn.prefix()
@@ -133,5 +131,5 @@ def mark_only_adapter_as_trainable(model: nn.Module) -> None:
 
 
 def adapter_filter(key: str, value: Any) -> bool:
-    """Whether a parameter of this name belongs to a prefix: what is saved of a fine-tuned model."""
+    """Whether a parameter belongs to a prefix, and so is trained and saved."""
     return "adapter_wte" in key or "gating_factor" in key

@@ -1,5 +1,5 @@
-"""LLaMA-Adapter V2 (arXiv:2304.15010): the prefixes of `adapter.py`; a trained bias and scale for the outputs of every
-linear layer; and trained norms."""
+"""LLaMA-Adapter V2 (arXiv:2304.15010): the prefixes of `adapter.py`, trained biases and scales for the outputs of all linear
+layers, and trained norms."""
 
 import re
 from typing import Any
@@ -32,7 +32,7 @@ class AdapterV2Linear(WrappedLinear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Bias 0 and scale 1: the layer begins as the plain one."""
+        """Bias 0 and scale 1: at first the layer equals the plain one."""
         nn.init.zeros_(self.adapter_bias)
         nn.init.ones_(self.adapter_scale)
 
@@ -55,10 +55,6 @@ class GPT(AdapterGPT):
         super().__init__(config, **mha_kwargs)
         scale_linears(self)
 
-    @classmethod
-    def from_name(cls, name: str, **kwargs: object) -> "GPT":
-        return cls(Config.from_name(name, **kwargs))
-
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, AdapterV2Linear):
@@ -66,13 +62,13 @@ class GPT(AdapterGPT):
 
 
 def add_adapter_v2(model: BaseModel, config: Config) -> None:
-    """Give `model`, in place, prefixes, and biases and scales of all linear layers."""
+    """Add prefixes, and biases and scales of all linear layers, to `model` in place."""
     add_prefixes(model, config)
     scale_linears(model)
 
 
 def scale_linears(model: BaseModel) -> None:
-    """Give every linear layer of `model`, in place, a bias and a scale of its outputs."""
+    """Add a bias and a scale to the outputs of every linear layer of `model`, in place."""
     wrap_linears(model, _wrapper(model.dtype))
     for block in model.transformer.h:
         if type(block.attn) is AdapterAttention:
@@ -80,7 +76,7 @@ def scale_linears(model: BaseModel) -> None:
 
 
 def _wrapper(dtype: torch.dtype | None = None) -> Wrap:
-    """What gives a layer its bias and scale, for `wrap_linears`."""
+    """Adds a bias and a scale to a layer, for `wrap_linears`."""
 
     def wrap(role: str, in_features: int, out_features: int, layer: nn.Module) -> AdapterV2Linear:
         return AdapterV2Linear(in_features, out_features, linear=layer, dtype=dtype)
@@ -89,7 +85,7 @@ def _wrapper(dtype: torch.dtype | None = None) -> Wrap:
 
 
 def mark_only_adapter_v2_as_trainable(model: nn.Module) -> None:
-    """Freeze all parameters but prefixes, gates, biases and scales of adapters, and norms."""
+    """Freeze all parameters but those of adapters and norms."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad = adapter_filter(name, parameter)
 
@@ -98,5 +94,5 @@ _TRAINED = re.compile(r"adapter_wte|gating_factor|adapter_(bias|scale)$|(norm_[1
 
 
 def adapter_filter(key: str, value: Any) -> bool:
-    """Whether a parameter of this name is trained: what is saved of a fine-tuned model."""
+    """Whether a parameter is trained and saved."""
     return _TRAINED.search(key) is not None

@@ -41,27 +41,26 @@ from litgpt.runners.quantized_weights import BNB_MODES, quantize_model
 from litgpt.tokenizer import Tokenizer
 
 BYTES_PER_GB = 1e9
-_GPT_KEY = re.compile(
-    r"\b(lm_head|transformer)\..*"
-)  # in a Trainer's checkpoint, after the names of what holds the GPT
+_GPT_KEY = re.compile(r"\b(lm_head|transformer)\..*")  # in a Trainer's checkpoint, after a prefix of module names
+Result = str | torch.Tensor | Answer
 
 
 class LLM(nn.Module):
     """A language model with its tokenizer and prompt style. Make one with `LLM.load`.
 
-    It may be used by several threads, and answers may be streamed side by side: each call has caches of its own.
+    It may be used by several threads, and answers may be streamed side by side: each call has its own caches.
 
-    For generating, weights may be kept in a layout of the CPU's own (`litgpt.runners.packed_weights`); asking for the parameters, or
-    training, brings the plain ones back.
+    For inference, weights are packed for the CPU's kernels (`litgpt.runners.packed_weights`); access to the parameters, or
+    training, restores the plain ones.
 
     Attributes:
         model: the `GPT`.
         preprocessor: encodes and decodes text (None: there is no tokenizer).
-        prompt_style: how prompts are written down for the model.
+        prompt_style: formats prompts for the model.
         config: the model's configuration.
-        checkpoint_dir: where the model came from.
-        devices, fabric, generate_strategy, kv_cache_initialized, fixed_kv_cache_size: as given; kept for scripts written for
-            LitGPT. `distribute` says where the model is, and its caches are made when they are needed.
+        checkpoint_dir: the checkpoint.
+        devices, fabric, generate_strategy, kv_cache_initialized, fixed_kv_cache_size: stored only, for scripts written for
+            LitGPT; `distribute` places the model, and caches are made as needed.
     """
 
     def __init__(
@@ -86,7 +85,7 @@ class LLM(nn.Module):
         self.devices, self.fabric, self.generate_strategy = devices, fabric, generate_strategy
         self.kv_cache_initialized, self.fixed_kv_cache_size = kv_cache_initialized, fixed_kv_cache_size
         self._engine: Engine | None = None  # of the last `generate`
-        self.compile_decode = False  # whether the decoding step is to be compiled
+        self.compile_decode = False  # compile the decode step
 
     # -- from and to disk
 
@@ -106,20 +105,20 @@ class LLM(nn.Module):
         """Load a model.
 
         Args:
-            model: a folder (Hugging Face or LitGPT), a `.gguf` file, or a model's name, which is fetched if it is not there.
-            init: "random" makes a model with random weights of the configuration that the name stands for.
-            tokenizer_dir: folder of the tokenizer, where it is not that of the checkpoint.
-            access_token: of the Hugging Face hub, for models that ask for one.
-            distribute: "auto" puts the model where it works best; None leaves it on the CPU, in float32, until
-                `distribute` is called.
-            precision: bf16-true, 16-true or 32-true (default: what the device computes well in).
-            compile: compile the decoding step at the first use.
-            quantize: keep the weights in fewer bits: int8, int4, or on a GPU one of bitsandbytes' ways.
-            tie_embeddings: False gives the output embedding a weight of its own where the checkpoint has one weight for both
-                embeddings, as LitGPT does: they are then trained apart.
+            model: a folder (Hugging Face or LitGPT), a `.gguf` file, or a model's name, which is downloaded if necessary.
+            init: "random" makes a model of the named configuration with random weights.
+            tokenizer_dir: folder of the tokenizer (default: of the checkpoint).
+            access_token: for the Hugging Face hub.
+            distribute: "auto" puts the model on the GPU, or the CPU without one; None leaves it on the CPU, in float32, for
+                a later `distribute`.
+            precision: bf16-true, 16-true or 32-true (default: the fastest on the device).
+            compile: compile the decode step on first use.
+            quantize: quantise the weights: int8, int4, or on a GPU a mode of bitsandbytes.
+            tie_embeddings: False gives the output embedding its own weight, to be trained separately as in LitGPT, where the
+                checkpoint has one weight for both embeddings.
 
         Raises:
-            FileNotFoundError, ValueError: if there is no such model, or it cannot be used.
+            FileNotFoundError, ValueError: if the model does not exist or cannot be used.
         """
         if init not in ("pretrained", "random"):
             raise ValueError(f"init must be 'pretrained' or 'random', got {init!r}")
@@ -154,13 +153,11 @@ class LLM(nn.Module):
         return llm
 
     def save(self, out_dir: Path | str | None = None, prompt_style: PromptStyle | str | None = None) -> None:
-        """Write a LitGPT folder: weights, configuration, tokenizer, prompt style. What is written is complete or not there.
-
-        Quantised weights are saved as they are; `LLM.load` opens the folder like any other.
+        """Write a LitGPT folder atomically: weights (quantised ones as they are), configuration, tokenizer and prompt style.
 
         Args:
-            out_dir: made if it does not exist.
-            prompt_style: to be saved (default: the one in use).
+            out_dir: created if it does not exist.
+            prompt_style: to be saved (default: the current one).
         """
         if out_dir is None:
             raise ValueError("name the folder to save to: save(out_dir)")
@@ -170,8 +167,8 @@ class LLM(nn.Module):
         self._for_training()
         if type(self.model.config) is not Config:
             raise ValueError(
-                "the model carries what fine-tuning added to it, which stands apart from its weights: "
-                "`litgpt.train.finetune(..., out_dir=...)` writes that"
+                "the model has additional weights from fine-tuning, which are saved separately: "
+                "`litgpt.train.finetune(..., out_dir=...)` writes them"
             )
         if self.model.quantization is None:
             save_litgpt(self.model, out_dir)
@@ -192,20 +189,18 @@ class LLM(nn.Module):
         generate_strategy: Literal["sequential", "tensor_parallel"] | None = None,
         fixed_kv_cache_size: int | Literal["max_model_supported"] | None = None,
     ) -> None:
-        """Put the model on its device, or on several, in its precision. Key-value caches that it has are dropped.
+        """Put the model on one or several devices, in a precision. Its key-value caches are dropped.
 
         Args:
-            accelerator: cpu, cuda, or auto: the GPU if there is one.
-            devices: how many; auto: 1, or all there are with a `generate_strategy`.
-            precision: bf16-true, 16-true or 32-true (default: what the device computes well in).
-            quantize: keep the weights in fewer bits: int8, int4, or on a GPU one of bitsandbytes' ways.
-            generate_strategy: how several devices share the model. sequential: each has some of the layers. tensor_parallel:
-                each has a part of every layer; the script then runs once for every device (`torchrun`), and all of
-                its processes have to ask for the same.
-            fixed_kv_cache_size: tokens that the key-value caches are made for from the start, instead of as needed.
+            accelerator: cpu, cuda, or auto: a GPU if there is one.
+            devices: number of devices; auto: 1, or with a `generate_strategy` all.
+            precision, quantize: as for `load`.
+            generate_strategy: sequential: each device has some of the layers. tensor_parallel: each has a part of every
+                layer; the script runs once for every device (`torchrun`), and all processes have to make the same calls.
+            fixed_kv_cache_size: make the key-value caches now, for that many tokens, instead of as needed.
 
         Raises:
-            ValueError: for what is not available here.
+            ValueError: for unavailable devices, precisions or modes.
         """
         if generate_strategy not in (None, "sequential", "tensor_parallel"):
             raise ValueError(f"generate_strategy must be 'sequential' or 'tensor_parallel', got {generate_strategy!r}")
@@ -228,7 +223,7 @@ class LLM(nn.Module):
         if generate_strategy == "tensor_parallel":
             device = self._divide(number, dtype, device)
         if quantize in BNB_MODES:
-            self.model.to(dtype=dtype)  # is what its layers compute in
+            self.model.to(dtype=dtype)  # which the layers then compute in
         if quantize is not None:
             quantize_model(self.model, quantize)
             self.model.requires_grad_(False)
@@ -243,7 +238,7 @@ class LLM(nn.Module):
             self.model.set_kv_caches(1, max_seq_length=length)
 
     def _divide(self, number: int | None, dtype: torch.dtype, device: torch.device) -> torch.device:
-        """Keep the part of the model that is this process's, on its device, which is returned."""
+        """Replace the model by this process's shard, and return its device."""
         if (process := launched_outside()) is None:
             raise ValueError(
                 "tensor_parallel divides the model among processes that all run this script: start it with "
@@ -291,52 +286,37 @@ class LLM(nn.Module):
         batch_size: int | None = None,
         prompt_lookup: int | None = None,
         **kv_cache_args: Any,
-    ) -> (
-        str
-        | torch.Tensor
-        | Answer
-        | list[str]
-        | list[torch.Tensor]
-        | list[Answer]
-        | Iterator[str]
-        | Iterator[torch.Tensor]
-    ):
+    ) -> Result | list[Result] | Iterator[str] | Iterator[torch.Tensor]:
         """Answer a prompt, or several at once.
 
         Args:
-            prompt: a text, or a conversation: a list of messages `{"role": ..., "content": ...}`. Or a list of such prompts,
-                which are answered together; equal ones share their prefill.
-            sys_prompt: system prompt, where the prompt style has one.
+            prompt: a text, or a conversation: a list of messages `{"role": ..., "content": ...}`; or a list of such prompts,
+                which are answered together (equal ones share their prefill).
+            sys_prompt: system prompt, if the prompt style has one.
             max_new_tokens: most tokens of an answer.
-            temperature: below 1 the likelier tokens gain, above 1 they lose; 0 always takes the likeliest.
-            top_k: draw each token from the k likeliest ones only.
-            top_p: draw each token from the likeliest ones whose probabilities add up to this.
-            return_as_token_ids: give tokens (n,) instead of text.
-            stream: give an iterator over pieces of the answer (of one prompt).
-            kv_cache: which key-value caches: a `CacheSpec`, or the name of one, such as "dense" (every token) or "lastrec" (the
-                last `cache_length` ones). The model's own caches stay as they are then. Default: the caches that were assigned to the model
-                (`GPT.assign_kv_caches`), or else "dense". Of several calls that use assigned caches, one overtakes those
-                before it: their streams end with an error.
-            cache_length: tokens that the cache holds (default: as many as are needed, or 1024 for lastrec).
-            prompt_chunksize: most tokens of the prompt that go through the model at once (default: all of them).
-            min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias: as for
+            temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty, logit_bias: as for
                 `litgpt.engine.sampling.Sampling`.
-            seed: of the first answer's own random numbers; the next answer has the next seed (default: all draw from
-                torch's generator).
-            logits_processors: change the logits before each draw, called as `(tokens so far, logits (V,))`. Every answer
-                gets copies of its own.
-            logprobs: give `Answer`s with the log-probability of every token, and those of this many likeliest ones.
-            batch_size: most prompts at a time; an answer that is done makes room for the next (default: all at once).
+            return_as_token_ids: return tokens (n,) instead of text.
+            stream: return an iterator over parts of the answer to one prompt.
+            kv_cache: a `CacheSpec` or a cache's name, such as "dense" (every token) or "lastrec" (the last `cache_length`
+                ones), for caches of this call. Default: the caches assigned to the model (`GPT.assign_kv_caches`), otherwise
+                "dense". A call with assigned caches ends the streams of earlier ones with an error.
+            cache_length: capacity of the cache in tokens (default: as many as needed, or 1024 for lastrec).
+            prompt_chunksize: most tokens of a prefill call (default: the whole prompt).
+            seed: of the first answer's own generator; further answers count up from it (default: torch's generator).
+            logits_processors: as `Sampling.processors`; every answer gets copies.
+            logprobs: return `Answer`s with the log-probabilities of every token and of this many likeliest ones.
+            batch_size: most prompts at a time; a finished answer makes room for the next prompt (default: all).
             prompt_lookup: draft up to this many next tokens at a time from the text so far, and verify them in one call: the
-                same answer, faster where it repeats much of the prompt (default: no drafts).
-            kv_cache_args: further arguments of the caches, such as `n_sink`: first tokens that lastrec never drops.
+                same answer, faster where it repeats text (default: no drafts).
+            kv_cache_args: further arguments of the caches, such as `n_sink`: first tokens that lastrec keeps.
 
         Returns:
-            The answer, without the prompt: a text, tokens, or an `Answer`; a list of them for a list of prompts. A stream
-            may be left at any time; it keeps its caches until it is closed or forgotten.
+            The answer without the prompt: a text, tokens, or an `Answer`; a list of them for a list of prompts. A stream
+            may be left at any time; it keeps its caches until it is closed or deleted.
 
         Raises:
-            ValueError: for an empty prompt, settings that make no sense, or more tokens than the model or its cache take.
+            ValueError: for an empty prompt, settings out of range, or more tokens than the model or its cache take.
         """
         prompts, several = _as_prompts(prompt)
         if stream and several:
@@ -352,23 +332,13 @@ class LLM(nn.Module):
         rows = len(prompts)
         if batch_size is not None:
             rows = min(rows, whole_number("batch_size", batch_size, 1))
-        sampling = Sampling(
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty,
-            presence_penalty,
-            frequency_penalty,
-            logit_bias,
-            seed,
-            logits_processors,
-        )
+        penalties = repetition_penalty, presence_penalty, frequency_penalty
+        sampling = Sampling(temperature, top_k, top_p, min_p, *penalties, logit_bias, seed, logits_processors)
         drafter = None if prompt_lookup is None else PromptLookup(whole_number("prompt_lookup", prompt_lookup))
-        device = self.model.transformer.wte.weight.device
+        device = self.model.device
         encoded: dict[str, torch.Tensor] = {}
         for one in prompts:
-            if repr(one) not in encoded:  # of a text with its quotes: it may spell a list of messages
+            if repr(one) not in encoded:  # with quotes, since a text may look like a list of messages
                 encoded[repr(one)] = self._text_to_token_ids(one, sys_prompt).to(device)
         stops = all_stop_tokens(self.tokenizer, self.prompt_style)
         sequences = [
@@ -408,7 +378,7 @@ class LLM(nn.Module):
 
     @property
     def acceptance_rate(self) -> float:
-        """What part of the draft tokens of the last `generate(prompt_lookup=...)` was accepted (0 if there were none)."""
+        """Fraction of the draft tokens of the last `generate(prompt_lookup=...)` that was accepted (0 if there were none)."""
         return 0.0 if self._engine is None else self._engine.acceptance_rate
 
     def _lease(
@@ -418,7 +388,7 @@ class LLM(nn.Module):
         kv_cache_args: abc.Mapping[str, Any],
         batch_size: int,
     ) -> CacheLease:
-        """The caches that an answer is generated with."""
+        """The caches of a call of `generate`."""
         spec = CacheSpec.parse(kv_cache or "dense", cache_length, **kv_cache_args)
         default = spec == CacheSpec()
         if default:
@@ -432,7 +402,7 @@ class LLM(nn.Module):
 
     @staticmethod
     def _stream(batch: ContinuousBatch, device: torch.device) -> Iterator[torch.Tensor]:
-        """The tokens of a batch with one sequence as they come, (n,) each."""
+        """The tokens of a batch of one sequence, step by step, (n,) each."""
         try:
             while batch.unfinished:
                 for _, tokens in batch.step():
@@ -448,15 +418,12 @@ class LLM(nn.Module):
         prompt_chunksize: int | None = None,
         **kv_cache_args: Any,
     ) -> Session:
-        """A sequence of tokens with caches of its own, which can go on, go back, be copied and saved.
-
-        The arguments are those of `generate`.
-        """
+        """A sequence with caches of its own, to be continued, cropped, copied and saved. Arguments as for `generate`."""
         self._for_inference()
         return Session(self.model, kv_cache, cache_length, prompt_chunksize, **kv_cache_args)
 
     def _text_to_token_ids(self, prompt: str | abc.Sequence[Message], sys_prompt: str | None = None) -> torch.Tensor:
-        """The prompt as the model is to see it, (T,)."""
+        """The formatted prompt as tokens (T,)."""
         preprocessor = self._preprocessor()
         tokens = encode_prompt(preprocessor.tokenizer, self.prompt_style, prompt, sys_prompt=sys_prompt)
         return tokens.to(preprocessor.device)
@@ -467,11 +434,11 @@ class LLM(nn.Module):
         return self.preprocessor
 
     def benchmark(self, num_iterations: int = 1, **kwargs: Any) -> tuple[str, dict[str, list[float]]]:
-        """Run `generate(**kwargs)` some times and measure it.
+        """Run and measure `generate(**kwargs)` `num_iterations` times.
 
         Returns:
-            The last answer; and for every run the seconds in total and to the first token, the tokens generated, their
-            number per second, and on a GPU the memory allocated.
+            The last answer; and for every run the seconds in total and to the first token, the number of tokens, tokens per
+            second, and on a GPU the memory allocated.
         """
         results: dict[str, list[float]] = defaultdict(list)
         for _ in range(num_iterations):
@@ -497,9 +464,9 @@ class LLM(nn.Module):
         target_ids: torch.Tensor | None = None,
         loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, T, V) of tokens (B, T); with targets (B, T), whose next token each position is to tell, also the loss.
+        """Logits (B, T, V) of tokens (B, T); with targets (B, T), of which position t predicts the one at t + 1, also the loss.
 
-        `loss_fn(logits, targets)` defaults to cross-entropy; a target of -100 does not count.
+        `loss_fn(logits, targets)` defaults to cross-entropy; targets of -100 are ignored.
         """
         self._for_training()
         logits = self.model(input_ids)
@@ -512,9 +479,9 @@ class LLM(nn.Module):
         return logits, loss_fn(logits[:, :-1], target_ids[:, 1:])
 
     def prepare_for_training(self) -> GPT:
-        """The model with plain layers and without caches, for a training loop; `litgpt.train.finetune` is one.
+        """The model with plain layers and without caches, for a training loop such as `litgpt.train.finetune`.
 
-        The next `generate` speeds it up again, with the weights that it has then.
+        The next `generate` packs its weights again.
 
         Raises:
             ValueError: if the model is on several devices.
@@ -526,7 +493,7 @@ class LLM(nn.Module):
         return self.model
 
     def trainer_setup(self, trainer_ckpt: Path | None = None) -> None:
-        """Make the model trainable by a Lightning Trainer; with `trainer_ckpt`, from the weights of its checkpoint."""
+        """Prepare for a Lightning Trainer, with the weights of its checkpoint `trainer_ckpt` if given."""
         if self.model.quantization is not None:
             raise ValueError("quantised weights cannot be trained: load the model without quantize")
         self.prepare_for_training()
@@ -553,11 +520,11 @@ class LLM(nn.Module):
         return self.model.load_state_dict(state_dict, strict=strict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles have: not the last call's engine, which has a lock."""
+        """The state for copies and pickles, without the last call's engine, which has a lock."""
         return {**self.__dict__, "_engine": None}
 
     def _apply(self, *args: Any, **kwargs: Any) -> "LLM":
-        """What `to`, `cuda`, `float` and so on call."""
+        """Called by `to`, `cuda`, `float` and so on."""
         self._for_training()
         return super()._apply(*args, **kwargs)
 
@@ -581,7 +548,7 @@ class Preprocessor:
         self.device = torch.device(device)
 
     def encode(self, text: str) -> torch.Tensor:
-        """Tokens (T,) of a text as it is, without a prompt style."""
+        """Tokens (T,) of a text, without a prompt style."""
         return self.tokenizer.encode(text, device=self.device)
 
     def decode(self, token_ids: torch.Tensor) -> str:
@@ -589,7 +556,7 @@ class Preprocessor:
 
 
 def _as_prompts(prompt: Any) -> tuple[list[str | list[Message]], bool]:
-    """The prompts that `LLM.generate` was given, and whether they were several."""
+    """The prompts in the argument of `LLM.generate`, and whether it is a list of them."""
     given = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, str | Mapping) else prompt
     several = isinstance(given, list) and not (given and all(isinstance(one, Mapping) for one in given))
     prompts = [list(one) if isinstance(one, tuple) else one for one in (given if several else [given])]
@@ -609,7 +576,7 @@ def _as_prompts(prompt: Any) -> tuple[list[str | list[Message]], bool]:
 
 
 def calculate_number_of_devices(devices: int | list[int] | None) -> int:
-    """How many devices a number or a list of them means (0: neither)."""
+    """Number of devices (0: neither a number nor a list)."""
     if isinstance(devices, int):
         return devices
     return len(devices) if isinstance(devices, list) else 0

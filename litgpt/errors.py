@@ -15,8 +15,13 @@ def debugging() -> bool:
     return os.environ.get("LITGPT_DEBUG", "0") not in ("", "0")
 
 
+def one_line(error: BaseException, most: int = 200) -> str:
+    """The message of an error on one line of at most so many characters, or its type where it has none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def describe(error: BaseException) -> str:
-    """An error as one line."""
+    """An error as one line that tells its reader what happened."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
         return _describe_out_of_memory(text)

@@ -1,4 +1,4 @@
-"""Low-rank adaptation (LoRA, arXiv:2106.09685): next to a frozen weight W, a trained product s B A of rank r.
+"""Low-rank adaptation (LoRA, arXiv:2106.09685): a trained product s B A of rank r is added to a frozen weight W.
 
 The scale s is alpha / r, or with rsLoRA (arXiv:2312.03732) alpha / sqrt(r). DoRA (arXiv:2402.09353) trains the norms of the
 rows as well: row i of the weight becomes m_i (W + s B A)_i / ||(W + s B A)_i||, where the norm counts as a constant.
@@ -22,13 +22,13 @@ from litgpt.model import CausalSelfAttention as BaseCausalSelfAttention
 from litgpt.runners.opaque_weights import OpaqueLayer
 from litgpt.settings import fits
 
-# From a layer's role (qkv, projection, mlp or head), inputs, outputs and itself to what takes its place
+# Makes the replacement of a layer from its role (qkv, projection, mlp or head), inputs, outputs and itself
 Wrap = Callable[[str, int, int, nn.Module], nn.Module]
 
 
 @dataclass
 class Config(BaseConfig):
-    """An architecture, and which of its layers get LoRA matrices of what rank.
+    """An architecture, with the layers that get LoRA matrices and their rank.
 
     `lora_mlp` means all linear layers of the MLP, of every expert too, and the experts' router. `lora_all` means all linear
     layers but the head, and sets the other flags. `lora_rslora` and `lora_dora` choose the kind of LoRA.
@@ -55,8 +55,8 @@ class Config(BaseConfig):
                 setattr(self, f"lora_{part}", True)
 
     def lora_options(self) -> dict[str, Any]:
-        """The fields that the weights depend on, for `hyperparameters.yaml`: those that LitGPT has, and others if they are
-        set, so that LitGPT reads the file wherever it can."""
+        """The fields that the weights depend on, for `hyperparameters.yaml`: LitGPT's, and others only if set, so that LitGPT
+        can read the file."""
         ours = ("lora_rslora", "lora_dora")
         names = [f.name for f in fields(self) if f.name.startswith("lora_") and f.name not in ("lora_all", *ours)]
         return {name: getattr(self, name) for name in names} | {name: True for name in ours if getattr(self, name)}
@@ -73,7 +73,7 @@ class Config(BaseConfig):
 
 
 class WrappedLinear(nn.Module):
-    """A linear layer, named `linear`, with what a method of fine-tuning adds to it. Loads the plain layer's weights too."""
+    """A linear layer, named `linear`, with parameters added by fine-tuning. Also loads the plain layer's state dict."""
 
     def _wrap(
         self,
@@ -83,10 +83,8 @@ class WrappedLinear(nn.Module):
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        """Take over a layer, which may be quantised (None: a new one, with the arguments `kwargs`).
-
-        `dtype` is that of what is added (default: that of the layer's weight).
-        """
+        """Wrap a layer, which may be quantised (None: a new one, from `kwargs`); added parameters have `dtype` (None: as the
+        layer's weight)."""
         self.linear = nn.Linear(in_features, out_features, dtype=dtype, **kwargs) if linear is None else linear
         self._form = {"dtype": dtype or self.linear.weight.dtype, "device": self.linear.weight.device}
 
@@ -101,14 +99,14 @@ class WrappedLinear(nn.Module):
 
 
 class LoRALayer(nn.Module):
-    """What every layer with LoRA matrices has.
+    """Base class of layers with LoRA matrices.
 
     Args:
-        r: the rank; 0 leaves the layer as it is.
-        lora_alpha: the matrices' product counts lora_alpha / r times.
-        lora_dropout: probability with which an input of A is zero in training.
-        rslora: it counts lora_alpha / sqrt(r) times.
-        dora: train magnitudes of the weight's rows too.
+        r: the rank; 0: no matrices.
+        lora_alpha: numerator of the scale.
+        lora_dropout: dropout probability of the inputs of A.
+        rslora: scale by lora_alpha / sqrt(r) instead of lora_alpha / r.
+        dora: also train the magnitudes of the weight's rows.
     """
 
     def __init__(self, r: int, lora_alpha: int, lora_dropout: float, rslora: bool = False, dora: bool = False) -> None:
@@ -157,7 +155,7 @@ class LoRALinear(LoRALayer, WrappedLinear):
             self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Random A and zero B: the layer begins as the plain one."""
+        """Random A and zero B: at first the layer equals the plain one."""
         if self.r > 0:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             nn.init.zeros_(self.lora_B)
@@ -165,7 +163,7 @@ class LoRALinear(LoRALayer, WrappedLinear):
 
     @torch.no_grad()
     def _reset_magnitude(self) -> None:
-        """Take the norms of the weight's rows as magnitudes; forget what is known of the weight."""
+        """Set the magnitudes to the norms of the weight's rows, and clear cached norms."""
         self._squares: torch.Tensor | None = None
         self.fixed_scale: torch.Tensor | None = None
         if self.r > 0 and self.dora:
@@ -177,7 +175,7 @@ class LoRALinear(LoRALayer, WrappedLinear):
         return slice(None)
 
     def _row_squares(self) -> torch.Tensor:
-        """Squared norms (O,) of the rows of W, which is frozen: computed once."""
+        """Squared norms (O,) of the rows of the frozen W, computed once."""
         if self._squares is None:
             weight = plain_weight(self.linear, self._form["dtype"])
             form = torch.promote_types(weight.dtype, torch.float32)
@@ -186,7 +184,7 @@ class LoRALinear(LoRALayer, WrappedLinear):
 
     @torch.no_grad()
     def _norms(self) -> torch.Tensor:
-        """Norms (O,) of the rows of W + s B A, without making that matrix."""
+        """Norms (O,) of the rows of W + s B A, without computing that matrix."""
         A, B, s = self.lora_A, self.expanded_B(), self.scaling
         with torch.autocast(A.device.type, enabled=False):
             crossed = self.linear(A).T  # W A' (O, r)
@@ -197,19 +195,19 @@ class LoRALinear(LoRALayer, WrappedLinear):
             return (squares + (B * (2 * s * crossed + s * s * (B @ (A @ A.T)))).sum(dim=1)).clamp(min=0).sqrt()
 
     def row_scale(self, norms: torch.Tensor) -> torch.Tensor:
-        """What DoRA multiplies the rows of W + s B A with, (O,), given their norms."""
+        """DoRA's factors (O,) on the rows of W + s B A, given the norms of these rows."""
         rows = self.lora_rows
         scale = self.lora_magnitude / norms[rows].clamp(min=torch.finfo(norms.dtype).tiny).to(self.lora_magnitude.dtype)
         return scale if isinstance(rows, slice) else scale.new_ones(len(norms)).index_copy(0, rows, scale)
 
     @torch.no_grad()
     def fix_scale(self) -> None:
-        """Compute DoRA's scale once and for all. For inference: later changes of weights are not seen."""
+        """Fix DoRA's factors for inference; later changes of weights have no effect on them."""
         if self.r > 0 and self.dora and not self.merged:
             self.fixed_scale = self.row_scale(self._norms())
 
     def _apply(self, *args: Any, **kwargs: Any) -> "LoRALinear":
-        self._squares = None  # of another precision, or on another device
+        self._squares = None  # precision or device may change
         if getattr(self, "fixed_scale", None) is not None:
             self.fixed_scale = args[0](self.fixed_scale)
         return super()._apply(*args, **kwargs)
@@ -224,23 +222,23 @@ class LoRALinear(LoRALayer, WrappedLinear):
         self._squares = self.fixed_scale = None
 
     def expanded_B(self, B: torch.Tensor | None = None) -> torch.Tensor:
-        """B (default: `lora_B`) such that `expanded_B() @ lora_A` has the weight's shape."""
+        """B (default: `lora_B`) expanded so that `expanded_B() @ lora_A` has the weight's shape."""
         return self.lora_B if B is None else B
 
     def get_lora_AB(self) -> torch.Tensor:
-        """What the matrices add to the weight, (O, E)."""
+        """The product of the matrices that is added to the weight, (O, E)."""
         return self.expanded_B() @ self.lora_A * self.scaling
 
     @torch.no_grad()
     def merged_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """What a weight W (O, E) becomes with the matrices, in float32 at least."""
+        """The weight W (O, E) merged with the matrices, in float32 at least."""
         form = torch.promote_types(weight.dtype, torch.float32)
         weight = weight.to(form) + self.get_lora_AB().to(form)
         return weight * self.row_scale(weight.norm(dim=1)).to(form).unsqueeze(1) if self.dora else weight
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Make the weight the one with the matrices, which do nothing from then on. Sums are made in float32."""
+        """Merge the matrices into the weight, with sums in float32; they have no effect afterwards."""
         if self.r == 0 or self.merged:
             return
         if not isinstance(self.linear, nn.Linear):
@@ -262,16 +260,14 @@ class LoRALinear(LoRALayer, WrappedLinear):
 
 
 class LoRAQKVLinear(LoRALinear):
-    """The layer of queries, keys and values, with matrices of their own for those of the three that are enabled.
+    """The projection to queries, keys and values, with separate matrices for each enabled part.
 
     A is (n * r, E) for n enabled parts; B is (rows of the enabled parts, r).
 
     Args:
         in_features: E.
         out_features: O = (n_head + 2 * n_query_groups) * head_size.
-        head_size: rows of the weight for each head.
-        n_head: query heads.
-        n_query_groups: key heads and value heads.
+        head_size, n_head, n_query_groups: sizes of the attention.
         r, lora_alpha, lora_dropout, rslora, dora, linear, kwargs: as for `LoRALinear`.
         enable_lora: for queries, keys and values, or one for all.
     """
@@ -305,12 +301,12 @@ class LoRAQKVLinear(LoRALinear):
 
     @property
     def qkv_shapes(self) -> list[int]:
-        """Rows of the parts that have matrices."""
+        """Number of rows of each enabled part."""
         return [size for size, enabled in zip(self.part_sizes, self.enable_lora, strict=True) if enabled]
 
     @property
     def lora_ind(self) -> torch.Tensor:
-        """Rows of the weight that have matrices: their numbers in order."""
+        """Indices of the weight's rows that have matrices."""
         device = self.lora_B.device if self.r > 0 else self.linear.weight.device
         parts = torch.arange(sum(self.part_sizes), device=device).split(self.part_sizes)
         return torch.cat([part for part, enabled in zip(parts, self.enable_lora, strict=True) if enabled])
@@ -320,14 +316,14 @@ class LoRAQKVLinear(LoRALinear):
         return slice(None) if all(self.enable_lora) else self.lora_ind
 
     def expanded_B(self, B: torch.Tensor | None = None) -> torch.Tensor:
-        """The parts of B (O, n * r), each in its own rows and in the columns of its own A; zero elsewhere."""
+        """B as (O, n * r), block-diagonal: each part in its own rows and the columns of its own A."""
         flags = list(zip(self.part_sizes, self.enable_lora, strict=True))
         B = self.lora_B if B is None else B
         parts = iter(B.split(self.qkv_shapes))
         return torch.block_diag(*(next(parts) if on else B.new_empty(size, 0) for size, on in flags))
 
     def zero_pad(self, x: torch.Tensor) -> torch.Tensor:
-        """Values (..., enabled rows) of the rows that have matrices as (..., O), with zeros for the others."""
+        """Values (..., enabled rows) extended by zeros for the other rows to (..., O)."""
         return x.new_zeros(*x.shape[:-1], sum(self.part_sizes)).index_copy_(-1, self.lora_ind, x)
 
     def conv1d(self, input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -348,16 +344,14 @@ class CausalSelfAttention(BaseCausalSelfAttention):
 class GPT(BaseModel):
     """A GPT with LoRA matrices."""
 
+    config_class = Config
+
     def __init__(self, config: Config, **mha_kwargs: Any) -> None:
         super().__init__(config, **mha_kwargs)
         add_lora(self, config)
         for block in self.transformer.h:
             if type(block.attn) is BaseCausalSelfAttention:
                 block.attn.__class__ = CausalSelfAttention
-
-    @classmethod
-    def from_name(cls, name: str, **kwargs: object) -> "GPT":
-        return cls(Config.from_name(name, **kwargs))
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -366,14 +360,14 @@ class GPT(BaseModel):
 
 
 def add_lora(model: BaseModel, config: Config) -> None:
-    """Wrap the linear layers of `model`, in place, as `config` says. Layers without matrices are wrapped too, by which all
-    have the names that checkpoints of LoRA models have; `unwrap_lora` undoes it."""
+    """Wrap the linear layers of `model` in place, for the parameter names of LoRA checkpoints even those without matrices;
+    `unwrap_lora` undoes it."""
     wrap_linears(model, _wrapper(config, model.dtype))
-    model.train(model.training)  # new layers with dropout too
+    model.train(model.training)  # also the new dropout layers
 
 
 def _wrapper(config: Config, dtype: torch.dtype | None = None) -> Wrap:
-    """What gives a layer its matrices, for `wrap_linears`."""
+    """Adds matrices to a layer, for `wrap_linears`."""
     heads = (config.head_size, config.n_head, config.n_query_groups)
     enabled = (config.lora_query, config.lora_key, config.lora_value)
     settings = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout, "dtype": dtype}
@@ -391,7 +385,7 @@ def _wrapper(config: Config, dtype: torch.dtype | None = None) -> Wrap:
 def create_lora_linear(
     config: Config, in_size: int, out_size: int, bias: bool | None = None, use_r: bool | None = None
 ) -> LoRALinear:
-    """A new linear layer with the matrices that `config` gives to those of the MLP, or that `use_r` asks for."""
+    """A new linear layer, with matrices if `use_r` (None: if the layers of MLPs have them)."""
     r = config.lora_r if (config.lora_mlp if use_r is None else use_r) else 0
     bias = config.bias if bias is None else bias
     kind = {"rslora": config.lora_rslora, "dora": config.lora_dora}
@@ -399,8 +393,8 @@ def create_lora_linear(
 
 
 def wrap_linears(model: BaseModel, wrap: Wrap) -> None:
-    """Put `wrap(role, in_features, out_features, layer)` in place of the linear layers of `model`, quantised ones too, where
-    the role is qkv, projection, mlp or head. Those by which latent attention replaces `qkv` stay."""
+    """Replace the linear layers of `model`, also quantised ones, by `wrap(role, in_features, out_features, layer)`, where role
+    is qkv, projection, mlp or head. The layers that latent attention has instead of `qkv` are not wrapped."""
     E, V = model.config.n_embd, model.config.padded_vocab_size
     model.lm_head = wrap("head", E, V, model.lm_head)
     for block in model.transformer.h:
@@ -423,7 +417,7 @@ def _wrap_children(parent: nn.Module, role: str, wrap: Wrap) -> None:
 
 
 def unwrap_lora(model: BaseModel) -> None:
-    """Put the plain layer back where LoRA adds nothing: where matrices are merged, or there are none."""
+    """Restore the plain layers where matrices are merged or absent."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear) and (child.merged or child.r == 0):
@@ -431,7 +425,7 @@ def unwrap_lora(model: BaseModel) -> None:
 
 
 def finish_lora(model: BaseModel) -> None:
-    """Make a LoRA model whose weights do not change any more faster."""
+    """Make a LoRA model faster, for inference."""
     unwrap_lora(model)
     for module in model.modules():
         if isinstance(module, LoRALinear):
@@ -439,7 +433,7 @@ def finish_lora(model: BaseModel) -> None:
 
 
 def plain_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """The weight (O, E) of a linear layer, of a quantised one what it computes with."""
+    """The weight (O, E) of a linear layer, dequantised if necessary."""
     if hasattr(layer, "dequantized"):
         return layer.dequantized(dtype)
     if (state := getattr(layer.weight, "quant_state", None)) is not None:
@@ -452,7 +446,7 @@ def plain_weight(layer: nn.Module, dtype: torch.dtype) -> torch.Tensor:
 
 
 def merge_lora_weights(model: BaseModel) -> None:
-    """Make every weight the one with its LoRA matrices. A head that shares its weight with the embedding gets its own."""
+    """Merge all LoRA matrices. A head with matrices that shares the embedding's weight gets its own."""
     head = model.lm_head
     if isinstance(head, LoRALinear) and head.r > 0 and head.linear.weight is model.transformer.wte.weight:
         weight = head.linear.weight
@@ -463,12 +457,7 @@ def merge_lora_weights(model: BaseModel) -> None:
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freeze all parameters but the LoRA matrices, and the biases that `bias` names.
-
-    Args:
-        model: with LoRA matrices.
-        bias: "none", "all", or "lora_only": those of the layers that have matrices.
-    """
+    """Freeze all parameters but LoRA matrices, and biases: "none", "all", or "lora_only", of layers with matrices."""
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f"bias={bias!r} is not one of none, all, lora_only")
     for name, parameter in model.named_parameters():
@@ -480,5 +469,5 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 
 
 def lora_filter(key: str, value: Any) -> bool:
-    """Whether a parameter of this name is a LoRA matrix: what is saved of a fine-tuned model."""
+    """Whether a parameter belongs to LoRA, and so is saved."""
     return "lora_" in key

@@ -8,7 +8,7 @@ given, to `attention.py` otherwise. It knows neither masks nor slots.
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +75,7 @@ class GPT(nn.Module):
     Key-value caches are made by `set_kv_caches` (or given by `assign_kv_caches`) and used by calls with `input_pos`.
     """
 
+    config_class: ClassVar[type[Config]] = Config
     quantization: object = None  # the `Scheme` of quantised weights, set by `litgpt.runners.quantized_weights`
 
     def __init__(self, config: Config, **mha_kwargs: Any) -> None:
@@ -113,7 +114,7 @@ class GPT(nn.Module):
     @classmethod
     def from_name(cls, name: str, **kwargs: object) -> "GPT":
         """A model with random weights and the configuration called `name`, its fields overridden by `kwargs`."""
-        return cls(Config.from_name(name, **kwargs))
+        return cls(cls.config_class.from_name(name, **kwargs))
 
     # -- forward
 
@@ -247,14 +248,14 @@ class GPT(nn.Module):
             rope = self.rope_rows(starts, sizes if packed else T, self.caches.long_rope)
         runner = self.layer_runner if self._start_of_layer_hook is None else None
 
-        def layers() -> torch.Tensor:
+        def layers(plans: list[Plan]) -> torch.Tensor:
             x = None if runner is None else runner(idx, rope, plans, input_pos, output_tokens)
             if x is not None:
                 return x
             x = self.run_layers(idx, rope, plans, input_pos)
             return x if output_tokens is None else x.flatten(0, 1)[output_tokens, None]
 
-        return self.caches.run(plans, layers)
+        return self.caches.run(plans, layers, [getattr(block.attn, "sinks", None) for block in self.transformer.h])
 
     def broadcast_tokens(self, tokens: list[int]) -> list[int]:
         """The drawn tokens that all processes sharing this model continue with; here there is one process."""
@@ -424,8 +425,6 @@ class Block(nn.Module):
 
     def __init__(self, config: Config, block_idx: int) -> None:
         super().__init__()
-        if not config.parallel_residual and config.shared_attention_norm:
-            raise ValueError("shared_attention_norm needs parallel_residual: no known model has one without the other")
 
         def norm(present: bool, factor: float = 1.0) -> nn.Module:
             other = nn.Identity() if factor == 1.0 else Multiply(factor)

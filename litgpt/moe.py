@@ -1,7 +1,7 @@
-"""Mixture of experts: to which experts a token goes, and what they make of it.
+"""Mixture of experts: routers, and the computation of experts.
 
 Letters: N tokens, E embedding size, X experts, K experts a token, I intermediate size of an expert. Experts are gated MLPs
-with the linear layers `fc_1`, `fc_2`, `proj`, and `gated`, what comes between them.
+with the linear layers `fc_1`, `fc_2`, `proj`, and `gated` between them.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from litgpt.config import Config
 class GroupedTopkRouter(nn.Module):
     """DeepSeek-V3's router (arXiv:2412.19437, section 2.1.2): the best experts of the best groups of experts.
 
-    Experts compete by sigmoid scores plus a correction, which balances their load in training and is no part of the
-    weights. A group counts by the sum of its `n_topk_scores_per_group` best scores.
+    Experts are ranked by sigmoid scores plus a correction, which balances their load in training and does not affect the
+    weights. Groups are ranked by the sum of their `n_topk_scores_per_group` best scores.
     """
 
     def __init__(self, config: Config) -> None:
@@ -35,7 +35,7 @@ class GroupedTopkRouter(nn.Module):
 
     @torch.no_grad()
     def get_topk_indices(self, scores: torch.Tensor) -> torch.Tensor:
-        """The experts (N, K) that tokens with these scores (N, X) go to."""
+        """The experts (N, K) of tokens with scores (N, X)."""
         config = self.config
         scores = scores + self.e_score_correction_bias
         if config.n_expert_groups > 1:
@@ -47,8 +47,8 @@ class GroupedTopkRouter(nn.Module):
         return scores.topk(config.n_expert_per_token).indices
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For tokens (N, E), weights (N, K) in float32 and experts (N, K)."""
-        with torch.autocast(x.device.type, enabled=False):  # scores are close to each other
+        """Weights (N, K) in float32 and experts (N, K) of tokens (N, E)."""
+        with torch.autocast(x.device.type, enabled=False):  # scores are often close to each other
             scores = F.linear(x.float(), self.weight.float()).sigmoid()
         chosen = self.get_topk_indices(scores)
         weights = scores.gather(-1, chosen)
@@ -58,7 +58,7 @@ class GroupedTopkRouter(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """The experts of one layer, computed by grouped products in inference where torch has them, else one by one."""
+    """The experts of one layer, computed by grouped products in inference where torch has them, otherwise in a loop."""
 
     def __init__(self, experts: Iterable[nn.Module]) -> None:
         super().__init__(experts)
@@ -66,22 +66,19 @@ class Experts(nn.ModuleList):
 
     def _start_anew(self) -> None:
         self._stacks: ExpertStacks | None = None
-        # Compiled graphs cannot choose modules by numbers: there the loop over experts is one opaque operation, which
-        # finds them by an integer key.
+        # Compiled graphs cannot choose modules by numbers: there the loop is one opaque operation that looks up this key
         self.key = next(_next_key)
         _experts_by_key[self.key] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._start_anew()  # a copy, or from a file: not the original's key, and no stacks of its weights
+        self._start_anew()  # of a copy: another key, and no stacks
 
     def forward(self, x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         """For tokens x (N, E), sums (N, E) over k of weights[n, k] * experts[chosen[n, k]](x[n]), from weights (N, K)."""
         if torch.is_grad_enabled():
             return mix_experts(x, weights, chosen, self)
-        if (
-            torch.compiler.is_compiling()
-        ):  # after the prefill, which is not compiled: weights are stacked if they can be
+        if torch.compiler.is_compiling():  # weights were stacked in the prefill, which is not compiled
             if self._stacks is None:
                 return torch.ops.litgpt.mix_experts(x, weights, chosen, self.key)
             return mix_experts_grouped(x, weights, chosen, self, self._stacks)
@@ -105,9 +102,9 @@ class ExpertStacks(NamedTuple):
 def mix_experts(
     x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, experts: Sequence[nn.Module]
 ) -> torch.Tensor:
-    """What `Experts` compute, expert by expert.
+    """The outputs of `Experts`, expert by expert.
 
-    Every expert that has tokens runs once, on all of them; which ones do has to be known on the host.
+    Every expert with tokens runs once, on all of them; the host has to know the number of tokens of each.
     """
     counts = torch.bincount(chosen.flatten(), minlength=len(experts)).tolist()
     order = chosen.flatten().argsort(stable=True)
@@ -123,7 +120,7 @@ def mix_experts(
 def mix_experts_grouped(
     x: torch.Tensor, weights: torch.Tensor, chosen: torch.Tensor, experts: Sequence[nn.Module], stacks: ExpertStacks
 ) -> torch.Tensor:
-    """As `mix_experts`, by grouped products: the number of tokens of an expert stays on the device."""
+    """`mix_experts` by grouped products; the number of tokens of each expert stays on the device."""
     order = chosen.flatten().argsort(stable=True)
     expert_of_row = chosen.flatten()[order]
     ends = torch.searchsorted(expert_of_row, torch.arange(len(stacks.up), device=x.device), right=True).int()
@@ -137,7 +134,7 @@ def mix_experts_grouped(
 
 
 def _weighted_sums(outputs: torch.Tensor, order: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Sums (N, E) over each token's experts, of outputs (N K, E) whose row i belongs to token and rank `order[i]`."""
+    """Sums (N, E) over each token's experts, of outputs (N K, E) whose row i belongs to token-expert pair `order[i]`."""
     by_token = outputs[order.argsort()].view(*weights.shape, -1)
     return (weights.to(outputs.dtype).unsqueeze(-2) @ by_token).squeeze(-2)
 
@@ -146,7 +143,7 @@ _grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", No
 
 
 def can_group(x: torch.Tensor) -> bool:
-    """Whether this build of torch has a grouped product for such inputs (N, E), on their device."""
+    """Whether torch has a grouped product for inputs (N, E) of this dtype and device."""
     if _grouped_mm is None or x.device.type != "cuda" or x.dtype != torch.bfloat16:
         return False
     capability = torch.cuda.get_device_capability(x.device)

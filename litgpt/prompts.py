@@ -4,8 +4,8 @@ The built-in styles are data: every class below is a row of the texts that surro
 models that were trained on it.
 """
 
+import sys
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import yaml
 
 from litgpt.atomic_file import replacing
 from litgpt.chat_template import ChatTemplate
+from litgpt.errors import one_line
 from litgpt.prompt_style import Message, PromptStyle, TurnStyle, eos_ids
 
 if TYPE_CHECKING:
@@ -356,18 +357,21 @@ def has_prompt_style(checkpoint_dir: Path) -> bool:
 
 
 def load_prompt_style(checkpoint_dir: Path) -> PromptStyle:
-    """Reads the style that was saved with a checkpoint.
+    """Reads the style that was saved with a checkpoint. No module is imported for it.
 
     Raises:
-        ValueError: the file does not name a `PromptStyle` class that can be made with its `init_args`.
+        ValueError: the file does not name a class of this module, or another `PromptStyle` class that is imported already,
+            or the class cannot be made with its `init_args`.
     """
     path = Path(checkpoint_dir) / _FILE_NAME
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         module, _, name = content["class_path"].rpartition(".")
-        style = getattr(import_module(module), name)
-        if not issubclass(style, PromptStyle):
-            raise TypeError(f"{module}.{name} is not a PromptStyle")
+        style = getattr(sys.modules.get(module), name, None)
+        if not isinstance(style, type) or not issubclass(style, PromptStyle):
+            raise TypeError(
+                f"{module}.{name} is no style of litgpt.prompts; import a PromptStyle class of your own first"
+            )
         return style(**content.get("init_args", {}))
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, ImportError, AttributeError) as error:
-        raise ValueError(f"{path} does not describe a prompt style: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} does not describe a prompt style: {one_line(error)}") from error

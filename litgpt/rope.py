@@ -12,12 +12,10 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 class RopeTable:
-    """A model's table of cosines and sines, float32, which grows with the positions that are asked for.
-
-    With LongRoPE it has the short or the long factors: whichever the sequence at hand is rotated by.
+    """A model's table of cosines and sines, float32, which grows as needed; with LongRoPE for the factors in use.
 
     Attributes:
-        cos, sin: of positions 0 to `length` - 1, as `build_rope_cache` makes them.
+        cos, sin: of positions 0 to `length` - 1, as made by `build_rope_cache`.
     """
 
     def __init__(self, config: Config) -> None:
@@ -25,8 +23,8 @@ class RopeTable:
         self.short_context = short_context(config.rope_adjustments)
         self.cos = self.sin = torch.empty(0, config.rope_n_elem)
         self._long = False  # whether it has the long factors
-        self._rows: list[Rope] = []  # the table as layers want it, in one dtype
-        self._rows_of: torch.Tensor | None = None  # and the cosines that it was made of
+        self._rows: list[Rope] = []  # the table in the layers' format and dtype
+        self._rows_of: torch.Tensor | None = None  # the cosines that it was made of
 
     @property
     def length(self) -> int:
@@ -53,8 +51,8 @@ class RopeTable:
             )
 
     def cover(self, length: int, device: torch.device, long: bool | None = None, room: int | None = None) -> None:
-        """See that the table has at least that many positions on that device, by the long factors or not (None: as it is);
-        where it has not, make it of `room` positions (default: that many)."""
+        """Ensure that the table covers `length` positions on the device, by LongRoPE's long factors or not (None: as before);
+        otherwise rebuild it for `room` positions (default: `length`)."""
         long = self._long if long is None else long
         if length > self.length or self.cos.device != device or long != self._long:
             self._long = long
@@ -69,16 +67,16 @@ class RopeTable:
         device: torch.device,
         long: bool = False,
     ) -> list[Rope]:
-        """Cosines and signed sines for T tokens from position `start` (one, or one for every row) on. With a T for every row,
-        too, the rows lie one after the other.
+        """Cosines and signed sines for T tokens from position `start` (one, or one for every row) on. If T is given for every
+        row too, the rows are concatenated.
 
         Args:
             max_length: of the model's sequences.
             dtype, device: of the result.
-            long: with LongRoPE, by its long factors.
+            long: use LongRoPE's long factors.
 
         Returns:
-            Pairs of (B or 1, 1, T, rope_n_elem), one for each table that layers choose from.
+            Pairs of (B or 1, 1, T, rope_n_elem), one for each kind of layer.
         """
         starts = [start] if isinstance(start, int) else start
         stop = max(map(sum, zip(starts, [T] * len(starts) if isinstance(T, int) else T, strict=True)))
@@ -86,10 +84,8 @@ class RopeTable:
         self.cover(stop, device, long, 2 * stop if stop > max_length else min(max_length, 2 * stop))
         if self._rows_of is not self.cos or self._rows[0][0].dtype != dtype:
             with torch.inference_mode(False):
-                self._rows, self._rows_of = (
-                    _signed(self.cos.to(dtype), self.sin.to(dtype), self.config.rope_n_elem),
-                    self.cos,
-                )
+                self._rows = _signed(self.cos.to(dtype), self.sin.to(dtype), self.config.rope_n_elem)
+                self._rows_of = self.cos
         if isinstance(start, int):
             return [(cos[start:stop][None, None], sin[start:stop][None, None]) for cos, sin in self._rows]
         if isinstance(T, int):
@@ -101,10 +97,10 @@ class RopeTable:
 
 
 def _signed(cos: torch.Tensor, sin: torch.Tensor, n: int) -> list[Rope]:
-    """Of a table, or several in the last dimension, cosines and sines (positions, n) as `rotate` takes them."""
+    """Cosines and sines (positions, n) in the format of `rotate`, from one table or several in the last dimension."""
     if cos.ndim == 2:
         cos, sin = cos.unsqueeze(-1), sin.unsqueeze(-1)
-    if n == 1:  # LitGPT and transformers make two equal elements of it, which add twice to the product of query and key
+    if n == 1:  # LitGPT and transformers duplicate it, so it counts twice in the product of query and key
         cos, sin = cos[:, :1] * 2**0.5, sin[:, :1] * 2**0.5
     left, right = sin.split((n - n // 2, n // 2), dim=1)
     sin = torch.cat((-left, right), dim=1)
@@ -112,12 +108,11 @@ def _signed(cos: torch.Tensor, sin: torch.Tensor, n: int) -> list[Rope]:
 
 
 def rotate(x: torch.Tensor, rope: Rope | None, interleave: bool = False) -> torch.Tensor:
-    """Apply RoPE to the first n elements of x (B, heads, T, D), whose rotated pairs are halves, or with `interleave`
-    neighbours: then the result is in halves all the same.
+    """Apply RoPE to the first n elements of x (B, heads, T, D). Rotated pairs are (i, i + n/2), or with `interleave` neighbours,
+    which are then reordered into halves.
 
-    `rope` holds cosines and sines, (B or 1, 1, T, n) each, the sines with the sign that the element each one multiplies
-    takes: the first half of a rotated vector gets minus the second, so that a rotation is one multiplication, one roll, one
-    addcmul. `None` leaves x as it is, for layers without RoPE.
+    `rope` holds cosines and sines, (B or 1, 1, T, n) each, the first half of the sines negated, so that a rotation is one
+    multiplication, one roll and one addcmul. `None` returns x, for layers without RoPE.
     """
     if rope is None:
         return x
@@ -130,7 +125,7 @@ def rotate(x: torch.Tensor, rope: Rope | None, interleave: bool = False) -> torc
 
 
 def layer_rope(rope: list[Rope] | torch.Tensor, plan: Any) -> tuple[list[Rope], Any]:
-    """A layer's arguments. LitGPT gives cosines and sines, (B, T, n) each, in the place of tables and a cache's plan."""
+    """A layer's arguments, also from LitGPT's: cosines and sines (B, T, n) instead of tables and a cache's plan."""
     if not isinstance(rope, torch.Tensor):
         return rope, plan
     n = rope.shape[-1]
@@ -153,10 +148,7 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 def apply_rope_interleave(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`apply_rope` for x whose rotated pairs are neighbours (0, 1), (2, 3), ... instead of halves.
-
-    The result is in halves, as `apply_rope` gives it: products of queries and keys do not depend on the order.
-    """
+    """`apply_rope` for x whose rotated pairs are neighbours. The result is in halves, which does not change query-key products."""
     return apply_rope(x.unflatten(-1, (-1, 2)).mT.flatten(-2), cos, sin)
 
 
@@ -213,7 +205,7 @@ def short_context(adjustments: dict[str, Any] | None) -> int | None:
 
 
 def attention_factor(adjustments: dict[str, Any]) -> float:
-    """What YaRN and LongRoPE multiply cosines and sines by (other scalings: 1)."""
+    """YaRN's and LongRoPE's factor on cosines and sines (other scalings: 1)."""
     if adjustments.get("attention_factor") is not None:
         return adjustments["attention_factor"]
     factor = adjustments["factor"]
@@ -247,14 +239,14 @@ def _scaled(theta: torch.Tensor, adjustments: dict[str, Any], n_elem: int, base:
 
 
 def _llama_3_kept(theta: torch.Tensor, adjustments: dict[str, Any]) -> torch.Tensor:
-    """How far each frequency stays as it is, 0 to 1: by the rotations it makes in the original context (arXiv:2407.21783)."""
+    """The unscaled fraction of each frequency, by its rotations in the original context (arXiv:2407.21783)."""
     low, high = adjustments["low_freq_factor"], adjustments["high_freq_factor"]
     rotations = adjustments["original_max_seq_len"] * theta / (2 * math.pi)
     return ((rotations - low) / (high - low)).clamp(0, 1)
 
 
 def _yarn_kept(theta: torch.Tensor, adjustments: dict[str, Any], n_elem: int, base: float) -> torch.Tensor:
-    """As `_llama_3_kept`, linear in the frequency's index instead of its rotations (arXiv:2309.00071)."""
+    """The unscaled fraction of each frequency, linear in its index (arXiv:2309.00071)."""
     original = adjustments["original_max_seq_len"]
     first, last = (
         n_elem * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))

@@ -208,10 +208,14 @@ def read_json(path: str | Path, repair: bool = False) -> dict[str, Any]:
     return values
 
 
+def repair_json(text: str) -> str:
+    """JSON with commas removed before closing brackets and added at the ends of lines where they are missing."""
+    return _NO_COMMA.sub(r"\1,", _LAST_COMMA.sub(lambda match: match[1] or "", text))
+
+
 def _repaired(text: str) -> Any:
-    text = _NO_COMMA.sub(r"\1,", _LAST_COMMA.sub(lambda match: match[1] or "", text))
     try:
-        return json.loads(text)
+        return json.loads(repair_json(text))
     except (ValueError, RecursionError):
         return None
 

@@ -4,7 +4,6 @@ import inspect
 import json
 import os
 import random
-import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,6 +29,8 @@ from litgpt.indexing import batched_index_select as batched_index_select
 from litgpt.parallel.links import check_nvlink_connectivity as check_nvlink_connectivity
 from litgpt.runners.quantized_weights import num_parameters as num_parameters
 from litgpt.scripts.validate import validate_checkpoint as validate_checkpoint
+from litgpt.settings import repair_json
+from litgpt.train.setting import parse_devices as parse_devices
 
 # -- folders
 
@@ -45,10 +46,10 @@ def check_valid_checkpoint_dir(
 
     If not, say so on stderr (unless `verbose` is false), and exit, or with `raise_error` raise a `FileNotFoundError`.
     """
-    wanted = [(model_filename,), (CONFIG_NAME,)]
+    required = [(model_filename,), (CONFIG_NAME,)]
     if not ignore_tokenizer_files:
-        wanted += [("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",)]
-    missing = [" OR ".join(names) for names in wanted if not any((checkpoint_dir / name).is_file() for name in names)]
+        required += [("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",)]
+    missing = [" OR ".join(names) for names in required if not any((checkpoint_dir / name).is_file() for name in names)]
     if checkpoint_dir.is_dir() and not missing:
         return
     place = f"checkpoint_dir {str(checkpoint_dir.absolute())!r}"
@@ -66,9 +67,7 @@ def check_valid_checkpoint_dir(
 def extend_checkpoint_dir(checkpoint_dir: Path) -> Path:
     """The folder itself, or the one of this name below `checkpoints` if there is only that one."""
     below = "checkpoints" / checkpoint_dir
-    return (
-        below if not checkpoint_dir.is_dir() and not checkpoint_dir.is_absolute() and below.is_dir() else checkpoint_dir
-    )
+    return checkpoint_dir if checkpoint_dir.is_dir() or not below.is_dir() else below
 
 
 def auto_download_checkpoint(
@@ -123,10 +122,8 @@ def check_file_size_on_cpu_and_warn(
 
 def fix_and_load_json(s: str) -> Any:
     """Read JSON in which commas are missing at the end of lines, or stand before a closing bracket."""
-    s = re.sub(r",(\s*[}\]])", r"\1", s)
-    s = re.sub(r'(["\d}\]el])(\s*\n\s*")', r"\1,\2", s)
     try:
-        return json.loads(s)
+        return json.loads(repair_json(s))
     except json.JSONDecodeError as error:
         raise ValueError(f"this is not JSON, nor JSON with wrong commas: {error}") from None
 
@@ -228,15 +225,6 @@ def capture_hparams() -> dict[str, Any]:
         name: value if isinstance(value, plain) else asdict(value) if is_dataclass(value) else str(value)
         for name, value in values.items()
     }
-
-
-def parse_devices(devices: str | int) -> int:
-    """A number of devices; "auto" or -1 is all GPUs, or 1 where there are none."""
-    if devices in ("auto", -1):
-        return torch.cuda.device_count() or 1
-    if isinstance(devices, int) and devices > 0:
-        return devices
-    raise ValueError(f"devices must be 'auto' or a positive integer, got {devices!r}")
 
 
 def get_default_supported_precision(training: bool) -> str:
@@ -386,11 +374,9 @@ def estimate_flops(model: nn.Module, training: bool) -> int:
     """Floating-point operations for a sequence as long as the model takes. A backward pass counts as two forward ones, and
     as one for parameters that are not trained."""
     config, length = model.config, model.max_seq_length
-    counts = (
-        (num_parameters(model, requires_grad=True), 3 if training else 1),
-        (num_parameters(model, requires_grad=False), 2 if training else 1),
-    )
-    return sum(times * flops_per_param(length, config.n_layer, config.n_embd, n) for n, times in counts if n)
+    trained = num_parameters(model, requires_grad=True), 3 if training else 1
+    frozen = num_parameters(model, requires_grad=False), 2 if training else 1
+    return sum(times * flops_per_param(length, config.n_layer, config.n_embd, n) for n, times in (trained, frozen) if n)
 
 
 def select_sft_generate_example(eval: Any, data: Any) -> str:

@@ -537,3 +537,22 @@ def test_speculation_is_measured_and_compared_token_by_token(
     found |= {"same, bf16-true": 5, "new, bf16-true": 12, "drafted": 9, "accepted": 4}
     last = speculation.markdown(results).splitlines()[-1]
     assert "| 20.0 | 40.0 | 2.00x | 4 of 9 | 5 of 12 |" in last
+
+
+def test_the_shares_of_a_training_step_are_named_by_kind_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS / "workers")
+    from step_shares import shares_of
+
+    from litgpt.train.model import TrainingModel
+
+    model = TrainingModel(tiny_gpt().requires_grad_(True))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    ids = torch.randint(0, 100, (2, 20))
+
+    def step() -> None:
+        model(ids, ids).backward()
+        optimizer.step()
+
+    shares = shares_of(step)
+    assert set(shares) == {"products", "attention", "optimizer", "head and loss", "rest"}
+    assert sum(shares.values()) == pytest.approx(1)

@@ -106,7 +106,13 @@ def test_a_config_survives_its_file(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "must hold the fields"), ("- 1", "must hold the fields"), ("a: [", "not valid YAML"), ("foo: 1", "'foo'")],
+    [
+        ("", "must hold the fields"),
+        ("- 1", "must hold the fields"),
+        ("a: [", "not valid YAML"),
+        ("foo: 1", "'foo'"),
+        ("{parallel_residual: false, shared_attention_norm: true}", "shared_attention_norm = True must be false"),
+    ],
 )
 def test_a_bad_config_file_is_named(text, message, tmp_path):
     path = tmp_path / "model_config.yaml"

@@ -1,3 +1,4 @@
+import importlib
 import json
 import sys
 import threading
@@ -462,6 +463,18 @@ def test_a_file_that_describes_no_style_is_refused(tmp_path, content):
     with pytest.raises(ValueError, match="prompt_style.yaml does not describe a prompt style") as error:
         load_prompt_style(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_saved_style_imports_no_module(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_styles.py").write_text("from litgpt.prompts import ChatML\nclass Own(ChatML):\n    pass\n")
+    (tmp_path / "prompt_style.yaml").write_text("class_path: own_styles.Own")
+    with pytest.raises(ValueError, match=r"own_styles\.Own is no style of litgpt\.prompts; import a PromptStyle class"):
+        load_prompt_style(tmp_path)
+    assert "own_styles" not in sys.modules
+    own = importlib.import_module("own_styles").Own
+    assert type(load_prompt_style(tmp_path)) is own
+    del sys.modules["own_styles"]
 
 
 def test_no_saved_style_is_a_missing_file(tmp_path):

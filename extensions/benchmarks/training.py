@@ -30,9 +30,13 @@ def main() -> int:
         from importlib.metadata import version
 
         torch_version = version("torch").partition("+")[0]
-        peer = args.litgpt_python or ensure_environment(launcher.work_dir, "litgpt", torch_version)
+        peer = (
+            None
+            if args.explain
+            else args.litgpt_python or ensure_environment(launcher.work_dir, "litgpt", torch_version)
+        )
         result = measure(launcher, ensure_layouts(launcher, args.checkpoint).litgpt, peer, args)
-        return result, markdown(result)
+        return result, explanation(result) if args.explain else markdown(result)
 
     return run_script(args, run, args.precision)
 
@@ -50,6 +54,11 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=4,
         help="optimizer steps, the first of which is not measured (default: %(default)s)",
+    )
+    add(
+        "--explain",
+        action="store_true",
+        help="measure this package's steps once, by kind of work, instead of comparing",
     )
     add("--litgpt_python", type=Path, help="interpreter with LitGPT 0.5.13 (default: one is set up)")
     return parser.parse_args()
@@ -70,10 +79,10 @@ def write_samples(path: Path, shortest: int, longest: int) -> None:
     path.write_text(json.dumps(samples), encoding="utf-8")
 
 
-def measure(launcher: Launcher, checkpoint: Path, peer: Path, args: argparse.Namespace) -> dict:
+def measure(launcher: Launcher, checkpoint: Path, peer: Path | None, args: argparse.Namespace) -> dict:
     """Tokens per second and peak memory of every method and case, one for every round; each in a process of its own."""
     samples: dict[str, dict[str, list[dict]]] = {}
-    for round_idx in range(args.rounds):
+    for round_idx in range(1 if args.explain else args.rounds):
         for method in args.methods.split(","):
             for case in args.cases.split(","):
                 sizes = CASES[case]
@@ -93,7 +102,8 @@ def measure(launcher: Launcher, checkpoint: Path, peer: Path, args: argparse.Nam
                     "out_dir": str(launcher.work_dir / "training"),
                 }
                 packed = {"pack": True, "micro_batch_size": 1} if case == "short" else {}
-                systems = [(OURS, Path(sys.executable), job | packed), (LITGPT, peer, job)]
+                systems = [(OURS, Path(sys.executable), job | packed | {"explain": args.explain}), (LITGPT, peer, job)]
+                systems = systems[:1] if args.explain else systems
                 for name, python, own in systems if round_idx % 2 == 0 else systems[::-1]:
                     print(f"round {round_idx + 1}/{args.rounds}, {method}, {case}: {name}", file=sys.stderr)
                     found = launcher.work(python, "train_steps.py", own)
@@ -121,6 +131,15 @@ def markdown(result: dict) -> str:
                 ]
             )
         )
+    return "\n".join(lines)
+
+
+def explanation(result: dict) -> str:
+    """A table of the shares of a step."""
+    runs = {case: systems[OURS][0]["shares"] for case, systems in result["samples"].items()}
+    kinds = list(dict.fromkeys(kind for shares in runs.values() for kind in shares))
+    lines = [row(["", *kinds]), row(["---", *["---:"] * len(kinds)])]
+    lines += [row([case, *(f"{shares.get(kind, 0):.0%}" for kind in kinds)]) for case, shares in runs.items()]
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
 """What every kind of checkpoint offers."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
 WEIGHTS_NAME, CONFIG_NAME = "lit_model.pth", "model_config.yaml"
 QUANTIZED_NAME = "lit_model_quantized.safetensors"
-# Our parameter name, the row at which the tensor starts in that parameter, the tensor
-Piece = tuple[str, int, torch.Tensor]
+# Our parameter name, the parameter's row that is the tensor's first one, the tensor
+RowShard = tuple[str, int, torch.Tensor]
 
 
 class Checkpoint(ABC):
@@ -30,11 +30,16 @@ class Checkpoint(ABC):
     Attributes:
         path: The folder or file.
         files: The files of weights.
+        config: The architecture.
+        dtype: Data type of the stored weights.
+        tied: Whether input and output embedding are one matrix.
         quantization: How the weights were quantised by this package (None: not at all).
     """
 
     files: list[Path]
-    tied = False  # whether input and output embedding are one matrix
+    config: Config
+    dtype: torch.dtype
+    tied = False
     quantization: "Scheme | None" = None
 
     def __init__(self, path: str | Path) -> None:
@@ -46,35 +51,32 @@ class Checkpoint(ABC):
         path = self.path.resolve() if self.path.is_dir() else self.path
         return path.name or "model"
 
-    @cached_property
     @abstractmethod
-    def config(self) -> Config:
-        """The architecture."""
-
-    @cached_property
-    @abstractmethod
-    def dtype(self) -> torch.dtype:
-        """Data type of the stored weights."""
-
-    @abstractmethod
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameter names and tensors, the output embedding always included, whole but one at a time."""
-
-    def pieces(self, meta: bool = False) -> Iterator[Piece]:
-        """The tensors as they are stored: a parameter may come as several pieces of consecutive rows, in any order.
+    def row_shards(self, meta: bool = False) -> Iterator[RowShard]:
+        """All parameters, the output embedding too, as they are stored: one may come as several shards of consecutive rows,
+        in any order.
 
         With `meta` the tensors have shapes and data types but no values, and no weights are read.
         """
-        for name, tensor in self.tensors():
-            yield name, 0, tensor.to("meta") if meta else tensor
 
-    def stored(self, meta: bool = False) -> Iterator[Piece]:
-        """As `pieces`, but for a model that is quantised as the checkpoint is."""
-        return self.pieces(meta)
+    def stored(self, meta: bool = False) -> Iterator[RowShard]:
+        """As `row_shards`, but for a model that is quantised as the checkpoint is."""
+        return self.row_shards(meta)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names and values of all parameters, each as soon as all of its row shards were read."""
+        counts = Counter(name for name, _, _ in self.row_shards(meta=True))
+        waiting: dict[str, dict[int, torch.Tensor]] = {}
+        for name, row, shard in self.row_shards():
+            shards = waiting.setdefault(name, {})
+            shards[row] = shard
+            if len(shards) == counts[name]:
+                del waiting[name]
+                yield name, shard if len(shards) == 1 else torch.cat([shards[row] for row in sorted(shards)])
 
     @property
     def eos_ids(self) -> list[int]:
-        """The ids that end a generation, of `generation_config.json` and then `config.json`."""
+        """The ids of the tokens that end a generation, from `generation_config.json` and then `config.json`."""
         found: list[int] = []
         for name in ("generation_config.json", "config.json"):
             if (file := self.path / name).is_file():
@@ -98,7 +100,7 @@ class Checkpoint(ABC):
             self.tokenizer().save(out_dir)
 
     def prompt_style(self, tokenizer: "Tokenizer | None" = None) -> "PromptStyle":
-        """The prompt style saved with the model, else its chat template, else what its name calls for.
+        """The prompt style saved with the model, else its chat template, else the style for its name.
 
         `tokenizer` is the stored one, where it has been read already.
         """

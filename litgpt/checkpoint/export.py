@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from litgpt.checkpoint.base import HEAD, Checkpoint
-from litgpt.checkpoint.files import copy_side_files, write_json, write_safetensors
-from litgpt.checkpoint.load import check_weights, is_tied
-from litgpt.checkpoint.meta_model import meta_model
+from litgpt.checkpoint.base import Checkpoint
+from litgpt.checkpoint.files import write_json, write_safetensors
+from litgpt.checkpoint.load import ModelCheckpoint, copy_tokenizer, layout_to_write, reporting
 from litgpt.checkpoint.weights import WeightMap
 from litgpt.config import Config
 from litgpt.families import hf_from_config, same_architecture
@@ -17,6 +16,7 @@ from litgpt.model import GPT
 from litgpt.settings import Settings, read_json
 
 SHARD_BYTES = 5_000_000_000
+_UNFINISHED = ".unfinished_export.json"  # names the files of weights of an export until it is complete
 
 
 def save_huggingface(
@@ -32,63 +32,50 @@ def save_huggingface(
 
     Args:
         source: A checkpoint or a model.
-        out_dir: Made if it does not exist; must hold no weights yet.
-        tokenizer_dir: Where the tokenizer comes from (default: the checkpoint; a model has none).
-        dtype: Of the written weights (default: as they are).
+        out_dir: Made if it does not exist; must hold no weights yet, but for those of an export that was interrupted.
+        tokenizer_dir, dtype, progress: As of `save_litgpt`.
         shard_bytes: Most bytes of tensors in a file.
-        progress: Called with the name and the bytes of every tensor that was written.
 
     Raises `ValueError` if no architecture of `transformers` computes the model, or its weights do not fit its config;
     `FileExistsError` if `out_dir` holds weights. Nothing is written then.
     """
+    source = source if isinstance(source, Checkpoint) else ModelCheckpoint(source)
     out_dir, config = Path(out_dir), source.config
-    if present := [file.name for kind in ("*.safetensors", "pytorch_model*.bin") for file in out_dir.glob(kind)]:
-        raise FileExistsError(f"{out_dir} holds weights already ({present[0]}): give another folder")
+    unfinished = out_dir / _UNFINISHED
+    leftovers = read_json(unfinished) if unfinished.is_file() else {}  # of an export that was killed
+    present = [file for kind in ("*.safetensors", "pytorch_model*.bin") for file in out_dir.glob(kind)]
+    if others := [file.name for file in present if file.name not in leftovers]:
+        raise FileExistsError(f"{out_dir} holds weights already ({others[0]}): give another folder")
     family, hf = hf_from_config(config)
-    meta = meta_model(config)
-    if isinstance(source, Checkpoint):
-        check_weights(source, meta)
-        tied, stored = source.tied, {name: piece.dtype for name, _, piece in source.pieces(meta=True)}
-    else:
-        tied, stored = is_tied(source), {name: tensor.dtype for name, tensor in source.state_dict().items()}
-    template = {
-        name: torch.empty(tensor.shape, dtype=dtype or stored[name], device="meta")
-        for name, tensor in meta.state_dict().items()
-        if not (tied and name == HEAD)
-    }
+    template = layout_to_write(source, dtype, "meta")
     weight_map = WeightMap(family, config)
     made_of = weight_map.theirs(list(template))
     layout = {name: weight_map.build(name, sources, template.__getitem__) for name, sources in made_of.items()}
     shards = _shards(layout, shard_bytes)
 
-    side_files = Path(tokenizer_dir) if tokenizer_dir is not None else None
-    if side_files is None and isinstance(source, Checkpoint) and source.path.is_dir():
-        side_files = source.path
-    hf = _original_config(side_files, config) or hf
-    hf |= {"tie_word_embeddings": tied, "torch_dtype": str(next(iter(layout.values())).dtype).removeprefix("torch.")}
+    hf = _original_config(Path(tokenizer_dir or source.path), config) or hf
+    hf |= {"tie_word_embeddings": source.tied}
+    hf |= {"torch_dtype": str(next(iter(layout.values())).dtype).removeprefix("torch.")}
     hf.pop("dtype", None)
     out_dir.mkdir(parents=True, exist_ok=True)
-    if side_files is not None:
-        copy_side_files(side_files, out_dir)
-    elif isinstance(source, Checkpoint):
-        source.copy_side_files(out_dir)
+    for file in present:
+        file.unlink()
+    write_json(unfinished, dict.fromkeys(shards, True))
+    copy_tokenizer(source, out_dir, tokenizer_dir)
     ids = _token_ids(out_dir)
     if ids and not (out_dir / "generation_config.json").is_file():
         write_json(out_dir / "generation_config.json", ids)
-    tensors = source.tensors() if isinstance(source, Checkpoint) else source.state_dict().items()
-    write_safetensors(out_dir, shards, _converted(tensors, weight_map, made_of, progress))
+    write_safetensors(out_dir, shards, reporting(_converted(source.tensors(), weight_map, made_of), progress))
     if len(shards) > 1:
         index = {name: file for file, part in shards.items() for name in part}
         total = sum(tensor.nbytes for tensor in layout.values())
         write_json(out_dir / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
-    write_json(out_dir / "config.json", ids | hf)  # last: without it the folder is no model
+    write_json(out_dir / "config.json", ids | hf)
+    unfinished.unlink()
 
 
 def _converted(
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    weight_map: WeightMap,
-    made_of: Mapping[str, tuple[str, ...]],
-    progress: Callable[[str, int], None] | None,
+    tensors: Iterable[tuple[str, torch.Tensor]], weight_map: WeightMap, made_of: Mapping[str, tuple[str, ...]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Their tensors, each as soon as all of ours that it is made of were read."""
     users: dict[str, list[str]] = {}
@@ -101,10 +88,7 @@ def _converted(
             parts = waiting.setdefault(theirs, {})
             parts[name] = tensor
             if len(parts) == len(made_of[theirs]):
-                built = weight_map.build(theirs, made_of[theirs], waiting.pop(theirs).__getitem__)
-                yield theirs, built.cpu()
-                if progress is not None:
-                    progress(theirs, built.nbytes)
+                yield theirs, weight_map.build(theirs, made_of[theirs], waiting.pop(theirs).__getitem__)
 
 
 def _shards(layout: Mapping[str, torch.Tensor], shard_bytes: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -122,9 +106,9 @@ def _shards(layout: Mapping[str, torch.Tensor], shard_bytes: int) -> dict[str, d
     return {f"model-{i:05}-of-{len(parts):05}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
-def _original_config(folder: Path | None, config: Config) -> dict[str, Any] | None:
-    """The `config.json` that came with the model, if it is one of a text model that computes the same."""
-    if folder is None or not (folder / "config.json").is_file():
+def _original_config(folder: Path, config: Config) -> dict[str, Any] | None:
+    """The `config.json` that came with the model, if it describes a text model that computes the same."""
+    if not (folder / "config.json").is_file():
         return None
     hf = read_json(folder / "config.json")
     try:

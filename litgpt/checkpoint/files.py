@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from litgpt.atomic_file import replacing
+from litgpt.errors import one_line
 from litgpt.git_lfs import refuse_lfs_pointer
 
 GetTensor = Callable[[str], torch.Tensor]
@@ -28,7 +29,7 @@ _DTYPES = {
     torch.uint8: "U8",
 }
 _REMAP_BYTES = 128_000_000
-_SIDE_FILES = (
+SIDE_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -47,12 +48,11 @@ _SIDE_FILES = (
 def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of a safetensors or a `torch.save` file; the tensors are views of the file.
 
-    The file is mapped anew about every hundred megabytes, so that what was read before leaves memory. Raises
+    The file is mapped again about every hundred megabytes, so that the pages read before leave memory. Raises
     `FileNotFoundError`, or `ValueError` for a damaged file and for one that holds more than tensors.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
-    refuse_lfs_pointer(path)
     names, get_tensor = _open_mapped(path)
     read = 0
     for name in names:
@@ -68,15 +68,21 @@ def _open_mapped(path: Path) -> tuple[list[str], GetTensor]:
     if path.suffix != ".safetensors":
         weights = load_state_dict(path)
         return list(weights), weights.__getitem__
+    file = open_safetensors(path)
+    return list(file.keys()), file.get_tensor
+
+
+def open_safetensors(path: Path) -> safe_open:
+    """A safetensors file, opened by its library; `ValueError` if it cannot be read."""
+    refuse_lfs_pointer(path)
     try:
-        file = safe_open(path, framework="pt")
-        return list(file.keys()), file.get_tensor
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or incomplete: {_one_line(error)}") from None
+        raise ValueError(f"{path} is damaged or incomplete: {one_line(error)}") from None
 
 
 def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a `torch.save` file, mapped into memory; what is in the file is never executed.
+    """The tensors of a `torch.save` file, mapped into memory; no code in the file is executed.
 
     A training checkpoint's `model` entry is taken if there is one, and names are those of the model before it was
     compiled. Raises `ValueError` as `read_tensors` does.
@@ -87,14 +93,14 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
     try:
         # training checkpoints hold the paths they were given
         with torch.serialization.safe_globals([type(Path())]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols: what cannot be read is an error below
+            warnings.simplefilter("ignore")  # about pickle protocols: a file that cannot be read is an error below
             values = torch.load(path, map_location="cpu", mmap=is_zip, weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"an object of type {found[1]}" if found else "what is no state dict"
+        what = f"an object of type {found[1]}" if found else "something else than a state dict"
         raise ValueError(f"{path} was not loaded: it holds {what}, only tensors are accepted") from None
     except (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or incomplete: {_one_line(error)}") from None
+        raise ValueError(f"{path} is damaged or incomplete: {one_line(error)}") from None
     values = values.get("model", values) if isinstance(values, dict) else values
     if not isinstance(values, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
@@ -105,24 +111,24 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_state_dict(
-    path: Path, layout: Mapping[str, torch.Tensor], pieces: Iterable[tuple[str, int, torch.Tensor]]
+    path: Path, layout: Mapping[str, torch.Tensor], row_shards: Iterable[tuple[str, int, torch.Tensor]]
 ) -> None:
-    """Writes a `torch.save` file piece by piece, so that no more than a piece is in memory.
+    """Writes a `torch.save` file with one row shard at a time in memory.
 
     Args:
         layout: Names, and tensors whose shapes and data types count but not their values. Equal storages are stored
             once.
-        pieces: Parameter name, first row and values, which are converted to the data type of the layout.
+        row_shards: Parameter name, first row and values, which are converted to the data type of the layout.
     """
     with replacing(path) as temporary:
         with torch.serialization.skip_data():
             torch.save(dict(layout), temporary)
         offsets = _storage_offsets(temporary, layout)
         with open(temporary, "r+b") as file:
-            for name, row, piece in pieces:
+            for name, row, shard in row_shards:
                 row_bytes = layout[name][0].numel() * layout[name].element_size()
                 file.seek(offsets[name] + row * row_bytes)
-                file.write(tensor_bytes(piece.to(layout[name].dtype)))
+                file.write(tensor_bytes(shard.to(layout[name].dtype)))
 
 
 def write_safetensors(
@@ -136,7 +142,7 @@ def write_safetensors(
     Args:
         layouts: For each file's name, names and tensors whose shapes and data types count but not their values.
         tensors: Names and values, in any order, which are converted to the data types of the layout.
-        metadata: Put into every file's header.
+        metadata: Further texts for every file's header.
     """
     places = {}
     with ExitStack() as stack:
@@ -156,12 +162,7 @@ def write_safetensors(
 def safetensors_header(
     layout: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> tuple[bytes, dict[str, int]]:
-    """The beginning of a safetensors file, and where in the file each tensor's values are to be.
-
-    Args:
-        layout: Names and tensors whose shapes and data types count but not their values; they follow in this order.
-        metadata: Further texts to be kept in the file.
-    """
+    """The header of a safetensors file, and the offset in the file of each tensor of the `layout`, in its order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     begins, end = {}, 0
     for name, tensor in layout.items():
@@ -175,7 +176,7 @@ def safetensors_header(
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The values of a tensor as they lie in memory."""
+    """The bytes of a tensor's values, in row-major order."""
     return memoryview(tensor.detach().contiguous().flatten().view(torch.uint8).numpy())
 
 
@@ -194,17 +195,17 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def copy_side_files(source: Path, out_dir: Path) -> None:
-    """Copies what belongs to a model and is neither weights nor `model_config.yaml`, as far as it exists."""
+    """Copies the tokenizer, `config.json`, the generation settings and the prompt style, as far as they exist."""
     if source.resolve() == out_dir.resolve():
         return
-    for name in _SIDE_FILES:
+    for name in SIDE_FILES:
         if (source / name).is_file():
             with replacing(out_dir / name) as temporary:
                 shutil.copyfile(source / name, temporary)
 
 
 def _storage_offsets(path: Path, layout: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Where each tensor's values lie in a `torch.save` file: records are numbered in the order of their first use."""
+    """The offset of each tensor's values in a `torch.save` file, whose records are numbered in order of first use."""
     numbers: dict[int, int] = {}
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         records = {info.filename.partition("/")[2]: info.header_offset for info in archive.infolist()}
@@ -216,7 +217,3 @@ def _storage_offsets(path: Path, layout: Mapping[str, torch.Tensor]) -> dict[str
             name_length, extra_length = (int.from_bytes(file.read(2), "little") for _ in range(2))
             starts[name] = header + 30 + name_length + extra_length
         return starts
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from litgpt import adapter, adapter_v2, lora
-from litgpt.checkpoint.base import HEAD, WEIGHTS_NAME, Checkpoint
+from litgpt.checkpoint.base import HEAD, WEIGHTS_NAME, Checkpoint, RowShard
 from litgpt.checkpoint.files import copy_side_files, load_state_dict
 from litgpt.checkpoint.meta_model import meta_model
 from litgpt.config import Config
@@ -185,7 +185,7 @@ class Finetuned:
 
 
 class LoRACheckpoint(Checkpoint):
-    """A folder with LoRA weights only: the checkpoint that was fine-tuned, with the matrices merged into it as it is read.
+    """A folder with LoRA weights only, read as the checkpoint that was fine-tuned with the matrices merged into it.
 
     Sums are made in float32. `dtype` is that of the fine-tuning.
 
@@ -197,7 +197,8 @@ class LoRACheckpoint(Checkpoint):
     def __init__(self, finetuned: Finetuned, base: Checkpoint) -> None:
         super().__init__(finetuned.path.parent)
         self._finetuned, self._base = finetuned, base
-        self.files = [*self._base.files, self._finetuned.path]
+        self.files = [*base.files, finetuned.path]
+        self._has_tokenizer = any((self.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
     @cached_property
     def config(self) -> Config:
@@ -213,12 +214,15 @@ class LoRACheckpoint(Checkpoint):
 
     @cached_property
     def _layers(self) -> dict[str, lora.LoRALinear]:
-        """By the names of the weights that they add to."""
+        """The LoRA layers by the names of the weights that they are merged into."""
         model = self._finetuned.part(self._finetuned.config(self.config))
-        layers = {
-            f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, lora.LoRALinear)
-        }
-        return {name: layer for name, layer in layers.items() if layer.r > 0}
+        layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, lora.LoRALinear))
+        return {f"{name}.weight": layer for name, layer in layers if layer.r > 0}
+
+    def row_shards(self, meta: bool = False) -> Iterator[RowShard]:
+        if meta:
+            return ((name, row, shard.to(self.dtype)) for name, row, shard in self._base.row_shards(meta=True))
+        return ((name, 0, tensor) for name, tensor in self.tensors())
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in self._base.tensors():
@@ -232,10 +236,6 @@ class LoRACheckpoint(Checkpoint):
 
     def tokenizer(self) -> Tokenizer:
         return super().tokenizer() if self._has_tokenizer else self._base.tokenizer()
-
-    @property
-    def _has_tokenizer(self) -> bool:
-        return any((self.path / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
 
     def copy_side_files(self, out_dir: Path) -> None:
         if not self._has_tokenizer:

@@ -1,4 +1,4 @@
-"""GGUF files as checkpoints: their tensors under our names, which are those of llama.cpp in the file."""
+"""GGUF files as checkpoints: their tensors, which have llama.cpp's names, under ours."""
 
 import re
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from litgpt.checkpoint.base import HEAD, Checkpoint, Piece
+from litgpt.checkpoint.base import HEAD, Checkpoint, RowShard
 from litgpt.checkpoint.gguf_config import ARCHITECTURES, ROPE_TENSORS, config_from_gguf
 from litgpt.checkpoint.gguf_file import GGUFFile
 from litgpt.checkpoint.weights import qkv_sizes
@@ -36,9 +36,9 @@ _QUANTISATION = re.compile(r"[.-](I?Q\d\w*|BF16|F?P?16|F32)$", re.IGNORECASE)
 
 
 class GGUFCheckpoint(Checkpoint):
-    """A `.gguf` file of one of the architectures of `gguf_config.py`, or one of the parts that a file was split into.
+    """A `.gguf` file of one of the architectures of `gguf_config.py`, or one shard of a split one.
 
-    `dtype` is that of most weights, `torch.bfloat16` when they are quantised; `tensors` and `pieces` give quantised
+    `dtype` is that of most weights, `torch.bfloat16` when they are quantised; `tensors` and `row_shards` give quantised
     weights in float32. Raises `FileNotFoundError`, or `ValueError` in one line, for what is no usable GGUF file.
     """
 
@@ -65,22 +65,10 @@ class GGUFCheckpoint(Checkpoint):
     def dtype(self) -> torch.dtype:
         return self._file.dtype
 
-    def pieces(self, meta: bool = False) -> Iterator[Piece]:
+    def row_shards(self, meta: bool = False) -> Iterator[RowShard]:
         for name in self._file.tensors:
-            if name not in ROPE_TENSORS:  # are part of the config
+            if name not in ROPE_TENSORS:  # these are part of the config
                 yield from self._place(name, self._file.read(name, meta))
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        waiting: dict[str, dict[int, torch.Tensor]] = {}
-        for name, row, piece in self.pieces():
-            if ".attn.qkv." not in name:
-                yield name, piece
-                continue
-            parts = waiting.setdefault(name, {})
-            parts[row] = piece
-            if sum(map(len, parts.values())) == sum(qkv_sizes(self.config)):
-                yield name, torch.cat([part for _, part in sorted(parts.items())])
-                del waiting[name]
 
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
@@ -99,8 +87,8 @@ class GGUFCheckpoint(Checkpoint):
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
 
-    def _place(self, name: str, value: torch.Tensor) -> Iterator[Piece]:
-        """The parameters, or parts of them, that the tensor `name` holds."""
+    def _place(self, name: str, value: torch.Tensor) -> Iterator[RowShard]:
+        """The row shards that the tensor `name` holds."""
         match = _NAME.fullmatch(name)
         block, module, kind = match.groups() if match else (None, name, "")
         if module.endswith("_norm") and self._architecture.norm_offset:

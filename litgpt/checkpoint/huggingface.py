@@ -1,13 +1,12 @@
 """A folder in the layout of Hugging Face: `config.json` and safetensors, or `pytorch_model*.bin`."""
 
-from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from litgpt.checkpoint.base import EMBEDDING, HEAD, Checkpoint, Piece
+from litgpt.checkpoint.base import EMBEDDING, HEAD, Checkpoint, RowShard
 from litgpt.checkpoint.files import read_tensors
 from litgpt.checkpoint.weight_files import choose_weight_files, is_no_model, read_weight_map
 from litgpt.checkpoint.weights import WeightMap
@@ -30,7 +29,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     Args:
         path: The folder.
-        config: The architecture to read the weights as, instead of what `config.json` says.
+        config: The architecture to read the weights as, instead of the one in `config.json`.
     """
 
     def __init__(self, path: str | Path, config: Config | None = None) -> None:
@@ -61,7 +60,7 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        return next(tensor.dtype for _, _, tensor in self.pieces(meta=True) if tensor.is_floating_point())
+        return next(tensor.dtype for _, _, tensor in self.row_shards(meta=True) if tensor.is_floating_point())
 
     @cached_property
     def _chosen(self) -> tuple[list[str], dict[str, str]]:
@@ -79,12 +78,11 @@ class HuggingFaceCheckpoint(Checkpoint):
 
     @property
     def index(self) -> dict[str, str]:
-        """Names of tensors and of the files that hold them, as an index file says; empty if none is used."""
+        """Names of tensors -> names of their files, from the index file; empty if none is used."""
         return self._chosen[1]
 
     @cached_property
     def files(self) -> list[Path]:
-        """The files of weights, in the order of their names."""
         return [self.path / name for name in self._chosen[0]]
 
     @cached_property
@@ -108,7 +106,7 @@ class HuggingFaceCheckpoint(Checkpoint):
                 if self.index.get(name, file.name) == file.name:
                     yield name, tensor
 
-    def pieces(self, meta: bool = False) -> Iterator[Piece]:
+    def row_shards(self, meta: bool = False) -> Iterator[RowShard]:
         weight_map = WeightMap(self.family, self.config)
         for their_name, tensor in self._stored():
             for name, row, part in weight_map.place(their_name, tensor.to("meta") if meta else tensor):
@@ -117,14 +115,3 @@ class HuggingFaceCheckpoint(Checkpoint):
                 yield name, row, part
                 if name == EMBEDDING and self.tied:
                     yield HEAD, row, part
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        counts = Counter(name for name, _, _ in self.pieces(meta=True))
-        waiting: dict[str, list[tuple[int, torch.Tensor]]] = {}
-        for name, row, part in self.pieces():
-            parts = waiting.setdefault(name, [])
-            parts.append((row, part))
-            if len(parts) == counts[name]:
-                del waiting[name]
-                whole = [part for _, part in sorted(parts, key=lambda entry: entry[0])]
-                yield name, whole[0] if len(whole) == 1 else torch.cat(whole)

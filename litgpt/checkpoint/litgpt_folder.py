@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from litgpt.checkpoint.base import CONFIG_NAME, EMBEDDING, HEAD, WEIGHTS_NAME, Checkpoint, Piece
+from litgpt.checkpoint.base import CONFIG_NAME, EMBEDDING, HEAD, WEIGHTS_NAME, Checkpoint, RowShard
 from litgpt.checkpoint.files import load_state_dict, read_tensors
 from litgpt.checkpoint.weights import split_interleaved
 from litgpt.config import Config
@@ -50,18 +50,10 @@ class LitGPTCheckpoint(Checkpoint):
     def _stored(self) -> Iterator[tuple[str, torch.Tensor]]:
         return read_tensors(self.files[0])
 
-    def pieces(self, meta: bool = False) -> Iterator[Piece]:
+    def row_shards(self, meta: bool = False) -> Iterator[RowShard]:
         for name, tensor in self._stored():
             value = tensor.to("meta") if meta else tensor
             if ".attn.attn." in name:  # before 0.5.3: rows alternate by head group
                 yield from split_interleaved(name.replace(".attn.attn.", ".attn.qkv."), value, self.config)
             else:
                 yield name, 0, value
-
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._stored():
-            if ".attn.attn." in name:
-                parts = split_interleaved(name, tensor, self.config)
-                yield name.replace(".attn.attn.", ".attn.qkv."), torch.cat([part for _, _, part in parts])
-            else:
-                yield name, tensor

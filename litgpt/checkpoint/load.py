@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import yaml
 
-from litgpt.checkpoint.base import CONFIG_NAME, EMBEDDING, HEAD, QUANTIZED_NAME, WEIGHTS_NAME, Checkpoint, Piece
+from litgpt.checkpoint.base import CONFIG_NAME, EMBEDDING, HEAD, QUANTIZED_NAME, WEIGHTS_NAME, Checkpoint, RowShard
 from litgpt.checkpoint.files import copy_side_files, replacing, write_safetensors, write_state_dict
 from litgpt.checkpoint.finetuned import Finetuned
 from litgpt.checkpoint.litgpt_folder import LitGPTCheckpoint
@@ -26,11 +27,11 @@ def load_model(
     quantize: str | None = None,
     tie_embeddings: bool = True,
 ) -> GPT:
-    """A model with a checkpoint's weights, in `dtype` (default: as stored) on `device`, which may depend on a module's name.
+    """A model with a checkpoint's weights, in `dtype` (default: as stored) on `device`, or on `device(name)` for each module.
 
-    Every weight is copied once, from the file into the model; a tied output embedding is the input embedding's tensor, in training
-    too: both learn as one. With `tie_embeddings=False` it is a copy that learns apart, as in LitGPT.
-    With `quantize` (int8 or int4) every piece is quantised as it is read; bitsandbytes gets the whole model, on the CPU.
+    Every weight is copied once, from the file into the model. A tied output embedding is the input embedding's tensor, in
+    training too; with `tie_embeddings=False` it is a copy that is trained apart, as in LitGPT. With `quantize` (int8 or
+    int4) every row shard is quantised as it is read; bitsandbytes quantises the whole model, on the CPU.
     Raises `ValueError` naming the first weights that are missing, not expected or of the wrong shape.
     """
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else open_checkpoint(checkpoint)
@@ -44,7 +45,7 @@ def load_model(
     if quantize in BNB_MODES:
         if callable(device):
             raise ValueError(f"quantize={quantize!r} is for one device: use int8 or int4")
-        model = fill_model(model, checkpoint.pieces(), checkpoint.tied, dtype, "cpu")
+        model = fill_model(model, checkpoint.row_shards(), checkpoint.tied, dtype, "cpu")
         quantize_model(model, quantize)
         return model.to(device)
     if quantize is not None:
@@ -75,7 +76,7 @@ def load_finetuned(
 
 
 def quantize_meta(model: GPT, how: Scheme, dtype: torch.dtype, tied: bool) -> None:
-    """Have a meta model take quantised weights."""
+    """Replaces the layers of a meta model by those that hold quantised weights."""
     if tied:
         model.lm_head.weight = model.transformer.wte.weight
     quantize_model(model.to(dtype), how.mode, how.group_size)
@@ -83,12 +84,12 @@ def quantize_meta(model: GPT, how: Scheme, dtype: torch.dtype, tied: bool) -> No
 
 def fill_model(
     model: GPT,
-    pieces: Iterable[Piece],
+    row_shards: Iterable[RowShard],
     tied: bool,
     dtype: torch.dtype,
     device: torch.device | str | Callable[[str], torch.device],
 ) -> GPT:
-    """Gives a meta model memory, and weights from pieces that fit it; a quantised model quantises those that are not yet."""
+    """Gives a meta model memory and weights; a quantised model quantises those that are not yet."""
     _allocate(model, dtype, device if callable(device) else lambda name: device)
     if tied and not is_tied(model):
         model.lm_head.weight = model.transformer.wte.weight
@@ -96,15 +97,15 @@ def fill_model(
     quantized = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
     done, total = set(), sum(not name.endswith((".scale", ".minimum")) for name in targets)
     with torch.no_grad():
-        for name, row, piece in pieces:
+        for name, row, shard in row_shards:
             if tied and name == HEAD:
                 continue
             done.add(name)
             report_progress(len(done) - 1, total)
-            if name in quantized and piece.is_floating_point():
-                quantized[name].set_rows(row, piece)
+            if name in quantized and shard.is_floating_point():
+                quantized[name].set_rows(row, shard)
             else:
-                targets[name].narrow(0, row, piece.shape[0]).copy_(piece)
+                targets[name].narrow(0, row, shard.shape[0]).copy_(shard)
     return model.eval()
 
 
@@ -123,30 +124,46 @@ def is_tied(model: GPT) -> bool:
     return model.lm_head.weight is model.transformer.wte.weight
 
 
+class ModelCheckpoint(Checkpoint):
+    """A model in memory, to be saved as any other checkpoint. It has no tokenizer."""
+
+    def __init__(self, model: GPT) -> None:
+        super().__init__(model.config.name or "the model")
+        self._model, self.config, self.dtype = model, model.config, model.dtype
+        self.tied, self.quantization = is_tied(model), model.quantization
+
+    def row_shards(self, meta: bool = False) -> Iterator[RowShard]:
+        for name, tensor in self._model.state_dict().items():
+            yield name, 0, tensor.to("meta" if meta else "cpu")
+
+    def copy_side_files(self, out_dir: Path) -> None:
+        """Copies nothing."""
+
+
 def check_weights(checkpoint: Checkpoint, model: GPT) -> None:
-    """Compares names and shapes of a checkpoint with a model's; one `ValueError` names the first of every kind of difference."""
+    """Compares names and shapes of a checkpoint with a model's; one `ValueError` names the first of each kind of difference."""
     kinds = ("missing", "not expected", "wrong shape or type")
-    pieces = checkpoint.pieces(meta=True) if model.quantization is None else checkpoint.stored(meta=True)
-    found = zip(kinds, weight_differences(model.state_dict(), pieces), strict=True)
+    shards = checkpoint.row_shards(meta=True) if model.quantization is None else checkpoint.stored(meta=True)
+    found = zip(kinds, weight_differences(model.state_dict(), shards), strict=True)
     if problems := "; ".join(f"{kind}: {listed(names)}" for kind, names in found if names):
         raise ValueError(f"{checkpoint.path}: weights do not fit the config {model.config.name!r}: {problems}")
 
 
 def weight_differences(
-    weights: Mapping[str, torch.Tensor], pieces: Iterable[Piece]
+    weights: Mapping[str, torch.Tensor], row_shards: Iterable[RowShard]
 ) -> tuple[list[str], list[str], list[str]]:
-    """What pieces lack to be `weights`: names that are missing, names that are too many, and wrong shapes in words."""
+    """How row shards differ from `weights`: names that are missing, names that are too many, and wrong shapes in words."""
     expected = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     rows = dict.fromkeys(expected, 0)
     extra: list[str] = []
     wrong: dict[str, str] = {}
-    for name, row, piece in pieces:
+    for name, row, shard in row_shards:
         if name not in expected:
             extra.append(name)
             continue
-        shape, found = expected[name], tuple(piece.shape)
-        if weights[name].is_floating_point() and not piece.is_floating_point():
-            wrong.setdefault(name, f"{name} of {str(piece.dtype).removeprefix('torch.')}")
+        shape, found = expected[name], tuple(shard.shape)
+        if weights[name].is_floating_point() and not shard.is_floating_point():
+            wrong.setdefault(name, f"{name} of {str(shard.dtype).removeprefix('torch.')}")
         rows[name] += found[0] if found else 1
         if not found or found[1:] != shape[1:] or row + found[0] > shape[0]:
             wrong.setdefault(name, f"{name} {found} for {shape}")
@@ -154,6 +171,23 @@ def weight_differences(
         if 0 < count != expected[name][0]:
             wrong.setdefault(name, f"{name} {count} rows for {expected[name][0]}")
     return [name for name, count in rows.items() if count == 0], extra, list(wrong.values())
+
+
+def layout_to_write(
+    source: Checkpoint, dtype: torch.dtype | None, device: torch.device | str | None = None
+) -> dict[str, torch.Tensor]:
+    """The parameters of a checkpoint as empty tensors, in `dtype` or as stored, without a tied output embedding.
+
+    Raises `ValueError` if the weights do not fit the config.
+    """
+    meta = meta_model(source.config)
+    check_weights(source, meta)
+    stored = {name: shard.dtype for name, _, shard in source.row_shards(meta=True)}
+    return {
+        name: torch.empty(tensor.shape, dtype=dtype or stored[name], device=device)
+        for name, tensor in meta.state_dict().items()
+        if not (source.tied and name == HEAD)
+    }
 
 
 def save_litgpt(
@@ -171,27 +205,17 @@ def save_litgpt(
         out_dir: Made if it does not exist; files of these names in it are replaced.
         tokenizer_dir: Where the tokenizer comes from (default: the checkpoint; a model has none).
         dtype: Of the written weights (default: as they are).
-        progress: Called with the name and the bytes of every piece that was written.
+        progress: Called with the name and the bytes of every tensor, or shard of one, that was written.
     """
-    out_dir, config = Path(out_dir), source.config
-    meta = meta_model(config)
-    if isinstance(source, Checkpoint):
-        check_weights(source, meta)
-        stored = {name: piece.dtype for name, _, piece in source.pieces(meta=True)}
-        tied, pieces = source.tied, source.pieces()
-    else:
-        weights = source.state_dict()
-        stored = {name: tensor.dtype for name, tensor in weights.items()}
-        tied = is_tied(source)
-        pieces = ((name, 0, tensor.cpu()) for name, tensor in weights.items())
-    if tied:
-        pieces = (piece for piece in pieces if piece[0] != HEAD)
-    layout = {name: torch.empty(t.shape, dtype=dtype or stored[name]) for name, t in meta.state_dict().items()}
-    if tied:
+    source = source if isinstance(source, Checkpoint) else ModelCheckpoint(source)
+    out_dir, layout = Path(out_dir), layout_to_write(source, dtype)
+    if source.tied:
         layout[HEAD] = layout[EMBEDDING]
+    shards = (shard for shard in source.row_shards() if not (source.tied and shard[0] == HEAD))
     out_dir.mkdir(parents=True, exist_ok=True)
-    _write_side_files(source, out_dir, tokenizer_dir)
-    write_state_dict(out_dir / WEIGHTS_NAME, layout, _reporting(pieces, progress))  # last: they make it a checkpoint
+    save_config(source.config, out_dir)
+    copy_tokenizer(source, out_dir, tokenizer_dir)
+    write_state_dict(out_dir / WEIGHTS_NAME, layout, reporting(shards, progress))  # last: they make it a checkpoint
 
 
 def save_quantized(
@@ -208,8 +232,7 @@ def save_quantized(
         source: A checkpoint, quantised with one of its tensors in memory, or a model that is quantised.
         out_dir: Made if it does not exist; files of these names in it are replaced.
         how: To quantise a checkpoint: int8 or int4.
-        tokenizer_dir: Where the tokenizer comes from (default: the checkpoint; a model has none).
-        progress: Called with the name and the bytes of every tensor of a checkpoint that is done.
+        tokenizer_dir, progress: As of `save_litgpt`.
 
     Raises `ValueError` for what is quantised already, or with bitsandbytes, and `FileExistsError` if `out_dir` holds
     weights of another kind. Nothing is written then.
@@ -221,37 +244,37 @@ def save_quantized(
     if isinstance(source, Checkpoint):
         if source.quantization is not None:
             raise ValueError(f"{source.path} is quantised already ({source.quantization.mode})")
-        model, dtype = meta_model(source.config), source.dtype
-        check_weights(source, model)
-        stored = {name: piece.dtype for name, _, piece in source.pieces(meta=True)}
-        quantize_meta(model, how, dtype, source.tied)
-        tensors = _quantized_tensors(source, model, progress)
+        stored = layout_to_write(source, None, "meta")
+        model = meta_model(source.config)
+        quantize_meta(model, how, source.dtype, source.tied)
+        tensors = _quantized_tensors(reporting(source.tensors(), progress), model, source.tied)
         layout = {
-            # not `empty_like`, which without memory takes what torch compiles with: 40 MB more
-            name: torch.empty(
-                x.shape, dtype=stored.get(name, x.dtype) if x.is_floating_point() else x.dtype, device="meta"
-            )
+            # not `empty_like`, which without memory imports torch's compiler: 40 MB more
+            name: torch.empty(x.shape, dtype=(stored.get(name, x) if x.is_floating_point() else x).dtype, device="meta")
             for name, x in model.state_dict().items()
         }
     else:
-        how, dtype, layout = source.quantization, source.dtype, source.state_dict()
-        tensors = ((name, tensor.cpu()) for name, tensor in layout.items())
+        source = ModelCheckpoint(source)
+        how, layout = source.quantization, {name: shard for name, _, shard in source.row_shards(meta=True)}
+        tensors = source.tensors()
     if how.mode not in MODES:
         raise ValueError(f"weights quantised as {how.mode} cannot be saved, only {' and '.join(MODES)}")
-    about = {"quantization": how.mode, "group_size": str(how.group_size), "dtype": str(dtype).removeprefix("torch.")}
+    about = {"quantization": how.mode, "group_size": str(how.group_size)}
+    about["dtype"] = str(source.dtype).removeprefix("torch.")
     out_dir.mkdir(parents=True, exist_ok=True)
-    _write_side_files(source, out_dir, tokenizer_dir)
+    save_config(source.config, out_dir)
+    copy_tokenizer(source, out_dir, tokenizer_dir)
     write_safetensors(out_dir, {QUANTIZED_NAME: layout}, tensors, about)  # last: they make it a checkpoint
 
 
 def _quantized_tensors(
-    checkpoint: Checkpoint, model: GPT, progress: Callable[[str, int], None] | None
+    tensors: Iterable[tuple[str, torch.Tensor]], model: GPT, tied: bool
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The state dict of a quantised model, which need not have memory, for the weights of a checkpoint."""
+    """The state dict of a quantised model, which may be a meta model, from weights that are not quantised."""
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
-    for name, _, tensor in _reporting(((name, 0, tensor) for name, tensor in checkpoint.tensors()), progress):
+    for name, tensor in tensors:
         module, _, kind = name.rpartition(".")
-        if name == HEAD and checkpoint.tied:
+        if name == HEAD and tied:
             continue
         if module in layers and kind == "weight":
             yield from ((f"{module}.{kind}", values) for kind, values in layers[module].quantized(tensor).items())
@@ -265,16 +288,20 @@ def save_config(config: Config, checkpoint_dir: str | Path) -> None:
         temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
 
 
-def _write_side_files(source: Checkpoint | GPT, out_dir: Path, tokenizer_dir: str | Path | None) -> None:
-    save_config(source.config, out_dir)
-    if tokenizer_dir is not None:
-        copy_side_files(Path(tokenizer_dir), out_dir)
-    elif isinstance(source, Checkpoint):
+def copy_tokenizer(source: Checkpoint, out_dir: Path, tokenizer_dir: str | Path | None) -> None:
+    """Copies the side files of a folder or, by default, of a checkpoint."""
+    if tokenizer_dir is None:
         source.copy_side_files(out_dir)
+    else:
+        copy_side_files(Path(tokenizer_dir), out_dir)
 
 
-def _reporting(pieces: Iterable[Piece], progress: Callable[[str, int], None] | None) -> Iterator[Piece]:
-    for name, row, piece in pieces:
-        yield name, row, piece
+_Named = TypeVar("_Named", bound=tuple)
+
+
+def reporting(items: Iterable[_Named], progress: Callable[[str, int], None] | None) -> Iterator[_Named]:
+    """Passes on items that begin with a name and end with a tensor, and reports each after it was used."""
+    for item in items:
+        yield item
         if progress is not None:
-            progress(name, piece.nbytes)
+            progress(item[0], item[-1].nbytes)

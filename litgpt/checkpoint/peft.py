@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from litgpt.atomic_file import replacing
 from litgpt.checkpoint.base import HEAD, WEIGHTS_NAME
 from litgpt.checkpoint.files import load_state_dict, write_json
 from litgpt.checkpoint.find import find_checkpoint
@@ -44,7 +45,7 @@ def save_peft(folder: Path, out_dir: Path, base: Path | None = None) -> None:
         FileExistsError: if `out_dir` holds PEFT weights.
         ValueError: if PEFT has no place for the weights.
     """
-    if (out_dir / ADAPTER_NAME).exists():
+    if (out_dir / CONFIG_NAME).exists():
         raise FileExistsError(f"{out_dir} holds PEFT weights already: give another folder")
     finetuned = Finetuned(folder, "lora")
     path = find_checkpoint(finetuned.base(base))
@@ -72,7 +73,8 @@ def save_peft(folder: Path, out_dir: Path, base: Path | None = None) -> None:
     power = 0.5 if config.lora_rslora else 1  # B A counts alpha / r ** power times, whatever the rank
     described = path if isinstance(checkpoint, HuggingFaceCheckpoint) else _repository(checkpoint.config) or path
     out_dir.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out_dir / ADAPTER_NAME, metadata={"format": "pt"})
+    with replacing(out_dir / ADAPTER_NAME) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
     settings = {
         **{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(described)},
         **{"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout, "bias": "none"},
@@ -80,7 +82,7 @@ def save_peft(folder: Path, out_dir: Path, base: Path | None = None) -> None:
         **{"target_modules": sorted(set(targets.values())), "rank_pattern": other},
         "alpha_pattern": {key: config.lora_alpha * (r / config.lora_r) ** power for key, r in other.items()},
     }
-    write_json(out_dir / CONFIG_NAME, settings)
+    write_json(out_dir / CONFIG_NAME, settings)  # last: with it the folder is complete
 
 
 def _weight_map(config: BaseConfig) -> WeightMap:
@@ -198,7 +200,8 @@ def load_peft(folder: Path, out_dir: Path, base: Path | None = None) -> None:
     save_config(base_config, out_dir)
     hyperparameters = {"checkpoint_dir": str(path), **config.lora_options()}
     (out_dir / HYPERPARAMETERS_NAME).write_text(yaml.safe_dump(hyperparameters, sort_keys=False), encoding="utf-8")
-    torch.save({"model": weights}, out_dir / f"{WEIGHTS_NAME}.lora")
+    with replacing(out_dir / f"{WEIGHTS_NAME}.lora") as temporary:
+        torch.save({"model": weights}, temporary)
 
 
 def _read_modules(folder: Path) -> dict[str, dict[str, torch.Tensor]]:

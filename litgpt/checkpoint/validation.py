@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from litgpt.checkpoint.base import HEAD, Checkpoint, Piece
+from litgpt.checkpoint.base import HEAD, Checkpoint, RowShard
 from litgpt.checkpoint.files import parse_dtype, read_tensors
 from litgpt.checkpoint.huggingface import HuggingFaceCheckpoint
 from litgpt.checkpoint.load import weight_differences
@@ -53,9 +53,9 @@ def compare_checkpoint(path: Path, model: nn.Module) -> CheckpointValidationResu
     return CheckpointValidationResult(not any(differences), *differences)
 
 
-def _pieces(path: Path) -> list[Piece]:
+def _pieces(path: Path) -> list[RowShard]:
     if path.is_dir() or path.suffix.lower() == ".gguf":
-        return list(open_checkpoint(path).pieces(meta=True))
+        return list(open_checkpoint(path).row_shards(meta=True))
     return [(name, 0, tensor.to("meta")) for name, tensor in read_tensors(path)]
 
 

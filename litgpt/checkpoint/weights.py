@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from litgpt.checkpoint.base import Piece
+from litgpt.checkpoint.base import RowShard
 from litgpt.checkpoint.files import GetTensor
 from litgpt.config import Config
 from litgpt.families.base import Family
@@ -29,7 +29,7 @@ class _Stack:
     ours: tuple[str, ...]
     theirs: str
 
-    def place(self, indices: list[str], kind: str, tensor: torch.Tensor) -> Iterator[Piece]:
+    def place(self, indices: list[str], kind: str, tensor: torch.Tensor) -> Iterator[RowShard]:
         for expert, matrix in enumerate(tensor):
             for part, module in enumerate(self.ours):
                 columns = matrix[..., part :: len(self.ours)]
@@ -64,7 +64,7 @@ class WeightMap:
         self._stack_by_theirs = {stack.theirs: stack for stack in stacks}
         self._stack_by_ours = {name: stack for stack in stacks for name in stack.ours}
 
-    def place(self, name: str, tensor: torch.Tensor) -> Iterator[Piece]:
+    def place(self, name: str, tensor: torch.Tensor) -> Iterator[RowShard]:
         """Our parameters' rows that one of their tensors holds; a name that is not known comes back as it is."""
         name = self._canonical(name)
         if any(piece in name for piece in self.family.ignored):
@@ -153,7 +153,7 @@ def qkv_sizes(config: Config) -> list[int]:
     return [heads * config.head_size for heads in (config.n_head, config.n_query_groups, config.n_query_groups)]
 
 
-def split_interleaved(name: str, tensor: torch.Tensor, config: Config) -> Iterator[Piece]:
+def split_interleaved(name: str, tensor: torch.Tensor, config: Config) -> Iterator[RowShard]:
     """Query, key and value rows, as pieces of the parameter `name`, of a matrix where they alternate by head group."""
     per_group = config.n_head // config.n_query_groups
     if tensor.shape[0] != sum(qkv_sizes(config)):

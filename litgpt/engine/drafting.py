@@ -174,7 +174,7 @@ class DraftModel:
 
     def _logits(self, inputs: list[list[int]]) -> torch.Tensor:
         """Logits (B, V) of the tokens after `inputs` (B, T), V as in the model that verifies."""
-        idx = torch.tensor(inputs, device=self.model.transformer.wte.weight.device)
+        idx = torch.tensor(inputs, device=self.model.device)
         logits = self.model(idx, self.model.next_token_pos, last_token_only=True)[:, -1, : self.vocabulary]
         return pad(logits, (0, self.vocabulary - logits.shape[-1]), value=-torch.inf)
 
@@ -193,7 +193,7 @@ class DraftModel:
         if kept and new:
             self.model.caches.extend(len(new))
         if new:
-            device = self.model.transformer.wte.weight.device
+            device = self.model.device
             prompts = [torch.tensor(row.sequence.tokens[:-1], device=device) for row in new]
             places = range(len(kept), len(kept) + len(new)) if kept else None
             prefill(self.model, prompts, self.prompt_chunksize, rows=places)

@@ -3,61 +3,32 @@
 from typing import Any
 
 from litgpt.families import llama
-from litgpt.families.base import Family, named
+from litgpt.families.base import named
 from litgpt.settings import Settings
 
-_STRUCTURE = llama.STRUCTURE | {"mlp_class_name": "LLaMAMoE"}
-_ROUTING = {
-    "n_expert": 256,
-    "n_expert_per_token": 8,
-    "n_shared_expert": 1,
-    "n_expert_groups": 8,
-    "n_topk_groups": 4,
-    "n_topk_scores_per_group": 2,
-    "routed_scaling_factor": 2.5,
-    "norm_topk_prob": True,
-    "first_k_dense_replace": 3,
-    "moe_intermediate_size": 2048,
+# `Config` field -> key in `config.json`, value of V3
+_ROUTING: dict[str, tuple[Any, Any]] = {
+    "n_expert": (("n_routed_experts", "num_local_experts"), 256),
+    "n_expert_per_token": ("num_experts_per_tok", 8),
+    "n_shared_expert": ("n_shared_experts", 1),
+    "n_expert_groups": ("n_group", 8),
+    "n_topk_groups": ("topk_group", 4),
+    "routed_scaling_factor": ("routed_scaling_factor", 2.5),
+    "norm_topk_prob": ("norm_topk_prob", True),
+    "first_k_dense_replace": ("first_k_dense_replace", 3),
+    "moe_intermediate_size": ("moe_intermediate_size", 2048),
+    "rope_interleave": ("rope_interleave", True),
 }
-_LATENT = {
-    "q_lora_rank": 1536,
-    "kv_lora_rank": 512,
-    "qk_rope_head_dim": 64,
-    "qk_nope_head_dim": 128,
-    "v_head_dim": 128,
-}
-_YARN = {
-    "original_max_seq_len": 4096,
-    "factor": 40,
-    "beta_fast": 32,
-    "beta_slow": 1,
-    "mscale": 1.0,
-    "mscale_all_dim": 1.0,
-}
-_V3 = (
-    _STRUCTURE
-    | _ROUTING
-    | {
-        "block_size": 163840,
-        "vocab_size": 129280,
-        "padded_vocab_size": 129280,
-        "norm_eps": 1e-6,
-        "rope_interleave": True,
-        "rope_adjustments": _YARN,
-        "latent_attention": _LATENT,
-    }
-)
-_KEYS = {field: key for field, key in llama.KEYS.items() if field not in ("n_query_groups", "head_size")} | {
-    "moe_intermediate_size": "moe_intermediate_size",
-    "n_expert": ("n_routed_experts", "num_local_experts"),
-    "n_expert_per_token": "num_experts_per_tok",
-    "n_shared_expert": "n_shared_experts",
-    "n_expert_groups": "n_group",
-    "n_topk_groups": "topk_group",
-    "routed_scaling_factor": "routed_scaling_factor",
-    "norm_topk_prob": "norm_topk_prob",
-    "first_k_dense_replace": "first_k_dense_replace",
-    "rope_interleave": "rope_interleave",
+_LATENT = {"q_lora_rank": 1536, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+_YARN = {"original_max_seq_len": 4096, "factor": 40, "beta_fast": 32, "beta_slow": 1}
+_YARN |= {"mscale": 1.0, "mscale_all_dim": 1.0}
+_V3 = {field: value for field, (_, value) in _ROUTING.items()} | {
+    "block_size": 163840,
+    "vocab_size": 129280,
+    "padded_vocab_size": 129280,
+    "norm_eps": 1e-6,
+    "rope_adjustments": _YARN,
+    "latent_attention": _LATENT,
 }
 
 
@@ -71,34 +42,19 @@ def _write(config: Any) -> dict[str, Any]:
     return dict(config.latent_attention or {}) | {"num_key_value_heads": config.n_head}
 
 
-DEEPSEEK_V3 = Family(
-    model_type="deepseek_v3",
-    architecture="DeepseekV3ForCausalLM",
-    structure=_STRUCTURE | {"n_topk_scores_per_group": 2},
-    keys=_KEYS,
-    defaults=llama.DEFAULTS
-    | {
-        "max_position_embeddings": 4096,
-        "moe_intermediate_size": 2048,
-        "n_routed_experts": 256,
-        "num_experts_per_tok": 8,
-        "n_shared_experts": 1,
-        "n_group": 8,
-        "topk_group": 4,
-        "routed_scaling_factor": 2.5,
-        "norm_topk_prob": True,
-        "first_k_dense_replace": 3,
-        "rope_interleave": True,
-    },
+DEEPSEEK_V3 = llama.like_llama(
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    structure={"mlp_class_name": "LLaMAMoE", "n_topk_scores_per_group": 2},
+    keys={"n_query_groups": None, "head_size": None} | {field: keys for field, (keys, _) in _ROUTING.items()},
+    defaults={"max_position_embeddings": 4096}
+    | {keys if isinstance(keys, str) else keys[0]: value for keys, value in _ROUTING.values()},
     expects={
-        "hidden_act": llama.SILU,
         "attention_bias": (False,),
         "moe_layer_freq": (1,),
         "scoring_func": ("sigmoid",),
         "topk_method": ("noaux_tc",),
     },
-    outer=llama.OUTER,
-    blocks="model.layers",
     block={
         "norm_1": "input_layernorm",
         "attn.q_proj": "self_attn.q_proj",

@@ -7,13 +7,7 @@ from litgpt.families.neox import GELU
 from litgpt.settings import Settings
 
 _MODELS = named(
-    {
-        "block_size": 2048,
-        "vocab_size": 65024,
-        "padded_vocab_size": 65024,
-        "rotary_percentage": 1.0,
-        "bias": False,
-    },
+    {"block_size": 2048, "vocab_size": 65024, "padded_vocab_size": 65024, "rotary_percentage": 1.0, "bias": False},
     ("tiiuae/falcon-7b{,-instruct}", 32, 4544, 71, 1, None, {"shared_attention_norm": True}),
     ("tiiuae/falcon-40b{,-instruct}", 60, 8192, 128, 8, None),
     ("tiiuae/falcon-180B{,-chat}", 80, 14848, 232, 8, None),
@@ -45,17 +39,9 @@ def _write(config: Any) -> dict[str, Any]:
     }
 
 
-def _norm_1(config: Any) -> str:
-    return "ln_attn" if config.parallel_residual and not config.shared_attention_norm else "input_layernorm"
-
-
-def _norm_2(config: Any) -> str:
-    return "ln_mlp" if config.parallel_residual else "post_attention_layernorm"
-
-
 FALCON = Family(
-    model_type="falcon",
-    architecture="FalconForCausalLM",
+    "falcon",
+    "FalconForCausalLM",
     keys={
         "block_size": "max_position_embeddings",
         "n_layer": ("num_hidden_layers", "n_layer"),
@@ -68,25 +54,17 @@ FALCON = Family(
         "bias": "bias",
     },
     values={"activation": GELU},
-    defaults={
-        "max_position_embeddings": 2048,
-        "ffn_hidden_size": None,
-        "layer_norm_epsilon": 1e-5,
-        "activation": "gelu",
-        "bias": False,
-    },
+    defaults={"max_position_embeddings": 2048, "ffn_hidden_size": None, "layer_norm_epsilon": 1e-5}
+    | {"activation": "gelu", "bias": False},
     expects={"alibi": (False,)},
-    outer={
-        "transformer.wte": "transformer.word_embeddings",
-        "transformer.ln_f": "transformer.ln_f",
-        "lm_head": "lm_head",
-    },
+    outer={"transformer.wte": "transformer.word_embeddings", "transformer.ln_f": "transformer.ln_f"}
+    | {"lm_head": "lm_head"},
     blocks="transformer.h",
     block={
-        "norm_1": _norm_1,
+        "norm_1": lambda c: "ln_attn" if c.parallel_residual and not c.shared_attention_norm else "input_layernorm",
         "attn.qkv": "self_attention.query_key_value",
         "attn.proj": "self_attention.dense",
-        "norm_2": _norm_2,
+        "norm_2": lambda c: "ln_mlp" if c.parallel_residual else "post_attention_layernorm",
         "mlp.fc": "mlp.dense_h_to_4h",
         "mlp.proj": "mlp.dense_4h_to_h",
     },

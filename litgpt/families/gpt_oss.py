@@ -1,16 +1,10 @@
 """GPT-OSS: attention sinks, alternating sliding windows, biased experts with clamped inputs."""
 
 from litgpt.families import llama
-from litgpt.families.base import Family, named
+from litgpt.families.base import named
 
-_STRUCTURE = llama.STRUCTURE | {
-    "bias": True,
-    "mlp_class_name": "LLaMAMoE",
-    "attention_sinks": True,
-    "router_bias": True,
-}
 _YARN = {"original_max_seq_len": 4096, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
-_GPT_OSS = _STRUCTURE | {
+_GPT_OSS = {
     "block_size": 131072,
     "vocab_size": 201088,
     "padded_vocab_size": 201088,
@@ -23,31 +17,19 @@ _GPT_OSS = _STRUCTURE | {
     "sliding_window_indices": "10",
 }
 
-GPT_OSS = Family(
-    model_type="gpt_oss",
-    architecture="GptOssForCausalLM",
-    structure=_STRUCTURE,
-    keys=llama.KEYS
-    | {
+GPT_OSS = llama.like_llama(
+    "gpt_oss",
+    "GptOssForCausalLM",
+    structure={"bias": True, "mlp_class_name": "LLaMAMoE", "attention_sinks": True, "router_bias": True},
+    keys={
         "n_expert": ("num_local_experts", "num_experts"),
         "n_expert_per_token": ("num_experts_per_tok", "experts_per_token"),
         "swiglu_limit": "swiglu_limit",
     },
-    defaults=llama.DEFAULTS
-    | {
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "rms_norm_eps": 1e-5,
-        "num_experts_per_tok": 4,
-        "swiglu_limit": 7.0,
-        "rope_theta": 150000,
-        "sliding_window": 128,
-    },
-    expects={"hidden_act": llama.SILU, "attention_bias": (True,), "swiglu_alpha": (1.702,)},
+    defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5}
+    | {"num_experts_per_tok": 4, "swiglu_limit": 7.0, "rope_theta": 150000, "sliding_window": 128},
+    expects={"attention_bias": (True,), "swiglu_alpha": (1.702,)},
     windows="10",
-    outer=llama.OUTER,
-    blocks="model.layers",
     block=llama.ATTENTION | {"attn": "self_attn", "mlp.gate": "mlp.router"},
     stacked={
         "mlp.experts.{}.fc_1 mlp.experts.{}.fc_2": "mlp.experts.gate_up_proj",

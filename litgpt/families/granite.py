@@ -3,19 +3,14 @@
 from typing import Any
 
 from litgpt.families import llama
-from litgpt.families.base import Family, named
+from litgpt.families.base import named
 from litgpt.settings import Settings
 
-_GRANITE_33 = llama.STRUCTURE | {
-    "block_size": 131072,
-    "vocab_size": 49159,
-    "padded_vocab_size": 49159,
-    "rope_base": 10000000,
-    "embedding_multiplier": 12.0,
-    "residual_multiplier": 0.22,
-}
+_GRANITE_33 = {"block_size": 131072, "vocab_size": 49159, "padded_vocab_size": 49159, "rope_base": 10000000}
+_GRANITE_33 |= {"embedding_multiplier": 12.0, "residual_multiplier": 0.22}
 _2B = {"attention_scores_scalar": 4096, "logits_divisor": 8.0}
 _8B = {"attention_scores_scalar": 16384, "logits_divisor": 16.0}
+_MULTIPLIERS = ("embedding_multiplier", "residual_multiplier")
 
 
 def _read(hf: Settings) -> dict[str, Any]:
@@ -27,19 +22,11 @@ def _write(config: Any) -> dict[str, Any]:
     return llama.write(config) | {"attention_multiplier": (config.attention_scores_scalar or config.head_size) ** -0.5}
 
 
-GRANITE = Family(
-    model_type="granite",
-    architecture="GraniteForCausalLM",
-    structure=llama.STRUCTURE,
-    keys=llama.KEYS
-    | {
-        "embedding_multiplier": "embedding_multiplier",
-        "residual_multiplier": "residual_multiplier",
-        "logits_divisor": "logits_scaling",
-    },
-    defaults=llama.DEFAULTS | {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0},
-    expects={"hidden_act": llama.SILU},
-    **llama.NAMES,
+GRANITE = llama.like_llama(
+    "granite",
+    "GraniteForCausalLM",
+    keys={name: name for name in _MULTIPLIERS} | {"logits_divisor": "logits_scaling"},
+    defaults=dict.fromkeys((*_MULTIPLIERS, "logits_scaling"), 1.0),
     read=_read,
     write=_write,
     tied=True,

@@ -23,12 +23,7 @@ KEYS = {
     "intermediate_size": "intermediate_size",
     "norm_eps": "rms_norm_eps",
 }
-DEFAULTS = {
-    "max_position_embeddings": 2048,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "rms_norm_eps": 1e-6,
-}
+DEFAULTS = {"max_position_embeddings": 2048, "num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6}
 SILU = ("silu", "swish")
 OUTER = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "lm_head": "lm_head"}
 ATTENTION = {
@@ -44,35 +39,31 @@ EXPERTS = {
     "mlp.experts.{}.fc_2": "mlp.experts.{}.up_proj",
     "mlp.experts.{}.proj": "mlp.experts.{}.down_proj",
 }
-NAMES = {"outer": OUTER, "blocks": "model.layers", "block": ATTENTION | MLP}
+QK_NORM = {"attn.norm_q": "self_attn.q_norm", "attn.norm_k": "self_attn.k_norm"}
 
-_LLAMA_2 = STRUCTURE | {"vocab_size": 32000, "padding_multiple": 64}
-_LLAMA_3 = STRUCTURE | {
-    "block_size": 8192,
-    "vocab_size": 128000,
-    "padded_vocab_size": 128256,
-    "rope_base": 500000,
-}
+
+def like_llama(model_type: str, architecture: str, **facts: Any) -> Family:
+    """A family that is Llama but for these facts: entries of its tables replace Llama's, and `None` removes one."""
+    same = {"structure": STRUCTURE, "keys": KEYS, "defaults": DEFAULTS, "expects": {"hidden_act": SILU}}
+    facts |= {table: entries | facts.get(table, {}) for table, entries in same.items()}
+    for table in ("keys", "expects"):
+        facts[table] = {key: value for key, value in facts[table].items() if value is not None}
+    names = {"outer": OUTER, "blocks": "model.layers", "block": ATTENTION | MLP}
+    return Family(model_type, architecture, **(names | facts))
+
+
+_LLAMA_2 = {"vocab_size": 32000, "padding_multiple": 64}
+_LLAMA_3 = {"block_size": 8192, "vocab_size": 128000, "padded_vocab_size": 128256, "rope_base": 500000}
 _ADJUSTMENTS = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_seq_len": 8192}
 _LLAMA_31 = _LLAMA_3 | {"block_size": 131072, "rope_adjustments": _ADJUSTMENTS}
 _LLAMA_32 = _LLAMA_31 | {"rope_adjustments": _ADJUSTMENTS | {"factor": 32.0}}
-_CODE = STRUCTURE | {"block_size": 16384, "vocab_size": 32016, "padding_multiple": 16, "rope_base": 1000000}
+_CODE = {"block_size": 16384, "vocab_size": 32016, "padding_multiple": 16, "rope_base": 1000000}
 _CODE_SMALL_VOCAB = {"vocab_size": 32000, "padding_multiple": 512, "padded_vocab_size": 32000}
-_PLATYPUS = STRUCTURE | {"padded_vocab_size": 32000}
-_FALCON_3 = STRUCTURE | {
-    "block_size": 32768,
-    "vocab_size": 131072,
-    "padded_vocab_size": 131072,
-    "rope_base": 1000042,
-    "norm_eps": 1e-6,
-}
-_SALAMANDRA = STRUCTURE | {"block_size": 8192, "vocab_size": 256000, "padded_vocab_size": 256000}
-_SMOLLM_2 = STRUCTURE | {
-    "block_size": 8192,
-    "vocab_size": 49152,
-    "padded_vocab_size": 49152,
-    "rope_base": 100000,
-}
+_FALCON_3 = {"block_size": 32768, "vocab_size": 131072, "padded_vocab_size": 131072}
+_FALCON_3 |= {"rope_base": 1000042, "norm_eps": 1e-6}
+_SALAMANDRA = {"block_size": 8192, "vocab_size": 256000, "padded_vocab_size": 256000}
+_SMOLLM_2 = {"block_size": 8192, "vocab_size": 49152, "padded_vocab_size": 49152, "rope_base": 100000}
+_TINY = "TinyLlama/TinyLlama-1.1B-{intermediate-step-1431k-3T,Chat-v1.0}=tiny-llama-1.1b{,-chat}"
 _R1 = "deepseek-ai/DeepSeek-R1-Distill-Llama"
 
 _MODELS = (
@@ -86,10 +77,7 @@ _MODELS = (
     )
     | named(
         _LLAMA_2 | {"block_size": 2048},
-        (
-            "TinyLlama/TinyLlama-1.1B-{intermediate-step-1431k-3T,Chat-v1.0}=tiny-llama-1.1b{,-chat}",
-            *(22, 2048, 32, 4, 5632),
-        ),
+        (_TINY, 22, 2048, 32, 4, 5632),
         ("keeeeenw/MicroLlama=micro-llama-300M", 12, 1024, 16, 4, 5632),
         ("openlm-research/open_llama_3b", 26, 3200, 32, None, 8640, {"norm_eps": 1e-6}),
         ("openlm-research/open_llama_7b", 32, 4096, 32, None, 11008, {"norm_eps": 1e-6}),
@@ -126,7 +114,7 @@ _MODELS = (
         ("codellama/CodeLlama-13b-Python-hf", 40, 5120, 40, None, 13824, _CODE_SMALL_VOCAB),
     )
     | named(
-        _PLATYPUS,
+        {"padded_vocab_size": 32000},
         ("garage-bAInd/Platypus-30B", 60, 6656, 52, None, 17920, {"block_size": 2048, "norm_eps": 1e-6}),
         ("garage-bAInd/Platypus2-7B", 32, 4096, 32, None, 11008),
         ("garage-bAInd/{,Camel-,Stable-}Platypus2-13B", 40, 5120, 40, None, 13824),
@@ -165,29 +153,18 @@ def write(config: Any) -> dict[str, Any]:
     return {"attention_bias": config.bias, "mlp_bias": config.bias}
 
 
-LLAMA = Family(
-    model_type="llama",
-    architecture="LlamaForCausalLM",
-    structure=STRUCTURE,
-    keys=KEYS,
-    defaults=DEFAULTS,
-    expects={"hidden_act": SILU},
-    **NAMES,
+LLAMA = like_llama(
+    "llama",
+    "LlamaForCausalLM",
     read=read,
     write=write,
     models=_MODELS,
     tied_models="SmolLM2-* Llama-3.2-*",
 )
 
-# SmolLM3 turns queries and keys in three layers of four.
-_SMOLLM_3 = STRUCTURE | {
-    "block_size": 65536,
-    "vocab_size": 128256,
-    "padded_vocab_size": 128256,
-    "norm_eps": 1e-6,
-    "rope_base": 5000000,
-    "nope_indices": "0001",
-}
+# SmolLM3 rotates queries and keys in three layers of four
+_SMOLLM_3 = {"block_size": 65536, "vocab_size": 128256, "padded_vocab_size": 128256}
+_SMOLLM_3 |= {"norm_eps": 1e-6, "rope_base": 5000000, "nope_indices": "0001"}
 
 
 def _read_smollm_3(hf: Settings) -> dict[str, Any]:
@@ -201,15 +178,12 @@ def _read_smollm_3(hf: Settings) -> dict[str, Any]:
     return read(hf) | {"nope_indices": [1 - flag for flag in flags]}
 
 
-SMOLLM_3 = Family(
-    model_type="smollm3",
-    architecture="SmolLM3ForCausalLM",
-    structure=STRUCTURE,
-    keys=KEYS,
-    defaults=DEFAULTS
-    | {"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2000000, "use_sliding_window": False},
-    expects={"hidden_act": SILU, "use_sliding_window": (False,)},
-    **NAMES,
+SMOLLM_3 = like_llama(
+    "smollm3",
+    "SmolLM3ForCausalLM",
+    defaults={"max_position_embeddings": 32768, "num_key_value_heads": 4, "rope_theta": 2000000}
+    | {"use_sliding_window": False},
+    expects={"use_sliding_window": (False,)},
     tied=True,
     read=_read_smollm_3,
     write=lambda config: (

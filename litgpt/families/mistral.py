@@ -1,13 +1,12 @@
 """Mistral and its mixture of experts, Mixtral."""
 
 from litgpt.families import llama
-from litgpt.families.base import Family, named
+from litgpt.families.base import named
 
-_V1 = llama.STRUCTURE | {"padded_vocab_size": 32000, "sliding_window_size": 4096}
-_V2 = llama.STRUCTURE | {"padded_vocab_size": 32000, "block_size": 32768, "rope_base": 1000000}
+_V1 = {"padded_vocab_size": 32000, "sliding_window_size": 4096}
+_V2 = {"padded_vocab_size": 32000, "block_size": 32768, "rope_base": 1000000}
 _V3 = _V2 | {"padded_vocab_size": 32768}
-_MOE = llama.STRUCTURE | {"mlp_class_name": "LLaMAMoE"}
-_MIXTRAL = _V2 | _MOE | {"n_expert": 8, "n_expert_per_token": 2}
+_MIXTRAL = _V2 | {"n_expert": 8, "n_expert_per_token": 2}
 _8X22B = {"padded_vocab_size": 32768, "block_size": 65536}
 
 _MISTRAL_MODELS = (
@@ -16,49 +15,26 @@ _MISTRAL_MODELS = (
     | named(
         _V3,
         ("mistralai/Mistral-7B-{,Instruct-}v0.3", 32, 4096, 32, 8, 14336),
-        (
-            "mistralai/mathstral-7B-v0.1=Mathstral-7B-v0.1",
-            *(32, 4096, 32, 8, 14336),
-            {"sliding_window_size": 4096},
-        ),
+        ("mistralai/mathstral-7B-v0.1=Mathstral-7B-v0.1", 32, 4096, 32, 8, 14336, {"sliding_window_size": 4096}),
         ("mistralai/Mistral-Large-Instruct-{2407,2411}", 88, 12288, 96, 8, 28672),
     )
 )
-_MIXTRAL_MODELS = named(
-    _MIXTRAL,
-    ("mistralai/Mixtral-8x7B-{,Instruct-}v0.1", 32, 4096, 32, 8, 14336),
-    ("mistralai/Mixtral-8x22B-{,Instruct-}v0.1", 56, 6144, 48, 8, 16384, _8X22B),
-)
 
-MISTRAL = Family(
-    model_type="mistral",
-    architecture="MistralForCausalLM",
-    structure=llama.STRUCTURE,
-    keys=llama.KEYS,
-    defaults=llama.DEFAULTS | {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
-    expects={"hidden_act": llama.SILU},
+MISTRAL = llama.like_llama(
+    "mistral",
+    "MistralForCausalLM",
+    defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
     windows="1",
-    **llama.NAMES,
     models=_MISTRAL_MODELS,
 )
-MIXTRAL = Family(
-    model_type="mixtral",
-    architecture="MixtralForCausalLM",
-    structure=_MOE,
-    keys=llama.KEYS | {"n_expert": "num_local_experts", "n_expert_per_token": "num_experts_per_tok"},
-    defaults=llama.DEFAULTS
-    | {
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1000000,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-    },
-    expects={"hidden_act": llama.SILU},
+MIXTRAL = llama.like_llama(
+    "mixtral",
+    "MixtralForCausalLM",
+    structure={"mlp_class_name": "LLaMAMoE"},
+    keys={"n_expert": "num_local_experts", "n_expert_per_token": "num_experts_per_tok"},
+    defaults={"max_position_embeddings": 131072, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1000000}
+    | {"num_local_experts": 8, "num_experts_per_tok": 2},
     windows="1",
-    outer=llama.OUTER,
-    blocks="model.layers",
     block=llama.ATTENTION
     | {
         "mlp.gate": "block_sparse_moe.gate",
@@ -66,6 +42,10 @@ MIXTRAL = Family(
         "mlp.experts.{}.fc_2": "block_sparse_moe.experts.{}.w3",
         "mlp.experts.{}.proj": "block_sparse_moe.experts.{}.w2",
     },
-    models=_MIXTRAL_MODELS,
+    models=named(
+        _MIXTRAL,
+        ("mistralai/Mixtral-8x7B-{,Instruct-}v0.1", 32, 4096, 32, 8, 14336),
+        ("mistralai/Mixtral-8x22B-{,Instruct-}v0.1", 56, 6144, 48, 8, 16384, _8X22B),
+    ),
 )
 FAMILIES = (MISTRAL, MIXTRAL)

@@ -32,8 +32,8 @@ _MODELS = (
 )
 
 NEOX = Family(
-    model_type="gpt_neox",
-    architecture="GPTNeoXForCausalLM",
+    "gpt_neox",
+    "GPTNeoXForCausalLM",
     keys={
         "block_size": "max_position_embeddings",
         "n_layer": "num_hidden_layers",
@@ -46,20 +46,12 @@ NEOX = Family(
         "parallel_residual": "use_parallel_residual",
     },
     values={"hidden_act": GELU},
-    defaults={
-        "max_position_embeddings": 2048,
-        "layer_norm_eps": 1e-5,
-        "hidden_act": "gelu",
-        "use_parallel_residual": True,
-        "partial_rotary_factor": 0.25,
-    },
+    defaults={"max_position_embeddings": 2048, "layer_norm_eps": 1e-5, "hidden_act": "gelu"}
+    | {"use_parallel_residual": True, "partial_rotary_factor": 0.25},
     expects={"attention_bias": (True,)},
     rope_keys=("rotary_emb_base", "rotary_pct"),
-    outer={
-        "transformer.wte": "gpt_neox.embed_in",
-        "transformer.ln_f": "gpt_neox.final_layer_norm",
-        "lm_head": "embed_out",
-    },
+    outer={"transformer.wte": "gpt_neox.embed_in", "transformer.ln_f": "gpt_neox.final_layer_norm"}
+    | {"lm_head": "embed_out"},
     blocks="gpt_neox.layers",
     block={
         "norm_1": "input_layernorm",

@@ -4,7 +4,7 @@ import sys
 import time
 from collections import abc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from litgpt.engine.loading import Ready, cache_bytes, make_ready
 from litgpt.engine.sampling import Sampling, batched_sample, multinomial_num_samples_1, sample, sample_top_p
 from litgpt.engine.sequence import Sequence
 from litgpt.generate.options import AnswerOptions, CheckpointOptions, PromptLookupOptions, command
-from litgpt.generate.prompts_file import PromptLine, answer_prompts, answers_to, encode_line, read_prompts
+from litgpt.generate.prompts_file import PromptLine, answer_prompts, answers_to, read_prompts, sequences_of
 from litgpt.model import GPT
 
 __all__ = [
@@ -59,8 +59,8 @@ def batched_next_token(
 
 
 def _position_first(a: int | torch.Tensor, b: int | torch.Tensor) -> tuple[int | torch.Tensor, torch.Tensor]:
-    """A position and tokens, which LitGPT and its pull request #2061 give in different orders. A position is an int or has
-    fewer dimensions than tokens."""
+    """A position and tokens, in either order: LitGPT and its pull request #2061 differ. A position is an int or has fewer
+    dimensions than tokens."""
     swapped = isinstance(b, int) or (isinstance(a, torch.Tensor) and a.ndim > b.ndim)
     return (b, a) if swapped else (a, b)
 
@@ -80,25 +80,24 @@ def batched_generate_fn(
     """Generate from several prompts at once, step by step.
 
     Args:
-        model: in evaluation mode. Its caches are used if they were assigned; else default ones, which the model has when the
-            iterator has ended: several iterators do not disturb each other.
+        model: in evaluation mode. Assigned caches are used; otherwise each iterator has default ones, which it leaves to the
+            model at its end.
         prompts: (B, T) tokens, or B tensors (T_b,) of different lengths.
         max_returned_tokens: most tokens of a row, its prompt included.
-        prompt_chunksize: prompts enter in chunks of at most that many tokens (None: in one call where the caches take it,
-            else in the largest chunks they take).
+        prompt_chunksize: most tokens of a prefill call (None: as many as the caches take).
         sample_args: arguments of `sample`, for all rows or for each.
         stop_tokens: sequences of tokens, each of which ends a row.
-        include_prompt: give the prompts out first.
-        include_eos: give the stop sequence out.
+        include_prompt: yield the prompts first.
+        include_eos: yield the stop sequence.
         max_new_tokens: also, most new tokens of a row.
 
     Yields:
-        For every step a list with, for every row, tokens (n,) int64, or None where there are none: the row has ended, or
-        what came may be the beginning of a stop sequence.
+        For every step a list with, for every row, tokens (n,) int64, or None: the row has ended, or its new tokens may begin a
+        stop sequence.
 
     Raises:
-        ValueError: for an empty prompt, settings that make no sense, or more tokens than the model or its caches take;
-            before any work.
+        ValueError: for an empty prompt, settings out of range, or more tokens than the model or its caches take; before any
+            work.
     """
     prompts = [prompt if prompt.ndim == 1 else prompt.reshape(-1) for prompt in prompts]
     args = list(sample_args) if isinstance(sample_args, list) else [sample_args] * len(prompts)
@@ -141,7 +140,7 @@ def generate_fn(
     include_prompt: bool,
     include_eos: bool,
 ) -> Iterator[torch.Tensor]:
-    """Generate from one prompt (T,), token by token: `batched_generate_fn` for a batch of one.
+    """Generate from one prompt (T,): `batched_generate_fn` for a batch of one.
 
     Yields:
         The prompt, if `include_prompt`, and then tokens (1,) int64.
@@ -176,11 +175,11 @@ def generate(
     eos_id: int | None = None,
     include_prompt: bool = True,
 ) -> torch.Tensor:
-    """Generate from one prompt (T,) until `eos_id` comes or there are `max_returned_tokens`: (n,) int64.
+    """Generate from one prompt (T,) until `eos_id`, which is included, or `max_returned_tokens`: (n,) int64.
 
-    The other arguments are those of `batched_generate_fn` and `sample`. An `eos_id` that ends the text is part of it.
+    The other arguments are those of `batched_generate_fn` and `sample`.
     """
-    pieces = generate_fn(
+    parts = generate_fn(
         model,
         prompt,
         max_returned_tokens,
@@ -192,7 +191,7 @@ def generate(
         include_prompt=include_prompt,
         include_eos=True,
     )
-    return torch.cat(list(pieces))
+    return torch.cat(list(parts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,17 +203,17 @@ class GenerateOptions(AnswerOptions, PromptLookupOptions, CheckpointOptions):
 def main(options: GenerateOptions) -> None:
     """Answer a prompt, or a file of prompts.
 
-    The answer goes to stdout, what it cost to stderr.
+    The answer goes to stdout, statistics to stderr.
     """
 
     def load() -> Ready:
         return make_ready(options.checkpoint_dir, **options.loading())
 
-    answer(options, prompt_lines(options), load, lambda ready: options.drafter())
+    answer(options, prompt_lines(options), load)
 
 
 def prompt_lines(options: AnswerOptions, input: str = "") -> list[PromptLine]:
-    """What is to be answered: the lines of the file of prompts, or the one prompt."""
+    """The lines of the file of prompts, or the one prompt."""
     sampling = options.sampling()
     if options.prompts is not None:
         return read_prompts(options.prompts, options.max_new_tokens, sampling, options.sys_prompt, input)
@@ -225,17 +224,17 @@ def answer(
     options: AnswerOptions,
     lines: abc.Sequence[PromptLine],
     load: Callable[[], Ready],
-    drafter: Callable[[Ready], Drafter | None] = lambda ready: None,
+    drafter: Callable[[Ready], Drafter] | None = None,
     note: str = "",
 ) -> None:
-    """What all commands that generate do: answer prompts, on stdout or in a file, and tell on stderr what it cost.
+    """Answer prompts, on stdout or in a file, with statistics on stderr; common to all commands that generate.
 
     Args:
-        options: how.
+        options: of the command.
         lines: the prompts.
         load: loads the model.
-        drafter: makes what drafts tokens for it.
-        note: is told with the time that loading took.
+        drafter: makes a drafter for it (None: `options.drafter`).
+        note: is added to the message about the loading time.
     """
     with answers_to(options.out) as write:
         started = time.perf_counter()
@@ -244,39 +243,21 @@ def answer(
         if options.as_json:
             rows = min(options.batch_size, len(lines) * options.num_samples)
         options.assign_caches(ready.model, rows)
-        drafts = drafter(ready)
+        drafts = options.drafter() if drafter is None else drafter(ready)
         print(f"Model loaded in {time.perf_counter() - started:.1f} s{note}", file=sys.stderr)
-        settings = options.num_samples, options.prompt_chunksize
         if options.as_json:
-            answer_prompts(ready, lines, rows, write, *settings, options.logprobs, drafts)
+            answer_prompts(ready, lines, options, rows, write, drafts)
         else:
-            print_answers(ready, lines[0], *settings, drafts)
+            print_answers(ready, lines[0], options, drafts)
 
 
-def print_answers(
-    ready: Ready,
-    line: PromptLine,
-    num_samples: int = 1,
-    prompt_chunksize: int | None = None,
-    drafter: Drafter | None = None,
-) -> None:
-    """Stream the answer to a prompt to stdout as text, and then tell on stderr what it cost.
-
-    Args:
-        ready: the model and what belongs to it.
-        line: the prompt. The seeds of several answers count up from that of its sampling.
-        num_samples: number of answers, generated together as one batch; they are printed when all are complete.
-        prompt_chunksize: see `batched_generate_fn`.
-        drafter: drafts the next tokens.
-    """
-    prompt, sampling = encode_line(ready, line), line.sampling
-    seeds = [None if sampling.seed is None else sampling.seed + i for i in range(num_samples)]
-    sequences = [
-        Sequence(prompt, line.max_new_tokens, replace(sampling, seed=seed), ready.stop_tokens) for seed in seeds
-    ]
+def print_answers(ready: Ready, line: PromptLine, options: AnswerOptions, drafter: Drafter | None = None) -> None:
+    """Print the answer to a prompt to stdout, with statistics on stderr. One answer is streamed; several are printed when all
+    are complete."""
+    sequences = sequences_of(ready, line, options)
     started, first = time.perf_counter(), None
-    engine = Engine(ready.model, prompt_chunksize, drafter)
-    prepare_caches(ready.model, num_samples, sequences[0].max_length)
+    engine = Engine(ready.model, options.prompt_chunksize, drafter)
+    prepare_caches(ready.model, len(sequences), sequences[0].max_length)
 
     def stream() -> Iterator[list[int]]:
         nonlocal first
@@ -284,7 +265,7 @@ def print_answers(
             first = first or time.perf_counter()
             yield released[0] or []
 
-    if num_samples == 1:
+    if len(sequences) == 1:
         for text in ready.tokenizer.decode_stream(stream()):
             print(text, end="", flush=True)
         print()
@@ -298,7 +279,7 @@ def print_answers(
     accepted = f"; {engine.n_accepted} of {counted(engine.n_drafted, 'draft token')} accepted" if drafter else ""
     print(
         f"{counted(new, 'token')} in {seconds:.2f} s, {new / seconds:.1f} tokens/s; "
-        f"{counted(len(prompt), 'prompt token')}, first token after {wait:.2f} s; "
+        f"{counted(sequences[0].prompt_length, 'prompt token')}, first token after {wait:.2f} s; "
         f"key-value cache {cache_bytes(ready.model) / 1e6:.1f} MB{accepted}",
         file=sys.stderr,
     )

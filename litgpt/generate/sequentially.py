@@ -80,8 +80,8 @@ class SequentialOptions(GenerateOptions):
 def main(options: SequentialOptions) -> None:
     """Answer a prompt with a model whose layers are spread over several GPUs.
 
-    The weights are read straight to their device, so the model need not fit into one GPU. GPUs take turns: for speed,
-    see generate_tp.
+    Every weight is read directly to its device, so the model need not fit into one GPU. Only one GPU works at a time; generate_tp
+    uses all at once.
     """
     lines = prompt_lines(options)
     devices = choose_devices(options.devices)
@@ -97,4 +97,4 @@ def main(options: SequentialOptions) -> None:
         return make_ready(options.checkpoint_dir, **options.loading(), device=devices[0], load=place)
 
     names = ", ".join(str(device) for device in devices)
-    answer(options, lines, load, lambda ready: options.drafter(), f", its layers on {names}")
+    answer(options, lines, load, note=f", its layers on {names}")

@@ -1,6 +1,6 @@
 """Speculative decoding: a draft model drafts tokens, and the target model verifies several of them in one call.
 
-The output is that of the target model alone: the same tokens with greedy sampling, else the same distribution
+The output is the target model's own: the same tokens with greedy sampling, else the same distribution
 (arXiv:2211.17192).
 """
 
@@ -41,23 +41,23 @@ def generate(
     include_prompt: bool = True,
     speculative_k: int,
 ) -> tuple[torch.Tensor, float]:
-    """Generate from one prompt (T,) with the target model, which a draft model runs ahead of.
+    """Generate from one prompt (T,) with the target model, with draft tokens of the draft model.
 
     Args:
-        draft_model: has the same vocabulary. It gets caches of its own.
-        target_model: its caches are used if they were assigned; default ones are made as needed.
+        draft_model: of the same vocabulary. It gets default caches.
+        target_model: with assigned caches, or default ones, made as needed.
         prompt: tokens (T,).
         max_returned_tokens: most tokens of the result, the prompt included.
         temperature, top_k, top_p: as for `sample`.
-        stop_tokens: sequences of tokens, each of which ends the text; it is not part of the result.
-        include_prompt: whether the prompt is.
+        stop_tokens: sequences of tokens, each of which ends the text and is not returned.
+        include_prompt: whether the result includes the prompt.
         speculative_k: draft tokens at a time.
 
     Returns:
-        Tokens (n,) int64, and what part of the draft tokens was accepted.
+        Tokens (n,) int64, and the fraction of draft tokens that was accepted.
 
     Raises:
-        ValueError: for settings that make no sense, or more tokens than the target model takes; before any work.
+        ValueError: for settings out of range, or more tokens than the target model takes; before any work.
     """
     if max_returned_tokens <= len(prompt):
         raise ValueError(
@@ -83,7 +83,7 @@ def speculative_decoding(
     speculative_k: int = 3,
     **sample_kwargs: Any,
 ) -> torch.Tensor:
-    """One step by hand: draft tokens, and what the target model makes of them.
+    """One step: draft tokens, and verify them with the target model.
 
     Args:
         draft_model, target_model: their caches hold the tokens before `input_pos`, of one row.
@@ -97,7 +97,7 @@ def speculative_decoding(
         The n = 1..`speculative_k` + 1 tokens that follow, (n,). The caches then hold the tokens before `input_pos` + n.
 
     Raises:
-        ValueError: if the caches are elsewhere, or cannot be rewound by that many tokens.
+        ValueError: if the caches are at another position, or cannot be rewound by that many tokens.
     """
     room = min(model.caches.max_rewindable_tokens(model.max_seq_length) for model in (draft_model, target_model))
     if not 1 <= speculative_k <= room:
@@ -110,9 +110,7 @@ def speculative_decoding(
         logits = draft_model(last, input_pos + i, last_token_only=True)[0, -1]
         draw_draft_token(sequence, logits, draft_tokens, distributions)
     idx = torch.tensor([sequence.tokens + draft_tokens], device=token.device)
-    draft_model(
-        idx[:, -1:], input_pos + speculative_k, skip_lm_head=True
-    )  # if all are accepted, the next step needs it
+    draft_model(idx[:, -1:], input_pos + speculative_k, skip_lm_head=True)  # for the next step, if all are accepted
     logits = target_model(idx, input_pos)[0]
     verify(
         sequence,
@@ -155,9 +153,8 @@ class SpeculativeOptions(AnswerOptions, ModelOptions):
 def main(options: SpeculativeOptions) -> None:
     """Answer a prompt with a large model, for which a small one drafts tokens.
 
-    The small model drafts some tokens, and the large one checks them in one call. The answer is one of the large model:
-    the same one with --temperature 0, else one that is drawn with the same probabilities. It goes to stdout, what it cost
-    and how many draft tokens were accepted to stderr.
+    The large model verifies several draft tokens in one call. The answer is the large model's own: with --temperature 0 the same
+    text, otherwise drawn with the same probabilities. It goes to stdout, statistics to stderr.
     """
     lines = prompt_lines(options)
     draft: GPT | None = None

@@ -29,7 +29,7 @@ from litgpt.runners.quantized_weights import MODES
 
 
 def tensor_parallel(fabric: Any, model: GPT) -> GPT:
-    """The part of a model that the process of a Lightning `fabric`, which has been launched, holds: a model of its own."""
+    """The shard of a model for this process of a Lightning `fabric` that was launched."""
     device = model.transformer.wte.weight.device
     return shard_model(model, model.dtype, device, fabric.global_rank, fabric.world_size)
 
@@ -66,7 +66,7 @@ def main(options: TensorParallelOptions) -> None:
     Every process reads its part of the weights only, so the model need not fit into one GPU. The command starts the
     processes itself; under torchrun it is one of those that are there.
     """
-    # what can be refused is refused before there are processes; and a model is fetched, and a pipe read, once
+    # errors come before processes are started; a model is downloaded, and a pipe read, once
     lines = prompt_lines(options)
     if options.quantize is not None and options.quantize not in MODES:
         raise ValueError(
@@ -85,7 +85,7 @@ def main(options: TensorParallelOptions) -> None:
 
 
 def answer_in_process(rank: int, world_size: int, options: TensorParallelOptions, lines: list[PromptLine]) -> None:
-    """What each process does: all compute the same answers, and the first one writes them."""
+    """Run in each process: all compute the same answers, and the first one writes them."""
 
     def load() -> Ready:
         part = partial(load_shard, rank=rank, world_size=world_size)
@@ -95,4 +95,4 @@ def answer_in_process(rank: int, world_size: int, options: TensorParallelOptions
         options = replace(options, out=Path(os.devnull))
     with only_first_speaks(rank):
         note = f" by {world_size} process{'es' * (world_size > 1)}; figures are the first one's"
-        answer(options, lines, load, lambda ready: options.drafter(), note)
+        answer(options, lines, load, note=note)

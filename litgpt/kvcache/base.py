@@ -170,6 +170,13 @@ class KVCache(nn.Module, ABC):
         self._rows_in_use, self._cleared_at = plan.batch_size, None
         return output
 
+    def prepare(self, plan: Plan | Unplanned, sink_logits: torch.Tensor | None = None) -> Plan | Unplanned:
+        """Do what a call has to do before its layers run, and give what is left for `run`, which otherwise does it itself.
+
+        Equal plans give equal ones. `sink_logits` as for `run`.
+        """
+        return plan
+
     def commit(self, plan: Plan | Unplanned) -> None:
         """Note that `plan` was run in all layers."""
 

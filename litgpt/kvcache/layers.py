@@ -199,11 +199,23 @@ class LayerCaches:
             )
         return plans, starts
 
-    def run(self, plans: Sequence[Plan | Unplanned], layers: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Run `layers`, which executes the plans, and return its output. After a failure the caches are empty."""
+    def run(
+        self,
+        plans: Sequence[Plan | Unplanned],
+        layers: Callable[[list[Plan | Unplanned]], torch.Tensor],
+        sink_logits: Sequence[torch.Tensor | None],
+    ) -> torch.Tensor:
+        """Run `layers(plans)`, which executes the plans once they are prepared, and return its output. After a failure the
+        caches are empty.
+
+        Args:
+            plans: as `plan` gives them.
+            layers: all layers.
+            sink_logits: of each layer, as for `KVCache.run`.
+        """
         self._inconsistent = True
         try:
-            output = layers()
+            output = layers([c.prepare(*rest) for c, *rest in zip(self.caches, plans, sink_logits, strict=True)])
             for cache, plan in zip(self.caches, plans, strict=True):
                 cache.commit(plan)
         except BaseException:

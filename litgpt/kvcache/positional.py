@@ -1,131 +1,36 @@
-"""A cache put together from a policy of positions and a storage."""
+"""Caches whose policy looks at positions only."""
 
-import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from litgpt.attention import DefaultKeysAndValues, KeysAndValues
 from litgpt.config import Config
-from litgpt.kvcache.base import KVCacheParams
-from litgpt.kvcache.default import DefaultKVCache
-from litgpt.kvcache.plan import Part, Plan, Step, plan_call
+from litgpt.kvcache.plan import Plan, plan_call
+from litgpt.kvcache.planned import PlannedKVCache, RowState
 from litgpt.kvcache.policies import PositionalPolicy
-from litgpt.kvcache.storages import Storage
-from litgpt.kvcache.storages.default import DefaultStorage
 
 
-class RowState:
-    """What changes with every call: by row in use, how many tokens it has, and the position below which they are gone,
-    those among the policy's first `n_sink` aside."""
+class PositionalKVCache(PlannedKVCache):
+    """Stores the tokens that a policy of positions keeps; arguments as for `PlannedKVCache`.
 
-    def __init__(self, lengths: tuple[int, ...] = (), oldest: tuple[int, ...] = ()) -> None:
-        self.lengths, self.oldest = lengths, oldest
-
-
-class PositionalKVCache(DefaultKVCache):
-    """Attends over what a storage holds, and stores the tokens that a policy of positions keeps.
-
-    Rows are independent: each has its own length, and positions count from the first token of the row. In a ragged batch
-    `next_token_pos` is the length of the longest row, and row b's new tokens stand at its own length.
-
-    Args:
-        config, batch_size, block_idx, dtype, head_size: as for `KVCache`.
-        policy: which tokens stay, and how many.
-        device: where the buffers are (default: CPU).
-        storage: class of the storage.
-        storage_args: its own arguments.
-        mha_kwargs: as for `DefaultKVCache`.
+    Next to its length, a row has the position below which tokens are gone, those among the policy's first `n_sink` aside.
     """
 
+    ROW_FIELDS = ("lengths", "oldest")
+    policy: PositionalPolicy
+
     def __init__(
-        self,
-        config: Config,
-        batch_size: int,
-        policy: PositionalPolicy,
-        block_idx: int,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        head_size: int | None = None,
-        storage: type[Storage] = DefaultStorage,
-        storage_args: Mapping[str, Any] | None = None,
-        **mha_kwargs: Any,
+        self, config: Config, batch_size: int, policy: PositionalPolicy, block_idx: int, *args: Any, **kwargs: Any
     ) -> None:
-        super().__init__(config, batch_size, policy.cache_length, block_idx, dtype, head_size, **mha_kwargs)
-        self.policy = policy
-        self._policy_key = policy.key  # compiled code cannot enter the lock of a cached property
-        device = torch.device("cpu") if device is None else torch.device(device)
-        params = KVCacheParams.from_config(config, batch_size, policy.cache_length, device, self._dtype, self.head_size)
-        self.storage = storage(params, **(storage_args or {}))
+        super().__init__(config, batch_size, policy, block_idx, *args, **kwargs)
         self.window = config.window(block_idx)
-        self._rows = RowState()
-        self._place = self.storage.dtype, self.storage.device
-
-    @classmethod
-    def from_policy(
-        cls,
-        config: Config,
-        params: KVCacheParams,
-        policy: PositionalPolicy,
-        block_idx: int,
-        storage: type[Storage] = DefaultStorage,
-        **kwargs: Any,
-    ) -> "PositionalKVCache":
-        """The cache of a policy and a storage, with everything else as `params` say."""
-        place = params.device, params.dtype, params.head_size
-        return cls(config, params.batch_size, policy, block_idx, *place, storage, **kwargs)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> "PositionalKVCache":
-        """What `to` and the like call."""
-        super()._apply(*args, **kwargs)
-        self._place = self.storage.dtype, self.storage.device
-        return self
 
     # -- what is in it
 
     @property
-    def eff_batch_size(self) -> int | None:
-        """Rows in use, set by the prefill (None: before it)."""
-        return len(self._rows.lengths) or None
-
-    @property
-    def row_lengths(self) -> tuple[int, ...]:
-        """Tokens so far of every row in use."""
-        return self._rows.lengths
-
-    @property
-    def next_token_pos(self) -> int:
-        return max(self._rows.lengths, default=0)
-
-    @property
     def current_length(self) -> int:
-        """N, slots in use (by the longest row)."""
         return min(self.next_token_pos, self.cache_length)
-
-    @property
-    def evicts(self) -> bool:
-        return self.policy.evicts
-
-    @property
-    def takes_rows_apart(self) -> bool:
-        return True
-
-    @property
-    def max_tokens_forward(self) -> int:
-        return self.cache_length
-
-    @property
-    def max_prefill_length(self) -> int | None:
-        return None if self.policy.evicts else self.cache_length
-
-    @property
-    def device(self) -> torch.device:
-        return self.storage.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.storage.dtype  # follows `model.to(dtype)`, as the device does
 
     @property
     def unbounded(self) -> bool:
@@ -135,51 +40,13 @@ class PositionalKVCache(DefaultKVCache):
         within_window = self.window is not None and self.window <= self.policy.reach
         return not self.policy.evicts or within_window or super().is_chunk_invariant(length)
 
-    def get_keys_values(self) -> KeysAndValues | None:
-        if not self.current_length:
-            return None
-        return self.storage.get(len(self._rows.lengths), slice(0, self.current_length))
-
     def token_positions(self) -> torch.Tensor:
-        lengths = torch.tensor(self._rows.lengths, device=self.device, dtype=torch.int64)
-        oldest = torch.tensor(self._rows.oldest, device=self.device, dtype=torch.int64)[:, None]
+        lengths, oldest = torch.tensor(self._rows.fields, device=self.device, dtype=torch.int64).unbind()
         positions = self.policy.slot_positions(lengths)[:, : self.current_length]
-        gone = (positions >= self.policy.n_sink) & (positions < oldest)
+        gone = (positions >= self.policy.n_sink) & (positions < oldest[:, None])
         return positions.masked_fill(gone, -1)[:, None, :].expand(-1, self.n_query_groups, -1)
 
-    def size_estimate(self) -> tuple[int, dict[str, int]]:
-        parts = self.storage.size_in_bits()
-        return sum(parts.values()), parts
-
-    @classmethod
-    def size_estimate_apriori(
-        cls, params: KVCacheParams, storage: type[Storage] = DefaultStorage, **storage_args: Any
-    ) -> tuple[int, dict[str, int]]:
-        parts = storage.size_in_bits_apriori(params, **storage_args)
-        return sum(parts.values()), parts
-
     # -- one call
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        token_idx: torch.Tensor,
-        input_pos: int,
-        sink_logits: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """As `KVCache.forward`; `sink_logits` as for `run`."""
-        self._check_dtype(query, key, value)
-        self._check_shapes(query, key, value)
-        plan = self.plan(input_pos, key.shape[0], key.shape[2])
-        try:
-            output = self.run(plan, query, key, value, token_idx, sink_logits)
-        except BaseException:
-            self.clear()  # slots may be half written: better empty than wrong
-            raise
-        self.commit(plan)
-        return output
 
     def plan(
         self,
@@ -189,15 +56,6 @@ class PositionalKVCache(DefaultKVCache):
         rows: Sequence[int] | None = None,
         static: bool = False,
     ) -> Plan:
-        """Plan a call with T new tokens for each of `batch_size` rows (`rows` names them; None: the first ones). Several T,
-        one for every row, are for a call of shape (1, sum(T)), which has the rows one after the other.
-
-        `input_pos=0` empties the rows of the call first; without `rows` it starts a new batch, and all others are gone.
-
-        Raises:
-            ValueError: a wrong batch size, row or position.
-            IndexError: more tokens than there are slots, where the policy does not evict.
-        """
         lengths = self._check_call(input_pos, batch_size, T, rows)
         return plan_call(self.policy, self.window, lengths, rows, T, self.dtype, self.device, static)
 
@@ -207,284 +65,32 @@ class PositionalKVCache(DefaultKVCache):
     def commit(self, plan: Plan) -> None:
         """Note that `plan` was run."""
         rows = self._rows  # not attributes of the module's own, which take time to set in every layer of every step
+        oldest = (0,) * len(plan.after)
         if self.policy.evicts:
-            old = (rows.oldest + (0,) * len(plan.after))[: len(plan.after)]
-            rows.oldest = tuple(
-                max(oldest if before else 0, after - self.policy.reach)
-                for oldest, before, after in zip(old, plan.before, plan.after, strict=True)
+            old = (rows.fields[1] + oldest)[: len(oldest)]
+            oldest = tuple(
+                max(gone if before else 0, after - self.policy.reach)
+                for gone, before, after in zip(old, plan.before, plan.after, strict=True)
             )
-        elif len(rows.oldest) != len(plan.after):
-            rows.oldest = (0,) * len(plan.after)
-        rows.lengths = plan.after
-
-    def run(
-        self,
-        plan: Plan,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        token_idx: torch.Tensor | None = None,
-        sink_logits: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if query.dtype != self._place[0] or key.dtype != query.dtype or value.dtype != query.dtype:
-            return self._run_in_own_dtype(plan, query, key, value, token_idx, sink_logits)
-        if recording := torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if not any(plan.before):
-                self.storage.detach_graph()
-            inputs = (query, key, value, sink_logits, *self.storage.buffers())
-            recording = any(x is not None and x.requires_grad for x in inputs)
-        if plan.parts[0].spans is not None:
-            output = query.new_empty(*query.shape[:-1], value.shape[-1])
-            for part in plan.parts:
-                own = [torch.stack([x[0, :, span] for span in part.spans]) for x in (query, key, value)]
-                for span, of_row in zip(part.spans, self._run_part(part, *own, sink_logits, recording), strict=True):
-                    output[0, :, span] = of_row
-        elif len(plan.parts) == 1:
-            output = self._run_part(plan.parts[0], query, key, value, sink_logits, recording)
-        else:
-            output = query.new_empty(*query.shape[:-1], value.shape[-1])
-            for part in plan.parts:
-                r = part.chunk_rows
-                output[r] = self._run_part(part, query[r], key[r], value[r], sink_logits, recording)
-        return output.transpose(1, 2).flatten(2)
-
-    def _run_in_own_dtype(
-        self,
-        plan: Plan,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        token_idx: torch.Tensor | None,
-        sink_logits: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`run` under autocast: in the cache's dtype, with a result in that of the queries."""
-        self._check_dtype(query, key, value)
-        with torch.autocast(query.device.type, enabled=False):
-            own = [x.to(self.dtype) for x in (query, key, value)]
-            return self.run(plan, *own, token_idx, sink_logits).to(query.dtype)
-
-    def _run_part(
-        self,
-        part: Part,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sink_logits: torch.Tensor | None,
-        recording: bool,
-    ) -> torch.Tensor:
-        outputs = []
-        for step in part.steps:
-            if step.write_first and step.write is not None:
-                self._write(step, part.rows, key, value, recording)
-            kv = self._keys_values(step, part.rows, key, value)
-            own = _take(query, step.queries)
-            if step.consecutive is None:
-                output, _ = self.mha.attend(own, kv, step.bias, False, sink_logits=sink_logits)
-            else:
-                output, _ = self.mha.attend_consecutive(own, kv, step.consecutive, sink_logits=sink_logits)
-            outputs.append(output)
-            if not step.write_first and step.write is not None:
-                self._write(step, part.rows, key, value, recording)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-
-    def _write(
-        self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor, recording: bool
-    ) -> None:
-        if recording:
-            self.storage.detach_writes()
-        self.storage.set(_take(key, step.write), _take(value, step.write), step.slots, rows)
-
-    def _keys_values(
-        self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor
-    ) -> KeysAndValues:
-        if step.read is None and step.new is not None:
-            return DefaultKeysAndValues(_take(key, step.new), _take(value, step.new))
-        slots = slice(0, step.bias.shape[-1]) if step.read is None else step.read
-        old = self.storage.get(key.shape[0], slots, rows)
-        if step.new is None:
-            return old
-        return DefaultKeysAndValues(
-            torch.cat((old.keys(), key[:, :, step.new]), dim=2), torch.cat((old.values(), value[:, :, step.new]), dim=2)
-        )
-
-    # -- errors
-
-    def _check_call(
-        self, input_pos: int, batch_size: int, T: int | Sequence[int], rows: Sequence[int] | None
-    ) -> tuple[int, ...]:
-        """Lengths of all rows as the call finds them."""
-        sizes = [T] * batch_size if isinstance(T, int) else list(T)
-        if len(sizes) != batch_size or min(sizes, default=0) < 1:
-            raise ValueError(f"a call needs at least one token for each of {batch_size} rows, got {T}")
-        if input_pos == 0 and rows is None:
-            self._check_batch_size(batch_size)
-            lengths = (0,) * batch_size
-        else:
-            lengths = self._rows.lengths
-            in_use = len(lengths)
-            if rows is not None and not (
-                1 <= batch_size == len(rows) == len(set(rows)) and all(0 <= row < in_use for row in rows)
-            ):
-                raise ValueError(
-                    f"rows {list(rows)} do not name {batch_size} different ones of the {in_use} rows in use"
-                )
-            if rows is None and not in_use:
-                raise ValueError(f"input_pos={input_pos}, but the next token's position is 0: the cache is empty")
-            if rows is None and batch_size != in_use:
-                raise ValueError(f"batch size {batch_size} differs from {in_use}, set by the prefill")
-            named = range(in_use) if rows is None else rows
-            if input_pos == 0:
-                lengths = tuple(0 if row in named else length for row, length in enumerate(lengths))
-            expected = max(lengths[row] for row in named)
-            if input_pos != expected:
-                raise ValueError(f"input_pos={input_pos}, but the next token's position is {expected}")
-        chosen = range(len(lengths)) if rows is None else rows
-        longest = max(lengths[row] + size for row, size in zip(chosen, sizes, strict=True))
-        if not self.policy.evicts and longest > self.cache_length:
-            raise IndexError(
-                f"{longest} tokens do not fit into a dense cache of cache_length={self.cache_length}: "
-                "enlarge it, or use a cache that evicts"
-            )
-        return lengths
-
-    def _check_dtype(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        dtype, device = self._place[0], query.device.type
-        if query.dtype == key.dtype == value.dtype == dtype or (device != "meta" and torch.is_autocast_enabled(device)):
-            return
-        raise ValueError(
-            f"query, key and value must be {dtype}, the cache's dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
-        )
+        rows.fields = plan.after, oldest
 
     # -- state between calls
 
-    def clear(self) -> None:
-        self._rows = RowState()
-
-    def start(self, batch_size: int) -> None:
-        self._check_batch_size(batch_size)
-        self._rows = RowState((0,) * batch_size, (0,) * batch_size)
-
-    def extend(self, count: int) -> None:
-        self._check_batch_size(len(self._rows.lengths) + count)
-        lengths, oldest = self._rows.lengths, self._rows.oldest
-        self._rows = RowState(lengths + (0,) * count, oldest + (0,) * count)
-
-    @property
-    def crop_limit(self) -> int:
-        end = self.next_token_pos
-        limits = (self._rewind_limit(row) + end - length for row, length in enumerate(self._rows.lengths))
-        return max(limits, default=0)
-
     def _rewind_limit(self, row: int) -> int:
-        """Least length, next to 0, that a row can go back to."""
         # what is gone is gone by the longest that the row ever was, also after a crop
-        longest = max(self._rows.lengths[row], self._rows.oldest[row] + self.policy.reach)
+        longest = max(self._rows.lengths[row], self._rows.fields[1][row] + self.policy.reach)
         return self.policy.crop_limit(longest, self.window)
+
+    def _shortened(self, lengths: tuple[int, ...]) -> RowState:
+        return RowState(lengths, self._rows.fields[1])
+
+    def _takes_over(self, rows: RowState) -> bool:
+        return not any(rows.fields[1])
 
     @property
     def max_rewindable_tokens(self) -> int:
         seen = self.policy.reach if self.window is None else min(self.window, self.policy.reach)
         late = self.policy.reach - seen + 2 if self.policy.evicts else 0  # once tokens are evicted
         room = self.cache_length - self.next_token_pos
-        evicted = any(oldest > self.policy.n_sink for oldest in self._rows.oldest)
+        evicted = any(oldest > self.policy.n_sink for oldest in self._rows.fields[1])
         return max(0, min(self.cache_length, late if evicted else max(room, late)) - 1)
-
-    def rewind(self, counts: Sequence[int]) -> None:
-        """Row b forgets its last `counts[b]` tokens.
-
-        Raises:
-            ValueError: if there are not as many, or what a later token would see was evicted.
-        """
-        if len(counts) != len(self._rows.lengths):
-            raise ValueError(f"{len(counts)} counts for {len(self._rows.lengths)} rows in use")
-        lengths = tuple(length - count for length, count in zip(self._rows.lengths, counts, strict=True))
-        for row, length in enumerate(lengths):
-            limit = self._rewind_limit(row)
-            if not 0 <= length <= self._rows.lengths[row] or 0 < length < limit:
-                raise ValueError(
-                    f"cannot rewind row {row} from {self._rows.lengths[row]} to {length} tokens: it can go back to {limit} or "
-                    "more, or to 0"
-                )
-        oldest = tuple(old if length else 0 for old, length in zip(self._rows.oldest, lengths, strict=True))
-        self._rows = RowState(lengths, oldest)
-
-    def crop(self, n: int) -> None:
-        """Go back to when `next_token_pos` was n: the last tokens of every row are forgotten.
-
-        Raises:
-            ValueError: if n is not in 0..next_token_pos, or what a later token would see was evicted (`crop_limit`).
-        """
-        end = self.next_token_pos
-        if not 0 <= n <= end:
-            raise ValueError(f"cannot crop to {n}: must be in 0..{end}, the tokens so far")
-        if 0 < n < self.crop_limit:
-            raise ValueError(
-                f"cannot crop to {n} of {end} tokens: some row would miss tokens that were evicted, or be shorter than "
-                f"empty; crop to {self.crop_limit} or more, or start anew with input_pos=0"
-            )
-        if n == 0:
-            self.clear()
-        self.rewind([end - n] * len(self._rows.lengths))
-
-    def reorder(self, rows: Iterable[int]) -> None:
-        """Row i becomes what row `rows[i]` was. Rows may be dropped or repeated, as long as `batch_size` holds them.
-
-        Raises:
-            ValueError: if a row is not in use, or there are none or too many.
-        """
-        rows = [int(row) for row in rows]
-        if not 1 <= len(rows) <= self.batch_size or not all(0 <= row < len(self._rows.lengths) for row in rows):
-            raise ValueError(
-                f"rows {rows}: need 1..{self.batch_size} of the {len(self._rows.lengths)} rows in use (0-based)"
-            )
-        self.storage.select_rows(rows)
-        state = self._rows
-        self._rows = RowState(*(tuple(of_rows[row] for row in rows) for of_rows in (state.lengths, state.oldest)))
-
-    def fork(self) -> "PositionalKVCache":
-        other = self.empty_copy()
-        other.load_state(self.state(copy=False))
-        return other
-
-    def empty_copy(self) -> "PositionalKVCache":
-        kept = {id(x): x for x in (self.config, self.policy, self.mha)}
-        with torch.inference_mode(False):
-            other = copy.deepcopy(self, {**kept, id(self.storage): self.storage.empty_copy()})
-        other.clear()
-        return other
-
-    def state(self, copy: bool = True) -> dict[str, Any]:
-        state: dict[str, Any] = {
-            "policy": repr(self.policy),
-            "lengths": list(self._rows.lengths),
-            "oldest": list(self._rows.oldest),
-        }
-        if self.current_length:
-            stored = self.storage.state(len(self._rows.lengths), self.current_length)
-            state |= {name: x.clone() if copy else x for name, x in stored.items()}
-        return state
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from where `state` was taken.
-
-        Raises:
-            ValueError: if it was taken from a cache of another shape or dtype, or tokens were evicted by another policy.
-        """
-        lengths = tuple(int(length) for length in state["lengths"])
-        used = min(max(lengths, default=0), self.cache_length)
-        if len(lengths) > self.batch_size:
-            raise ValueError(f"the state has {len(lengths)} rows, the cache batch_size={self.batch_size}")
-        if any(state["oldest"]) and state["policy"] != repr(self.policy):
-            raise ValueError(
-                f"the state is what {state['policy']} left of longer sequences, the cache has {self.policy!r}"
-            )
-        if used:
-            self.storage.load_state(state, len(lengths), used)
-        self._rows = RowState(lengths, tuple(int(position) for position in state["oldest"]))
-
-
-def _take(x: torch.Tensor, tokens: slice | torch.Tensor) -> torch.Tensor:
-    """Some tokens of a chunk (B, heads, T, D); x itself where they are all."""
-    if isinstance(tokens, slice) and tokens.start == 0 and tokens.stop == x.shape[2]:
-        return x
-    return x[:, :, tokens]

@@ -1,4 +1,4 @@
-"""How the GPUs of a machine are connected, by what their vendor's tool says."""
+"""How the GPUs of a machine are connected, according to their vendor's tool."""
 
 import os
 import re

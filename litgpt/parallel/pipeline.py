@@ -1,4 +1,4 @@
-"""Layers spread over devices, each with its cache; the activations move from device to device."""
+"""Layers on several devices, with their caches; activations move from device to device."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,8 +15,8 @@ from litgpt.rope import Rope
 
 
 def devices_of_layers(n_layer: int, devices: Sequence[torch.device | str]) -> list[torch.device]:
-    """The device of each layer: consecutive ones share a device, and the first device, which has the embeddings too, has
-    the fewest.
+    """The device of each layer: consecutive layers share one, and the first device, which also has the embeddings, has the
+    fewest.
 
     Raises:
         ValueError: if there are more devices than layers, or none.
@@ -30,7 +30,7 @@ def devices_of_layers(n_layer: int, devices: Sequence[torch.device | str]) -> li
 def load_spread(
     checkpoint: Checkpoint, dtype: torch.dtype, devices: Sequence[torch.device | str], quantize: str | None = None
 ) -> GPT:
-    """A model with a checkpoint's weights, each read to the device where it is to work."""
+    """A model with a checkpoint's weights, each read directly to its device."""
     places = devices_of_layers(checkpoint.config.n_layer, devices)
 
     def device_of(module: str) -> torch.device:
@@ -43,7 +43,7 @@ def load_spread(
 
 
 def spread_layers(model: GPT, devices: Sequence[torch.device | str]) -> GPT:
-    """Spread the layers of a model over devices. Embeddings and final norm are on the first one; caches are gone.
+    """Spread the layers of a model over devices, with embeddings and final norm on the first. Caches are dropped.
 
     Raises:
         ValueError: if there are more devices than layers, or none, or the model was spread before.
@@ -61,7 +61,7 @@ def spread_layers(model: GPT, devices: Sequence[torch.device | str]) -> GPT:
 
 
 def _pass_between(model: GPT, places: list[torch.device]) -> None:
-    """Have blocks, which are on `places`, take their inputs from wherever they come."""
+    """Move the inputs of blocks to their devices, `places`."""
     arrivals = {device: _Arrival(device) for device in places}
     for block, device in zip(model.transformer.h, places, strict=True):
         block.register_forward_pre_hook(arrivals[device])
@@ -70,7 +70,7 @@ def _pass_between(model: GPT, places: list[torch.device]) -> None:
 
 
 class _Arrival:
-    """Moves the arguments of blocks to their device; what all blocks of a call share is moved there once."""
+    """Moves the arguments of blocks to a device, and those shared by all blocks of a call once."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device

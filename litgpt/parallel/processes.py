@@ -1,4 +1,4 @@
-"""Processes that hold a model together: how they start, find each other, and end."""
+"""A group of processes with a model divided among them: start, rendezvous and end."""
 
 import os
 import signal
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-CPU_PROCESSES = 2  # where there are no GPUs and no number is given
-_USER_ERRORS = (ValueError, OSError, IndexError, MemoryError)  # pass between processes as they are
+CPU_PROCESSES = 2  # default number without GPUs
+_USER_ERRORS = (ValueError, OSError, IndexError, MemoryError)  # keep their type between processes
 
 
 def launched_outside() -> tuple[int, int] | None:
-    """Rank and number of processes, where something else has started them (`torchrun`); else None."""
+    """Rank and number of processes if started by a launcher such as `torchrun`; otherwise None."""
     try:
         return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     except (KeyError, ValueError):
@@ -28,10 +28,10 @@ def launched_outside() -> tuple[int, int] | None:
 
 
 def number_of_processes(devices: int | None) -> int:
-    """How many processes a model is divided among, where `devices` are asked for.
+    """Number of processes for `devices` (None: all).
 
     Raises:
-        ValueError: if there are fewer GPUs, or another number of processes has been started.
+        ValueError: if there are fewer GPUs, or a launcher has started another number.
     """
     if (outside := launched_outside()) is not None:
         if devices not in (None, outside[1]):
@@ -48,7 +48,7 @@ def number_of_processes(devices: int | None) -> int:
 
 
 def own_device(rank: int) -> torch.device:
-    """The device of this process: a GPU of its own where there are any, else the CPU."""
+    """The device of this process: its own GPU if there are any, otherwise the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
@@ -57,9 +57,9 @@ def own_device(rank: int) -> torch.device:
 
 
 def join_group(store: dist.Store | None = None, rank: int = -1, world_size: int = -1) -> None:
-    """Make this process one of a group (without arguments: as the environment says), if it is in none yet.
+    """Join a group of processes (by default the environment's), unless in one already.
 
-    Tensors on the CPU go by gloo, those on GPUs by NCCL.
+    Tensors on the CPU go by gloo, tensors on GPUs by NCCL.
     """
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -68,7 +68,7 @@ def join_group(store: dist.Store | None = None, rank: int = -1, world_size: int 
 
 @contextmanager
 def only_first_speaks(rank: int) -> Iterator[None]:
-    """What the other processes write is dropped."""
+    """Drop the output of all processes but the first."""
     if rank == 0:
         yield
         return
@@ -82,15 +82,14 @@ def only_first_speaks(rank: int) -> Iterator[None]:
 
 
 def run_in_processes(function: Callable[..., None], count: int, *args: Any) -> None:
-    """Call `function(rank, *args)` in `count` new processes that form a group, and wait for all of them.
-
-    If one fails, the others are ended: they may be waiting for it.
+    """Call `function(rank, *args)` in `count` new processes that form a group, and wait for them; if one fails, the others are
+    killed.
 
     Args:
-        function: of a module, so that other processes find it.
+        function: importable by other processes.
 
     Raises:
-        ValueError, OSError, IndexError, MemoryError, RuntimeError: what the first one that failed said.
+        ValueError, OSError, IndexError, MemoryError, RuntimeError: the first error in a process.
     """
     context = get_context("spawn")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # port 0: any that is free
@@ -104,7 +103,7 @@ def run_in_processes(function: Callable[..., None], count: int, *args: Any) -> N
         running = list(processes)
         while running:
             connection.wait([process.sentinel for process in running])
-            # asked once: a sentinel closes a moment before there is an exit code, which may come between two questions
+            # read once: a sentinel closes shortly before the exit code is set
             codes = {process: process.exitcode for process in running}
             if any(codes.values()):
                 raise _cause(processes, errors)
@@ -119,7 +118,7 @@ def run_in_processes(function: Callable[..., None], count: int, *args: Any) -> N
 
 
 def _cause(processes: list[SpawnProcess], errors: SimpleQueue) -> BaseException:
-    """Why a process failed: the first error, since later ones follow from it."""
+    """The first error of a process, which caused later ones."""
     for rank, process in enumerate(processes):
         if process.exitcode is not None and process.exitcode < 0:
             name = signal.Signals(-process.exitcode).name
@@ -154,7 +153,7 @@ def _work(
 
 
 def _leave(code: int) -> None:
-    """End at once: an orderly end takes seconds, or waits for other processes."""
+    """Exit at once: a regular exit takes seconds, or waits for other processes."""
     sys.stdout.flush()
     os._exit(code)
 

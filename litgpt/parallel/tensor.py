@@ -1,8 +1,8 @@
 """Tensor parallelism: the part of a model that one of several processes holds (arXiv:1909.08053).
 
-Of every layer a process has some query heads with the keys and values that they attend to, and some of the inner rows of
-each MLP; of the embeddings it has some rows. Attention and MLPs are summed over the processes, logits are put side by side;
-norms and routers are whole everywhere.
+Of every layer a process has some query heads with their keys and values, and some of the inner rows of each MLP; of the
+embeddings it has some rows. Outputs of attention and MLPs are summed over the processes, logits are concatenated; norms and
+routers are replicated.
 """
 
 import re
@@ -15,7 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from litgpt.checkpoint.base import Checkpoint, Piece
+from litgpt.checkpoint.base import Checkpoint, RowShard
 from litgpt.checkpoint.load import check_weights, fill_model, is_tied, quantize_meta
 from litgpt.checkpoint.meta_model import meta_model
 from litgpt.config import Config
@@ -26,23 +26,23 @@ _LAYER_OR_EXPERT = re.compile(r"^transformer\.h\.\d+\.|(?<=\.experts)\.\d+")
 
 
 def chunk_sizes(num_units: int, devices: int) -> list[int]:
-    """`num_units` shared out as evenly as possible, in order; those who get one more come last."""
+    """`num_units` divided as evenly as possible; larger shares come last."""
     least, more = divmod(num_units, devices)
     return [least] * (devices - more) + [least + 1] * more
 
 
 def chunks(num_units: int, devices: int) -> list[range]:
-    """The units 0..num_units-1 shared out as `chunk_sizes` says."""
+    """Consecutive ranges of 0..num_units-1 with the sizes of `chunk_sizes`."""
     stops = [sum(chunk_sizes(num_units, devices)[: i + 1]) for i in range(devices)]
     return [range(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What the process `rank` of `world_size` holds of a model.
+    """The part of a model in process `rank` of `world_size`.
 
-    Key/value heads are dealt out with the query heads that share them. If there are fewer of them than processes, several
-    processes hold the same one, and the query heads of that group are dealt out among them.
+    Key/value heads are divided together with the query heads that share them. If there are fewer of them than processes,
+    several processes hold the same one, and divide its query heads.
 
     Args:
         whole: the model's configuration.
@@ -50,7 +50,7 @@ class Shard:
         world_size: number of processes.
 
     Raises:
-        ValueError: if the model has too few of what is to be dealt out.
+        ValueError: if the model cannot be divided among so many processes.
     """
 
     whole: Config
@@ -69,12 +69,12 @@ class Shard:
 
     @property
     def sums_norms(self) -> bool:
-        """Whether the norms of queries and keys are over all heads, and so over all processes."""
+        """Whether norms of queries and keys are over the heads of all processes."""
         return self.whole.norm_qk and self.whole.norm_qk_type == "olmo2"
 
     @cached_property
     def _heads(self) -> tuple[range, range, int]:
-        """Query heads, key/value heads, and how many processes hold the latter."""
+        """Query heads, key/value heads, and the number of processes with the latter."""
         H, G = self.whole.n_head, self.whole.n_query_groups
         if self.world_size <= G:
             groups = chunks(G, self.world_size)[self.rank]
@@ -88,17 +88,17 @@ class Shard:
 
     @property
     def group_copies(self) -> int:
-        """Number of processes that hold this one's key/value heads."""
+        """Number of processes with the same key/value heads."""
         return self._heads[2]
 
     @cached_property
     def vocabulary(self) -> range:
-        """The tokens whose rows of the embeddings are here."""
+        """The tokens with embedding rows in this process."""
         return self._part(self.whole.padded_vocab_size)
 
     @cached_property
     def config(self) -> Config:
-        """The configuration of the layers here."""
+        """The configuration of this process's layers."""
         heads, groups, _ = self._heads
         experts = self.whole.moe_intermediate_size
         return replace(
@@ -114,7 +114,7 @@ class Shard:
 
     @cached_property
     def rows(self) -> dict[str, list[range]]:
-        """Rows that are here, of the modules that are divided by rows (their names without layer and expert)."""
+        """This process's rows of modules divided by rows, by their names without layer and expert."""
         whole, (heads, groups, _) = self.whole, self._heads
         D, H, G = whole.head_size, whole.n_head, whole.n_query_groups
         rows = {
@@ -135,23 +135,23 @@ class Shard:
 
     @cached_property
     def columns(self) -> dict[str, range]:
-        """Columns that are here, of the modules that are divided by columns. Their outputs are summed."""
+        """This process's columns of modules divided by columns, whose outputs are summed."""
         value_size = self.whole.head_size if self.whole.latent_attention is None else self.whole.v_head_dim
         columns = {f"{mlp}.proj": inner for mlp, inner in self._inner.items()}
         return columns | {"attn.proj": _times(self._heads[0], value_size)}
 
     @cached_property
     def _inner(self) -> dict[str, range]:
-        """Inner rows of MLPs that are here, by the MLP's name."""
+        """This process's inner rows of MLPs, by the MLP's name."""
         dense = self._part(self.whole.intermediate_size)
         expert = self._part(self.whole.moe_intermediate_size or self.whole.intermediate_size)
         shared = _times(expert, self.whole.n_shared_expert or 1)
         return {"mlp": dense, "mlp.experts": expert, "mlp.shared_experts": shared}
 
-    def pieces(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """Out of pieces of the whole model those of this part, as views: nothing else is read.
+    def pieces(self, pieces: Iterable[RowShard]) -> Iterator[RowShard]:
+        """This process's parts of row shards of the whole model, as views, so that nothing else is read.
 
-        A bias that is added to a sum is the first process's; it is zero in the others.
+        A bias that is added to a sum is in the first process, and zero in the others.
         """
         for name, row, piece in pieces:
             module = _LAYER_OR_EXPERT.sub("", name).removesuffix(".weight").removesuffix(".bias")
@@ -172,12 +172,12 @@ class Shard:
 
 
 def _times(units: range, size: int, first: int = 0) -> range:
-    """The rows of some units of `size` rows each, after `first` other units."""
+    """Rows of `units` of `size` rows each, after `first` other units."""
     return range((first + units.start) * size, (first + units.stop) * size)
 
 
 class ShardedGPT(GPT):
-    """A `GPT` that is divided among a group of processes: all have to make the same calls, and get the same logits."""
+    """A `GPT` divided among a group of processes, which make the same calls and get the same logits."""
 
     def __init__(self, shard: Shard) -> None:
         super().__init__(shard.config)
@@ -186,7 +186,7 @@ class ShardedGPT(GPT):
         self.transformer["wte"] = nn.Embedding(len(shard.vocabulary), E)
         self.lm_head = nn.Linear(E, len(shard.vocabulary), bias=config.lm_head_bias)
         for block in self.transformer.h:
-            # what comes in here is what attention and MLP gave, whatever layers those are made of
+            # their inputs are the outputs of attention and MLP, also if those layers are replaced
             block.post_attention_norm.register_forward_pre_hook(_sum_input)
             block.post_mlp_norm.register_forward_pre_hook(_sum_input)
             if shard.sums_norms:
@@ -197,30 +197,28 @@ class ShardedGPT(GPT):
                 )
 
     def embed(self, idx: torch.Tensor) -> torch.Tensor:
-        """What the first layer gets for tokens (B, T): (B, T, E)."""
         idx = idx - self.shard.vocabulary.start
         elsewhere = (idx < 0) | (idx >= len(self.shard.vocabulary))
         x = super().embed(idx.masked_fill(elsewhere, 0))
         return _sum(x.masked_fill(elsewhere.unsqueeze(-1), 0))
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits (..., padded_vocab_size) of final-norm outputs (..., E)."""
         sizes = chunk_sizes(self.config.padded_vocab_size, self.shard.world_size)
         logits = super().logits(x)
-        logits = F.pad(logits, (0, max(sizes) - logits.shape[-1]))  # what is gathered has to be of one size
+        logits = F.pad(logits, (0, max(sizes) - logits.shape[-1]))  # gathered tensors have equal sizes
         parts = [torch.empty_like(logits) for _ in sizes]
         dist.all_gather(parts, logits)
         return torch.cat([part[..., :size] for part, size in zip(parts, sizes, strict=True)], dim=-1)
 
     def broadcast_tokens(self, tokens: list[int]) -> list[int]:
-        """Drawn tokens, as all processes go on with them: those of the first."""
+        """The tokens that the first process has drawn."""
         drawn = torch.tensor(tokens)
         dist.broadcast(drawn, src=0)
         return drawn.tolist()
 
 
 class ShardedRMSNorm(RMSNorm):
-    """A root-mean-square norm over `total` elements, of which this process holds `size`, as do `copies` - 1 others."""
+    """A root-mean-square norm over `total` elements, of which `copies` processes, this one included, hold the same `size`."""
 
     def __init__(self, config: Config, size: int, total: int, copies: int = 1) -> None:
         super().__init__(size, eps=config.norm_eps, add_unit_offset=config.norm_unit_offset)
@@ -250,9 +248,8 @@ def load_shard(
     world_size: int,
     quantize: str | None = None,
 ) -> ShardedGPT:
-    """The part of a checkpoint's model that a process holds. Of the weights it reads no others.
-
-    With `quantize` (int8 or int4) every piece is quantised as it is read.
+    """A process's part of a checkpoint's model, reading only its weights; with `quantize` (int8 or int4) they are quantised on the
+    way.
 
     Raises:
         ValueError: as `load_model` and `Shard` do.
@@ -263,11 +260,11 @@ def load_shard(
         raise ValueError(f"quantize={quantize!r} is for one device: use int8 or int4")
     if quantize is not None:
         quantize_meta(model, Scheme(quantize), dtype, checkpoint.tied)
-    return fill_model(model, model.shard.pieces(checkpoint.pieces()), checkpoint.tied, dtype, device)
+    return fill_model(model, model.shard.pieces(checkpoint.row_shards()), checkpoint.tied, dtype, device)
 
 
 def shard_model(model: GPT, dtype: torch.dtype, device: torch.device, rank: int, world_size: int) -> ShardedGPT:
-    """The part of a model that a process holds, as a model of its own."""
+    """A process's part of a model."""
     pieces = ((name, 0, tensor) for name, tensor in model.state_dict().items())
     part = _meta_shard(model.config, rank, world_size)
     return fill_model(part, part.shard.pieces(pieces), is_tied(model), dtype, device).requires_grad_(False)

@@ -1,7 +1,7 @@
-"""All layers on CPU by one call of the kernels: for small models PyTorch's overhead costs as much as the arithmetic.
+"""All layers on CPU in one kernel call: for small models PyTorch's overhead is as large as the arithmetic.
 
-`FusedLayers` computes what `GPT.run_layers` does, from the same weights, caches and plans. Calls that it does not support
-are left to `run_layers`. Decode steps and prefill steps have kernels of their own.
+`FusedLayers` computes the outputs of `GPT.run_layers` from the same weights, caches and plans; unsupported calls are left to
+`run_layers`. Decode and prefill steps have separate kernels.
 """
 
 import ctypes
@@ -17,15 +17,16 @@ from litgpt.config import Config
 from litgpt.kernels import ops
 from litgpt.kernels.library import library
 from litgpt.kernels.structs import Layer, Rope, Segment, Shape, StepPlan, Weight, address
-from litgpt.kvcache import KVCache, PositionalKVCache
+from litgpt.kvcache import KVCache
 from litgpt.kvcache.plan import Plan
+from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.model import GPT, Block, CausalSelfAttention, GemmaMLP, LLaMAMLP, Multiply, RMSNorm
 from litgpt.rope import Rope as RopeRows
 from litgpt.runners.opaque_weights import OpaqueLayer
 from litgpt.runners.packed_weights import PackedGatedMLP
 from litgpt.runners.watch import ModuleWatch
 
-# Every field of `Config` is in one of these. One that is in none has to have its default.
+# Every field of `Config` is in one of these tables; a new field must have its default.
 REQUIRED = {  # the only supported values
     "norm_class_name": ("RMSNorm",),
     "parallel_residual": (False,),
@@ -58,7 +59,7 @@ OUTSIDE = {
 
 
 def knows_config(config: Config) -> bool:
-    """Whether the kernels compute everything that layers of this configuration do."""
+    """Whether the kernels support layers of this configuration."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name in REQUIRED and value not in REQUIRED[field.name]:
@@ -69,9 +70,9 @@ def knows_config(config: Config) -> bool:
 
 
 def fuse_layers(model: GPT) -> bool:
-    """Have `model` run all layers by one call, if the kernels support them; returns whether they do.
+    """Run all layers of `model` in one call, if the kernels support them; returns whether they do.
 
-    `model.layer_runner = None` undoes it, and is needed before layers or their weights are replaced.
+    `model.layer_runner = None` undoes it, and is required before layers or their weights are replaced.
     """
     layers = [_layer(block) for block in model.transformer.h] if ops.available() and _is_supported(model) else [None]
     if None in layers:
@@ -84,7 +85,7 @@ def fuse_layers(model: GPT) -> bool:
 
 
 class FusedLayers:
-    """A `LayerRunner` that runs all layers by one call of the kernels."""
+    """A `LayerRunner` that runs all layers in one kernel call."""
 
     static_shapes = False
 
@@ -103,7 +104,7 @@ class FusedLayers:
         )
         self.plans = (StepPlan * len(layers))()
         self.scratch_size = 2 * (config.n_head + config.n_query_groups) * config.head_size  # for a token of a prefill
-        self.caches: list[weakref.ref[KVCache]] = []  # whose buffers `layers` point to
+        self.caches: list[weakref.ref[KVCache]] = []  # `layers` point to their buffers
         self.places: list[tuple[int, int]] = []
         modules = [module for block in self.blocks for module in block.modules()] + [model.transformer.ln_f]
         self.watch = ModuleWatch(modules, apart=model.kv_caches())
@@ -157,7 +158,7 @@ class FusedLayers:
         """A copy of the model runs its own layers, one by one."""
 
     def _has_caches(self, caches: list[KVCache]) -> bool:
-        """Point `layers` to the buffers of the caches; False if a cache is of an unsupported kind."""
+        """Point `layers` to the buffers of the caches; False if a cache is not supported."""
         if len(self.caches) == len(caches) and all(
             ref() is cache for ref, cache in zip(self.caches, caches, strict=True)
         ):
@@ -166,7 +167,7 @@ class FusedLayers:
                 return True
         if not all(map(_is_supported_cache, caches)):
             return False
-        self.caches = list(map(weakref.ref, caches))  # does not keep their memory
+        self.caches = list(map(weakref.ref, caches))  # without keeping their memory
         self.places = list(map(_place, caches))
         for layer, cache, place in zip(self.layers, caches, self.places, strict=True):
             layer.keys, layer.values = place
@@ -174,13 +175,13 @@ class FusedLayers:
         return True
 
 
-def _place(cache: PositionalKVCache) -> tuple[int, int]:
+def _place(cache: PlannedKVCache) -> tuple[int, int]:
     keys, values = cache.storage.kernel_view()
     return keys.data_ptr(), values.data_ptr()
 
 
 def _set_decode_plan(target: StepPlan, plan: Plan, T: int) -> bool:
-    """Copy a plan for a few tokens to `target`; False unless it stores all of them, then attends to a range of slots."""
+    """Copy a plan for a few tokens to `target`; False unless it stores all, then attends to a range of slots."""
     part = plan.parts[0]
     step = part.steps[0]
     simple = len(plan.parts) == len(part.steps) == 1 and part.spans is None and part.chunk_rows is None
@@ -234,8 +235,8 @@ def _segments(plan: Plan, B: int, T: int) -> "ctypes.Array[Segment] | None":
 
 def _is_supported_cache(cache: KVCache | None) -> bool:
     return (
-        isinstance(cache, PositionalKVCache)
-        and type(cache).run is PositionalKVCache.run
+        isinstance(cache, PlannedKVCache)
+        and type(cache).run is PlannedKVCache.run
         and cache.dtype == torch.bfloat16
         and cache.storage.kernel_view() is not None
         and cache.mha.is_plain()
@@ -243,7 +244,7 @@ def _is_supported_cache(cache: KVCache | None) -> bool:
 
 
 def _layer(block: nn.Module) -> Layer | None:
-    """The constant arguments of a layer; None if it is of an unsupported kind."""
+    """The constant arguments of a layer; None if it is not supported."""
     if type(block) is not Block or type(block.attn) is not CausalSelfAttention:
         return None
     attn, mlp = block.attn, block.mlp

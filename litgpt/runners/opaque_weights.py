@@ -11,7 +11,7 @@ from litgpt.kernels.structs import Weight
 
 
 class OpaqueLayer(nn.Module, ABC):
-    """A layer for inference whose weights are not plain parameters. This class is the interface to them.
+    """Interface of layers for inference whose weights are not plain parameters.
 
     Attributes:
         in_features, out_features: sizes of the last dimension of input and output.
@@ -34,7 +34,7 @@ class OpaqueLayer(nn.Module, ABC):
 
     @abstractmethod
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """The output (..., out_features) for x (..., in_features), in plain code."""
+        """The output (..., out_features) for x (..., in_features), outside compiled graphs."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.compiler.is_compiling() and x.device.type == "cpu":
@@ -46,18 +46,18 @@ class OpaqueLayer(nn.Module, ABC):
         """A few values of every weight, by the names of plain layers, for `litgpt.fingerprint`."""
 
     def kernel_weight(self) -> Weight | None:
-        """The weight as `litgpt.kernels` reads it, without a copy; None if they cannot read it."""
+        """The weight for `litgpt.kernels`, without a copy; None if they do not support it."""
         return None
 
     def pack(self) -> None:
-        """Bring the weight into the order of the kernel that is used for it."""
+        """Reorder the weight for its kernel."""
 
     def unpacked(self) -> nn.Module:
-        """The layer that takes this one's place when packing is undone."""
+        """The layer that replaces this one when packing is undone."""
         return self
 
 
-# Compiled graphs cannot hold opaque tensors: there a layer is an integer key, looked up when the graph runs.
+# In compiled graphs, which cannot hold opaque tensors, a layer is an integer key that is looked up at run time
 _layers: "weakref.WeakValueDictionary[int, OpaqueLayer]" = weakref.WeakValueDictionary()
 _next_key = itertools.count()
 

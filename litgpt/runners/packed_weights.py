@@ -1,12 +1,10 @@
-"""Linear layers whose weights are laid out once for the CPU's matrix kernels.
+"""Linear layers with weights packed for the CPU's matrix kernels.
 
-A matrix product in bfloat16 spends much of its time bringing the weight into the kernel's own order. `pack_linears` does
-that once, in place of the plain weight, so memory stays the same. Where oneDNN multiplies in bfloat16, the order is its own, and
-single layers put many rows through its product and few through ours (`litgpt.kernels`), which reads the same order as fast as
-memory gives it; elsewhere our kernels do both. So do all layers in one call (`litgpt.runners.fused`).
+A matrix product in bfloat16 spends much of its time on reordering the weight for the kernel. `pack_linears` does that once,
+in place of the plain weight, so memory stays the same. Where oneDNN multiplies in bfloat16, the packed order is oneDNN's;
+single layers use its product for many rows and ours (`litgpt.kernels`), which reads the same order at memory speed, for
+few. Elsewhere our kernels do both, as they do for all layers in one call (`litgpt.runners.fused`).
 """
-
-from abc import ABC, abstractmethod
 
 import torch
 from torch import nn
@@ -16,25 +14,28 @@ from litgpt.kernels import ops, processor
 from litgpt.kernels.structs import BLOCKED, Weight, address
 from litgpt.runners.opaque_weights import OpaqueLayer
 
-ROWS_HINT = 128  # oneDNN's layout is chosen for this many tokens; it also serves one token well
+ROWS_HINT = 128  # number of tokens that oneDNN's layout is optimised for; it is also good for one
 
 
-class Layout(ABC):
-    """A weight (N, K) in the order of a kernel."""
+class KernelLayout:
+    """A weight (N, K) in the order of our kernels."""
 
-    address: int | None  # where `litgpt.kernels` finds it; None: they do not read this order
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.N, self.K = weight.shape
+        self.packed = ops.blocked(weight)
+        self.address: int | None = self.packed.data_ptr()  # None: our kernels do not support the order
 
-    @abstractmethod
     def plain(self) -> torch.Tensor:
         """The weight (N, K), a copy."""
+        return ops.unblocked(self.packed, self.N, self.K)
 
-    @abstractmethod
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (..., K) times the weight: (..., N)."""
+        return ops.linear_blocked(x, self.address, bias, self.N)
 
 
-class OneDnnLayout(Layout):
-    """As oneDNN has it on this machine, which may be as our kernels do."""
+class OneDnnLayout(KernelLayout):
+    """A weight (N, K) in oneDNN's order on this machine, which our kernels may support."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.N, self.K = weight.shape
@@ -46,40 +47,22 @@ class OneDnnLayout(Layout):
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.address is not None and x.numel() <= ops.MAX_ROWS * self.K:
-            return ops.linear_blocked(x, self.address, bias, self.N)
+            return super().product(x, bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
 
 
-class KernelLayout(Layout):
-    """As our kernels have it."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.N, self.K = weight.shape
-        self.packed = ops.blocked(weight)
-
-    @property
-    def address(self) -> int:
-        return self.packed.data_ptr()
-
-    def plain(self) -> torch.Tensor:
-        return ops.unblocked(self.packed, self.N, self.K)
-
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return ops.linear_blocked(x, self.address, bias, self.N)
-
-
 class PackedLinear(OpaqueLayer):
-    """`nn.Linear` for inference on CPU in bfloat16, or several with the same input as one, their outputs side by side.
+    """A packed `nn.Linear`, or several with the same input as one, with concatenated outputs.
 
-    The state dict of a single one is that of the layer it was made from.
+    With a single layer, the state dict is that layer's.
 
     Args:
-        linears: the plain layers. Their weights' memory is given back; `plain` fills the same parameters again.
+        linears: the plain layers. The memory of their weights is freed; `plain` fills the same parameters again.
     """
 
     def __init__(self, *linears: nn.Linear) -> None:
         super().__init__()
-        self._plain = linears  # a tuple: no submodules, their weights no parameters of this one
+        self._plain = linears  # a tuple, so no submodules
         self.sizes = [linear.out_features for linear in linears]
         self.in_features, self.out_features = linears[0].in_features, sum(self.sizes)
         single = len(linears) == 1
@@ -99,7 +82,7 @@ class PackedLinear(OpaqueLayer):
         return self.layout.plain()
 
     def plain(self) -> tuple[nn.Linear, ...]:
-        """The layers that this one was made from, as they were."""
+        """The original layers, with their weights restored."""
         for linear, weight in zip(self._plain, self.weight.split(self.sizes), strict=True):
             linear.weight.data = weight.clone() if len(self.sizes) > 1 else weight
         return self._plain
@@ -124,7 +107,7 @@ class PackedLinear(OpaqueLayer):
 
 
 class SharedLinear(OpaqueLayer):
-    """`nn.Linear` whose plain weight is also that of an embedding, and so is not packed."""
+    """`nn.Linear` that shares its weight with an embedding, and so is not packed."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -145,7 +128,7 @@ class SharedLinear(OpaqueLayer):
 
 
 class PackedGatedMLP(OpaqueLayer):
-    """A gated MLP (`fc_1`, `fc_2`, `proj`, and `gated` between them) whose first two layers are one product."""
+    """A packed gated MLP (`fc_1`, `fc_2`, `proj`, and `gated` between them) with one product for the first two layers."""
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
@@ -153,7 +136,7 @@ class PackedGatedMLP(OpaqueLayer):
         self._first = (PackedLinear(mlp.fc_1, mlp.fc_2),)
         self.proj = PackedLinear(mlp.proj)
         self.in_features, self.out_features = self.first.in_features, self.proj.out_features
-        self.activation: int | None = None  # of the kernel that does all at once, where there is one
+        self.activation: int | None = None  # of the kernel for the whole MLP, if there is one
         if self.proj.layout.address is not None and mlp.fc_1.out_features % ops.TILE == 0 and mlp.fc_1.bias is None:
             self.activation = ops.ACTIVATIONS.get(mlp.activation)
 
@@ -163,11 +146,11 @@ class PackedGatedMLP(OpaqueLayer):
 
     @property
     def first(self) -> "PackedLinear":
-        """The product with `fc_1` and `fc_2`, one after the other."""
+        """The layers `fc_1` and `fc_2` as one."""
         return self._first[0]
 
     def kernel_weights(self) -> dict[str, Weight] | None:
-        """The weights of gate, up and down as `kernel_weight` gives them, where kernels compute the whole MLP."""
+        """Weights of gate, up and down for the kernel of the whole MLP, if there is one."""
         if self.activation is None:
             return None
         half = self.proj.in_features
@@ -199,7 +182,7 @@ class PackedGatedMLP(OpaqueLayer):
 
 
 def can_pack(weight: torch.Tensor) -> bool:
-    """Whether there are packed products for such a weight on this machine, oneDNN's or ours."""
+    """Whether oneDNN or our kernels have a packed product for the weight on this machine."""
     return (
         weight.device.type == "cpu"
         and weight.dtype == torch.bfloat16
@@ -208,9 +191,9 @@ def can_pack(weight: torch.Tensor) -> bool:
 
 
 def pack_linears(model: nn.Module) -> None:
-    """Replace the plain linear layers of `model` by packed ones, where that works, and pack those that are opaque already.
+    """Pack the linear layers of `model` that support it, one at a time, so that only one weight is in memory twice.
 
-    One at a time, so that no more than one weight is in memory twice. One that an embedding shares stays as it is.
+    A layer that shares its weight with an embedding keeps it.
     """
     _pack(model, {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)})
 
@@ -234,7 +217,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def unpack_linears(model: nn.Module) -> None:
-    """Undo `pack_linears`: the same layers with the same parameters, so that optimizers that know them go on working."""
+    """Undo `pack_linears`: the same layers with the same parameters, which optimizers may hold."""
     for name, child in list(model.named_children()):
         if isinstance(child, OpaqueLayer):
             setattr(model, name, child.unpacked())

@@ -1,12 +1,12 @@
 """Weights as integers of 8 or 4 bits: less memory, and less to read for every token.
 
-Only weights are quantised; what they are multiplied with is not. A quantised layer computes what `F.linear` computes with
-its `dequantized` weight, up to the rounding of the data type. Its state dict is the quantised form:
+Only weights are quantised, not activations. A quantised layer computes `F.linear` with its `dequantized` weight, up to the
+rounding of the data type. Its state dict is the quantised form:
 
 - int8: `weight` (N, K) int8 and `scale` (N,) float32; row n of the weight is `weight[n] * scale[n]`.
 - int4: `weight` (N, K / 2) uint8, whose low halves are the even columns and whose high halves are the odd ones, with
   `scale` and `minimum` (N, K / group_size) float16; column k of row n is `bits * scale[n, g] + minimum[n, g]` with
-  `g = k // group_size`. GGUF's Q4_1 blocks are of this kind: with groups of 32 they come out as they are in the file.
+  `g = k // group_size`. GGUF's Q4_1 blocks have this form and are kept unchanged in groups of 32.
 
 Letters: N outputs and K inputs of a layer.
 """
@@ -32,10 +32,10 @@ from litgpt.runners.opaque_weights import OpaqueLayer
 MODES = ("int8", "int4")
 BNB_MODES = ("bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8", "bnb.int8-training")
 GROUP_SIZES = (32, 64, 128)
-KERNEL_ROWS = 24  # with more rows of inputs, an ordinary product with the dequantised weight beats torch's kernels
-_CUTS = (1.0, 0.9, 0.8)  # parts of a group's range that are tried for either end in int4
+KERNEL_ROWS = 24  # with more rows of inputs, a product with the dequantised weight is faster than torch's kernels
+_CUTS = (1.0, 0.9, 0.8)  # fractions of a group's extremes that are tried as limits in int4
 _KERNEL_DTYPES = (torch.bfloat16, torch.float32)
-PIECE = 2**18  # weights that are quantised at a time, so that what is needed in between stays small
+PIECE = 2**18  # number of weights quantised at a time, to bound temporary memory
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Scheme:
         group_size: columns that share a scale in mode int4: 32, 64 or 128.
 
     Raises:
-        ValueError: for other values, and if this machine lacks what a mode needs.
+        ValueError: for other values, and if the mode is not available on this machine.
     """
 
     mode: str
@@ -72,7 +72,7 @@ def quantize_int8(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize_int8(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The weights (N, K) that integers and scales stand for."""
+    """The dequantised weights (N, K)."""
     if dtype == torch.bfloat16:  # holds both factors exactly
         return weight.to(dtype).mul_(scale.to(dtype).unsqueeze(1))
     return (weight * scale.unsqueeze(1)).to(dtype)
@@ -81,8 +81,8 @@ def dequantize_int8(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtyp
 def quantize_int4(values: torch.Tensor, group_size: int = 32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pairs of integers (N, K / 2), scales and minima (N, K / group_size) of weights (N, K).
 
-    Of a few ranges for each group, the one is taken by which the squared error is least; a group's outermost weights may be
-    cut off for the sake of the others. Weights that had 4 bits before, in groups of that size, keep their integers.
+    Each group gets the range, out of a few, with the least squared error, which may clip its extremes. Weights that were
+    dequantised from 4 bits in groups of that size keep their integers.
     """
     groups = values.float().unflatten(1, (-1, group_size))
     low, high = groups.aminmax(dim=2)
@@ -115,7 +115,7 @@ class _Fit:
         return rounded.sub_(self.groups).square_().sum(dim=2)
 
     def try_out(self, scale: torch.Tensor, minimum: torch.Tensor) -> None:
-        """Take these for the groups where they are better."""
+        """Use these for the groups where the error is smaller."""
         if self.exact:
             return
         scale, minimum = scale.half(), minimum.half()
@@ -125,7 +125,7 @@ class _Fit:
         self.error = torch.where(better, error, self.error)
 
     def least_squares(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scales and minima that suit the integers best."""
+        """The least-squares scales and minima for the current integers."""
         bits = self.bits(self.scale, self.minimum)
         bits_mean, mean = bits.mean(dim=2), self.groups.mean(dim=2)
         bits -= bits_mean.unsqueeze(2)
@@ -134,7 +134,7 @@ class _Fit:
 
 
 def _have_few_values(groups: torch.Tensor) -> bool:
-    """Whether groups, of which some are looked at, have at most 16 different values each."""
+    """Whether a sample of the groups has at most 16 different values each."""
     some = groups.flatten(0, 1)
     some = some[:: max(1, len(some) // 64)].sort(dim=1).values
     return bool((some.diff(dim=1) > 0).sum(dim=1).lt(16).all())
@@ -143,14 +143,13 @@ def _have_few_values(groups: torch.Tensor) -> bool:
 def dequantize_int4(
     weight: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The weights (N, K) that pairs of integers, scales and minima stand for."""
+    """The dequantised weights (N, K)."""
     groups = _bits(weight, torch.float32).view(*scale.shape, -1)
     return groups.mul_(scale.float().unsqueeze(2)).add_(minimum.float().unsqueeze(2)).flatten(1).to(dtype)
 
 
 class _DequantizedProduct(torch.autograd.Function):
-    """Inputs times the dequantised weight of a layer, which is dequantised again in the backward pass instead of kept. Inputs
-    alone get gradients."""
+    """Inputs times a layer's dequantised weight, which is recomputed in the backward pass. Only inputs get gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: "QuantizedLinear") -> torch.Tensor:
@@ -163,15 +162,30 @@ class _DequantizedProduct(torch.autograd.Function):
 
 
 class QuantizedLinear(OpaqueLayer):
-    """`nn.Linear` whose weight is kept as integers, and is not trained; what is before it is.
+    """`nn.Linear` with an integer weight that is not trained.
 
     Attributes:
-        dtype: of the inputs and results. `to(dtype)` and the like change this and the bias, never the weight's buffers.
+        dtype: of inputs and results. `to(dtype)` and the like change it and the bias, never the weight's buffers.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: nn.Parameter | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        group_size: int = 32,
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bias, self.dtype = in_features, out_features, bias, dtype
+        self.group_size = group_size
+        for name, (shape, form) in self.buffer_shapes().items():
+            self.register_buffer(name, torch.zeros(shape, dtype=form, device=device))
+
+    def buffer_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of the weight's buffers."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def set_rows(self, row: int, values: torch.Tensor) -> None:
@@ -182,12 +196,12 @@ class QuantizedLinear(OpaqueLayer):
             getattr(self, name)[row : row + len(values)] = rows
 
     def quantized(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What the buffers hold for rows (n, K) of a weight."""
+        """The buffers' values for rows (n, K) of a weight."""
         parts = [self.quantized_part(part) for part in values.split(max(1, PIECE // self.in_features))]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def quantized_part(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As `quantized`, of so few rows that copies in float32 do not matter."""
+        """`quantized` for few enough rows that float32 copies are small."""
         raise NotImplementedError
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
@@ -195,13 +209,12 @@ class QuantizedLinear(OpaqueLayer):
         raise NotImplementedError
 
     def kernel(self, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """A product of few rows (n, K) with the quantised weight, if there is one for such rows."""
+        """A kernel for the product of few rows (n, K) with the quantised weight, if there is one."""
         raise NotImplementedError
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, self.in_features).contiguous()
-        trained = torch.is_grad_enabled() and x.requires_grad  # what is before this layer: kernels have no gradients
-        if trained:
+        if torch.is_grad_enabled() and x.requires_grad:  # kernels have no gradients
             y = _DequantizedProduct.apply(x, self)
             return y if self.bias is None else y + self.bias
         kernel = None if len(rows) > KERNEL_ROWS else self.kernel(x)
@@ -219,25 +232,17 @@ class QuantizedLinear(OpaqueLayer):
         def move(tensor: torch.Tensor) -> torch.Tensor:
             if isinstance(tensor, nn.Parameter):
                 return fn(tensor)
-            return fn(tensor.view(torch.uint8)).view(tensor.dtype)  # only floating-point numbers are converted
+            return fn(tensor.view(torch.uint8)).view(tensor.dtype)  # bytes, so that `fn` converts no dtype
 
         return super()._apply(move, recurse)
 
 
 class Int8Linear(QuantizedLinear):
-    """`nn.Linear` with a weight of 8-bit integers, and one scale a row."""
+    """`nn.Linear` with an 8-bit weight and a scale for each row."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: nn.Parameter | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, dtype)
-        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
-        self.register_buffer("scale", torch.zeros(out_features, device=device))
+    def buffer_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        N, K = self.out_features, self.in_features
+        return {"weight": ((N, K), torch.int8), "scale": ((N,), torch.float32)}
 
     def quantized_part(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(("weight", "scale"), quantize_int8(values), strict=True))
@@ -259,7 +264,7 @@ class Int8Linear(QuantizedLinear):
 
 
 class Int8Embedding(Int8Linear):
-    """`nn.Embedding` with a table of 8-bit integers, and one scale a row."""
+    """`nn.Embedding` with an 8-bit table and a scale for each row."""
 
     def forward(self, idx: torch.Tensor) -> torch.Tensor:
         rows = self.weight[idx].to(self.dtype)
@@ -267,11 +272,11 @@ class Int8Embedding(Int8Linear):
 
 
 class TiedHead(OpaqueLayer):
-    """An output embedding that computes with the table of the input embedding."""
+    """An output embedding with the table of the input embedding."""
 
     def __init__(self, table: Int8Embedding, bias: nn.Parameter | None) -> None:
         super().__init__()
-        self._table = (table,)  # a tuple: no submodule, so that nothing is in memory or stored twice
+        self._table = (table,)  # a tuple, so no submodule: it is stored once
         self.in_features, self.out_features, self.bias = table.in_features, table.out_features, bias
 
     @property
@@ -283,11 +288,10 @@ class TiedHead(OpaqueLayer):
         return self._table[0].scale
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        """As `QuantizedLinear.dequantized`."""
         return self._table[0].dequantized(dtype)
 
     def weight_samples(self) -> dict[str, torch.Tensor]:
-        return {}  # it has none of its own
+        return {}
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         y = self._table[0].product(x)
@@ -295,28 +299,22 @@ class TiedHead(OpaqueLayer):
 
 
 class Int4Linear(QuantizedLinear):
-    """`nn.Linear` with a weight of 4-bit integers, and a scale and a minimum for each group of columns of a row.
+    """`nn.Linear` with a 4-bit weight, and a scale and a minimum for each group of columns of a row.
 
-    `pack` brings the integers into the order of torch's kernel for CPUs, `unpack` brings them back.
+    `pack` reorders the integers for torch's CPU kernel, `unpack` restores them.
+
+    Attributes:
+        packed: the integers in the kernel's order, in place of `weight`.
+        factors: the kernel's scales, and its values for the integer 8, (K / group_size, N, 2).
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: nn.Parameter | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-        group_size: int = 32,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, dtype)
-        self.group_size = group_size
-        groups = (out_features, in_features // group_size)
-        self.register_buffer("weight", torch.zeros(out_features, in_features // 2, dtype=torch.uint8, device=device))
-        self.register_buffer("scale", torch.zeros(groups, dtype=torch.float16, device=device))
-        self.register_buffer("minimum", torch.zeros(groups, dtype=torch.float16, device=device))
-        self.packed: torch.Tensor | None = None  # the integers in place of `weight`, as the kernel wants them
-        self.factors: torch.Tensor | None = None  # the kernel's scales and values of an 8, (K / group_size, N, 2)
+    packed: torch.Tensor | None = None
+    factors: torch.Tensor | None = None
+
+    def buffer_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        N, K = self.out_features, self.in_features
+        factors = (N, K // self.group_size), torch.float16
+        return {"weight": ((N, K // 2), torch.uint8), "scale": factors, "minimum": factors}
 
     def quantized_part(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(("weight", "scale", "minimum"), quantize_int4(values, self.group_size), strict=True))
@@ -343,7 +341,7 @@ class Int4Linear(QuantizedLinear):
         return lambda rows: torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.packed, self.group_size, self.factors)
 
     def pack(self) -> None:
-        """Use torch's kernel from now on, where there is one for this weight and machine, and none of our own."""
+        """Use torch's kernel, if it supports this weight and machine and there is none of our own."""
         if self.packed is not None or self.weight.device.type != "cpu" or self.dtype not in _KERNEL_DTYPES:
             return
         if self.dtype == torch.bfloat16 and ops.available():
@@ -389,13 +387,13 @@ class Int4Linear(QuantizedLinear):
 
 
 def _has_kernels(x: torch.Tensor) -> bool:
-    """Whether `litgpt.kernels` multiplies such rows."""
+    """Whether `litgpt.kernels` has products for rows like x."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and ops.available()
 
 
 def _bits(pairs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Integers (N, K) out of pairs (N, K / 2)."""
-    wide = pairs.to(torch.int16)  # its two bytes: first the low one
+    wide = pairs.to(torch.int16)  # little-endian: two bytes for a pair
     return wide.bitwise_or_(wide << 4).bitwise_and_(0x0F0F).view(torch.uint8).to(dtype)
 
 
@@ -405,8 +403,8 @@ def _pairs(bits: torch.Tensor) -> torch.Tensor:
 
 
 def _from_kernel(packed: torch.Tensor, block: int, dtype: torch.dtype) -> torch.Tensor:
-    """Integers (K, N) out of those that torch's kernel for CPUs has in its order: for blocks of outputs, and within them
-    for each input, pairs of an output of the block's first half and one of its second."""
+    """Integers (K, N) from torch's CPU kernel order: for each block of outputs and each input, bytes that pair an output of
+    the block's first half with one of its second."""
     N, K = len(packed), packed.shape[1] * 2
     halves = packed.view(N // block, K, block // 2).transpose(0, 1)
     bits = torch.empty(K, N // block, 2, block // 2, dtype=dtype)
@@ -425,9 +423,9 @@ def _kernel_block() -> int | None:
 def quantize_model(model: GPT, mode: str, group_size: int = 32) -> None:
     """Replace the linear layers and the input embedding of a model by quantised ones, one at a time.
 
-    Routers of experts keep their weights, which are small and decide much, and so does what is no plain linear layer.
-    Embeddings have 8 bits in mode int4 too, as in GGUF's Q4_1 files, and so do layers whose inputs are no multiple of the
-    group size. With bitsandbytes, the input embedding stays as it is, and layers move to the GPU.
+    Routers of experts are small and sensitive, and keep their weights, as do layers that are no plain linear layers. In mode
+    int4, embeddings and layers with inputs that are no multiple of the group size get 8 bits, as in GGUF's Q4_1 files. With
+    bitsandbytes, layers move to the GPU, and the input embedding is not quantised.
 
     Args:
         mode, group_size: as for `Scheme`.
@@ -460,7 +458,7 @@ def quantize_model(model: GPT, mode: str, group_size: int = 32) -> None:
 
 
 def _linears(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """The layers to quantise: their parents, names and themselves."""
+    """The layers to quantise, as (parent, name, layer)."""
     for name, child in module.named_children():
         if type(child) is not nn.Linear:
             yield from _linears(child)
@@ -469,7 +467,7 @@ def _linears(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
 
 
 def _bnb_linear(linear: nn.Linear, mode: str) -> nn.Module:
-    """The layer as one of bitsandbytes, on the current GPU, where its weight is quantised as it arrives."""
+    """The layer as one of bitsandbytes, on the current GPU, which quantises the weight on arrival."""
     import bitsandbytes as bnb
 
     sizes = (linear.in_features, linear.out_features, linear.bias is not None)
@@ -486,7 +484,7 @@ def _bnb_linear(linear: nn.Linear, mode: str) -> nn.Module:
 
 
 def num_parameters(module: nn.Module, requires_grad: bool | None = None) -> int:
-    """Numbers in the parameters of a module (with `requires_grad`: in those that are, or are not, trained)."""
+    """Number of elements of a module's parameters (with `requires_grad`: of those that are, or are not, trained)."""
     chosen = [p for p in module.parameters() if requires_grad is None or p.requires_grad == requires_grad]
-    # a parameter of bitsandbytes holds several numbers in a byte
+    # parameters of bitsandbytes pack several elements into a byte
     return sum(math.prod(p.quant_state.shape) if hasattr(p, "quant_state") else p.numel() for p in chosen)

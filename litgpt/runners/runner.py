@@ -13,7 +13,7 @@ class LayerRunner(Protocol):
     """A model's `layer_runner`: runs embedding, layers and final norm as `GPT.run_layers` does, for calls with caches.
 
     Attributes:
-        static_shapes: whether decode steps need plans whose shapes stay the same as sequences grow.
+        static_shapes: whether decode steps need plans with constant shapes as sequences grow.
     """
 
     static_shapes: bool
@@ -30,9 +30,9 @@ class LayerRunner(Protocol):
 
         Args:
             idx, rope, plans, input_pos: as for `GPT.run_layers`.
-            output_tokens: indices of tokens, counted through all rows, in ascending order (None: all).
+            output_tokens: ascending indices of tokens of all rows, flattened (None: all).
 
         Returns:
-            None if it does not support the call; no cache is changed, and the model runs its layers one by one.
+            None if the call is not supported; no cache is changed, and the model runs its layers itself.
         """
         ...

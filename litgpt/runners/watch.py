@@ -11,7 +11,7 @@ from torch import nn
 
 
 class ModuleWatch:
-    """Remembers one tensor of each module (they move together), or one child. Modules in `apart` are ignored."""
+    """Remembers one tensor of each module (they move together) or one child. Modules in `apart` are ignored."""
 
     def __init__(self, modules: Iterable[nn.Module], apart: Iterable[nn.Module] = ()) -> None:
         apart = {id(part) for module in apart for part in module.modules()}

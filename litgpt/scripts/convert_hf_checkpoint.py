@@ -9,32 +9,12 @@ from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.huggingface import HuggingFaceCheckpoint, holds_weights
 from litgpt.checkpoint.load import save_litgpt
 from litgpt.checkpoint.open import open_checkpoint
-from litgpt.checkpoint.state_dicts import (
-    copy_to_litgpt,
-    copy_to_litgpt_by_shape,
-    copy_whole_to_litgpt,
-    layer_template,
-    load_param,
-)
-from litgpt.checkpoint.state_dicts import qkv_from_interleaved as qkv_reassemble
+from litgpt.checkpoint.state_dicts import copy_to_litgpt, copy_to_litgpt_by_shape, copy_whole_to_litgpt
+from litgpt.checkpoint.state_dicts import layer_template as layer_template
+from litgpt.checkpoint.state_dicts import load_param as load_param
+from litgpt.checkpoint.state_dicts import qkv_from_interleaved as qkv_reassemble  # noqa: F401
 from litgpt.config import Config
 from litgpt.scripts.progress import weights_progress
-
-__all__ = [
-    "convert_hf_checkpoint",
-    "copy_weights_falcon",
-    "copy_weights_gemma_2",
-    "copy_weights_gemma_3",
-    "copy_weights_gpt_neox",
-    "copy_weights_hf_llama",
-    "copy_weights_olmo2",
-    "copy_weights_phi",
-    "copy_weights_qwen_2_5",
-    "copy_weights_qwen_3",
-    "layer_template",
-    "load_param",
-    "qkv_reassemble",
-]
 
 copy_weights_falcon = partial(copy_whole_to_litgpt, "falcon")
 copy_weights_gemma_2 = partial(copy_to_litgpt_by_shape, "gemma_2")
@@ -68,8 +48,7 @@ def convert_hf_checkpoint(
     path = find_checkpoint(checkpoint_dir)
     checkpoint = _open(path, model_name)
     out_dir = path if path.is_dir() else path.parent
-    total = sum(piece.nbytes for _, _, piece in checkpoint.pieces(meta=True))
-    with weights_progress(f"Converting {checkpoint.name}", total, names=bool(debug_mode)) as progress:
+    with weights_progress("Converting", checkpoint, names=bool(debug_mode)) as progress:
         save_litgpt(checkpoint, out_dir, dtype=None if dtype is None else parse_dtype(dtype), progress=progress)
     print(out_dir / WEIGHTS_NAME)
 

@@ -6,24 +6,10 @@ from pathlib import Path
 from litgpt.checkpoint.export import save_huggingface
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.open import open_checkpoint
-from litgpt.checkpoint.state_dicts import check_conversion_supported, copy_all_from_litgpt, copy_from_litgpt
-from litgpt.checkpoint.state_dicts import qkv_to_interleaved as qkv_reassemble
+from litgpt.checkpoint.state_dicts import check_conversion_supported as check_conversion_supported
+from litgpt.checkpoint.state_dicts import copy_all_from_litgpt, copy_from_litgpt
+from litgpt.checkpoint.state_dicts import qkv_to_interleaved as qkv_reassemble  # noqa: F401
 from litgpt.scripts.progress import weights_progress
-
-__all__ = [
-    "check_conversion_supported",
-    "convert_lit_checkpoint",
-    "copy_weights_falcon",
-    "copy_weights_gemma_2",
-    "copy_weights_gemma_3",
-    "copy_weights_gpt_neox",
-    "copy_weights_llama",
-    "copy_weights_olmo2",
-    "copy_weights_phi",
-    "copy_weights_qwen_2_5",
-    "copy_weights_qwen_3",
-    "qkv_reassemble",
-]
 
 copy_weights_falcon = partial(copy_all_from_litgpt, "falcon")
 copy_weights_gemma_2 = partial(copy_from_litgpt, "gemma_2")
@@ -47,7 +33,6 @@ def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
         output_dir: Folder to write to; must hold no weights yet.
     """
     checkpoint = open_checkpoint(find_checkpoint(checkpoint_dir))
-    total = sum(piece.nbytes for _, _, piece in checkpoint.pieces(meta=True))
-    with weights_progress(f"Converting {checkpoint.name}", total) as progress:
+    with weights_progress("Converting", checkpoint) as progress:
         save_huggingface(checkpoint, output_dir, progress=progress)
     print(output_dir)

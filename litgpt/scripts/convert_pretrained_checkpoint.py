@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from litgpt.checkpoint.base import WEIGHTS_NAME
+from litgpt.checkpoint.base import CONFIG_NAME, WEIGHTS_NAME
+from litgpt.checkpoint.files import SIDE_FILES
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import save_litgpt
 from litgpt.checkpoint.open import open_checkpoint
@@ -18,10 +19,10 @@ def convert_pretrained_checkpoint(checkpoint_dir: Path, output_dir: Path) -> Non
         checkpoint_dir: Folder that pretraining wrote.
         output_dir: Folder to write to; must not exist or be empty.
     """
-    if output_dir.is_dir() and any(output_dir.iterdir()):
+    own = {CONFIG_NAME, *SIDE_FILES}  # all that a conversion that was killed leaves, but for hidden files
+    if output_dir.is_dir() and any(f.name not in own and f.name[0] != "." for f in output_dir.iterdir()):
         raise FileExistsError(f"{output_dir} is not empty: give another folder, or delete it first")
     checkpoint = open_checkpoint(find_checkpoint(checkpoint_dir))
-    total = sum(piece.nbytes for _, _, piece in checkpoint.pieces(meta=True))
-    with weights_progress(f"Converting {checkpoint.name}", total) as progress:
+    with weights_progress("Converting", checkpoint) as progress:
         save_litgpt(checkpoint, output_dir, progress=progress)
     print(output_dir / WEIGHTS_NAME)

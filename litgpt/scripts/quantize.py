@@ -30,7 +30,6 @@ def quantize_checkpoint(
     """
     how = Scheme(quantize, group_size)
     checkpoint = open_checkpoint(find_checkpoint(checkpoint_dir))
-    total = sum(piece.nbytes for _, _, piece in checkpoint.pieces(meta=True))
-    with weights_progress(f"Quantising {checkpoint.name}", total) as progress:
+    with weights_progress("Quantising", checkpoint) as progress:
         save_quantized(checkpoint, out_dir, how, progress=progress)
     print(out_dir / QUANTIZED_NAME)

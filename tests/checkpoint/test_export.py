@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -116,3 +117,41 @@ def test_nothing_is_written_where_it_cannot_end_well(tmp_path):
     with pytest.raises(ValueError, match=r"missing: transformer.ln_f.weight"):
         save_huggingface(open_checkpoint(tmp_path / "lit"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_export_that_was_killed_between_two_files_is_done_again(tmp_path, monkeypatch):
+    save_tiny("llama", tmp_path / "hf")
+    checkpoint = open_checkpoint(tmp_path / "hf")
+    save_huggingface(checkpoint, tmp_path / "whole", shard_bytes=20_000)
+    replace, renamed = os.replace, []
+
+    def killed(source, target):
+        if target.suffix == ".safetensors":
+            renamed.append(target)
+            if len(renamed) == 2:
+                raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_huggingface(checkpoint, tmp_path / "out", shard_bytes=20_000)
+    monkeypatch.undo()
+    assert renamed[0].is_file()
+    save_huggingface(checkpoint, tmp_path / "out", shard_bytes=30_000)
+    save_huggingface(checkpoint, tmp_path / "expected", shard_bytes=30_000)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(
+        file.name for file in (tmp_path / "expected").iterdir()
+    )
+    assert stored_tensors(tmp_path / "out").keys() == stored_tensors(tmp_path / "whole").keys()
+    with pytest.raises(FileExistsError, match="holds weights already"):
+        save_huggingface(checkpoint, tmp_path / "out")
+
+
+def test_a_file_of_the_user_stays_where_an_export_was_killed(tmp_path):
+    save_tiny("llama", tmp_path / "hf")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".unfinished_export.json").write_text('{"model.safetensors": true}')
+    (tmp_path / "out" / "mine.safetensors").touch()
+    with pytest.raises(FileExistsError, match=r"holds weights already \(mine.safetensors\)"):
+        save_huggingface(open_checkpoint(tmp_path / "hf"), tmp_path / "out")
+    assert (tmp_path / "out" / "mine.safetensors").exists()

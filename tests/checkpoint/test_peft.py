@@ -159,6 +159,9 @@ def test_the_commands(tmp_path, capsys):
     assert capsys.readouterr().out == f"{peft}\n{again}\n"
     assert main(["convert_to_peft", ours, peft]) == 1
     assert "holds PEFT weights already" in capsys.readouterr().err
+    (tmp_path / "peft" / "adapter_config.json").unlink()  # as a conversion that was killed before it wrote this
+    assert main(["convert_to_peft", ours, peft]) == 0
+    capsys.readouterr()
     assert main(["convert_from_peft", ours, peft]) == 1
     assert "holds no adapter_config.json" in capsys.readouterr().err
 

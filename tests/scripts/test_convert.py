@@ -91,6 +91,9 @@ def test_training_state_is_left_out(tmp_path):
     torch.testing.assert_close(written, dict(model.state_dict()), atol=0, rtol=0)
     with pytest.raises(FileExistsError, match="is not empty"):
         convert_pretrained_checkpoint(tmp_path / "run", tmp_path / "out")
+    (tmp_path / "out" / "lit_model.pth").unlink()  # as a conversion that was killed
+    convert_pretrained_checkpoint(tmp_path / "run", tmp_path / "out")
+    assert (tmp_path / "out" / "lit_model.pth").is_file()
 
 
 @pytest.mark.parametrize("command", ["convert_to_litgpt", "convert_from_litgpt", "convert_pretrained_checkpoint"])

@@ -33,6 +33,7 @@ def main() -> None:
         **own,
     )
     data = JSON(json_path=Path(job["samples"]), val_split_fraction=0.1, num_workers=0, mask_prompt=job["mask_prompt"])
+    shares = explain_last_step(job["steps"]) if job.get("explain") else {}
     evaluate = EvalArgs(interval=10_000, max_iters=1, max_new_tokens=1, final_validation=False)
     with contextlib.redirect_stdout(sys.stderr):
         setup(
@@ -52,7 +53,26 @@ def main() -> None:
     tokens = float(rows[-1]["total_tokens"]) - float(rows[skipped - 1]["total_tokens"])
     losses = [float(row["loss"]) for row in rows]
     shutil.rmtree(out, ignore_errors=True)
-    report({"tokens": tokens, "seconds": seconds, "peak_bytes": peak_bytes(), "losses": losses})
+    report({"tokens": tokens, "seconds": seconds, "peak_bytes": peak_bytes(), "losses": losses, "shares": shares})
+
+
+def explain_last_step(steps: int) -> dict[str, float]:
+    """Profile the last of this package's optimizer steps; what is returned is filled then."""
+    from step_shares import shares_of
+
+    from litgpt.train.loop import Loop
+
+    shares: dict[str, float] = {}
+    step = Loop._step
+
+    def profiled(loop: Loop, window: list) -> None:
+        if loop.position.step_count < steps - 1:
+            step(loop, window)
+        else:
+            shares.update(shares_of(lambda: step(loop, window)))
+
+    Loop._step = profiled
+    return shares
 
 
 if __name__ == "__main__":

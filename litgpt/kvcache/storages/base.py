@@ -3,7 +3,7 @@
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -39,6 +39,29 @@ class Storage(nn.Module, ABC):
     @abstractmethod
     def select_rows(self, rows: Sequence[int]) -> None:
         """Row i becomes what row `rows[i]` was."""
+
+    def slot_buffers(self) -> list[torch.Tensor]:
+        """The buffers that have something for every slot, (batch_size, G, C, ...): all of them, unless a storage says which."""
+        return list(self.buffers())
+
+    def compact(self, index: torch.Tensor, rows: torch.Tensor | None = None) -> None:
+        """Slot j of row b and head g becomes what its slot `index[b, g, j]` was, for the (B, G, n) of `index`; slots from n on
+        are free. What is stored moves as it is: nothing is decoded or encoded.
+
+        Args:
+            index: int64 slots.
+            rows: (B,), the rows that are meant (None: the first B).
+        """
+        batch, _, n = index.shape
+        for buffer in self.slot_buffers():
+            source = buffer[:batch] if rows is None else buffer[rows]
+            moved = source.gather(
+                2, index.view(*index.shape, *[1] * (buffer.ndim - 3)).expand(-1, -1, -1, *buffer.shape[3:])
+            )
+            if rows is None:
+                buffer[:batch, :, :n] = moved
+            else:
+                buffer[rows, :, :n] = moved
 
     @abstractmethod
     def state(self, batch: int, used: int) -> dict[str, torch.Tensor]:
@@ -101,6 +124,26 @@ class Storage(nn.Module, ABC):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """Of the keys and values that `set` takes and `get` gives."""
+
+
+def write_slots(buffer: torch.Tensor, new: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor | None) -> None:
+    """Write `new` (B, heads, T, ...) into a buffer (batch_size, heads, slots, ...), with `slots` and `rows` as for `Storage.set`."""
+    batch = new.shape[0]
+    if rows is None and slots.ndim == 1:
+        target = buffer if batch == buffer.shape[0] else buffer[:batch]
+        target.index_copy_(2, slots, new)
+    else:
+        row = torch.arange(batch, device=new.device) if rows is None else rows
+        buffer[row[:, None], :, slots.expand(batch, -1)] = new.transpose(1, 2)
+
+
+def move_rows(buffers: Iterable[torch.Tensor], rows: Sequence[int]) -> None:
+    """Row i of buffers (batch_size, ...) becomes what row `rows[i]` was."""
+    moved = [(new, old) for new, old in enumerate(rows) if new != old]
+    if moved:
+        new, old = torch.tensor(moved).unbind(1)
+        for buffer in buffers:
+            buffer[new.to(buffer.device)] = buffer[old.to(buffer.device)]
 
 
 STORAGES: dict[str, type[Storage]] = {}

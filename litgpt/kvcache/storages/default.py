@@ -6,7 +6,7 @@ import torch
 
 from litgpt.attention import DefaultKeysAndValues, KeysAndValues
 from litgpt.kvcache.base import KVCacheParams
-from litgpt.kvcache.storages.base import Index, Storage, register_storage
+from litgpt.kvcache.storages.base import Index, Storage, move_rows, register_storage, write_slots
 
 
 @register_storage("default")
@@ -28,14 +28,8 @@ class DefaultStorage(Storage):
         return [self.k] if self.v is None else [self.k, self.v]
 
     def set(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor | None) -> None:
-        batch = key.shape[0]
         for buffer, new in zip(self._stored(), (key, value), strict=False):
-            if rows is None and slots.ndim == 1:
-                target = buffer if batch == buffer.shape[0] else buffer[:batch]
-                target.index_copy_(2, slots, new)
-            else:
-                row = torch.arange(batch, device=new.device) if rows is None else rows
-                buffer[row[:, None], :, slots.expand(batch, -1)] = new.transpose(1, 2)
+            write_slots(buffer, new, slots, rows)
 
     def get(self, batch: int, slots: Index, rows: torch.Tensor | None = None) -> KeysAndValues:
         row = slice(batch) if rows is None else rows
@@ -47,11 +41,7 @@ class DefaultStorage(Storage):
         return None if buffers["v"] is None else (buffers["k"], buffers["v"])
 
     def select_rows(self, rows: Sequence[int]) -> None:
-        moved = [(new, old) for new, old in enumerate(rows) if new != old]
-        if moved:
-            new, old = torch.tensor(moved, device=self.device).unbind(1)
-            for buffer in self._stored():
-                buffer[new] = buffer[old]
+        move_rows(self._stored(), rows)
 
     def state(self, batch: int, used: int) -> dict[str, torch.Tensor]:
         return {name: x[:batch, :, :used] for name, x in zip(("keys", "values"), self._stored(), strict=False)}
