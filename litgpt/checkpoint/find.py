@@ -21,13 +21,9 @@ def find_checkpoint(name: Path | str | None, access_token: str | None = None) ->
     """
     if name is None:
         return ensure_default_model()
-    path = Path(name)
-    if path.exists():
-        return path
-    for below_home in (checkpoints_home() / path, *checkpoints_home().glob(f"*/{path.name}")):
-        if below_home.is_dir() and below_home.parts[-len(path.parts) :] == path.parts:
-            return below_home
-    repo_id = _repo_id(path)
+    if (found := find_local(name)) is not None:
+        return found
+    repo_id = _repo_id(Path(name))
     if repo_id is None:
         raise FileNotFoundError(
             f"{str(name)!r} is neither a folder, nor a file, nor the name of a model (`litgpt download list` shows names)"
@@ -38,6 +34,17 @@ def find_checkpoint(name: Path | str | None, access_token: str | None = None) ->
         return fetch_checkpoint(repo_id, access_token=access_token)
     except ConnectionError as error:
         raise ConnectionError(f"{str(name)!r} is not on this disk, and cannot be fetched: {error}") from None
+
+
+def find_local(name: Path | str) -> Path | None:
+    """The folder or file of a checkpoint that is on this disk: see `find_checkpoint`."""
+    path = Path(name)
+    if path.exists():
+        return path
+    for below_home in (checkpoints_home() / path, *checkpoints_home().glob(f"*/{path.name}")):
+        if below_home.is_dir() and below_home.parts[-len(path.parts) :] == path.parts:
+            return below_home
+    return None
 
 
 def _repo_id(path: Path) -> str | None:

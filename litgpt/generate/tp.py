@@ -95,4 +95,4 @@ def answer_in_process(rank: int, world_size: int, options: TensorParallelOptions
         options = replace(options, out=Path(os.devnull))
     with only_first_speaks(rank):
         note = f" by {world_size} process{'es' * (world_size > 1)}; figures are the first one's"
-        answer(options, lines, load, lambda ready: options.drafter(), note)
+        answer(options, lines, load, note=note)
