@@ -9,8 +9,8 @@ import torch
 
 from litgpt.attention import DefaultKeysAndValues, KeysAndValues
 from litgpt.config import Config
-from litgpt.kvcache.base import KVCacheParams
 from litgpt.kvcache.default import DefaultKVCache
+from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.plan import Part, Plan, Step
 from litgpt.kvcache.policies import Policy
 from litgpt.kvcache.storages import Storage
@@ -468,7 +468,8 @@ class PlannedKVCache(DefaultKVCache):
         rows = RowState(*(tuple(int(number) for number in state.get(name, ())) for name in self.ROW_FIELDS))
         if len(rows.lengths) > self.batch_size:
             raise ValueError(f"the state has {len(rows.lengths)} rows, the cache batch_size={self.batch_size}")
-        if state["policy"] != repr(self.policy) and not self._takes_over(rows):
+        complete = len({len(field) for field in rows.fields}) == 1
+        if not complete or (state["policy"] != repr(self.policy) and not self._takes_over(rows)):
             raise ValueError(
                 f"the state is what {state['policy']} left of longer sequences, the cache has {self.policy!r}"
             )
