@@ -152,6 +152,15 @@ class Tokenizer:
         many = self._backend.encode_batch([text for text, _, _ in requests])
         return [self._with_ends(ids, bos, eos) for ids, (_, bos, eos) in zip(many, requests, strict=True)]
 
+    def encode_with_places(self, texts: list[str]) -> list[tuple[list[int], list[int]]]:
+        """Of many texts, on all cores: token ids, without BOS and EOS, and for each token the characters up to its end.
+
+        Only with the backend "huggingface": SentencePiece does not tell.
+        """
+        for text in texts:
+            check_text("the text", text)
+        return self._backend.encode_with_places(texts)
+
     def _with_ends(self, ids: list[int], bos: bool | None, eos: bool) -> list[int]:
         if self.use_bos if bos is None else bos:
             if self.bos_id is None:
@@ -306,6 +315,10 @@ class _HuggingFace(_Backend):
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [found.ids for found in self.processor.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_with_places(self, texts: list[str]) -> list[tuple[list[int], list[int]]]:
+        found = self.processor.encode_batch(texts, add_special_tokens=False)
+        return [(tokens.ids, [end for _, end in tokens.offsets]) for tokens in found]
 
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids, skip_special_tokens=True)
