@@ -292,6 +292,11 @@ class PlannedKVCache(DefaultKVCache):
             torch.cat((old.keys(), key[:, :, step.new]), dim=2), torch.cat((old.values(), value[:, :, step.new]), dim=2)
         )
 
+    def uninterrupted_tokens(self, row: int) -> int | None:
+        """How many next tokens of a row can come in one call without an eviction between them that is not planned from their
+        positions alone (None: any number)."""
+        return None
+
     # -- errors
 
     def _check_call(
