@@ -13,7 +13,7 @@ from litgpt.engine.answer import counted
 from litgpt.engine.caches import CacheLease, prepare_caches
 from litgpt.engine.drafting import Drafter
 from litgpt.engine.engine import Engine, decode
-from litgpt.engine.loading import Ready, cache_bytes, make_ready
+from litgpt.engine.loading import Ready, make_ready
 from litgpt.engine.sampling import Sampling, batched_sample, multinomial_num_samples_1, sample, sample_top_p
 from litgpt.engine.sequence import Sequence
 from litgpt.generate.options import AnswerOptions, CheckpointOptions, PromptLookupOptions, command
@@ -260,6 +260,6 @@ def print_answers(ready: Ready, line: PromptLine, options: AnswerOptions, drafte
     print(
         f"{counted(new, 'token')} in {seconds:.2f} s, {new / seconds:.1f} tokens/s; "
         f"{counted(sequences[0].prompt_length, 'prompt token')}, first token after {wait:.2f} s; "
-        f"key-value cache {cache_bytes(ready.model) / 1e6:.1f} MB{accepted}",
+        f"key-value cache {ready.model.caches.size_in_bytes() / 1e6:.1f} MB{accepted}",
         file=sys.stderr,
     )
