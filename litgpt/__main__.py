@@ -170,7 +170,7 @@ def _overview() -> str:
             "commands:",
             *lines,
             "",
-            "`litgpt COMMAND --help` explains a command, `litgpt --version` tells the version.",
+            "`litgpt COMMAND --help` explains a command, `litgpt --version` shows the version.",
         ]
     )
 
@@ -204,7 +204,7 @@ def parse(name: str, function: Callable[..., Any], args: list[str]) -> dict[str,
     try:
         config = parser.instantiate(parsed)
     except (ValueError, OSError, TypeError) as error:
-        while error.__cause__ or error.__context__:  # down to what the class itself says of its arguments
+        while error.__cause__ or error.__context__:  # the first one is about the class's arguments
             error = error.__cause__ or error.__context__
         raise UsageError(describe(error)) from error
     return {key: config[key] for key in parameters}

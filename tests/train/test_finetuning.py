@@ -328,7 +328,7 @@ def test_an_adapter_is_trained_from_python_and_leaves_the_llm_with_it(llm):
     assert isinstance(llm.generate("Who?", max_new_tokens=3), str)
     with pytest.raises(ValueError, match="earlier fine-tuning"):
         finetune(llm, ANSWER)
-    with pytest.raises(ValueError, match="stands apart from its weights"):
+    with pytest.raises(ValueError, match="saved separately"):
         llm.save("nowhere")
 
 
@@ -464,3 +464,14 @@ def test_pretraining_takes_model_and_tokenizer_by_name(checkpoint_dir, tmp_path,
         --devices 1 --precision 32-true --logger_name csv --out_dir {out}"""
     assert main(arguments.split()) == 0
     assert (out / "final" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_cache_that_keeps_all_changes_no_training(checkpoint_dir, tmp_path, json_path, method):
+    options = {"lora_dropout": 0.0} if method == "lora" else {}
+    plain = run(method, checkpoint_dir, tmp_path / "plain", json_path, **options)
+    cached = run(method, checkpoint_dir, tmp_path / "c", json_path, kv_cache="dense", prompt_chunksize=7, **options)
+    evicting = run(method, checkpoint_dir, tmp_path / "e", json_path, kv_cache="lastrec", cache_length=8, **options)
+    for name, weight in plain.items():
+        torch.testing.assert_close(cached[name], weight, rtol=1e-3, atol=1e-5)
+    assert any((evicting[name] - weight).abs().max() > 1e-4 for name, weight in plain.items())
