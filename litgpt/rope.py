@@ -170,7 +170,7 @@ def build_rope_cache(
         device: where to make them.
         base: of the geometric series of wave lengths.
         condense_ratio: positions are divided by it.
-        extra_config: `Config.rope_adjustments`, a scaling. Its keys tell which: {factor} is linear; with low_freq_factor,
+        extra_config: `Config.rope_adjustments`, a scaling, identified by its keys: {factor} is linear; with low_freq_factor,
             high_freq_factor and original_max_seq_len it is Llama 3.1's; with beta_fast, beta_slow and
             original_max_seq_len YaRN; with short_factor, long_factor, factor and original_max_seq_len LongRoPE.
         rope_local_base_freq: a second base, for layers with a sliding window (Gemma 3).

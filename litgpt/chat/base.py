@@ -144,7 +144,7 @@ def _talk(conversation: Conversation, ctrl_c: CtrlC, multiline: bool, path: Path
             elif command == "/system":
                 conversation.sys_prompt = text or None
                 conversation.reset()
-                tell(f"System prompt: {text or 'that of the chat template'}. Starting anew.")
+                tell(f"System prompt: {text or 'of the chat template'}. Starting anew.")
             elif command == "/help":
                 tell(f"{HELP}, Alt-Enter begins a new line.")
             elif message:

@@ -12,7 +12,7 @@ from litgpt.engine.session import Session
 from litgpt.engine.session_file import SessionFile
 from litgpt.prompts import encode_prompt
 
-PREFILL_CHUNK = 512  # tokens: a prompt is cut where that changes nothing, so that it can be told how far it is
+PREFILL_CHUNK = 512  # tokens of a prefill call, for a progress display; only if chunks do not change the output
 
 
 @dataclass(frozen=True)

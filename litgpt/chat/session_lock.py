@@ -24,7 +24,7 @@ def locked(path: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"another chat goes on with {path}, and would overwrite what this one saves: leave it, or name another file"
+            f"another chat has {path} open, and would overwrite this one: exit that chat, or name another file"
         ) from None
     try:
         yield

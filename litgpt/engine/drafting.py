@@ -1,4 +1,4 @@
-"""Where draft tokens come from: the text so far, or a smaller model."""
+"""Sources of draft tokens: the text so far, or a smaller model."""
 
 from collections import abc
 from dataclasses import dataclass, field, replace
@@ -36,8 +36,8 @@ class Drafter(Protocol):
 class PromptLookup:
     """Drafts the continuation of an earlier occurrence of the last tokens, in the prompt or in the output.
 
-    It needs no model, and pays off where the output repeats text: editing, quoting, code, lists. A lookup takes constant time,
-    whatever the length of the text. Drafts get shorter after rejected ones, and longer after accepted ones.
+    It needs no model, and pays off where the output repeats text: editing, quoting, code, lists. A lookup takes constant time for
+    texts of any length. Drafts get shorter after rejected ones, and longer after accepted ones.
 
     Args:
         max_draft: most draft tokens at a time.

@@ -124,7 +124,7 @@ class CacheOptions(Options):
     kv_cache: str = option(
         "dense",
         "Which tokens the key-value cache keeps, as POLICY or POLICY-STORAGE. Policies: "
-        f"{', '.join(POLICIES)}, or module:Class for one of your own. Storages: {', '.join(STORAGES)}. dense keeps every "
+        f"{', '.join(POLICIES)}, or module:Class for a class of yours. Storages: {', '.join(STORAGES)}. dense keeps every "
         "token, lastrec the last cache_length ones.",
     )
     cache_length: int | None = option(
@@ -145,7 +145,7 @@ class CacheOptions(Options):
         """The chosen cache; `ValueError` if it does not exist."""
         args = self.kv_cache_args or {}
         if clash := {"text", "policy", "storage", "cache_length"} & args.keys():
-            raise ValueError(f"kv_cache_args has {clash.pop()!r}: --kv_cache and --cache_length say that")
+            raise ValueError(f"kv_cache_args has {clash.pop()!r}: use --kv_cache and --cache_length for that")
         return CacheSpec.parse(self.kv_cache, self.cache_length, **args)
 
     def assign_caches(self, model: GPT, batch_size: int = 1) -> None:

@@ -57,7 +57,7 @@ def read_prompts(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a line that cannot be used, with its number and field, or if there is none.
+        ValueError: for a line that cannot be used, with its number and field, or if there are no prompts.
     """
     as_json = path.suffix.lower() in (".jsonl", ".ndjson")
     lines: list[PromptLine] = []
@@ -132,7 +132,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(shown(key) for key in keys if keys.count(key) > 1)} is there twice")
+        raise ValueError(f"the key {next(shown(key) for key in keys if keys.count(key) > 1)} occurs twice")
     return found
 
 

@@ -187,8 +187,8 @@ def test_one_prompt_as_json_and_options_that_clash(folder, tmp_path, capsys):
         ('{"prompt": "a", "top_p": 1e999}', "'1e999' is not a finite number"),
         ('{"prompt": "a", "top_p": NaN}', "'NaN' is not a finite number"),
         ('{"prompt": "a", "id": -Infinity}', "'-Infinity' is not a finite number"),
-        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice"),
-        ('{"prompt": "a", "logit_bias": {"3": 1, "3": 2}}', "the key '3' is there twice"),
+        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' occurs twice"),
+        ('{"prompt": "a", "logit_bias": {"3": 1, "3": 2}}', "the key '3' occurs twice"),
         ('{"prompt": "a", "logit_bias": {"-3": 1}}', 'a key of "logit_bias" is not a whole number'),
         ('{"prompt": "a", "min_p": false}', '"min_p" is not a finite number: False'),
         ('{"prompt": "a", "id": ' + "[" * 200 + "]" * 200 + "}", '"id" has more than 100 levels of brackets'),
@@ -365,7 +365,7 @@ def test_arguments_of_caches_reach_them_and_unknown_ones_are_refused_by_name(fol
         assert generate(folder, "--prompt", "a long question", "--temperature", 0, *options) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] == answers[2] == answers[3] != answers[4]
-    for argument, message in (("nsink", "nsink"), ("cache_length", "say that")):
+    for argument, message in (("nsink", "nsink"), ("cache_length", "use --kv_cache and --cache_length")):
         assert main(["generate", "no/such/model", "--kv_cache", "lastrec", f"--kv_cache_args.{argument}", "4"]) == 1
         err = capsys.readouterr().err
         assert message in err
