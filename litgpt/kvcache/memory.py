@@ -89,8 +89,8 @@ def largest(holds: Callable[[int], bool], most: int) -> int:
 
 
 def as_text(number: float) -> str:
-    """Bytes as people write them: 46.1 kB, 269 MB, 1.63 GB."""
-    for size, unit in ((10**9, "GB"), (10**6, "MB")):
+    """A number of bytes with its unit: 512 bytes, 46.1 kB, 269 MB, 1.63 GB."""
+    for size, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if number >= size:
             return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number / size:,.0f} {unit}"
-    return f"{number / 1000:.3g} kB"
+    return f"{number:.0f} bytes"

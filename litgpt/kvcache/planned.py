@@ -149,6 +149,10 @@ class PlannedKVCache(DefaultKVCache):
         parts = storage.size_in_bits_apriori(params, **storage_args)
         return sum(parts.values()), parts
 
+    def kept_queries(self) -> torch.Tensor | None:
+        """Queries that the policy asks for (batch_size, H, slots, D), to be written as steps say; None: it asks for none."""
+        return None
+
     # -- one call
 
     @abstractmethod
@@ -341,6 +345,19 @@ class PlannedKVCache(DefaultKVCache):
         )
 
     # -- state between calls
+
+    @property
+    def row_fields(self) -> tuple[tuple[int, ...], ...]:
+        """The numbers that describe the rows in use, as `refill` takes them."""
+        return self._rows.fields
+
+    def refill(self, row_fields: tuple[tuple[int, ...], ...], key: torch.Tensor, value: torch.Tensor) -> None:
+        """Hold keys and values (B, G, n, D), which may require gradients, in the first n slots, for rows of these fields."""
+        self._rows = RowState(*row_fields)
+        self.storage.detach_graph()
+        self.storage.detach_writes()
+        if key.shape[2]:
+            self.storage.set(key, value, torch.arange(key.shape[2], device=key.device), None)
 
     def _empty_rows(self, count: int = 0) -> RowState:
         return RowState(*[(0,) * count] * len(self.ROW_FIELDS))
