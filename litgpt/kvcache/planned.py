@@ -149,6 +149,10 @@ class PlannedKVCache(DefaultKVCache):
         parts = storage.size_in_bits_apriori(params, **storage_args)
         return sum(parts.values()), parts
 
+    def kept_queries(self) -> torch.Tensor | None:
+        """Queries that the policy asks for (batch_size, H, slots, D), to be written as steps say; None: it asks for none."""
+        return None
+
     # -- one call
 
     @abstractmethod

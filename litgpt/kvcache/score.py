@@ -121,6 +121,9 @@ class ScoreKVCache(PlannedKVCache):
             parts[name] = 8 * dtype.itemsize * torch.Size(shape).numel()
         return sum(parts.values()), parts
 
+    def kept_queries(self) -> torch.Tensor | None:
+        return self._buffers.get("queries")  # not `self.queries`: see `DefaultStorage.kernel_view`
+
     # -- one call
 
     def plan(
