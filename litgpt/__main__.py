@@ -10,8 +10,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import is_dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from litgpt.errors import debugging, describe
 from litgpt.standard_streams import drop_unwritten, is_text, prepare_standard_streams
@@ -20,69 +21,56 @@ from litgpt.waiting import stderr_log, waiting
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-# name -> ("module:function", help). The module is imported when the command is called.
-COMMANDS: dict[str, tuple[str, str]] = {
-    "chat": ("litgpt.chat.base:main", "Talk with a model."),
-    "generate": ("litgpt.generate.base:main", "Let a model continue a prompt."),
-    "generate_full": (
-        "litgpt.generate.full:main",
-        "Answer a prompt with a model all of whose weights were fine-tuned.",
-    ),
-    "generate_lora": ("litgpt.generate.lora:main", "Answer a prompt with LoRA weights that were not merged."),
-    "generate_adapter": ("litgpt.generate.adapter:main", "Answer a prompt with the weights of an adapter."),
-    "generate_adapter_v2": (
-        "litgpt.generate.adapter_v2:main",
-        "Answer a prompt with the weights of an adapter of the second kind.",
-    ),
+# name -> (module in litgpt:function, help). The module is imported when the command is called.
+_COMMANDS = {
+    "chat": ("chat.base:main", "Talk with a model."),
+    "generate": ("generate.base:main", "Let a model continue a prompt."),
+    "generate_full": ("generate.full:main", "Answer a prompt with a model of which all weights were fine-tuned."),
+    "generate_lora": ("generate.lora:main", "Answer a prompt with LoRA weights that were not merged."),
+    "generate_adapter": ("generate.adapter:main", "Answer a prompt with the weights of an adapter."),
+    "generate_adapter_v2": ("generate.adapter_v2:main", "Answer a prompt with the weights of an adapter V2."),
     "generate_speculatively": (
-        "litgpt.generate.speculative_decoding:main",
-        "Answer a prompt with a large model, which a small one runs ahead of.",
+        "generate.speculative_decoding:main",
+        "Answer a prompt with a large model, for which a small one drafts tokens.",
     ),
     "generate_sequentially": (
-        "litgpt.generate.sequentially:main",
-        "Answer a prompt with a model whose layers are spread over several GPUs.",
+        "generate.sequentially:main",
+        "Answer a prompt with a model whose layers are on several GPUs.",
     ),
-    "generate_tp": (
-        "litgpt.generate.tp:main",
-        "Answer a prompt with a model whose layers are divided among processes.",
-    ),
-    "finetune": ("litgpt.finetune.lora:setup", "The same as finetune_lora."),
-    "finetune_lora": ("litgpt.finetune.lora:setup", "Fine-tune a model by LoRA: small matrices next to its weights."),
-    "finetune_full": ("litgpt.finetune.full:setup", "Fine-tune all weights of a model."),
-    "finetune_adapter": ("litgpt.finetune.adapter:setup", "Fine-tune a model by learned prefixes of its layers."),
+    "generate_tp": ("generate.tp:main", "Answer a prompt with a model whose layers are divided among processes."),
+    "finetune": ("finetune.lora:setup", "The same as finetune_lora."),
+    "finetune_lora": ("finetune.lora:setup", "Fine-tune a model by LoRA: low-rank matrices added to its weights."),
+    "finetune_full": ("finetune.full:setup", "Fine-tune all weights of a model."),
+    "finetune_adapter": ("finetune.adapter:setup", "Fine-tune learned prefixes of a model's layers."),
     "finetune_adapter_v2": (
-        "litgpt.finetune.adapter_v2:setup",
-        "Fine-tune a model by learned prefixes, and scales and biases of its layers.",
+        "finetune.adapter_v2:setup",
+        "Fine-tune learned prefixes, and scales and biases of linear layers.",
     ),
-    "pretrain": ("litgpt.pretrain:setup", "Train a model on text, from random weights or from a checkpoint's."),
-    "download": ("litgpt.scripts.download:download_from_hub", "Fetch a model, or list those that can be had."),
+    "pretrain": ("pretrain:setup", "Train a model on text, from random weights or a checkpoint."),
+    "download": ("scripts.download:download_from_hub", "Download a model, or list the available ones."),
     "convert_to_litgpt": (
-        "litgpt.scripts.convert_hf_checkpoint:convert_hf_checkpoint",
-        "Turn a Hugging Face checkpoint into a LitGPT one.",
+        "scripts.convert_hf_checkpoint:convert_hf_checkpoint",
+        "Convert a Hugging Face checkpoint to LitGPT's format.",
     ),
     "convert_from_litgpt": (
-        "litgpt.scripts.convert_lit_checkpoint:convert_lit_checkpoint",
-        "Turn a LitGPT checkpoint into a Hugging Face one.",
+        "scripts.convert_lit_checkpoint:convert_lit_checkpoint",
+        "Convert a LitGPT checkpoint to Hugging Face's format.",
     ),
     "convert_pretrained_checkpoint": (
-        "litgpt.scripts.convert_pretrained_checkpoint:convert_pretrained_checkpoint",
-        "Turn the result of pretraining into a checkpoint for all other commands.",
+        "scripts.convert_pretrained_checkpoint:convert_pretrained_checkpoint",
+        "Convert the result of pretraining for all other commands.",
     ),
-    "merge_lora": (
-        "litgpt.scripts.merge_lora:merge_lora",
-        "Merge LoRA weights into those of the checkpoint that was fine-tuned.",
+    "merge_lora": ("scripts.merge_lora:merge_lora", "Merge LoRA weights into the checkpoint that was fine-tuned."),
+    "convert_to_peft": ("scripts.convert_peft:convert_to_peft", "Convert LoRA weights to Hugging Face's PEFT."),
+    "convert_from_peft": ("scripts.convert_peft:convert_from_peft", "Convert PEFT's LoRA weights to ours."),
+    "quantize": ("scripts.quantize:quantize_checkpoint", "Quantise a checkpoint's weights to 8 or 4 bits."),
+    "plan_cache": (
+        "scripts.plan_cache:plan_cache",
+        "Tell whether a model and its caches fit into a memory, and what would.",
     ),
-    "convert_to_peft": (
-        "litgpt.scripts.convert_peft:convert_to_peft",
-        "Turn LoRA weights into those of Hugging Face's PEFT.",
-    ),
-    "convert_from_peft": ("litgpt.scripts.convert_peft:convert_from_peft", "Turn PEFT's LoRA weights into ours."),
-    "quantize": (
-        "litgpt.scripts.quantize:quantize_checkpoint",
-        "Quantise a model's weights to 8 or 4 bits, once, into a folder of their own.",
-    ),
-    "validate": ("litgpt.scripts.validate:validate_setup", "Check a checkpoint, and tell how much memory it needs."),
+    "validate": ("scripts.validate:validate_setup", "Check a checkpoint, and estimate how much memory it needs."),
 }
+COMMANDS = {name: (f"litgpt.{place}", text) for name, (place, text) in _COMMANDS.items()}
 
 
 def __getattr__(name: str) -> dict[str, Callable[..., Any]]:
@@ -101,8 +89,8 @@ class UsageError(ValueError):
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code: 0, 1 (it failed), 2 (wrong usage), 130 (interrupted), 141 (whoever read
-    the output is gone).
+    """Runs one command and returns the exit code: 0, 1 (it failed), 2 (wrong usage), 130 (interrupted), 141 (stdout was
+    closed by its reader).
 
     `LITGPT_DEBUG=1` shows the traceback of an error instead of one line.
     """
@@ -182,7 +170,7 @@ def _overview() -> str:
             "commands:",
             *lines,
             "",
-            "`litgpt COMMAND --help` explains a command, `litgpt --version` tells the version.",
+            "`litgpt COMMAND --help` explains a command, `litgpt --version` shows the version.",
         ]
     )
 
@@ -216,7 +204,7 @@ def parse(name: str, function: Callable[..., Any], args: list[str]) -> dict[str,
     try:
         config = parser.instantiate(parsed)
     except (ValueError, OSError, TypeError) as error:
-        while error.__cause__ or error.__context__:  # down to what the class itself says of its arguments
+        while error.__cause__ or error.__context__:  # the first one is about the class's arguments
             error = error.__cause__ or error.__context__
         raise UsageError(describe(error)) from error
     return {key: config[key] for key in parameters}
@@ -292,13 +280,13 @@ def _by_name(args: list[str], parameters: Mapping[str, inspect.Parameter], posit
         if not is_text(arg):
             option, _, value = arg.partition("=")
             raise UsageError(f"{ascii(option)[1:-1]} is not text in UTF-8: {os.fsencode(value)!r}")
-    # What is said on the command line wins over a configuration file, and is part of what is printed.
+    # Options of the command line override a configuration file, and are printed by --print_config.
     return sorted(named, key=lambda arg: (arg == "--print_config") - arg.startswith("--config="))
 
 
 def _with_class_arguments(named: list[str], parameters: Mapping[str, inspect.Parameter]) -> list[str]:
-    """Puts the arguments of a class that an option of type `str | dict` names (`--optimizer NAME --optimizer.lr 0.01`, or
-    `--optimizer.class_path NAME --optimizer.init_args.lr 0.01`) into its value."""
+    """Moves arguments of a class that an option of type `str | dict` names (`--optimizer NAME --optimizer.lr 0.01`, also with
+    `.init_args`) into its value."""
     for key, parameter in parameters.items():
         if parameter.annotation != str | dict:
             continue
@@ -315,7 +303,7 @@ def _with_class_arguments(named: list[str], parameters: Mapping[str, inspect.Par
 
 
 def _number_or_text(text: str) -> Any:
-    """What a value on the command line means: 1e-3 is a number, which YAML does not see."""
+    """The number, JSON value or text of a command line's value; for YAML, 1e-3 is no number."""
     with suppress(ValueError):
         return float(text) if re.fullmatch(r"[-+]?[\d.]+[eE][-+]?\d+", text) else json.loads(text)
     return text
@@ -331,7 +319,7 @@ def _config_file(named: list[str]) -> str:
 
 
 def _explain(message: str, parameters: Mapping[str, inspect.Parameter], config_file: str) -> str:
-    """Says in one line what jsonargparse objects to."""
+    """The message of a jsonargparse error in one line."""
     message = " ".join(message.split())
     if match := re.match(r'Parser key "([\w.]+)": Exceeds the limit', message):
         return f"--{match[1]} has a number that is too large"
@@ -347,11 +335,39 @@ def _explain(message: str, parameters: Mapping[str, inspect.Parameter], config_f
         return f"{match[1] or match[2]} is missing"
     if (match := re.match(r'Parser key "(\w+)": .*(?:Got|Given) value: (.*)', message)) and match[1] in parameters:
         annotation = parameters[match[1]].annotation
+        kind = next(
+            (x for x in get_args(annotation) if isinstance(x, type) and x.__module__.startswith("litgpt.")), None
+        )
+        if kind is not None and not is_dataclass(kind):
+            return _explain_object(match[1], kind, match[2], message)
         expected = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
         expected = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", expected)
         expected = re.sub(r"Literal\[(.*)\]", r"one of \1", expected)
         return f"--{match[1]} cannot be {match[2]!r}, it takes {expected}"
+    if match := re.match(r'Parser key "([\w.]+)": .*(?:Got|Given) value: (.*)', message):
+        expected = " or ".join(re.findall(r"Expected an? <class '(\w+)'>", message)).replace("NoneType", "null")
+        return f"--{match[1]} cannot be {match[2]!r}, it takes {expected or 'another kind of value'}"
     return re.sub(r'^Parser key "([\w.]+)":', r"--\1:", message)
+
+
+def _explain_object(key: str, kind: type, value: str, message: str) -> str:
+    """Says what is wrong with an option whose value is the name of a subclass of `kind`, with arguments."""
+    package = vars(import_module(kind.__module__.rpartition(".")[0]))
+    known = [name for name, x in package.items() if isinstance(x, type) and issubclass(x, kind) and x is not kind]
+    choice = f"one of {', '.join(sorted(known))}, or the import path of a class of yours"
+    match = re.search(r"Problem with given class_path '(?:[\w.]+\.)?(\w+)': (.*?)(?: - Expected| Given value)", message)
+    if match is None or match[1] not in [*known, kind.__name__]:
+        return f"--{key} cannot be {value!r}, it takes {choice}"
+    name, reason = match.groups()
+    if argument := re.search(r"Option '(\w+)' is not accepted", reason):
+        if name == kind.__name__:
+            return f"--{key}.{argument[1]} belongs to a --{key} that is not given: {choice}"
+        return f"--{key} {name} has no option --{key}.{argument[1]}"
+    if argument := re.search(r"arguments are required: (\w+)", reason):
+        return f"--{key} {name} needs --{key}.{argument[1]}"
+    if argument := re.search(r"Parser key \"(\w+)\": (?:.*value: |)(.*)", reason):
+        return f"--{key}.{argument[1]} cannot be {argument[2]!r}"
+    return f"--{key} {name}: {reason}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Writes a file whole or not at all, and removes what processes that were killed while writing have left."""
+"""Writes a file completely or not at all, and removes temporary files of processes that were killed."""
 
 import os
 import re
@@ -15,11 +15,11 @@ except ImportError:  # Windows: no locks, and abandoned files stay
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary file to write to, which takes the name `path` when the block ends well and is removed if not.
+    """A temporary file to write to, which is renamed to `path` when the block succeeds and removed when it fails.
 
-    Links are followed, and the mode of a file that is replaced is kept. A device or a pipe is given as it is, to be written
-    directly. Temporary files of this path that belong to no running process are removed first. Who wants to keep what was
-    written before a failure renames the temporary file inside the block. Raises `IsADirectoryError` for a folder.
+    Links are followed, and the mode of a replaced file is kept. For a device or a pipe it is `path` itself. Temporary files
+    of this path that belong to no running process are removed first. To keep the data written before a failure, rename the
+    temporary file inside the block. Raises `IsADirectoryError` for a folder.
     """
     path = Path(path)
     if path.is_dir():
@@ -32,7 +32,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary, descriptor = _create(path)
     try:
         yield temporary
-        os.fsync(descriptor)  # a new name for data that is not on the disk yet would be lost with the power
+        os.fsync(descriptor)  # renamed before its data are on the disk, the file would be empty after a power failure
         if fcntl is None:  # Windows renames no open file
             os.close(descriptor)
             descriptor = -1
@@ -45,7 +45,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def _create(path: Path) -> tuple[Path, int]:
-    """A new file beside `path`, locked as long as the descriptor is open: by that others know that it is in use."""
+    """A new file beside `path`, locked while the descriptor is open to show other processes that it is in use."""
     mode = path.stat().st_mode & 0o777 if path.exists() else None
     while True:
         temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -70,7 +70,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the folder's entries on the disk, where the system can."""
+    """Writes the folder's entries to the disk, where the system can."""
     if hasattr(os, "O_DIRECTORY"):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

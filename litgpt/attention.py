@@ -319,7 +319,7 @@ class MultiHeadSelfAttention:
         return_weights: bool = False,
         sink_logits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention in the fastest way that gives what is asked for: by a fused kernel, or written out in blocks of queries.
+        """Attention, by a fused kernel if possible, otherwise written out in blocks of queries.
 
         Args:
             query: (B, H, T, D).

@@ -18,16 +18,10 @@ _CHOICES = {
     "mlp_class_name": ("GptNeoxMLP", "LLaMAMLP", "GemmaMLP", "LLaMAMoE"),
     "gelu_approximate": ("none", "tanh"),
 }
-_MOST_MODULES = {"n_layer": 2000, "n_expert": 2000}  # more are a mistake in a file, and would take minutes to build
+_MOST_MODULES = {"n_layer": 2000, "n_expert": 2000}  # more are a mistake in a file that would take minutes to build
 # Fields that may be 0 or negative; all other numbers are positive, where they are not None
-_MAY_BE_ZERO = (
-    "norm_eps",
-    "rotary_percentage",
-    "n_expert",
-    "n_expert_per_token",
-    "n_shared_expert",
-    "first_k_dense_replace",
-)
+_MAY_BE_ZERO = ("norm_eps", "rotary_percentage", "first_k_dense_replace")
+_MAY_BE_ZERO += ("n_expert", "n_expert_per_token", "n_shared_expert")
 _MAY_BE_NEGATIVE = ("embedding_multiplier", "residual_multiplier", "routed_scaling_factor")
 # Numbers, and lists of numbers, of `rope_adjustments`
 _ROPE_NUMBERS = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
@@ -36,16 +30,8 @@ _ROPE_LISTS = ("short_factor", "long_factor")
 # Written to `model_config.yaml` only where the model's name, or the default, does not imply them: LitGPT 0.5.13 refuses
 # fields it does not know.
 _IMPLIED_BY_NAME = ("norm_unit_offset", "norm_affine")
-_NOT_IN_LITGPT = (
-    *_IMPLIED_BY_NAME,
-    "nope_indices",
-    "attention_sinks",
-    "swiglu_limit",
-    "router_bias",
-    "embedding_multiplier",
-    "residual_multiplier",
-    "logits_divisor",
-)
+_NOT_IN_LITGPT = (*_IMPLIED_BY_NAME, "nope_indices", "attention_sinks", "swiglu_limit", "router_bias")
+_NOT_IN_LITGPT += ("embedding_multiplier", "residual_multiplier", "logits_divisor")
 
 
 @dataclass
@@ -54,8 +40,7 @@ class Config:
 
     Fields left at `None` are derived from the others: `head_size = n_embd / n_head`, `n_query_groups = n_head`,
     `intermediate_size = 4 * n_embd`, and `padded_vocab_size`, the rows of the embedding, is `vocab_size` rounded up
-    to a multiple of `padding_multiple`. A field that does not exist and a value that cannot be are a `ValueError`
-    naming it.
+    to a multiple of `padding_multiple`. Raises `ValueError` naming an unknown field or a field with an invalid value.
     """
 
     name: str = ""
@@ -115,11 +100,11 @@ class Config:
     latent_attention: dict | None = None
     rope_local_base_freq: float | None = None
     rope_indices: list[int] | None = None
-    # fields LitGPT derives from the model's name; None: derive them so
+    # fields that LitGPT derives from the model's name, and we too where they are None
     norm_unit_offset: bool | None = None
     norm_affine: bool | None = None
     # fields of later families: layers without rotary embedding (flags), learnt attention sinks (one a head),
-    # experts whose inputs of the product are clamped, the bias of their router, and factors on the residual stream
+    # the clamp of the experts' gate and up projections, the router's bias, factors on the residual stream and logits
     nope_indices: list[int] | None = None
     attention_sinks: bool = False
     swiglu_limit: float | None = None
@@ -142,22 +127,18 @@ class Config:
         if not self.name and isinstance(self.hf_config, dict):
             self.name = self.hf_config.get("name", "")
         self.name = str(self.name)
-        self._check_types()
-        self.hf_config = dict(self.hf_config)
-        self._derive()
-        self._validate()
-
-    def _check_types(self) -> None:
-        """Every field is of its type and in a range that can be computed with, before anything is made of it."""
         for f in fields(Config):
             if f.name != "start_of_layer_hook" and (expected := unmet(f.name, getattr(self, f.name))) is not None:
                 self._require(f.name, False, expected)
+        self.hf_config = dict(self.hf_config)
+        self._derive()
+        self._validate()
 
     def _derive(self) -> None:
         if self.head_size is None:
             self._require("n_embd", self.n_embd % self.n_head == 0, f"a multiple of n_head = {self.n_head}")
             self.head_size = self.n_embd // self.n_head
-        if self.n_query_groups is None or self.latent_attention is not None:  # whose heads share one latent vector
+        if self.n_query_groups is None or self.latent_attention is not None:  # all latent heads share one latent vector
             self.n_query_groups = self.n_head
         if self.padded_vocab_size is None:
             self.padded_vocab_size = find_multiple(self.vocab_size, self.padding_multiple)
@@ -166,14 +147,10 @@ class Config:
             self._require("intermediate_size", self.mlp_class_name != "LLaMAMLP", "given for LLaMAMLP")
             self.intermediate_size = 4 * self.n_embd
         self.rope_n_elem = int(self.rotary_percentage * self.head_size)
-        if self.sliding_window_size is not None:
-            self.sliding_window_indices = check_indicator_and_length(
-                self.sliding_window_indices, "sliding_window_indices", self.n_layer
-            )
-        if self.rope_local_base_freq is not None:
-            self.rope_indices = check_indicator_and_length(self.rope_indices, "rope_indices", self.n_layer)
-        if self.nope_indices is not None:
-            self.nope_indices = check_indicator_and_length(self.nope_indices, "nope_indices", self.n_layer)
+        needed_with = {"sliding_window_indices": "sliding_window_size", "rope_indices": "rope_local_base_freq"}
+        for key in ("sliding_window_indices", "rope_indices", "nope_indices"):
+            if getattr(self, needed_with.get(key, key)) is not None:
+                setattr(self, key, check_indicator_and_length(getattr(self, key), key, self.n_layer))
         for key in _IMPLIED_BY_NAME:
             if getattr(self, key) is None:
                 setattr(self, key, self._implied(key))
@@ -200,7 +177,7 @@ class Config:
         post_norms = self.post_attention_norm or self.post_mlp_norm
         self._require("residual_multiplier", self.residual_multiplier == 1 or not post_norms, "1 with post norms")
         if self.mlp_class_name == "LLaMAMoE":
-            if self.n_expert or self.first_k_dense_replace is None:  # else the first mixture that is built says so
+            if self.n_expert or self.first_k_dense_replace is None:  # else building the first mixture raises
                 self._require("n_expert", self.n_expert > 0, "positive with LLaMAMoE")
                 self._require("n_expert_per_token", 0 < self.n_expert_per_token <= self.n_expert, "1 to n_expert")
         else:
@@ -215,7 +192,7 @@ class Config:
             )
 
     def _check_rope(self) -> None:
-        """`rope_adjustments` hold what one kind of scaling needs, and nothing that is not understood."""
+        """Checks that `rope_adjustments` have all keys of one kind of scaling, and no unknown ones."""
         given = self._section("rope_adjustments")
         if unknown := sorted(set(map(str, given)) - {"original_max_seq_len", "truncate", *_ROPE_NUMBERS, *_ROPE_LISTS}):
             raise ValueError(f"{given.where}: {', '.join(unknown)} of rope_adjustments is not known")
@@ -253,7 +230,7 @@ class Config:
 
     @property
     def cache_groups(self) -> int:
-        """Heads of keys and values in a cache: `n_query_groups`, or 1 with latent attention, whose heads share one."""
+        """Key/value heads in a cache: `n_query_groups`, or 1 with latent attention, whose heads share one."""
         return self.n_query_groups if self.latent_attention is None else 1
 
     @property
@@ -263,17 +240,17 @@ class Config:
 
     @property
     def cache_value_size(self) -> int | None:
-        """With latent attention, how many of a key's first elements are the value; else None: values are stored too."""
+        """With latent attention, the number of a key's first elements that are the value; else `None`."""
         return None if self.latent_attention is None else self.kv_lora_rank
 
     def window(self, block_idx: int) -> int | None:
-        """The sliding-window size of a layer in tokens, `None` where it attends to everything."""
+        """The sliding-window size of a layer in tokens, `None` for full attention."""
         if self.sliding_window_size is None or not self.sliding_window_indices[block_idx]:
             return None
         return self.sliding_window_size
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, as `model_config.yaml` holds them."""
+        """The fields as plain values for `model_config.yaml`."""
         values = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "start_of_layer_hook"}
         return {k: v for k, v in values.items() if k not in _NOT_IN_LITGPT or v != self._implied(k)}
 
@@ -281,21 +258,19 @@ class Config:
     def from_name(cls, name: str, **kwargs: Any) -> "Config":
         """The named model `name` or `org/name` with the fields in `kwargs` replaced.
 
-        Raises `ValueError` with the nearest names for a name that is not known.
+        Raises `ValueError` with the nearest names for an unknown name.
         """
         from litgpt.families import named_models
 
         models = named_models()
-        match = models.get(name)
+        by_other_names: dict[str, dict[str, Any]] = {}
+        for model in models.values():
+            org, repo = model["hf_config"]["org"], model["hf_config"]["name"]
+            for other in (repo, f"{org}/{repo}", f"{org}/{model['name']}"):
+                by_other_names.setdefault(other, model)
+        match = models.get(name) or by_other_names.get(name)
         if match is None:
-            for model in models.values():
-                org, repo = model["hf_config"]["org"], model["hf_config"]["name"]
-                if name in (repo, f"{org}/{repo}", f"{org}/{model['name']}"):
-                    match = model
-                    break
-            else:
-                known = [*models, *(f"{m['hf_config']['org']}/{m['hf_config']['name']}" for m in models.values())]
-                raise ValueError(f"{name!r} is not a supported config name{_did_you_mean(name, known)}")
+            raise ValueError(f"{name!r} is not a supported config name{_did_you_mean(name, models | by_other_names)}")
         return cls(**{**_plain(match), **kwargs})
 
     @classmethod
@@ -307,7 +282,7 @@ class Config:
     def from_hf(cls, hf: dict[str, Any] | Settings | Path, **kwargs: Any) -> "Config":
         """The config that a Hugging Face `config.json` describes: its values, or its path.
 
-        Raises `ValueError` for an architecture or a setting that is not supported, and what is not of its type.
+        Raises `ValueError` for an architecture or a setting that is not supported, and a value of the wrong type.
         """
         from litgpt.families import fields_from_hf
 
@@ -344,17 +319,17 @@ class Config:
             ) from None
 
 
-Config.__new__ = wraps(Config.__init__)(Config.__new__)  # whoever reads signatures, as the command line, sees fields
+Config.__new__ = wraps(Config.__init__)(Config.__new__)  # the command line reads the fields from its signature
 
 
 def unmet(field: str, value: Any, null: bool = True) -> str | None:
-    """What a field of `Config` would have to be, where a value is not of its type or in its range; `None` where it is.
+    """What a value for a field of `Config` must be, if it is not of its type or in its range; `None` if it is.
 
-    Without `null` also a field that may be left out has to be there.
+    Without `null`, `None` is not valid for optional fields either.
     """
     kind = Config.__dataclass_fields__[field].type
     if field.endswith("_indices"):
-        kind = list | None  # `check_indicator_and_length` tells more
+        kind = list | None  # the entries are checked by `check_indicator_and_length`
     if not fits(value, kind) or (value is None and not null):
         return described(kind).removesuffix("" if null else " or null")
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -378,7 +353,7 @@ def find_multiple(n: int, k: int) -> int:
 def check_indicator_and_length(
     params: list[int] | None, name: str, required_length: int, use_initial_part: bool = True, def_val: int = 1
 ) -> list[int]:
-    """Per-layer flags as a list of `required_length` zeros and ones; `None` stands for `def_val` everywhere.
+    """Per-layer flags as a list of `required_length` zeros and ones; `None` means `def_val` for all layers.
 
     A longer list is cut with `use_initial_part`. Raises `ValueError` for a wrong length or other values.
     """

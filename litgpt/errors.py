@@ -1,17 +1,17 @@
-"""Errors in the words of those who use the program."""
+"""Errors as messages for users of the program."""
 
 import os
 import re
 import traceback
 
 USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, IndexError, MemoryError)
-"""What bad input or a machine's limits lead to; any other exception is a defect of the program."""
+"""Errors of bad input or a machine's limits; any other exception is a defect of the program."""
 
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Unable to allocate", re.IGNORECASE)
 
 
 def debugging() -> bool:
-    """Whether tracebacks are wanted, by `LITGPT_DEBUG=1`."""
+    """Whether `LITGPT_DEBUG=1` asks for tracebacks."""
     return os.environ.get("LITGPT_DEBUG", "0") not in ("", "0")
 
 
@@ -21,7 +21,7 @@ def one_line(error: BaseException, most: int = 200) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """An error as one line that tells its reader what happened."""
+    """An error as one line for the user."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
         return _describe_out_of_memory(text)
@@ -39,12 +39,9 @@ def describe(error: BaseException) -> str:
 
 
 def _describe_out_of_memory(text: str) -> str:
-    asked = re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", text)
     size = ""
-    if asked:
-        size = (
-            f" ({int(asked[1]) / 1e9:.1f} GB more were asked for)" if asked[1] else f" ({asked[2]} more were asked for)"
-        )
+    if asked := re.search(r"allocate (\d+) bytes|allocate ([\d.]+ [KMGT]iB)", text):
+        size = f" ({asked[2] or f'{int(asked[1]) / 1e9:.1f} GB'} more were asked for)"
     return (
         f"out of memory{size}: take a smaller model, --quantize int8 or int4, a shorter prompt, a smaller --cache_length "
         "or fewer sequences at once"

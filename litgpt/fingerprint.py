@@ -1,4 +1,4 @@
-"""A short text that tells one model from another, from its configuration and a few values of every weight."""
+"""A short identifier of a model, from its configuration and a few values of every weight."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from torch import nn
 from litgpt.kvcache import KVCache
 
 VALUES = 32  # of every weight
-# Fields that change nothing of what a token's keys and values are.
+# Fields that do not change a token's keys and values
 _IRRELEVANT = ("name", "hf_config", "block_size", "vocab_size", "padding_multiple")
 
 
@@ -19,15 +19,15 @@ def sample(weight: torch.Tensor) -> torch.Tensor:
     flat = weight.detach().reshape(-1)
     size, count = flat.numel(), min(flat.numel(), VALUES)
     part = torch.arange(count, device=flat.device)
-    # one of each of as many equal parts, at another place in each: they should not all lie in one column
+    # one value of each of `count` equal parts, at a different place in each so that they are not all in one column
     return flat[part * size // count + part * 7919 % max(size // max(count, 1), 1)].double()
 
 
 def fingerprint(model: nn.Module) -> str:
-    """What a model is, in 16 letters. Equal however weights are laid out (`litgpt.runners.packed_weights`), different as soon as training,
-    merging or quantising has changed them; takes milliseconds, since it reads few of them.
+    """An identifier of 16 letters, computed in milliseconds. It is the same for every layout of the weights
+    (`litgpt.runners.packed_weights`), and another one after training, merging or quantising.
 
-    Biases are left out: not every layout keeps them apart.
+    Biases are left out, since some layouts do not keep them apart.
     """
     fields = {key: value for key, value in model.config.to_dict().items() if key not in _IRRELEVANT}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
@@ -37,7 +37,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _samples(module: nn.Module, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Samples by the names that weights have in plain layers. Modules that keep them otherwise have `weight_samples`."""
+    """Samples by the weights' names in plain layers. Modules with another layout have `weight_samples`."""
     if isinstance(module, KVCache):
         return
     if hasattr(module, "weight_samples"):

@@ -108,7 +108,7 @@ class GPT(nn.Module):
 
     @property
     def static_shapes(self) -> bool:
-        """Whether the layer runner wants shapes that stay the same as sequences grow."""
+        """Whether the layer runner needs constant shapes as sequences grow."""
         return self.layer_runner is not None and self.layer_runner.static_shapes
 
     @classmethod
@@ -399,11 +399,11 @@ class GPT(nn.Module):
         return self.caches.caches[layer_idx].get_params() if self.caches.caches else None
 
     def kv_cache_max_tokens_forward(self) -> int | None:
-        """Most tokens that a call with `input_pos > 0` should bring (None: there are no caches)."""
+        """Most tokens of a call with `input_pos > 0` (None: there are no caches)."""
         return self.caches.max_tokens_forward
 
     def kv_cache_max_prefill_length(self) -> int | None:
-        """Most tokens that a call with `input_pos=0` may bring (None: any number)."""
+        """Most tokens of a call with `input_pos=0` (None: any number)."""
         return self.caches.max_prefill_length
 
     # -- weights
@@ -523,7 +523,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class MultiheadLatentAttention(nn.Module):
-    """Attention whose keys and values of all heads come from one small vector a token (arXiv:2405.04434, section 2.1).
+    """Attention with keys and values of all heads from one small vector a token (arXiv:2405.04434, section 2.1).
 
     Only that vector and its rotated part are cached, as one key that all heads share; the vector alone is the value. Queries
     and outputs are projected to and from its space: the same products in another order.
@@ -730,7 +730,7 @@ class RMSNorm(nn.Module):
 
 
 def _first_position(input_pos: int | torch.Tensor, next_token_pos: int) -> int:
-    """The int that `input_pos` stands for; LitGPT's scripts give a tensor of consecutive positions."""
+    """The first position; LitGPT's scripts give a tensor of consecutive ones."""
     if not isinstance(input_pos, torch.Tensor):
         if input_pos < 0:
             raise ValueError(f"input_pos must be None or at least 0, got {input_pos}")

@@ -68,7 +68,7 @@ setup = command(
     _pretrain,
     "Train a model from random weights, or continue from a checkpoint's with text.",
     "model_name model_config out_dir precision initial_checkpoint_dir resume data train eval log optimizer devices "
-    "num_nodes tokenizer_dir logger_name seed strategy",
+    "num_nodes tokenizer_dir logger_name seed strategy kv_cache cache_length kv_cache_args prompt_chunksize",
     {
         "out_dir": Path("out/pretrain"),
         "train": TrainArgs(

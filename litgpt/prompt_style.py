@@ -13,9 +13,9 @@ ROLES = ("system", "user", "assistant")
 
 
 class PromptStyle:
-    """Turns a prompt into the text a model was trained to answer. Subclasses implement `apply`.
+    """Writes a prompt as the text a model was trained to answer. Subclasses implement `apply`.
 
-    `class Mine(PromptStyle, name="mine", models=r"my-model-.*")` can be had by name and becomes the style of the models
+    `class Mine(PromptStyle, name="mine", models=r"my-model-.*")` is registered by name, and as the style of the models
     whose whole name (without the organisation, in any case) matches the pattern; both keywords are optional.
     """
 
@@ -82,7 +82,7 @@ class PromptStyle:
 
     @classmethod
     def from_model_name(cls, model_name: str) -> "PromptStyle":
-        """Returns the style that the name of a model (`org/name` too) calls for, the bare prompt if it calls for none."""
+        """Returns the style for the name of a model (`org/name` too), the bare prompt if there is none for it."""
         name = model_name.rsplit("/", 1)[-1]
         for pattern, style in PromptStyle._style_of_models.items():
             if re.fullmatch(pattern, name, flags=re.IGNORECASE):
@@ -91,7 +91,7 @@ class PromptStyle:
 
     @classmethod
     def from_config(cls, config: "Config") -> "PromptStyle":
-        """Returns the style that the name of the model calls for."""
+        """Returns the style for the name of the model."""
         return cls.from_model_name(config.name)
 
 
@@ -123,8 +123,9 @@ def _fill(template: str, **texts: str) -> str:
 class TurnStyle(PromptStyle):
     """A style given by the texts around the turns; a subclass is a row of such texts.
 
-    A user's turn is `user`; in the first one `{system}` stands for the system text wrapped in `system`, later for
-    nothing. An answer stands between `answer_start` and `answer_end`.
+    A user's turn is `user`; in the first one `{system}` is the system text in `system`, later it is empty. An answer stands
+    between `answer_start` and `answer_end`. The class keyword `turn` gives all four at once, for styles whose turns differ
+    only in `{role}` and `{text}`.
     """
 
     takes_messages = True
@@ -136,6 +137,13 @@ class TurnStyle(PromptStyle):
     answer_end: str = "\n"
     stops: tuple[tuple[str | int, ...], ...] = ()
     """Sequences of tokens, or ids of tokens, that end an answer besides the end-of-sequence token."""
+
+    def __init_subclass__(cls, turn: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if turn is not None:
+            cls.system = turn.replace("{role}", "system").replace("{text}", "{system}")
+            cls.user = "{system}" + turn.replace("{role}", "user").replace("{text}", "{user}")
+            cls.answer_start, cls.answer_end = turn.replace("{role}", "assistant").split("{text}")
 
     def apply(self, prompt: str | Sequence[Message], *, sys_prompt: str | None = None, **kwargs: str) -> str:
         text, system = self.start, sys_prompt or self.system_message

@@ -1,7 +1,6 @@
-"""Prompt styles: the texts that each model was trained to answer, and which style a checkpoint gets.
+"""Prompt styles: the texts around the turns of a conversation that each model was trained with, and a checkpoint's style.
 
-The built-in styles are data: every class below is a row of the texts that surround what is said, with the names of the
-models that were trained on it.
+The built-in styles are data: every class below is a row of such texts, with the names of its models.
 """
 
 import sys
@@ -26,7 +25,7 @@ _FILE_NAME = "prompt_style.yaml"
 
 
 class Default(TurnStyle, name="default"):
-    """The prompt as it is: for models that continue a text. System texts are left out."""
+    """The bare prompt, for models that continue a text. System texts are left out."""
 
 
 class Alpaca(TurnStyle, name="alpaca"):
@@ -44,7 +43,7 @@ class Alpaca(TurnStyle, name="alpaca"):
     takes_messages = True
 
     def apply(self, prompt: str | Sequence[Message], *, sys_prompt: str | None = None, **kwargs: str) -> str:
-        """As in `PromptStyle`; `input` is what a single prompt's instruction is about."""
+        """As in `PromptStyle`; `input` is the text that a single prompt's instruction is about."""
         if isinstance(prompt, str) and kwargs.get("input"):
             prompt = f"{prompt}\n\n### Input:\n{kwargs['input']}"
             sys_prompt = sys_prompt or self.system_message_with_input
@@ -131,13 +130,10 @@ class Llama3(
     TurnStyle,
     name="llama3",
     models=r"(meta-)?llama-3.*-instruct.*|olmo-2-.*-(sft|dpo|instruct)|codellama-34b-instruct.*",
+    turn="<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>",
 ):
     start = "<|begin_of_text|>"
     system_message = "You are a helpful assistant."
-    system = "<|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>"
-    user = "{system}<|start_header_id|>user<|end_header_id|>\n\n{user}<|eot_id|>"
-    answer_start = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-    answer_end = "<|eot_id|>"
     stops = (("<|eot_id|>",),)
 
 
@@ -179,19 +175,12 @@ class Phi2(TurnStyle, name="phi-2", models=r"phi-2"):
     answer_start = "Output:"
 
 
-class Phi3(TurnStyle, name="phi-3", models=r"phi-3.*"):
+class Phi3(TurnStyle, name="phi-3", models=r"phi-3.*", turn="<|{role}|>\n{text}<|end|>\n"):
     system_message = "You are a helpful assistant."
-    system = "<|system|>\n{system}<|end|>\n"
-    user = "{system}<|user|>\n{user}<|end|>\n"
-    answer_start = "<|assistant|>\n"
-    answer_end = "<|end|>\n"
 
 
-class Phi4(TurnStyle, name="phi-4", models=r"phi-4"):
-    system = "<|im_start|>system<|im_sep|>{system}<|im_end|>"
-    user = "{system}<|im_start|>user<|im_sep|>{user}<|im_end|>"
-    answer_start = "<|im_start|>assistant<|im_sep|>"
-    answer_end = "<|im_end|>"
+class Phi4(TurnStyle, name="phi-4", models=r"phi-4", turn="<|im_start|>{role}<|im_sep|>{text}<|im_end|>"):
+    pass
 
 
 class Phi4Reasoning(Phi4, name="phi-4-reasoning", models=r"phi-4-reasoning.*"):
@@ -211,23 +200,16 @@ class Phi4Reasoning(Phi4, name="phi-4-reasoning", models=r"phi-4-reasoning.*"):
     )
 
 
-class Phi4Mini(TurnStyle, name="phi-4-mini", models=r"phi-4-mini-instruct"):
-    system = "<|system|>{system}<|end|>"
-    user = "{system}<|user|>{user}<|end|>"
-    answer_start = "<|assistant|>"
-    answer_end = "<|end|>"
+class Phi4Mini(TurnStyle, name="phi-4-mini", models=r"phi-4-mini-instruct", turn="<|{role}|>{text}<|end|>"):
+    pass
 
 
 class Phi4MiniReasoning(Phi4Mini, name="phi-4-mini-reasoning", models=r"phi-4-mini-reasoning"):
     system_message = "Your name is Phi, an AI math expert developed by Microsoft."
 
 
-class TinyLlama(TurnStyle, name="tinyllama", models=r"tiny-?llama-.*-chat.*"):
+class TinyLlama(TurnStyle, name="tinyllama", models=r"tiny-?llama-.*-chat.*", turn="<|{role}|>\n{text}</s>\n"):
     system_message = "You are a friendly chatbot who always gives helpful, detailed, and polite answers."
-    system = "<|system|>\n{system}</s>\n"
-    user = "{system}<|user|>\n{user}</s>\n"
-    answer_start = "<|assistant|>\n"
-    answer_end = "</s>\n"
 
 
 class Gemma(TurnStyle, name="gemma", models=r"(code)?gemma-.*-it"):
@@ -243,19 +225,14 @@ class OLMo(TurnStyle, name="olmo", models=r"olmo-\d+b.*"):
     answer_end = "<|endoftext|>\n"
 
 
-class ChatML(TurnStyle, name="chatml"):
-    system = "<|im_start|>system\n{system}<|im_end|>\n"
-    user = "{system}<|im_start|>user\n{user}<|im_end|>\n"
-    answer_start = "<|im_start|>assistant\n"
-    answer_end = "<|im_end|>\n"
-
+class ChatML(TurnStyle, name="chatml", turn="<|im_start|>{role}\n{text}<|im_end|>\n"):
     def __init__(self, system_message: str | None = None) -> None:
         super().__init__()
         if system_message is not None:
             self.system_message = system_message
 
     def init_args(self) -> dict[str, Any]:
-        # A subclass with a constructor of its own may take other arguments, or none.
+        # a subclass with its own constructor may take other arguments, or none
         return dict(vars(self)) if type(self).__init__ is ChatML.__init__ else {}
 
 
@@ -296,7 +273,7 @@ prompt_styles = PromptStyle.styles
 
 
 def model_name_to_prompt_style(model_name: str) -> PromptStyle:
-    """Returns the style that the name of a model (`org/name` too) calls for, the bare prompt if it calls for none."""
+    """Returns the style for the name of a model (`org/name` too), the bare prompt if there is none for it."""
     return PromptStyle.from_model_name(model_name)
 
 
@@ -306,7 +283,7 @@ def style_for(checkpoint: str | Path, tokenizer: "Tokenizer | None", config: "Co
     Args:
         checkpoint: folder, file or name of the checkpoint.
         tokenizer: its tokenizer, whose `chat_template` may be None.
-        config: its configuration, whose `name` decides in the end; without one, the last part of `checkpoint` does.
+        config: its configuration with its `name` (default: the last part of `checkpoint`).
     """
     path = Path(checkpoint)
     if has_prompt_style(path):
@@ -332,8 +309,7 @@ def encode_prompt(
 ) -> "torch.Tensor":
     """Returns the token ids (T,) of a prompt or conversation in a style.
 
-    A chat template writes the beginning-of-sequence token itself where the model wants one; the tokenizer adds none then,
-    nor where another style has written it.
+    The tokenizer adds no BOS token to the text of a chat template, which has the model's, nor to one that begins with it.
     """
     text = style.render(prompt, sys_prompt=sys_prompt, **kwargs)
     bos_token = getattr(tokenizer, "bos_token", None)

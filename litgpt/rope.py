@@ -148,7 +148,7 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 def apply_rope_interleave(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`apply_rope` for x whose rotated pairs are neighbours. The result is in halves, which does not change query-key products."""
+    """`apply_rope` for x whose rotated pairs are neighbours, reordered into halves (which leaves query-key products equal)."""
     return apply_rope(x.unflatten(-1, (-1, 2)).mT.flatten(-2), cos, sin)
 
 
@@ -170,7 +170,7 @@ def build_rope_cache(
         device: where to make them.
         base: of the geometric series of wave lengths.
         condense_ratio: positions are divided by it.
-        extra_config: `Config.rope_adjustments`, a scaling. Its keys tell which: {factor} is linear; with low_freq_factor,
+        extra_config: `Config.rope_adjustments`, a scaling, identified by its keys: {factor} is linear; with low_freq_factor,
             high_freq_factor and original_max_seq_len it is Llama 3.1's; with beta_fast, beta_slow and
             original_max_seq_len YaRN; with short_factor, long_factor, factor and original_max_seq_len LongRoPE.
         rope_local_base_freq: a second base, for layers with a sliding window (Gemma 3).

@@ -1,4 +1,4 @@
-"""Values from JSON and YAML files, read with the type and the range they must have: what does not fit is one line."""
+"""Values from JSON and YAML files, checked for their type and range as they are read."""
 
 import json
 import re
@@ -26,13 +26,13 @@ _KINDS = {
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel = 2
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
-# a text in quotes, or a comma before a closing bracket; and what ends a value at the end of a line before a text
+# a text in quotes, or a comma before a closing bracket; and the end of a value whose comma is missing at the line's end
 _LAST_COMMA = re.compile(r'("(?:[^"\\]|\\.)*")|,(?=\s*[}\]])')
 _NO_COMMA = re.compile(r'("(?:[^"\\]|\\.)*"|[\]}\w])(?=\s*\n\s*")')
 
 
 def shown(value: Any) -> str:
-    """A value for an error message: as Python writes it, but short."""
+    """A value's shortened `repr`, for error messages."""
     try:
         text = _SHORT.repr(value)
     except ValueError:
@@ -47,9 +47,9 @@ def listed(names: Collection[str], most: int = 5) -> str:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value is of a kind: a type as in an annotation, `list[int] | None` say.
+    """Whether a value has a type, given as in an annotation, such as `list[int] | None`.
 
-    Whole numbers are numbers, true and false are not. Numbers are finite.
+    An int is a float too, true and false are neither. Numbers are finite.
     """
     if isinstance(kind, UnionType):
         return any(fits(value, one) for one in get_args(kind))
@@ -58,7 +58,7 @@ def fits(value: Any, kind: Any) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(fits(one, get_args(kind)[1]) for one in value.values())
     if kind is float:
-        # whole numbers of hundreds of digits are no floats
+        # an int of hundreds of digits does not fit a float
         return isinstance(value, Real) and not isinstance(value, bool) and abs(value) < 1e300
     if kind is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
@@ -66,7 +66,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def described(kind: Any) -> str:
-    """A kind in words: "a whole number or null"."""
+    """A type in words: "a whole number or null"."""
     if isinstance(kind, UnionType):
         return " or ".join(described(one) for one in get_args(kind))
     if get_origin(kind) is list:
@@ -75,14 +75,14 @@ def described(kind: Any) -> str:
 
 
 class Settings:
-    """What a file says, as names and values; every value is read by one of the methods below, which check it.
+    """The names and values of a file; the methods below read a value and check it.
 
-    A `default` is for a name that the file lacks; without one the name is needed. Only with `null=True` may the file say
-    null, which is then `None`. What is not as it must be raises `ValueError` with the file, the name and the value.
+    A name without `default` is required. Null is allowed only with `null=True`, and is `None` then. An invalid value is a
+    `ValueError` with the file, the name and the value.
 
     Args:
         values: The names and values.
-        where: What messages call the file.
+        where: The file's name for messages.
         path: Names of the sections that hold these values, with dots.
     """
 
@@ -103,11 +103,11 @@ class Settings:
         return self._values == other._values
 
     def is_set(self, key: str) -> bool:
-        """Whether the file has the name, with another value than null."""
+        """Whether the file has the name, and its value is not null."""
         return self._values.get(key) is not None
 
     def value(self, key: str, kind: Any, default: Any = _MISSING) -> Any:
-        """A value of any kind (see `fits`)."""
+        """A value of any type (see `fits`)."""
         if key not in self._values:
             if default is _MISSING:
                 raise ValueError(f"{self.where} lacks {self._path + key!r}")
@@ -145,7 +145,7 @@ class Settings:
         return value
 
     def flag(self, key: str, default: Any = _MISSING) -> bool:
-        """True or false; null is as if the file lacked the name."""
+        """True or false; null means the default."""
         return self.value(key, bool, default) if self.is_set(key) else default
 
     def text(self, key: str, default: Any = _MISSING, *, null: bool = False) -> Any:
@@ -153,12 +153,12 @@ class Settings:
         return self.value(key, str | None if null else str, default)
 
     def section(self, key: str) -> "Settings":
-        """The names and values below a name; none if the file lacks it, or says null."""
+        """The names and values below a name; none if it is missing or null."""
         values = self.value(key, dict) if self.is_set(key) else {}
         return Settings(values, self.where, f"{self._path}{key}.")
 
     def only(self, key: str, allowed: Collection[Any], default: Any, whose: str) -> None:
-        """Refuses any value that is not allowed; null is as if the file lacked the name, unless it is allowed."""
+        """Raises for a value that is not allowed; null means the default, unless it is allowed."""
         value = self._values.get(key, default)
         value = default if value is None and None not in allowed else value
         if value not in allowed:
@@ -176,19 +176,19 @@ class Settings:
         return ids
 
     def merged(self, other: "Mapping[str, Any] | Settings") -> "Settings":
-        """These values, and where both have a name, the other's."""
+        """These values updated with the other's."""
         others = other._values if isinstance(other, Settings) else other
         return Settings({**self._values, **others}, self.where, self._path)
 
     def error(self, key: str, problem: str) -> ValueError:
-        """What to raise for a name whose value has a problem."""
+        """The error for a name whose value has a problem."""
         return ValueError(f"{self.where}: {self._path}{key} = {shown(self._values.get(key))} {problem}")
 
 
 def read_json(path: str | Path, repair: bool = False) -> dict[str, Any]:
-    """Reads a JSON object from a file; anything else in it is a `ValueError` naming the file.
+    """Reads a JSON object; raises `ValueError` naming the file for any other content.
 
-    With `repair`, commas too many or too few at the ends of lines are mended with a warning.
+    With `repair`, superfluous and missing commas at the ends of lines are corrected with a warning.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
@@ -221,14 +221,14 @@ def _repaired(text: str) -> Any:
 
 
 def read_yaml(path: str | Path, holds: str = "names and values") -> dict[str, Any]:
-    """Reads names and values from a YAML file, which `holds` describes; anything else is a `ValueError` naming the file."""
+    """Reads names and values, which `holds` describes, from YAML; raises `ValueError` naming the file for other content."""
     import yaml
 
     try:
         values = yaml.safe_load(Path(path).read_bytes())
     except OSError:
         raise
-    except Exception as error:  # besides its own errors, whatever dates and numbers that are none raise
+    except Exception as error:  # besides its own errors, those of invalid dates and numbers
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise ValueError(f"{path} is not valid YAML: {reason[:200]}") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):

@@ -1,4 +1,4 @@
-"""stdin, stdout and stderr as commands can rely on them: there, and never failing for a character."""
+"""Makes stdin, stdout and stderr safe for commands: always open, and without encoding errors."""
 
 import errno
 import io
@@ -12,7 +12,7 @@ _LOSSY = ("strict", "surrogateescape")  # ways to encode that fail for some char
 
 
 class ClosedStream(io.TextIOBase):
-    """Stands for a stream that the process was started without (`<&-`, `>&-`): using it is an `OSError`."""
+    """Replaces a stream that the process was started without (`<&-`, `>&-`): using it is an `OSError`."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -25,8 +25,8 @@ class ClosedStream(io.TextIOBase):
 
 
 def prepare_standard_streams() -> None:
-    """Have characters that stdout's encoding lacks, and bytes of stdin that mean nothing, replaced. A closed stream keeps
-    its place, so that no file that is opened later gets the descriptor and with it what others write there."""
+    """Has characters that stdout cannot encode, and bytes of stdin that cannot be decoded, replaced. Also occupies the
+    descriptor of a closed stream, which a file that is opened later would get, with all output for that stream."""
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             with suppress(OSError):
@@ -39,7 +39,7 @@ def prepare_standard_streams() -> None:
 
 
 def _occupy(descriptor: int) -> None:
-    """Open nothing under this descriptor, unless it is in use."""
+    """Opens the null device under this descriptor, unless it is in use."""
     try:
         os.fstat(descriptor)
     except OSError:
@@ -51,7 +51,7 @@ def _occupy(descriptor: int) -> None:
 
 
 def drop_unwritten() -> None:
-    """Forget what a failing stream could not write: the interpreter would try again when it ends, and complain."""
+    """Discards unwritten output of a failing stream, which the interpreter would try to write again when it ends."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -61,8 +61,8 @@ def drop_unwritten() -> None:
 
 
 def is_text(value: Any) -> bool:
-    """Whether all characters in a value, or in what a list or a mapping holds, can be written as UTF-8. Arguments of a
-    command line that are not UTF-8 come with lone surrogates in the place of their bytes."""
+    """Whether all texts in a value, a list or a mapping can be encoded as UTF-8. Command-line arguments that are not UTF-8
+    have lone surrogates in place of their bytes."""
     if isinstance(value, dict):
         return all(is_text(key) and is_text(x) for key, x in value.items())
     if isinstance(value, (list, tuple)):
@@ -71,7 +71,7 @@ def is_text(value: Any) -> bool:
 
 
 def check_text(name: str, text: str) -> None:
-    """Raise `ValueError` if a text has what is no character: half of a surrogate pair, or bytes that are not UTF-8."""
+    """Raises `ValueError` if a text has a lone surrogate, or one that replaces a byte that is not UTF-8."""
     if found := re.search("[\ud800-\udfff]", text):
         place = f"at character {found.start() + 1}"
         if "\udc80" <= found[0] <= "\udcff":
@@ -80,5 +80,5 @@ def check_text(name: str, text: str) -> None:
 
 
 def replace_surrogates(text: str) -> str:
-    """The text with replacement characters for lone surrogates, which mean nothing."""
+    """The text with replacement characters for lone surrogates."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

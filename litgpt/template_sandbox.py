@@ -1,4 +1,4 @@
-"""Jinja for templates that are not trusted: no way out of the data they are given, and limits on size and time."""
+"""Jinja for templates that are not trusted: they see only their variables, and have limits on size and time."""
 
 import ctypes
 import json
@@ -23,34 +23,21 @@ _MAX_MADE = 100 * MAX_SIZE  # by all sums and products of one run
 _made = threading.local()
 _MAX_WIDTH = 100_000
 _WIDE = re.compile(r"\d{6,}")  # a width in a format
-_PADDING = [
-    "batch",
-    "center",
-    "expandtabs",
-    "indent",
-    "ljust",
-    "rjust",
-    "round",
-    "slice",
-    "to_bytes",
-    "tojson",
-    "zfill",
-]
+_PADDING = "batch center expandtabs indent ljust rjust round slice to_bytes tojson zfill"
 
 
 class TemplateRefusal(TemplateError):
-    """The template called `raise_exception`, e.g. because it knows no system role."""
+    """The template called `raise_exception`, e.g. because it has no system role."""
 
 
 class TemplateLimit(TemplateError):
-    """The template makes more text, or takes more time, than any conversation needs."""
+    """The template writes more text, or takes more time, than any conversation needs."""
 
 
 def render(source: str, variables: dict[str, Any]) -> str:
-    """The text that the template `source` makes of `variables`.
+    """Renders the template `source` with the extensions, filters and functions of chat templates in `transformers`.
 
-    As `transformers` renders chat templates: the same extensions, filters and functions. Raises `TemplateRefusal`,
-    `TemplateLimit`, and whatever else the template does wrong.
+    Raises `TemplateRefusal`, `TemplateLimit`, and any other error of the template.
     """
     template = _compile(source)
     result: list[Any] = []
@@ -67,7 +54,7 @@ def render(source: str, variables: dict[str, Any]) -> str:
         except BaseException as error:
             result.append(error)
 
-    # a thread can be stopped wherever it is in the template, which has no place to look at a clock
+    # a thread, since an exception can be raised in it wherever the template is
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(SECONDS)
@@ -84,7 +71,7 @@ def _too_large() -> TemplateLimit:
 
 
 def _size(value: Any, known: dict[int, int] | None = None) -> int:
-    """Characters and elements of a value, with everything in it; what is in it twice counts twice."""
+    """Characters and elements of a value and of its elements; one that is in it twice counts twice."""
     if isinstance(value, (str, bytes)):
         return len(value)
     if not isinstance(value, (list, tuple, dict)):
@@ -108,7 +95,7 @@ def _join(parts: Iterable[Any]) -> str:
 
 
 def _check_arguments(name: str, value: Any, arguments: list[Any]) -> None:
-    """Refuses a filter or method whose result would be large: padding, formats with a width, joining, replacing."""
+    """Raises for a filter or method whose result would be large: padding, formats with a width, joining, replacing."""
     if name in ("format", "strftime_now") and any(isinstance(a, str) and _WIDE.search(a) for a in (value, *arguments)):
         raise _too_large()
     if name == "join":
@@ -119,7 +106,7 @@ def _check_arguments(name: str, value: Any, arguments: list[Any]) -> None:
     elif name == "replace" and len(arguments) > 1 and _size(value) * _size(arguments[1]) > MAX_SIZE:
         if str(value).count(str(arguments[0])) * _size(arguments[1]) > MAX_SIZE:
             raise _too_large()
-    elif name in _PADDING and any(isinstance(a, int) and abs(a) > _MAX_WIDTH for a in arguments):
+    elif name in _PADDING.split() and any(isinstance(a, int) and abs(a) > _MAX_WIDTH for a in arguments):
         raise _too_large()
 
 
@@ -145,7 +132,7 @@ class _Generator(CodeGenerator):
 
 
 class _Generation(Extension):
-    """Lets `{% generation %} ... {% endgeneration %}`, which marks answers for training, render its body."""
+    """Renders the body of `{% generation %} ... {% endgeneration %}`, which marks answers for training."""
 
     tags = {"generation"}
 
@@ -155,7 +142,7 @@ class _Generation(Extension):
 
 
 class _EmptyInSums(Undefined):
-    """What is not there, say a BOS token, adds nothing to a text."""
+    """A missing value, such as a BOS token, adds nothing to a text."""
 
     def __add__(self, other: Any) -> Any:
         return other
@@ -216,13 +203,9 @@ _now.__name__ = "strftime_now"
 
 
 def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    # Jinja's own filter escapes <, > and & for HTML, which changes what the model reads.
+    # Jinja's own filter escapes <, > and & for HTML, which changes the text for the model
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

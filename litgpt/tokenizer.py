@@ -28,17 +28,17 @@ _BOS_BY_DEFAULT = ("Llama", "CodeLlama", "Gemma")
 class Tokenizer:
     """The tokenizer of a checkpoint folder: `tokenizer.json`, else `tokenizer.model` (SentencePiece).
 
-    Which ids begin and end a text is read from `tokenizer_config.json`, `generation_config.json` and `config.json`,
-    in this order. BOS is prepended where `add_bos_token` in `tokenizer_config.json` says so; where it says nothing,
-    when the post-processor of `tokenizer.json` does it.
+    BOS and EOS ids are read from `tokenizer_config.json`, `generation_config.json` and `config.json`, in this order. BOS
+    is prepended if `add_bos_token` in `tokenizer_config.json` is true, or is left out and the post-processor of
+    `tokenizer.json` prepends it.
 
     Attributes: `bos_id`, `eos_id` (`None` where there is none), `eos_ids` (every id that ends a text), `use_bos`,
     `special_tokens` (name, such as "pad_token" -> text, as templates use them), `chat_template` (a Jinja template or
-    `None`), `backend` ("huggingface" or "sentencepiece"), `processor` (the
-    library's object).
+    `None`), `backend` ("huggingface" or "sentencepiece"), `processor` (the library's object), `vocab_size` (entries of
+    the base vocabulary), `n_tokens` (the added tokens counted too).
 
-    Raises `NotADirectoryError` or `FileNotFoundError` when the folder or the files are missing, `ValueError` when they cannot be read, and
-    `ImportError` when `tokenizer.model` needs the `sentencepiece` package.
+    Raises `NotADirectoryError` or `FileNotFoundError` for a missing folder or missing files, `ValueError` for files that
+    cannot be read, and `ImportError` if `tokenizer.model` needs the `sentencepiece` package.
     """
 
     def __init__(self, checkpoint_dir: Path | str) -> None:
@@ -46,9 +46,9 @@ class Tokenizer:
         if not folder.is_dir():
             raise NotADirectoryError(f"No tokenizer: {str(folder)!r} is not a folder")
         if (path := folder / "tokenizer.json").is_file():
-            self._backend: _HuggingFace | _SentencePiece = _HuggingFace.from_file(path)
+            self._take(_HuggingFace.from_file(path))
         elif (path := folder / "tokenizer.model").is_file():
-            self._backend = _SentencePiece.from_file(path)
+            self._take(_SentencePiece.from_file(path))
         else:
             raise FileNotFoundError(f"No tokenizer in {str(folder)!r}: neither tokenizer.json nor tokenizer.model")
         self._config = _read_optional(folder / "tokenizer_config.json")
@@ -76,30 +76,16 @@ class Tokenizer:
     ) -> "Tokenizer":
         """Wraps a tokenizer that exists in memory, for example one built from a GGUF file."""
         self = cls.__new__(cls)
-        self._backend = _HuggingFace(processor)
+        self._take(_HuggingFace(processor))
         self._config = {}
         self.bos_id, self.eos_id, self.use_bos, self.chat_template = bos_id, eos_id, use_bos, chat_template
         self.eos_ids = tuple(dict.fromkeys([*_ids(eos_id), *eos_ids]))
         self.special_tokens = dict(special_tokens or {})
         return self
 
-    @property
-    def backend(self) -> str:
-        return self._backend.name
-
-    @property
-    def processor(self) -> Any:
-        return self._backend.processor
-
-    @property
-    def vocab_size(self) -> int:
-        """Entries of the base vocabulary, tokens added on top of it not counted."""
-        return self._backend.vocab_size
-
-    @property
-    def n_tokens(self) -> int:
-        """All entries, tokens added to the base vocabulary included."""
-        return self._backend.n_tokens
+    def _take(self, backend: "_Backend") -> None:
+        self._backend, self.backend, self.processor = backend, backend.name, backend.processor
+        self.vocab_size, self.n_tokens = backend.vocab_size, backend.n_tokens
 
     @property
     def bos_token(self) -> str | None:
@@ -111,27 +97,27 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of all that decides how texts become tokens."""
+        """A digest of the vocabulary and of all settings that change how a text is encoded."""
         settings = json.dumps([self.bos_id, self.eos_ids, self.use_bos, self.chat_template])
         return hashlib.sha256(self._backend.serialize() + settings.encode()).hexdigest()
 
     def token_to_id(self, token: str) -> int:
-        """The id of `token`; `ValueError` when the vocabulary does not have it."""
+        """The id of `token`; `ValueError` if it is not in the vocabulary."""
         token_id = self._backend.token_to_id(token)
         if token_id is None:
             raise ValueError(f"token {token!r} is not in the vocabulary")
         return token_id
 
     def id_to_token(self, token_id: int) -> str | None:
-        """The token that has this id (None: there is none)."""
+        """The token with this id (`None`: there is none)."""
         return self._backend.id_to_token(token_id)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """What a token contributes anywhere but at the start of a text, in UTF-8; special ones contribute nothing."""
+        """The UTF-8 bytes of a token anywhere but at the start of a text; special tokens have none."""
         return self._backend.piece(token_id)
 
     def check_if_bos_token_used(self, checkpoint_dir: Path) -> bool:
-        """Whether `encode` prepends BOS by default, as the files in `checkpoint_dir` say."""
+        """Whether `encode` prepends BOS by default, by the files in `checkpoint_dir`."""
         config = _read_optional(Path(checkpoint_dir) / "tokenizer_config.json")
         if self.bos_id is None:
             return False
@@ -149,9 +135,9 @@ class Tokenizer:
     ) -> torch.Tensor:
         """Token ids of `string`, shape (T,), `torch.int`.
 
-        Special tokens that are spelled out in `string` count as such. `bos=None` prepends BOS where the tokenizer's
-        files say so; a BOS or EOS that is there already is not doubled. `max_length > 0` cuts off the end.
-        Raises `ValueError` for half of a surrogate pair in `string`, and when BOS or EOS is asked for and the tokenizer has none.
+        Special tokens that are spelled out in `string` count as such. `bos=None` means `use_bos`; a BOS or EOS that is
+        there already is not doubled. `max_length > 0` truncates. Raises `ValueError` for a lone surrogate in `string`, and
+        for a BOS or EOS that the tokenizer does not have.
         """
         check_text("the text", string)
         ids = self._with_ends(self._backend.encode(string), bos, eos)
@@ -165,6 +151,15 @@ class Tokenizer:
             check_text("the text", text)
         many = self._backend.encode_batch([text for text, _, _ in requests])
         return [self._with_ends(ids, bos, eos) for ids, (_, bos, eos) in zip(many, requests, strict=True)]
+
+    def encode_with_places(self, texts: list[str]) -> list[tuple[list[int], list[int]]]:
+        """Of many texts, on all cores: token ids, without BOS and EOS, and for each token the characters up to its end.
+
+        Only with the backend "huggingface": SentencePiece does not tell.
+        """
+        for text in texts:
+            check_text("the text", text)
+        return self._backend.encode_with_places(texts)
 
     def _with_ends(self, ids: list[int], bos: bool | None, eos: bool) -> list[int]:
         if self.use_bos if bos is None else bos:
@@ -183,20 +178,20 @@ class Tokenizer:
         """The text of token ids, special tokens left out; ids outside the vocabulary stand for nothing."""
         ids = _to_list(tensor)
         text = self._backend.decode(ids)
-        # Libraries disagree about bytes that are not UTF-8: one bad byte token may blot out its valid neighbours.
+        # for bytes that are not UTF-8, some libraries replace valid neighbours too
         return "".join(self.decode_stream([ids])) if "\ufffd" in text else text
 
     def decode_stream(
         self, token_stream: Iterable[torch.Tensor | list[int] | int], device: torch.device | str | None = None
     ) -> Iterator[str]:
-        """Yields text while tokens arrive; the pieces put together are `decode` of all of them.
+        """Yields the text of tokens as they arrive; joined, it equals `decode` of all of them.
 
-        Every token is decoded once. A character spread over several tokens is yielded when it is complete, what
-        remains incomplete at the end as U+FFFD.
+        Every token is decoded once. A character of several tokens is yielded when it is complete; one that is incomplete
+        at the end is U+FFFD.
         """
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        head: list[int] | None = []  # the first tokens, up to one that is more than spaces; None once past
-        held = b""  # what follows a token unless it is the last
+        head: list[int] | None = []  # the first tokens, up to one that is not only spaces; None after it
+        held = b""  # the separator after a token, which the last token of a text has not
         for tokens in token_stream:
             data = b""
             for token_id in _to_list(tokens):
@@ -216,14 +211,13 @@ class Tokenizer:
             yield rest
 
     def _first_piece(self, ids: list[int]) -> bytes:
-        """What `ids`, of which only the last is more than spaces, begin a text with: decoders treat its start in a way of
-        their own, and drop spaces there."""
+        """The bytes of `ids`, of which only the last is not only spaces, at the start of a text: decoders drop spaces there."""
         text = self._backend.decode(ids)
         if "\ufffd" not in text:
             return text.encode() + self._backend.separator * self._backend.piece(ids[-1]).endswith(
                 self._backend.separator
             )
-        # a byte of a longer character: what is dropped shows with an ordinary token in its place
+        # a byte of a longer character: an ordinary token in its place shows how many spaces are dropped
         visible = self._backend.visible_id
         shown = self._backend.decode([*ids[:-1], visible]).encode()
         spaces, last = (b"".join(map(self._backend.piece, part)) for part in (ids[:-1], ids[-1:]))
@@ -231,9 +225,9 @@ class Tokenizer:
         return (spaces + last)[max(dropped, 0) :]
 
     def save(self, folder: Path | str) -> None:
-        """Writes the tokenizer so that `Tokenizer(folder)` and `transformers.AutoTokenizer` read the same one.
+        """Writes the tokenizer for `Tokenizer(folder)` and `transformers.AutoTokenizer`.
 
-        `generation_config.json` gets the BOS and EOS ids; what else stands in it stays.
+        The BOS and EOS ids are added to `generation_config.json`.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -266,8 +260,24 @@ class Tokenizer:
         return self._backend.own_id(which) if token_id is None else token_id
 
 
-class _HuggingFace:
-    """A tokenizer of the `tokenizers` library; its own BOS and EOS handling, truncation and padding are not used."""
+class _Backend:
+    """What both libraries' tokenizers have in common."""
+
+    name: str
+    filename: str
+    processor: Any
+    vocab_size: int
+    n_tokens: int
+    separator = b""  # after a word that another one follows
+
+    @cached_property
+    def visible_id(self) -> int:
+        """A token that is an ordinary character wherever it stands."""
+        return next(i for i in range(self.n_tokens) if self.piece(i).strip(b" ").isalnum())
+
+
+class _HuggingFace(_Backend):
+    """A tokenizer of the `tokenizers` library, without its BOS and EOS handling, truncation and padding."""
 
     name = "huggingface"
     filename = "tokenizer.json"
@@ -276,15 +286,15 @@ class _HuggingFace:
         processor.no_truncation()
         processor.no_padding()
         self.processor = processor
-        self.vocab_size: int = processor.get_vocab_size(with_added_tokens=False)
-        self.n_tokens: int = processor.get_vocab_size()
+        self.vocab_size = processor.get_vocab_size(with_added_tokens=False)
+        self.n_tokens = processor.get_vocab_size()
         self._special = {i for i, token in processor.get_added_tokens_decoder().items() if token.special}
         decoder = {} if processor.decoder is None else json.loads(processor.decoder.__getstate__())
         steps = {step["type"]: step for step in decoder.get("decoders", [decoder]) if step}
         self._byte_level = "ByteLevel" in steps
         self._byte_fallback = "ByteFallback" in steps
         self._suffix: str = steps.get("BPEDecoder", {}).get("suffix", "")
-        self.separator = b" " if self._suffix else b""  # after a word, where another one follows
+        self.separator = b" " if self._suffix else b""
         self._pieces: dict[int, bytes] = {}
 
     @classmethod
@@ -306,6 +316,10 @@ class _HuggingFace:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [found.ids for found in self.processor.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_with_places(self, texts: list[str]) -> list[tuple[list[int], list[int]]]:
+        found = self.processor.encode_batch(texts, add_special_tokens=False)
+        return [(tokens.ids, [end for _, end in tokens.offsets]) for tokens in found]
+
     def decode(self, ids: list[int]) -> str:
         return self.processor.decode(ids, skip_special_tokens=True)
 
@@ -325,7 +339,6 @@ class _HuggingFace:
         return self.processor.to_str(pretty=True).encode()
 
     def piece(self, token_id: int) -> bytes:
-        """The bytes that a token contributes anywhere but at the start of a text."""
         if token_id not in self._pieces:
             self._pieces[token_id] = self._make_piece(token_id)
         return self._pieces[token_id]
@@ -345,18 +358,12 @@ class _HuggingFace:
         once, twice = self.decode([token_id]), self.decode([token_id, token_id])
         return twice[len(once) :].encode()
 
-    @cached_property
-    def visible_id(self) -> int:
-        """A token that is an ordinary character wherever it stands."""
-        return next(i for i in range(self.processor.get_vocab_size()) if self.piece(i).strip(b" ").isalnum())
 
-
-class _SentencePiece:
+class _SentencePiece(_Backend):
     """A tokenizer of the `sentencepiece` library."""
 
     name = "sentencepiece"
     filename = "tokenizer.model"
-    separator = b""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -380,7 +387,7 @@ class _SentencePiece:
             raise ValueError(f"{path} is not a SentencePiece model: {one_line(error)}") from None
 
     def encode(self, text: str) -> list[int]:
-        # The library itself never reads a control token out of a text.
+        # the library itself never finds control tokens in a text
         parts = [text] if self._split is None else self._split.split(text)
         ids = ([self._control[p]] if p in self._control else self.processor.encode(p) for p in parts if p)
         return [i for part in ids for i in part]
@@ -409,7 +416,6 @@ class _SentencePiece:
         return self.processor.serialized_model_proto()
 
     def piece(self, token_id: int) -> bytes:
-        """The bytes that a token contributes anywhere but at the start of a text."""
         token = self.id_to_token(token_id)
         if token is None or self.processor.is_control(token_id):
             return b""
@@ -419,14 +425,9 @@ class _SentencePiece:
             return self.processor.decode([token_id]).encode()
         return token.replace("\u2581", " ").encode()
 
-    @cached_property
-    def visible_id(self) -> int:
-        """A token that is an ordinary character wherever it stands."""
-        return next(i for i in range(self.vocab_size) if self.piece(i).strip(b" ").isalnum())
-
 
 def _byte_of_char() -> dict[str, int]:
-    """The alphabet of byte-level BPE: printable Latin-1 bytes stand for themselves, the others follow from U+0100."""
+    """The alphabet of byte-level BPE: printable Latin-1 bytes are themselves, the others are U+0100 and so on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
@@ -446,7 +447,7 @@ def _to_list(tokens: torch.Tensor | list[int] | int) -> list[int]:
 
 
 def _ids(value: Any) -> list[int]:
-    """`bos_token_id` and `eos_token_id` of configs are missing, one id, or a list of ids; what is none stands for nothing."""
+    """The valid ids in `bos_token_id` or `eos_token_id` of a config: missing, one id, or a list."""
     return [i for i in (value if isinstance(value, list) else [value]) if fits(i, int) and 0 <= i <= LARGEST]
 
 
@@ -455,7 +456,7 @@ def _read_optional(path: Path) -> dict[str, Any]:
 
 
 def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    """The Jinja template of a checkpoint folder, wherever the generations of `transformers` have put it."""
+    """The Jinja template of a checkpoint folder, in any of the files where versions of `transformers` keep it."""
     if (path := folder / "chat_template.jinja").is_file():
         try:
             return path.read_text(encoding="utf-8")
@@ -474,7 +475,7 @@ def _read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
 
 
 def _read_special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """The texts of tokens with a name, `..._token`; of the two files that have them the newer one counts."""
+    """The texts of the `..._token` entries; of the two files that have them the newer one counts."""
     tables = [config, config.get("extra_special_tokens"), config.get("model_specific_special_tokens")]
     if "added_tokens_decoder" not in config:
         tables.append(_read_optional(folder / "special_tokens_map.json"))

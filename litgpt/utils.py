@@ -1,4 +1,4 @@
-"""LitGPT's `litgpt.utils`: helpers that scripts import. What belongs to another part of this package is imported from there."""
+"""LitGPT's `litgpt.utils`: helpers that scripts import, some of them from other parts of this package."""
 
 import inspect
 import json
@@ -42,9 +42,9 @@ def check_valid_checkpoint_dir(
     raise_error: bool = False,
     ignore_tokenizer_files: bool = False,
 ) -> None:
-    """Look whether a folder has the files of a LitGPT checkpoint: weights, config and tokenizer.
+    """Check that a folder has a LitGPT checkpoint's files: weights, config and tokenizer.
 
-    If not, say so on stderr (unless `verbose` is false), and exit, or with `raise_error` raise a `FileNotFoundError`.
+    If not, print a message to stderr (if `verbose`), and exit, or with `raise_error` raise a `FileNotFoundError`.
     """
     required = [(model_filename,), (CONFIG_NAME,)]
     if not ignore_tokenizer_files:
@@ -73,32 +73,27 @@ def extend_checkpoint_dir(checkpoint_dir: Path) -> Path:
 def auto_download_checkpoint(
     model_name: str | Path, access_token: str | None = None, ignore_tokenizer_files: bool = False
 ) -> Path:
-    """The folder of a model, fetched from the Hugging Face hub if it is nowhere.
-
-    Any folder that this package opens will do, not only one with `lit_model.pth`.
-    """
+    """The folder of a model, in any format that this package opens; downloaded from the Hugging Face hub if necessary."""
     from litgpt.checkpoint.find import find_checkpoint
 
     return find_checkpoint(model_name, access_token or os.environ.get("HF_TOKEN"))
 
 
 def copy_config_files(source_dir: Path, out_dir: Path) -> None:
-    """Copy what belongs to a model beside its weights: configuration, tokenizer, prompt style."""
+    """Copy the files of a checkpoint other than weights: configuration, tokenizer, prompt style."""
     copy_side_files(Path(source_dir), Path(out_dir))
     if (Path(source_dir) / CONFIG_NAME).is_file():
         (Path(out_dir) / CONFIG_NAME).write_bytes((Path(source_dir) / CONFIG_NAME).read_bytes())
 
 
 def init_out_dir(out_dir: Path) -> Path:
-    """The folder for results: a relative one lies below `LIGHTNING_ARTIFACTS_DIR`, if that is set."""
+    """The folder for results, if relative below `LIGHTNING_ARTIFACTS_DIR`, if that is set."""
     return Path(os.environ.get("LIGHTNING_ARTIFACTS_DIR", "")) / out_dir
 
 
 def find_resume_path(resume: bool | Literal["auto"] | Path | None, out_dir: Path) -> Path | None:
-    """The checkpoint to go on from: a given path, or the file of the latest `step-*` folder below `out_dir`.
-
-    Without any, True is a `FileNotFoundError` and "auto" gives None.
-    """
+    """The checkpoint to resume from: a given path, or the last `step-*` folder's file below `out_dir`; without any, True raises
+    a `FileNotFoundError` and "auto" gives None."""
     if not resume or isinstance(resume, Path):
         return resume or None
     found = max(out_dir.rglob("step-*/*.pth"), key=lambda file: int(file.parent.name.split("-")[1]), default=None)
@@ -110,7 +105,7 @@ def find_resume_path(resume: bool | Literal["auto"] | Path | None, out_dir: Path
 def check_file_size_on_cpu_and_warn(
     checkpoint_path: str | Path, device: str | torch.device, size_limit: int = 4_509_715_660
 ) -> int:
-    """The bytes of a file of weights (0: there is none), with a warning if it is more than a CPU runs with comfort."""
+    """Size in bytes of a file of weights (0: no file), with a warning if the model will be slow on a CPU."""
     size = os.path.getsize(checkpoint_path) if os.path.exists(checkpoint_path) else 0
     if size > size_limit and str(device) == "cpu":
         warnings.warn(
@@ -185,10 +180,10 @@ def load_from_full_model_state_dict(
 def chunked_cross_entropy(
     logits: torch.Tensor | list[torch.Tensor], targets: torch.Tensor, chunk_size: int = 128, ignore_index: int = -100
 ) -> torch.Tensor:
-    """The mean cross-entropy of logits (B, T, V), or of chunks of them along T, for targets (B, T).
+    """Mean cross-entropy of logits (B, T, V), or of chunks of them along T, for targets (B, T).
 
-    The loss is made for `chunk_size` tokens at a time (0: at once), which takes less memory in backward. Targets of
-    `ignore_index` do not count; if all are, the loss is 0.
+    It is computed for `chunk_size` tokens at a time (0: all at once), to save memory in the backward pass. Targets of
+    `ignore_index` are ignored; if all are, the loss is 0.
     """
     if isinstance(logits, list):
         if chunk_size == 0:
@@ -218,7 +213,7 @@ def CLI(*args: Any, **kwargs: Any) -> Any:
 
 
 def capture_hparams() -> dict[str, Any]:
-    """The local variables of the function that calls this: plain values as they are, dataclasses as dicts, others as text."""
+    """The caller's local variables: plain values, dataclasses as dicts, and others as text."""
     plain = (bool, int, float, str, Path, type(None))
     values = inspect.currentframe().f_back.f_locals
     return {
@@ -243,7 +238,7 @@ def get_argument_names(cls: type) -> set[str]:
 
 
 def kill_process_tree(pid: int) -> None:
-    """Kill a process and those that it started, and they in turn. Needs the package psutil."""
+    """Kill a process and all its descendants. Needs the package psutil."""
     import psutil
 
     try:
@@ -259,7 +254,7 @@ def kill_process_tree(pid: int) -> None:
 
 
 class CycleIterator:
-    """Goes through an iterable again and again; `epoch` counts how often it came to the end."""
+    """Iterates over an iterable repeatedly; `epoch` counts the complete passes."""
 
     def __init__(self, iterable: Iterable) -> None:
         self.iterable = iterable
@@ -285,7 +280,7 @@ def instantiate_torch_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer: a name in `torch.optim`, or a class's full name, or {"class_path": ..., "init_args": {...}}.
 
-    `kwargs` are further arguments; those that the class does not have are left out.
+    `kwargs` are further arguments; those unknown to the class are ignored.
     """
     if not isinstance(optimizer, (str, dict)):
         raise ValueError(f"an optimizer is given by a name or a dict with class_path and init_args, got {optimizer!r}")
@@ -332,13 +327,13 @@ def choose_logger(
 def load_checkpoint_update(
     fabric: Any, adapter_path: Path, model: nn.Module, checkpoint_path: Path, strict: bool = True
 ) -> None:
-    """As `load_checkpoint`, with the weights of a second file, of an adapter or LoRA, besides. Neither has to be whole."""
+    """`load_checkpoint` for two files, the second of an adapter or LoRA; neither has to be complete."""
     for path in (checkpoint_path, adapter_path):
         load_checkpoint(fabric, model, path, strict=False)
 
 
 def save_hyperparameters(function: Any, checkpoint_dir: Path, known_commands: Any = None) -> None:
-    """Write the options of the command line as `function` takes them into `hyperparameters.yaml`."""
+    """Write the command line's options for `function` to `hyperparameters.yaml`."""
     import yaml
 
     from litgpt.__main__ import COMMANDS, parse
@@ -371,8 +366,8 @@ def flops_per_param(max_seq_length: int, n_layer: int, n_embd: int, n_params: in
 
 
 def estimate_flops(model: nn.Module, training: bool) -> int:
-    """Floating-point operations for a sequence as long as the model takes. A backward pass counts as two forward ones, and
-    as one for parameters that are not trained."""
+    """Floating-point operations for a sequence of maximal length. A backward pass counts twice as much as a forward pass, and
+    as much for frozen parameters."""
     config, length = model.config, model.max_seq_length
     trained = num_parameters(model, requires_grad=True), 3 if training else 1
     frozen = num_parameters(model, requires_grad=False), 2 if training else 1
@@ -380,8 +375,8 @@ def estimate_flops(model: nn.Module, training: bool) -> int:
 
 
 def select_sft_generate_example(eval: Any, data: Any) -> str:
-    """The instruction that training answers now and then: `eval.evaluate_example` is "first", "random", or an index, in the
-    test data or, where that is too short, in the training data."""
+    """The instruction that is answered during training: `eval.evaluate_example` is "first", "random", or an index, in the test
+    data or, if that is too short, in the training data."""
     tests = data.test_dataset if hasattr(data, "test_dataset") else data.val_dataset
     index, sets = eval.evaluate_example, (tests.data, data.train_dataset.data)
     if index == "first":
@@ -401,7 +396,7 @@ def select_sft_generate_example(eval: Any, data: Any) -> str:
 
 
 def _RunIf(thunder: bool = False, **kwargs: Any) -> Any:
-    """A `pytest` mark that skips a test where what it needs is not there. The arguments are those of Lightning's `_runif_reasons`."""
+    """A `pytest` mark that skips a test without its requirements, given as to Lightning's `_runif_reasons`."""
     import pytest
     from lightning.fabric.utilities.testing import _runif_reasons
 

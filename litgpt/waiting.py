@@ -1,4 +1,4 @@
-"""A word on the terminal for everything that takes longer than people wait in silence."""
+"""Shows on the terminal what the program is doing while it takes long."""
 
 import itertools
 import logging
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-SHOWN_AFTER = 0.3  # seconds: what is over sooner needs no word
+SHOWN_AFTER = 0.3  # seconds
 LOGGED_AFTER = 2.0  # seconds, where stderr is no terminal
 _BAR = 24
 
@@ -22,18 +22,17 @@ class _Block:
         self.progress: tuple[int, int] | None = None
 
 
-_open: list[_Block] = []  # those that the program is in, the innermost one last: that one is shown
+_open: list[_Block] = []  # the innermost one, which is shown, last
 
 
 @contextmanager
 def waiting(text: str | Callable[[], str], log: bool = False) -> Iterator[None]:
-    """Tell what goes on inside the block, if that takes long and stderr is a terminal: by a spinner with the seconds so far,
-    and a bar once `report_progress` was called, which are gone afterwards. Blocks may be nested; what is printed meanwhile
-    goes through `tell`.
+    """Shows, while the block runs and if stderr is a terminal, a text with a spinner, the seconds so far, and a bar once
+    `report_progress` was called. Blocks may be nested; print lines inside with `tell`.
 
     Args:
-        text: what goes on, such as "Loading"; or a function that gives it, called again and again by another thread.
-        log: where stderr is no terminal, print the text as a line once the block takes longer than two seconds.
+        text: The activity, such as "Loading"; or a function that gives it, called repeatedly by another thread.
+        log: Where stderr is no terminal, print the text as a line once the block takes longer than two seconds.
     """
     show = _show if sys.stderr.isatty() else _log
     if show is _log and not log:
@@ -54,18 +53,18 @@ def waiting(text: str | Callable[[], str], log: bool = False) -> Iterator[None]:
 
 
 def report_progress(done: int, total: int) -> None:
-    """How much of its work the innermost block has done, in any unit; nothing where no one shows it."""
+    """Sets the progress of the innermost block, in any unit."""
     if _open:
         _open[-1].progress = (done, total)
 
 
 def tell(line: str) -> None:
-    """Print a line to stderr, also while something is waited for; it is lost if nobody can read it."""
+    """Prints a line to stderr, also inside of `waiting`; nothing if stderr is closed."""
     _write(f"\r\x1b[K{line}\n" if _open and sys.stderr.isatty() else f"{line}\n")
 
 
 class WarningsOnStderr(logging.Handler):
-    """Has what the library logs told on stderr, a line each."""
+    """Prints the library's log records on stderr, one a line."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

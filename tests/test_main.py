@@ -398,5 +398,5 @@ def test_the_help_of_kv_cache_names_all_policies_and_storages(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["generate", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert f"Policies: {', '.join(POLICIES)}, or module:Class" in text
+    assert f"Policies: {', '.join(POLICIES)}, or module:Class for a class of yours." in text
     assert f"Storages: {', '.join(STORAGES)}." in text

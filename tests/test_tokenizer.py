@@ -194,6 +194,19 @@ def test_encode_and_decode_agree_with_sentencepiece(tmp_path):
     assert tokenizer.encode("a</s>b").tolist() == [*reference.encode("a"), 2, *reference.encode("b")]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_places_of_tokens_are_ends_in_the_text(kind, tmp_path):
+    tokenizer = Tokenizer(write(tmp_path, KINDS[kind]()))
+    texts = [text for text in TEXTS if text] + ["ab</s>ab", "ab ab"]
+    for text, (ids, ends) in zip(texts, tokenizer.encode_with_places(texts), strict=True):
+        assert ids == tokenizer.encode(text, bos=False).tolist()
+        assert ends == sorted(ends)
+        assert len(ends) == len(ids)
+        assert not ends or len(text.rstrip()) <= ends[-1] <= len(text)
+    (_, ends), (_, twice) = tokenizer.encode_with_places(["ab</s>ab"] * 2)
+    assert {2, 6, 8} <= set(ends) == set(twice)
+
+
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_any_stream_of_tokens_gives_the_text_of_all(tokenizer, data):

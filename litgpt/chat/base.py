@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ from litgpt.standard_streams import ClosedStream
 from litgpt.waiting import tell, waiting
 
 HELP = "/reset starts anew, /system TEXT sets the system prompt, /exit leaves, Ctrl-C stops an answer"
-SAVED_EACH_TIME = 64_000_000  # bytes: a larger file takes long enough to write to be noticed after every answer
+SAVED_EACH_TIME = 64_000_000  # bytes; writing larger files takes noticeable time
 
 
 def generate(
@@ -43,23 +44,12 @@ def generate(
     prompt: torch.Tensor,
     max_returned_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
     stop_tokens: Sequence[Sequence[int]] = (),
+    **sampling: Any,
 ) -> Iterator[torch.Tensor]:
-    """`generate_fn` without the prompt and without the stop sequence: yields tokens (1,)."""
-    return generate_fn(
-        model,
-        prompt,
-        max_returned_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop_tokens=stop_tokens,
-        include_prompt=False,
-        include_eos=False,
-    )
+    """`generate_fn` without prompt and stop sequence: yields tokens (1,)."""
+    flags = {"include_prompt": False, "include_eos": False}
+    return generate_fn(model, prompt, max_returned_tokens, stop_tokens=stop_tokens, **flags, **sampling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +72,7 @@ def main(options: ChatOptions) -> None:
     Answers go to stdout, everything else to stderr.
     """
     sampling = {name: getattr(options, name) for name in SAMPLING_NAMES if name != "seed"}
-    Sampling(**sampling)  # refuses settings that make no sense
+    Sampling(**sampling)  # raises for settings out of range
     session = options.session
     if isinstance(sys.stdin, ClosedStream):
         raise ValueError("stdin is closed: chat reads messages from it, from a terminal, a pipe or a file")
@@ -96,7 +86,7 @@ def main(options: ChatOptions) -> None:
             with waiting("Reading the session"):
                 saved = read_session(session)
         if options.quantize is not None:
-            Scheme(options.quantize)  # says what is missing before anything is fetched
+            Scheme(options.quantize)  # raises before anything is downloaded
         path = find_checkpoint(options.checkpoint_dir, options.access_token)
         ready = make_ready(path, **options.loading())
         conversation = Conversation(
@@ -125,11 +115,11 @@ def main(options: ChatOptions) -> None:
 
 
 def _talk(conversation: Conversation, ctrl_c: CtrlC, multiline: bool, path: Path | None) -> None:
-    """Answer messages and do what commands say, until the input ends; the conversation is saved to `path`."""
+    """Answer messages and execute commands until the input ends; the conversation is saved to `path`."""
     read_line = line_reader()
 
     def read_next(prompt: str) -> str:
-        # what was read from a pipe must not be lost to an interrupt; a terminal's user means to begin anew
+        # an interrupt must not lose input from a pipe; at a terminal it discards the line
         with ctrl_c.as_mode("raise" if sys.stdin.isatty() else "note"):
             return read_line(prompt)
 
@@ -144,7 +134,7 @@ def _talk(conversation: Conversation, ctrl_c: CtrlC, multiline: bool, path: Path
             elif command == "/system":
                 conversation.sys_prompt = text or None
                 conversation.reset()
-                tell(f"System prompt: {text or 'that of the chat template'}. Starting anew.")
+                tell(f"System prompt: {text or 'of the chat template'}. Starting anew.")
             elif command == "/help":
                 tell(f"{HELP}, Alt-Enter begins a new line.")
             elif message:
@@ -160,7 +150,7 @@ def _talk(conversation: Conversation, ctrl_c: CtrlC, multiline: bool, path: Path
 
 
 def _keep(conversation: Conversation, path: Path, ctrl_c: CtrlC) -> None:
-    """Save what was said so far, unless that takes long."""
+    """Save the conversation, unless that takes long."""
     if path.exists() and path.stat().st_size > SAVED_EACH_TIME:
         return
     try:
@@ -171,26 +161,26 @@ def _keep(conversation: Conversation, path: Path, ctrl_c: CtrlC) -> None:
 
 
 def _answer(conversation: Conversation, message: str, ctrl_c: CtrlC) -> None:
-    """Print the answer as it comes, and then what it cost. Ctrl-C ends it; an error leaves the conversation as it was."""
+    """Stream the answer, and print its statistics. Ctrl-C ends it; an error does not change the conversation."""
     started = first = time.perf_counter()
-    pieces = conversation.ask(message)
+    parts = conversation.ask(message)
     try:
         with ctrl_c.as_mode("raise"), waiting(lambda: _progress(conversation)):
-            piece = next(pieces, None)
+            part = next(parts, None)
         first = time.perf_counter()
         with ctrl_c.as_mode("stop"):
-            while piece is not None and not ctrl_c.pressed:
-                _print(piece)
-                piece = next(pieces, None)
-        pieces.close()
+            while part is not None and not ctrl_c.pressed:
+                _print(part)
+                part = next(parts, None)
+        parts.close()
     except KeyboardInterrupt:
-        pieces.close()
+        parts.close()
         conversation.renew_caches()
         if not conversation.answer_tokens:
-            tell("Interrupted: this message is as if it was not said.")
+            tell("Interrupted: the message was dropped.")
             return
     except _OutputError as error:
-        pieces.close()
+        parts.close()
         raise error.reason from None
     except Exception as error:
         if debugging():
@@ -214,12 +204,12 @@ def _answer(conversation: Conversation, message: str, ctrl_c: CtrlC) -> None:
 
 def _progress(conversation: Conversation) -> str:
     total = conversation.prompt_tokens
-    done = min(conversation.ready.model.next_token_pos, total)  # of the caches that are in the model meanwhile
+    done = min(conversation.ready.model.next_token_pos, total)  # the session's caches are in the model meanwhile
     return f"Reading: {done:,} of {total:,} tokens"
 
 
 class _OutputError(Exception):
-    """stdout fails: that ends the chat, other than errors of the model."""
+    """stdout fails, which ends the chat, unlike errors of the model."""
 
     def __init__(self, reason: OSError) -> None:
         self.reason = reason

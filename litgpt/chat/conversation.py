@@ -1,4 +1,4 @@
-"""A conversation with a model: what was said, and the tokens that it became."""
+"""A conversation with a model: its messages and their tokens."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -12,17 +12,17 @@ from litgpt.engine.session import Session
 from litgpt.engine.session_file import SessionFile
 from litgpt.prompts import encode_prompt
 
-PREFILL_CHUNK = 512  # tokens: a prompt is cut where that changes nothing, so that it can be told how far it is
+PREFILL_CHUNK = 512  # tokens of a prefill call, for a progress display; only if chunks do not change the output
 
 
 @dataclass(frozen=True)
-class _Said:
-    """What was said so far: replaced as a whole or not at all, wherever an interrupt comes.
+class _Messages:
+    """The messages so far, replaced in one assignment, so that interrupts cannot leave them inconsistent.
 
     Attributes:
-        messages: all of them, the oldest first.
-        dropped: first messages that the context had no room for.
-        text, tokens: of the conversation, the last answer included, without what was dropped.
+        messages: all, the oldest first.
+        dropped: number of first messages that the context has no room for.
+        text, tokens: of the conversation without dropped messages, the last answer included.
     """
 
     messages: tuple[dict[str, str], ...] = ()
@@ -33,22 +33,21 @@ class _Said:
 
 @dataclass
 class Conversation:
-    """Turns of a user and a model. Only what is new in a turn goes through the model.
+    """Turns of a user and a model. Only the new tokens of a turn are computed.
 
-    When the context is full the oldest turns are left out of what the model reads, unless the caches evict, and `notify` is
-    told.
+    If the context is full and the caches do not evict, the oldest turns are dropped from the prompt, and `notify` is called.
 
     Attributes:
-        ready: the model and what belongs to it.
-        new_session: makes empty caches for that model.
+        ready: the model.
+        new_session: makes empty caches for it.
         max_new_tokens: most tokens of an answer.
-        sampling: arguments of `sample`.
-        sys_prompt: system prompt (None: what the chat template has).
-        notify: is told, in one line, what the user should know.
+        sampling: fields of `Sampling`.
+        sys_prompt: system prompt (None: the chat template's).
+        notify: gets messages for the user, one line each.
         drafter: drafts the next tokens of answers (None: no drafts).
         session: tokens and caches.
-        prompt_tokens, answer_tokens: of the last turn.
-        answer_limit: most tokens that the last answer could have had.
+        prompt_tokens, answer_tokens: numbers of tokens of the last turn.
+        answer_limit: most tokens that the last answer could have.
     """
 
     ready: Ready
@@ -65,39 +64,38 @@ class Conversation:
     def __post_init__(self) -> None:
         self.session = self.new_session()
         self._chunksize = self.session.prompt_chunksize
-        self._said = _Said()
+        self._history = _Messages()
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """All that was said, the oldest first."""
-        return list(self._said.messages)
+        """All messages, the oldest first."""
+        return list(self._history.messages)
 
     def reset(self) -> None:
-        """Forget what was said."""
-        self._said = _Said()
+        """Forget all messages."""
+        self._history = _Messages()
         self.session.reset()
 
     def renew_caches(self) -> None:
-        """Begin with empty caches again, after an interrupt has left them in whatever state; what was said stays, and is
-        computed again for the next answer."""
+        """Replace the caches by empty ones after an interrupt; the messages are computed again for the next answer."""
         self.ready.model.clear_kv_caches(assigned=True)
         self.session = self.new_session()
 
     def save(self, path: Path) -> None:
         """Write the conversation and the caches to a file."""
-        said = self._said
-        known = tuple(self.session.tokens[: len(said.tokens)]) == said.tokens  # not so after an error
+        history = self._history
+        known = tuple(self.session.tokens[: len(history.tokens)]) == history.tokens  # not after an error
         self.session.notes = {
             "messages": self.messages,
-            "dropped": said.dropped,
+            "dropped": history.dropped,
             "sys_prompt": self.sys_prompt,
-            "text": said.text if known else "",
-            "tokens": len(said.tokens) if known else 0,
+            "text": history.text if known else "",
+            "tokens": len(history.tokens) if known else 0,
         }
         self.session.save(path)
 
     def resume(self, file: SessionFile) -> None:
-        """Go on where a saved conversation ended; a system prompt that is set replaces its own.
+        """Resume a saved conversation; a system prompt, if set, replaces the saved one.
 
         Raises:
             ValueError: if the file holds no conversation, or does not fit the session.
@@ -108,23 +106,23 @@ class Conversation:
         self.session.restore(file)
         self.sys_prompt = notes["sys_prompt"] if self.sys_prompt is None else self.sys_prompt
         tokens = tuple(self.session.tokens[: notes["tokens"]])
-        self._said = _Said(tuple(notes["messages"]), notes.get("dropped", 0), notes["text"], tokens)
+        self._history = _Messages(tuple(notes["messages"]), notes.get("dropped", 0), notes["text"], tokens)
 
     def ask(self, text: str) -> Iterator[str]:
-        """Say something, and get the answer piece by piece. An answer left early stays in the conversation as it is; where
-        there is none yet, and after an error before the first token, the message is as if it was not said.
+        """Send a message; yields the answer in parts. If the iterator is left early, the answer so far stays in the
+        conversation; without any answer, and after an error before the first token, the message is dropped.
 
         Raises:
-            ValueError: if the message does not fit into the context even alone.
+            ValueError: if the message alone does not fit into the context.
         """
-        messages = (*self._said.messages, {"role": "user", "content": text})
+        messages = (*self._history.messages, {"role": "user", "content": text})
         dropped, prompt_text, prompt = self._fit(messages)
         self.prompt_tokens, self.answer_tokens = len(prompt), 0
         limit = self.session.limit
         self.answer_limit = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - len(prompt))
         cut = all(cache.is_chunk_invariant(len(prompt)) for cache in self.session.kv_caches)
         self.session.prompt_chunksize = self._chunksize or (PREFILL_CHUNK if cut else None)
-        answer, said, whole = [], "", False
+        answer, answer_text, whole = [], "", False
 
         def tokens() -> Iterator[int]:
             for token in self.session.generate(
@@ -134,19 +132,19 @@ class Conversation:
                 yield token
 
         try:
-            for piece in self.ready.tokenizer.decode_stream(tokens()):
-                said += piece
-                yield piece
+            for part in self.ready.tokenizer.decode_stream(tokens()):
+                answer_text += part
+                yield part
             whole = True
         finally:
             self.answer_tokens = len(answer)
             if answer or whole:
-                messages = (*messages, {"role": "assistant", "content": said})
-                self._said = _Said(messages, dropped, prompt_text + said, (*prompt, *answer))
+                messages = (*messages, {"role": "assistant", "content": answer_text})
+                self._history = _Messages(messages, dropped, prompt_text + answer_text, (*prompt, *answer))
 
     def _fit(self, messages: tuple[dict[str, str], ...]) -> tuple[int, str, list[int]]:
-        """How many of the oldest messages have to be left out so that an answer finds room; text and tokens of the rest."""
-        limit, before = self.session.limit, self._said.dropped
+        """Number of oldest messages to drop to make room for an answer, and text and tokens of the rest."""
+        limit, before = self.session.limit, self._history.dropped
         dropped = before
         while True:
             text, tokens = self._render(list(messages[dropped:]))
@@ -154,8 +152,8 @@ class Conversation:
                 break
             if dropped >= len(messages) - 1:
                 raise ValueError(
-                    f"this message comes to {counted(len(tokens), 'token')}; with an answer of up to {self.max_new_tokens} it does "
-                    f"not fit into {limit}: shorten it, or lower --max_new_tokens. {self._way_out()}"
+                    f"this message comes to {counted(len(tokens), 'token')}; with an answer of up to {self.max_new_tokens} "
+                    f"it does not fit into {limit}: shorten it, or lower --max_new_tokens. {self._way_out()}"
                 )
             dropped += 2
         if turns := (dropped - before) // 2:
@@ -166,11 +164,11 @@ class Conversation:
         return dropped, text, tokens
 
     def _render(self, messages: list[dict[str, str]]) -> tuple[str, list[int]]:
-        style, tokenizer, said = self.ready.prompt_style, self.ready.tokenizer, self._said
+        style, tokenizer, history = self.ready.prompt_style, self.ready.tokenizer, self._history
         text = style.render(messages, sys_prompt=self.sys_prompt)
-        if said.text and text.startswith(said.text):
-            # go on from the very tokens that the model said, which the caches hold
-            return text, [*said.tokens, *tokenizer.encode(text[len(said.text) :], bos=False).tolist()]
+        if history.text and text.startswith(history.text):
+            # keep the tokens that the model drew: they are cached
+            return text, [*history.tokens, *tokenizer.encode(text[len(history.text) :], bos=False).tolist()]
         return text, encode_prompt(tokenizer, style, messages, sys_prompt=self.sys_prompt).tolist()
 
     def _way_out(self) -> str:

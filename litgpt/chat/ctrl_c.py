@@ -1,4 +1,4 @@
-"""Ctrl-C, which may come at any time, and must not leave anything half done."""
+"""Handling of Ctrl-C at any time without inconsistent state."""
 
 import signal
 import threading
@@ -11,11 +11,11 @@ Mode = Literal["note", "stop", "raise"]
 
 
 class CtrlC:
-    """While it is entered, Ctrl-C does what its mode says.
+    """While handled, the effect of Ctrl-C depends on the mode.
 
-    note: it is noted in `pressed`; no more.
-    stop: the first one is noted; who does not stop on that is interrupted by the second one.
-    raise: it raises `KeyboardInterrupt`, once: after that the mode is "note", so that tidying up is not interrupted too.
+    note: sets `pressed`.
+    stop: the first one sets `pressed`; the second one raises `KeyboardInterrupt`.
+    raise: raises `KeyboardInterrupt`, once; the mode is then "note", so that cleaning up is not interrupted.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class CtrlC:
 
     @contextmanager
     def handled(self) -> Iterator["CtrlC"]:
-        """Handle SIGINT, in the main thread; in others signals never come."""
+        """Handle SIGINT, in the main thread; other threads get no signals."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return

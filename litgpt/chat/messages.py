@@ -1,4 +1,4 @@
-"""What the user says: from a terminal, with editing and a history, or line by line from a pipe or a file."""
+"""Messages of the user: from a terminal, with editing and a history, or line by line from a pipe or a file."""
 
 import os
 import sys
@@ -17,7 +17,7 @@ END_OF_MESSAGE = "!submit"
 HISTORY = "LITGPT_CHAT_HISTORY"  # environment variable: path of the history, or nothing for none
 
 ReadLine = Callable[[str], str]
-"""Shows a prompt and gives what was typed, without the end of the line; `EOFError` at the end of the input."""
+"""Shows a prompt and returns a line without its end; raises `EOFError` at the end of the input."""
 
 
 def split_command(message: str) -> tuple[str | None, str]:
@@ -32,9 +32,9 @@ def read_messages(read_line: ReadLine, multiline: bool, on_interrupt: Callable[[
     """Messages, stripped, until the input ends.
 
     Args:
-        read_line: gives the next line, or several at once that were pasted.
-        multiline: a message goes on to a line with END_OF_MESSAGE; commands are lines of their own.
-        on_interrupt: called after Ctrl-C, which discards what was typed.
+        read_line: returns the next line, or several pasted ones.
+        multiline: a message ends at a line with END_OF_MESSAGE; commands are lines of their own.
+        on_interrupt: called after Ctrl-C, which discards the lines so far.
     """
     lines: list[str] = []
     while True:
@@ -60,7 +60,7 @@ def read_messages(read_line: ReadLine, multiline: bool, on_interrupt: Callable[[
 
 
 def line_reader() -> ReadLine:
-    """How to read lines: with editing if stdin is a terminal and there is one to show the line on."""
+    """A reader of lines: with editing if stdin and stderr or stdout are terminals."""
     screen = next((stream for stream in (sys.stderr, sys.stdout) if stream.isatty()), None)
     if sys.stdin.isatty() and screen is not None:
         return _editing_reader(screen)
@@ -76,14 +76,14 @@ def _plain_reader() -> ReadLine:
             print(prompt, end="", file=sys.stderr, flush=True)
         line = input()
         if not started:
-            started, line = True, line.removeprefix("\ufeff")  # some programs begin UTF-8 with it
+            started, line = True, line.removeprefix("\ufeff")  # byte order mark
         return line
 
     return read_line
 
 
 def _editing_reader(screen: TextIO) -> ReadLine:
-    """Lines edited in place: Enter sends, Alt-Enter begins a new line, a pasted text is one message whatever its lines."""
+    """A reader with editing: Enter sends, Alt-Enter begins a new line, a pasted text is one message."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
     from prompt_toolkit.output import create_output
@@ -95,10 +95,10 @@ def _editing_reader(screen: TextIO) -> ReadLine:
         event.current_buffer.insert_text("\n")
 
     def continuation(width: int, number: int, wrapped: int) -> str:
-        return "" if wrapped else "... "  # a line that only wraps is shown as what it is
+        return "" if wrapped else "... "  # none for wrapped lines
 
     output = create_output(screen)
-    output.enable_cpr = False  # where the cursor stands does not matter, and not every terminal answers
+    output.enable_cpr = False  # the cursor's position is not needed, and not every terminal reports it
     session: PromptSession[str] = PromptSession(
         history=_history(), key_bindings=keys, output=output, prompt_continuation=continuation, enable_suspend=True
     )
@@ -106,7 +106,7 @@ def _editing_reader(screen: TextIO) -> ReadLine:
 
 
 def history_path() -> Path | None:
-    """Where messages are remembered, or None: the user does not want that, or has no folder for it."""
+    """File of the history (None: turned off, or there is no home folder)."""
     if HISTORY in os.environ:
         return Path(os.environ[HISTORY]) if os.environ[HISTORY] else None
     state = os.environ.get("XDG_STATE_HOME")
@@ -116,12 +116,12 @@ def history_path() -> Path | None:
 
 
 def _history() -> "History":
-    """The history in a file that only its user may read; in memory where there can be none."""
+    """The history in a file that only its user may read; in memory if there is no file."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     class PrivateHistory(FileHistory):
         def store_string(self, string: str) -> None:
-            with suppress(OSError):  # a full disk: this message is not remembered
+            with suppress(OSError):  # e.g. a full disk: the message is not stored
                 super().store_string(replace_surrogates(string))
 
     path = history_path()

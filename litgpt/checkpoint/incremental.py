@@ -1,4 +1,4 @@
-"""Writing a file of `torch.save` tensor by tensor."""
+"""Writes a file of `torch.save` tensor by tensor."""
 
 import io
 import pickle
@@ -10,7 +10,7 @@ import torch
 
 
 class incremental_save:
-    """A file as `torch.save` writes it, whose tensors may be written, and leave memory, before the rest is known.
+    """A `torch.save` file whose tensors are written one by one, each of which may leave memory before the next.
 
     ```python
     with incremental_save(path) as saver:
@@ -33,20 +33,20 @@ class incremental_save:
         self._file.write_end_of_file()
 
     def store_early(self, tensor: torch.Tensor) -> Any:
-        """Writes a tensor's values, and returns what stands for it in the object that `save` gets."""
+        """Writes a tensor's values, and returns a placeholder for it in the object for `save`."""
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"only tensors are stored early, got {type(tensor).__name__}")
         return _Written(self._written(tensor.__reduce_ex__(pickle.HIGHEST_PROTOCOL)))
 
     def save(self, obj: Any) -> None:
-        """Writes the object: the last thing that is written."""
+        """Writes the object, after which nothing more can be written."""
         buffer = io.BytesIO()
         _Pickler(buffer, self).dump(obj)
         self._file.write_record("data.pkl", buffer.getvalue(), len(buffer.getvalue()))
         self._saved = True
 
     def write(self, storage: torch.storage.TypedStorage) -> tuple[Any, ...]:
-        """Writes the values of a storage, and returns how a file of `torch.save` refers to them."""
+        """Writes the values of a storage, and returns the persistent id for them."""
         if self._saved:
             raise ValueError("the file was saved already: nothing can be added to it")
         values, key = storage._untyped_storage, str(self._records)  # the public way to it warns
@@ -56,7 +56,7 @@ class incremental_save:
         return "storage", getattr(torch, storage._pickle_storage_type()), key, place, storage._size()
 
     def _written(self, value: Any) -> Any:
-        """The parts of a tensor, with references in the place of storages."""
+        """The parts of a pickled tensor, with placeholders for storages."""
         if isinstance(value, torch.Tensor):  # a parameter's
             return self.store_early(value)
         if isinstance(value, tuple):
@@ -65,14 +65,14 @@ class incremental_save:
 
 
 class _Reference:
-    """Stands for a storage that was written."""
+    """A placeholder for a storage that was written."""
 
     def __init__(self, reference: tuple[Any, ...]) -> None:
         self.reference = reference
 
 
 class _Written:
-    """Is pickled as the tensor whose values were written."""
+    """A placeholder for a tensor that was written: it is pickled as that tensor."""
 
     def __init__(self, parts: tuple[Any, ...]) -> None:
         self.parts = parts

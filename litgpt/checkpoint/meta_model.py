@@ -1,4 +1,4 @@
-"""Models without memory, to learn names and shapes of parameters from."""
+"""Models on the meta device, for the names and shapes of their parameters."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +11,13 @@ from litgpt.model import GPT
 
 
 def meta_model(config: Config, kind: Callable[[Config], GPT] = GPT) -> GPT:
-    """A model that has shapes and no memory, as `kind` makes it."""
+    """A model of class `kind` that has shapes and no memory."""
     with torch.device("meta"), _WithoutRandomNumbers():
         return kind(config)
 
 
 class _WithoutRandomNumbers(TorchFunctionMode):
-    """Skips the initialisation of weights: drawing for a meta tensor would import torch's compiler, for most of 1 s."""
+    """Skips the initialisation of weights: random draws for meta tensors import torch's compiler, for most of 1 s."""
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

@@ -1,4 +1,4 @@
-"""The choice of the kind of a checkpoint from what is on disk."""
+"""Opens a checkpoint of any kind."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from litgpt.checkpoint.litgpt_folder import LitGPTCheckpoint
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a folder in the layout of Hugging Face or LitGPT, one that `litgpt quantize` or a fine-tuning with LoRA wrote, a
-    `.gguf` file, or a folder with one model in `.gguf` files; of a split one any part stands for all.
+    `.gguf` file or any shard of a split one, or a folder with one model in `.gguf` files.
 
     Raises `FileNotFoundError` if there is no model at `path`, `ValueError` if it cannot be used.
     """
@@ -26,13 +26,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         from litgpt.checkpoint.quantized_folder import QuantizedCheckpoint
 
         return QuantizedCheckpoint(path)
-    for method in ("lora", "adapter", "adapter_v2"):
+    if (path / f"{WEIGHTS_NAME}.lora").is_file():
+        return open_lora(path)
+    for method in ("adapter", "adapter_v2"):
         if (path / f"{WEIGHTS_NAME}.{method}").is_file():
-            if method != "lora":
-                raise ValueError(
-                    f"{path} holds what `litgpt generate_{method}` takes: an adapter, without the model that it is for"
-                )
-            return open_lora(path)
+            raise ValueError(f"{path} holds an adapter without its model: use `litgpt generate_{method}`")
     if holds_weights(path):
         return HuggingFaceCheckpoint(path)
     from litgpt.checkpoint.gguf_file import gguf_models
@@ -54,7 +52,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def open_lora(path: Path, base: Path | None = None) -> Checkpoint:
-    """LoRA weights (their folder or file) added to `base`, by default the checkpoint that the hyperparameters name."""
+    """LoRA weights (their folder or file) merged into `base`, by default the checkpoint in the hyperparameters."""
     from litgpt.checkpoint.find import find_checkpoint
     from litgpt.checkpoint.finetuned import Finetuned, LoRACheckpoint
 

@@ -1,8 +1,8 @@
 """LoRA weights in the format of Hugging Face's PEFT: `adapter_config.json` and `adapter_model.safetensors`.
 
-PEFT keeps A (r, E), B (O, r) and DoRA's magnitudes (O,) for each linear layer of `transformers`. Where our layers are cut
-otherwise, the names of a family's weights say how rows belong together: of a `qkv` layer whose parts are layers of their own
-there, each part takes its rows; parts of ours that are one layer there become one of the sum of their ranks.
+PEFT has A (r, E), B (O, r) and DoRA's magnitudes (O,) for each linear layer of `transformers`. A family's weight names map
+their layers to ours: the parts of our `qkv` layer that are separate layers there get its rows; several layers of ours that
+are one layer there become one with the sum of their ranks.
 """
 
 import math
@@ -34,16 +34,14 @@ _KINDS = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_magnitude_vector": "
 
 
 def save_peft(folder: Path, out_dir: Path, base: Path | None = None) -> None:
-    """Write the LoRA weights of a folder that fine-tuning wrote as PEFT has them.
+    """Converts the LoRA weights that fine-tuning wrote to PEFT's format.
 
     Args:
-        folder: with `lit_model.pth.lora` and `hyperparameters.yaml`.
-        out_dir: made if it does not exist.
-        base: the checkpoint that was fine-tuned (default: the one that the hyperparameters name).
+        folder: Folder with `lit_model.pth.lora` and `hyperparameters.yaml`.
+        out_dir: Made if it does not exist.
+        base: The checkpoint that was fine-tuned (default: the one in the hyperparameters).
 
-    Raises:
-        FileExistsError: if `out_dir` holds PEFT weights.
-        ValueError: if PEFT has no place for the weights.
+    Raises `FileExistsError` if `out_dir` holds PEFT weights, `ValueError` if the weights have no equivalent in PEFT.
     """
     if (out_dir / CONFIG_NAME).exists():
         raise FileExistsError(f"{out_dir} holds PEFT weights already: give another folder")
@@ -60,7 +58,7 @@ def save_peft(folder: Path, out_dir: Path, base: Path | None = None) -> None:
     ranks: dict[str, int] = {}
     for name, sources in weight_map.theirs(list(layers)).items():
         module, _, leaf = name.rpartition(".")
-        module = "lm_head" if sources == (HEAD,) else module  # in `transformers` 5, whatever files call it
+        module = "lm_head" if sources == (HEAD,) else module  # its name in `transformers` 5, if not in files
         if leaf != "weight":
             raise ValueError(f"PEFT has no LoRA matrices for {name}, which holds all experts of a layer")
         parts = _joined(name, [layers[source] for source in sources], sources, weight_map, config)
@@ -70,7 +68,7 @@ def save_peft(folder: Path, out_dir: Path, base: Path | None = None) -> None:
             ranks[module] = len(parts[0])
     targets = _targets(list(ranks), weight_map, model)
     other = {target: rank for module, rank in ranks.items() if rank != config.lora_r for target in [targets[module]]}
-    power = 0.5 if config.lora_rslora else 1  # B A counts alpha / r ** power times, whatever the rank
+    power = 0.5 if config.lora_rslora else 1  # B A is scaled by alpha / r ** power
     described = path if isinstance(checkpoint, HuggingFaceCheckpoint) else _repository(checkpoint.config) or path
     out_dir.mkdir(parents=True, exist_ok=True)
     with replacing(out_dir / ADAPTER_NAME) as temporary:
@@ -98,14 +96,14 @@ def _repository(config: BaseConfig) -> str | None:
 def _joined(
     name: str, layers: list[LoRALinear], sources: tuple[str, ...], weight_map: WeightMap, config: Config
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-    """A, B and magnitudes of their weight `name`, which is made of the weights of these layers; None: it has none."""
+    """A, B and magnitudes of their weight `name`, which is built from the weights of these layers; None: all are zero."""
     starts, rank = {}, 0
     for source, layer in zip(sources, layers, strict=True):
         starts[source], rank = rank, rank + len(layer.lora_A)
     by_source = dict(zip(sources, layers, strict=True))
 
     def built(B_of: Callable[[LoRALinear], torch.Tensor]) -> torch.Tensor:
-        """Their rows (O, rank), of ours that have columns of their own for each layer."""
+        """Their rows (O, rank), from ours, with separate columns for each layer."""
 
         def rows(source: str) -> torch.Tensor:
             B = B_of(by_source[source])
@@ -123,12 +121,14 @@ def _joined(
     if config.lora_dora:
         m = weight_map.build(name, sources, lambda source: _magnitudes(by_source[source]))
         if m.isnan().any():
-            raise ValueError(f"PEFT has one layer {name}: DoRA of some of queries, keys and values has no place in it")
+            raise ValueError(
+                f"PEFT has one layer {name}: it cannot have DoRA for only some of queries, keys and values"
+            )
     return A, built(lambda layer: layer.expanded_B())[:, used], m
 
 
 def _magnitudes(layer: LoRALinear) -> torch.Tensor:
-    """DoRA's magnitudes (O,), NaN for rows that have none."""
+    """DoRA's magnitudes (O,), NaN for rows without one."""
     if not isinstance(layer, LoRAQKVLinear):
         return layer.lora_magnitude
     parts = iter(layer.lora_magnitude.split(layer.qkv_shapes))
@@ -137,7 +137,7 @@ def _magnitudes(layer: LoRALinear) -> torch.Tensor:
 
 
 def _targets(modules: list[str], weight_map: WeightMap, model: GPT) -> dict[str, str]:
-    """How `target_modules` names modules: by the last part of the name if no other module has it too."""
+    """The names for `target_modules`: the last part of a module's name, if no other module has the same."""
     short = {module: module.rpartition(".")[2] for module in modules}
     names = [name.replace(".linear.", ".") for name, x in model.named_parameters() if "lora_" not in name]
     others = {name.rpartition(".")[0] for name in weight_map.theirs(names)} - set(modules)
@@ -148,18 +148,17 @@ def _targets(modules: list[str], weight_map: WeightMap, model: GPT) -> dict[str,
 
 
 def load_peft(folder: Path, out_dir: Path, base: Path | None = None) -> None:
-    """Write PEFT's LoRA weights as fine-tuning writes them: for `chat`, `generate_lora`, `merge_lora` and others.
+    """Converts PEFT's LoRA weights to the files of our fine-tuning: for `chat`, `generate_lora`, `merge_lora` and others.
 
-    Ranks and scales become the same for all layers, with zeros and factors, which changes no output.
+    Zeros and factors make ranks and scales equal for all layers, without changing any output.
 
     Args:
-        folder: with `adapter_config.json` and `adapter_model.safetensors`.
-        out_dir: made if it does not exist.
-        base: the checkpoint that they are for (default: the one that `adapter_config.json` names).
+        folder: Folder with `adapter_config.json` and `adapter_model.safetensors`.
+        out_dir: Made if it does not exist.
+        base: The checkpoint that they are for (default: the one in `adapter_config.json`).
 
-    Raises:
-        FileExistsError: if `out_dir` holds LoRA weights.
-        ValueError: for weights that are not LoRA matrices of linear layers of the model.
+    Raises `FileExistsError` if `out_dir` holds LoRA weights, `ValueError` for weights that are not LoRA matrices of linear
+    layers of the model.
     """
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}: give the folder that PEFT wrote")
@@ -195,7 +194,7 @@ def load_peft(folder: Path, out_dir: Path, base: Path | None = None) -> None:
         if isinstance(layer, LoRALinear) and layer.r > 0:
             weights |= {f"{name}.{kind}": x for kind, x in _filled(layer, placed.pop(name, []), name, settings).items()}
     if placed:
-        raise ValueError(f"{folder}: {next(iter(placed))} has no place for LoRA matrices in {base_config.name}")
+        raise ValueError(f"{folder}: {next(iter(placed))} of {base_config.name} cannot have LoRA matrices")
     out_dir.mkdir(parents=True, exist_ok=True)
     save_config(base_config, out_dir)
     hyperparameters = {"checkpoint_dir": str(path), **config.lora_options()}
@@ -205,7 +204,7 @@ def load_peft(folder: Path, out_dir: Path, base: Path | None = None) -> None:
 
 
 def _read_modules(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """By the names of their modules: A, B, and magnitudes m as a column."""
+    """For each of their modules: A, B, and magnitudes m as a column."""
     file = folder / ADAPTER_NAME
     weights = load_file(file) if file.is_file() else load_state_dict(folder / "adapter_model.bin")
     modules: dict[str, dict[str, torch.Tensor]] = {}
@@ -220,23 +219,23 @@ def _read_modules(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return modules
 
 
-# Of a layer of ours: the first row of a piece, and A, B and m of its rows
+# Some rows of a layer of ours: the first row, and A, B and m of these rows
 _Rows = tuple[int, torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def _placed(
     modules: Mapping[str, Mapping[str, torch.Tensor]], scales: Mapping[str, float], scale: float, weight_map: WeightMap
 ) -> dict[str, list[_Rows]]:
-    """By the names of our layers, the rows that their modules have of them, with one scale for all."""
+    """For each of our layers, its rows in their modules, scaled to one scale for all."""
     placed: dict[str, list[_Rows]] = {}
     for module, kinds in modules.items():
         B = kinds["B"] * (scales[module] / scale) if scales[module] != scale else kinds["B"]
         name = HEAD if module == "lm_head" else f"{module}.weight"
-        pieces = list(weight_map.place(name, B))
-        magnitudes = [None] * len(pieces)
+        shards = list(weight_map.place(name, B))
+        magnitudes = [None] * len(shards)
         if "m" in kinds:
             magnitudes = [x for _, _, x in weight_map.place(name, kinds["m"])]
-        for (name, row, rows), m in zip(pieces, magnitudes, strict=True):
+        for (name, row, rows), m in zip(shards, magnitudes, strict=True):
             placed.setdefault(name.removesuffix(".weight"), []).append((row, kinds["A"], rows, m))
     return placed
 
@@ -254,15 +253,15 @@ def _flags(placed: Mapping[str, list[_Rows]], config: BaseConfig) -> dict[str, b
     found = {flag: any(mark in f"{name}." for name in placed) for flag, mark in flags.items()}
     heads = (config.n_head, config.n_query_groups, config.n_query_groups)
     ranges = list(_ranges([n * config.head_size for n in heads]))
-    rows = [(row, row + len(B)) for name, pieces in placed.items() if name.endswith(".qkv") for row, _, B, _ in pieces]
+    rows = [(row, row + len(B)) for name, shards in placed.items() if name.endswith(".qkv") for row, _, B, _ in shards]
     for part, (first, last) in zip(("query", "key", "value"), ranges, strict=True):
         found[f"lora_{part}"] = any(start < last and stop > first for start, stop in rows)
     return found
 
 
-def _filled(layer: LoRALinear, pieces: list[_Rows], name: str, settings: Settings) -> dict[str, torch.Tensor]:
-    """The parameters of a layer of ours, zero where their modules have nothing."""
-    dtype = pieces[0][1].dtype if pieces else torch.float32
+def _filled(layer: LoRALinear, shards: list[_Rows], name: str, settings: Settings) -> dict[str, torch.Tensor]:
+    """The parameters of a layer of ours, zero where their modules have no rows."""
+    dtype = shards[0][1].dtype if shards else torch.float32
     sizes, enabled = [layer.linear.out_features], [True]
     if isinstance(layer, LoRAQKVLinear):
         sizes, enabled = layer.part_sizes, layer.enable_lora
@@ -270,14 +269,14 @@ def _filled(layer: LoRALinear, pieces: list[_Rows], name: str, settings: Setting
     A = torch.zeros(len(parts), layer.r, layer.linear.in_features, dtype=dtype)
     B = [torch.zeros(last - first, layer.r, dtype=dtype) for first, last in parts]
     m = [torch.full((last - first,), math.nan) for first, last in parts]
-    for row, piece_A, piece_B, piece_m in pieces:
+    for row, shard_A, shard_B, shard_m in shards:
         for i, (first, last) in enumerate(parts):
-            start, stop = max(first, row), min(last, row + len(piece_B))
+            start, stop = max(first, row), min(last, row + len(shard_B))
             if start < stop:
-                A[i, : len(piece_A)] = piece_A
-                B[i][start - first : stop - first, : len(piece_A)] = piece_B[start - row : stop - row]
-                if piece_m is not None:
-                    m[i][start - first : stop - first] = piece_m[start - row : stop - row, 0].float()
+                A[i, : len(shard_A)] = shard_A
+                B[i][start - first : stop - first, : len(shard_A)] = shard_B[start - row : stop - row]
+                if shard_m is not None:
+                    m[i][start - first : stop - first] = shard_m[start - row : stop - row, 0].float()
     weights = {"lora_A": A.flatten(0, 1), "lora_B": torch.cat(B)}
     if layer.dora:
         weights["lora_magnitude"] = torch.cat(m).to(dtype)

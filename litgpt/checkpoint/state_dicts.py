@@ -1,7 +1,6 @@
 """LitGPT's functions that copy one state dict into another, between the names of Hugging Face and ours.
 
-They are made of the families' weight names; commands use `open_checkpoint` and `save_huggingface` instead, which never hold
-a whole model.
+Commands use `open_checkpoint` and `save_huggingface` instead, which never have a whole model in memory.
 """
 
 import re
@@ -27,7 +26,7 @@ _GROUPS = {
     "qwen_2_5": ("qwen2",),
     "qwen_3": ("qwen3", "qwen3_moe"),
 }
-Weights = dict[str, Any]  # names and tensors, or what stands for a tensor that was written
+Weights = dict[str, Any]  # names and tensors, or `incremental_save`'s placeholders for them
 
 
 def copy_to_litgpt(
@@ -42,18 +41,17 @@ def copy_to_litgpt(
     progress_per_file: float | None = None,
     debug_mode: bool | None = False,
 ) -> None:
-    """Put Hugging Face's weights into `state_dict` under our names.
+    """Puts Hugging Face's weights into `state_dict` under our names.
 
     Args:
-        group: of families whose names they may have.
-        config: the architecture; only layouts that depend on it need one.
-        qkv_weights: layer -> query, key and value weights that wait for the others: these may come in several calls.
-        state_dict: gets the weights.
-        hf_weights: names and tensors, or objects with `_load_tensor()`.
-        saver: an `incremental_save`, which writes each tensor at once.
-        dtype: of the result (default: as they are).
-        pbar: a progress bar with `update`, moved by `progress_per_file` in all.
-        debug_mode: print the names.
+        group: The group of families whose names they may have.
+        config: The architecture; needed only for layouts that depend on it.
+        qkv_weights: Layer -> query, key and value weights that were read, but not yet all: they may come in several calls.
+        hf_weights: Names and tensors, or objects with `_load_tensor()`.
+        saver: An `incremental_save`, which writes each tensor at once.
+        dtype: Data type of the result (default: as stored).
+        pbar: A progress bar with `update`, advanced by `progress_per_file` in all.
+        debug_mode: Print the names.
     """
     maps = [WeightMap(family_of_type(model_type), config) for model_type in _GROUPS[group]]
 
@@ -75,10 +73,10 @@ def copy_to_litgpt(
                 del layer[ours]
         else:
             rows: dict[str, list[torch.Tensor]] = {}
-            for ours, _, piece in weights.place(name, tensor):
-                rows.setdefault(ours, []).append(piece)
-            for ours, pieces in rows.items():
-                store(ours, pieces[0] if len(pieces) == 1 else torch.cat(pieces))
+            for ours, _, shard in weights.place(name, tensor):
+                rows.setdefault(ours, []).append(shard)
+            for ours, shards in rows.items():
+                store(ours, shards[0] if len(shards) == 1 else torch.cat(shards))
         if pbar is not None and progress_per_file is not None:
             pbar.update(progress_per_file / len(hf_weights))
     if EMBEDDING in state_dict:
@@ -113,15 +111,12 @@ def copy_from_litgpt(
     untie_weights: bool | None = None,
     saver: Any = None,
 ) -> None:
-    """Put our weights into `state_dict` under Hugging Face's names.
+    """Puts our weights into `state_dict` under the names of the first family of a group that has names for all of them.
 
     Args:
-        group: of families whose names they get: the first that has a place for all.
-        config: the architecture.
-        state_dict: gets the weights.
-        lit_weights: names and tensors, or objects with `_load_tensor()`.
-        untie_weights: leave out the output embedding, which is the input embedding (default: for Gemma).
-        saver: an `incremental_save`, which writes each tensor at once.
+        group, config, saver: As of `copy_to_litgpt`.
+        lit_weights: Names and tensors, or objects with `_load_tensor()`.
+        untie_weights: Leave out the output embedding, which is the input embedding (default: for Gemma).
     """
     untie_weights = group.startswith("gemma") if untie_weights is None else untie_weights
     names = [name for name in lit_weights if not (untie_weights and name == HEAD)]
@@ -139,7 +134,7 @@ def copy_all_from_litgpt(
 
 
 def _places(group: str, config: Config, names: list[str]) -> tuple[WeightMap, dict[str, tuple[str, ...]]]:
-    """The first family of a group that has a place for all of our weights, and what its tensors are made of."""
+    """The weight map of the first family of a group that has names for all of our weights, and its `theirs(names)`."""
     *others, last = [WeightMap(family_of_type(model_type), config) for model_type in _GROUPS[group]]
     for weights in others:
         try:
@@ -150,7 +145,7 @@ def _places(group: str, config: Config, names: list[str]) -> tuple[WeightMap, di
 
 
 def load_param(param: Any, name: str, dtype: torch.dtype | None, verbose: bool = False) -> torch.Tensor:
-    """A tensor, of a lazily loaded one too (which has `_load_tensor()`), in `dtype` (None: as it is)."""
+    """A tensor, or a lazily loaded one with `_load_tensor()`, in `dtype` (default: as stored)."""
     if verbose:
         print(f"Reading {name}")
     tensor = param._load_tensor() if hasattr(param, "_load_tensor") else param
@@ -158,23 +153,23 @@ def load_param(param: Any, name: str, dtype: torch.dtype | None, verbose: bool =
 
 
 def layer_template(layer_name: str, num_matches: int = 1) -> tuple[str | int, ...]:
-    """A weight's name with `{}` for its first indices, and these: `("model.layers.{}.mlp", 3)`. Without any, -1."""
+    """A weight's name with `{}` for its first indices, and the indices: `("model.layers.{}.mlp", 3)`; -1 if it has none."""
     indices = [int(index) for index in re.findall(r"\.(\d+)(?=\.)", layer_name)[:num_matches]]
     return re.sub(r"\.\d+(?=\.)", ".{}", layer_name, count=num_matches), *(indices or [-1])
 
 
 def qkv_from_interleaved(param: Any, config: Config) -> torch.Tensor:
-    """Rows of queries, then keys, then values, of a matrix where they alternate by head group."""
+    """A matrix whose query, key and value rows alternate by head group, with the rows in that order instead."""
     return torch.cat([rows for _, _, rows in split_interleaved("", load_param(param, "", None), config)])
 
 
 def qkv_to_interleaved(param: Any, config: Config) -> torch.Tensor:
-    """Rows that alternate by head group, q q k v, q q k v, ..., of a matrix where queries, keys and values follow each other."""
+    """The inverse of `qkv_from_interleaved`: rows alternate by head group, q q k v, q q k v, ..."""
     return interleave(load_param(param, "", None), config)
 
 
 def check_conversion_supported(lit_weights: Mapping[str, Any]) -> None:
-    """Raise `ValueError` for weights of LoRA, and `NotImplementedError` for those of adapters: no other architecture has them."""
+    """Raises `ValueError` for LoRA weights and `NotImplementedError` for adapter weights."""
     if any("lora" in name for name in lit_weights):
         raise ValueError("LoRA weights cannot be converted: merge them first (`litgpt merge_lora`)")
     if any("adapter" in name or "gating_factor" in name for name in lit_weights):

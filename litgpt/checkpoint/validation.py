@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole and fits a model, and how much memory a model takes."""
+"""Checks that a checkpoint is complete and fits a model, and estimates a model's memory."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ _GB = 2**30
 
 @dataclass
 class CheckpointValidationResult:
-    """How the weights of a checkpoint differ from those of a model; `errors` are why they could not be read."""
+    """How the weights of a checkpoint differ from a model's; `errors` say why they could not be read."""
 
     is_valid: bool
     missing_keys: list[str] = field(default_factory=list)
@@ -29,7 +29,7 @@ class CheckpointValidationResult:
     errors: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
-        """A line for the whole, and one for each kind of difference."""
+        """A line for the result, and one for each kind of difference."""
         if self.is_valid:
             return "Checkpoint validation passed."
         kinds = {
@@ -45,7 +45,7 @@ class CheckpointValidationResult:
 def compare_checkpoint(path: Path, model: nn.Module) -> CheckpointValidationResult:
     """Compares names and shapes of the weights at `path`, a file of `torch.save` or any checkpoint, with a model's."""
     try:
-        differences = weight_differences(model.state_dict(), _pieces(path))
+        differences = weight_differences(model.state_dict(), _row_shards(path))
     except FileNotFoundError as error:
         return CheckpointValidationResult(False, errors=[f"Checkpoint not found: {error}"])
     except (ValueError, OSError) as error:
@@ -53,7 +53,7 @@ def compare_checkpoint(path: Path, model: nn.Module) -> CheckpointValidationResu
     return CheckpointValidationResult(not any(differences), *differences)
 
 
-def _pieces(path: Path) -> list[RowShard]:
+def _row_shards(path: Path) -> list[RowShard]:
     if path.is_dir() or path.suffix.lower() == ".gguf":
         return list(open_checkpoint(path).row_shards(meta=True))
     return [(name, 0, tensor.to("meta")) for name, tensor in read_tensors(path)]
@@ -85,7 +85,7 @@ def check_files(checkpoint: Checkpoint) -> int:
 def estimate_model_memory(
     config: Config, dtype: str | torch.dtype = torch.float32, training: bool = False, *, tied: bool = False
 ) -> dict[str, Any]:
-    """Memory that a model takes, without building it.
+    """The memory that a model needs, without building it.
 
     Args:
         config: The architecture.
@@ -121,7 +121,7 @@ def estimate_model_memory(
 
 
 def _cache_bytes(config: Config, dtype: torch.dtype, tokens: int) -> int:
-    """Of default caches for one row of that many tokens."""
+    """Bytes of default caches for one row of that many tokens."""
     model = meta_model(config)
     model.set_kv_caches(1, dtype, tokens)
     return sum(cache.size_estimate_apriori(cache.get_params())[0] for cache in model.kv_caches()) // 8

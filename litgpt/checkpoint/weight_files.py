@@ -1,4 +1,4 @@
-"""Which of the files beside each other are a model's weights."""
+"""Chooses the files of a model's weights among the files of a folder."""
 
 import re
 from collections.abc import Callable, Collection
@@ -8,7 +8,7 @@ from litgpt.settings import Settings, listed, read_json
 
 _FORMATS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d+)-of-(?P<count>\d+)")
-# What is no model by itself, or of another layout: adapters, the state of a training, Mistral's own files
+# Files that are no model, or of another layout: adapters, the state of a training, Mistral's own files
 _NO_WEIGHTS = ("adapter_", "consolidated", "optimizer", "scheduler", "training_args", "random_states", "scaler", "rng_")
 _NO_WEIGHTS += ("lit_model",)
 
@@ -16,18 +16,12 @@ _NO_WEIGHTS += ("lit_model",)
 def choose_weight_files(
     names: Collection[str], read_index: Callable[[str], dict[str, str]]
 ) -> tuple[list[str], dict[str, str]]:
-    """The names of the files of weights among others, none if there are none, and their index if they have one.
+    """The files of weights among the files `names`, if there are any, and their index (tensor -> file) if they have one.
 
-    As transformers: safetensors before pickled files, and a single file before an index, which stays when a folder is
-    saved again. Then shards without an index, then whatever else has weights' endings.
+    As in transformers: safetensors before pickled files, and a single file before an index, which may be left over from an
+    earlier save. Then shards without an index, then any other file with an extension of weights.
 
-    Args:
-        names: Of all files.
-        read_index: Gives the index (tensor -> file) of an index file.
-
-    Raises:
-        FileNotFoundError: Shards are missing: they are named.
-        ValueError: There are several sets of shards.
+    Raises `FileNotFoundError` naming missing shards, `ValueError` for several sets of shards.
     """
     for stem, ending in _FORMATS:
         if stem + ending in names:
@@ -48,12 +42,12 @@ def choose_weight_files(
 
 
 def is_no_model(name: str) -> bool:
-    """Whether a file has an ending of weights, but is an adapter or a part of a training's state by its name."""
+    """Whether a file is, by its name, an adapter or the state of a training instead of a model's weights."""
     return name.startswith(_NO_WEIGHTS)
 
 
 def read_weight_map(path: Path) -> dict[str, str]:
-    """The index of a folder's weights: names of tensors and of the files that hold them, which must lie in the folder."""
+    """The index of a folder's weights, tensor -> file; `ValueError` for files outside of the folder."""
     index = Settings(read_json(path), str(path))
     weight_map = index.section("weight_map")
     if not len(weight_map):
@@ -66,7 +60,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
 
 
 def _shards(names: Collection[str], ending: str, stem: str | None = None) -> list[str]:
-    """All of a set of shards `STEM-00001-of-00003`; sets of which nothing is missing come before others."""
+    """All of a set of shards `STEM-00001-of-00003`, if possible of a complete set."""
     sets: dict[tuple[str, str], dict[int, str]] = {}
     for name in sorted(names):
         match = _SHARD.fullmatch(name.removesuffix(ending)) if name.endswith(ending) and "/" not in name else None

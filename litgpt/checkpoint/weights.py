@@ -1,4 +1,4 @@
-"""Applies a family's weight names: its tensors to rows of our parameters, and back."""
+"""Maps a family's tensors to rows of our parameters, and back."""
 
 import re
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ _INDEX = re.compile(r"\.(\d+)(?=\.)")
 
 @dataclass(frozen=True)
 class _Rule:
-    """Modules that share a matrix: one of ours and several of theirs stacked in it, or the other way around."""
+    """Modules whose matrices are one: several of theirs stacked are one of ours, or the other way around."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
@@ -24,7 +24,7 @@ class _Rule:
 
 @dataclass(frozen=True)
 class _Stack:
-    """One tensor of theirs for all experts, (experts, in, out), whose columns alternate between modules of ours."""
+    """One tensor of theirs, (experts, in, out), whose columns alternate between modules of ours."""
 
     ours: tuple[str, ...]
     theirs: str
@@ -65,9 +65,9 @@ class WeightMap:
         self._stack_by_ours = {name: stack for stack in stacks for name in stack.ours}
 
     def place(self, name: str, tensor: torch.Tensor) -> Iterator[RowShard]:
-        """Our parameters' rows that one of their tensors holds; a name that is not known comes back as it is."""
+        """The row shards of our parameters that one of their tensors holds; an unknown name is yielded unchanged."""
         name = self._canonical(name)
-        if any(piece in name for piece in self.family.ignored):
+        if any(mark in name for mark in self.family.ignored):
             return
         template, indices, leaf = _split(name)
         if self.family.extra_blocks and indices and int(indices[0]) >= self.config.n_layer:
@@ -93,7 +93,7 @@ class WeightMap:
             yield ours[0], 0, tensor
 
     def part(self, name: str) -> tuple[str, int, int] | None:
-        """If one of their tensors is stacked with others in a parameter of ours: its name, which part it is, of how many."""
+        """For a tensor of theirs that is stacked with others in a parameter of ours: our name, its index, their number."""
         template, indices, leaf = _split(self._canonical(name))
         rule = self._by_theirs.get(template)
         if rule is None or len(rule.theirs) == 1:
@@ -101,21 +101,21 @@ class WeightMap:
         return f"{rule.ours[0].format(*indices)}.{leaf}", rule.theirs.index(template), len(rule.theirs)
 
     def covers(self, name: str) -> bool:
-        """Whether one of their tensors is known, be it only as one that is left out."""
+        """Whether one of their tensors is known, even if it is left out."""
         name = self._canonical(name)
         template, _, leaf = _split(name)
         stacked = f"{template}.{leaf.removesuffix('_bias')}" in self._stack_by_theirs
-        return stacked or template in self._by_theirs or any(piece in name for piece in self.family.ignored)
+        return stacked or template in self._by_theirs or any(mark in name for mark in self.family.ignored)
 
     def _canonical(self, name: str) -> str:
-        """One of their names without the prefixes that some files have."""
+        """One of their names without the prefixes of some files."""
         for prefix, replacement in self.family.prefixes.items():
             if name.startswith(prefix):
                 return replacement + name.removeprefix(prefix)
         return name
 
     def theirs(self, names: list[str]) -> dict[str, tuple[str, ...]]:
-        """For each of their tensors, the parameters of ours, out of `names`, that it is made of."""
+        """For each of their tensors, the parameters of ours, among `names`, from which it is built."""
         made: dict[str, tuple[str, ...]] = {}
         for name in names:
             template, indices, leaf = _split(name)
@@ -133,7 +133,7 @@ class WeightMap:
         return made
 
     def build(self, name: str, sources: tuple[str, ...], get_tensor: GetTensor) -> torch.Tensor:
-        """One of their tensors, from the parameters of ours that it is made of."""
+        """One of their tensors, built from our parameters (see `theirs`)."""
         template, _, leaf = _split(name)
         if stack := self._stack_by_theirs.get(f"{template}.{leaf.removesuffix('_bias')}"):
             return stack.build([get_tensor(source) for source in sources])
@@ -154,10 +154,10 @@ def qkv_sizes(config: Config) -> list[int]:
 
 
 def split_interleaved(name: str, tensor: torch.Tensor, config: Config) -> Iterator[RowShard]:
-    """Query, key and value rows, as pieces of the parameter `name`, of a matrix where they alternate by head group."""
+    """A matrix whose query, key and value rows alternate by head group, as three row shards of the parameter `name`."""
     per_group = config.n_head // config.n_query_groups
     if tensor.shape[0] != sum(qkv_sizes(config)):
-        yield name, 0, tensor  # a wrong shape, for the reader to report
+        yield name, 0, tensor  # a wrong shape, which the reader reports
         return
     groups = tensor.unflatten(0, (config.n_query_groups, per_group + 2, config.head_size))
     first_row = 0
@@ -168,13 +168,13 @@ def split_interleaved(name: str, tensor: torch.Tensor, config: Config) -> Iterat
 
 
 def interleave(tensor: torch.Tensor, config: Config) -> torch.Tensor:
-    """The inverse of `split_interleaved`: rows that alternate by head group, of queries, keys and values in this order."""
+    """The inverse of `split_interleaved`, from a matrix with all query, then key, then value rows."""
     parts = tensor.split(qkv_sizes(config))
     groups = [part.unflatten(0, (config.n_query_groups, -1, config.head_size)) for part in parts]
     return torch.cat(groups, dim=1).flatten(0, 2)
 
 
 def _split(name: str) -> tuple[str, list[str], str]:
-    """Module name with `{}` for its indices, the indices, and the parameter's own name."""
+    """A module's name with `{}` for its indices, the indices, and the parameter's own name."""
     module, _, leaf = name.rpartition(".")
     return _INDEX.sub(".{}", module + ".")[:-1], _INDEX.findall(module + "."), leaf

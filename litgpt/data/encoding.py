@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,7 @@ from litgpt.waiting import report_progress, waiting
 
 Sample = Mapping[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
-VERSION = 2  # of the cache's files
+VERSION = 3  # of the cache's files
 GROUP = 512  # samples that are encoded at a time, by all cores
 
 _logger = logging.getLogger("litgpt")
@@ -43,23 +42,13 @@ class Encoded(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A text to encode, the tokens around it, and whether the loss counts it."""
+    """A text that is encoded by itself, the tokens around it, and whether the loss counts it; or where it does: characters at
+    which counted text begins and ends, in turn."""
 
     text: str
     bos: bool | None = False
     eos: bool = False
-    counted: bool = False
-
-
-class Plan(NamedTuple):
-    """What of a sample is to be encoded.
-
-    Attributes:
-        parts: encoded apart and put together; if `whole`, the first is all of the text, and its pieces follow.
-    """
-
-    parts: list[Part]
-    whole: bool = False
+    counted: bool | Sequence[int] = False
 
 
 class RewrittenAnswerError(ValueError):
@@ -107,24 +96,23 @@ def encode_sample(
     Raises:
         ValueError: if the style cannot write the sample down, or rewrites answers that more messages follow.
     """
-    plan = plan_of(sample, tokenizer, style)
-    return _assemble(plan, _encode_parts(plan.parts, tokenizer), tokenizer, max_seq_length, mask_prompt)
+    parts = parts_of(sample, tokenizer, style)
+    return _assemble(parts, _encode_parts(parts, tokenizer), max_seq_length, mask_prompt)
 
 
-def plan_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> Plan:
+def parts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[Part]:
     """The texts of a sample."""
     if "messages" not in sample:
         prompt = render_prompt(sample, style)
-        bos = bos_of(prompt, tokenizer, style)
-        return Plan([Part(prompt, bos), Part(sample["output"], eos=True, counted=True)])
+        return [Part(prompt, bos_of(prompt, tokenizer, style)), Part(sample["output"], eos=True, counted=True)]
     messages = [dict(message) for message in sample["messages"]]
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise ValueError("no message is the assistant's: there is nothing to learn")
-    more = {"tools": sample["tools"]} if sample.get("tools") else {}
     learned = answers[-1:] if sample.get("learn") == "last" else answers
     if isinstance(style, ChatTemplate):
-        return _plan_of_template(messages[: answers[-1] + 1], learned, tokenizer, style, more)
+        more = {"tools": sample["tools"]} if sample.get("tools") else {}
+        return [_rendered(messages[: answers[-1] + 1], learned, tokenizer, style, more)]
     parts: list[Part] = []
     done = ""
     for i in learned:
@@ -134,12 +122,10 @@ def plan_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> Plan:
         context = before[len(done) :]
         if done and tokenizer.eos_id is not None:
             context = context.removeprefix(tokenizer.eos_token)
-        parts += [
-            Part(context, False if done else bos_of(before, tokenizer, style)),
-            Part(messages[i]["content"], eos=True, counted=True),
-        ]
+        bos = False if done else bos_of(before, tokenizer, style)
+        parts += [Part(context, bos), Part(messages[i]["content"], eos=True, counted=True)]
         done = before + messages[i]["content"]
-    return Plan(parts)
+    return parts
 
 
 _REWRITTEN = (
@@ -148,79 +134,82 @@ _REWRITTEN = (
 )
 
 
-def _plan_of_template(
+def _rendered(
     messages: list[dict[str, Any]], learned: list[int], tokenizer: Tokenizer, style: ChatTemplate, more: dict[str, Any]
-) -> Plan:
+) -> Part:
+    """A conversation as the template writes it. Counted are the answers `learned`, each from where the model is asked for it,
+    with its end token."""
     text = style.render(messages, add_generation_prompt=False, **more)
-    cuts = [0]
-    end_texts = [tokenizer.id_to_token(i) for i in tokenizer.eos_ids]
+    end_texts = [token for i in tokenizer.eos_ids if (token := tokenizer.id_to_token(i))]
+    cuts: list[int] = []
     for i in learned:
-        through = (
-            text if i == len(messages) - 1 else style.render(messages[: i + 1], add_generation_prompt=False, **more)
-        )
-        start = _start_of_answer(messages, i, through, style, more)
-        content = (messages[i].get("content") or "").strip()
-        found = through.find(content, start)
-        said = start if found < 0 else found + len(content)  # where the end token may be looked for
-        ends = [at + len(token) for token in end_texts if token and (at := through.find(token, said)) >= 0]
-        end = min(ends) if ends else len(through.rstrip())
+        answer, before = (messages[i].get("content") or "").strip(), style.render(messages[:i], **more)
+        rest = text[len(before) :].lstrip()
+        after_answer = rest.removeprefix(answer).lstrip()
+        end_text = next(filter(after_answer.startswith, end_texts), None)
+        if text.startswith(before) and rest.startswith(answer) and end_text:  # what most templates write
+            cuts += [len(before), len(text) - len(after_answer) + len(end_text)]
+            continue
+        through = text
+        if i < len(messages) - 1:
+            through = style.render(messages[: i + 1], add_generation_prompt=False, **more)
+        start = len(before)
+        if not through.startswith(before):  # a template may open answers with something that it leaves out afterwards
+            bare = style.render(messages[:i], add_generation_prompt=False, **more)
+            start = through.find(answer, len(os.path.commonprefix([through, bare])))
+            if start < 0:
+                raise ValueError("the chat template does not write conversations turn by turn")
+        found = through.find(answer, start)
+        said = start if found < 0 else found + len(answer)  # where the end token may be looked for
+        after = [at + len(token) for token in end_texts if (at := through.find(token, said)) >= 0]
+        end = min(after, default=len(through.rstrip()))
         if through[:end] != text[:end]:
             raise RewrittenAnswerError(_REWRITTEN)
         cuts += [start, end]
-    pieces = [Part(text[a:b], counted=i % 2 == 1) for i, (a, b) in enumerate(pairwise([*cuts, len(text)]))]
-    return Plan([Part(text), *pieces], whole=True)
+    return Part(text, counted=cuts)
 
 
-def _start_of_answer(
-    messages: list[dict[str, Any]], i: int, through: str, style: ChatTemplate, more: dict[str, Any]
-) -> int:
-    """Where answer `i` begins in the text that ends with it: where the model is asked to write it."""
-    before = style.render(messages[:i], **more)
-    if through.startswith(before):
-        return len(before)
-    # a template may open answers with something that it leaves out afterwards
-    bare = style.render(messages[:i], add_generation_prompt=False, **more)
-    common = os.path.commonprefix([through, bare])
-    found = through.find((messages[i].get("content") or "").strip(), len(common))
-    if found < 0:
-        raise ValueError("the chat template does not write conversations turn by turn")
+def _encode_parts(parts: Sequence[Part], tokenizer: Tokenizer) -> list[tuple[Sequence[int], np.ndarray]]:
+    """The tokens of parts, and which of them are counted: a token belongs where its last character does."""
+    whole = [part for part in parts if isinstance(part.counted, bool)]
+    if hasattr(tokenizer, "encode_batch"):
+        tokens = iter(tokenizer.encode_batch([part[:3] for part in whole]))
+    else:
+        tokens = (tokenizer.encode(part.text, bos=part.bos, eos=part.eos) for part in whole)
+    cut = [part for part in parts if not isinstance(part.counted, bool)]
+    if cut and tokenizer.backend == "huggingface":
+        placed = iter(tokenizer.encode_with_places([part.text for part in cut]))
+    else:
+        placed = (_encode_by_prefixes(part, tokenizer) for part in cut)
+    found = []
+    for part in parts:
+        if isinstance(part.counted, bool):
+            ids = next(tokens)
+            found.append((ids, np.full(len(ids), part.counted)))
+        else:
+            ids, ends = next(placed)
+            found.append((ids, np.searchsorted(part.counted, ends) % 2 == 1))
     return found
 
 
-def _encode_parts(parts: Sequence[Part], tokenizer: Tokenizer) -> list[list[int]]:
-    if hasattr(tokenizer, "encode_batch"):
-        return tokenizer.encode_batch([part[:3] for part in parts])
-    return [list(tokenizer.encode(part.text, bos=part.bos, eos=part.eos)) for part in parts]
+def _encode_by_prefixes(part: Part, tokenizer: Tokenizer) -> tuple[Sequence[int], np.ndarray]:
+    """As `encode_with_places`, by a tokenizer that does not tell where its tokens are; exact at the cuts of `part`."""
+    ids = tokenizer.encode(part.text, bos=False).tolist()
+    ends = np.full(len(ids), len(part.text))
+    for cut in reversed(part.counted):
+        prefix = tokenizer.encode(part.text[:cut], bos=False).tolist()
+        ends[: len(os.path.commonprefix([ids, prefix]))] = cut
+    return ids, ends
 
 
 def _assemble(
-    plan: Plan, encoded: Sequence[Sequence[int]], tokenizer: Tokenizer, max_seq_length: int, mask_prompt: bool
+    parts: Sequence[Part], encoded: Sequence[tuple[Sequence[int], np.ndarray]], max_seq_length: int, mask_prompt: bool
 ) -> Encoded:
-    parts = plan.parts[1:] if plan.whole else plan.parts
-    pieces = encoded[1:] if plan.whole else encoded
-    ids = np.array([i for tokens in pieces for i in tokens], dtype=np.int32)
-    counted = np.repeat([part.counted for part in parts], [len(tokens) for tokens in pieces])
-    raw = int(counted.sum())
-    if plan.whole:
-        raw = len(encoded[0])
-        if ids.tolist() != encoded[0]:  # the text has other tokens where its pieces meet
-            ids, counted = np.array(encoded[0], dtype=np.int32), np.zeros(raw, dtype=bool)
-            text, begin = "", 0
-            for part in parts:
-                text += part.text
-                end = _common(ids, tokenizer.encode(text, bos=False).tolist())
-                counted[begin:end], begin = part.counted, end
-    if not mask_prompt:
-        counted = np.ones(len(ids), dtype=bool)
+    ids = np.concatenate([np.asarray(tokens, dtype=np.int32) for tokens, _ in encoded])
+    counted = np.concatenate([counted for _, counted in encoded])
+    raw = sum(len(tokens) for part, (tokens, _) in zip(parts, encoded, strict=True) if part.counted is not False)
     end = len(ids) if max_seq_length < 0 else max_seq_length
-    return Encoded(ids[:end], counted[:end], raw)
-
-
-def _common(ids: np.ndarray, others: Sequence[int]) -> int:
-    """How many tokens two texts have in common at their beginning."""
-    n = min(len(ids), len(others))
-    different = np.flatnonzero(ids[:n] != np.array(others[:n], dtype=np.int32))
-    return int(different[0]) if len(different) else n
+    return Encoded(ids[:end], counted[:end] | (not mask_prompt), raw)
 
 
 def sample_problem(sample: Any) -> str | None:
@@ -333,17 +322,16 @@ def _encode(
     encoded: list[Encoded] = []
     source: list[int] = []
     for begin in range(0, len(samples), GROUP):
-        plans: list[Plan] = []
+        group: list[list[Part]] = []
         for i, sample in enumerate(samples[begin : begin + GROUP], begin):
             try:
-                made = _plans_of(sample, tokenizer, style)
+                made = _texts_of(sample, tokenizer, style)
             except ValueError as error:
                 raise ValueError(f"{getattr(sample, 'place', f'sample {i}')}: {error}") from None
-            plans += made
+            group += made
             source += [i] * len(made)
-        tokens = iter(_encode_parts([part for plan in plans for part in plan.parts], tokenizer))
-        for plan in plans:
-            encoded.append(_assemble(plan, [next(tokens) for _ in plan.parts], tokenizer, max_seq_length, mask_prompt))
+        found = iter(_encode_parts([part for parts in group for part in parts], tokenizer))
+        encoded += [_assemble(parts, [next(found) for _ in parts], max_seq_length, mask_prompt) for parts in group]
         report_progress(begin + GROUP, len(samples))
     return {
         "ids": np.concatenate([sample.ids for sample in encoded]),
@@ -354,12 +342,12 @@ def _encode(
     }
 
 
-def _plans_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[Plan]:
-    """One plan; or one for each answer of a conversation whose answers do not stay as they are."""
+def _texts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[list[Part]]:
+    """The texts of a sample; or of one for each answer of a conversation whose answers do not stay as they are."""
     try:
-        return [plan_of(sample, tokenizer, style)]
+        return [parts_of(sample, tokenizer, style)]
     except RewrittenAnswerError:
         messages = sample["messages"]
         ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
-        parts = ({**sample, "messages": messages[:end], "learn": "last"} for end in ends)
-        return [plan_of(part, tokenizer, style) for part in parts]
+        samples = ({**sample, "messages": messages[:end], "learn": "last"} for end in ends)
+        return [parts_of(part, tokenizer, style) for part in samples]

@@ -6,7 +6,9 @@ from threading import Lock, get_ident
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.layers import LayerCaches
+from litgpt.kvcache.memory import check_fits
 from litgpt.model import GPT
 
 ROOM = 1024  # least capacity in tokens of default caches with `roomy`
@@ -36,7 +38,9 @@ def prepare_caches(model: GPT, batch_size: int, max_length: int, roomy: bool = F
             room = max_length
             if roomy or model.static_shapes:
                 room = max(COMPILED_ROOM if model.static_shapes else ROOM, 1 << (max_length - 1).bit_length())
-            model.set_kv_caches(batch_size, max_seq_length=min(room, model.max_seq_length))
+            room = min(room, model.max_seq_length)
+            check_fits(CacheSpec(), model, batch_size, room, model.caches.size_in_bytes())
+            model.set_kv_caches(batch_size, max_seq_length=room)
     check_caches(model, batch_size, max_length)
 
 

@@ -1,4 +1,4 @@
-"""Where draft tokens come from: the text so far, or a smaller model."""
+"""Sources of draft tokens: the text so far, or a smaller model."""
 
 from collections import abc
 from dataclasses import dataclass, field, replace
@@ -36,8 +36,8 @@ class Drafter(Protocol):
 class PromptLookup:
     """Drafts the continuation of an earlier occurrence of the last tokens, in the prompt or in the output.
 
-    It needs no model, and pays off where the output repeats text: editing, quoting, code, lists. A lookup takes constant time,
-    whatever the length of the text. Drafts get shorter after rejected ones, and longer after accepted ones.
+    It needs no model, and pays off where the output repeats text: editing, quoting, code, lists. A lookup takes constant time for
+    texts of any length. Drafts get shorter after rejected ones, and longer after accepted ones.
 
     Args:
         max_draft: most draft tokens at a time.
@@ -163,20 +163,17 @@ class DraftModel:
         for row in rows:
             row.n_verified, row.draft = len(row.sequence.tokens), []
         for i in range(count):
-            for row, logits in zip(rows, self._logits(inputs), strict=True):
+            idx = torch.tensor(inputs, device=self.model.device)
+            logits = self.model(idx, self.model.next_token_pos, last_token_only=True)[:, -1, : self.vocabulary]
+            logits = pad(logits, (0, self.vocabulary - logits.shape[-1]), value=-torch.inf)
+            for row, row_logits in zip(rows, logits, strict=True):
                 if i < limit[row.sequence]:
-                    draw_draft_token(row.sequence, logits, *drawn[row.sequence])
+                    draw_draft_token(row.sequence, row_logits, *drawn[row.sequence])
                 row.draft.append(drawn[row.sequence][0][-1])
             inputs = [row.draft[-1:] for row in rows]
         for row in rows:
             row.draft.pop()  # is not in the caches
         return {one: Draft(tokens, torch.stack(q) if q else None) for one, (tokens, q) in drawn.items()}
-
-    def _logits(self, inputs: list[list[int]]) -> torch.Tensor:
-        """Logits (B, V) of the tokens after `inputs` (B, T), V as in the model that verifies."""
-        idx = torch.tensor(inputs, device=self.model.device)
-        logits = self.model(idx, self.model.next_token_pos, last_token_only=True)[:, -1, : self.vocabulary]
-        return pad(logits, (0, self.vocabulary - logits.shape[-1]), value=-torch.inf)
 
     def _follow(self, sequences: abc.Sequence[Sequence], length: int) -> None:
         """Give each of the sequences a row of the caches with room for `length` tokens."""

@@ -27,8 +27,8 @@ Released = list[tuple[Sequence, list[int]]]
 class Engine:
     """A batch of sequences that are decoded together; they join and leave between steps.
 
-    The output of a sequence is its output in a batch of one, whatever else is in the batch, up to rounding: in float32 the
-    same tokens, in bfloat16 sums in another order may tip a near tie. (With LongRoPE the longest of the sequences that are
+    The output of a sequence does not depend on the others, up to rounding: in float32 it has the tokens of a batch of one; in
+    bfloat16 another order of sums may decide a near tie otherwise. (With LongRoPE the longest of the sequences that are
     added to an empty batch decides how positions are rotated.)
 
     If the model fails or is interrupted, the caches are cleared and active sequences stay unfinished; the engine takes new

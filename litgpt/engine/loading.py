@@ -14,6 +14,7 @@ from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model
 from litgpt.kernels import processor
 from litgpt.kvcache import CacheSpec
+from litgpt.kvcache.memory import check_fits
 from litgpt.model import GPT
 from litgpt.prompt_style import PromptStyle
 from litgpt.prompts import all_stop_tokens
@@ -137,9 +138,5 @@ def choose_kv_caches(model: GPT, spec: CacheSpec | str, batch_size: int = 1) -> 
     spec = CacheSpec.parse(spec)
     model.clear_kv_caches(assigned=True)
     if spec != CacheSpec():
+        check_fits(spec, model, batch_size, model.max_seq_length)
         model.assign_kv_caches(spec.create(model, batch_size))
-
-
-def cache_bytes(model: GPT) -> int:
-    """Bytes that the model's caches have allocated."""
-    return model.caches.size_in_bytes()

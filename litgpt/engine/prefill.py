@@ -45,8 +45,14 @@ def prefill(
         last = {}
         for members in _calls(model, {i: len(prompts[i]) for i in run}, chunksize, start):
             inputs, places = [prompts[i] for i in members], [into[i] for i in members]
-            prefill_members = _prefill_rows if len(set(map(len, inputs))) == 1 else _prefill_packed
-            last.update(zip(members, prefill_members(model, inputs, chunksize, start, places), strict=True))
+            if len(set(map(len, inputs))) == 1:
+                logits = _prefill_rows(model, inputs, chunksize, start, places)
+            else:
+                sizes = list(map(len, inputs))
+                logits = model(torch.cat(inputs)[None], start, last_token_only=True, rows=places, row_sizes=sizes)[
+                    :, -1
+                ]
+            last.update(zip(members, logits, strict=True))
         copies = list(range(len(model.caches.row_lengths)))
         for i, row in enumerate(into):
             copies[row] = into[first_of[i]]
@@ -75,14 +81,6 @@ def _calls(model: GPT, lengths: dict[int, int], chunksize: int | None, start: in
             calls[-1].append(i)
             room -= length
     return calls
-
-
-def _prefill_packed(
-    model: GPT, prompts: abc.Sequence[torch.Tensor], chunksize: int | None, start: int, rows: list[int]
-) -> torch.Tensor:
-    """Prefill prompts of several lengths into `rows` in one call; logits (B, V)."""
-    idx = torch.cat(list(prompts))[None]
-    return model(idx, start, last_token_only=True, rows=rows, row_sizes=list(map(len, prompts)))[:, -1]
 
 
 def _prefill_rows(

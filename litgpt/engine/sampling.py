@@ -17,6 +17,15 @@ MAX_BIAS = torch.finfo(torch.float32).max
 MIN_TEMPERATURE = 1e-5  # below it sampling is greedy
 NO_TOKEN = -1  # if no token can be drawn; `check_tokens` raises once tokens are read from the device
 
+_NUMBERS: dict[str, tuple[Callable[[float], bool], str]] = {  # settings with their valid values, also in words
+    "temperature": (lambda x: x >= 0, "at least 0 (0: greedy)"),
+    "top_p": (lambda x: 0 <= x <= 1, "in 0..1 (1: no limit)"),
+    "min_p": (lambda x: 0 <= x <= 1, "in 0..1 (0: no limit)"),
+    "repetition_penalty": (lambda x: 0 < x < math.inf, "positive (1: none)"),
+    "presence_penalty": (math.isfinite, "a number (0: none)"),
+    "frequency_penalty": (math.isfinite, "a number (0: none)"),
+}
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -57,23 +66,15 @@ class Sampling:
         def keep(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-            keep(name, _number(name, getattr(self, name)))
+        for name, (is_valid, requirement) in _NUMBERS.items():
+            value = _number(name, getattr(self, name))
+            if not is_valid(value):
+                raise ValueError(f"{name} must be {requirement}, got {value}")
+            keep(name, value)
         if self.top_k is not None:
             keep("top_k", whole_number("top_k", self.top_k, 1, "None: no limit"))
         if self.seed is not None:
             keep("seed", whole_number("seed", self.seed, None, "None: torch's generator"))
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be at least 0 (0: always the likeliest token), got {self.temperature}")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p must be in 0..1 (1: no limit), got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be in 0..1 (0: no limit), got {self.min_p}")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty must be positive (1: none), got {self.repetition_penalty}")
-        for name, value in (("presence", self.presence_penalty), ("frequency", self.frequency_penalty)):
-            if not math.isfinite(value):
-                raise ValueError(f"{name}_penalty must be a number (0: none), got {value}")
         if not isinstance(self.logit_bias, Mapping | None):
             raise ValueError(f"logit_bias must be a mapping {{token: number}}, got {self.logit_bias!r}")
         for token, bias in (self.logit_bias or {}).items():

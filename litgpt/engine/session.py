@@ -67,7 +67,7 @@ class Session:
         if not self._grows and spec.cache_length is None:
             self._kind["cache_length"] = spec.policy_class.default_cache_length(model.config)
 
-    # -- what is in it
+    # -- contents
 
     @property
     def kv_caches(self) -> list[KVCache]:
@@ -92,7 +92,7 @@ class Session:
             return context
         return None if caches.unbounded else min(context, caches.max_length or context)
 
-    # -- going on, going back
+    # -- appending and removing tokens
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Append tokens and run them through the model; the last one is run with the tokens that follow.

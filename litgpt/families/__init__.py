@@ -1,4 +1,4 @@
-"""One module per family of models, holding every fact about it; none of them imports torch."""
+"""One module per family of models, with all facts about it; none of them imports torch."""
 
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from litgpt.config import Config
     from litgpt.families.base import Family
 
-# module -> the `model_type`s it describes
+# module -> its `model_type`s
 _MODULES = {
     "llama": ("llama", "smollm3"),
     "neox": ("gpt_neox",),
@@ -27,12 +27,12 @@ _MODULES = {
     "gpt_oss": ("gpt_oss",),
     "qwen": ("qwen2", "qwen3", "qwen3_moe"),
 }
-# `model_type`s that are read as another: the text part of a multimodal model, and former names
+# `model_type`s that are read as others: multimodal models as their text part, and former names
 _ALIASES = {"gemma3": "gemma3_text", "RefinedWeb": "falcon", "RefinedWebModel": "falcon"}
 
 
 def families() -> "Iterator[Family]":
-    """Every family, loading its module when it is reached."""
+    """Every family; a module is imported when it is reached."""
     for module in _MODULES:
         yield from import_module(f"litgpt.families.{module}").FAMILIES
 
@@ -45,10 +45,8 @@ def named_models() -> dict[str, dict[str, Any]]:
 
 def is_tied(name: str) -> bool:
     """Whether input and output embedding of a named model are one matrix."""
-    for family in families():
-        if name in family.models:
-            return family.tied or any(fnmatchcase(name, pattern) for pattern in family.tied_models.split())
-    return False
+    family = next((family for family in families() if name in family.models), None)
+    return family is not None and (family.tied or any(fnmatchcase(name, p) for p in family.tied_models.split()))
 
 
 def family_of_type(model_type: str) -> "Family":
@@ -56,8 +54,7 @@ def family_of_type(model_type: str) -> "Family":
     model_type = _ALIASES.get(model_type, model_type)
     for module, types in _MODULES.items():
         if model_type in types:
-            members = import_module(f"litgpt.families.{module}").FAMILIES
-            return next(family for family in members if family.model_type == model_type)
+            return import_module(f"litgpt.families.{module}").FAMILIES[types.index(model_type)]
     from difflib import get_close_matches
 
     known = sorted(t for types in _MODULES.values() for t in types)
@@ -86,11 +83,10 @@ def family_of_hf(hf: Settings) -> "tuple[Family, Settings]":
 
 
 def fields_from_hf(hf: Settings, unmet: "Callable[[str, Any], str | None]", name: str = "") -> dict[str, Any]:
-    """Keyword arguments of `Config` from a `config.json`. `unmet(field, value)` says what the field would have to be, where a
-    value is not valid for it.
+    """Keyword arguments of `Config` from a `config.json`.
 
-    `name` is what the model is called, by default what the file says. Where it is a named model's, the model gets
-    that model's `name` and `hf_config`. Raises `ValueError` for an architecture or a setting that is not supported.
+    `name` is the model's, by default from the file; the name of a named model gives the model that one's `name` and
+    `hf_config`. `unmet` is that of `config.py`. Raises `ValueError` for an architecture or a setting that is not supported.
     """
     from litgpt.families.hf_config import read_config
 
@@ -109,7 +105,7 @@ def fields_from_hf(hf: Settings, unmet: "Callable[[str, Any], str | None]", name
 def hf_from_config(config: "Config") -> "tuple[Family, dict[str, Any]]":
     """The family of a config and its `config.json`, without token ids and data type.
 
-    Raises `ValueError` if no supported architecture of `transformers` computes what the config describes.
+    Raises `ValueError` if no supported architecture of `transformers` computes the same.
     """
     from litgpt.families.hf_config import write_config
 
@@ -125,7 +121,7 @@ def hf_from_config(config: "Config") -> "tuple[Family, dict[str, Any]]":
 
 
 def same_architecture(a: "Config", b: "Config") -> bool:
-    """Whether two configs compute the same, whatever they are called."""
+    """Whether two configs compute the same, whatever their names."""
     return _architecture(a) == _architecture(b)
 
 
@@ -135,29 +131,26 @@ def family_of(config: "Config") -> "Family":
 
 
 def _candidates(config: "Config") -> "Iterator[Family]":
-    """All families, those that the config's name or origin points at first."""
-    members = list(families())
-    likely = [
-        family
-        for family in members
-        if config.hf_config.get("model_type") == family.model_type
-        or config.name in family.models
-        or any(config.hf_config == model["hf_config"] for model in family.models.values())
-    ]
-    yield from likely
-    yield from (family for family in members if family not in likely)
+    """All families, those that the config's name or origin is of first."""
+
+    def unlikely(family: "Family") -> bool:
+        same_type = config.hf_config.get("model_type") == family.model_type
+        origins = [model["hf_config"] for model in family.models.values()]
+        return not (same_type or config.name in family.models or config.hf_config in origins)
+
+    yield from sorted(families(), key=unlikely)
 
 
 def _architecture(config: "Config") -> dict[str, Any]:
-    """The fields that decide what a model computes, in one form for equal models."""
+    """The fields that change what a model computes, normalised so that equal models have equal fields."""
     fields = config.to_dict() | {"norm_unit_offset": config.norm_unit_offset, "norm_affine": config.norm_affine}
     for key in ("name", "hf_config", "vocab_size", "padding_multiple"):
         del fields[key]
-    if config.n_expert_groups is None:  # only that router has a choice
+    if config.n_expert_groups is None:  # only the router with groups has a choice
         del fields["norm_topk_prob"]
     if config.latent_attention is None:
         fields["attention_scores_scalar"] = config.attention_scores_scalar or config.head_size
-    else:  # it has sizes of its own
+    else:  # latent attention has sizes of its own
         for key in ("head_size", "rotary_percentage", "n_query_groups"):
             del fields[key]
     if config.mlp_class_name == "LLaMAMoE" and config.moe_intermediate_size is None:

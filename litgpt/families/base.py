@@ -1,4 +1,4 @@
-"""What a family of models is: its named models, its `config.json` and its weight names, as data."""
+"""A family of models as data: its named models, its `config.json` and its weight names."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,42 +6,41 @@ from typing import Any
 
 from litgpt.settings import Settings
 
-# What a Hugging Face name, or a group of names, of the block depends on: a string, or a function of the `Config`.
+# One or several module names of Hugging Face in a block, or a function of the `Config` that gives them
 Names = str | Callable[[Any], str]
 Row = tuple[str, int, int, int, int | None, int | None] | tuple[str, int, int, int, int | None, int | None, dict]
 
 
 @dataclass(frozen=True)
 class Family:
-    """What is known about one `model_type` of Hugging Face's `config.json`.
+    """The facts about one `model_type` of Hugging Face's `config.json`.
 
     Attributes:
-        model_type: `model_type` in `config.json`.
         architecture: The class that `transformers` loads it with.
         structure: `Config` fields that all members share, the named models too.
         keys: `Config` field -> the `config.json` key that holds it, or several of which the first is written and any
             is read.
         values: `config.json` key -> {its value: the `Config` field's}, where they differ; the first of several is
             written.
-        defaults: What a `config.json` means that leaves the key out. `None`: the field is derived from others.
-        expects: `config.json` key -> the only values that this family can compute with; the first is written, and
-            is what a missing key means unless `defaults` says otherwise.
+        defaults: Values of keys that a `config.json` may lack. `None`: the field is derived from others.
+        expects: `config.json` key -> the only values that this family can compute with; the first is written, and is the
+            default of a missing key unless `defaults` has another.
         windows: Which layers a sliding window covers, as a cycle of flags over the layers, where `config.json` has no
             `layer_types`; empty: this family has no sliding windows. `"layers"`: from `max_window_layers` on.
-        rope_keys: How the family spells `rope_theta` and `partial_rotary_factor`.
+        rope_keys: The family's keys for `rope_theta` and `partial_rotary_factor`.
         outer: Our module name -> theirs, outside the blocks.
         blocks: Their name of the list of blocks.
         block: Our module name -> theirs, inside a block. Several, separated by spaces, share one matrix on the other
-            side, stacked in this order; `{}` stands for an expert's index.
-        stacked: Our modules, one or several for each expert -> their one tensor (experts, in, out) of all of them, inside a
+            side, stacked in this order; `{}` is an expert's index.
+        stacked: Our modules, one or several for each expert -> their one tensor (experts, in, out) for all of them, inside a
             block. The columns of its matrices alternate between ours; its biases have `_bias` after the name.
         interleaved_qkv: Their query, key and value rows alternate by head group: q q k v, q q k v, ...
-        prefixes: What the names may begin with in some files, and what to read instead.
-        ignored: Pieces of names of tensors that carry no weights of the text model.
+        prefixes: Prefixes of names in some files -> their replacements.
+        ignored: Substrings of the names of tensors that are no weights of the text model.
         extra_blocks: Files may hold blocks after the last, for multi-token prediction, which are left out.
-        tied: Whether input and output embedding are one matrix when `config.json` does not say.
-        tied_models: Patterns of the names of models of which it is, in a family where it is not otherwise.
-        name_mark: What LitGPT 0.5.13 looks for in a model's name to know the family's norm.
+        tied: Whether input and output embedding are one matrix if `config.json` does not say.
+        tied_models: Patterns of the names of models with tied embeddings, in a family where `tied` is false.
+        name_mark: The part of a model's name by which LitGPT 0.5.13 knows the family's norm.
         read: More `Config` fields from `config.json`.
         write: The inverse of `read`.
         models: The named models: their name -> the other keyword arguments of `Config`.
@@ -101,7 +100,8 @@ def layer_flags(cycle: str, n_layer: int) -> list[int]:
 
 
 def _expand(pattern: str) -> list[str]:
-    """Braces of a pattern, all varying together: `"a{,-x}=b{,-x}"` gives `["a=b", "a-x=b-x"]`."""
-    pieces = [piece.split("}") for piece in pattern.split("{")]
-    count = len(pieces[1][0].split(",")) if len(pieces) > 1 else 1
-    return [pieces[0][0] + "".join(options.split(",")[i] + rest for options, rest in pieces[1:]) for i in range(count)]
+    """Expands braces, all in step: `"a{,-x}=b{,-x}"` gives `["a=b", "a-x=b-x"]`."""
+    start, *groups = pattern.split("{")
+    braces = [(options.split(","), rest) for options, rest in (group.split("}") for group in groups)]
+    count = len(braces[0][0]) if braces else 1
+    return [start + "".join(options[i] + rest for options, rest in braces) for i in range(count)]

@@ -1,4 +1,4 @@
-"""Between `config.json` of Hugging Face and the fields of `Config`, both ways."""
+"""Converts Hugging Face's `config.json` to fields of `Config`, and back."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +8,14 @@ from litgpt.settings import Settings
 
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 _ORIGINAL = "original_max_position_embeddings"
-# Kind of RoPE scaling -> what it needs
+# Kind of RoPE scaling -> its required keys
 _SCALINGS: dict[str, tuple[str, ...]] = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor",),
     "longrope": ("short_factor", "long_factor", "factor"),
 }
-# What YaRN and LongRoPE may have, and what it is otherwise
+# Optional keys of YaRN and LongRoPE, and their defaults
 _OPTIONAL = {
     "yarn": {"mscale": None, "mscale_all_dim": None, "truncate": True, "attention_factor": None},
     "longrope": {"attention_factor": None},
@@ -25,17 +25,17 @@ _ROPE_KEYS = {
     *("type", "rope_type", "rope_theta", "partial_rotary_factor", _ORIGINAL, "finetuned"),
     *(key for keys in (*_SCALINGS.values(), *_OPTIONAL.values(), _YARN_BETAS) for key in keys),
 }
-# Settings of any family that would make it another model
+# For all families: keys whose other values would be another model
 _EXPECTED = {"is_encoder_decoder": (False,), "add_cross_attention": (False,), "is_causal": (True,)}
-# Fields that `config.json` may leave to be derived by saying null
+# Fields that are derived where `config.json` has null
 _DERIVED = ("n_query_groups", "head_size", "intermediate_size", "n_shared_expert")
 _NULLABLE = (*_DERIVED, "attention_logit_softcapping", "final_logit_softcapping")
 
 
 def read_config(family: Family, hf: Settings, unmet: Callable[[str, Any], str | None]) -> dict[str, Any]:
-    """`Config` fields from a `config.json` of this family; `ValueError` for what the family cannot compute.
+    """`Config` fields from a `config.json` of this family; `ValueError` for values that the family cannot compute with.
 
-    `unmet` says what a field would have to be, where a value is not valid for it.
+    `unmet` is that of `config.py`.
     """
     for key, supported in (_EXPECTED | family.expects).items():
         hf.only(key, supported, family.defaults.get(key, supported[0]), family.model_type)
@@ -64,7 +64,7 @@ def write_config(family: Family, config: Any) -> dict[str, Any]:
 
 
 def _lookup(family: Family, hf: Settings, keys: tuple[str, ...]) -> tuple[Any, str]:
-    """The value of a field, and the key that it comes from."""
+    """The value of a field, and its key."""
     key = next((key for key in keys if key in hf), keys[0])
     default = (family.defaults[key],) if key in family.defaults else ()
     if (table := family.values.get(key)) is None:
@@ -76,10 +76,10 @@ def _lookup(family: Family, hf: Settings, keys: tuple[str, ...]) -> tuple[Any, s
 
 
 def _rope_sections(family: Family, hf: Settings) -> tuple[Settings, Settings | None]:
-    """What `config.json` says about RoPE: in full layers, and in those with a sliding window where it differs there.
+    """The RoPE settings of a `config.json`: of full layers, and of layers with a sliding window if they have their own.
 
-    As in transformers 5: `rope_scaling`, the older spelling, replaces `rope_parameters`; of Gemma 3 it completes those
-    of the full layers.
+    As in transformers 5: `rope_scaling`, the older key, replaces `rope_parameters`; for Gemma 3 it completes those of the
+    full layers.
     """
     scaling, params = hf.section("rope_scaling"), hf.section("rope_parameters")
     if "rope_local_base_freq" in family.defaults:
@@ -95,7 +95,7 @@ def _rope_sections(family: Family, hf: Settings) -> tuple[Settings, Settings | N
 
 
 def _read_rope(family: Family, hf: Settings) -> dict[str, Any]:
-    """Rotary embedding from `rope_parameters`, or from the older `rope_theta`, `rope_scaling` and family spellings."""
+    """Rotary embedding from `rope_parameters`, or from the older `rope_theta`, `rope_scaling` and the family's own keys."""
     params, local = _rope_sections(family, hf)
     theta_key, partial_key = family.rope_keys
 
@@ -115,14 +115,14 @@ def _read_rope(family: Family, hf: Settings) -> dict[str, Any]:
             raise local.error("rope_type", f"is not supported for layers of {family.model_type} with a sliding window")
     kind = _rope_kind(params)
     if kind in ("su", "yarn") and "short_factor" in params:
-        kind = "longrope"  # former names of it in Phi-3
+        kind = "longrope"  # Phi-3's former names for it
     if kind == "default":
         return fields
     if kind not in _SCALINGS:
         known = ", ".join(map(repr, _SCALINGS))
         raise ValueError(f"{hf.where}: RoPE scaling of type {kind!r} is not supported, only {known}")
     adjustments = _read_adjustments(family, kind, params, hf)
-    if kind == "yarn":  # the context may be that of the training before
+    if kind == "yarn":  # the file may have the context of the training before YaRN
         stretched = int(adjustments["original_max_seq_len"] * adjustments["factor"])
         fields["block_size"] = max(_context(family, hf), stretched)
     elif kind == "linear" and isinstance(adjustments["factor"], int) and local is None:
@@ -236,5 +236,5 @@ def _write_windows(family: Family, config: Any) -> dict[str, Any]:
 
 
 def _whole(number: float) -> float | int:
-    """An `int` where the number is whole, as the fields of the named models are."""
+    """An `int` if the number is whole, as in the named models."""
     return int(number) if float(number).is_integer() else number

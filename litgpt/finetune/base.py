@@ -49,7 +49,8 @@ _SUMMARIES = {
     "adapter": "Fine-tune a model by LLaMA-Adapter: learned prefixes in its upper layers (arXiv:2303.16199).",
     "adapter_v2": "Fine-tune a model by LLaMA-Adapter V2: prefixes, and scales and biases of all layers (arXiv:2304.15010).",
 }
-_BEGIN, _END = "checkpoint_dir out_dir precision", "optimizer logger_name seed access_token strategy"
+_BEGIN = "checkpoint_dir out_dir precision"
+_END = "optimizer logger_name seed access_token strategy kv_cache cache_length kv_cache_args prompt_chunksize"
 _LORA = " ".join(f.name for f in fields(LoRAOptions) if f.name.startswith("lora_"))
 _NAMES = {
     "full": f"{_BEGIN} devices num_nodes resume data train eval log {_END}",

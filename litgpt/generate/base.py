@@ -4,7 +4,7 @@ import sys
 import time
 from collections import abc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +13,11 @@ from litgpt.engine.answer import counted
 from litgpt.engine.caches import CacheLease, prepare_caches
 from litgpt.engine.drafting import Drafter
 from litgpt.engine.engine import Engine, decode
-from litgpt.engine.loading import Ready, cache_bytes, make_ready
+from litgpt.engine.loading import Ready, make_ready
 from litgpt.engine.sampling import Sampling, batched_sample, multinomial_num_samples_1, sample, sample_top_p
 from litgpt.engine.sequence import Sequence
 from litgpt.generate.options import AnswerOptions, CheckpointOptions, PromptLookupOptions, command
-from litgpt.generate.prompts_file import PromptLine, answer_prompts, answers_to, encode_line, read_prompts
+from litgpt.generate.prompts_file import PromptLine, answer_prompts, answers_to, read_prompts, sequences_of
 from litgpt.model import GPT
 
 __all__ = [
@@ -85,7 +85,7 @@ def batched_generate_fn(
         prompts: (B, T) tokens, or B tensors (T_b,) of different lengths.
         max_returned_tokens: most tokens of a row, its prompt included.
         prompt_chunksize: most tokens of a prefill call (None: as many as the caches take).
-        sample_args: arguments of `sample`, for all rows or for each.
+        sample_args: fields of `Sampling`, for all rows or for each.
         stop_tokens: sequences of tokens, each of which ends a row.
         include_prompt: yield the prompts first.
         include_eos: yield the stop sequence.
@@ -133,34 +133,24 @@ def generate_fn(
     max_returned_tokens: int,
     prompt_chunksize: int | None = None,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    stop_tokens: abc.Sequence[abc.Sequence[int]] = (),
     include_prompt: bool,
     include_eos: bool,
+    stop_tokens: abc.Sequence[abc.Sequence[int]] = (),
+    **sampling: Any,
 ) -> Iterator[torch.Tensor]:
-    """Generate from one prompt (T,): `batched_generate_fn` for a batch of one.
+    """Generate from one prompt (T,): `batched_generate_fn` for a batch of one; `sampling` are fields of `Sampling`.
 
     Yields:
         The prompt, if `include_prompt`, and then tokens (1,) int64.
     """
-    first = include_prompt
-    for step in batched_generate_fn(
-        model,
-        [prompt],
-        max_returned_tokens,
-        prompt_chunksize,
-        sample_args={"temperature": temperature, "top_k": top_k, "top_p": top_p},
-        stop_tokens=stop_tokens,
-        include_prompt=include_prompt,
-        include_eos=include_eos,
-    ):
-        if first:
-            yield step[0]
-            first = False
-        else:
-            yield from step[0].split(1)
+    flags = {"include_prompt": include_prompt, "include_eos": include_eos}
+    steps = batched_generate_fn(
+        model, [prompt], max_returned_tokens, prompt_chunksize, sample_args=sampling, stop_tokens=stop_tokens, **flags
+    )
+    if include_prompt:
+        yield next(steps)[0]
+    for step in steps:
+        yield from step[0].split(1)
 
 
 def generate(
@@ -169,29 +159,19 @@ def generate(
     max_returned_tokens: int,
     prompt_chunksize: int | None = None,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
     eos_id: int | None = None,
     include_prompt: bool = True,
+    **sampling: Any,
 ) -> torch.Tensor:
     """Generate from one prompt (T,) until `eos_id`, which is included, or `max_returned_tokens`: (n,) int64.
 
-    The other arguments are those of `batched_generate_fn` and `sample`.
+    The other arguments are those of `generate_fn`.
     """
-    parts = generate_fn(
-        model,
-        prompt,
-        max_returned_tokens,
-        prompt_chunksize,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop_tokens=() if eos_id is None else ([eos_id],),
-        include_prompt=include_prompt,
-        include_eos=True,
+    settings = {"include_prompt": include_prompt, "include_eos": True, **sampling}
+    stop_tokens = () if eos_id is None else ([eos_id],)
+    return torch.cat(
+        [*generate_fn(model, prompt, max_returned_tokens, prompt_chunksize, stop_tokens=stop_tokens, **settings)]
     )
-    return torch.cat(list(parts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +189,7 @@ def main(options: GenerateOptions) -> None:
     def load() -> Ready:
         return make_ready(options.checkpoint_dir, **options.loading())
 
-    answer(options, prompt_lines(options), load, lambda ready: options.drafter())
+    answer(options, prompt_lines(options), load)
 
 
 def prompt_lines(options: AnswerOptions, input: str = "") -> list[PromptLine]:
@@ -224,7 +204,7 @@ def answer(
     options: AnswerOptions,
     lines: abc.Sequence[PromptLine],
     load: Callable[[], Ready],
-    drafter: Callable[[Ready], Drafter | None] = lambda ready: None,
+    drafter: Callable[[Ready], Drafter] | None = None,
     note: str = "",
 ) -> None:
     """Answer prompts, on stdout or in a file, with statistics on stderr; common to all commands that generate.
@@ -233,7 +213,7 @@ def answer(
         options: of the command.
         lines: the prompts.
         load: loads the model.
-        drafter: makes a drafter for it.
+        drafter: makes a drafter for it (None: `options.drafter`).
         note: is added to the message about the loading time.
     """
     with answers_to(options.out) as write:
@@ -243,39 +223,21 @@ def answer(
         if options.as_json:
             rows = min(options.batch_size, len(lines) * options.num_samples)
         options.assign_caches(ready.model, rows)
-        drafts = drafter(ready)
+        drafts = options.drafter() if drafter is None else drafter(ready)
         print(f"Model loaded in {time.perf_counter() - started:.1f} s{note}", file=sys.stderr)
-        settings = options.num_samples, options.prompt_chunksize
         if options.as_json:
-            answer_prompts(ready, lines, rows, write, *settings, options.logprobs, drafts)
+            answer_prompts(ready, lines, options, rows, write, drafts)
         else:
-            print_answers(ready, lines[0], *settings, drafts)
+            print_answers(ready, lines[0], options, drafts)
 
 
-def print_answers(
-    ready: Ready,
-    line: PromptLine,
-    num_samples: int = 1,
-    prompt_chunksize: int | None = None,
-    drafter: Drafter | None = None,
-) -> None:
-    """Stream the answer to a prompt to stdout, with statistics on stderr.
-
-    Args:
-        ready: the model.
-        line: the prompt; the seeds of several answers count up from its seed.
-        num_samples: number of answers, generated together and printed when all are complete.
-        prompt_chunksize: see `batched_generate_fn`.
-        drafter: drafts the next tokens.
-    """
-    prompt, sampling = encode_line(ready, line), line.sampling
-    seeds = [None if sampling.seed is None else sampling.seed + i for i in range(num_samples)]
-    sequences = [
-        Sequence(prompt, line.max_new_tokens, replace(sampling, seed=seed), ready.stop_tokens) for seed in seeds
-    ]
+def print_answers(ready: Ready, line: PromptLine, options: AnswerOptions, drafter: Drafter | None = None) -> None:
+    """Print the answer to a prompt to stdout, with statistics on stderr. One answer is streamed; several are printed when all
+    are complete."""
+    sequences = sequences_of(ready, line, options)
     started, first = time.perf_counter(), None
-    engine = Engine(ready.model, prompt_chunksize, drafter)
-    prepare_caches(ready.model, num_samples, sequences[0].max_length)
+    engine = Engine(ready.model, options.prompt_chunksize, drafter)
+    prepare_caches(ready.model, len(sequences), sequences[0].max_length)
 
     def stream() -> Iterator[list[int]]:
         nonlocal first
@@ -283,7 +245,7 @@ def print_answers(
             first = first or time.perf_counter()
             yield released[0] or []
 
-    if num_samples == 1:
+    if len(sequences) == 1:
         for text in ready.tokenizer.decode_stream(stream()):
             print(text, end="", flush=True)
         print()
@@ -297,7 +259,7 @@ def print_answers(
     accepted = f"; {engine.n_accepted} of {counted(engine.n_drafted, 'draft token')} accepted" if drafter else ""
     print(
         f"{counted(new, 'token')} in {seconds:.2f} s, {new / seconds:.1f} tokens/s; "
-        f"{counted(len(prompt), 'prompt token')}, first token after {wait:.2f} s; "
-        f"key-value cache {cache_bytes(ready.model) / 1e6:.1f} MB{accepted}",
+        f"{counted(sequences[0].prompt_length, 'prompt token')}, first token after {wait:.2f} s; "
+        f"key-value cache {ready.model.caches.size_in_bytes() / 1e6:.1f} MB{accepted}",
         file=sys.stderr,
     )

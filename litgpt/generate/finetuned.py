@@ -47,7 +47,7 @@ def finetuned_command(method: str, description: str, path: str, default: str, he
             ready.prompt_style = finetuned.prompt_style() or ready.prompt_style
             return ready
 
-        base.answer(options, lines, load, lambda ready: options.drafter())
+        base.answer(options, lines, load)
 
     main.__module__, main.__qualname__ = f"litgpt.generate.{method}", "main"
     main.__doc__ = f"{description}\n\nThe answer goes to stdout, statistics to stderr."

@@ -1,12 +1,10 @@
 """The options of the commands that generate, each declared once with its type, default, limits and help."""
 
 import inspect
-import math
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -19,7 +17,7 @@ from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.policies import POLICIES
 from litgpt.kvcache.storages import STORAGES
 from litgpt.model import GPT
-from litgpt.settings import shown
+from litgpt.settings import described, fits, shown
 from litgpt.standard_streams import check_text
 
 DEFAULT_PROMPT = "What food do llamas eat?"
@@ -126,7 +124,7 @@ class CacheOptions(Options):
     kv_cache: str = option(
         "dense",
         "Which tokens the key-value cache keeps, as POLICY or POLICY-STORAGE. Policies: "
-        f"{', '.join(POLICIES)}, or module:Class for one of your own. Storages: {', '.join(STORAGES)}. dense keeps every "
+        f"{', '.join(POLICIES)}, or module:Class for a class of yours. Storages: {', '.join(STORAGES)}. dense keeps every "
         "token, lastrec the last cache_length ones.",
     )
     cache_length: int | None = option(
@@ -147,7 +145,7 @@ class CacheOptions(Options):
         """The chosen cache; `ValueError` if it does not exist."""
         args = self.kv_cache_args or {}
         if clash := {"text", "policy", "storage", "cache_length"} & args.keys():
-            raise ValueError(f"kv_cache_args has {clash.pop()!r}: --kv_cache and --cache_length say that")
+            raise ValueError(f"kv_cache_args has {clash.pop()!r}: use --kv_cache and --cache_length for that")
         return CacheSpec.parse(self.kv_cache, self.cache_length, **args)
 
     def assign_caches(self, model: GPT, batch_size: int = 1) -> None:
@@ -231,33 +229,22 @@ def checked(item: Any, value: Any, name: str | None = None) -> Any:
 
 def converted(name: str, value: Any, kind: Any) -> Any:
     """`value` as a `kind`: int, float, bool, str, Path, a Literal or a dict of them; otherwise `ValueError` with its name."""
-    if kind is Any or (kind is bool and isinstance(value, bool)):
-        return value
-    if kind is int and isinstance(value, Integral) and not isinstance(value, bool):
-        return int(value)
-    if kind is float and isinstance(value, Real) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number):
-            raise ValueError(f"{name} must be a finite number, got {shown(value)}")
-        return number
-    if kind is str and isinstance(value, str):
-        check_text(name, value)
+    origin = get_origin(kind)
+    if origin is dict and isinstance(value, Mapping):
+        of_keys, of_values = get_args(kind)
+        return {_key(name, key, of_keys): converted(f"{name}[{shown(key)}]", x, of_values) for key, x in value.items()}
+    if kind is Any or (origin is Literal and value in get_args(kind)):
         return value
     if kind is Path and isinstance(value, str | os.PathLike):
         return Path(value)
-    if get_origin(kind) is Literal and value in get_args(kind):
-        return value
-    if get_origin(kind) is dict and isinstance(value, Mapping):
-        of_keys, of_values = get_args(kind)
-        return {_key(name, key, of_keys): converted(f"{name}[{shown(key)}]", x, of_values) for key, x in value.items()}
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
-    if get_origin(kind) is Literal:
+    if kind in (int, float, bool, str) and fits(value, kind):
+        if kind is str:
+            check_text(name, value)
+        return kind(value)
+    if origin is Literal:
         expected = f"one of {', '.join(map(repr, get_args(kind)))}"
     else:
-        expected = names.get(kind, "an object of names and values")
+        expected = "a path" if kind is Path else described(kind)
     raise ValueError(f"{name} is not {expected}: {shown(value)}")
 
 

@@ -22,7 +22,7 @@ from litgpt.engine.drafting import Drafter
 from litgpt.engine.loading import Ready
 from litgpt.engine.sampling import Sampling
 from litgpt.engine.sequence import Sequence
-from litgpt.generate.options import SAMPLING_NAMES, SamplingOptions, checked, converted
+from litgpt.generate.options import SAMPLING_NAMES, AnswerOptions, SamplingOptions, checked, converted
 from litgpt.prompts import encode_prompt
 from litgpt.settings import shown
 from litgpt.standard_streams import check_text
@@ -57,7 +57,7 @@ def read_prompts(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for a line that cannot be used, with its number and field, or if there is none.
+        ValueError: for a line that cannot be used, with its number and field, or if there are no prompts.
     """
     as_json = path.suffix.lower() in (".jsonl", ".ndjson")
     lines: list[PromptLine] = []
@@ -132,7 +132,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(shown(key) for key in keys if keys.count(key) > 1)} is there twice")
+        raise ValueError(f"the key {next(shown(key) for key in keys if keys.count(key) > 1)} occurs twice")
     return found
 
 
@@ -160,47 +160,41 @@ def _check_texts(name: str, value: Any, level: int = 1) -> None:
             _check_texts(name, inner, level + 1)
 
 
+def sequences_of(ready: Ready, line: PromptLine, options: AnswerOptions, seed_step: int = 1) -> list[Sequence]:
+    """A sequence for each answer to a prompt, with a shared prefill; their seeds count up by `seed_step`."""
+    prompt, seed = encode_line(ready, line), line.sampling.seed
+    seeds = [None if seed is None else seed + i * seed_step for i in range(options.num_samples)]
+    settings = {"stop_tokens": ready.stop_tokens, "logprobs": options.logprobs}
+    return [Sequence(prompt, line.max_new_tokens, replace(line.sampling, seed=s), **settings) for s in seeds]
+
+
 def answer_prompts(
     ready: Ready,
     lines: abc.Sequence[PromptLine],
+    options: AnswerOptions,
     batch_size: int,
     write: Callable[[dict[str, Any]], None],
-    num_samples: int = 1,
-    prompt_chunksize: int | None = None,
-    logprobs: int | None = None,
     drafter: Drafter | None = None,
 ) -> None:
-    """Answer prompts, `batch_size` at a time, and write a record for each answer, in order; statistics go to stderr.
+    """Answer prompts, `batch_size` at a time, with statistics on stderr.
 
-    A finished answer makes room for the next prompt. After an error, the complete answers are written, whatever their order.
-
-    Args:
-        ready: the model.
-        lines: the prompts.
-        batch_size: most sequences at a time.
-        write: gets each record once its answer and all before it are complete (see `answers_to`).
-        num_samples: answers to each prompt, with different seeds.
-        prompt_chunksize: see `batched_generate_fn`.
-        logprobs: see `Sequence`.
-        drafter: drafts the next tokens.
+    `write` gets a record for each answer (see `answers_to`), in order, as soon as it and all before it are complete; after an
+    error, all complete ones. A finished answer makes room for the next prompt.
 
     Raises:
         ValueError: if a prompt does not fit, with its line, before any answer.
     """
+    num_samples = options.num_samples
     sequences: list[Sequence] = []
     sources = [line for line in lines for _ in range(num_samples)]
     for line in lines:
         with _naming(line):
-            tokens = encode_line(ready, line)  # one tensor for all samples: they share its prefill
-            for i in range(num_samples):
-                seed = None if line.sampling.seed is None else line.sampling.seed + i * len(lines)
-                sampling = replace(line.sampling, seed=seed)
-                sequences.append(Sequence(tokens, line.max_new_tokens, sampling, ready.stop_tokens, logprobs=logprobs))
+            sequences += sequences_of(ready, line, options, len(lines))
     started = time.perf_counter()
     longest = max(range(len(sequences)), key=lambda i: sequences[i].max_length)
     with _naming(sources[longest]):
-        rows = min(batch_size, len(sequences))
-        batch = ContinuousBatch(ready.model, rows, sequences[longest].max_length, prompt_chunksize, drafter)
+        rows, length = min(batch_size, len(sequences)), sequences[longest].max_length
+        batch = ContinuousBatch(ready.model, rows, length, options.prompt_chunksize, drafter)
     for source, sequence in zip(sources, sequences, strict=True):
         with _naming(source):
             batch.submit(sequence)

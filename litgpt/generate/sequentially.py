@@ -97,4 +97,4 @@ def main(options: SequentialOptions) -> None:
         return make_ready(options.checkpoint_dir, **options.loading(), device=devices[0], load=place)
 
     names = ", ".join(str(device) for device in devices)
-    answer(options, lines, load, lambda ready: options.drafter(), f", its layers on {names}")
+    answer(options, lines, load, note=f", its layers on {names}")

@@ -63,8 +63,8 @@ class TensorParallelOptions(GenerateOptions):
 def main(options: TensorParallelOptions) -> None:
     """Answer a prompt with a model whose layers are divided among several GPUs (tensor parallelism).
 
-    Every process reads its part of the weights only, so the model need not fit into one GPU. The command starts the
-    processes itself; under torchrun it is one of those that are there.
+    Every process reads only its part of the weights, so the model need not fit into one GPU. The command starts the processes,
+    unless torchrun has started them.
     """
     # errors come before processes are started; a model is downloaded, and a pipe read, once
     lines = prompt_lines(options)
@@ -95,4 +95,4 @@ def answer_in_process(rank: int, world_size: int, options: TensorParallelOptions
         options = replace(options, out=Path(os.devnull))
     with only_first_speaks(rank):
         note = f" by {world_size} process{'es' * (world_size > 1)}; figures are the first one's"
-        answer(options, lines, load, lambda ready: options.drafter(), note)
+        answer(options, lines, load, note=note)

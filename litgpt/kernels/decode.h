@@ -96,13 +96,16 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
                 bf16* head = qkv + i * D;
                 if (h < H + G) finish_head(shape, layer, ropes, head, h, b, t);
                 const Vectors* own = layer.encoded;
+                const int64_t row = plan.rows ? plan.rows[b] : b;
                 if (h < H) {
+                    const int64_t n = plan.n_queries, j = t - (T - n);
+                    if (j >= 0)
+                        keep_query(layer, head, row, h, plan.query_slots[plan.query_slots_by_row ? b * n + j : j], D);
                     if (own[0].rotated) rotate_vector(head, D);
                     std::memcpy(attention.queries + ((b * H + h) * T + t) * D, head, D * sizeof(bf16));
                 } else {
                     const int64_t g = (h - H) % G, slot = plan.slots[plan.slots_by_row ? m : t];
                     bf16* buffer = h < H + G ? layer.keys : layer.values;
-                    const int64_t row = plan.rows ? plan.rows[b] : b;
                     if (own[0].kind)
                         encode(own[h >= H + G].at(row, g, slot), head, D);
                     else

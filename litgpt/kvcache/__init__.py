@@ -1,8 +1,9 @@
 """Key-value caches: a policy says which tokens stay, a storage how they are kept."""
 
-from litgpt.kvcache.base import KVCache, KVCacheParams
+from litgpt.kvcache.base import KVCache
 from litgpt.kvcache.baselines import DenseKVCache, LastRecentlyInsertedKVCache
 from litgpt.kvcache.default import DefaultKVCache
+from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.policies import Policy, PositionalPolicy, register_policy
 from litgpt.kvcache.positional import PositionalKVCache
 from litgpt.kvcache.spec import CacheSpec

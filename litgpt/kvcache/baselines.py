@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from litgpt.config import Config
-from litgpt.kvcache.base import KVCacheParams
+from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.policies import PositionalPolicy
 from litgpt.kvcache.policies.dense import DensePolicy
 from litgpt.kvcache.policies.lastrec import LastRecentPolicy

@@ -125,12 +125,12 @@ class LayerCaches:
 
     @property
     def max_tokens_forward(self) -> int | None:
-        """Most tokens that a call with `input_pos > 0` should bring (None: there are no caches)."""
+        """Most tokens of a call with `input_pos > 0` (None: there are no caches)."""
         return min((cache.max_tokens_forward for cache in self.caches), default=None)
 
     @property
     def max_prefill_length(self) -> int | None:
-        """Most tokens that a call with `input_pos=0` may bring (None: any number)."""
+        """Most tokens of a call with `input_pos=0` (None: any number)."""
         limits = [cache.max_prefill_length for cache in self.caches]
         return min((limit for limit in limits if limit is not None), default=None)
 
@@ -235,7 +235,7 @@ class LayerCaches:
 
     def start(self, batch_size: int) -> None:
         """Begin a batch of empty rows, each to be filled by calls with `rows`."""
-        self.long_rope = False  # until a prefill says how long the sequences are
+        self.long_rope = False  # until the first prefill
         self._change(lambda cache: cache.start(batch_size))
 
     def extend(self, count: int) -> None:

@@ -7,12 +7,17 @@ outside the layers; every layer with the same policy, window and history runs th
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
 from litgpt.attention import Consecutive, position_bias
 from litgpt.kvcache.policies.base import PositionalPolicy
+
+if TYPE_CHECKING:
+    from litgpt.kvcache.score_plan import Boundary
 
 READ_BUCKET = 256  # a static decode step reads a multiple of this many slots
 
@@ -31,6 +36,10 @@ class Step:
         write: tokens of the chunk that are stored, a slice or indices (None: none).
         slots: where, (T,) or (B, T).
         write_first: store before attending.
+        boundary: in a cache whose policy scores tokens, what comes before the step (None: nothing).
+        prompt: there, whether the chunk is a prompt that the policy looks at at once; with no `write` it says what is stored.
+        kept_queries: tokens of the chunk whose queries the policy may ask for later (None: none).
+        query_slots: where these are kept, (n,) or (B, n).
     """
 
     queries: slice
@@ -41,6 +50,10 @@ class Step:
     write: slice | torch.Tensor | None = None
     slots: torch.Tensor | None = None
     write_first: bool = False
+    boundary: "Boundary | None" = None
+    prompt: bool = False
+    kept_queries: slice | None = None
+    query_slots: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,11 +69,24 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a call does in one cache, and how many tokens each row in use has before and after it."""
+    """All that a call does in one cache, and how many tokens each row in use has before and after it.
+
+    Attributes:
+        boundaries: of a cache whose policy scores tokens, before the layers run.
+        fields_prepared, fields_after: and the numbers of its rows after these boundaries, and after the call, by kind.
+    """
 
     parts: list[Part]
     before: tuple[int, ...]
     after: tuple[int, ...]
+    boundaries: "tuple[Boundary, ...]" = ()
+    fields_prepared: tuple[tuple[int, ...], ...] = ()
+    fields_after: tuple[tuple[int, ...], ...] = ()
+
+    @cached_property
+    def without_boundaries(self) -> "Plan":
+        """What is left after them."""
+        return replace(self, boundaries=())
 
 
 @dataclass(frozen=True)

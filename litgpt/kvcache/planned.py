@@ -9,8 +9,8 @@ import torch
 
 from litgpt.attention import DefaultKeysAndValues, KeysAndValues, join
 from litgpt.config import Config
-from litgpt.kvcache.base import KVCacheParams
 from litgpt.kvcache.default import DefaultKVCache
+from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.plan import Part, Plan, Step
 from litgpt.kvcache.policies import Policy
 from litgpt.kvcache.storages import Storage
@@ -148,6 +148,10 @@ class PlannedKVCache(DefaultKVCache):
     ) -> tuple[int, dict[str, int]]:
         parts = storage.size_in_bits_apriori(params, **storage_args)
         return sum(parts.values()), parts
+
+    def kept_queries(self) -> torch.Tensor | None:
+        """Queries that the policy asks for (batch_size, H, slots, D), to be written as steps say; None: it asks for none."""
+        return None
 
     # -- one call
 
@@ -290,6 +294,11 @@ class PlannedKVCache(DefaultKVCache):
         old = self.storage.get(key.shape[0], slots, rows)
         return old if step.new is None else join(old, new)
 
+    def uninterrupted_tokens(self, row: int) -> int | None:
+        """How many next tokens of a row can come in one call without an eviction between them that is not planned from their
+        positions alone (None: any number)."""
+        return None
+
     # -- errors
 
     def _check_call(
@@ -339,6 +348,19 @@ class PlannedKVCache(DefaultKVCache):
         )
 
     # -- state between calls
+
+    @property
+    def row_fields(self) -> tuple[tuple[int, ...], ...]:
+        """The numbers that describe the rows in use, as `refill` takes them."""
+        return self._rows.fields
+
+    def refill(self, row_fields: tuple[tuple[int, ...], ...], key: torch.Tensor, value: torch.Tensor) -> None:
+        """Hold keys and values (B, G, n, D), which may require gradients, in the first n slots, for rows of these fields."""
+        self._rows = RowState(*row_fields)
+        self.storage.detach_graph()
+        self.storage.detach_writes()
+        if key.shape[2]:
+            self.storage.set(key, value, torch.arange(key.shape[2], device=key.device), None)
 
     def _empty_rows(self, count: int = 0) -> RowState:
         return RowState(*[(0,) * count] * len(self.ROW_FIELDS))
@@ -453,7 +475,8 @@ class PlannedKVCache(DefaultKVCache):
         rows = RowState(*(tuple(int(number) for number in state.get(name, ())) for name in self.ROW_FIELDS))
         if len(rows.lengths) > self.batch_size:
             raise ValueError(f"the state has {len(rows.lengths)} rows, the cache batch_size={self.batch_size}")
-        if state["policy"] != repr(self.policy) and not self._takes_over(rows):
+        complete = len({len(field) for field in rows.fields}) == 1
+        if not complete or (state["policy"] != repr(self.policy) and not self._takes_over(rows)):
             raise ValueError(
                 f"the state is what {state['policy']} left of longer sequences, the cache has {self.policy!r}"
             )

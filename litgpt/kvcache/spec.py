@@ -11,17 +11,23 @@ import torch
 
 from litgpt.attention import MultiHeadSelfAttention
 from litgpt.config import Config
-from litgpt.kvcache.base import KVCache, KVCacheParams
+from litgpt.kvcache.base import KVCache
 from litgpt.kvcache.baselines import DenseKVCache, LastRecentlyInsertedKVCache
+from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.policies import POLICIES, Policy, PositionalPolicy
 from litgpt.kvcache.policies.dense import DensePolicy
 from litgpt.kvcache.policies.lastrec import LastRecentPolicy
+from litgpt.kvcache.policies.score import ScorePolicy
 from litgpt.kvcache.positional import PositionalKVCache
+from litgpt.kvcache.score import ScoreKVCache
 from litgpt.kvcache.storages import STORAGES, Storage
 
 WINDOW_SLACK = 64  # slots that a sliding-window layer's cache has beyond its window: `crop` is exact within it
 
-KV_CACHES_OF_KINDS: dict[type[Policy], type[KVCache]] = {PositionalPolicy: PositionalKVCache}
+KV_CACHES_OF_KINDS: dict[type[Policy], type[KVCache]] = {
+    PositionalPolicy: PositionalKVCache,
+    ScorePolicy: ScoreKVCache,
+}
 """The cache that works with a kind of policy."""
 NAMED_KV_CACHES: dict[type[Policy], type[KVCache]] = {
     DensePolicy: DenseKVCache,
@@ -169,6 +175,8 @@ class CacheSpec:
         window = config.window(block_idx)
         if window is not None and window + WINDOW_SLACK < cache_length:
             return LastRecentPolicy(window + WINDOW_SLACK)
+        if window is not None and issubclass(self.policy_class, ScorePolicy):
+            return LastRecentPolicy(cache_length)
         return self.make_policy(cache_length)
 
     def make_policy(self, cache_length: int) -> Policy:

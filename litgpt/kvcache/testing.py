@@ -3,7 +3,8 @@
 import torch
 
 from litgpt.config import Config
-from litgpt.kvcache.base import KVCache, KVCacheParams
+from litgpt.kvcache.base import KVCache
+from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.policies import POLICIES
 from litgpt.kvcache.spec import CacheSpec, make_kv_cache
 from litgpt.kvcache.storages import STORAGES

@@ -6,8 +6,6 @@ single layers use its product for many rows and ours (`litgpt.kernels`), which r
 few. Elsewhere our kernels do both, as they do for all layers in one call (`litgpt.runners.fused`).
 """
 
-from abc import ABC, abstractmethod
-
 import torch
 from torch import nn
 
@@ -19,22 +17,25 @@ from litgpt.runners.opaque_weights import OpaqueLayer
 ROWS_HINT = 128  # number of tokens that oneDNN's layout is optimised for; it is also good for one
 
 
-class Layout(ABC):
-    """A weight (N, K) in the order of a kernel."""
+class KernelLayout:
+    """A weight (N, K) in the order of our kernels."""
 
-    address: int | None  # for `litgpt.kernels`; None: they do not support this order
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.N, self.K = weight.shape
+        self.packed = ops.blocked(weight)
+        self.address: int | None = self.packed.data_ptr()  # None: our kernels do not support the order
 
-    @abstractmethod
     def plain(self) -> torch.Tensor:
         """The weight (N, K), a copy."""
+        return ops.unblocked(self.packed, self.N, self.K)
 
-    @abstractmethod
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x (..., K) times the weight: (..., N)."""
+        return ops.linear_blocked(x, self.address, bias, self.N)
 
 
-class OneDnnLayout(Layout):
-    """oneDNN's order on this machine, which our kernels may support."""
+class OneDnnLayout(KernelLayout):
+    """A weight (N, K) in oneDNN's order on this machine, which our kernels may support."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         self.N, self.K = weight.shape
@@ -46,26 +47,8 @@ class OneDnnLayout(Layout):
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.address is not None and x.numel() <= ops.MAX_ROWS * self.K:
-            return ops.linear_blocked(x, self.address, bias, self.N)
+            return super().product(x, bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
-
-
-class KernelLayout(Layout):
-    """The order of our kernels."""
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.N, self.K = weight.shape
-        self.packed = ops.blocked(weight)
-
-    @property
-    def address(self) -> int:
-        return self.packed.data_ptr()
-
-    def plain(self) -> torch.Tensor:
-        return ops.unblocked(self.packed, self.N, self.K)
-
-    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return ops.linear_blocked(x, self.address, bias, self.N)
 
 
 class PackedLinear(OpaqueLayer):

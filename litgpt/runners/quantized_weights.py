@@ -168,9 +168,24 @@ class QuantizedLinear(OpaqueLayer):
         dtype: of inputs and results. `to(dtype)` and the like change it and the bias, never the weight's buffers.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: nn.Parameter | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        group_size: int = 32,
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bias, self.dtype = in_features, out_features, bias, dtype
+        self.group_size = group_size
+        for name, (shape, form) in self.buffer_shapes().items():
+            self.register_buffer(name, torch.zeros(shape, dtype=form, device=device))
+
+    def buffer_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shapes and dtypes of the weight's buffers."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def set_rows(self, row: int, values: torch.Tensor) -> None:
@@ -225,17 +240,9 @@ class QuantizedLinear(OpaqueLayer):
 class Int8Linear(QuantizedLinear):
     """`nn.Linear` with an 8-bit weight and a scale for each row."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: nn.Parameter | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, dtype)
-        self.register_buffer("weight", torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
-        self.register_buffer("scale", torch.zeros(out_features, device=device))
+    def buffer_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        N, K = self.out_features, self.in_features
+        return {"weight": ((N, K), torch.int8), "scale": ((N,), torch.float32)}
 
     def quantized_part(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(("weight", "scale"), quantize_int8(values), strict=True))
@@ -295,27 +302,19 @@ class Int4Linear(QuantizedLinear):
     """`nn.Linear` with a 4-bit weight, and a scale and a minimum for each group of columns of a row.
 
     `pack` reorders the integers for torch's CPU kernel, `unpack` restores them.
+
+    Attributes:
+        packed: the integers in the kernel's order, in place of `weight`.
+        factors: the kernel's scales, and its values for the integer 8, (K / group_size, N, 2).
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: nn.Parameter | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-        group_size: int = 32,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, dtype)
-        self.group_size = group_size
-        groups = (out_features, in_features // group_size)
-        self.register_buffer("weight", torch.zeros(out_features, in_features // 2, dtype=torch.uint8, device=device))
-        self.register_buffer("scale", torch.zeros(groups, dtype=torch.float16, device=device))
-        self.register_buffer("minimum", torch.zeros(groups, dtype=torch.float16, device=device))
-        self.packed: torch.Tensor | None = None  # the integers in the kernel's order, in place of `weight`
-        self.factors: torch.Tensor | None = (
-            None  # the kernel's scales, and its values for the integer 8: (K / group_size, N, 2)
-        )
+    packed: torch.Tensor | None = None
+    factors: torch.Tensor | None = None
+
+    def buffer_shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        N, K = self.out_features, self.in_features
+        factors = (N, K // self.group_size), torch.float16
+        return {"weight": ((N, K // 2), torch.uint8), "scale": factors, "minimum": factors}
 
     def quantized_part(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         return dict(zip(("weight", "scale", "minimum"), quantize_int4(values, self.group_size), strict=True))

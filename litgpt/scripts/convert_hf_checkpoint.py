@@ -34,14 +34,14 @@ def convert_hf_checkpoint(
     dtype: str | None = None,
     debug_mode: bool | None = False,
 ) -> None:
-    """Turn a Hugging Face checkpoint, or a GGUF file, into a LitGPT one in the same folder.
+    """Convert a Hugging Face checkpoint, or a GGUF file, to a LitGPT checkpoint in the same folder.
 
-    Writes `lit_model.pth` and `model_config.yaml`, which LitGPT loads too. Nothing else in this package needs it: all
-    commands open Hugging Face folders and GGUF files as they are.
+    Writes `lit_model.pth` and `model_config.yaml`, which LitGPT loads too. No other command needs it: all of them open
+    Hugging Face folders and GGUF files directly.
 
     Args:
         checkpoint_dir: Folder with config.json and weights, or a .gguf file.
-        model_name: Name of the architecture to read the weights as, instead of what config.json says.
+        model_name: Name of the architecture to read the weights as, instead of the one in config.json.
         dtype: Data type to write, say bfloat16, instead of the stored one.
         debug_mode: Print every weight instead of a progress bar.
     """

@@ -23,10 +23,10 @@ copy_weights_qwen_3 = partial(copy_from_litgpt, "qwen_3")
 
 
 def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
-    """Turn a LitGPT checkpoint, or a GGUF file, into a Hugging Face one.
+    """Convert a LitGPT checkpoint, or a GGUF file, to a Hugging Face checkpoint.
 
-    `output_dir` gets what `transformers.AutoModelForCausalLM.from_pretrained(output_dir)` loads: weights as
-    safetensors in their original data type, config.json, generation_config.json and the tokenizer.
+    Writes the files for `transformers.AutoModelForCausalLM.from_pretrained(output_dir)`: weights as safetensors in their
+    original data type, config.json, generation_config.json and the tokenizer.
 
     Args:
         checkpoint_dir: Folder with lit_model.pth and model_config.yaml, a .gguf file, or any other checkpoint.

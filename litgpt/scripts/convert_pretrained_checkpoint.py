@@ -11,9 +11,9 @@ from litgpt.scripts.progress import weights_progress
 
 
 def convert_pretrained_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
-    """Turn the result of pretraining into a checkpoint for all other commands.
+    """Convert the result of pretraining to a checkpoint for all other commands.
 
-    Leaves out the optimizer's and the data loader's state, and undoes the names that compiling gives.
+    Leaves out the state of the optimizer and the data loader, and removes the prefixes of a compiled model's names.
 
     Args:
         checkpoint_dir: Folder that pretraining wrote.

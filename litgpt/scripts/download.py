@@ -29,7 +29,7 @@ def download_from_hub(
         convert_checkpoint: Also write lit_model.pth, the format of LitGPT. Not needed by the commands of this package.
         dtype: Data type of lit_model.pth, say bfloat16, instead of the downloaded one.
         checkpoint_dir: Folder that gets a subfolder for the model; the default may be set by LITGPT_HOME.
-        model_name: Name of the architecture to read the weights as, instead of what config.json says.
+        model_name: Name of the architecture to read the weights as, instead of the one in config.json.
         filter: With "list": show only names that contain all these words.
     """
     if repo_id == "list":
@@ -56,16 +56,16 @@ def download_from_hub(
 
 
 def num_parameters(config: Config, tied: bool = False) -> int:
-    """Weights of a model of this config; those of an output embedding that is the input's are counted once.
+    """The number of parameters of a model of this config, a tied embedding counted once.
 
-    Layers after the first with experts are equal, so only one of them is made.
+    Only the first layers are built, up to the first one with experts: all others equal it.
     """
     from litgpt.checkpoint.meta_model import meta_model
 
-    made = min(config.n_layer, (config.first_k_dense_replace or 0) + 1)
-    model = meta_model(replace(config, n_layer=made))
+    built = min(config.n_layer, (config.first_k_dense_replace or 0) + 1)
+    model = meta_model(replace(config, n_layer=built))
     once = sum(weight.numel() for name, weight in model.named_parameters() if not (tied and name == "lm_head.weight"))
-    return once + (config.n_layer - made) * sum(weight.numel() for weight in model.transformer.h[-1].parameters())
+    return once + (config.n_layer - built) * sum(weight.numel() for weight in model.transformer.h[-1].parameters())
 
 
 def _full_name(repo_id: str) -> str:

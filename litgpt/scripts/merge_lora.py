@@ -15,15 +15,15 @@ from litgpt.engine.loading import parse_precision
 def merge_lora(
     checkpoint_dir: Path, pretrained_checkpoint_dir: Path | None = None, precision: str | None = None
 ) -> None:
-    """Merge LoRA weights into those of the checkpoint that was fine-tuned.
+    """Merge LoRA weights into the weights of the checkpoint that was fine-tuned.
 
     The folder of the LoRA weights becomes a LitGPT checkpoint for all other commands.
 
     Args:
-        checkpoint_dir: Folder with lit_model.pth.lora and hyperparameters.yaml, as fine-tuning wrote it.
+        checkpoint_dir: Folder with lit_model.pth.lora and hyperparameters.yaml, written by fine-tuning.
         pretrained_checkpoint_dir: The checkpoint that was fine-tuned: a folder, a .gguf file, or a model's name. Default:
-            the one that hyperparameters.yaml names.
-        precision: Of the merged weights: bf16-true, 16-true or 32-true. Default: that of the
+            the one in hyperparameters.yaml.
+        precision: Precision of the merged weights: bf16-true, 16-true or 32-true. Default: the precision of the
             fine-tuning.
     """
     checkpoint = open_lora(checkpoint_dir, pretrained_checkpoint_dir)
@@ -37,11 +37,11 @@ def merge_lora(
 
 
 def load_lora_metadata(checkpoint_dir: Path) -> tuple[dict[str, Any], Path, str | None]:
-    """What a folder of LoRA weights tells of them: the `lora_*` settings, the checkpoint that was fine-tuned, the precision."""
+    """The `lora_*` settings, the checkpoint that was fine-tuned and the precision, from a folder's `hyperparameters.yaml`."""
     file = Path(checkpoint_dir) / "hyperparameters.yaml"
     if not file.is_file():
         raise FileNotFoundError(
-            f"{checkpoint_dir} is missing a `hyperparameters.yaml` file: it is no folder that fine-tuning wrote"
+            f"{checkpoint_dir} is missing a `hyperparameters.yaml` file: give a folder that fine-tuning wrote"
         )
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
     settings = {key: value for key, value in values.items() if key.startswith("lora_")}

@@ -1,4 +1,4 @@
-"""Shows on stderr how far a conversion is."""
+"""Shows the progress of a conversion on stderr."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ from litgpt.waiting import report_progress, waiting
 
 @contextmanager
 def weights_progress(verb: str, checkpoint: Checkpoint, names: bool = False) -> Iterator[Callable[[str, int], None]]:
-    """Gives a function to call with the name and the bytes of every weight of a checkpoint that is done.
+    """Gives a function to call with the name and the bytes of every converted weight of a checkpoint.
 
     Shows a bar if stderr is a terminal, or, with `names`, a line for every weight.
     """

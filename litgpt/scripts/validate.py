@@ -21,6 +21,7 @@ from litgpt.checkpoint.validation import (
     estimate_model_memory,
 )
 from litgpt.config import Config
+from litgpt.kvcache.memory import as_text
 from litgpt.waiting import waiting
 
 _TEXT = "It is 7 o'clock: (3 + 4) x 2 = 14, said the na\u00efve caf\u00e9 owner."
@@ -34,10 +35,10 @@ def validate_setup(
     dtype: str = "float32",
     training: bool = False,
 ) -> None:
-    """Check a checkpoint before it is used, and tell how much memory it needs.
+    """Check a checkpoint before it is used, and show how much memory it needs.
 
-    Looks at the files, the config, names and shapes of the weights, the tokenizer, the prompt style, and the logits of
-    one forward pass. Fails if any of them is not as it should be.
+    Checks the files, the config, names and shapes of the weights, the tokenizer, the prompt style, and the logits of one
+    forward pass. Fails if any check fails.
 
     Args:
         checkpoint_dir: Folder of a checkpoint (Hugging Face or LitGPT), a .gguf file, or a model's name.
@@ -78,7 +79,7 @@ def validate_checkpoint(checkpoint_path: Path, model: nn.Module, verbose: bool =
 
     Args:
         checkpoint_path: A file of `torch.save`, or any checkpoint.
-        model: What the weights are for.
+        model: The model for the weights.
         verbose: Print the result.
     """
     result = compare_checkpoint(Path(checkpoint_path), model)
@@ -94,7 +95,7 @@ def _files(checkpoint_dir: Path, model_filename: str) -> tuple[Checkpoint, str]:
     else:
         checkpoint = LitGPTCheckpoint(path, model_filename)
     size = check_files(checkpoint)
-    return checkpoint, f"{', '.join(file.name for file in checkpoint.files)}: {_bytes(size)}"
+    return checkpoint, f"{', '.join(file.name for file in checkpoint.files)}: {as_text(size)}"
 
 
 def _config(checkpoint: Checkpoint) -> tuple[Config, str]:
@@ -108,18 +109,18 @@ def _weights(checkpoint: Checkpoint) -> tuple[bool, str]:
     check_weights(checkpoint, model)
     how = checkpoint.quantization
     stored = str(checkpoint.dtype).removeprefix("torch.") if how is None else how.mode
-    return True, f"{len(model.state_dict())} names and shapes as the config wants them, stored as {stored}"
+    return True, f"{len(model.state_dict())} names and shapes fit the config, stored as {stored}"
 
 
 def _tokenizer(checkpoint: Checkpoint, config: Config | None) -> tuple[torch.Tensor, str]:
     tokenizer = checkpoint.tokenizer()
     tokens = tokenizer.encode(_TEXT)
     if (back := tokenizer.decode(tokenizer.encode(_TEXT, bos=False)).strip()) != _TEXT:
-        raise ValueError(f"{_TEXT!r} comes back as {back!r}")
+        raise ValueError(f"{_TEXT!r} is decoded as {back!r}")
     special = [token for token in (tokenizer.bos_id, *tokenizer.eos_ids) if token is not None]
     if config is not None and (largest := max([*tokens.tolist(), *special])) >= config.padded_vocab_size:
         raise ValueError(f"it has a token {largest}, but the model only {config.padded_vocab_size} embeddings")
-    return tokens, f"{tokenizer.vocab_size:,} tokens; a text of {len(tokens)} comes back as it was"
+    return tokens, f"{tokenizer.vocab_size:,} tokens; a text of {len(tokens)} is decoded correctly"
 
 
 def _prompt(checkpoint: Checkpoint) -> tuple[str, str]:
@@ -142,24 +143,16 @@ def _forward(checkpoint: Checkpoint, dtype: torch.dtype, tokens: torch.Tensor | 
 def _memory(checkpoint: Checkpoint, dtype: torch.dtype, training: bool, tied: bool) -> str:
     config, how = checkpoint.config, checkpoint.quantization
     needs = estimate_model_memory(config, dtype, training, tied=tied)
-    weights = f"{_bytes(needs['param_bytes'])} in {str(dtype).removeprefix('torch.')}"
+    weights = f"{as_text(needs['param_bytes'])} in {str(dtype).removeprefix('torch.')}"
     if how is not None:
-        weights = f"{_bytes(sum(file.stat().st_size for file in checkpoint.files))} in {how.mode}"
-    per_token, whole = _bytes(needs["kv_cache_bytes_per_token"]), _bytes(needs["kv_cache_bytes"])
+        weights = f"{as_text(sum(file.stat().st_size for file in checkpoint.files))} in {how.mode}"
+    per_token, whole = as_text(needs["kv_cache_bytes_per_token"]), as_text(needs["kv_cache_bytes"])
     rows = {
         "parameters": f"{needs['param_count']:,}",
         "weights": weights,
         "key-value cache": f"{per_token} a token, {whole} for the context of {config.block_size:,} tokens",
     }
     if training:
-        rows["gradients"] = _bytes(needs["gradient_bytes"])
-        rows["AdamW's state"] = _bytes(needs["optimizer_bytes"])
+        rows["gradients"] = as_text(needs["gradient_bytes"])
+        rows["AdamW's state"] = as_text(needs["optimizer_bytes"])
     return "\n".join(f"{name + ':':17}{value}" for name, value in rows.items())
-
-
-def _bytes(number: int) -> str:
-    """As people write it: 512 bytes, 46.1 kB, 269 MB, 1.63 GB."""
-    for size, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number / size:,.0f} {unit}"
-    return f"{number} bytes"

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from litgpt.model import GPT, LLaMAMLP
+from litgpt.train.cached_layers import CachedLayers
 from litgpt.train.loss import TiedEmbedding, loss_sum
 from litgpt.train.products import linear, onednn_is_faster
 
@@ -35,12 +36,15 @@ class TrainingModel(nn.Module):
     Args:
         gpt: the model.
         activation_checkpointing: keep only the inputs of layers for the backward pass, and compute the rest again then.
+        cached_layers: runs the model through key-value caches, and keeps only the inputs of layers in any case.
     """
 
-    def __init__(self, gpt: GPT, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self, gpt: GPT, activation_checkpointing: bool = False, cached_layers: CachedLayers | None = None
+    ) -> None:
         super().__init__()
-        self.gpt = gpt
-        if activation_checkpointing:
+        self.gpt, self.cached_layers = gpt, cached_layers
+        if activation_checkpointing and cached_layers is None:
             for block in gpt.transformer.h:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         for module in gpt.modules():
@@ -65,7 +69,10 @@ class TrainingModel(nn.Module):
             tied = []
             embedding.forward = lambda ids: TiedEmbedding.apply(ids, weight, tied)
         try:
-            hidden = self.gpt(input_ids, skip_lm_head=True, row_sizes=row_sizes)
+            if self.cached_layers is None:
+                hidden = self.gpt(input_ids, skip_lm_head=True, row_sizes=row_sizes)
+            else:
+                hidden = self.cached_layers(input_ids, row_sizes)
         finally:
             vars(embedding).pop("forward", None)
         params = [p for p in head.parameters() if p.requires_grad]

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.config import Config
 from litgpt.data import DataModule
+from litgpt.kvcache import CacheSpec
 from litgpt.train.checkpointing import find_resume_path, step_folders
 from litgpt.train.optimizers import resolve_optimizer
 from litgpt.train.setting import LoggerName, Strategy, parse_devices, plain
@@ -63,6 +64,14 @@ class Options:
     )
     logger_name: LoggerName = option("csv", "csv, tensorboard, wandb or mlflow.")
     seed: int = option(1337, "Seed of all random numbers.")
+    kv_cache: str | None = option(
+        None,
+        "Train through this key-value cache, POLICY or POLICY-STORAGE as for `litgpt generate`: tokens see what the cache keeps. "
+        "Default: none, tokens see all earlier ones.",
+    )
+    cache_length: int | None = option(None, "Tokens that it holds. Default: as in `litgpt generate`.")
+    kv_cache_args: dict[str, Any] | None = option(None, "Its further arguments, such as --kv_cache_args.n_sink 4.")
+    prompt_chunksize: int = option(512, "Tokens of a sequence that enter it together.")
     step_digits: int = 6
     hyperparameters: dict[str, Any] = field(default_factory=dict)  # of the command that repeats the run
 
@@ -75,6 +84,24 @@ class Options:
         require_end(self.train)
         self.train.gradient_accumulation_iters(parse_devices(self.devices), self.num_nodes)
         resolve_optimizer(self.optimizer)
+        if self.cache_spec() is not None and self.strategy == "fsdp":
+            raise ValueError(
+                "--kv_cache: layers that are divided among devices (fsdp) cannot be trained through caches"
+            )
+        if self.prompt_chunksize < 1:
+            raise ValueError(f"--prompt_chunksize must be at least 1, got {self.prompt_chunksize}")
+
+    def cache_spec(self) -> CacheSpec | None:
+        """The cache to train through, if any.
+
+        Raises:
+            ValueError: if it does not exist, or there are arguments for it and no cache.
+        """
+        if self.kv_cache is not None:
+            return CacheSpec.parse(self.kv_cache, self.cache_length, **(self.kv_cache_args or {}))
+        if self.cache_length is not None or self.kv_cache_args:
+            raise ValueError("--cache_length and --kv_cache_args are of a cache: name it with --kv_cache")
+        return None
 
     def resume_path(self, suffix: str) -> Path | None:
         """The file that the run resumes from (None: it begins anew).

@@ -18,6 +18,7 @@ from litgpt.engine import Engine, Sampling, Sequence, decode, prepare_caches
 from litgpt.model import GPT
 from litgpt.prompts import save_prompt_style
 from litgpt.tokenizer import Tokenizer
+from litgpt.train.cached_layers import CachedLayers
 from litgpt.train.checkpointing import (
     full_tensors,
     is_divided,
@@ -101,7 +102,9 @@ class Run:
         fabric.print(f"Number of trainable parameters: {number_of_parameters(self.gpt, True):,}")
         if not self.method.trains_all:
             fabric.print(f"Number of non-trainable parameters: {number_of_parameters(self.gpt, False):,}")
-        self.model = TrainingModel(self.gpt, train.activation_checkpointing)
+        spec = options.cache_spec()
+        cached = None if spec is None else CachedLayers(self.gpt, spec, options.prompt_chunksize)
+        self.model = TrainingModel(self.gpt, train.activation_checkpointing, cached)
         model = fabric.setup_module(self.model)
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:

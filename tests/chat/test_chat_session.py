@@ -181,7 +181,7 @@ def test_one_chat_at_a_time_goes_on_with_a_session(model, talk, tmp_path):
         for name in (path, link):
             code, out, err = talk("Hello", options=("--session", str(name)))
             assert (code, out) == (1, [])
-            assert re.fullmatch(r"litgpt: error: another chat goes on with \S+, and would overwrite .*\n", err)
+            assert re.fullmatch(r"litgpt: error: another chat has \S+ open, and would overwrite .*\n", err)
         process.send_signal(signal.SIGKILL)
     code, out, _ = talk("Hello", options=("--session", str(link)))
     assert (code, len(out)) == (0, 1)

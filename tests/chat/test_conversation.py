@@ -24,7 +24,7 @@ def talk():
 
 def tokens_of(conversation):
     """The conversation so far, the last answer included."""
-    return list(conversation._said.tokens)
+    return list(conversation._history.tokens)
 
 
 def fresh_answer(conversation, tokens):

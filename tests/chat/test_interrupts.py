@@ -54,7 +54,7 @@ def conversation(request):
 def check_goes_on(conversation):
     assert [m["role"] for m in conversation.messages] == ["user", "assistant"] * (len(conversation.messages) // 2)
     list(conversation.ask("And?"))
-    tokens = torch.tensor(conversation._said.tokens)
+    tokens = torch.tensor(conversation._history.tokens)
     prompt, answer = tokens.split([conversation.prompt_tokens, conversation.answer_tokens])
     expected = greedy_without_caches(conversation.ready.model, prompt, 4).tolist()
     assert answer.tolist() == (expected[: expected.index(0)] if 0 in expected else expected)

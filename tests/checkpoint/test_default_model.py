@@ -130,7 +130,7 @@ NONE = "ERROR: Could not find a version that satisfies the requirement x (from v
         ("/usr/bin/python: No module named pip", "this Python environment has no pip"),
         (
             "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.",
-            "what came is damaged: try again",
+            "the download is damaged: try again",
         ),
         ("ERROR: something new", "something new"),
         ("", "exit code 1"),

@@ -424,17 +424,19 @@ def test_missing_and_foreign_parts_are_named(split_model):
     _, parts = split_model
     data = parts[1].read_bytes()
     parts[1].unlink()
-    with pytest.raises(FileNotFoundError, match=r"is one of 8 parts, of which .* lacks tiny-q8_0-00002-of-00008.gguf$"):
+    with pytest.raises(
+        FileNotFoundError, match=r"is one of 8 shards, of which .* lacks tiny-q8_0-00002-of-00008.gguf$"
+    ):
         open_checkpoint(parts[0])
     parts[1].write_bytes(parts[2].read_bytes())
-    with pytest.raises(ValueError, match="00002-of-00008.gguf is not part 2 of 8, as its name says"):
+    with pytest.raises(ValueError, match="00002-of-00008.gguf is not shard 2 of 8, as its name says"):
         open_checkpoint(parts[0])
     parts[1].write_bytes(data[:-40])
     with pytest.raises(ValueError, match="00002-of-00008.gguf is truncated"):
         open_checkpoint(parts[0])
     renamed = parts[0].with_name("mine.gguf")
     parts[0].rename(renamed)
-    with pytest.raises(ValueError, match="mine.gguf is one of 8 parts, whose names must end in -00001-of-00008.gguf"):
+    with pytest.raises(ValueError, match="mine.gguf is one of 8 shards, whose names must end in -00001-of-00008.gguf"):
         open_checkpoint(renamed)
 
 

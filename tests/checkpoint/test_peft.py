@@ -94,7 +94,7 @@ def test_weights_go_to_peft_and_come_back(family, kind, flags, tmp_path):
     base = write_base(family, tmp_path / "base")
     expected = write_lora(base, tmp_path / "ours", **KINDS[kind], **flags)
     if kind == "dora" and flags is SOME and family in ("phi3", "gpt_neox"):
-        with pytest.raises(ValueError, match="has no place in it"):
+        with pytest.raises(ValueError, match="cannot have DoRA for only some"):
             save_peft(tmp_path / "ours", tmp_path / "peft")
         return
     save_peft(tmp_path / "ours", tmp_path / "peft")
@@ -136,7 +136,7 @@ def test_ranks_and_scales_that_differ_by_layer_become_one(tmp_path):
     [
         ("base_model.model.model.embed_tokens.lora_embedding_A", "is no LoRA matrix of a linear layer"),
         ("base_model.model.model.norm.weight", "is no LoRA matrix of a linear layer"),
-        ("base_model.model.model.vision.q_proj.lora_A.weight", "has no place"),
+        ("base_model.model.model.vision.q_proj.lora_A.weight", "cannot have LoRA matrices"),
     ],
 )
 def test_what_is_no_lora_of_linear_layers_is_refused(name, message, tmp_path):

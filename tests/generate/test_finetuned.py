@@ -188,7 +188,7 @@ def test_full_weights_of_another_model_are_refused(base, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        (None, "hyperparameters.yaml does not exist"),
+        (None, "hyperparameters.yaml is missing or empty"),
         (yaml.safe_dump({**LORA, "lora_alpha": float("nan")}), "lora_alpha = nan must be a finite number"),
         (yaml.safe_dump({**LORA, "lora_query": "yes"}), "lora_query = 'yes' must be true or false"),
         ("- 3\n", "hyperparameters.yaml must hold names and values, found list"),

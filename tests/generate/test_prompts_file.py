@@ -74,10 +74,10 @@ def test_objects_have_settings_of_their_own(tmp_path):
         ('{"prompt": "a", "sys_prompt": 3}', '"sys_prompt" is not a text: 3'),
         ('{"prompt": "a", "max_new_tokens": 0}', '"max_new_tokens" must be at least 1'),
         ('{"prompt": "a", "max_new_tokens": 2.5}', '"max_new_tokens" is not a whole number: 2.5'),
-        ('{"prompt": "a", "temperature": "hot"}', "\"temperature\" is not a number: 'hot'"),
+        ('{"prompt": "a", "temperature": "hot"}', "\"temperature\" is not a finite number: 'hot'"),
         ('{"prompt": "a", "top_k": true}', '"top_k" is not a whole number: True'),
         ('{"prompt": "a", "top_p": 3}', "top_p must be in 0..1.*3"),
-        ('{"prompt": "a", "logit_bias": [3]}', '"logit_bias" is not an object'),
+        ('{"prompt": "a", "logit_bias": [3]}', '"logit_bias" is not names with values'),
         ('{"prompt": "a", "logit_bias": {"x": 1}}', "'x'"),
         ('{"prompt": "a", "logit_bias": {"1": "much"}}', "logit_bias.*much"),
     ],
@@ -180,20 +180,20 @@ def test_one_prompt_as_json_and_options_that_clash(folder, tmp_path, capsys):
         (r'{"prompt": "a", "id": {"x": ["b", {"\udfff": 1}]}}', r'"id" has half of a surrogate pair'),
         (r'{"prompt": "a\udc00b"}', r'"prompt" has half of a surrogate pair at character 2'),
         (r'{"prompt": "a", "sys_prompt": "\udbff"}', '"sys_prompt" has half of a surrogate pair'),
-        (f'{{"prompt": "a", "temperature": 1{"0" * 400}}}', '"temperature" must be a finite number, got 1000'),
-        (f'{{"prompt": "a", "logit_bias": {{"3": 1{"0" * 400}}}}}', r'"logit_bias"\[\'3\'\] must be a finite number'),
+        (f'{{"prompt": "a", "temperature": 1{"0" * 400}}}', '"temperature" is not a finite number: 1000'),
+        (f'{{"prompt": "a", "logit_bias": {{"3": 1{"0" * 400}}}}}', r'"logit_bias"\[\'3\'\] is not a finite number'),
         (f'{{"prompt": "a", "seed": 1{"0" * 400}}}', '"seed" must be at most'),
         (f'{{"prompt": "a", "id": 1{"0" * 5000}}}', "a number of 5,001 digits is too long"),
         ('{"prompt": "a", "top_p": 1e999}', "'1e999' is not a finite number"),
         ('{"prompt": "a", "top_p": NaN}', "'NaN' is not a finite number"),
         ('{"prompt": "a", "id": -Infinity}', "'-Infinity' is not a finite number"),
-        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' is there twice"),
-        ('{"prompt": "a", "logit_bias": {"3": 1, "3": 2}}', "the key '3' is there twice"),
+        ('{"prompt": "a", "prompt": "b"}', "the key 'prompt' occurs twice"),
+        ('{"prompt": "a", "logit_bias": {"3": 1, "3": 2}}', "the key '3' occurs twice"),
         ('{"prompt": "a", "logit_bias": {"-3": 1}}', 'a key of "logit_bias" is not a whole number'),
-        ('{"prompt": "a", "min_p": false}', '"min_p" is not a number: False'),
+        ('{"prompt": "a", "min_p": false}', '"min_p" is not a finite number: False'),
         ('{"prompt": "a", "id": ' + "[" * 200 + "]" * 200 + "}", '"id" has more than 100 levels of brackets'),
         ("[" * 100_000, "more than 100 levels of brackets"),
-        ('{"prompt": "a", "repetition_penalty": [1]}', r'"repetition_penalty" is not a number: \[1\]'),
+        ('{"prompt": "a", "repetition_penalty": [1]}', r'"repetition_penalty" is not a finite number: \[1\]'),
     ],
 )
 def test_values_that_mean_nothing_are_refused_by_line_and_field(tmp_path, line, message):
@@ -365,7 +365,7 @@ def test_arguments_of_caches_reach_them_and_unknown_ones_are_refused_by_name(fol
         assert generate(folder, "--prompt", "a long question", "--temperature", 0, *options) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] == answers[2] == answers[3] != answers[4]
-    for argument, message in (("nsink", "nsink"), ("cache_length", "say that")):
+    for argument, message in (("nsink", "nsink"), ("cache_length", "use --kv_cache and --cache_length")):
         assert main(["generate", "no/such/model", "--kv_cache", "lastrec", f"--kv_cache_args.{argument}", "4"]) == 1
         err = capsys.readouterr().err
         assert message in err

@@ -7,14 +7,23 @@ import pytest
 import torch
 
 from litgpt.config import Config
-from litgpt.kvcache import KVCacheParams, PositionalKVCache
+from litgpt.kvcache import KVCacheParams
+from litgpt.kvcache.planned import PlannedKVCache
+from litgpt.kvcache.policies import POLICIES
+from litgpt.kvcache.policies.score import ScorePolicy
 from litgpt.kvcache.storages import STORAGES
 from litgpt.kvcache.testing import create_kv_cache
 
 from .reference import ReferenceCache
+from .score_reference import LOOKING, SCORES, ScoreReference
 
 D = 8  # head size
 SLOTS, ROOM = 12, 36  # cache length of evicting caches, and of dense ones
+
+
+def score_defaults(policy: str, kept: int) -> tuple[int, int]:
+    """First and newest tokens that stay where no numbers are given."""
+    return min(4, kept // 4), max(1, kept // 2 if policy == "h2o" else min(32, kept // 4))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +37,11 @@ class Case:
     softcap: float | None = None
     dtype: torch.dtype = torch.float32
     slots: int | None = None
+    tail: int | None = None  # of policies that score tokens
 
     def __str__(self):
+        if self.tail is not None:
+            return f"{self.name}-tail{self.tail}-{self.heads[0]}:{self.heads[1]}-{str(self.dtype)[6:]}"
         window = "full" if self.window is None else f"window{self.window}"
         cap = "" if self.softcap is None else "-softcap"
         return f"{self.name}-n_sink{self.n_sink}-{self.heads[0]}:{self.heads[1]}-{window}{cap}-{str(self.dtype)[6:]}"
@@ -60,21 +72,44 @@ class Case:
             attention_logit_softcapping=self.softcap,
         )
 
+    @property
+    def looks(self) -> bool:
+        """Whether the policy looks at every query."""
+        return self.name.split("-")[0] in LOOKING
+
     def params(self, batch: int) -> KVCacheParams:
         return KVCacheParams.from_config(
             self.config, batch, self.cache_length, device=torch.device("cpu"), dtype=self.dtype
         )
 
-    def cache(self, batch: int = 2) -> PositionalKVCache:
+    def cache(self, batch: int = 2) -> PlannedKVCache:
         return self.make(self.params(batch))
 
-    def make(self, params: KVCacheParams, config: Config | None = None) -> PositionalKVCache:
+    def make(self, params: KVCacheParams, config: Config | None = None) -> PlannedKVCache:
         """The cache for the last layer of a configuration (default: the case's own)."""
         config = config or self.config
-        args = {"n_sink": self.n_sink} if self.n_sink else {}
-        return create_kv_cache(self.name, params, config.n_layer - 1, config, **args)
+        return create_kv_cache(self.name, params, config.n_layer - 1, config, **self.args)
 
-    def reference(self) -> ReferenceCache:
+    @property
+    def args(self) -> dict[str, int]:
+        args = {"n_sink": self.n_sink} if self.n_sink else {}
+        return args if self.tail is None else {**args, "tail": self.tail}
+
+    def reference(self) -> ReferenceCache | ScoreReference:
+        if self.tail is not None:
+            policy = self.name.split("-")[0]
+            sinks, recent = score_defaults(policy, self.cache_length - self.tail)
+            return ScoreReference(
+                1 / math.sqrt(D),
+                SCORES[policy],
+                self.cache_length,
+                self.tail,
+                self.n_sink or sinks,
+                recent,
+                self.looks,
+                softcap=self.softcap,
+                as_stored=self.as_stored,
+            )
         capacity = self.cache_length if self.evicts else None
         cut = 1 / math.sqrt(D), capacity, self.n_sink, self.window, self.softcap
         return ReferenceCache(*cut, as_stored=self.as_stored)
@@ -104,6 +139,15 @@ KINDS = CACHES + [
     for window in (5, 20)
     if case.storage == "default" or (case.storage, window) == ("int8", 5)
 ]
+SCORED = [
+    Case(f"{name}-default", tail=tail)
+    for name, policy in POLICIES.items()
+    if issubclass(policy, ScorePolicy)
+    for tail in (4, 1)
+]
+SCORED += [Case(f"h2o-{storage}", tail=4) for storage in STORAGES if storage != "default"]
+KINDS += SCORED
+CACHES += [case for case in SCORED if case.tail == 4]
 every_cache = pytest.mark.parametrize("case", CACHES, ids=str)
 every_kind = pytest.mark.parametrize("case", KINDS, ids=str)
 

@@ -99,7 +99,7 @@ class ReferenceCache:
     def seen(self, row: Row, position: int) -> list[int]:
         return visible(position, row.prefill, self.capacity, self.sinks, self.window)
 
-    def kept(self, row: Row) -> list[int]:
+    def kept(self, row: Row, g: int = 0) -> list[int]:
         """Positions that a cache of this capacity holds, if it was never cropped."""
         capacity = row.length if self.capacity is None else self.capacity
         return [p for p in range(row.length) if p < self.sinks or p >= row.length - (capacity - self.sinks)]

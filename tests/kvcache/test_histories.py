@@ -12,6 +12,7 @@ from litgpt.kvcache import KVCacheParams
 from litgpt.kvcache.testing import create_kv_cache
 
 from .reference import ReferenceCache
+from .score_reference import LOOKING, SCORES, ScoreReference
 
 H, G, D = 2, 1, 4
 ROWS = 3
@@ -21,7 +22,7 @@ actions = ["prefill", "chunk", "steps", "steps", "some", "join", "crop", "crop",
 actions += ["rewind", "rewind", "leave", "extend"]
 history = st.lists(st.tuples(st.sampled_from(actions), number, number), min_size=3, max_size=12)
 kind = st.tuples(
-    st.sampled_from(["dense-default", "lastrec-default", "dense-int8", "lastrec-int4"]),
+    st.sampled_from(["dense", "lastrec", "lastrec", "knorm", "h2o", "snapkv", "dense-int8", "lastrec-int4"]),
     st.integers(2, 8),
     st.integers(0, 7),
     st.sampled_from([None, 1, 2, 3, 5, 9]),
@@ -32,14 +33,24 @@ class Pair:
     """A cache and its reference, which live through the same history."""
 
     def __init__(self, name, slots, sinks, window):
+        scored = name in SCORES
+        window = None if scored else window
         config = Config(n_layer=1, n_embd=H * D, n_head=H, n_query_groups=G, block_size=64, sliding_window_size=window)
         self.dense = name.startswith("dense")
         params = KVCacheParams.from_config(config, ROWS, 4 * slots if self.dense else slots)
         arguments = {} if self.dense else {"n_sink": sinks % slots}
+        if scored:
+            tail = 1 + sinks % (slots - 1)
+            n_sink = sinks % (slots - tail)
+            arguments = {"tail": tail, "n_sink": n_sink, "recent": 1 + sinks % (slots - tail - n_sink)}
         self.new = lambda: create_kv_cache(name, params, 0, config, **arguments)
         self.cache = self.new()
         capacity = None if self.dense else slots
-        self.reference = ReferenceCache(1 / math.sqrt(D), capacity, arguments.get("n_sink", 0), window)
+        scale = 1 / math.sqrt(D)
+        if scored:
+            self.reference = ScoreReference(scale, SCORES[name], slots, *arguments.values(), name in LOOKING)
+        else:
+            self.reference = ReferenceCache(scale, capacity, arguments.get("n_sink", 0), window)
         self.reference.as_stored = self.as_stored
 
     def as_stored(self, key, value):

@@ -143,9 +143,9 @@ def test_layers_with_a_window_keep_its_tokens_whatever_the_policy(monkeypatch):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: CacheSpec("newest"), "no key-value cache is called 'newest'.* dense, lastrec"),
+        (lambda: CacheSpec("newest"), "no key-value cache is called 'newest'.* dense, .*lastrec"),
         (lambda: CacheSpec.parse("lastrec-int9"), "'int9'.* default"),
-        (lambda: CacheSpec.parse(""), "''.* dense, lastrec"),
+        (lambda: CacheSpec.parse(""), "''.* dense, .*lastrec"),
         (lambda: CacheSpec("dense", n_sink=2), "'dense' has no argument 'n_sink': it has no arguments"),
         (lambda: CacheSpec("lastrec", sinks=2), "'lastrec' has no argument 'sinks': its arguments are n_sink"),
         (lambda: CacheSpec("lastrec", cache_length="9"), "cache_length must be a whole number of slots, got '9'"),

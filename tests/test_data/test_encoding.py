@@ -103,10 +103,13 @@ def spans(counted: np.ndarray) -> list[slice]:
     return [slice(begin, end) for begin, end in edges.reshape(-1, 2)]
 
 
+@pytest.mark.parametrize("places", [True, False])
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_tokens_are_the_templates_own_and_answers_with_their_ends_are_counted(name):
+def test_tokens_are_the_templates_own_and_answers_with_their_ends_are_counted(name, places, monkeypatch):
     template, bos, ends, end = TEMPLATES[name]
     tokenizer = tokenizer_of(template, bos, ends)
+    if not places:  # as SentencePiece
+        monkeypatch.setattr(Tokenizer, "backend", "sentencepiece")
     style = ChatTemplate.from_tokenizer(tokenizer)
     found = encode_sample({"messages": TALK}, tokenizer, style)
     special = {"bos_token": bos, "eos_token": ends[0]}

@@ -4,14 +4,14 @@ import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from litgpt.attention import DefaultKeysAndValues, KeysAndValues
 from litgpt.kernels.structs import Vectors
-from litgpt.kvcache.base import KVCacheParams
+from litgpt.kvcache.params import KVCacheParams
 
 Index = slice | torch.Tensor
 
@@ -64,6 +64,7 @@ class Storage(nn.Module, ABC):
         batch, _, n = index.shape
         for buffer in self.slot_buffers():
             source = buffer[:batch] if rows is None else buffer[rows]
+            source = source.clone() if source.requires_grad else source  # which autograd needs as it was
             moved = source.gather(
                 2, index.view(*index.shape, *[1] * (buffer.ndim - 3)).expand(-1, -1, -1, *buffer.shape[3:])
             )
@@ -83,13 +84,7 @@ class Storage(nn.Module, ABC):
             ValueError: if it is of another shape or dtype; nothing is changed then.
         """
         targets = self.state(batch, used)
-        for name, target in targets.items():
-            found = state.get(name)
-            if found is None or found.shape != target.shape or found.dtype != target.dtype:
-                what = "missing" if found is None else f"{tuple(found.shape)} {found.dtype}"
-                raise ValueError(
-                    f"{name} of the state are {what}, the cache needs {tuple(target.shape)} {target.dtype}"
-                )
+        check_state(state, targets)
         for name, target in targets.items():
             target.copy_(state[name])
 
@@ -133,6 +128,15 @@ class Storage(nn.Module, ABC):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """Of the keys and values that `set` takes and `get` gives."""
+
+
+def check_state(state: Mapping[str, Any], targets: Mapping[str, torch.Tensor]) -> None:
+    """Raise `ValueError` unless `state` has a tensor of the shape and dtype of every one in `targets`."""
+    for name, target in targets.items():
+        found = state.get(name)
+        if found is None or found.shape != target.shape or found.dtype != target.dtype:
+            what = "missing" if found is None else f"{tuple(found.shape)} {found.dtype}"
+            raise ValueError(f"{name} of the state are {what}, the cache needs {tuple(target.shape)} {target.dtype}")
 
 
 def write_slots(buffer: torch.Tensor, new: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor | None) -> None:

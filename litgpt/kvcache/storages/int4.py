@@ -1,6 +1,6 @@
 """Keys and values in 4 bits."""
 
-from litgpt.kvcache.base import KVCacheParams
+from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.storages.base import register_storage
 from litgpt.kvcache.storages.codecs import Codec, Int4
 from litgpt.kvcache.storages.quantized import QuantizedStorage

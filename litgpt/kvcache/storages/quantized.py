@@ -8,7 +8,7 @@ import torch
 
 from litgpt.attention import DefaultKeysAndValues, EncodedKeysAndValues, KeysAndValues
 from litgpt.kernels.structs import Vectors
-from litgpt.kvcache.base import KVCacheParams
+from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.storages.base import Index, Storage, move_rows, take, write_slots
 from litgpt.kvcache.storages.codecs import Codec
 

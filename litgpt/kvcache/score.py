@@ -1,0 +1,346 @@
+"""Caches whose policy scores tokens, and keeps the best."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from litgpt.config import Config
+from litgpt.kvcache.params import KVCacheParams
+from litgpt.kvcache.plan import Plan, Step
+from litgpt.kvcache.planned import PlannedKVCache, RowState
+from litgpt.kvcache.policies.base import Policy
+from litgpt.kvcache.policies.score import ScorePolicy
+from litgpt.kvcache.score_plan import Boundary, RowNumbers, plan_score_call
+from litgpt.kvcache.storages import Storage
+from litgpt.kvcache.storages.base import check_state, move_rows, write_slots
+from litgpt.kvcache.storages.default import DefaultStorage
+from litgpt.kvcache.tokens import CachedTokens
+
+
+class ScoreKVCache(PlannedKVCache):
+    """Appends tokens until all slots are taken, and then keeps those that a policy scores best, in every row and head its own.
+
+    When that happens, the host knows: see `litgpt.kvcache.score_plan`. A prefill attends to its whole prompt, however long; what
+    comes after it sees what is stored. Arguments as for `PlannedKVCache`.
+
+    A row can go back to its last eviction, or for a policy that sums up what queries see, to when it last looked.
+    """
+
+    ROW_FIELDS = ("lengths", "filled", "evicted_at", "observed_at")
+    POLICY: ClassVar[type[ScorePolicy]]  # in the class for a policy, see `for_policy`
+    policy: ScorePolicy
+
+    def __init__(
+        self, config: Config, batch_size: int, policy: ScorePolicy, block_idx: int, *args: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(config, batch_size, policy, block_idx, *args, **kwargs)
+        if config.window(block_idx) is not None:
+            raise ValueError(
+                f"layer {block_idx} has a sliding window, which says what stays: {type(policy).__name__} is for the others"
+            )
+        if policy.n_queries > policy.cache_length:
+            raise ValueError(
+                f"{type(policy).__name__} needs the queries of {policy.n_queries} tokens, more than cache_length="
+                f"{policy.cache_length}"
+            )
+        self._has_row_state = policy.row_state(self.get_params()) > 0
+        with torch.inference_mode(False):  # buffers outlive the call that makes them
+            for name, (shape, dtype) in _own_buffers(policy, self.get_params()).items():
+                self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=self.device), persistent=False)
+
+    @classmethod
+    def for_policy(cls, policy: type[ScorePolicy]) -> "type[ScoreKVCache]":
+        """The class of caches with that policy, which knows their size beforehand."""
+        if policy not in _CLASSES:
+            name = policy.__name__.removesuffix("Policy") + "KVCache"
+            _CLASSES[policy] = type(name, (cls,), {"POLICY": policy, "__doc__": policy.__doc__, "__module__": __name__})
+        return _CLASSES[policy]
+
+    @classmethod
+    def from_policy(
+        cls,
+        config: Config,
+        params: KVCacheParams,
+        policy: Policy,
+        block_idx: int,
+        storage: type[Storage] = DefaultStorage,
+        **kwargs: Any,
+    ) -> "ScoreKVCache":
+        place = params.device, params.dtype, params.head_size
+        return cls.for_policy(type(policy))(config, params.batch_size, policy, block_idx, *place, storage, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "ScoreKVCache":
+        exact = {
+            name: x for name, x in self.named_buffers(recurse=False) if x.dtype == torch.float32 and name != "queries"
+        }
+        super()._apply(*args, **kwargs)
+        for name, x in exact.items():  # sums stay float32, whatever the model becomes
+            setattr(self, name, x.to(self.device))
+        return self
+
+    # -- what is in it
+
+    @property
+    def current_length(self) -> int:
+        return max(self._rows.fields[1], default=0)
+
+    def token_positions(self) -> torch.Tensor:
+        used = self.current_length
+        lengths, filled, evicted_at, _ = torch.tensor(self._rows.fields, device=self.device).view(4, -1, 1, 1).unbind()
+        held = torch.where(evicted_at > 0, self.policy.kept, 0)
+        positions = self._positions(None, len(self._rows.lengths), used, held, lengths - filled)
+        return positions.masked_fill(torch.arange(used, device=self.device) >= filled, -1)
+
+    def _positions(
+        self, rows: torch.Tensor | None, batch: int, used: int, held: torch.Tensor, shift: torch.Tensor
+    ) -> torch.Tensor:
+        """Positions in the first `used` slots, (B, G, used); arguments as in `Boundary`."""
+        slots = torch.arange(used, device=self.device)
+        return torch.where(slots < held, _rows(self.positions, rows, batch)[..., :used].long(), slots + shift)
+
+    def size_estimate(self) -> tuple[int, dict[str, int]]:
+        parts = self.storage.size_in_bits() | {
+            name: 8 * x.numel() * x.element_size() for name, x in self.named_buffers(recurse=False)
+        }
+        return sum(parts.values()), parts
+
+    @classmethod
+    def size_estimate_apriori(
+        cls,
+        params: KVCacheParams,
+        storage: type[Storage] = DefaultStorage,
+        policy: ScorePolicy | None = None,
+        **storage_args: Any,
+    ) -> tuple[int, dict[str, int]]:
+        """As `KVCache.size_estimate_apriori`, for a `policy` (None: that of the class with its default arguments)."""
+        policy = cls.POLICY(params.cache_length) if policy is None else policy
+        parts = storage.size_in_bits_apriori(params, **storage_args)
+        for name, (shape, dtype) in _own_buffers(policy, params).items():
+            parts[name] = 8 * dtype.itemsize * torch.Size(shape).numel()
+        return sum(parts.values()), parts
+
+    def kept_queries(self) -> torch.Tensor | None:
+        return self._buffers.get("queries")  # not `self.queries`: see `DefaultStorage.kernel_view`
+
+    # -- one call
+
+    def plan(
+        self,
+        input_pos: int,
+        batch_size: int,
+        T: int | Sequence[int],
+        rows: Sequence[int] | None = None,
+        static: bool = False,
+    ) -> Plan:
+        lengths = self._check_call(input_pos, batch_size, T, rows)
+        known = list(zip(*self._rows.fields, strict=True))
+        state = [RowNumbers(*known[row]) if length else RowNumbers() for row, length in enumerate(lengths)]
+        return plan_score_call(self.policy, state, rows, T, self.dtype, self.device, static)
+
+    def plan_key(self) -> tuple:
+        return self._policy_key, self._rows.fields, *self._place
+
+    def commit(self, plan: Plan) -> None:
+        """Note that `plan` was run."""
+        self._rows.fields = plan.fields_after
+
+    def prepare(self, plan: Plan, sink_logits: torch.Tensor | None = None) -> Plan:
+        if not plan.boundaries:
+            return plan
+        for boundary in plan.boundaries:
+            self._look(boundary, sink_logits)
+        self._rows.fields = plan.fields_prepared
+        return plan.without_boundaries
+
+    def _run_step(
+        self,
+        step: Step,
+        rows: torch.Tensor | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sink_logits: torch.Tensor | None,
+        recording: bool,
+    ) -> torch.Tensor:
+        if step.boundary is not None:
+            self._look(step.boundary, sink_logits)
+        output = super()._run_step(step, rows, query, key, value, sink_logits, recording)
+        if step.kept_queries is not None:
+            write_slots(self.queries, query[:, :, step.kept_queries].detach(), step.query_slots, rows)
+        if step.prompt:
+            self._look_at_prompt(step, rows, query, key, value, sink_logits, recording)
+        return output
+
+    def _look(self, boundary: Boundary, sink_logits: torch.Tensor | None) -> None:
+        """Let the policy look at what is stored, and keep what it chooses."""
+        rows, batch, filled = boundary.rows, boundary.batch_size, boundary.filled
+        row = torch.arange(batch, device=self.device) if rows is None else rows
+        with torch.no_grad():
+            queries = self.storage.get(batch, slice(0, 0), rows).keys()
+            if self.policy.n_queries:
+                queries = self.queries[row[:, None], :, boundary.query_slots].transpose(1, 2)
+            tokens = CachedTokens(
+                self.storage.get(batch, slice(0, filled), rows),
+                self._positions(rows, batch, filled, boundary.held, boundary.shift),
+                queries,
+                boundary.query_positions,
+                **self._own_state(rows, batch, filled, boundary.observed),
+                block_idx=self.block_idx,
+                mha=self.mha,
+                sink_logits=sink_logits,
+            )
+            if self.policy.observes:
+                self.policy.observe(tokens)
+            index = None if boundary.keep is None else self.policy.best(tokens)
+            self._note(tokens, index, rows, batch)
+        if index is not None:
+            if torch.is_grad_enabled() and any(buffer.requires_grad for buffer in self.storage.buffers()):
+                self.storage.detach_writes()
+            self.storage.compact(index, rows)
+
+    def _look_at_prompt(
+        self,
+        step: Step,
+        rows: torch.Tensor | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sink_logits: torch.Tensor | None,
+        recording: bool,
+    ) -> None:
+        """Let the policy look at a whole prompt, and store what it chooses, unless all of it is stored."""
+        B, _, T, _ = key.shape
+        positions = torch.arange(T, device=key.device).view(1, 1, T)
+        with torch.no_grad():
+            tokens = CachedTokens(
+                self.storage.as_stored(key, value),
+                positions,
+                query,
+                positions[0],
+                **self._own_state(rows, B, T, 0),
+                block_idx=self.block_idx,
+                mha=self.mha,
+                sink_logits=sink_logits,
+            )
+            if self.policy.observes:
+                self.policy.observe(tokens)
+            index = self.policy.best(tokens) if step.write is None else None
+            self._note(tokens, index, rows, B)
+        if index is not None:
+            if recording:
+                self.storage.detach_writes()
+            chosen = [x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (key, value)]
+            self.storage.set(*chosen, torch.arange(index.shape[-1], device=key.device), rows)
+
+    def _own_state(self, rows: torch.Tensor | None, batch: int, used: int, observed: int) -> dict[str, torch.Tensor]:
+        """The policy's numbers of the first `used` slots, zeros in all that it did not see yet."""
+        slot_state = self.positions.new_zeros(
+            (self.policy.slot_state, batch, self.n_query_groups, used), dtype=torch.float32
+        )
+        if self.policy.slot_state and observed:
+            slot_state[..., :observed] = _rows(self.slot_state, rows, batch)[..., :observed].transpose(0, 1)
+        row_state = slot_state[:0]
+        if self._has_row_state:
+            row_state = _rows(self.row_state, rows, batch)
+            row_state = row_state if observed else torch.zeros_like(row_state)
+        return {"slot_state": slot_state, "row_state": row_state}
+
+    def _note(self, tokens: CachedTokens, index: torch.Tensor | None, rows: torch.Tensor | None, batch: int) -> None:
+        """Keep the policy's numbers, and the positions of the tokens that stay (None: all)."""
+        states = {"slot_state": tokens.slot_state.transpose(0, 1)} if self.policy.slot_state else {}
+        if index is not None:
+            positions = tokens.positions.expand(*index.shape[:2], -1).gather(2, index)
+            states = {name: x.gather(3, index[:, None].expand(-1, x.shape[1], -1, -1)) for name, x in states.items()}
+            states["positions"] = positions.int()
+        if self._has_row_state:
+            states["row_state"] = tokens.row_state
+        for name, x in states.items():
+            buffer = getattr(self, name)
+            if rows is None:
+                buffer[:batch, ..., : x.shape[-1]] = x
+            else:
+                buffer[rows, ..., : x.shape[-1]] = x
+
+    def uninterrupted_tokens(self, row: int) -> int | None:
+        length, filled, _, observed_at = (of_rows[row] for of_rows in self._rows.fields)
+        if length == 0:
+            return None
+        room = self.policy.room(filled, length - observed_at)
+        if room:
+            return room
+        return self.policy.room(self.policy.kept if filled == self.policy.cache_length else filled, 0)
+
+    # -- state between calls
+
+    def _rewind_limit(self, row: int) -> int:
+        _, _, evicted_at, observed_at = self._rows.fields
+        return (observed_at if self.policy.observes else evicted_at)[row]
+
+    @property
+    def max_rewindable_tokens(self) -> int:
+        rooms = [
+            self.policy.room(filled, length - observed_at) or self.policy.tail
+            for length, filled, _, observed_at in zip(*self._rows.fields, strict=True)
+        ]
+        return min(rooms, default=self.policy.longest_prompt) - 1
+
+    def _shortened(self, lengths: tuple[int, ...]) -> RowState:
+        before, filled, *others = self._rows.fields
+        filled = tuple(used - (old - new) for used, old, new in zip(filled, before, lengths, strict=True))
+        return RowState(lengths, filled, *others)
+
+    @torch.no_grad()
+    def fork(self) -> "ScoreKVCache":
+        other = self.empty_copy()
+        for copied, buffer in zip(other.buffers(), self.buffers(), strict=True):
+            copied.copy_(buffer)
+        other._rows = RowState(*self._rows.fields)
+        return other
+
+    def reorder(self, rows: Iterable[int]) -> None:
+        rows = [int(row) for row in rows]
+        super().reorder(rows)
+        move_rows(self.buffers(recurse=False), rows)
+
+    def _takes_over(self, rows: RowState) -> bool:
+        return False
+
+    def _stored(self, batch: int, used: int) -> dict[str, torch.Tensor]:
+        return super()._stored(batch, used) | self._own_stored(batch, used)
+
+    def _own_stored(self, batch: int, used: int) -> dict[str, torch.Tensor]:
+        by_slot = ("positions", "slot_state")
+        return {
+            name: x[:batch, ..., :used] if name in by_slot else x[:batch]
+            for name, x in self.named_buffers(recurse=False)
+        }
+
+    def _load_stored(self, state: Mapping[str, Any], batch: int, used: int) -> None:
+        own = self._own_stored(batch, used)
+        check_state(state, own)
+        super()._load_stored(state, batch, used)
+        for name, target in own.items():
+            target.copy_(state[name])
+
+
+_CLASSES: dict[type[ScorePolicy], type[ScoreKVCache]] = {}
+
+
+def _own_buffers(policy: ScorePolicy, params: KVCacheParams) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of the buffers that such a cache has next to its storage's."""
+    B, G, H, C = params.batch_size, params.n_query_groups, params.n_head, params.cache_length
+    F = policy.row_state(params)
+    dtype = torch.get_default_dtype() if params.dtype is None else params.dtype
+    buffers: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"positions": ((B, G, C), torch.int32)}
+    if policy.slot_state:
+        buffers["slot_state"] = (B, policy.slot_state, G, C), torch.float32
+    if policy.n_queries:
+        buffers["queries"] = (B, H, policy.n_queries, params.head_size), dtype
+    if F:
+        buffers["row_state"] = (B, H, F), torch.float32
+    return buffers
+
+
+def _rows(buffer: torch.Tensor, rows: torch.Tensor | None, batch: int) -> torch.Tensor:
+    return buffer[:batch] if rows is None else buffer[rows]

@@ -1,0 +1,87 @@
+"""What a cache shows to a policy that scores tokens."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from litgpt.attention import QUERY_BLOCK, SCORE_BLOCK_BYTES, KeysAndValues, MultiHeadSelfAttention, do_softcapping
+
+
+@dataclass
+class CachedTokens:
+    """The tokens in question, by row, head of keys and values, and slot; slots are in the order of positions.
+
+    Letters as in `litgpt.attention`; n is the number of queries at hand, those of the last tokens. All numbers are float32,
+    whatever the cache stores.
+
+    Attributes:
+        keys_values: as stored, (B, G, N, D).
+        positions: of the tokens, (B or 1, G or 1, N) int64.
+        rotated_queries: (B, H, n, D), of positions `query_positions` (B or 1, n), ascending.
+        slot_state: the policy's own numbers of every token, (S, B, G, N). `observe` may replace it; new tokens have zeros.
+        row_state: the policy's own numbers of every row and head, (B, H, F). `observe` may replace it; new rows have zeros.
+        block_idx, mha: of the layer.
+        sink_logits: as for `litgpt.attention.scaled_dot_product_attention`.
+    """
+
+    keys_values: KeysAndValues
+    positions: torch.Tensor
+    rotated_queries: torch.Tensor
+    query_positions: torch.Tensor
+    slot_state: torch.Tensor
+    row_state: torch.Tensor
+    block_idx: int
+    mha: MultiHeadSelfAttention
+    sink_logits: torch.Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, G, N)."""
+        return self.slot_state.shape[1:]
+
+    @cached_property
+    def keys(self) -> torch.Tensor:
+        """(B, G, N, D), rotated."""
+        keys = self.keys_values.keys()
+        return keys.float() if self.keys_values.both_in_parallel() else keys.to(torch.float32, copy=True)
+
+    @cached_property
+    def values(self) -> torch.Tensor:
+        """(B, G, N, D)."""
+        return self.keys_values.values().float()
+
+    @property
+    def queries(self) -> torch.Tensor:
+        """(B, H, n, D), rotated."""
+        return self.rotated_queries.float()
+
+    def over_group(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, ...) to (B, G, H / G, ...): the heads that share keys."""
+        return x.unflatten(1, (self.shape[1], -1))
+
+    def weights(self, last: int | None = None) -> Iterator[torch.Tensor]:
+        """Attention weights of the queries (of the `last` ones) on all tokens, in blocks (B, H, queries, N)."""
+        keys, positions = self.keys, self.query_positions
+        B, G, N = self.shape
+        n = self.rotated_queries.shape[2]
+        H = self.rotated_queries.shape[1]
+        size = max(1, min(QUERY_BLOCK, SCORE_BLOCK_BYTES // (4 * B * H * N)))
+        for start in range(0 if last is None else max(0, n - last), n, size):
+            block = slice(start, start + size)
+            queries = self.rotated_queries[:, :, block].float() * self.mha.scale
+            scores = queries.reshape(B, G, -1, queries.shape[-1]) @ keys.mT
+            scores = do_softcapping(scores, self.mha.softcapping).view(B, G, H // G, -1, N)
+            hidden = self.positions[:, :, None] > positions[:, None, block, None]
+            scores = scores.masked_fill_(hidden[:, :, None], -torch.inf).flatten(1, 2)
+            if self.sink_logits is None:
+                yield scores.softmax(-1)
+            else:
+                sinks = self.sink_logits.float()[:, None].expand(B, -1, scores.shape[2])
+                yield (scores - torch.logaddexp(scores.logsumexp(-1), sinks)[..., None]).exp()
+
+    def summed_weights(self, last: int | None = None) -> torch.Tensor:
+        """The weights of all queries (of the `last` ones) and of all heads that share keys, summed: (B, G, N)."""
+        sums = [self.over_group(weights.sum(2)).sum(2) for weights in self.weights(last)]
+        return sum(sums)

@@ -1,0 +1,101 @@
+"""The command `plan_cache`."""
+
+import shlex
+from pathlib import Path
+
+from litgpt.engine.loading import default_device, parse_precision
+from litgpt.kvcache import CacheSpec
+from litgpt.kvcache.memory import as_text, available_bytes, fitting_caches
+from litgpt.planning import MemoryPlan, measured_bandwidth, parse_bytes, plan_for
+
+
+def plan_cache(
+    checkpoint_dir: Path,
+    memory: str | None = None,
+    context: int | None = None,
+    batch: int = 1,
+    kv_cache: str = "dense",
+    cache_length: int | None = None,
+    quantize: str | None = None,
+    precision: str | None = None,
+    prompt_chunksize: int = 512,
+    bandwidth: float | None = None,
+) -> None:
+    """Tell whether a model and its key-value caches fit into a memory, and what would; no weights are loaded.
+
+    Sizes of weights and caches are exact, the workspace is an estimate.
+
+    Args:
+        checkpoint_dir: Folder of a checkpoint, a .gguf file, or the name of a model, which need not be on this disk.
+        memory: What there is, such as 24GB or 16GiB. Default: what is left on this machine.
+        context: Tokens of a sequence, prompt and answer together. Default: the model's context.
+        batch: Sequences at a time.
+        kv_cache: The caches: a policy, perhaps with a storage, as in dense-int8.
+        cache_length: Slots of caches that evict.
+        quantize: Quantise the weights: int8 or int4.
+        precision: bf16-true, 16-true or 32-true. Default: the fastest on the device.
+        prompt_chunksize: Tokens of a prefill call.
+        bandwidth: Of the memory, in GB a second. Default: measured on this machine.
+    """
+    for name, value in (("context", context), ("batch", batch), ("prompt_chunksize", prompt_chunksize)):
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+    if bandwidth is not None and not bandwidth > 0:
+        raise ValueError(f"--bandwidth must be above 0, got {bandwidth}")
+    device = default_device()
+    spec = CacheSpec.parse(kv_cache, cache_length)
+    plan = plan_for(checkpoint_dir, spec, parse_precision(precision, device), quantize, prompt_chunksize)
+    most = plan.config.block_size
+    length = most if context is None else context
+    if length > most and not spec.evicts:
+        raise ValueError(f"--context {length:,} is more than the model's context of {most:,} tokens")
+    available = available_bytes(device) if memory is None else parse_bytes(memory)
+    if available is None:
+        raise ValueError("how much memory this machine has left is not known: give --memory, as 24GB")
+    speed = measured_bandwidth() if bandwidth is None else bandwidth * 1e9
+    print(_table(plan, batch, length, available, speed, "measured" if bandwidth is None else "given"))
+    print(f"\n{_command(plan, checkpoint_dir, quantize, precision, batch, length, available)}")
+
+
+def _table(plan: MemoryPlan, rows: int, length: int, memory: int, bandwidth: float, source: str) -> str:
+    config, weights, caches, workspace = plan.config, plan.weights, plan.caches(rows, length), plan.workspace(rows)
+    total = weights + caches + workspace
+    kind = str(plan.dtype).removeprefix("torch.") if plan.scheme is None else plan.scheme.mode
+    per_token, left = plan.bytes_per_token(length), memory - total
+    longest, most_rows = plan.longest(rows, memory), plan.most_rows(length, memory)
+    limit = " (the model's context)" if longest == config.block_size else ""
+    lines = {
+        "weights": f"{as_text(weights)} in {kind}",
+        "caches": f"{as_text(caches)}, {as_text(per_token)} a further token of a sequence",
+        "workspace": f"about {as_text(workspace)}, for prefill calls of {min(plan.chunk, length):,} tokens",
+        "together": f"{as_text(total)}: "
+        + (f"fits into {as_text(memory)}" if left >= 0 else f"{as_text(-left)} more than {as_text(memory)}"),
+        "longest": f"{longest:,} tokens{limit} for {_sequences(rows)}" if longest else "not one token fits",
+        "most": f"{_sequences(most_rows)} of {length:,} tokens at a time",
+        "speed": f"at most {plan.tokens_per_second(rows, length, bandwidth):,.1f} tokens/s with full caches, by "
+        f"{bandwidth / 1e9:.1f} GB/s ({source})",
+    }
+    title = f"{config.name}, {plan.spec} caches, {_sequences(rows)} of {length:,} tokens"
+    return "\n".join([title, "", *(f"{name + ':':11}{text}" for name, text in lines.items())])
+
+
+def _sequences(rows: int) -> str:
+    return f"{rows:,} sequence{'s' * (rows != 1)}"
+
+
+def _command(
+    plan: MemoryPlan, name: Path, quantize: str | None, precision: str | None, rows: int, length: int, memory: int
+) -> str:
+    """The command to paste, or what would fit."""
+    spec, left = plan.spec, memory - plan.weights - plan.workspace(rows)
+    cache = [] if spec == CacheSpec() else ["--kv_cache", str(spec)]
+    cache += [] if spec.cache_length is None else ["--cache_length", str(spec.cache_length)]
+    if left < plan.caches(rows, length):
+        fitting = list(fitting_caches(plan.config, rows, length, plan.dtype, left)) if left > 0 else []
+        if not fitting:
+            smaller = "fewer or shorter sequences" if quantize else "--quantize int4, fewer or shorter sequences"
+            return f"No caches fit: try {smaller}, or a smaller model."
+        cache = ["--kv_cache", *fitting[0].split()]
+    words = ["litgpt", "generate", str(name), *cache, "--prompt_chunksize", str(plan.chunk)]
+    words += [f"--{option}={value}" for option, value in (("quantize", quantize), ("precision", precision)) if value]
+    return " ".join(map(shlex.quote, words))

@@ -1,0 +1,197 @@
+"""Policies that score tokens: guarantee G11, evictions are those of written-out attention; their options; models with them."""
+
+import inspect
+import math
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tiny import tiny_gpt
+
+from litgpt.config import Config
+from litgpt.kvcache import CacheSpec, KVCacheParams
+from litgpt.kvcache.policies import POLICIES
+from litgpt.kvcache.policies.lastrec import LastRecentPolicy
+from litgpt.kvcache.policies.score import ScorePolicy
+from litgpt.kvcache.score import ScoreKVCache
+from litgpt.kvcache.testing import create_kv_cache
+
+from .cases import D, feed, follow, score_defaults
+from .score_reference import LOOKING, SCORES, ScoreReference, h2o_value_norm
+
+NAMES = [name for name, policy in POLICIES.items() if issubclass(policy, ScorePolicy)]
+
+
+def pair(name, slots, tail, score=None, n_sink=None, recent=None, run=1, dtype=torch.float32, softcap=None, **args):
+    """A cache and its reference."""
+    config = Config(
+        n_layer=2, n_embd=4 * D, n_head=4, n_query_groups=2, block_size=4096, attention_logit_softcapping=softcap
+    )
+    params = KVCacheParams.from_config(config, 2, slots, dtype=dtype)
+    cache = create_kv_cache(name, params, 1, config, tail=tail, n_sink=n_sink, recent=recent, run=run, **args)
+    sinks, newest = score_defaults(name, slots - tail)
+    reference = ScoreReference(
+        1 / math.sqrt(D),
+        score or SCORES[name],
+        slots,
+        tail,
+        sinks if n_sink is None else n_sink,
+        newest if recent is None else recent,
+        name in LOOKING,
+        run,
+        softcap,
+    )
+    return cache, reference
+
+
+def draw(T, dtype=torch.float32, batch=2):
+    return tuple(2 * torch.randn(batch, heads, T, D).to(dtype) for heads in (4, 2, 2))
+
+
+def agree(cache, reference, tokens, cuts):
+    """The outputs are the same, and so is what is left in every row and head."""
+    found, expected = feed(cache, tokens, cuts), follow(reference, tokens, cuts)
+    tolerance = 1e-5 if cache.dtype == torch.float32 else 0.1
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=0 if tolerance < 1e-4 else 0.05)
+    for b, row in enumerate(reference.rows):
+        for g in range(2):
+            assert cache.token_positions()[b, g, : len(row.kept[g])].tolist() == row.kept[g]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cuts", [(30, *(1,) * 170), (90, 110), (150, 7, 43)], ids=len)
+@pytest.mark.parametrize(("slots", "tail"), [(50, 1), (110, 64)])
+@pytest.mark.parametrize("name", NAMES)
+def test_G11_evictions_are_those_of_attention_written_out(name, slots, tail, cuts, dtype):
+    agree(*pair(name, slots, tail, dtype=dtype), draw(200, dtype), cuts)
+
+
+@pytest.mark.parametrize(
+    "options", [{"n_sink": 0}, {"n_sink": 7, "recent": 9}, {"recent": 1}, {"run": 4}, {"softcap": 2.0}], ids=str
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_first_and_newest_tokens_stay_and_runs_go_together(name, options):
+    agree(*pair(name, 30, 6, **options), draw(100), (20, *(1,) * 30, 50))
+
+
+def test_h2o_may_weigh_by_the_norms_of_values():
+    tokens = draw(100)
+    tokens[2].mul_(torch.rand(100)[:, None] ** 4)
+    plain, weighed = pair("h2o", 30, 6), pair("h2o", 30, 6, h2o_value_norm, value_norm=True)
+    agree(*weighed, tokens, (20, 80))
+    feed(plain[0], tokens, (20, 80))
+    assert not torch.equal(plain[0].token_positions(), weighed[0].token_positions())
+
+
+def test_snapkv_looks_through_its_window_and_pools():
+    score = lambda row, g, reference: SCORES["snapkv"](row, g, reference, 9, 3)  # noqa: E731
+    agree(*pair("snapkv", 30, 6, score, window=9, pool=3), draw(100), (20, 30, 50))
+
+
+def test_random_keeps_another_sample_for_another_seed_row_by_row_the_same():
+    tokens = draw(300, batch=1)
+    kept = []
+    for seed in (0, 0, 1):
+        cache, _ = pair("random", 60, 1, seed=seed)
+        feed(cache, tokens, (300,))
+        kept.append(cache.token_positions()[0])
+    assert torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[0], kept[2])
+    assert not torch.equal(kept[0][0], kept[0][1])
+    assert 100 < kept[0].float().mean() < 200  # of the whole sequence
+
+
+@dataclass(frozen=True)
+class Equal(ScorePolicy):
+    def scores(self, tokens):
+        return torch.zeros(tokens.shape)
+
+
+@dataclass(frozen=True)
+class NotANumber(ScorePolicy):
+    def scores(self, tokens):
+        return torch.where(tokens.positions % 2 == 0, torch.nan, 0.0)
+
+
+def test_of_equal_scores_the_newer_token_stays_and_none_beats_not_a_number():
+    cache, _ = pair(f"{__name__}:Equal", 20, 4, list, n_sink=2, recent=1)
+    feed(cache, draw(50), (50,))
+    assert cache.token_positions()[0, 0].tolist() == [0, 1, *range(36, 50)]
+    cache, _ = pair(f"{__name__}:NotANumber", 20, 4, list, n_sink=2, recent=1)
+    feed(cache, draw(50), (50,))
+    assert cache.token_positions()[0, 0].tolist() == [0, 1, *range(23, 50, 2)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_policy_sums_up_is_float32_whatever_the_model_becomes(name):
+    cache, _ = pair(name, 30, 6)
+    feed(cache, draw(60), (30, 30))
+    before = dict(cache.named_buffers(recurse=False))
+    cache.to(torch.bfloat16)
+    assert cache.dtype == torch.bfloat16
+    for each, buffer in cache.named_buffers(recurse=False):
+        assert each == "queries" or torch.equal(buffer, before[each])
+    feed(cache, draw(60, torch.bfloat16), (30, 30))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_policy_is_a_short_file(name):
+    lines = len(inspect.getsource(sys.modules[POLICIES[name].__module__]).splitlines())
+    assert lines < (60 if POLICIES[name](64).n_queries else 40)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"tail": 0}, r"tail.*1..29.*30.* 0$"),
+        ({"tail": 30}, r"tail.*1..29.* 30$"),
+        ({"tail": 2.5}, r"tail.* 2.5$"),
+        ({"tail": 6, "n_sink": 24}, r"n_sink.*0..23.* 24$"),
+        ({"tail": 6, "n_sink": 20, "recent": 5}, r"recent.*1..4.* 5$"),
+        ({"recent": 0}, r"recent.* 0$"),
+        ({"run": 0}, r"run must be at least 1.* 0$"),
+        ({"cache_length": 1}, r"cache_length of at least 2.* 1$"),
+        ({"name": "snapkv", "pool": 4}, r"pool.*odd.* 4$"),
+        ({"name": "snapkv", "window": 0}, r"window.* 0$"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_be_are_refused(args, message):
+    name, length = args.pop("name", "h2o"), args.pop("cache_length", 30)
+    with pytest.raises(ValueError, match=message):
+        CacheSpec(name, cache_length=length, **args).create(Config(n_layer=1, n_embd=32, n_head=4, block_size=50), 1)
+
+
+def test_layers_with_a_window_have_caches_of_positions():
+    config = Config(
+        n_layer=2, n_embd=32, n_head=4, block_size=500, sliding_window_size=8, sliding_window_indices=[1, 0]
+    )
+    for length in (300, 40):
+        window, full = CacheSpec("h2o", cache_length=length).create(config, 1)
+        assert window.policy == LastRecentPolicy(min(length, 72))
+        assert isinstance(full, ScoreKVCache)
+    params = KVCacheParams.from_config(config, 1, 40)
+    with pytest.raises(ValueError, match="layer 0 has a sliding window"):
+        create_kv_cache("h2o", params, 0, config)
+
+
+def kept_by_a_model(name, idx, cuts, sinks):
+    """What is left in every layer of a model with sink logits around `sinks`."""
+    torch.manual_seed(0)
+    model = tiny_gpt(attention_sinks=True, n_layer=2)
+    for block in model.transformer.h:
+        block.attn.sinks.data.uniform_(sinks - 4, sinks + 4)
+    model.assign_kv_caches(CacheSpec(name, cache_length=24, tail=5).create(model, 1))
+    for part in idx.split(cuts, 1):
+        model(part, model.next_token_pos)
+    return [cache.token_positions().tolist() for cache in model.kv_caches()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_with_sink_logits_gives_them_to_its_policies(name):
+    idx = torch.randperm(100)[None, :60]
+    one_by_one, at_once = (kept_by_a_model(name, idx, (10, *rest), 2) for rest in [(1,) * 50, (50,)])
+    assert one_by_one == at_once
+    if name == "h2o":
+        assert kept_by_a_model(name, idx, (10, *(1,) * 50), -99) != one_by_one

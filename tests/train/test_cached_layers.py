@@ -1,0 +1,153 @@
+"""Training through caches: layer by layer against autograd through the calls of serving (guarantee G12)."""
+
+import pytest
+import torch
+from tiny import VOCABULARY, tiny_gpt
+
+from litgpt.kvcache import CacheSpec
+from litgpt.kvcache.testing import KV_CACHE_NAMES
+from litgpt.lora import Config as LoRAConfig
+from litgpt.lora import add_lora
+from litgpt.train.cached_layers import CachedLayers
+
+MODELS = {
+    "llama": {},
+    "gemma": {
+        "sliding_window_size": 5,
+        "sliding_window_indices": [1, 0],
+        "attention_logit_softcapping": 20.0,
+        "post_attention_norm": True,
+        "norm_qk": True,
+        "scale_embeddings": True,
+    },
+    "parallel": {"parallel_residual": True, "shared_attention_norm": True, "rotary_percentage": 0.5, "bias": True},
+    "experts": {"mlp_class_name": "LLaMAMoE", "n_expert": 4, "n_expert_per_token": 2, "moe_intermediate_size": 16},
+    "latent": {
+        "latent_attention": {
+            "q_lora_rank": None,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+        },
+        "n_query_groups": 4,
+    },
+    "sinks": {"attention_sinks": True},
+}
+
+
+def make(kind="llama"):
+    torch.manual_seed(0)
+    model = tiny_gpt(**MODELS[kind], n_layer=2, block_size=64, **VOCABULARY).double().requires_grad_(True).eval()
+    for name, parameter in model.named_parameters():
+        if "sinks" in name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def serving(model, spec, rows, chunk):
+    """Final-norm outputs of every row, by calls with caches as the engine makes them, under autograd."""
+    outputs = []
+    for row in rows:
+        model.clear_kv_caches(assigned=True)
+        model.assign_kv_caches(spec.create(model, 1))
+        calls = [(start, row[start : start + chunk]) for start in range(0, len(row), chunk)]
+        outputs.append(torch.cat([model(part[None], input_pos=start, skip_lm_head=True) for start, part in calls], 1))
+    model.clear_kv_caches(assigned=True)
+    return torch.cat(outputs, 1)
+
+
+def gradients(model, outputs, weight):
+    params = [p for name, p in model.named_parameters() if "lm_head" not in name]
+    return torch.autograd.grad((outputs * weight[:, : outputs.shape[1]]).sum(), params, allow_unused=True)
+
+
+def compare(model, spec, lengths, chunk):
+    rows = [torch.randint(0, 100, (length,)) for length in lengths]
+    weight = torch.randn(1, sum(lengths), model.config.n_embd, dtype=torch.float64)
+    expected = serving(model, spec, rows, chunk)
+    wanted = gradients(model, expected, weight)
+    layers = CachedLayers(model, spec, chunk)
+    outputs = layers(torch.cat(rows)[None], lengths if len(lengths) > 1 else None)
+    found = gradients(model, outputs, weight)
+    torch.testing.assert_close(outputs, expected, rtol=1e-10, atol=1e-10)
+    for own, other in zip(found, wanted, strict=True):
+        if own is None or other is None:
+            assert own is other is None
+        else:
+            torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", KV_CACHE_NAMES)
+@pytest.mark.parametrize("chunk", [1, 4, 12])
+def test_G12_every_cache(name, chunk):
+    spec = CacheSpec.parse(name)
+    spec = CacheSpec.parse(spec, cache_length=9 if spec.evicts else 30)
+    compare(make(), spec, [30], chunk)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("name", ["dense", "lastrec", "h2o"])
+def test_G12_every_kind_of_layer(kind, name):
+    compare(make(kind), CacheSpec(name, cache_length=30 if name == "dense" else 8), [21], 4)
+
+
+@pytest.mark.parametrize("chunk", [4, 11])
+@pytest.mark.parametrize("name", ["dense", "lastrec", "knorm", "h2o"])
+def test_G12_rows_of_their_own_lengths(name, chunk):
+    args = {} if name == "dense" else {"n_sink": 2}
+    compare(make(), CacheSpec(name, cache_length=30 if name == "dense" else 8, **args), [21, 3, 13, 8], chunk)
+
+
+def test_without_evictions_it_is_plain_training():
+    model = make()
+    idx = torch.randint(0, 100, (1, 23))
+    weight = torch.randn(1, 23, model.config.n_embd, dtype=torch.float64)
+    plain = model(idx, skip_lm_head=True)
+    ours = CachedLayers(model, CacheSpec("lastrec", cache_length=32), 5)(idx)
+    torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+    for own, other in zip(gradients(model, ours, weight), gradients(model, plain, weight), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-10)
+
+
+def test_dropout_is_the_same_in_both_passes():
+    model = make()
+    config = LoRAConfig.extending(model.config, lora_r=4, lora_alpha=8, lora_dropout=0.3, lora_all=True)
+    add_lora(model, config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.double().train()
+    idx, weight = torch.randint(0, 100, (1, 20)), torch.randn(1, 20, 64, dtype=torch.float64)
+    layers = CachedLayers(model, CacheSpec("lastrec", cache_length=8), 4)
+
+    def loss():
+        torch.manual_seed(1)
+        return (layers(idx) * weight).sum()
+
+    params = [p for p in model.parameters() if p.requires_grad]
+    direction = [torch.randn_like(p) for p in params]
+    slope = sum((g * d).sum() for g, d in zip(torch.autograd.grad(loss(), params), direction, strict=True))
+    values = []
+    with torch.no_grad():
+        for step in (1e-5, -2e-5):
+            for p, d in zip(params, direction, strict=True):
+                p.add_(d, alpha=step)
+            values.append(loss())
+    torch.testing.assert_close(slope, (values[0] - values[1]) / 2e-5, rtol=1e-5, atol=0)
+
+
+def test_only_the_inputs_of_layers_are_kept_for_the_backward_pass():
+    model, kept = make(), []
+    idx = torch.randint(0, 100, (1, 30))
+    layers = CachedLayers(model, CacheSpec("lastrec", cache_length=8), 4)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        layers(idx)
+    assert sum(kept) < (model.config.n_layer + 4) * 30 * model.config.n_embd
+
+
+@pytest.mark.parametrize(("chunk", "words"), [(0, "at least one token")])
+def test_impossible_chunks_are_refused(chunk, words):
+    with pytest.raises(ValueError, match=words):
+        CachedLayers(make(), CacheSpec(), chunk)
