@@ -10,8 +10,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import is_dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from litgpt.errors import debugging, describe
 from litgpt.standard_streams import drop_unwritten, is_text, prepare_standard_streams
@@ -334,11 +335,39 @@ def _explain(message: str, parameters: Mapping[str, inspect.Parameter], config_f
         return f"{match[1] or match[2]} is missing"
     if (match := re.match(r'Parser key "(\w+)": .*(?:Got|Given) value: (.*)', message)) and match[1] in parameters:
         annotation = parameters[match[1]].annotation
+        kind = next(
+            (x for x in get_args(annotation) if isinstance(x, type) and x.__module__.startswith("litgpt.")), None
+        )
+        if kind is not None and not is_dataclass(kind):
+            return _explain_object(match[1], kind, match[2], message)
         expected = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
         expected = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", expected)
         expected = re.sub(r"Literal\[(.*)\]", r"one of \1", expected)
         return f"--{match[1]} cannot be {match[2]!r}, it takes {expected}"
+    if match := re.match(r'Parser key "([\w.]+)": .*(?:Got|Given) value: (.*)', message):
+        expected = " or ".join(re.findall(r"Expected an? <class '(\w+)'>", message)).replace("NoneType", "null")
+        return f"--{match[1]} cannot be {match[2]!r}, it takes {expected or 'another kind of value'}"
     return re.sub(r'^Parser key "([\w.]+)":', r"--\1:", message)
+
+
+def _explain_object(key: str, kind: type, value: str, message: str) -> str:
+    """Says what is wrong with an option whose value is the name of a subclass of `kind`, with arguments."""
+    package = vars(import_module(kind.__module__.rpartition(".")[0]))
+    known = [name for name, x in package.items() if isinstance(x, type) and issubclass(x, kind) and x is not kind]
+    choice = f"one of {', '.join(sorted(known))}, or the import path of a class of yours"
+    match = re.search(r"Problem with given class_path '(?:[\w.]+\.)?(\w+)': (.*?)(?: - Expected| Given value)", message)
+    if match is None or match[1] not in [*known, kind.__name__]:
+        return f"--{key} cannot be {value!r}, it takes {choice}"
+    name, reason = match.groups()
+    if argument := re.search(r"Option '(\w+)' is not accepted", reason):
+        if name == kind.__name__:
+            return f"--{key}.{argument[1]} belongs to a --{key} that is not given: {choice}"
+        return f"--{key} {name} has no option --{key}.{argument[1]}"
+    if argument := re.search(r"arguments are required: (\w+)", reason):
+        return f"--{key} {name} needs --{key}.{argument[1]}"
+    if argument := re.search(r"Parser key \"(\w+)\": (?:.*value: |)(.*)", reason):
+        return f"--{key}.{argument[1]} cannot be {argument[2]!r}"
+    return f"--{key} {name}: {reason}"
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from litgpt.data.alpaca import Alpaca
 from litgpt.data.alpaca_2k import Alpaca2k
 from litgpt.data.alpaca_gpt4 import AlpacaGPT4
-from litgpt.data.base import DataModule, SFTDataset, SFTModule, get_sft_collate_fn
+from litgpt.data.base import DataModule, SFTDataset, get_sft_collate_fn
 from litgpt.data.deita import Deita
 from litgpt.data.flan import FLAN
 from litgpt.data.json_data import JSON
@@ -30,7 +30,6 @@ __all__ = [
     "MicroLlama",
     "OpenWebText",
     "SFTDataset",
-    "SFTModule",
     "TextFiles",
     "TinyLlama",
     "TinyStories",

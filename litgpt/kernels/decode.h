@@ -88,12 +88,15 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
                 const int64_t m = i / heads, h = i % heads, b = m / T, t = m % T;
                 bf16* head = qkv + i * D;
                 if (h < H + G) finish_head(shape, layer, ropes, head, h, b, t);
+                const int64_t row = plan.rows ? plan.rows[b] : b;
                 if (h < H) {
                     std::memcpy(attention.queries + ((b * H + h) * T + t) * D, head, D * sizeof(bf16));
+                    const int64_t n = plan.n_queries, j = t - (T - n);
+                    if (j >= 0)
+                        keep_query(layer, head, row, h, plan.query_slots[plan.query_slots_by_row ? b * n + j : j], D);
                 } else {
                     const int64_t g = (h - H) % G, slot = plan.slots[plan.slots_by_row ? m : t];
                     bf16* buffer = h < H + G ? layer.keys : layer.values;
-                    const int64_t row = plan.rows ? plan.rows[b] : b;
                     std::memcpy(buffer + row * layer.row_stride + g * layer.head_stride + slot * D, head,
                                 D * sizeof(bf16));
                 }

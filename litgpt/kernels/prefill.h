@@ -163,9 +163,15 @@ private:
         with_weight<Widened>(layer.gate, multiply, scratch);
     }
 
-    // Writes the tokens of a segment that stay to the cache.
+    // Writes the tokens of a segment that stay to the cache, and the last queries that its policy asks for.
     void store(const Layer& layer, const Segment& segment) {
         const int64_t H = shape.H, G = shape.G, D = shape.D;
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < segment.n_queries; i++) {
+            const bf16* token = qkv + (segment.first + segment.T - segment.n_queries + i) * heads * D;
+            for (int64_t h = 0; h < H; h++)
+                keep_query(layer, token + h * D, segment.row, h, segment.query_slots[i], D);
+        }
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < segment.n_kept; i++) {
             const bf16* token = qkv + (segment.first + (segment.kept ? segment.kept[i] : i)) * heads * D;

@@ -149,6 +149,10 @@ class PlannedKVCache(DefaultKVCache):
         parts = storage.size_in_bits_apriori(params, **storage_args)
         return sum(parts.values()), parts
 
+    def kept_queries(self) -> torch.Tensor | None:
+        """Queries that the policy asks for (batch_size, H, slots, D), to be written as steps say; None: it asks for none."""
+        return None
+
     # -- one call
 
     @abstractmethod
@@ -291,6 +295,11 @@ class PlannedKVCache(DefaultKVCache):
         return DefaultKeysAndValues(
             torch.cat((old.keys(), key[:, :, step.new]), dim=2), torch.cat((old.values(), value[:, :, step.new]), dim=2)
         )
+
+    def uninterrupted_tokens(self, row: int) -> int | None:
+        """How many next tokens of a row can come in one call without an eviction between them that is not planned from their
+        positions alone (None: any number)."""
+        return None
 
     # -- errors
 

@@ -137,6 +137,8 @@ class Loop:
 
     def _epoch(self) -> Iterator[Any]:
         """The batches that are left of this epoch."""
+        if hasattr(self.train_loader, "current_epoch"):  # litdata's, which counts up from it, and shuffles by it
+            self.train_loader.current_epoch = self.position.epoch
         generator = self.train_loader.generator
         sampler = getattr(self.train_loader.sampler, "generator", None)
         if self.position.batches:  # in the middle of an epoch: draw its order once more

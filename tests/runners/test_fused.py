@@ -198,6 +198,54 @@ def test_prefill_of_more_tokens_than_an_evicting_cache_holds(sinks):
     assert all(done)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("name", ["knorm", "tova", "snapkv", "h2o"])
+def test_caches_that_score_their_tokens(name, batch_size):
+    """Their queries are kept as the layers keep them; the calls that begin with an eviction are no others."""
+    model = bf16_gpt()
+    caches = {"name": name, "cache_length": 40, "tail": 8}
+    calls = [20, *(1,) * 20, 3, *(1,) * 30, 5]
+    kept = []
+    for fuse in (False, True):
+        if fuse:
+            speed_up_decode(model)
+        done = count(model) if fuse else []
+        outputs = run(model, calls, batch_size, **caches)
+        kept.append((outputs, [cache.kept_queries() for cache in model.kv_caches()]))
+    (expected, queries), (found, fused_queries) = kept
+    assert_same(found[:, :40], expected[:, :40])  # what is evicted then may depend on roundings
+    assert_same(found[:, 40:46], expected[:, 40:46])
+    for one, other in zip(queries, fused_queries, strict=True):
+        assert (one is None) == (name == "knorm")
+        if one is not None:
+            assert_same(other[:batch_size].float(), one[:batch_size].float())
+    assert done[0] == (name != "h2o" and ops.multiplies_fast()), "h2o looks at the whole prompt"
+    assert sum(done[1:]) >= len(calls) - 3, "a call within which tokens are evicted is left to the layers"
+
+
+@needs_fast_products
+def test_rows_of_a_call_keep_the_queries_of_their_last_tokens():
+    model, prompts = bf16_gpt(), [torch.randint(0, 90, (T,)) for T in (3, 25, 7)]
+    kept = []
+    for fuse in (False, True):
+        if fuse:
+            speed_up_decode(model)
+        model.clear_kv_caches(assigned=True)
+        model.assign_kv_caches(create_kv_caches("snapkv", model.config, 4, 40, torch.bfloat16, tail=8, window=6))
+        done = count(model) if fuse else []
+        with torch.inference_mode():
+            model.caches.start(4)
+            model(torch.arange(9)[None], 0, rows=[1])
+            model(torch.cat(prompts)[None], 0, rows=[3, 0, 2], row_sizes=[3, 25, 7])
+            for t in range(4):
+                model(torch.arange(4)[:, None] + t, 25 + t)
+        kept.append([cache.kept_queries().float() for cache in model.kv_caches()])
+    for one, other in zip(*kept, strict=True):
+        assert one.count_nonzero() == one.numel()
+        assert_same(other, one)
+    assert all(done)
+
+
 @needs_fast_products
 @pytest.mark.parametrize("family", ["llama", "gemma"])
 def test_rows_one_after_the_other(family):

@@ -1,8 +1,13 @@
 """Folders that `litdata` has optimised, with the package itself."""
 
+import shutil
+
 import pytest
 import torch
+from tiny import tiny_gpt
 
+from litgpt import pretrain
+from litgpt.args import EvalArgs, TrainArgs
 from litgpt.data import LitData, MicroLlama, TinyLlama
 
 litdata = pytest.importorskip("litdata")
@@ -51,3 +56,34 @@ def test_mixtures(kind, code, folder):
     rows = torch.cat(list(module.train_dataloader()))
     assert rows.shape[1] == 17
     assert bool((rows >= 10000).any()) is code
+
+
+@pytest.mark.parametrize("kind", [TinyLlama, MicroLlama])
+def test_a_stop_after_the_first_epoch_changes_nothing(kind, folder, tmp_path):
+    config = tiny_gpt(name="tiny", n_layer=1, vocab_size=12000, padded_vocab_size=12000).config
+
+    def run(out, **options):
+        pretrain.setup(
+            "tiny",
+            model_config=config,
+            out_dir=out,
+            data=kind(folder, num_workers=0),
+            train=TrainArgs(
+                save_interval=1, global_batch_size=40, micro_batch_size=20, max_steps=8, max_seq_length=16, max_norm=1.0
+            ),
+            eval=EvalArgs(interval=100, max_iters=1),
+            precision="32-true",
+            devices=1,
+            logger_name="csv",
+            **options,
+        )
+        return torch.load(out / "final" / "lit_model.pth", weights_only=True)["model"]
+
+    expected = run(tmp_path / "whole")
+    run(tmp_path / "half")
+    position = torch.load(tmp_path / "half" / "step-00000007" / "lit_model.pth", weights_only=True)["loop"]["position"]
+    assert position["epoch"] > 0
+    for step in (8, "final"):
+        shutil.rmtree(tmp_path / "half" / (step if step == "final" else f"step-{step:08}"))
+    found = run(tmp_path / "half", resume="auto")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -18,7 +18,7 @@ from litgpt.checkpoint.open import open_checkpoint
 from litgpt.data import JSON
 from litgpt.finetune import adapter, adapter_v2, full, lora
 from litgpt.scripts.quantize import quantize_checkpoint
-from litgpt.train import finetune
+from litgpt.train import finetune, loop
 from litgpt.train.loop import Loop
 
 SETUPS = {"full": full.setup, "lora": lora.setup, "adapter": adapter.setup, "adapter_v2": adapter_v2.setup}
@@ -129,6 +129,36 @@ def test_old_checkpoints_go_and_the_best_one_stays(checkpoint_dir, tmp_path, jso
     steps = sorted(folder.name for folder in out.glob("step-*"))
     assert steps[-1] == "step-000006"
     assert len(steps) <= 2
+
+
+def test_a_run_stops_when_validation_no_longer_gets_better(checkpoint_dir, tmp_path, json_path, capsys, monkeypatch):
+    losses = iter([9.0, 3.0, 2.0, 2.5, 2.1, 1.0, 1.0])  # the first is of the check before training, the last of the end
+    monkeypatch.setattr(loop, "validate", lambda *args: next(losses))
+    train = replace(TRAIN, early_stopping=2, save_interval=None, max_steps=100, epochs=100)
+    run("lora", checkpoint_dir, tmp_path / "out", json_path, train)
+    assert capsys.readouterr().out.count("(step)") == 8  # a validation every 2 steps: the third and fourth were worse
+
+
+def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint(checkpoint_dir, tmp_path, json_path, monkeypatch):
+    out = tmp_path / "out"
+    save = torch.save
+
+    def full(content, path):
+        save(content, path)
+        if content.get("step_count") == 4:
+            path.write_bytes(path.read_bytes()[:100])
+            raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")  # what torch says
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(
+            OSError, match=r"step-000004 could not be written: .*last complete checkpoint is .*step-000002"
+        ):
+            run("lora", checkpoint_dir, out, json_path)
+    assert {path.name for path in out.iterdir()} == {"step-000002", "logs"}
+    resumed = run("lora", checkpoint_dir, out, json_path, resume="auto")
+    expected = run("lora", checkpoint_dir, tmp_path / "whole", json_path)
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize(
@@ -400,6 +430,18 @@ def JSONData(folder, samples):
         ("--data JSON --data.json_path nowhere.json", "nowhere.json"),
         ("--data FLAN --data.subsets none", "none not"),
         ("--data JSON --data.json_path {} --data.val_split_fraction 2", "val_split_fraction"),
+        ("--data JSON", "--data JSON needs --data.json_path"),
+        ("--data TextFiles", "--data TextFiles needs --data.train_data_path"),
+        (
+            "--data Jason",
+            "--data cannot be 'Jason', it takes one of Alpaca, Alpaca2k, AlpacaGPT4, Deita, FLAN, JSON, LIMA",
+        ),
+        ("--data litgpt.data.Jason", "cannot be 'litgpt.data.Jason', it takes one of Alpaca"),
+        ("--data torch.nn.Linear", "cannot be 'torch.nn.Linear', it takes one of Alpaca"),
+        ("--data JSON --data.json_pth {}", "--data JSON has no option --data.json_pth"),
+        ("--data.json_path {}", "--data.json_path belongs to a --data that is not given: one of Alpaca"),
+        ("--train.max_steps many", "--train.max_steps cannot be 'many', it takes int or null"),
+        ("--data Alpaca --data.val_split_fraction much", "--data.val_split_fraction cannot be 'much'"),
     ],
 )
 def test_what_a_data_module_says_of_its_options_is_the_error(data, message, checkpoint_dir, json_path, capsys):
@@ -429,7 +471,8 @@ def test_a_cache_that_keeps_all_changes_no_training(checkpoint_dir, tmp_path, js
     options = {"lora_dropout": 0.0} if method == "lora" else {}
     plain = run(method, checkpoint_dir, tmp_path / "plain", json_path, **options)
     cached = run(method, checkpoint_dir, tmp_path / "c", json_path, kv_cache="dense", prompt_chunksize=7, **options)
-    evicting = run(method, checkpoint_dir, tmp_path / "e", json_path, kv_cache="lastrec", cache_length=8, **options)
+    options |= {"cache_length": 8, "prompt_chunksize": 4}
+    evicting = run(method, checkpoint_dir, tmp_path / "e", json_path, kv_cache="lastrec", **options)
     for name, weight in plain.items():
         torch.testing.assert_close(cached[name], weight, rtol=1e-3, atol=1e-5)
     assert any((evicting[name] - weight).abs().max() > 1e-4 for name, weight in plain.items())
