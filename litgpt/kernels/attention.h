@@ -157,7 +157,7 @@ void multiply_encoded(const float* q, const Vectors& k, int64_t n, int64_t D, fl
                 UNROLLED for (int r = 0; r < R; r++) own[r] = _mm512_setzero_ps();
                 for (int64_t d = 0; d < D; d += 32) {
                     __m512 low, high;
-                    decode_32<KIND>(codes, scales, d, low, high);
+                    decode_32<KIND>(codes, scales, D, d, low, high);
                     UNROLLED for (int r = 0; r < R; r++) {
                         own[r] = _mm512_fmadd_ps(low, _mm512_loadu_ps(q + r * D + d), own[r]);
                         own[r] = _mm512_fmadd_ps(high, _mm512_loadu_ps(q + r * D + d + 16), own[r]);
@@ -204,7 +204,7 @@ void add_encoded(float (*weights)[SPLIT_KEYS], const Vectors& v, int64_t n, int6
             const bf16* scales = v.scales_of(j);
             __m512 values[2 * V];
             UNROLLED for (int i = 0; i < V; i++)
-                decode_32<KIND>(codes, scales, d0 + 32 * i, values[2 * i], values[2 * i + 1]);
+                decode_32<KIND>(codes, scales, D, d0 + 32 * i, values[2 * i], values[2 * i + 1]);
             UNROLLED for (int r = 0; r < R; r++) {
                 const __m512 weight = _mm512_set1_ps(weights[r][j]);
                 UNROLLED for (int i = 0; i < 2 * V; i++) sums[r][i] = _mm512_fmadd_ps(weight, values[i], sums[r][i]);
@@ -235,11 +235,10 @@ void attend_encoded(const bf16* q, const Vectors& k, const Vectors& v, const Vec
     float scores[R][SPLIT_KEYS], queries[R * MAX_D];
     for (int64_t i = 0; i < R * D; i++) queries[i] = widen(q[i]);
     prefetch(v.codes, n * v.strides[2]);
-    k.kind == INT8 ? multiply_encoded<R, INT8>(queries, k, n, D, scores)
-                   : multiply_encoded<R, INT4>(queries, k, n, D, scores);
+    with_kind(k, [&](auto kind) { multiply_encoded<R, decltype(kind)::value>(queries, k, n, D, scores); });
     for (int r = 0; r < R; r++) weigh(scores[r], bias[r], n, scale, cap, top + r, total + r);
     prefetch(next_k.codes, n * next_k.strides[2]);
-    v.kind == INT8 ? add_encoded<R, INT8>(scores, v, n, D, out) : add_encoded<R, INT4>(scores, v, n, D, out);
+    with_kind(v, [&](auto kind) { add_encoded<R, decltype(kind)::value>(scores, v, n, D, out); });
 }
 
 // The KV splits of SPLIT_KEYS keys that at least one query of the row sees, by rows and query groups. In a ragged batch
