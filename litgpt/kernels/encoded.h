@@ -95,27 +95,77 @@ inline void encode(const Vectors& v, const bf16* x, int64_t D) {
 }
 
 #ifdef __AVX512BW__
-inline __m512 broadcast(bf16 x) { return _mm512_set1_ps(widen(x)); }
+// sum + a b for 32 integers of 16 bits: each of the 16 sums gets two products
+inline __m512i add_integer_products(__m512i sum, __m512i a, __m512i b) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpwssd_epi32(sum, a, b);
+#else
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
+}
 
-// Numbers [d, d + 32) of a vector (D,), without its scale in 8 bits
+// The codes of numbers [d, d + 64) of a vector (D,) as integers of 16 bits, in the order of `in_order_of_codes`
 template <int KIND>
-inline void decode_32(const char* codes, const bf16* scales, int64_t D, int64_t d, __m512& low, __m512& high) {
+inline void widen_codes(const char* codes, int64_t D, int64_t d, __m512i& first, __m512i& second) {
     if constexpr (KIND == INT8) {
-        low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(codes + d))));
-        high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(codes + d + 16))));
+        first = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(codes + d)));
+        second = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(codes + d + 32)));
     } else {
-        const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + d / 2)));
-        const __m512 scale = broadcast(scales[d / GROUP * 2]), least = broadcast(scales[d / GROUP * 2 + 1]);
-        __m512i first = _mm512_and_si512(pairs, _mm512_set1_epi32(15)), second = _mm512_srli_epi32(pairs, 4);
+        const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)(codes + d / 2)));
+        first = _mm512_and_si512(pairs, _mm512_set1_epi16(15)), second = _mm512_srli_epi16(pairs, 4);
         if constexpr (KIND == INT5) {
-            uint32_t fifth;
-            std::memcpy(&fifth, codes + D / 2 + d / 8, 4);
-            const __m512i sixteen = _mm512_set1_epi32(16);
-            first = _mm512_mask_or_epi32(first, __mmask16(fifth), first, sixteen);
-            second = _mm512_mask_or_epi32(second, __mmask16(fifth >> 16), second, sixteen);
+            uint64_t fifth;
+            std::memcpy(&fifth, codes + D / 2 + d / 8, 8);
+            const __m512i sixteen = _mm512_set1_epi16(16);
+            const uint64_t low = (fifth & 0xffff) | (fifth >> 16 & 0xffff0000);
+            const uint64_t high = (fifth >> 16 & 0xffff) | (fifth >> 32 & 0xffff0000);
+            first = _mm512_or_si512(first, _mm512_maskz_mov_epi16(__mmask32(low), sixteen));
+            second = _mm512_or_si512(second, _mm512_maskz_mov_epi16(__mmask32(high), sixteen));
         }
-        low = _mm512_fmadd_ps(_mm512_cvtepi32_ps(first), scale, least);
-        high = _mm512_fmadd_ps(_mm512_cvtepi32_ps(second), scale, least);
+    }
+}
+
+// The block of 16 numbers that is block i of 4 in the order of `widen_codes`
+template <int KIND>
+constexpr int block_of_codes(int i) {
+    return KIND == INT8 ? i : i % 2 * 2 + i / 2;
+}
+
+// x (64,) as integers of 16 bits: returns what 1 stands for
+inline float to_integers(const float* x, int16_t* y) {
+    __m512 parts[4], most = _mm512_setzero_ps();
+    UNROLLED for (int i = 0; i < 4; i++) most = _mm512_max_ps(most, _mm512_abs_ps(parts[i] = _mm512_loadu_ps(x + 16 * i)));
+    const float largest = _mm512_reduce_max_ps(most);
+    const __m512 factor = _mm512_set1_ps(largest > 0 ? 32767.0f / largest : 0.0f);
+    UNROLLED for (int i = 0; i < 4; i++) {
+        const __m512i numbers = _mm512_cvtps_epi32(_mm512_mul_ps(parts[i], factor));
+        _mm256_storeu_si256((__m256i*)(y + 16 * i), _mm512_cvtsepi32_epi16(numbers));
+    }
+    return largest / 32767.0f;
+}
+
+// Scales, and least numbers but in 8 bits, of numbers [d, d + 64) of 64 vectors of which there are n; 0 after the last
+template <int KIND>
+inline void load_scales(const Vectors& v, int64_t d, int64_t n, float* scale, float* least) {
+    const int64_t stride = v.scale_strides[2];
+    for (int64_t j = 0; j < 64; j += 16) {
+        const __mmask16 there = n >= j + 16 ? 0xffff : n > j ? __mmask16((1 << (n - j)) - 1) : 0;
+        __m512i both;
+        if constexpr (KIND == INT8) {
+            if (stride != 1) {
+                for (int64_t i = j; i < j + 16; i++) scale[i] = i < n ? widen(*v.scales_of(i)) : 0.0f;
+                continue;
+            }
+            both = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, v.scales + j));
+        } else {
+            const __m512i index = _mm512_add_epi32(
+                _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                   _mm512_set1_epi32(int(stride))),
+                _mm512_set1_epi32(int(j * stride + d / GROUP * 2)));
+            both = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, index, v.scales, 2);
+            _mm512_storeu_si512(least + j, _mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000))));
+        }
+        _mm512_storeu_si512(scale + j, _mm512_slli_epi32(both, 16));
     }
 }
 #endif

@@ -22,6 +22,9 @@ from litgpt.kvcache.positional import PositionalKVCache
 from litgpt.kvcache.score import ScoreKVCache
 from litgpt.kvcache.storages import STORAGES, Storage
 
+STORAGE_ALIASES = {
+    f"{library}-quantized{bits}": f"int{bits}" for library in ("torch", "bnb") for bits in (8, 4)
+}  # names that awslabs/keys_values has
 WINDOW_SLACK = 64  # slots that a sliding-window layer's cache has beyond its window: `crop` is exact within it
 
 KV_CACHES_OF_KINDS: dict[type[Policy], type[KVCache]] = {
@@ -89,7 +92,7 @@ class CacheSpec:
         if not isinstance(text, str):
             raise ValueError(f"a key-value cache is a CacheSpec or the name of one, got {text!r}")
         policy, storage = _split(text)
-        return cls(policy, storage, cache_length, **args)
+        return cls(policy, STORAGE_ALIASES.get(storage, storage), cache_length, **args)
 
     def __str__(self) -> str:
         return self.policy if self.storage == "default" else f"{self.policy}-{self.storage}"
@@ -265,7 +268,7 @@ def _split(text: str) -> tuple[str, str]:
     parts = text.split("-")
     for count in range(len(parts), 0, -1):
         policy, storage = "-".join(parts[:count]), "-".join(parts[count:]) or "default"
-        if (policy in POLICIES or ":" in policy) and storage in STORAGES:
+        if (policy in POLICIES or ":" in policy) and (storage in STORAGES or storage in STORAGE_ALIASES):
             return policy, storage
     policy, _, storage = text.partition("-")
     return policy, storage or "default"

@@ -133,20 +133,21 @@ class Int5(Grouped):
 
 @dataclass(frozen=True)
 class Float8(Codec):
-    """Floating-point numbers of 8 bits (e4m3), with a scale for each vector."""
+    """Floating-point numbers of 8 bits (e4m3), kept as bytes, with a scale for each vector."""
 
     @property
     def parts(self) -> dict[str, tuple[int, torch.dtype]]:
-        return {"codes": (self.size, torch.float8_e4m3fn), "scales": (1, torch.bfloat16)}
+        return {"codes": (self.size, torch.uint8), "scales": (1, torch.bfloat16)}
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = self.rotate(x.float())
-        scale = (x.abs().amax(-1, keepdim=True) / 448).bfloat16()
-        return (x / _nonzero(scale)).clamp_(-448, 448).to(torch.float8_e4m3fn), scale
+        scale = (x.abs().amax(-1, keepdim=True) / 448).bfloat16()  # the largest number there is
+        codes = (x / _nonzero(scale)).clamp_(-448, 448).to(torch.float8_e4m3fn)
+        return codes.view(torch.uint8), scale
 
     def decode(self, *parts: torch.Tensor) -> torch.Tensor:
         codes, scale = parts
-        return codes.float() * scale.float()
+        return codes.view(torch.float8_e4m3fn).float() * scale.float()
 
 
 def _bits(device: torch.device) -> torch.Tensor:
