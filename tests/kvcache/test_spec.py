@@ -92,6 +92,13 @@ def test_every_policy_and_storage_can_be_named(name):
     assert str(spec) == name.removesuffix("-default")
 
 
+@pytest.mark.parametrize("library", ["torch", "bnb"])
+def test_names_that_keys_values_has_for_storages_are_understood(library):
+    for policy in ("dense", "lastrec", "h2o"):
+        assert CacheSpec.parse(f"{policy}-{library}-quantized8") == CacheSpec(policy, "int8")
+        assert CacheSpec.parse(f"{policy}-{library}-quantized4") == CacheSpec(policy, "int4")
+
+
 def test_what_is_given_beside_a_spec_replaces_what_it_says():
     spec = CacheSpec("lastrec", cache_length=20, n_sink=4)
     assert CacheSpec.parse(spec, 30) == CacheSpec("lastrec", cache_length=30, n_sink=4)
