@@ -157,5 +157,5 @@ def summary(replies: Sequence[Reply]) -> dict[str, Figure]:
         figures[f"{where}_score"] = Figure.share([reply.score for reply in found])
         figures[f"{where}_logprob"] = Figure.mean([reply.logprob for reply in found])
         if held := [reply.retention for reply in found if reply.retention is not None]:
-            figures[f"{where}_retention"] = Figure.share(held)
+            figures[f"{where}_retention"] = Figure.mean(held)
     return figures

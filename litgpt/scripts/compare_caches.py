@@ -67,9 +67,7 @@ def compare_caches(
     rows, model = rows_of(done), llm.config.name or llm.checkpoint_dir.name
     source = "Python's reference" if text is None else text.name
     title = f"Key-value caches of {model}"
-    about = (
-        f"{', '.join(names)}; {samples} samples, seed {seed}; text: {source}; {comparison.device} in {comparison.dtype}"
-    )
+    about = f"{', '.join(names)}; {samples} sample{'s' * (samples != 1)}, seed {seed}; text: {source}; {comparison.device} in {comparison.dtype}"
     files = write_files(rows, out, title, about)
     if json:
         print_json(rows)

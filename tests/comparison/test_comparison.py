@@ -13,8 +13,10 @@ from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
 from litgpt.comparison.asking import INSIDE, OUTSIDE, SECOND, ask, needle_retention
 from litgpt.comparison.document import lines_of, read_document
+from litgpt.comparison.figure import Figure
 from litgpt.comparison.grid import TASKS, make_grid, parse_tasks
 from litgpt.comparison.perplexity import predict, windows_of
+from litgpt.comparison.plot import Point, pareto_front
 from litgpt.comparison.records import FILE_NAME, Records
 from litgpt.comparison.retrieval import retrieval
 from litgpt.comparison.ruler import RULER
@@ -123,7 +125,7 @@ def test_needles_are_at_their_depth(depth):
 @pytest.mark.parametrize("style", ["default", "chatml", "llama3", "alpaca"])
 def test_questions_continue_the_conversation_of_the_prompt_style(style):
     tokenizer, style = tiny_tokenizer(), PromptStyle.from_name(style)
-    prompt = Prompt(RULER["niah_single_1"](Random(1), 3), Frame(tokenizer, style))
+    prompt = Prompt(RULER["niah_multikey_2"](Random(1), 3), Frame(tokenizer, style))
     first, second = prompt.sample.questions
     tokens = prompt.context + prompt.question(0) + prompt.right(0) + prompt.question(1) + prompt.right(1)
     context = f"{prompt.sample.intro}\n\n{''.join(prompt.sample.lines)}\n{first.text}"
@@ -165,6 +167,22 @@ def test_retention_counts_positions_that_are_still_held(llm):
     assert needle_retention(session, []) is None
 
 
+# --- figures
+
+
+def test_intervals_are_wilsons_for_scores_and_normal_for_means():
+    assert Figure.share([1.0] * 10) == pytest.approx((1.0, 0.7225, 1.0), abs=1e-4)
+    assert Figure.share([0.0, 1.0] * 5) == pytest.approx((0.5, 0.2366, 0.7634), abs=1e-4)
+    assert Figure.mean([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5, 1.2348, 3.7652), abs=1e-4)
+    assert Figure.mean([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_the_pareto_front_has_what_nothing_smaller_beats():
+    points = [Point(x, y, y, y, 0, "") for x, y in ((1, 0.2), (2, 0.1), (2, 0.5), (3, 0.5), (4, 0.9))]
+    assert [(p.x, p.y) for p in pareto_front(points, True)] == [(1, 0.2), (2, 0.5), (4, 0.9)]
+    assert [(p.x, p.y) for p in pareto_front(points, False)] == [(1, 0.2), (2, 0.1)]
+
+
 # --- runs
 
 
@@ -199,14 +217,14 @@ def test_bytes_are_those_of_the_caches(llm):
 
 def test_the_command_writes_its_reports(checkpoint, tmp_path, capsys):
     args = ["compare_caches", str(checkpoint), "--caches", "dense,lastrec(n_sink=2)", "--budgets", "0.5"]
-    args += ["--length", "700,900", "--tasks", "speed,perplexity,retrieval,vt", "--samples", "1"]
+    args += ["--length", "700,900", "--tasks", "speed,perplexity,retrieval,niah_single_1,vt", "--samples", "1"]
     args += ["--out", str(tmp_path / "out"), "--precision", "32-true"]
     assert main(args) == 0
     captured = capsys.readouterr()
     assert all(text in captured.out for text in ("lastrec(n_sink=2)", "perplexity", "350"))
     assert main([*args, "--json"]) == 0
     captured = capsys.readouterr()
-    assert "16 of 16 runs were done before" in captured.err
+    assert "20 of 20 runs were done before" in captured.err
     rows = [json.loads(line) for line in captured.out.splitlines()]
     assert [(row["cache"], row["length"], row["slots"]) for row in rows] == [
         ("dense", 700, 700),
@@ -218,12 +236,14 @@ def test_the_command_writes_its_reports(checkpoint, tmp_path, capsys):
     assert rows[1]["kl"][0] > 0
     table = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
     assert [float(line["perplexity"]) for line in table] == [row["perplexity"][0] for row in rows]
-    assert len((tmp_path / "out" / "table.md").read_text().splitlines()) == 4 + 2 + 4
+    assert len((tmp_path / "out" / "table.md").read_text().splitlines()) == 4 + (2 + 4) + 1 + (2 + 4)
+    for row in rows:
+        assert row["ruler_inside_score"][0] == (row["vt_inside_score"][0] + row["niah_single_1_inside_score"][0]) / 2
     page = (tmp_path / "out" / "report.html").read_text()
     tree = ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>"))
     assert sum(1 for element in tree.iter() if element.tag == "svg") > 10
     assert not any(text in page for text in ("nan", "<script"))
-    assert len(list(tree.find(".//tbody"))) == 4
+    assert [len(list(body)) for body in tree.iter("tbody")] == [4, 4]
 
 
 @pytest.mark.parametrize(
