@@ -67,7 +67,7 @@ def _reply(llm: LLM, session: Session, prompt: Prompt, i: int, where: str) -> Re
     drawn = session.fork().generate(session.tokens, len(right) + ANSWER_ROOM, stop_tokens=stops, temperature=0.0)
     said = llm.tokenizer.decode(list(drawn))
     logprobs = session.predict(right).float().log_softmax(-1)
-    chosen = logprobs[torch.arange(len(right)), torch.tensor(right, device=logprobs.device)]
+    chosen = logprobs.gather(1, torch.tensor(right, device=logprobs.device)[:, None])
     depth = prompt.sample.depth if i == 0 else None
     return Reply(where, question.score(said), chosen.mean().item(), retention, depth, said)
 

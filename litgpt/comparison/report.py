@@ -37,6 +37,7 @@ def write_files(rows: Sequence[Row], folder: Path, title: str, about: str) -> li
 def print_table(rows: Sequence[Row], title: str) -> None:
     """Print the results, in tables narrow enough for a terminal."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     columns = columns_of(rows)
@@ -50,8 +51,8 @@ def print_table(rows: Sequence[Row], title: str) -> None:
         for name, head, _ in (*first, *shown_here):
             table.add_column(head, justify="left" if name == "cache" else "right", no_wrap=name == "cache")
         for i in range(len(rows)):
-            table.add_row(*(_cell(name, values[i]) for name, _, values in (*first, *shown_here)))
-        console.print(f"{title}: {heading}", table, "", sep="\n", highlight=False, soft_wrap=False)
+            table.add_row(*(escape(_cell(name, values[i])) for name, _, values in (*first, *shown_here)))
+        console.print(escape(f"{title}: {heading}"), table, "", sep="\n", highlight=False)
 
 
 def _cell(name: str, value: Any) -> str:

@@ -191,21 +191,26 @@ def comparison(llm, caches="dense,lastrec(n_sink=2)", tasks=("perplexity", "vt")
     return Comparison(llm, cells, tasks, read_document(None), samples=1, **kwargs)
 
 
+def run_all(comparison, folder=None):
+    records = Records(folder)
+    return [comparison.run(cell, task, records) for cell, task in comparison.runs]
+
+
 def test_finished_runs_are_not_repeated(llm, tmp_path, monkeypatch):
-    first = [(record["key"], new) for record, new in comparison(llm).run(Records(tmp_path))]
+    first = [(record["key"], new) for record, new in run_all(comparison(llm), tmp_path)]
     assert [new for _, new in first] == [True] * 4
     lines = (tmp_path / FILE_NAME).read_text().splitlines()
     (tmp_path / FILE_NAME).write_text("\n".join([*lines[:3], lines[3][:50]]))  # the last one was interrupted
-    again = [(record["key"], new) for record, new in comparison(llm).run(Records(tmp_path))]
+    again = [(record["key"], new) for record, new in run_all(comparison(llm), tmp_path)]
     assert [key for key, _ in again] == [key for key, _ in first]
     assert [new for _, new in again] == [False, False, False, True]
-    assert all(not new for _, new in comparison(llm).run(Records(tmp_path)))
+    assert all(not new for _, new in run_all(comparison(llm), tmp_path))
     for other in ({"seed": 5}, {"prompt_chunksize": 100}):
-        assert all(new for _, new in comparison(llm, tasks=("vt",), **other).run(Records(tmp_path)))
+        assert all(new for _, new in run_all(comparison(llm, tasks=("vt",), **other), tmp_path))
 
 
 def test_bytes_are_those_of_the_caches(llm):
-    records = [record for record, _ in comparison(llm, tasks=("speed",)).run(Records(None))]
+    records = [record for record, _ in run_all(comparison(llm, tasks=("speed",)))]
     dense, half = records
     assert dense["bytes"] == dense["dense_bytes"] == 2 * 2 * 2 * 1024 * 16 * 4
     assert half["bytes"] * 2 == dense["bytes"]
@@ -254,6 +259,7 @@ def test_the_command_writes_its_reports(checkpoint, tmp_path, capsys):
         ({"caches": "lastrec(cache_length=4)"}, "--budgets the slots"),
         ({"caches": "lastrec(n_sink"}, "a cache is a name"),
         ({"caches": "lastrec(n_sink=800)"}, "cannot have a budget of 0.5 of 700 tokens"),
+        ({"caches": "random(n_sink=[1, 2])"}, "n_sink must be in"),
         ({"caches": ","}, "there are no caches"),
         ({"budgets": "0.5,1.5"}, "at most 1, got 1.5"),
         ({"budgets": "half"}, "--budgets takes numbers"),
@@ -273,6 +279,12 @@ def test_wrong_input_is_refused_at_once_in_one_line(options, message, checkpoint
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_caches_may_have_arguments_with_commas(llm):
+    cells = make_grid(llm.model, "lastrec(n_sink=2) , dense, random(run=2, n_sink=1)", [0.5], [64])
+    assert [cell.name for cell in cells] == ["lastrec(n_sink=2)", "dense", "random(run=2, n_sink=1)"]
+    assert dict(cells[2].spec.arguments) == {"run": 2, "n_sink": 1}
 
 
 def test_tasks_have_names_for_several():
