@@ -75,7 +75,7 @@ class CachedTokens:
     def mean_rotation(self, future: int) -> torch.Tensor:
         """The rotation of a query by RoPE, averaged over the `future` next positions of each row, (B, D, D)."""
         D = self.rotated_queries.shape[-1]
-        positions = self.query_positions[:, -1:] + 1 + torch.arange(future, device=self.query_positions.device)
+        positions = self.positions[:, 0, -1:] + 1 + torch.arange(future, device=self.positions.device)
         one = torch.eye(D, device=positions.device).expand(len(positions), D, D)
         cos, sin = (f(positions[..., None] * self._frequencies).mean(1, keepdim=True) for f in (torch.cos, torch.sin))
         return rotate_by(one, cos, sin).mT
