@@ -148,7 +148,7 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 def apply_rope_interleave(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`apply_rope` for x whose rotated pairs are neighbours. The result is in halves, which does not change query-key products."""
+    """`apply_rope` for x whose rotated pairs are neighbours, reordered into halves (which leaves query-key products equal)."""
     return apply_rope(x.unflatten(-1, (-1, 2)).mT.flatten(-2), cos, sin)
 
 

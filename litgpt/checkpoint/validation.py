@@ -62,8 +62,8 @@ def _row_shards(path: Path) -> list[RowShard]:
 def check_files(checkpoint: Checkpoint) -> int:
     """Reads the headers of a checkpoint's files of weights, and returns the bytes of the files.
 
-    Raises `FileNotFoundError` or `ValueError`, naming all that is wrong, for files that are missing, cut off or lack
-    tensors that an index places in them.
+    Raises `FileNotFoundError` or `ValueError`, naming all problems, for files that are missing, truncated or lack tensors
+    that the index has in them.
     """
     problems, stored = [], {}
     # the header of a .gguf file was compared with its size when it was opened

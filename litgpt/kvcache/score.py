@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from litgpt.attention import DefaultKeysAndValues
 from litgpt.config import Config
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.plan import Plan, Step
@@ -153,6 +152,7 @@ class ScoreKVCache(PlannedKVCache):
             return plan
         for boundary in plan.boundaries:
             self._look(boundary, sink_logits)
+        self._rows.fields = plan.fields_prepared
         return plan.without_boundaries
 
     def _run_step(
@@ -216,7 +216,7 @@ class ScoreKVCache(PlannedKVCache):
         positions = torch.arange(T, device=key.device).view(1, 1, T)
         with torch.no_grad():
             tokens = CachedTokens(
-                DefaultKeysAndValues(key, value),
+                self.storage.as_stored(key, value),
                 positions,
                 query,
                 positions[0],
@@ -263,6 +263,15 @@ class ScoreKVCache(PlannedKVCache):
                 buffer[:batch, ..., : x.shape[-1]] = x
             else:
                 buffer[rows, ..., : x.shape[-1]] = x
+
+    def uninterrupted_tokens(self, row: int) -> int | None:
+        length, filled, _, observed_at = (of_rows[row] for of_rows in self._rows.fields)
+        if length == 0:
+            return None
+        room = self.policy.room(filled, length - observed_at)
+        if room:
+            return room
+        return self.policy.room(self.policy.kept if filled == self.policy.cache_length else filled, 0)
 
     # -- state between calls
 

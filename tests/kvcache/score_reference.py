@@ -67,6 +67,7 @@ class ScoreReference:
     run: int = 1
     softcap: float | None = None
     rows: list[ScoredRow] = field(default_factory=list)
+    as_stored: Callable = lambda key, value: (key, value)  # what is attended to in place of keys and values
 
     @property
     def end(self) -> int:
@@ -95,6 +96,7 @@ class ScoreReference:
         """Bring new tokens (B, heads, T, D) to `rows` (None: all). Returns (B, T, H * D), float64."""
         named = list(range(len(self.rows))) if rows is None else rows
         B, H, T, D = query.shape
+        key, value = self.as_stored(key, value)
         output = torch.empty(B, T, H, D, dtype=torch.float64)
         for b, r in enumerate(named):
             row = self.rows[r]
