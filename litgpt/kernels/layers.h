@@ -2,9 +2,8 @@
 
 #pragma once
 
+#include "encoded.h"
 #include "weights.h"
-
-constexpr int MAX_D = 256;  // largest head size
 
 struct Shape {
     int64_t E, H, G, D, I, rope_n, interleave, activation, norm_all_heads;
@@ -20,6 +19,7 @@ struct Layer {
     int64_t query_row_stride, query_head_stride;
     int64_t rope, plan;               // indices of RoPE tables and plans of the call; rope -1: none
     Weight qkv, proj, gate, up, down;
+    Vectors encoded[2];  // keys and values, in caches of fewer bits; else their kind is PLAIN
 };
 
 // Many consecutive tokens of a row of the caches: tokens [first, first + T) of the call

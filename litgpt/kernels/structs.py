@@ -24,6 +24,21 @@ class Shape(ctypes.Structure):
     ]
 
 
+class Vectors(ctypes.Structure):
+    """Encoded keys or values, (B, G, slots, ...)."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("codes", "scales")),
+        *((name, _COUNT) for name in ("kind", "rotated")),
+        *((name, _COUNT * 3) for name in ("strides", "scale_strides")),
+    ]
+
+    @classmethod
+    def of(cls, kind: int, rotated: bool, codes: torch.Tensor, scales: torch.Tensor) -> "Vectors":
+        strides = ((_COUNT * 3)(*x.stride()[:3]) for x in (codes, scales))
+        return cls(codes.data_ptr(), scales.data_ptr(), kind, rotated, *strides)
+
+
 class Layer(ctypes.Structure):
     _fields_ = [
         *(
@@ -35,6 +50,7 @@ class Layer(ctypes.Structure):
         ("queries", _POINTER),
         *((name, _COUNT) for name in ("query_row_stride", "query_head_stride", "rope", "plan")),
         *((name, Weight) for name in ("qkv", "proj", "gate", "up", "down")),
+        ("encoded", Vectors * 2),
     ]
 
 

@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from litgpt.attention import DefaultKeysAndValues
 from litgpt.config import Config
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.plan import Plan, Step
@@ -40,6 +39,8 @@ class ScoreKVCache(PlannedKVCache):
             raise ValueError(
                 f"layer {block_idx} has a sliding window, which says what stays: {type(policy).__name__} is for the others"
             )
+        if policy.unrotates and config.latent_attention is not None:
+            raise ValueError(f"{type(policy).__name__} needs keys before RoPE, which latent attention does not have")
         if policy.n_queries > policy.cache_length:
             raise ValueError(
                 f"{type(policy).__name__} needs the queries of {policy.n_queries} tokens, more than cache_length="
@@ -215,7 +216,7 @@ class ScoreKVCache(PlannedKVCache):
         positions = torch.arange(T, device=key.device).view(1, 1, T)
         with torch.no_grad():
             tokens = CachedTokens(
-                DefaultKeysAndValues(key, value),
+                self.storage.as_stored(key, value),
                 positions,
                 query,
                 positions[0],

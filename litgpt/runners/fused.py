@@ -16,7 +16,7 @@ from litgpt.attention import attention_scale
 from litgpt.config import Config
 from litgpt.kernels import ops
 from litgpt.kernels.library import library
-from litgpt.kernels.structs import Layer, Rope, Segment, Shape, StepPlan, Weight, address
+from litgpt.kernels.structs import Layer, Rope, Segment, Shape, StepPlan, Vectors, Weight, address
 from litgpt.kvcache import KVCache
 from litgpt.kvcache.plan import Plan
 from litgpt.kvcache.planned import PlannedKVCache
@@ -172,6 +172,7 @@ class FusedLayers:
         for layer, cache, place in zip(self.layers, caches, self.places, strict=True):
             layer.keys, layer.values, layer.queries = place
             layer.row_stride, layer.head_stride, _, _ = cache.storage.kernel_view()[0].stride()
+            layer.encoded = (Vectors * 2)(*(cache.storage.kernel_codes() or ()))
             if cache.kept_queries() is not None:
                 layer.query_row_stride, layer.query_head_stride, _, _ = cache.kept_queries().stride()
         return True
