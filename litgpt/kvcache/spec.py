@@ -22,6 +22,17 @@ from litgpt.kvcache.positional import PositionalKVCache
 from litgpt.kvcache.score import ScoreKVCache
 from litgpt.kvcache.storages import STORAGES, Storage
 
+POLICY_ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "h2o-orig": ("h2o", {}),
+    "h2o-vlen": ("h2o", {"value_norm": True}),
+}
+"""Names of LitGPT's pull request 2061 and the library that goes on from it, with what they are here."""
+STORAGE_ALIASES = {
+    "torch-quantized8": "int8",
+    "bnb-quantized8": "int8",
+    "torch-quantized4": "int4",
+    "bnb-quantized4": "int4",
+}
 PYRAMID = 20  # the pyramid's top layer has the mean divided by that
 WINDOW_SLACK = 64  # slots that a sliding-window layer's cache has beyond its window: `crop` is exact within it
 
@@ -95,7 +106,8 @@ class CacheSpec:
         if not isinstance(text, str):
             raise ValueError(f"a key-value cache is a CacheSpec or the name of one, got {text!r}")
         policy, storage = _split(text)
-        return cls(policy, storage, cache_length, **args)
+        policy, own_args = POLICY_ALIASES.get(policy, (policy, {}))
+        return cls(policy, STORAGE_ALIASES.get(storage, storage), cache_length, **{**own_args, **args})
 
     def __str__(self) -> str:
         return self.policy if self.storage == "default" else f"{self.policy}-{self.storage}"
@@ -306,7 +318,8 @@ def _split(text: str) -> tuple[str, str]:
     parts = text.split("-")
     for count in range(len(parts), 0, -1):
         policy, storage = "-".join(parts[:count]), "-".join(parts[count:]) or "default"
-        if (policy in POLICIES or ":" in policy) and storage in STORAGES:
+        known = policy in POLICIES or policy in POLICY_ALIASES or ":" in policy
+        if known and (storage in STORAGES or storage in STORAGE_ALIASES):
             return policy, storage
     policy, _, storage = text.partition("-")
     return policy, storage or "default"
