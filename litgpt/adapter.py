@@ -68,8 +68,8 @@ class CausalSelfAttention(BaseCausalSelfAttention):
     def prefix(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (1, G, P, D) of the learned prefix.
 
-        As in LitGPT 0.5.13, which trains prefixes so, the output of `qkv` is split as if queries, keys and values alternated by
-        head group, although in `qkv` they do not.
+        As in LitGPT 0.5.13, with which prefixes were trained, the output of `qkv` is split as if queries, keys and values
+        alternated by head group, although they do not.
         """
         if self.frozen_keys is not None:
             return self.frozen_keys, self.frozen_values

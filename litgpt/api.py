@@ -464,7 +464,7 @@ class LLM(nn.Module):
         target_ids: torch.Tensor | None = None,
         loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Logits (B, T, V) of tokens (B, T); with targets (B, T), of which position t predicts the one at t + 1, also the loss.
+        """Logits (B, T, V) of tokens (B, T); with targets (B, T), also the loss: position t predicts the target at t + 1.
 
         `loss_fn(logits, targets)` defaults to cross-entropy; targets of -100 are ignored.
         """

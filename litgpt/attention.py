@@ -8,7 +8,7 @@ made from positions, and never for all T x N pairs of a long prompt at once.
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from litgpt.config import Config
 from litgpt.kernels import ops
+from litgpt.kernels.structs import Vectors
 from litgpt.rope import yarn_get_mscale
 
 QUERY_BLOCK = 512  # queries per tile where a mask is needed; bounds the mask at QUERY_BLOCK x N
+SLOT_BLOCK = 1024  # encoded keys and values that are decoded at a time
 SCORE_BLOCK_BYTES = 64 << 20  # eager attention keeps at most this many bytes of float32 scores at a time
 
 
@@ -53,6 +55,96 @@ class DefaultKeysAndValues:
 
     def both_in_parallel(self) -> bool:
         return True
+
+
+class VectorCodec(Protocol):
+    """How vectors are encoded, each on its own: see `litgpt.kvcache.storages.codecs`."""
+
+    kind: int
+    rotated: bool
+    parts: dict[str, Any]
+
+    def decode(self, *parts: torch.Tensor) -> torch.Tensor: ...
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class EncodedKeysAndValues:
+    """Keys and values as numbers of fewer bits, which are decoded when they are asked for: all, or a range of them.
+
+    Args:
+        codecs: of keys and values, or of keys alone.
+        parts: what the codecs made, all (B, G, N, ...), those of keys first.
+        dtype: of keys and values.
+        value_size: where there is no codec of values: they are the first that many numbers of the keys.
+    """
+
+    def __init__(
+        self,
+        codecs: Sequence[VectorCodec],
+        parts: tuple[torch.Tensor, ...],
+        dtype: torch.dtype,
+        value_size: int | None = None,
+    ) -> None:
+        self.codecs, self.parts, self.dtype, self.value_size = codecs, parts, dtype, value_size
+
+    def keys(self) -> torch.Tensor:
+        return self.codecs[0].rotate(self._decode(0)).to(self.dtype)
+
+    def values(self) -> torch.Tensor:
+        if len(self.codecs) == 1:
+            return self.keys()[..., : self.value_size]
+        return self.codecs[1].rotate(self._decode(1)).to(self.dtype)
+
+    def both_in_parallel(self) -> bool:
+        return True
+
+    def _decode(self, side: int) -> torch.Tensor:
+        first = len(self.codecs[0].parts)
+        return self.codecs[side].decode(*(self.parts[first:] if side else self.parts[:first]))
+
+    @property
+    def length(self) -> int:
+        """N."""
+        return self.parts[0].shape[2]
+
+    def narrow(self, start: int, stop: int) -> "EncodedKeysAndValues":
+        """Those from `start` up to `stop`."""
+        return self._with(tuple(x[:, :, start:stop] for x in self.parts))
+
+    def rotated(self) -> DefaultKeysAndValues:
+        """Keys and values as they are encoded: rotated where the codecs rotate."""
+        keys = self._decode(0).to(self.dtype)
+        return DefaultKeysAndValues(
+            keys, keys[..., : self.value_size] if len(self.codecs) == 1 else self._decode(1).to(self.dtype)
+        )
+
+    def for_kernels(self) -> tuple[Vectors, ...]:
+        """What `litgpt.kernels` read, by addresses: good as long as this lives. Their kind is 0 where they do not."""
+        codes, scales = self.parts[::2], self.parts[1::2]
+        kinds = [codec.kind if x.stride(-1) == 1 else 0 for codec, x in zip(self.codecs, codes, strict=True)]
+        rotated = (codec.rotated for codec in self.codecs)
+        return tuple(map(Vectors.of, kinds, rotated, codes, scales))
+
+    def rotate_query(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries for rotated keys."""
+        return self.codecs[0].rotate(query)
+
+    def rotate_output(self, output: torch.Tensor) -> torch.Tensor:
+        """What sums of rotated values are sums of."""
+        return output if len(self.codecs) == 1 else self.codecs[1].rotate(output)
+
+    def _with(self, parts: tuple[torch.Tensor, ...]) -> "EncodedKeysAndValues":
+        return EncodedKeysAndValues(self.codecs, parts, self.dtype, self.value_size)
+
+
+def join(first: KeysAndValues, second: KeysAndValues) -> KeysAndValues:
+    """The keys and values of both, one after the other."""
+    if isinstance(first, EncodedKeysAndValues) and isinstance(second, EncodedKeysAndValues):
+        return first._with(tuple(torch.cat(pair, dim=2) for pair in zip(first.parts, second.parts, strict=True)))
+    return DefaultKeysAndValues(
+        torch.cat((first.keys(), second.keys()), dim=2), torch.cat((first.values(), second.values()), dim=2)
+    )
 
 
 def _together(k_and_v: KeysAndValues) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,6 +332,11 @@ class MultiHeadSelfAttention:
         Returns:
             Output (B, H, T, D); weights (B, H, N) in float32, or None.
         """
+        if isinstance(k_and_v, EncodedKeysAndValues):
+            if return_weights or is_causal or self.use_eager_sdpa_always:
+                k_and_v = DefaultKeysAndValues(k_and_v.keys(), k_and_v.values())
+            else:
+                return self._attend_encoded(query, k_and_v, bias, sink_logits), None
         y = None
         if not (self.use_eager_sdpa_always or return_weights or query.shape[-1] == self.shared_key_size):
             y = self._attend_fused(query, *_together(k_and_v), bias, is_causal, sink_logits)
@@ -276,6 +373,49 @@ class MultiHeadSelfAttention:
             return F.scaled_dot_product_attention(
                 query, keys, values, attn_mask=bias, is_causal=is_causal, scale=self.scale, enable_gqa=grouped
             ).reshape(shape)
+
+    def _attend_encoded(
+        self,
+        query: torch.Tensor,
+        k_and_v: EncodedKeysAndValues,
+        bias: torch.Tensor | None,
+        sink_logits: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`attend` to encoded keys and values, of which SLOT_BLOCK are decoded at a time (online softmax)."""
+        N = k_and_v.length
+        if bias is not None and bias.ndim == 2:
+            bias = bias[None, None]
+        if query.device.type == "cpu" and self.is_plain():
+            encoded = k_and_v.for_kernels()
+            if ops.can_attend_encoded(query, encoded, bias, sink_logits):
+                size = k_and_v.parts[0].shape[1], N
+                factors = self.scale, self.softcapping or 0.0
+                return ops.attend_encoded(query, encoded, *size, bias, sink_logits, *factors).transpose(1, 2)
+        own = k_and_v.rotate_query(query)
+        if N <= SLOT_BLOCK or torch.compiler.is_compiling():  # compiled code is to be the same for any length
+            return k_and_v.rotate_output(self.attend(own, k_and_v.rotated(), bias, False, sink_logits=sink_logits)[0])
+        B, H, T, D = query.shape
+        top = query.new_full((B, H, T), -math.inf, dtype=torch.float32)
+        total = torch.zeros_like(top)
+        output: torch.Tensor | float = 0.0
+        if sink_logits is not None:
+            top, total = sink_logits.float()[:, None].expand(B, H, T), torch.ones_like(top)
+        for start in range(0, N, SLOT_BLOCK):
+            block = k_and_v.narrow(start, start + SLOT_BLOCK).rotated()
+            keys, values = block.keys(), block.values()
+            G, n = keys.shape[1:3]
+            scores = (own.reshape(B, G, -1, D) @ keys.mT).float().view(B, H, T, n) * self.scale
+            scores = do_softcapping(scores, self.softcapping)
+            if bias is not None:
+                scores = scores + bias[..., start : start + SLOT_BLOCK]
+            most = torch.maximum(top, scores.detach().amax(-1))
+            base = most.masked_fill(most == -math.inf, 0.0)
+            weights, factor = (scores - base[..., None]).exp(), (top - base).exp()
+            total = total * factor + weights.sum(-1)
+            sums = weights.to(values.dtype).view(B, G, -1, n) @ values
+            output = output * factor[..., None] + sums.view(B, H, T, -1)
+            top = most
+        return k_and_v.rotate_output((output / total[..., None]).to(query.dtype))
 
     def _attend_eager(
         self,
@@ -316,7 +456,9 @@ class MultiHeadSelfAttention:
         """`attend` for T queries among N consecutive positions: by one kernel if possible, else tile by tile."""
         T = consecutive.T
         # few queries, e.g. draft tokens, get bitwise the outputs of single queries
-        if T > ops.MAX_QUERIES and not return_weights and self.is_plain() and query.shape[-1] != self.shared_key_size:
+        encoded = isinstance(k_and_v, EncodedKeysAndValues)
+        alike = not encoded and query.shape[-1] != self.shared_key_size
+        if T > ops.MAX_QUERIES and not return_weights and self.is_plain() and alike:
             keys, values = _together(k_and_v)
             if ops.can_attend_causally(query, keys, values, sink_logits):
                 y = ops.attend_causally(
@@ -335,13 +477,16 @@ class MultiHeadSelfAttention:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`attend` tile by tile; the tiles cover all queries in order."""
         B, H = query.shape[:2]
-        N = k_and_v.keys().shape[2]
+        encoded = isinstance(k_and_v, EncodedKeysAndValues)
+        N = k_and_v.length if encoded else k_and_v.keys().shape[2]
         outputs, summed = [], None
-        if len(tiles) > 1:
+        if len(tiles) > 1 and not encoded:
             k_and_v = DefaultKeysAndValues(*_together(k_and_v))
         for tile in tiles:
             part, own = k_and_v, query
-            if (tile.k0, tile.k1) != (0, N):
+            if (tile.k0, tile.k1) != (0, N) and encoded:
+                part = k_and_v.narrow(tile.k0, tile.k1)
+            elif (tile.k0, tile.k1) != (0, N):
                 part = DefaultKeysAndValues(*(x[:, :, tile.k0 : tile.k1] for x in _together(k_and_v)))
             if len(tiles) > 1:
                 own = query[:, :, tile.q0 : tile.q1]

@@ -1,4 +1,4 @@
-"""What an architecture is: sizes and flags of a model as one dataclass, independent of torch."""
+"""The architecture of a model: sizes and flags as one dataclass, independent of torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields

@@ -175,7 +175,7 @@ class Tokenizer:
         return ids
 
     def decode(self, tensor: torch.Tensor | list[int]) -> str:
-        """The text of token ids, special tokens left out; ids outside the vocabulary stand for nothing."""
+        """The text of token ids, without special tokens and ids outside the vocabulary."""
         ids = _to_list(tensor)
         text = self._backend.decode(ids)
         # for bytes that are not UTF-8, some libraries replace valid neighbours too
@@ -261,7 +261,7 @@ class Tokenizer:
 
 
 class _Backend:
-    """What both libraries' tokenizers have in common."""
+    """A tokenizer of one of the two libraries."""
 
     name: str
     filename: str

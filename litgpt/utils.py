@@ -396,7 +396,7 @@ def select_sft_generate_example(eval: Any, data: Any) -> str:
 
 
 def _RunIf(thunder: bool = False, **kwargs: Any) -> Any:
-    """A `pytest` mark that skips a test where what it needs is not there. The arguments are those of Lightning's `_runif_reasons`."""
+    """A `pytest` mark that skips a test without its requirements, given as to Lightning's `_runif_reasons`."""
     import pytest
     from lightning.fabric.utilities.testing import _runif_reasons
 

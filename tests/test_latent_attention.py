@@ -89,10 +89,14 @@ def test_a_latent_cache_holds_one_small_vector_a_token_and_goes_on_from_its_stat
     params = KVCacheParams.from_config(config, batch_size=2, cache_length=T)
     assert (params.n_query_groups, params.head_size, params.value_size) == (1, 16, 12)
     model, tokens = make(config), torch.randint(50, (2, T))
+    if cache.endswith("k8v4"):
+        with pytest.raises(ValueError, match="int8 or int4"):
+            create_kv_caches(cache, config, batch_size=2, cache_length=T)
+        return
     caches = create_kv_caches(cache, config, batch_size=2, cache_length=T)
     bits, parts = caches[0].size_estimate()
-    assert (bits, parts) == type(caches[0]).size_estimate_apriori(caches[0].get_params())
-    if cache.endswith("default"):
+    assert (bits, parts) == type(caches[0]).size_estimate_apriori(caches[0].get_params(), type(caches[0].storage))
+    if cache in ("dense-default", "lastrec-default"):
         assert bits == 2 * T * 16 * 32  # for every head apart it would be 2 * T * 4 * (10 + 5) * 32
     model.assign_kv_caches(caches)
     model(tokens[:, :20], input_pos=0)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -43,23 +44,12 @@ def generate(
     prompt: torch.Tensor,
     max_returned_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
     stop_tokens: Sequence[Sequence[int]] = (),
+    **sampling: Any,
 ) -> Iterator[torch.Tensor]:
     """`generate_fn` without prompt and stop sequence: yields tokens (1,)."""
-    return generate_fn(
-        model,
-        prompt,
-        max_returned_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop_tokens=stop_tokens,
-        include_prompt=False,
-        include_eos=False,
-    )
+    flags = {"include_prompt": False, "include_eos": False}
+    return generate_fn(model, prompt, max_returned_tokens, stop_tokens=stop_tokens, **flags, **sampling)
 
 
 @dataclass(frozen=True, kw_only=True)

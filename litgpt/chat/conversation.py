@@ -152,8 +152,8 @@ class Conversation:
                 break
             if dropped >= len(messages) - 1:
                 raise ValueError(
-                    f"this message comes to {counted(len(tokens), 'token')}; with an answer of up to {self.max_new_tokens} it does "
-                    f"not fit into {limit}: shorten it, or lower --max_new_tokens. {self._way_out()}"
+                    f"this message comes to {counted(len(tokens), 'token')}; with an answer of up to {self.max_new_tokens} "
+                    f"it does not fit into {limit}: shorten it, or lower --max_new_tokens. {self._way_out()}"
                 )
             dropped += 2
         if turns := (dropped - before) // 2:

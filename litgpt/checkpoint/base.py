@@ -1,4 +1,4 @@
-"""What every kind of checkpoint offers."""
+"""The interface of all kinds of checkpoints."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -47,16 +47,14 @@ class Checkpoint(ABC):
 
     @property
     def name(self) -> str:
-        """What the folder or file is called, also where the path is `.` or a link to it."""
+        """The name of the folder or file, with links and `.` resolved for folders."""
         path = self.path.resolve() if self.path.is_dir() else self.path
         return path.name or "model"
 
     @abstractmethod
     def row_shards(self, meta: bool = False) -> Iterator[RowShard]:
-        """All parameters, the output embedding too, as they are stored: one may come as several shards of consecutive rows,
-        in any order.
-
-        With `meta` the tensors have shapes and data types but no values, and no weights are read.
+        """All stored parameters, the output embedding included: a parameter may come as several shards of consecutive
+        rows, in any order. With `meta`, tensors are on the meta device and no weights are read.
         """
 
     def stored(self, meta: bool = False) -> Iterator[RowShard]:

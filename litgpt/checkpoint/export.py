@@ -32,12 +32,12 @@ def save_huggingface(
 
     Args:
         source: A checkpoint or a model.
-        out_dir: Made if it does not exist; must hold no weights yet, but for those of an export that was interrupted.
+        out_dir: Made if it does not exist; must hold no weights yet, except for an interrupted export's.
         tokenizer_dir, dtype, progress: As of `save_litgpt`.
         shard_bytes: Most bytes of tensors in a file.
 
-    Raises `ValueError` if no architecture of `transformers` computes the model, or its weights do not fit its config;
-    `FileExistsError` if `out_dir` holds weights. Nothing is written then.
+    Nothing is written where it raises: `ValueError` if no architecture of `transformers` computes the model, or its weights
+    do not fit its config; `FileExistsError` if `out_dir` holds weights.
     """
     source = source if isinstance(source, Checkpoint) else ModelCheckpoint(source)
     out_dir, config = Path(out_dir), source.config
@@ -77,7 +77,7 @@ def save_huggingface(
 def _converted(
     tensors: Iterable[tuple[str, torch.Tensor]], weight_map: WeightMap, made_of: Mapping[str, tuple[str, ...]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Their tensors, each as soon as all of ours that it is made of were read."""
+    """Their tensors, each as soon as all of our parameters for it were read."""
     users: dict[str, list[str]] = {}
     for theirs, sources in made_of.items():
         for name in sources:
@@ -119,7 +119,7 @@ def _original_config(folder: Path, config: Config) -> dict[str, Any] | None:
 
 
 def _token_ids(folder: Path) -> dict[str, Any]:
-    """The special ids, as far as the files next to the model tell them."""
+    """The special token ids in the model's files."""
     ids: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():

@@ -26,7 +26,7 @@ _PRECISIONS |= {"bf16-mixed": torch.float32, "16-mixed": torch.float32}
 
 
 class _Method(NamedTuple):
-    """A way to fine-tune that adds weights to those of the model."""
+    """A way to fine-tune that adds weights to a model."""
 
     mark: str  # part of the names of some of its weights, and of no other method's
     kind: type[GPT]
@@ -178,7 +178,7 @@ class Finetuned:
 class LoRACheckpoint(Checkpoint):
     """A folder with LoRA weights only, read as the checkpoint that was fine-tuned with the matrices merged into it.
 
-    Sums are made in float32. `dtype` is that of the fine-tuning.
+    Weights are added in float32. `dtype` is the data type of the fine-tuning.
 
     Args:
         finetuned: The LoRA weights.

@@ -38,8 +38,8 @@ _QUANTISATION = re.compile(r"[.-](I?Q\d\w*|BF16|F?P?16|F32)$", re.IGNORECASE)
 class GGUFCheckpoint(Checkpoint):
     """A `.gguf` file of one of the architectures of `gguf_config.py`, or one shard of a split one.
 
-    `dtype` is that of most weights, `torch.bfloat16` when they are quantised; `tensors` and `row_shards` give quantised
-    weights in float32. Raises `FileNotFoundError`, or `ValueError` in one line, for what is no usable GGUF file.
+    `dtype` is the data type of most weights, `torch.bfloat16` if they are quantised; `tensors` and `row_shards` dequantise
+    to float32. Raises `FileNotFoundError`, or `ValueError` in one line for a file that cannot be used.
     """
 
     def __init__(self, path: Path | str) -> None:

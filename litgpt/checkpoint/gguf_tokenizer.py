@@ -49,7 +49,7 @@ _PUNCTUATION = r"[\p{P}\$\+<=>\^~\|]+"
 class _PreTokenizer:
     """How a byte-level BPE splits a text before merging: by each of `patterns` in turn.
 
-    With `whole_words`, a split that is in the vocabulary is one token whatever the merges are. `add_bos` is the default
+    With `whole_words`, a split that is in the vocabulary is one token even without merges for it. `add_bos` is the default
     where the metadata have none.
     """
 

@@ -125,33 +125,38 @@ def _guarded(repo_id: str, action: Callable[[], _T]) -> _T:
     """Runs `action`, turning errors of the hub's client into one line that says what to do."""
     from huggingface_hub import errors
 
+    access = "pass --access_token or set HF_TOKEN"
+    kinds: dict[type[Exception], tuple[type[Exception], str]] = {
+        errors.GatedRepoError: (
+            PermissionError,
+            f"{repo_id} needs an agreement to its terms: agree at https://huggingface.co/{repo_id}, then {access}",
+        ),
+        errors.RepositoryNotFoundError: (
+            FileNotFoundError,
+            f"The Hugging Face hub has no model {repo_id!r}, or it is private: then {access}",
+        ),
+        errors.HFValidationError: (
+            ValueError,
+            f"{repo_id!r} is not the name of a model on the Hugging Face hub: org/name",
+        ),
+        json.JSONDecodeError: (
+            ConnectionError,
+            "the answer is not the Hugging Face hub's, but that of a proxy, or the login page of a network",
+        ),
+    }
     try:
         return action()
-    except errors.GatedRepoError:
-        raise PermissionError(
-            f"{repo_id} is given only to those who agreed to its terms: agree at https://huggingface.co/{repo_id}, then "
-            "pass --access_token or set HF_TOKEN"
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise FileNotFoundError(
-            f"The Hugging Face hub has no model {repo_id!r}, or it is private: then pass --access_token or set HF_TOKEN"
-        ) from None
-    except errors.HFValidationError:
-        raise ValueError(f"{repo_id!r} is not the name of a model on the Hugging Face hub: org/name") from None
-    except errors.LocalEntryNotFoundError as error:
-        raise ConnectionError(f"the Hugging Face hub cannot be reached ({one_line(error, 120)})") from None
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
-        if status in (401, 403):
-            raise PermissionError(f"The Hugging Face hub refuses {repo_id}: check --access_token or HF_TOKEN") from None
-        raise ConnectionError(f"The Hugging Face hub failed with status {status}; try again later") from None
-    except json.JSONDecodeError:
-        raise ConnectionError(
-            "what answers in the place of the Hugging Face hub is something else: a proxy, or the login page of a network"
-        ) from None
+    except tuple(kinds) as error:
+        kind, message = next(answer for known, answer in kinds.items() if isinstance(error, known))
+        raise kind(message) from None
     except Exception as error:  # the client's network errors have no common class in all of its versions
         if isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)):
             raise  # an error of the disk
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise PermissionError(f"The Hugging Face hub refuses {repo_id}: check --access_token or HF_TOKEN") from None
+        if status is not None:
+            raise ConnectionError(f"The Hugging Face hub failed with status {status}; try again later") from None
         raise ConnectionError(f"the Hugging Face hub cannot be reached ({one_line(error, 120)})") from None
 
 

@@ -13,12 +13,12 @@ from litgpt.config import Config
 
 
 class LitGPTCheckpoint(Checkpoint):
-    """What LitGPT and this package write. The weights are opened when first asked for.
+    """A folder that LitGPT or this package wrote. The weights are opened when they are first used.
 
     Args:
         path: The folder.
         weights_name: The file of weights in it.
-        config: The architecture (default: as the folder has it).
+        config: The architecture (default: the folder's).
     """
 
     def __init__(self, path: str | Path, weights_name: str = WEIGHTS_NAME, config: Config | None = None) -> None:
@@ -40,7 +40,7 @@ class LitGPTCheckpoint(Checkpoint):
 
     @cached_property
     def tied(self) -> bool:
-        """Whether the two embeddings are one tensor in the file, or equal: LitGPT stores some tied ones twice."""
+        """Whether the two embeddings are one tensor in the file, or equal: LitGPT stores some tied embeddings twice."""
         weights = load_state_dict(self.files[0])
         embedding, head = weights.get(EMBEDDING), weights.get(HEAD)
         if embedding is None or head is None:

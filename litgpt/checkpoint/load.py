@@ -63,7 +63,7 @@ def load_finetuned(
 ) -> GPT:
     """The fine-tuned model of `checkpoint`, for inference. Nothing is loaded if the trained weights do not fit it.
 
-    With `quantize` the weights of the checkpoint are quantised; those of an adapter or LoRA are not.
+    With `quantize` the weights of the checkpoint are quantised; LoRA's and an adapter's are not.
     """
     config = finetuned.config(checkpoint.config)
     if finetuned.method == "full":
@@ -204,7 +204,7 @@ def save_litgpt(
         source: A checkpoint, converted with about one of its files in memory, or a model.
         out_dir: Made if it does not exist; files of these names in it are replaced.
         tokenizer_dir: Where the tokenizer comes from (default: the checkpoint; a model has none).
-        dtype: Of the written weights (default: as they are).
+        dtype: Data type to write (default: unchanged).
         progress: Called with the name and the bytes of every tensor, or shard of one, that was written.
     """
     source = source if isinstance(source, Checkpoint) else ModelCheckpoint(source)
@@ -231,11 +231,11 @@ def save_quantized(
     Args:
         source: A checkpoint, quantised with one of its tensors in memory, or a model that is quantised.
         out_dir: Made if it does not exist; files of these names in it are replaced.
-        how: To quantise a checkpoint: int8 or int4.
+        how: For a checkpoint: int8 or int4.
         tokenizer_dir, progress: As of `save_litgpt`.
 
-    Raises `ValueError` for what is quantised already, or with bitsandbytes, and `FileExistsError` if `out_dir` holds
-    weights of another kind. Nothing is written then.
+    Nothing is written where it raises: `ValueError` for weights that are quantised already, or with bitsandbytes;
+    `FileExistsError` if `out_dir` holds weights of another kind.
     """
     out_dir = Path(out_dir)
     others = [file.name for kind in ("*.safetensors", "*.pth", "*.bin", "*.gguf") for file in out_dir.glob(kind)]

@@ -13,10 +13,10 @@ from litgpt.runners.quantized_weights import Scheme, dequantize_int4, dequantize
 
 
 class QuantizedCheckpoint(LitGPTCheckpoint):
-    """What `litgpt quantize` writes: the state dict of a quantised model, and in its header how it is quantised.
+    """A folder that `litgpt quantize` wrote: the state dict of a quantised model, and in its header its quantisation.
 
-    A model that is quantised takes the tensors as they are, by `stored`; `row_shards` and `tensors` dequantise
-    them to float32, one matrix at a time. Raises `ValueError` for a file of another kind.
+    `stored` has the quantised tensors, for a quantised model; `row_shards` and `tensors` dequantise them to float32, one
+    matrix at a time. Raises `ValueError` for a file of another kind.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -127,7 +127,7 @@ class WeightMap:
                 continue
             rule = self._by_ours.get(template)
             if rule is None:
-                raise ValueError(f"{name!r} has no place in an architecture of type {self.family.model_type!r}")
+                raise ValueError(f"{name!r} does not exist in the architecture {self.family.model_type!r}")
             sources = tuple(f"{module.format(*indices)}.{leaf}" for module in rule.ours)
             made |= {f"{module.format(*indices)}.{leaf}": sources for module in rule.theirs}
         return made

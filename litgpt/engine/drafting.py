@@ -163,20 +163,17 @@ class DraftModel:
         for row in rows:
             row.n_verified, row.draft = len(row.sequence.tokens), []
         for i in range(count):
-            for row, logits in zip(rows, self._logits(inputs), strict=True):
+            idx = torch.tensor(inputs, device=self.model.device)
+            logits = self.model(idx, self.model.next_token_pos, last_token_only=True)[:, -1, : self.vocabulary]
+            logits = pad(logits, (0, self.vocabulary - logits.shape[-1]), value=-torch.inf)
+            for row, row_logits in zip(rows, logits, strict=True):
                 if i < limit[row.sequence]:
-                    draw_draft_token(row.sequence, logits, *drawn[row.sequence])
+                    draw_draft_token(row.sequence, row_logits, *drawn[row.sequence])
                 row.draft.append(drawn[row.sequence][0][-1])
             inputs = [row.draft[-1:] for row in rows]
         for row in rows:
             row.draft.pop()  # is not in the caches
         return {one: Draft(tokens, torch.stack(q) if q else None) for one, (tokens, q) in drawn.items()}
-
-    def _logits(self, inputs: list[list[int]]) -> torch.Tensor:
-        """Logits (B, V) of the tokens after `inputs` (B, T), V as in the model that verifies."""
-        idx = torch.tensor(inputs, device=self.model.device)
-        logits = self.model(idx, self.model.next_token_pos, last_token_only=True)[:, -1, : self.vocabulary]
-        return pad(logits, (0, self.vocabulary - logits.shape[-1]), value=-torch.inf)
 
     def _follow(self, sequences: abc.Sequence[Sequence], length: int) -> None:
         """Give each of the sequences a row of the caches with room for `length` tokens."""

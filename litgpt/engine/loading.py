@@ -140,8 +140,3 @@ def choose_kv_caches(model: GPT, spec: CacheSpec | str, batch_size: int = 1) -> 
     if spec != CacheSpec():
         check_fits(spec, model, batch_size, model.max_seq_length)
         model.assign_kv_caches(spec.create(model, batch_size))
-
-
-def cache_bytes(model: GPT) -> int:
-    """Bytes that the model's caches have allocated."""
-    return model.caches.size_in_bytes()

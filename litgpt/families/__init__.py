@@ -86,7 +86,7 @@ def fields_from_hf(hf: Settings, unmet: "Callable[[str, Any], str | None]", name
     """Keyword arguments of `Config` from a `config.json`.
 
     `name` is the model's, by default from the file; the name of a named model gives the model that one's `name` and
-    `hf_config`. `unmet` is that of `config.py`. Raises `ValueError` for an architecture or a setting that is not supported.
+    `hf_config`. `unmet` is `config.unmet`. Raises `ValueError` for an architecture or a setting that is not supported.
     """
     from litgpt.families.hf_config import read_config
 

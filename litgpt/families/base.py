@@ -75,7 +75,7 @@ def named(shared: dict[str, Any], *rows: Row) -> dict[str, dict[str, Any]]:
     """Named models as keyword arguments of `Config`, keyed by name.
 
     A row reads `(repositories, n_layer, n_embd, n_head, n_query_groups, intermediate_size[, differences])`; `None`
-    leaves a size to be derived. `repositories` are space-separated, `org/a{b,c}d` stands for `org/abd org/acd`, and
+    leaves a size to be derived. `repositories` are space-separated, `org/a{b,c}d` is short for `org/abd org/acd`, and
     `org/repo=name` gives a model another name than its repository. In `shared` and `differences`, per-layer flags are
     a cycle, say `"110"`, that repeats over the layers.
     """

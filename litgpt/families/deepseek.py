@@ -33,7 +33,7 @@ _V3 = {field: value for field, (_, value) in _ROUTING.items()} | {
 
 
 def _read(hf: Settings) -> dict[str, Any]:
-    hf.whole("num_key_value_heads", None, null=True)  # its heads have no groups, whatever this says
+    hf.whole("num_key_value_heads", None, null=True)  # only checked, since its heads have no groups
     sizes = {key: hf.whole(key, default, null=key == "q_lora_rank") for key, default in _LATENT.items()}
     return {"latent_attention": sizes}
 

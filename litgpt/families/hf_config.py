@@ -35,7 +35,7 @@ _NULLABLE = (*_DERIVED, "attention_logit_softcapping", "final_logit_softcapping"
 def read_config(family: Family, hf: Settings, unmet: Callable[[str, Any], str | None]) -> dict[str, Any]:
     """`Config` fields from a `config.json` of this family; `ValueError` for values that the family cannot compute with.
 
-    `unmet` is that of `config.py`.
+    `unmet` is `config.unmet`.
     """
     for key, supported in (_EXPECTED | family.expects).items():
         hf.only(key, supported, family.defaults.get(key, supported[0]), family.model_type)

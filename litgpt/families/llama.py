@@ -1,4 +1,4 @@
-"""Llama and what shares its architecture."""
+"""Llama, other models of its architecture, and SmolLM3."""
 
 from typing import Any
 

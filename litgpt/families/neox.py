@@ -62,7 +62,7 @@ NEOX = Family(
         "mlp.proj": "mlp.dense_4h_to_h",
     },
     interleaved_qkv=True,
-    prefixes={"lm_head.": "embed_out."},  # what transformers calls it since version 5
+    prefixes={"lm_head.": "embed_out."},  # its name in transformers since version 5
     ignored=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
     models=_MODELS,
 )

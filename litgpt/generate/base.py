@@ -13,7 +13,7 @@ from litgpt.engine.answer import counted
 from litgpt.engine.caches import CacheLease, prepare_caches
 from litgpt.engine.drafting import Drafter
 from litgpt.engine.engine import Engine, decode
-from litgpt.engine.loading import Ready, cache_bytes, make_ready
+from litgpt.engine.loading import Ready, make_ready
 from litgpt.engine.sampling import Sampling, batched_sample, multinomial_num_samples_1, sample, sample_top_p
 from litgpt.engine.sequence import Sequence
 from litgpt.generate.options import AnswerOptions, CheckpointOptions, PromptLookupOptions, command
@@ -85,7 +85,7 @@ def batched_generate_fn(
         prompts: (B, T) tokens, or B tensors (T_b,) of different lengths.
         max_returned_tokens: most tokens of a row, its prompt included.
         prompt_chunksize: most tokens of a prefill call (None: as many as the caches take).
-        sample_args: arguments of `sample`, for all rows or for each.
+        sample_args: fields of `Sampling`, for all rows or for each.
         stop_tokens: sequences of tokens, each of which ends a row.
         include_prompt: yield the prompts first.
         include_eos: yield the stop sequence.
@@ -133,34 +133,24 @@ def generate_fn(
     max_returned_tokens: int,
     prompt_chunksize: int | None = None,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
-    stop_tokens: abc.Sequence[abc.Sequence[int]] = (),
     include_prompt: bool,
     include_eos: bool,
+    stop_tokens: abc.Sequence[abc.Sequence[int]] = (),
+    **sampling: Any,
 ) -> Iterator[torch.Tensor]:
-    """Generate from one prompt (T,): `batched_generate_fn` for a batch of one.
+    """Generate from one prompt (T,): `batched_generate_fn` for a batch of one; `sampling` are fields of `Sampling`.
 
     Yields:
         The prompt, if `include_prompt`, and then tokens (1,) int64.
     """
-    first = include_prompt
-    for step in batched_generate_fn(
-        model,
-        [prompt],
-        max_returned_tokens,
-        prompt_chunksize,
-        sample_args={"temperature": temperature, "top_k": top_k, "top_p": top_p},
-        stop_tokens=stop_tokens,
-        include_prompt=include_prompt,
-        include_eos=include_eos,
-    ):
-        if first:
-            yield step[0]
-            first = False
-        else:
-            yield from step[0].split(1)
+    flags = {"include_prompt": include_prompt, "include_eos": include_eos}
+    steps = batched_generate_fn(
+        model, [prompt], max_returned_tokens, prompt_chunksize, sample_args=sampling, stop_tokens=stop_tokens, **flags
+    )
+    if include_prompt:
+        yield next(steps)[0]
+    for step in steps:
+        yield from step[0].split(1)
 
 
 def generate(
@@ -169,29 +159,19 @@ def generate(
     max_returned_tokens: int,
     prompt_chunksize: int | None = None,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
     eos_id: int | None = None,
     include_prompt: bool = True,
+    **sampling: Any,
 ) -> torch.Tensor:
     """Generate from one prompt (T,) until `eos_id`, which is included, or `max_returned_tokens`: (n,) int64.
 
-    The other arguments are those of `batched_generate_fn` and `sample`.
+    The other arguments are those of `generate_fn`.
     """
-    parts = generate_fn(
-        model,
-        prompt,
-        max_returned_tokens,
-        prompt_chunksize,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop_tokens=() if eos_id is None else ([eos_id],),
-        include_prompt=include_prompt,
-        include_eos=True,
+    settings = {"include_prompt": include_prompt, "include_eos": True, **sampling}
+    stop_tokens = () if eos_id is None else ([eos_id],)
+    return torch.cat(
+        [*generate_fn(model, prompt, max_returned_tokens, prompt_chunksize, stop_tokens=stop_tokens, **settings)]
     )
-    return torch.cat(list(parts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +260,6 @@ def print_answers(ready: Ready, line: PromptLine, options: AnswerOptions, drafte
     print(
         f"{counted(new, 'token')} in {seconds:.2f} s, {new / seconds:.1f} tokens/s; "
         f"{counted(sequences[0].prompt_length, 'prompt token')}, first token after {wait:.2f} s; "
-        f"key-value cache {cache_bytes(ready.model) / 1e6:.1f} MB{accepted}",
+        f"key-value cache {ready.model.caches.size_in_bytes() / 1e6:.1f} MB{accepted}",
         file=sys.stderr,
     )

@@ -34,12 +34,10 @@ def generate(
     prompt: torch.Tensor,
     max_returned_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float = 1.0,
     stop_tokens: abc.Sequence[abc.Sequence[int]] = (),
     include_prompt: bool = True,
     speculative_k: int,
+    **sampling: Any,
 ) -> tuple[torch.Tensor, float]:
     """Generate from one prompt (T,) with the target model, with draft tokens of the draft model.
 
@@ -48,10 +46,10 @@ def generate(
         target_model: with assigned caches, or default ones, made as needed.
         prompt: tokens (T,).
         max_returned_tokens: most tokens of the result, the prompt included.
-        temperature, top_k, top_p: as for `sample`.
         stop_tokens: sequences of tokens, each of which ends the text and is not returned.
         include_prompt: whether the result includes the prompt.
         speculative_k: draft tokens at a time.
+        sampling: fields of `Sampling`.
 
     Returns:
         Tokens (n,) int64, and the fraction of draft tokens that was accepted.
@@ -63,7 +61,7 @@ def generate(
         raise ValueError(
             f"max_returned_tokens={max_returned_tokens} leaves no room after {len(prompt)} tokens of prompt"
         )
-    sequence = Sequence(prompt, max_returned_tokens - len(prompt), Sampling(temperature, top_k, top_p), stop_tokens)
+    sequence = Sequence(prompt, max_returned_tokens - len(prompt), Sampling(**sampling), stop_tokens)
     draft = DraftModel(draft_model, target_model.config.padded_vocab_size, speculative_k)
     engine = Engine(target_model, drafter=draft)
     prepare_caches(target_model, 1, sequence.max_length)

@@ -18,6 +18,7 @@ struct CausalAttention {
     const bf16 *q, *k, *v, *sinks;
     int64_t q_strides[2], k_strides[2], v_strides[2];  // of heads, tokens
     bf16* y;                                           // (T, H, D)
+    Vectors encoded[2] = {};                           // keys and values in fewer bits, in place of k and v, of one row
 
     int64_t tile_tokens() const {
         const int64_t tokens = (QUERY_TILE_ROWS * G / H + ROWS - 1) / ROWS * ROWS;
@@ -140,13 +141,16 @@ private:
     // Keys [k0, k0 + n) of group g in blocks of 64: for pairs of their numbers, one after the other; zeros after the
     // last.
     void lay_out_keys(uint32_t* target, int64_t g, int64_t k0, int64_t n, int64_t size) const {
-        const bf16* start = k + g * k_strides[0] + k0 * k_strides[1];
+        const bf16* start = encoded[0].kind ? nullptr : k + g * k_strides[0] + k0 * k_strides[1];
+        std::vector<bf16> decoded(start ? 0 : 16 * size);
         for (int64_t j = 0; j < (n + KEYS - 1) / KEYS * KEYS; j += 16) {
             uint32_t* block = target + j / KEYS * KEYS * size / 2 + j % KEYS;
+            for (int64_t i = 0; !start && i < std::min<int64_t>(16, n - j); i++)
+                decode(encoded[0].at(0, g, k0 + j + i), D, decoded.data() + i * size);
             for (int64_t d = 0; d < size; d += 32) {
                 uint32_t rows[16][16] = {};
                 for (int64_t i = 0; i < std::min<int64_t>(16, n - j); i++)
-                    std::memcpy(rows[i], start + (j + i) * k_strides[1] + d,
+                    std::memcpy(rows[i], (start ? start + (j + i) * k_strides[1] : decoded.data() + i * size) + d,
                                 std::min<int64_t>(32, D - d) * sizeof(bf16));
                 transpose(rows);
                 for (int64_t p = 0; p < 16; p++) std::memcpy(block + (d / 2 + p) * KEYS, rows[p], sizeof rows[p]);
@@ -187,11 +191,17 @@ private:
     // Values [k0, k0 + n) of group g in blocks of 64 numbers: for pairs of tokens, one after the other; zeros after the
     // last.
     void lay_out_values(uint32_t* target, int64_t g, int64_t k0, int64_t n, int64_t outputs) const {
-        const bf16* start = v + g * v_strides[0] + k0 * v_strides[1];
+        const bf16* start = encoded[0].kind ? nullptr : v + g * v_strides[0] + k0 * v_strides[1];
         const bf16 none[MAX_D] = {};
+        bf16 decoded[2][MAX_D];
+        const auto value = [&](int64_t j, bf16* own) -> const bf16* {
+            if (j >= n) return none;
+            if (start) return start + j * v_strides[1];
+            decode(encoded[1].at(0, g, k0 + j), D, own);
+            return own;
+        };
         for (int64_t j = 0; j < (n + KEYS - 1) / KEYS * KEYS; j += 2) {
-            const bf16* first = j < n ? start + j * v_strides[1] : none;
-            const bf16* second = j + 1 < n ? start + (j + 1) * v_strides[1] : none;
+            const bf16 *first = value(j, decoded[0]), *second = value(j + 1, decoded[1]);
             for (int64_t u = 0; u < outputs / KEYS; u++) {
                 uint32_t* row = target + u * KEY_BLOCK / 2 * KEYS + j / 2 * KEYS;
                 const int64_t d0 = u * KEYS, width = std::min(KEYS, D - d0);

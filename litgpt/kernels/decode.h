@@ -38,6 +38,12 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
     for (int64_t p = 0; p < n_plans; p++)
         all_splits[p].find(B, G, T, plans[p].N, plans[p].bias, plans[p].bias_strides);
     KvSplits* splits = all_splits.data();
+    static thread_local std::vector<Vectors> shifted;  // encoded keys and values from the first slot that is read
+    shifted.resize(2 * n_layers);
+    Vectors* encoded = shifted.data();
+    for (int64_t l = 0; l < n_layers; l++)
+        for (int i = 0; i < 2; i++)
+            if (layers[l].encoded[0].kind) encoded[2 * l + i] = layers[l].encoded[i].at(0, 0, plans[layers[l].plan].first);
     const auto attention_of = [&](const Layer& layer) {
         const StepPlan& plan = plans[layer.plan];
         return Attention{B,
@@ -56,7 +62,8 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
                          {plan.bias_strides[0], plan.bias_strides[1]},
                          layer.sinks,
                          splits + layer.plan,
-                         plan.rows};
+                         plan.rows,
+                         layer.encoded[0].kind ? encoded + 2 * (&layer - layers) : nullptr};
     };
     int64_t most = 0;
     for (int64_t l = 0; l < n_layers; l++) most = std::max(most, attention_of(layers[l]).scratch_size());
@@ -88,13 +95,21 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
                 const int64_t m = i / heads, h = i % heads, b = m / T, t = m % T;
                 bf16* head = qkv + i * D;
                 if (h < H + G) finish_head(shape, layer, ropes, head, h, b, t);
+                const Vectors* own = layer.encoded;
+                const int64_t row = plan.rows ? plan.rows[b] : b;
                 if (h < H) {
+                    const int64_t n = plan.n_queries, j = t - (T - n);
+                    if (j >= 0)
+                        keep_query(layer, head, row, h, plan.query_slots[plan.query_slots_by_row ? b * n + j : j], D);
+                    if (own[0].rotated) rotate_vector(head, D);
                     std::memcpy(attention.queries + ((b * H + h) * T + t) * D, head, D * sizeof(bf16));
                 } else {
                     const int64_t g = (h - H) % G, slot = plan.slots[plan.slots_by_row ? m : t];
                     bf16* buffer = h < H + G ? layer.keys : layer.values;
-                    const int64_t row = plan.rows ? plan.rows[b] : b;
-                    std::memcpy(buffer + row * layer.row_stride + g * layer.head_stride + slot * D, head,
+                    if (own[0].kind)
+                        encode(own[h >= H + G].at(row, g, slot), head, D);
+                    else
+                        std::memcpy(buffer + row * layer.row_stride + g * layer.head_stride + slot * D, head,
                                 D * sizeof(bf16));
                 }
             }

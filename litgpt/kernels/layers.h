@@ -2,9 +2,8 @@
 
 #pragma once
 
+#include "encoded.h"
 #include "weights.h"
-
-constexpr int MAX_D = 256;  // largest head size
 
 struct Shape {
     int64_t E, H, G, D, I, rope_n, interleave, activation, norm_all_heads;
@@ -16,8 +15,11 @@ struct Layer {
     const bf16 *norm_1, *norm_q, *norm_k, *post_attention_norm, *norm_2, *post_mlp_norm, *sinks;
     bf16 *keys, *values;
     int64_t row_stride, head_stride;  // of keys and values; slots lie one after the other
+    bf16* queries;                    // of the last tokens (row, head, slot, D), kept for the cache's policy; null: none
+    int64_t query_row_stride, query_head_stride;
     int64_t rope, plan;               // indices of RoPE tables and plans of the call; rope -1: none
     Weight qkv, proj, gate, up, down;
+    Vectors encoded[2];  // keys and values, in caches of fewer bits; else their kind is PLAIN
 };
 
 // Many consecutive tokens of a row of the caches: tokens [first, first + T) of the call
@@ -27,6 +29,8 @@ struct Segment {
     int64_t window;               // number of newest keys that a token sees
     const int64_t *kept, *slots;  // tokens that are stored (null: the first ones), and their slots
     int64_t n_kept;
+    const int64_t* query_slots;  // where the queries of the last tokens are kept
+    int64_t n_queries;
 };
 
 // The plan of a call for one kind of cache: T tokens of every row, or segments
@@ -34,6 +38,8 @@ struct StepPlan {
     const int64_t* rows;   // rows of the caches that take part in the call (B,); null: the first B
     const int64_t* slots;  // (T,) or, if `slots_by_row`, (B, T)
     int64_t slots_by_row, first, N;
+    const int64_t* query_slots;  // (n,) or, if `query_slots_by_row`, (B, n): where the queries of the last n tokens are kept
+    int64_t query_slots_by_row, n_queries;
     const bf16* bias;
     int64_t bias_strides[2];
     const Segment* segments;
@@ -44,6 +50,12 @@ struct Rope {
     const bf16 *cos, *sin;  // (T, n) with a stride between rows of the batch, sines with their signs
     int64_t row_stride;
 };
+
+// Keeps the query of head h in a slot of a row of the cache.
+inline void keep_query(const Layer& layer, const bf16* query, int64_t row, int64_t h, int64_t slot, int64_t D) {
+    std::memcpy(layer.queries + row * layer.query_row_stride + h * layer.query_head_stride + slot * D, query,
+                D * sizeof(bf16));
+}
 
 inline void norm_row(const bf16* x, const bf16* weight, bf16* y, int64_t size, float eps, float offset) {
     float sum = 0;

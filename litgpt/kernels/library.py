@@ -19,7 +19,7 @@ _SIGNATURES = {
     "multiplies_fast": [],
     "rms_norm": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT] * 2,
     "attend_causally": [_POINTER] * 5 + [_COUNT] * 7 + [_POINTER] + [_FLOAT] * 2,
-    "attend": [_POINTER] * 6 + [_COUNT] * 6 + [_POINTER] + [_FLOAT] * 2,
+    "attend": [_POINTER] * 7 + [_COUNT] * 6 + [_POINTER] + [_FLOAT] * 2,
 }
 
 

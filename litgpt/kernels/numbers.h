@@ -15,6 +15,8 @@
 
 using bf16 = uint16_t;
 
+constexpr int MAX_D = 256;  // largest head size
+
 // A buffer for intermediate results, which is kept from call to call. It begins at a cache line.
 template <class T>
 class Scratch {

@@ -8,6 +8,7 @@ import torch
 
 from litgpt.kernels import processor
 from litgpt.kernels.library import library
+from litgpt.kernels.structs import Vectors
 
 MAX_ROWS = 16  # for more, torch's products of a single layer are as fast or faster, where it has them in bfloat16
 MAX_QUERIES = 16  # of one sequence
@@ -185,10 +186,49 @@ def attend(
         query.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
+        None,
         _address(bias),
         _address(sinks),
         y.data_ptr(),
         *(B, H, G, T, N, D, strides, scale, cap),
+    )
+    return y
+
+
+def can_attend_encoded(
+    query: torch.Tensor, encoded: tuple[Vectors, ...], bias: torch.Tensor | None, sinks: torch.Tensor | None
+) -> bool:
+    """Whether `attend_encoded` is there for these: as `can_attend`, and codes that the kernels read."""
+    return (
+        all(side.kind for side in encoded)
+        and len(encoded) == 2
+        and not torch.compiler.is_compiling()
+        and can_attend(query, query, query, bias, sinks)
+    )
+
+
+def attend_encoded(
+    query: torch.Tensor,
+    encoded: tuple[Vectors, Vectors],
+    n_query_groups: int,
+    length: int,
+    bias: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    cap: float,
+) -> torch.Tensor:
+    """As `attend`, with keys and values of `n_query_groups` heads and `length` slots that are `encoded`. Queries and outputs are
+    not rotated."""
+    B, H, T, D = query.shape
+    y = query.new_empty(B, T, H, D)
+    bias_strides = (0, 0)
+    if bias is not None:
+        b = bias.stride()
+        bias_strides = (b[0] if bias.shape[0] > 1 else 0, b[2] if bias.shape[2] > 1 else 0)
+    strides = _strides.pack(*query.stride()[:3], *(0,) * 6, *bias_strides)
+    library().attend(
+        *(query.data_ptr(), None, None, (Vectors * 2)(*encoded), _address(bias), _address(sinks), y.data_ptr()),
+        *(B, H, n_query_groups, T, length, D, strides, scale, cap),
     )
     return y
 

@@ -80,6 +80,15 @@ struct Prefill {
         }
         for (int64_t s = 0; s < plan.n_segments; s++) store(layer, plan.segments[s]);
 #pragma omp barrier
+        const Vectors* encoded = layer.encoded[0].kind ? layer.encoded : nullptr;
+        if (encoded) {  // from here on, all is as it is encoded: rotated, and what is attended to is rounded
+#pragma omp for schedule(static)
+            for (int64_t m = 0; m < M; m++) {
+                bf16* token = qkv + m * heads * D;
+                for (int64_t h = 0; encoded[0].rotated && h < H; h++) rotate_vector(token + h * D, D);
+                for (int64_t g = 0; g < 2 * G; g++) round_to_codes(encoded[g / G], token + (H + g) * D, D);
+            }
+        }
         static thread_local std::vector<CausalAttention> attentions;
         static thread_local std::vector<int64_t> ends;  // of their tasks
         attentions.clear(), ends.clear();
@@ -91,6 +100,10 @@ struct Prefill {
         for (int64_t i = 0; i < ends.back(); i++) {
             const int64_t s = std::upper_bound(ends.begin(), ends.end(), i) - ends.begin();
             attentions[s].run(i - (s ? ends[s - 1] : 0));
+        }
+        if (encoded && encoded[1].rotated) {
+#pragma omp for schedule(static)
+            for (int64_t i = 0; i < M * H; i++) rotate_vector(attended + i * D, D);
         }
 #pragma omp single
         for (int64_t i = 0; output_tokens && i < n_output_tokens; i++) {
@@ -163,13 +176,21 @@ private:
         with_weight<Widened>(layer.gate, multiply, scratch);
     }
 
-    // Writes the tokens of a segment that stay to the cache.
+    // Writes the tokens of a segment that stay to the cache, and the last queries that its policy asks for.
     void store(const Layer& layer, const Segment& segment) {
         const int64_t H = shape.H, G = shape.G, D = shape.D;
 #pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < segment.n_queries; i++) {
+            const bf16* token = qkv + (segment.first + segment.T - segment.n_queries + i) * heads * D;
+            for (int64_t h = 0; h < H; h++)
+                keep_query(layer, token + h * D, segment.row, h, segment.query_slots[i], D);
+        }
+#pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < segment.n_kept; i++) {
             const bf16* token = qkv + (segment.first + (segment.kept ? segment.kept[i] : i)) * heads * D;
-            for (int64_t g = 0; g < G; g++) {
+            for (int64_t g = 0; g < 2 * G && layer.encoded[0].kind; g++)
+                encode(layer.encoded[g / G].at(segment.row, g % G, segment.slots[i]), token + (H + g) * D, D);
+            for (int64_t g = 0; g < G && !layer.encoded[0].kind; g++) {
                 const int64_t at = segment.row * layer.row_stride + g * layer.head_stride + segment.slots[i] * D;
                 std::memcpy(layer.keys + at, token + (H + g) * D, D * sizeof(bf16));
                 std::memcpy(layer.values + at, token + (H + G + g) * D, D * sizeof(bf16));
@@ -182,7 +203,9 @@ private:
         const bf16* tokens = qkv + segment.first * width;
         CausalAttention a{H, G, segment.T, segment.N, D, segment.window, shape.scale, shape.cap, tokens, nullptr, nullptr,
                           layer.sinks, {D, width}, {}, {}, attended + segment.first * H * D};
-        if (segment.N) {
+        if (segment.N && layer.encoded[0].kind) {
+            for (int i = 0; i < 2; i++) a.encoded[i] = layer.encoded[i].at(segment.row, 0, segment.key);
+        } else if (segment.N) {
             const int64_t at = segment.row * layer.row_stride + segment.key * D;
             a.k = layer.keys + at, a.v = layer.values + at;
             for (auto strides : {a.k_strides, a.v_strides}) strides[0] = layer.head_stride, strides[1] = D;

@@ -24,6 +24,21 @@ class Shape(ctypes.Structure):
     ]
 
 
+class Vectors(ctypes.Structure):
+    """Encoded keys or values, (B, G, slots, ...)."""
+
+    _fields_ = [
+        *((name, _POINTER) for name in ("codes", "scales")),
+        *((name, _COUNT) for name in ("kind", "rotated")),
+        *((name, _COUNT * 3) for name in ("strides", "scale_strides")),
+    ]
+
+    @classmethod
+    def of(cls, kind: int, rotated: bool, codes: torch.Tensor, scales: torch.Tensor) -> "Vectors":
+        strides = ((_COUNT * 3)(*x.stride()[:3]) for x in (codes, scales))
+        return cls(codes.data_ptr(), scales.data_ptr(), kind, rotated, *strides)
+
+
 class Layer(ctypes.Structure):
     _fields_ = [
         *(
@@ -31,8 +46,11 @@ class Layer(ctypes.Structure):
             for name in ("norm_1", "norm_q", "norm_k", "post_attention_norm", "norm_2", "post_mlp_norm")
         ),
         *((name, _POINTER) for name in ("sinks", "keys", "values")),
-        *((name, _COUNT) for name in ("row_stride", "head_stride", "rope", "plan")),
+        *((name, _COUNT) for name in ("row_stride", "head_stride")),
+        ("queries", _POINTER),
+        *((name, _COUNT) for name in ("query_row_stride", "query_head_stride", "rope", "plan")),
         *((name, Weight) for name in ("qkv", "proj", "gate", "up", "down")),
+        ("encoded", Vectors * 2),
     ]
 
 
@@ -41,6 +59,8 @@ class Segment(ctypes.Structure):
         *((name, _COUNT) for name in ("first", "T", "row", "key", "N", "window")),
         *((name, _POINTER) for name in ("kept", "slots")),
         ("n_kept", _COUNT),
+        ("query_slots", _POINTER),
+        ("n_queries", _COUNT),
     ]
 
 
@@ -49,6 +69,8 @@ class StepPlan(ctypes.Structure):
         ("rows", _POINTER),
         ("slots", _POINTER),
         *((name, _COUNT) for name in ("slots_by_row", "first", "N")),
+        ("query_slots", _POINTER),
+        *((name, _COUNT) for name in ("query_slots_by_row", "n_queries")),
         ("bias", _POINTER),
         ("bias_strides", _COUNT * 2),
         ("segments", _POINTER),

@@ -73,13 +73,14 @@ class Plan:
 
     Attributes:
         boundaries: of a cache whose policy scores tokens, before the layers run.
-        fields_after: and the numbers of its rows after the call, by kind.
+        fields_prepared, fields_after: and the numbers of its rows after these boundaries, and after the call, by kind.
     """
 
     parts: list[Part]
     before: tuple[int, ...]
     after: tuple[int, ...]
     boundaries: "tuple[Boundary, ...]" = ()
+    fields_prepared: tuple[tuple[int, ...], ...] = ()
     fields_after: tuple[tuple[int, ...], ...] = ()
 
     @cached_property

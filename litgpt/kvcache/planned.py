@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from litgpt.attention import DefaultKeysAndValues, KeysAndValues
+from litgpt.attention import DefaultKeysAndValues, KeysAndValues, join
 from litgpt.config import Config
 from litgpt.kvcache.default import DefaultKVCache
 from litgpt.kvcache.params import KVCacheParams
@@ -149,6 +149,10 @@ class PlannedKVCache(DefaultKVCache):
         parts = storage.size_in_bits_apriori(params, **storage_args)
         return sum(parts.values()), parts
 
+    def kept_queries(self) -> torch.Tensor | None:
+        """Queries that the policy asks for (batch_size, H, slots, D), to be written as steps say; None: it asks for none."""
+        return None
+
     # -- one call
 
     @abstractmethod
@@ -282,15 +286,18 @@ class PlannedKVCache(DefaultKVCache):
     def _keys_values(
         self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor
     ) -> KeysAndValues:
-        if step.read is None and step.new is not None:
-            return DefaultKeysAndValues(_take(key, step.new), _take(value, step.new))
+        if step.new is not None:
+            new = self.storage.as_stored(_take(key, step.new), _take(value, step.new))
+            if step.read is None:
+                return DefaultKeysAndValues(new.keys(), new.values())
         slots = slice(0, step.bias.shape[-1]) if step.read is None else step.read
         old = self.storage.get(key.shape[0], slots, rows)
-        if step.new is None:
-            return old
-        return DefaultKeysAndValues(
-            torch.cat((old.keys(), key[:, :, step.new]), dim=2), torch.cat((old.values(), value[:, :, step.new]), dim=2)
-        )
+        return old if step.new is None else join(old, new)
+
+    def uninterrupted_tokens(self, row: int) -> int | None:
+        """How many next tokens of a row can come in one call without an eviction between them that is not planned from their
+        positions alone (None: any number)."""
+        return None
 
     # -- errors
 

@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from litgpt.attention import DefaultKeysAndValues
 from litgpt.config import Config
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.plan import Plan, Step
@@ -40,6 +39,8 @@ class ScoreKVCache(PlannedKVCache):
             raise ValueError(
                 f"layer {block_idx} has a sliding window, which says what stays: {type(policy).__name__} is for the others"
             )
+        if policy.unrotates and config.latent_attention is not None:
+            raise ValueError(f"{type(policy).__name__} needs keys before RoPE, which latent attention does not have")
         if policy.n_queries > policy.cache_length:
             raise ValueError(
                 f"{type(policy).__name__} needs the queries of {policy.n_queries} tokens, more than cache_length="
@@ -121,6 +122,9 @@ class ScoreKVCache(PlannedKVCache):
             parts[name] = 8 * dtype.itemsize * torch.Size(shape).numel()
         return sum(parts.values()), parts
 
+    def kept_queries(self) -> torch.Tensor | None:
+        return self._buffers.get("queries")  # not `self.queries`: see `DefaultStorage.kernel_view`
+
     # -- one call
 
     def plan(
@@ -148,6 +152,7 @@ class ScoreKVCache(PlannedKVCache):
             return plan
         for boundary in plan.boundaries:
             self._look(boundary, sink_logits)
+        self._rows.fields = plan.fields_prepared
         return plan.without_boundaries
 
     def _run_step(
@@ -211,7 +216,7 @@ class ScoreKVCache(PlannedKVCache):
         positions = torch.arange(T, device=key.device).view(1, 1, T)
         with torch.no_grad():
             tokens = CachedTokens(
-                DefaultKeysAndValues(key, value),
+                self.storage.as_stored(key, value),
                 positions,
                 query,
                 positions[0],
@@ -258,6 +263,15 @@ class ScoreKVCache(PlannedKVCache):
                 buffer[:batch, ..., : x.shape[-1]] = x
             else:
                 buffer[rows, ..., : x.shape[-1]] = x
+
+    def uninterrupted_tokens(self, row: int) -> int | None:
+        length, filled, _, observed_at = (of_rows[row] for of_rows in self._rows.fields)
+        if length == 0:
+            return None
+        room = self.policy.room(filled, length - observed_at)
+        if room:
+            return room
+        return self.policy.room(self.policy.kept if filled == self.policy.cache_length else filled, 0)
 
     # -- state between calls
 

@@ -105,9 +105,10 @@ def plan_score_call(
     packed = not isinstance(T, int)
     sizes = list(T) if packed else [T] * len(chosen)
     after = list(state)
-    pieces = []
+    prepared, pieces = list(state), []
     for row, size in zip(chosen, sizes, strict=True):
         own, after[row] = cut(policy, state[row], size)
+        prepared[row] = own[0].bounded or own[0].row
         pieces.append(own)
     groups: dict[tuple, list[int]] = defaultdict(list)
     if T == 1 and (static or len({(own[0].row.filled, own[0].bounded is None) for own in pieces}) > 1):
@@ -138,7 +139,10 @@ def plan_score_call(
         tuple(row.length for row in state),
         tuple(row.length for row in after),
         tuple(boundaries),
-        tuple(zip(*((row.length, row.filled, row.evicted_at, row.observed_at) for row in after), strict=True)),
+        *(
+            tuple(zip(*((row.length, row.filled, row.evicted_at, row.observed_at) for row in rows), strict=True))
+            for rows in (prepared, after)
+        ),
     )
 
 

@@ -248,8 +248,7 @@ def load_shard(
     world_size: int,
     quantize: str | None = None,
 ) -> ShardedGPT:
-    """A process's part of a checkpoint's model, reading only its weights; with `quantize` (int8 or int4) they are quantised on the
-    way.
+    """A process's part of a checkpoint's model. Only its weights are read, and with `quantize` (int8 or int4) quantised.
 
     Raises:
         ValueError: as `load_model` and `Shard` do.

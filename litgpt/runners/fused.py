@@ -16,7 +16,7 @@ from litgpt.attention import attention_scale
 from litgpt.config import Config
 from litgpt.kernels import ops
 from litgpt.kernels.library import library
-from litgpt.kernels.structs import Layer, Rope, Segment, Shape, StepPlan, Weight, address
+from litgpt.kernels.structs import Layer, Rope, Segment, Shape, StepPlan, Vectors, Weight, address
 from litgpt.kvcache import KVCache
 from litgpt.kvcache.plan import Plan
 from litgpt.kvcache.planned import PlannedKVCache
@@ -105,7 +105,7 @@ class FusedLayers:
         self.plans = (StepPlan * len(layers))()
         self.scratch_size = 2 * (config.n_head + config.n_query_groups) * config.head_size  # for a token of a prefill
         self.caches: list[weakref.ref[KVCache]] = []  # `layers` point to their buffers
-        self.places: list[tuple[int, int]] = []
+        self.places: list[tuple[int, int, int | None]] = []
         modules = [module for block in self.blocks for module in block.modules()] + [model.transformer.ln_f]
         self.watch = ModuleWatch(modules, apart=model.kv_caches())
 
@@ -170,21 +170,26 @@ class FusedLayers:
         self.caches = list(map(weakref.ref, caches))  # without keeping their memory
         self.places = list(map(_place, caches))
         for layer, cache, place in zip(self.layers, caches, self.places, strict=True):
-            layer.keys, layer.values = place
+            layer.keys, layer.values, layer.queries = place
             layer.row_stride, layer.head_stride, _, _ = cache.storage.kernel_view()[0].stride()
+            layer.encoded = (Vectors * 2)(*(cache.storage.kernel_codes() or ()))
+            if cache.kept_queries() is not None:
+                layer.query_row_stride, layer.query_head_stride, _, _ = cache.kept_queries().stride()
         return True
 
 
-def _place(cache: PlannedKVCache) -> tuple[int, int]:
+def _place(cache: PlannedKVCache) -> tuple[int, int, int | None]:
     keys, values = cache.storage.kernel_view()
-    return keys.data_ptr(), values.data_ptr()
+    return keys.data_ptr(), values.data_ptr(), address(cache.kept_queries())
 
 
 def _set_decode_plan(target: StepPlan, plan: Plan, T: int) -> bool:
     """Copy a plan for a few tokens to `target`; False unless it stores all, then attends to a range of slots."""
     part = plan.parts[0]
     step = part.steps[0]
-    simple = len(plan.parts) == len(part.steps) == 1 and part.spans is None and part.chunk_rows is None
+    simple = (
+        len(plan.parts) == len(part.steps) == 1 and part.spans is None and part.chunk_rows is None and not step.prompt
+    )
     whole = slice(0, T)
     if not (simple and step.write_first and step.new is None and step.write == whole == step.queries):
         return False
@@ -200,6 +205,9 @@ def _set_decode_plan(target: StepPlan, plan: Plan, T: int) -> bool:
     target.slots, target.slots_by_row = step.slots.data_ptr(), step.slots.ndim > 1
     target.first, target.N = (0, bias.shape[-1]) if read is None else (read.start, read.stop - read.start)
     target.bias, target.n_segments = address(bias), 0
+    queries = step.query_slots
+    target.query_slots, target.n_queries = address(queries), 0 if queries is None else queries.shape[-1]
+    target.query_slots_by_row = queries is not None and queries.ndim > 1
     if bias is not None:
         if bias.dtype != torch.bfloat16 or bias.stride(-1) != 1 or (bias.ndim == 4 and bias.shape[1] != 1):
             return False
@@ -213,7 +221,12 @@ def _segments(plan: Plan, B: int, T: int) -> "ctypes.Array[Segment] | None":
     found = []
     for part in plan.parts:
         step = part.steps[0]
-        if len(part.steps) > 1 or step.consecutive is None or not (step.write_first or step.read is None):
+        if (
+            len(part.steps) > 1
+            or step.consecutive is None
+            or not (step.write_first or step.read is None)
+            or step.prompt
+        ):
             return None
         if step.read is not None and step.consecutive.T <= ops.MAX_QUERIES:  # rearranging all keys would take longer
             return None
@@ -222,12 +235,14 @@ def _segments(plan: Plan, B: int, T: int) -> "ctypes.Array[Segment] | None":
         starts = [b * T for b in chunk_rows] if part.spans is None else [span.start for span in part.spans]
         size, kept = step.consecutive.T, None if isinstance(step.write, slice) else step.write
         read = slice(0, 0) if step.read is None else step.read
-        for row, start in zip(rows, starts, strict=True):
+        queries = [None] * len(rows) if step.query_slots is None else step.query_slots.expand(len(rows), -1)
+        for row, start, query_slots in zip(rows, starts, queries, strict=True):
             found.append(
                 Segment(
                     *(start, size, row, read.start, read.stop - read.start),
                     step.consecutive.window or step.consecutive.N,
                     *(address(kept), step.slots.data_ptr(), size if kept is None else len(kept)),
+                    *(address(query_slots), 0 if query_slots is None else len(query_slots)),
                 )
             )
     return (Segment * len(found))(*found)

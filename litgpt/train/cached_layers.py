@@ -107,6 +107,11 @@ class _Sweep:
             for chunk in self.chunks
         ]
 
+    def run(self, block: nn.Module, index: int, x: torch.Tensor, cache: nn.Module, seed: int | None) -> torch.Tensor:
+        """Outputs of a layer for the inputs of chunk `index`, with what stands for its cache."""
+        with _cache_of(block, cache), _seeded(seed, index):
+            return block(x, self.ropes[index], _NO_PLAN, self.idx[:, self.chunks[index].tokens])
+
     def make_cache(self, block_idx: int) -> PlannedKVCache:
         """An empty cache for a layer."""
         gpt = self.gpt
@@ -124,12 +129,12 @@ class _Sweep:
         cache.start(len(self.row_sizes))
         return cache
 
-    def plan(self, cache: PlannedKVCache, index: int) -> Plan:
-        """The plan of chunk `index`, the same for all layers with equal caches."""
-        chunk, key = self.chunks[index], (index, cache.plan_key())
+    def plan(self, cache: PlannedKVCache, starts: list[int], sizes: list[int], rows: list[int]) -> Plan:
+        """The plan of a call, the same for all layers with equal caches."""
+        key = (*sizes, *rows, cache.plan_key())
         if key not in self._plans:
-            T = chunk.sizes if self.packed else chunk.sizes[0]
-            self._plans[key] = cache.plan(chunk.starts[0], len(chunk.rows), T, chunk.rows if self.packed else None)
+            T = sizes if self.packed else sizes[0]
+            self._plans[key] = cache.plan(max(starts), len(rows), T, rows if self.packed else None)
         return self._plans[key]
 
     def places(self, positions: torch.Tensor) -> torch.Tensor:
@@ -138,12 +143,14 @@ class _Sweep:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """What a chunk found in its layer's cache."""
+class _Call:
+    """A call of a layer's cache with some tokens of a chunk, and what it finds there: the numbers of the cache's rows, and the
+    places of the tokens in its slots (B, G, n)."""
 
+    tokens: torch.Tensor | slice
     plan: Plan
     fields: tuple[tuple[int, ...], ...]
-    places: torch.Tensor  # (B, G, n)
+    places: torch.Tensor
 
 
 class _CachedLayer(torch.autograd.Function):
@@ -154,15 +161,11 @@ class _CachedLayer(torch.autograd.Function):
         block, cache = sweep.gpt.transformer.h[block_idx], sweep.make_cache(block_idx)
         output, log = torch.empty_like(x), []
         seed = int(torch.randint(2**62, ())) if block.training else None
-        sinks = getattr(block.attn, "sinks", None)
         for index, chunk in enumerate(sweep.chunks):
-            plan = cache.prepare(sweep.plan(cache, index), sinks)
-            log.append(_Entry(plan, cache.row_fields, sweep.places(cache.token_positions())))
-            with _cache_of(block, cache), _seeded(seed, index):
-                output[:, chunk.tokens] = block(
-                    x[:, chunk.tokens], sweep.ropes[index], plan, sweep.idx[:, chunk.tokens]
-                )
-            cache.commit(plan)
+            serving = _Serving(sweep, chunk, cache)
+            output[:, chunk.tokens] = sweep.run(block, index, x[:, chunk.tokens], serving, seed)
+            log.append(serving.calls)
+        cache.clear()
         ctx.save_for_backward(x)
         ctx.sweep, ctx.block, ctx.cache, ctx.log, ctx.seed, ctx.params = sweep, block, cache, log, seed, params
         return output
@@ -175,24 +178,21 @@ class _CachedLayer(torch.autograd.Function):
         d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
         d_x, d_params = torch.empty_like(x), [None] * len(params)
         for index in reversed(range(len(sweep.chunks))):
-            chunk, entry = sweep.chunks[index], ctx.log[index]
-            stored = [_gathered(of_all, entry.places).requires_grad_() for of_all in (keys, values)]
-            own, recorder = x[:, chunk.tokens].detach().requires_grad_(), _Recorder(cache)
+            chunk, calls = sweep.chunks[index], ctx.log[index]
+            stored = [_gathered(of_all, calls[0].places).requires_grad_() for of_all in (keys, values)]
+            own, again = x[:, chunk.tokens].detach().requires_grad_(), _Again(cache, chunk, calls, stored, x.shape[1])
             with torch.enable_grad():
-                cache.refill(entry.fields, *stored)
-                with _cache_of(block, recorder), _seeded(ctx.seed, index):
-                    y = block(own, sweep.ropes[index], entry.plan, sweep.idx[:, chunk.tokens])
+                y = sweep.run(block, index, own, again, ctx.seed)
             outputs, gradients = [y], [d_output[:, chunk.tokens]]
-            for new, d_all in ((recorder.key, d_keys), (recorder.value, d_values)):
+            for new, d_all in ((again.key, d_keys), (again.value, d_values)):
                 if new.requires_grad:
                     outputs.append(new)
                     gradients.append(d_all[:, :, chunk.tokens])
-            inputs = [own, *stored, *params]
-            found = torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
+            found = torch.autograd.grad(outputs, [own, *stored, *params], gradients, allow_unused=True)
             d_x[:, chunk.tokens] = found[0]
             for d_all, d_stored in ((d_keys, found[1]), (d_values, found[2])):
                 if d_stored is not None:
-                    _add_gathered(d_all, entry.places, d_stored)
+                    _add_gathered(d_all, calls[0].places, d_stored)
             for i, d_param in enumerate(found[3:]):
                 if d_param is not None:
                     d_params[i] = d_param if d_params[i] is None else d_params[i].add_(d_param)
@@ -201,12 +201,64 @@ class _CachedLayer(torch.autograd.Function):
         return d_x, None, None, *d_params
 
 
-class _Recorder(nn.Module):
-    """Stands for a cache and notes the keys and values that it is given."""
+class _Serving(nn.Module):
+    """Stands for a cache during a chunk: runs it as at serving, and notes the calls.
 
-    def __init__(self, cache: PlannedKVCache | None) -> None:
+    A call ends where the cache evicts: how a sequence is cut into calls changes no output after the first one.
+    """
+
+    def __init__(self, sweep: _Sweep, chunk: Chunk, cache: PlannedKVCache) -> None:
         super().__init__()
-        self.cache = cache
+        self.sweep, self.chunk, self.cache = sweep, chunk, cache
+        self.calls: list[_Call] = []
+
+    def run(
+        self,
+        plan: Plan,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        token_idx: torch.Tensor | None = None,
+        sink_logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        cache, chunk, outputs = self.cache, self.chunk, []
+        done = [0] * len(chunk.rows)
+        begins = [0, *accumulate(chunk.sizes)]
+        while members := [i for i, size in enumerate(chunk.sizes) if done[i] < size]:
+            rows, starts = [chunk.rows[i] for i in members], [chunk.starts[i] + done[i] for i in members]
+            sizes = []
+            for i in members:
+                left, limit = chunk.sizes[i] - done[i], cache.uninterrupted_tokens(chunk.rows[i])
+                sizes.append(left if limit is None else min(left, limit))
+            spans = [(begins[i] + done[i], begins[i] + done[i] + n) for i, n in zip(members, sizes, strict=True)]
+            if len(spans) == 1 or sizes == chunk.sizes:
+                tokens: torch.Tensor | slice = slice(spans[0][0], spans[-1][1])
+            else:
+                tokens = torch.cat([torch.arange(*span, device=query.device) for span in spans])
+            plan = cache.prepare(self.sweep.plan(cache, starts, sizes, rows), sink_logits)
+            self.calls.append(_Call(tokens, plan, cache.row_fields, self.sweep.places(cache.token_positions())))
+            outputs.append(cache.run(plan, *(x[:, :, tokens] for x in (query, key, value)), None, sink_logits))
+            cache.commit(plan)
+            for i, n in zip(members, sizes, strict=True):
+                done[i] += n
+        return _in_order(outputs, self.calls)
+
+
+class _Again(nn.Module):
+    """Stands for a cache in the backward pass of a chunk: repeats its calls, in a cache that is refilled before each of them.
+
+    Args:
+        cache: any contents are lost.
+        chunk, calls: as they were in the forward pass.
+        stored: keys and values (B, G, n, D) that the first call found.
+        n_tokens: N.
+    """
+
+    def __init__(
+        self, cache: PlannedKVCache, chunk: Chunk, calls: list[_Call], stored: list[torch.Tensor], n_tokens: int
+    ) -> None:
+        super().__init__()
+        self.cache, self.chunk, self.calls, self.stored, self.n_tokens = cache, chunk, calls, stored, n_tokens
 
     def run(
         self,
@@ -218,10 +270,51 @@ class _Recorder(nn.Module):
         sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         self.key, self.value = key, value
-        if self.cache is None:  # only keys and values are wanted
-            B, H, T, _ = query.shape
-            return query.new_zeros(B, T, H * value.shape[-1])
-        return self.cache.run(plan, query, key, value, token_idx, sink_logits)
+        outputs = []
+        for i, call in enumerate(self.calls):
+            stored = self.stored
+            if i > 0:  # some tokens of the chunk are among those stored, and some others have left
+                index = self._index.gather(2, call.places)
+                stored = [
+                    torch.cat((old, new.expand(len(old), -1, -1, -1)), dim=2).gather(
+                        2, index.unsqueeze(-1).expand(-1, -1, -1, old.shape[-1])
+                    )
+                    for old, new in zip(stored, (key, value), strict=True)
+                ]
+            self.cache.refill(call.fields, *stored)
+            own = [x[:, :, call.tokens] for x in (query, key, value)]
+            outputs.append(self.cache.run(call.plan, *own, None, sink_logits))
+        return _in_order(outputs, self.calls)
+
+    @cached_property
+    def _index(self) -> torch.Tensor:
+        """By place (B, G, N): where a token is among those that the first call found and, after them, those of the chunk."""
+        places, tokens = self.calls[0].places, self.chunk.tokens
+        B, G, n = places.shape
+        index = places.new_zeros(B, G, self.n_tokens)
+        index.scatter_(2, places, torch.arange(n, device=places.device).expand(B, G, n))
+        index[:, :, tokens] = n + torch.arange(len(tokens), device=places.device)
+        return index
+
+
+class _KeysAndValuesOnly(nn.Module):
+    """Stands for a cache and notes the keys and values that it is given."""
+
+    def run(self, plan: Plan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
+        self.key, self.value = key, value
+        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1] * value.shape[-1])
+
+
+def _in_order(outputs: list[torch.Tensor], calls: list[_Call]) -> torch.Tensor:
+    """Outputs of calls (1, T_i, H * D) as one, in the order of the chunk's tokens."""
+    if len(outputs) == 1:
+        return outputs[0]
+    if all(isinstance(call.tokens, slice) for call in calls):
+        return torch.cat(outputs, dim=1)
+    tokens = torch.cat(
+        [torch.arange(c.tokens.start, c.tokens.stop) if isinstance(c.tokens, slice) else c.tokens for c in calls]
+    )
+    return torch.cat(outputs, dim=1)[:, tokens.argsort()]
 
 
 @torch.no_grad()
@@ -231,13 +324,12 @@ def _keys_and_values(
     """Keys and values (1, G, N, D) of all tokens in a layer."""
     keys = values = None
     for index, chunk in enumerate(sweep.chunks):
-        recorder = _Recorder(None)
-        with _cache_of(block, recorder), _seeded(seed, index):
+        only = _KeysAndValuesOnly()
+        with _cache_of(block, only), _seeded(seed, index):
             block.attn(block.norm_1(x[:, chunk.tokens]), sweep.ropes[index], _NO_PLAN, sweep.idx[:, chunk.tokens])
         if keys is None:
-            N = x.shape[1]
-            keys, values = (of.new_empty(1, of.shape[1], N, of.shape[3]) for of in (recorder.key, recorder.value))
-        keys[:, :, chunk.tokens], values[:, :, chunk.tokens] = recorder.key, recorder.value
+            keys, values = (of.new_empty(1, of.shape[1], x.shape[1], of.shape[3]) for of in (only.key, only.value))
+        keys[:, :, chunk.tokens], values[:, :, chunk.tokens] = only.key, only.value
     return keys, values
 
 

@@ -214,7 +214,7 @@ def test_the_command_writes_a_folder_that_others_open(folder, tmp_path, capsys):
     assert main(["generate", str(folder), "--quantize", "int4", "--max_new_tokens", "3", "--temperature", "0"]) == 0
     assert main(["validate", str(out)]) == 0
     report = capsys.readouterr().out
-    assert "names and shapes as the config wants them, stored as int4" in report
+    assert "names and shapes fit the config, stored as int4" in report
     assert " kB in int4" in report
     assert main(["generate", str(out), "--max_new_tokens", "3", "--temperature", "0"]) == 0
     assert QuantizedCheckpoint(out).quantization == Scheme("int4", 64)

@@ -11,6 +11,7 @@ from litgpt.kvcache import KVCacheParams
 from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.kvcache.policies import POLICIES
 from litgpt.kvcache.policies.score import ScorePolicy
+from litgpt.kvcache.storages import STORAGES
 from litgpt.kvcache.testing import create_kv_cache
 
 from .reference import ReferenceCache
@@ -48,6 +49,10 @@ class Case:
     @property
     def evicts(self) -> bool:
         return not self.name.startswith("dense")
+
+    @property
+    def storage(self) -> str:
+        return self.name.partition("-")[2]
 
     @property
     def cache_length(self) -> int:
@@ -103,9 +108,16 @@ class Case:
                 recent,
                 self.looks,
                 softcap=self.softcap,
+                as_stored=self.as_stored,
             )
         capacity = self.cache_length if self.evicts else None
-        return ReferenceCache(1 / math.sqrt(D), capacity, self.n_sink, self.window, self.softcap)
+        cut = 1 / math.sqrt(D), capacity, self.n_sink, self.window, self.softcap
+        return ReferenceCache(*cut, as_stored=self.as_stored)
+
+    def as_stored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as the case's storage gives them back."""
+        stored = STORAGES[self.storage](self.params(1)).as_stored(key, value)
+        return stored.keys(), stored.values()
 
     def tokens(self, T: int, batch: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         H, G = self.heads
@@ -117,14 +129,23 @@ class Case:
 
 
 CACHES = [Case("dense-default"), Case("lastrec-default"), Case("lastrec-default", n_sink=3)]
+for _storage in STORAGES:
+    if _storage != "default":
+        CACHES += [Case(f"dense-{_storage}"), Case(f"lastrec-{_storage}", n_sink=3)]
 # with a window, one longer and one shorter than what an evicting cache keeps
-KINDS = [*CACHES, *(dataclasses.replace(case, window=window) for case in CACHES for window in (5, 20))]
+KINDS = CACHES + [
+    dataclasses.replace(case, window=window)
+    for case in CACHES
+    for window in (5, 20)
+    if case.storage == "default" or (case.storage, window) == ("int8", 5)
+]
 SCORED = [
     Case(f"{name}-default", tail=tail)
     for name, policy in POLICIES.items()
     if issubclass(policy, ScorePolicy)
     for tail in (4, 1)
 ]
+SCORED += [Case(f"h2o-{storage}", tail=4) for storage in STORAGES if storage != "default"]
 KINDS += SCORED
 CACHES += [case for case in SCORED if case.tail == 4]
 every_cache = pytest.mark.parametrize("case", CACHES, ids=str)

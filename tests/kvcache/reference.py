@@ -4,6 +4,7 @@ Shares no code with the package, and knows nothing of slots: it keeps every toke
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -66,6 +67,7 @@ class ReferenceCache:
     window: int | None = None
     softcap: float | None = None
     rows: list[Row] = field(default_factory=list)
+    as_stored: Callable = lambda key, value: (key, value)  # what is attended to in place of keys and values
 
     @property
     def end(self) -> int:
@@ -81,6 +83,7 @@ class ReferenceCache:
         """Bring new tokens (B, heads, T, D) to `rows` (None: all). Returns (B, T, H * D), float64."""
         named = list(range(len(self.rows))) if rows is None else rows
         B, H, T, D = query.shape
+        key, value = self.as_stored(key, value)
         output = torch.empty(B, T, H, D, dtype=torch.float64)
         for b, r in enumerate(named):
             row, start = self.rows[r], self.rows[r].length

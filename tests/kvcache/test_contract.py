@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from litgpt.config import Config
 from litgpt.kvcache import KVCacheParams
+from litgpt.kvcache.policies import POLICIES
+from litgpt.kvcache.storages import STORAGES
 from litgpt.kvcache.testing import KV_CACHE_NAMES
 
 from .cases import (
@@ -37,6 +39,7 @@ EVERYTHING = [
         [None, 3.0],
         [torch.float32, torch.bfloat16],
     )
+    if case.storage == "default" or (heads, softcap) == ((4, 2), 3.0)
 ]
 EVERYTHING += [
     dataclasses.replace(case, heads=heads, softcap=softcap, dtype=dtype)
@@ -49,7 +52,12 @@ CUTS = [(26,), (1,) * 26, (7, *(1,) * 19), (12, 14), (5, 9, 12), (3, 23), (20, 1
 
 
 def test_every_named_cache_is_in_the_contract():
-    assert {case.name for case in CACHES} == set(KV_CACHE_NAMES)
+    names = {case.name for case in CACHES}
+    assert names <= set(KV_CACHE_NAMES)
+    assert {
+        f"{policy}-default" for policy in POLICIES
+    } <= names  # each policy, and each storage with policies of all kinds
+    assert {f"{policy}-{storage}" for policy in ("dense", "lastrec", "h2o") for storage in STORAGES} <= names
 
 
 @pytest.mark.parametrize("case", EVERYTHING, ids=str)
@@ -61,7 +69,7 @@ def test_G1_G3_outputs_are_those_of_masked_attention_however_the_sequence_is_cut
 
 @pytest.mark.parametrize("case", [c for c in KINDS if c.evicts], ids=str)
 def test_G1_nothing_differs_from_a_dense_cache_before_the_first_eviction(case):
-    dense = dataclasses.replace(case, name="dense-default", n_sink=0, tail=None)
+    dense = dataclasses.replace(case, name=f"dense-{case.storage}", n_sink=0, tail=None)
     tokens = case.tokens(SLOTS)
     for cuts in [(SLOTS,), (1,) * SLOTS, (5, 1, 6)]:
         # a policy that looks at all queries cuts a call where it looks, and rounds differently
@@ -87,13 +95,13 @@ def test_G2_a_slot_holds_the_token_whose_position_it_names(case, cuts):
     tokens, cache, reference = case.tokens(26), case.cache(3), case.reference()
     feed(cache, tokens, cuts)
     follow(reference, tokens, cuts)
-    positions, stored = cache.token_positions(), cache.get_keys_values()
+    positions, stored, expected = cache.token_positions(), cache.get_keys_values(), case.as_stored(*tokens[1:])
     assert positions.shape == stored.keys().shape[:3] == (2, case.heads[1], cache.current_length)
     assert positions.dtype == torch.int64
     for b, g in itertools.product(range(2), range(case.heads[1])):
         assert sorted(positions[b, g].tolist()) == reference.kept(reference.rows[b], g)
-        assert torch.equal(stored.keys()[b, g], tokens[1][b, g, positions[b, g]])
-        assert torch.equal(stored.values()[b, g], tokens[2][b, g, positions[b, g]])
+        assert torch.equal(stored.keys()[b, g], expected[0][b, g, positions[b, g]])
+        assert torch.equal(stored.values()[b, g], expected[1][b, g, positions[b, g]])
 
 
 def attended(case, cuts):
@@ -104,7 +112,7 @@ def attended(case, cuts):
     cache = case.make(params, config)
     zeros = torch.zeros(1, 1, T, 64)
     output = feed(cache, (zeros, zeros, torch.eye(64)[None, None, :T]), cuts)
-    return [set(row.nonzero().flatten().tolist()) for row in output[0]]
+    return [set((row > 0.01).nonzero().flatten().tolist()) for row in output[0]]  # storages round
 
 
 @pytest.mark.parametrize("case", [case for case in KINDS if case.tail is None], ids=str)
@@ -195,8 +203,8 @@ def test_G8_bytes_are_those_allocated_and_never_grow(case):
             return sum(8 * buffer.untyped_storage().nbytes() for buffer in cache.buffers())
 
         assert bits == sum(parts.values()) == allocated() > 0
-        assert type(cache).size_estimate_apriori(params) == (bits, parts)
-        assert type(cache).size_estimate_apriori(cache.get_params()) == (bits, parts)
+        for size in (params, cache.get_params()):
+            assert type(cache).size_estimate_apriori(size, type(cache.storage)) == (bits, parts)
         pointers = [buffer.data_ptr() for buffer in cache.buffers()]
         feed(cache, [x.to(cache.dtype) for x in case.tokens(20)], (15, 1, 4))
         assert (cache.size_estimate(), allocated()) == ((bits, parts), bits)
@@ -253,10 +261,9 @@ def test_G9_a_decode_step_does_as_much_at_any_position_and_copies_no_keys(case, 
             cache.run(ready, *tokens)
         cache.commit(plan)
         counts.add(sizes.count)
-        assert sizes.largest <= max(buffer.numel() for buffer in cache.buffers()), (
-            "keys are not repeated for every head"
-        )
-        assert softcap or sizes.made < 90 * D, "keys in use are read where they are"
+        most = max(buffer.numel() for buffer in cache.buffers()) * (1 if case.storage == "default" else 2)
+        assert sizes.largest <= most, "keys are not repeated for every head"
+        assert softcap or case.storage != "default" or sizes.made < 90 * D, "keys in use are read where they are"
     assert len(counts) == 1
 
 
@@ -268,7 +275,7 @@ def test_G9_a_chunk_for_some_rows_reads_what_these_have(case):
     call(cache, *case.tokens(10, 1), rows=[1])
     with Sizes() as sizes:
         call(cache, *case.tokens(4, 1), rows=[1])
-    assert sizes.made < 3000
+    assert sizes.made < 3000 * D
 
 
 @pytest.mark.parametrize("case", [c for c in KINDS if c.window != 20 and c.tail != 1], ids=str)

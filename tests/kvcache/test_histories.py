@@ -22,7 +22,7 @@ actions = ["prefill", "chunk", "steps", "steps", "some", "join", "crop", "crop",
 actions += ["rewind", "rewind", "leave", "extend"]
 history = st.lists(st.tuples(st.sampled_from(actions), number, number), min_size=3, max_size=12)
 kind = st.tuples(
-    st.sampled_from(["dense", "lastrec", "lastrec", "knorm", "h2o", "snapkv"]),
+    st.sampled_from(["dense", "lastrec", "lastrec", "knorm", "h2o", "snapkv", "dense-int8", "lastrec-int4"]),
     st.integers(2, 8),
     st.integers(0, 7),
     st.sampled_from([None, 1, 2, 3, 5, 9]),
@@ -36,7 +36,7 @@ class Pair:
         scored = name in SCORES
         window = None if scored else window
         config = Config(n_layer=1, n_embd=H * D, n_head=H, n_query_groups=G, block_size=64, sliding_window_size=window)
-        self.dense = name == "dense"
+        self.dense = name.startswith("dense")
         params = KVCacheParams.from_config(config, ROWS, 4 * slots if self.dense else slots)
         arguments = {} if self.dense else {"n_sink": sinks % slots}
         if scored:
@@ -51,6 +51,11 @@ class Pair:
             self.reference = ScoreReference(scale, SCORES[name], slots, *arguments.values(), name in LOOKING)
         else:
             self.reference = ReferenceCache(scale, capacity, arguments.get("n_sink", 0), window)
+        self.reference.as_stored = self.as_stored
+
+    def as_stored(self, key, value):
+        stored = self.cache.storage.as_stored(key, value)
+        return stored.keys(), stored.values()
 
     def tokens(self, batch, T):
         return [torch.randn(batch, heads, T, D) for heads in (H, G, G)]

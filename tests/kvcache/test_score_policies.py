@@ -195,3 +195,37 @@ def test_a_model_with_sink_logits_gives_them_to_its_policies(name):
     assert one_by_one == at_once
     if name == "h2o":
         assert kept_by_a_model(name, idx, (10, *(1,) * 50), -99) != one_by_one
+
+
+def test_a_budget_distributes_slots_over_the_layers_without_a_window():
+    config = Config(
+        n_layer=5, n_embd=32, n_head=4, block_size=500, sliding_window_size=8, sliding_window_indices=[0, 1, 0, 0, 0]
+    )
+
+    def lengths(**args):
+        spec = CacheSpec("h2o", cache_length=120, **args)
+        caches = spec.create(config, 1)
+        assert spec.size(config, 1)[0] == sum(cache.size_estimate()[0] for cache in caches)
+        return [cache.cache_length for cache in caches]
+
+    assert lengths() == lengths(budget="uniform") == [120, 72, 120, 120, 120]
+    assert lengths(budget="pyramid") == [234, 72, 158, 82, 6]
+    assert lengths(budget=[3, 1, 1, 1]) == [240, 72, 80, 80, 80]
+    for budget in ("funnel", [1, 2], [1, 1, 1, 0], 3):
+        with pytest.raises(ValueError, match="budget.*'pyramid', or 4 positive numbers.*got"):
+            lengths(budget=budget)
+    with pytest.raises(ValueError, match="layer 0 680 slots.* 2..500"):
+        CacheSpec("h2o", cache_length=340, budget=(2, 1, 1, 0.00001)).create(config, 1)
+    with pytest.raises(ValueError, match="no argument 'budget'"):
+        CacheSpec("dense", budget="pyramid")
+    spec = CacheSpec("h2o", budget=[1, 2])
+    assert eval(repr(spec)) == spec == CacheSpec.parse(spec.describe().pop("kv_cache"), budget=[1, 2])
+
+
+def test_a_model_decodes_with_layers_of_different_budgets():
+    model = tiny_gpt(n_layer=3)
+    model.assign_kv_caches(CacheSpec("snapkv", cache_length=40, budget="pyramid", tail=1).create(model, 2))
+    with torch.no_grad():
+        for part in torch.randint(100, (2, 90)).split((50, *(1,) * 40), 1):
+            model(part, model.next_token_pos)
+    assert [cache.current_length for cache in model.kv_caches()] == [78, 40, 2]

@@ -22,13 +22,13 @@ def run(model, prompts, length):
     return [[None if x is None else x.tolist() for x in step] for step in steps]
 
 
-@pytest.mark.parametrize("kv_cache", ["dense", "lastrec"])
+@pytest.mark.parametrize("kv_cache", ["dense", "lastrec", "h2o", "knorm"])
 def test_compiled_decoding_is_one_graph_for_all_positions_and_runs(kv_cache):
     plain, model = (tiny_gpt(block_size=4096, n_layer=1, n_embd=16, n_head=2, intermediate_size=32) for _ in range(2))
     model.load_state_dict(plain.state_dict())
-    if kv_cache == "lastrec":
+    if kv_cache != "dense":
         for gpt in (plain, model):
-            gpt.assign_kv_caches(create_kv_caches("lastrec", gpt.config, 2, 64, n_sink=2))
+            gpt.assign_kv_caches(create_kv_caches(kv_cache, gpt.config, 2, 64, n_sink=2))
     torch._dynamo.reset()
     counters.clear()
     compile_decode(model)
@@ -41,9 +41,13 @@ def test_compiled_decoding_is_one_graph_for_all_positions_and_runs(kv_cache):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_a_ragged_batch_decodes_compiled_as_it_does_plain():
+@pytest.mark.parametrize("kv_cache", ["dense", "h2o"])
+def test_a_ragged_batch_decodes_compiled_as_it_does_plain(kv_cache):
     plain, model = tiny_gpt(n_layer=1), tiny_gpt(n_layer=1)
     model.load_state_dict(plain.state_dict())
+    if kv_cache != "dense":
+        for gpt in (plain, model):
+            gpt.assign_kv_caches(create_kv_caches(kv_cache, gpt.config, 3, 16, tail=3))
     torch._dynamo.reset()
     compile_decode(model)
     prompts = [torch.tensor([3, 1, 4]), torch.tensor([1, 5, 9, 2, 6]), torch.tensor([7])]

@@ -87,15 +87,16 @@ def test_G12_every_cache(name, chunk):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("name", ["dense", "lastrec"])
+@pytest.mark.parametrize("name", ["dense", "lastrec", "h2o"])
 def test_G12_every_kind_of_layer(kind, name):
-    compare(make(kind), CacheSpec(name, cache_length=8 if name == "lastrec" else 30), [21], 4)
+    compare(make(kind), CacheSpec(name, cache_length=30 if name == "dense" else 8), [21], 4)
 
 
-@pytest.mark.parametrize("name", ["dense", "lastrec"])
-def test_G12_rows_of_their_own_lengths(name):
+@pytest.mark.parametrize("chunk", [4, 11])
+@pytest.mark.parametrize("name", ["dense", "lastrec", "knorm", "h2o"])
+def test_G12_rows_of_their_own_lengths(name, chunk):
     args = {} if name == "dense" else {"n_sink": 2}
-    compare(make(), CacheSpec(name, cache_length=8 if name == "lastrec" else 30, **args), [21, 3, 13, 8], 4)
+    compare(make(), CacheSpec(name, cache_length=30 if name == "dense" else 8, **args), [21, 3, 13, 8], chunk)
 
 
 def test_without_evictions_it_is_plain_training():

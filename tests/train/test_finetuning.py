@@ -472,7 +472,8 @@ def test_a_cache_that_keeps_all_changes_no_training(checkpoint_dir, tmp_path, js
     options = {"lora_dropout": 0.0} if method == "lora" else {}
     plain = run(method, checkpoint_dir, tmp_path / "plain", json_path, **options)
     cached = run(method, checkpoint_dir, tmp_path / "c", json_path, kv_cache="dense", prompt_chunksize=7, **options)
-    evicting = run(method, checkpoint_dir, tmp_path / "e", json_path, kv_cache="lastrec", cache_length=8, **options)
+    options |= {"cache_length": 8, "prompt_chunksize": 4}
+    evicting = run(method, checkpoint_dir, tmp_path / "e", json_path, kv_cache="lastrec", **options)
     for name, weight in plain.items():
         torch.testing.assert_close(cached[name], weight, rtol=1e-3, atol=1e-5)
     assert any((evicting[name] - weight).abs().max() > 1e-4 for name, weight in plain.items())

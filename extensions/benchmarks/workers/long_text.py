@@ -5,7 +5,7 @@ import time
 import torch
 from timing import read_job, read_tokens, report
 
-from litgpt.engine.loading import cache_bytes, choose_kv_caches, make_ready
+from litgpt.engine.loading import choose_kv_caches, make_ready
 from litgpt.engine.prefill import prefill
 from litgpt.kvcache import CacheSpec
 from litgpt.model import GPT
@@ -33,7 +33,7 @@ def measure_windows(model: GPT, tokens: torch.Tensor, prompt: int, start: int, w
         if position in edges:
             marks.append(time.perf_counter())
             allocated.append(allocated_bytes(model))
-            estimated.append(cache_bytes(model))
+            estimated.append(model.caches.size_in_bytes())
         if position < len(tokens):
             model(tokens[None, position : position + 1], position, last_token_only=True).argmax(-1).item()
     spans = zip(edges, edges[1:], marks, marks[1:], strict=False)

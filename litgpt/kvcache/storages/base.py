@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from litgpt.attention import KeysAndValues
+from litgpt.attention import DefaultKeysAndValues, KeysAndValues
+from litgpt.kernels.structs import Vectors
 from litgpt.kvcache.params import KVCacheParams
 
 Index = slice | torch.Tensor
@@ -32,8 +33,16 @@ class Storage(nn.Module, ABC):
     def get(self, batch: int, slots: Index, rows: torch.Tensor | None = None) -> KeysAndValues:
         """Keys and values in `slots` (a slice, or (N,) in any order) of `rows` (None: the first `batch`)."""
 
+    def as_stored(self, key: torch.Tensor, value: torch.Tensor) -> KeysAndValues:
+        """Keys and values (B, G, T, D) as `get` would give them, were they stored."""
+        return DefaultKeysAndValues(key, value)
+
     def kernel_view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Buffers of keys and values (batch_size, G, C, D) as `litgpt.kernels` reads and writes them; None: it cannot."""
+        """Buffers of keys and values (batch_size, G, C, ...) as `litgpt.kernels` reads and writes them; None: it cannot."""
+        return None
+
+    def kernel_codes(self) -> tuple[Vectors, Vectors] | None:
+        """How the buffers of `kernel_view` are encoded (None: they are keys and values)."""
         return None
 
     @abstractmethod
@@ -52,17 +61,13 @@ class Storage(nn.Module, ABC):
             index: int64 slots.
             rows: (B,), the rows that are meant (None: the first B).
         """
-        batch, _, n = index.shape
+        batch, G, n = index.shape
+        row = torch.arange(batch, device=index.device) if rows is None else rows
         for buffer in self.slot_buffers():
-            source = buffer[:batch] if rows is None else buffer[rows]
-            source = source.clone() if source.requires_grad else source  # which autograd needs as it was
-            moved = source.gather(
-                2, index.view(*index.shape, *[1] * (buffer.ndim - 3)).expand(-1, -1, -1, *buffer.shape[3:])
-            )
-            if rows is None:
-                buffer[:batch, :, :n] = moved
-            else:
-                buffer[rows, :, :n] = moved
+            head = (row[:, None] * G + torch.arange(G, device=index.device))[..., None]
+            source = (head * buffer.shape[2] + index).flatten()  # whole slots are copied, not element by element
+            moved = buffer.flatten(0, 2).index_select(0, source).view(batch, G, n, *buffer.shape[3:])
+            buffer[slice(batch) if rows is None else rows, :, :n] = moved
 
     @abstractmethod
     def state(self, batch: int, used: int) -> dict[str, torch.Tensor]:
@@ -148,6 +153,13 @@ def move_rows(buffers: Iterable[torch.Tensor], rows: Sequence[int]) -> None:
         new, old = torch.tensor(moved).unbind(1)
         for buffer in buffers:
             buffer[new.to(buffer.device)] = buffer[old.to(buffer.device)]
+
+
+def take(x: torch.Tensor, row: Index, slots: Index) -> torch.Tensor:
+    """Some slots of some rows of a buffer (batch_size, heads, slots, ...)."""
+    if isinstance(slots, slice):  # first, since taking rows copies
+        return x[:, :, slots][row]
+    return x[row][:, :, slots]
 
 
 STORAGES: dict[str, type[Storage]] = {}

@@ -6,7 +6,7 @@ import torch
 
 from litgpt.attention import DefaultKeysAndValues, KeysAndValues
 from litgpt.kvcache.params import KVCacheParams
-from litgpt.kvcache.storages.base import Index, Storage, move_rows, register_storage, write_slots
+from litgpt.kvcache.storages.base import Index, Storage, move_rows, register_storage, take, write_slots
 
 
 @register_storage("default")
@@ -33,8 +33,8 @@ class DefaultStorage(Storage):
 
     def get(self, batch: int, slots: Index, rows: torch.Tensor | None = None) -> KeysAndValues:
         row = slice(batch) if rows is None else rows
-        keys = _take(self.k, row, slots)
-        return DefaultKeysAndValues(keys, keys[..., : self.value_size] if self.v is None else _take(self.v, row, slots))
+        keys = take(self.k, row, slots)
+        return DefaultKeysAndValues(keys, keys[..., : self.value_size] if self.v is None else take(self.v, row, slots))
 
     def kernel_view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         buffers = self._buffers  # not `self.k`, which takes several times as long, in every layer of every step
@@ -63,9 +63,3 @@ class DefaultStorage(Storage):
     @property
     def dtype(self) -> torch.dtype:
         return self.k.dtype
-
-
-def _take(x: torch.Tensor, row: Index, slots: Index) -> torch.Tensor:
-    if isinstance(slots, slice):  # first, since taking rows copies
-        return x[:, :, slots][row]
-    return x[row][:, :, slots]
