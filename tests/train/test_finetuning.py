@@ -385,6 +385,7 @@ def test_weights_keep_their_data_type(checkpoint_dir):
         ({"data": []}, "no samples"),
         ({"data": [{"instruction": "a"}]}, "sample 0: "),
         ({"lora_r": 0}, "trains nothing"),
+        ({"devices": 2, "strategy": "fsdp"}, "leaves the weights divided"),
     ],
 )
 def test_wrong_arguments_leave_the_llm_as_it_was(arguments, message, llm):
