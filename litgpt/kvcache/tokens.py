@@ -6,7 +6,14 @@ from functools import cached_property
 
 import torch
 
-from litgpt.attention import QUERY_BLOCK, SCORE_BLOCK_BYTES, KeysAndValues, MultiHeadSelfAttention, do_softcapping
+from litgpt.attention import (
+    QUERY_BLOCK,
+    SCORE_BLOCK_BYTES,
+    EncodedKeysAndValues,
+    KeysAndValues,
+    MultiHeadSelfAttention,
+    do_softcapping,
+)
 from litgpt.rope import layer_frequencies, rotate_by, unrotate
 
 
@@ -57,6 +64,13 @@ class CachedTokens:
     def queries(self) -> torch.Tensor:
         """(B, H, n, D), rotated."""
         return self.rotated_queries.float()
+
+    @property
+    def quantization_errors(self) -> torch.Tensor:
+        """The norms of what keys and values have lost in the storage, summed, (B, G, N): zeros where they lose nothing."""
+        if not isinstance(self.keys_values, EncodedKeysAndValues):
+            return torch.zeros(self.shape, device=self.slot_state.device)
+        return sum(self.keys_values.expected_errors())
 
     def over_group(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, ...) to (B, G, H / G, ...): the heads that share keys."""

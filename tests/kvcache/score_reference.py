@@ -282,6 +282,7 @@ def compactor(row, g, reference):
 
 SCORES = {
     "compactor": compactor,
+    "qh2o": h2o,
     "random": random,
     "lazy": lazy,
     "expected": expected,
@@ -291,4 +292,4 @@ SCORES = {
     "tova": tova,
     "snapkv": snapkv,
 }
-LOOKING = {"compactor", "h2o", "lazy", "expected"}
+LOOKING = {"compactor", "qh2o", "h2o", "lazy", "expected"}
