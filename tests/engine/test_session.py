@@ -39,8 +39,11 @@ KINDS = {
     "dense of a fixed length": ({}, {"cache_length": 100}),
     "lastrec": ({}, {"kv_cache": "lastrec", "cache_length": 24}),
     "lastrec with sinks": ({}, {"kv_cache": "lastrec", "cache_length": 24, "n_sink": 3}),
+    "snapkv": ({}, {"kv_cache": "snapkv", "cache_length": 24, "tail": 6}),
+    "h2o": (WINDOW, {"kv_cache": "h2o", "cache_length": 24, "tail": 6}),
     "sliding windows": (WINDOW, {}),
     "latent attention": (LATENT, {}),
+    "latent attention and h2o": (LATENT, {"kv_cache": "h2o", "cache_length": 24}),
 }
 every_kind = pytest.mark.parametrize(("flags", "kind"), KINDS.values(), ids=KINDS)
 
@@ -116,10 +119,12 @@ def test_after_crop_it_goes_on_as_if_the_rest_had_never_come(flags, kind, n):
     session.crop(n)
     assert session.tokens == tokens[:n]
     assert session.cached <= max(n - 1, 0)
-    session.extend(more)
-    if n:
+    if n and (session.cached or n == 1):
         fresh.extend(tokens[:n])
-    fresh.extend(more)
+        fresh.extend(more)
+    else:  # nothing is left, all of it comes anew
+        fresh.extend(tokens[:n] + more)
+    session.extend(more)
     assert list(session.generate(max_new_tokens=6, **GREEDY)) == list(fresh.generate(max_new_tokens=6, **GREEDY))
     with pytest.raises(ValueError, match=rf"cannot crop to {n + 10}: must be in 0\.\.{n + 9}"):
         session.crop(n + 10)

@@ -37,6 +37,10 @@ class Codec(ABC):
     def decode(self, *parts: torch.Tensor) -> torch.Tensor:
         """Vectors (..., D) in float32, rotated if the codec rotates."""
 
+    @abstractmethod
+    def expected_error(self, *parts: torch.Tensor) -> torch.Tensor:
+        """The norm of what encoding a vector has lost, as its scale lets expect, (...,) float32."""
+
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply vectors (..., D) with the Hadamard matrix, if the codec does. It is its own inverse."""
         return x @ hadamard(self.size, x.dtype, x.device) if self.rotated else x
@@ -61,6 +65,9 @@ class Int8(Codec):
     def decode(self, *parts: torch.Tensor) -> torch.Tensor:
         codes, scale = parts
         return codes.float() * scale.float()
+
+    def expected_error(self, *parts: torch.Tensor) -> torch.Tensor:
+        return parts[1][..., 0].float() * (self.size / 12) ** 0.5  # of numbers that are uniform within a step
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,9 @@ class Int4(Codec):
         numbers = torch.cat((codes & 15, codes >> 4), dim=-1)
         return (numbers * scale + least).flatten(-2)[..., : self.size]
 
+    def expected_error(self, *parts: torch.Tensor) -> torch.Tensor:
+        return parts[1].float().unflatten(-1, (self.groups, 2))[..., 0].norm(dim=-1) * (GROUP / 12) ** 0.5
+
 
 @dataclass(frozen=True)
 class Float8(Codec):
@@ -116,6 +126,11 @@ class Float8(Codec):
     def decode(self, *parts: torch.Tensor) -> torch.Tensor:
         codes, scale = parts
         return codes.float() * scale.float()
+
+    def expected_error(self, *parts: torch.Tensor) -> torch.Tensor:
+        return self.decode(*parts).norm(dim=-1) / (
+            8 * 12**0.5 * 1.5
+        )  # steps are an eighth of a power of two, numbers 1.5 of it
 
 
 def _nonzero(scale: torch.Tensor) -> torch.Tensor:
