@@ -68,6 +68,10 @@ _COMMANDS = {
         "scripts.plan_cache:plan_cache",
         "Tell whether a model and its caches fit into a memory, and what would.",
     ),
+    "compare_caches": (
+        "scripts.compare_caches:compare_caches",
+        "Compare key-value caches on a model: quality, bytes, speed.",
+    ),
     "validate": ("scripts.validate:validate_setup", "Check a checkpoint, and estimate how much memory it needs."),
 }
 COMMANDS = {name: (f"litgpt.{place}", text) for name, (place, text) in _COMMANDS.items()}

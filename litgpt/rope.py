@@ -199,6 +199,32 @@ def build_rope_cache(
     return angles.cos() * scale, angles.sin() * scale
 
 
+def layer_frequencies(config: Config, block_idx: int, device: torch.device) -> torch.Tensor:
+    """The angles by which a layer rotates the pairs of a head from one position to the next, (n,) float32; empty where it has no
+    RoPE. With LongRoPE, by the short factors."""
+    if config.nope_indices is not None and config.nope_indices[block_idx]:
+        return torch.empty(0, device=device)
+    local = config.rope_local_base_freq is not None and config.rope_indices[block_idx]
+    exponents = torch.arange(0, config.rope_n_elem, 2, device=device).float() / max(config.rope_n_elem, 1)
+    theta = 1.0 / (config.rope_local_base_freq if local else config.rope_base) ** exponents
+    if config.rope_adjustments is not None and not local:
+        theta = _scaled(theta, config.rope_adjustments, config.rope_n_elem, config.rope_base, False)
+    return theta / config.rope_condense_ratio
+
+
+def rotate_by(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the first pairs (i, i + n) of x (..., D) by angles whose cosines and sines are (..., n)."""
+    n = cos.shape[-1]
+    a, b, rest = x.split((n, n, x.shape[-1] - 2 * n), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
+def unrotate(x: torch.Tensor, positions: torch.Tensor, frequencies: torch.Tensor) -> torch.Tensor:
+    """What x (..., D), rotated by RoPE to `positions` (...), was before, up to the factor that YaRN and LongRoPE have."""
+    angles = positions[..., None] * frequencies
+    return rotate_by(x, angles.cos(), -angles.sin())
+
+
 def short_context(adjustments: dict[str, Any] | None) -> int | None:
     """With LongRoPE, the length up to which sequences take the short factors (None: another kind of RoPE)."""
     return adjustments["original_max_seq_len"] if adjustments and "long_factor" in adjustments else None

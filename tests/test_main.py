@@ -260,7 +260,7 @@ def test_help_of_a_command_explains_every_option(litgpt):
         (["turn"], "checkpoint_dir is missing"),
         (["turn", "A"], "output_dir is missing"),
         (["talk", "--config", "nowhere.yaml"], "--config: File does not exist"),
-        (["train", "D", "--train.epochs", "x"], "--train.epochs: Expected a"),
+        (["train", "D", "--train.epochs", "x"], "--train.epochs cannot be 'x', it takes int"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(litgpt, args, text):

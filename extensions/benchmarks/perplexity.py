@@ -70,9 +70,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--modes", nargs="+", default=["int8", "int4"], help="what to compare with bfloat16 (default: int8 int4)")
     add("--kv_cache", nargs="+", help="compare these caches with the dense one instead, in bfloat16 (dense-int8 ...)")
     args = parser.parse_args()
-    for name in ("windows", "length"):
-        if getattr(args, name) < 2:
-            parser.error(f"--{name} must be at least 2, got {getattr(args, name)}")
+    for name, least in (("windows", 1), ("length", 2)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
     return args
 
 

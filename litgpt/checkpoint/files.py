@@ -25,6 +25,7 @@ _DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int64: "I64",
+    torch.int32: "I32",
     torch.int8: "I8",
     torch.uint8: "U8",
 }

@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from litgpt.checkpoint.base import HEAD, Checkpoint, RowShard
 from litgpt.checkpoint.files import parse_dtype, read_tensors
 from litgpt.checkpoint.huggingface import HuggingFaceCheckpoint
-from litgpt.checkpoint.load import weight_differences
 from litgpt.checkpoint.meta_model import meta_model
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.config import Config
@@ -42,18 +40,8 @@ class CheckpointValidationResult:
         return "\n".join(["Checkpoint validation failed:", *lines])
 
 
-def compare_checkpoint(path: Path, model: nn.Module) -> CheckpointValidationResult:
-    """Compares names and shapes of the weights at `path`, a file of `torch.save` or any checkpoint, with a model's."""
-    try:
-        differences = weight_differences(model.state_dict(), _row_shards(path))
-    except FileNotFoundError as error:
-        return CheckpointValidationResult(False, errors=[f"Checkpoint not found: {error}"])
-    except (ValueError, OSError) as error:
-        return CheckpointValidationResult(False, errors=[f"Failed to load: {error}"])
-    return CheckpointValidationResult(not any(differences), *differences)
-
-
-def _row_shards(path: Path) -> list[RowShard]:
+def meta_row_shards(path: Path) -> list[RowShard]:
+    """Names and shapes of the weights at `path`, a file of `torch.save` or any checkpoint."""
     if path.is_dir() or path.suffix.lower() == ".gguf":
         return list(open_checkpoint(path).row_shards(meta=True))
     return [(name, 0, tensor.to("meta")) for name, tensor in read_tensors(path)]

@@ -56,7 +56,7 @@ def check_caches(model: GPT, batch_size: int, max_length: int) -> None:
     if batch_size > 1 and not caches.takes_rows_apart:
         kind = next(type(cache).__name__ for cache in caches.caches if not cache.takes_rows_apart)
         raise ValueError(
-            f"{batch_size} sequences at once, but a {kind} cannot drop or reorder rows: generate one sequence at a time"
+            f"{batch_size} sequences at once, but {kind} cannot drop or reorder rows: generate one sequence at a time"
         )
     if caches.max_length is not None and caches.max_length < max_length:
         raise ValueError(

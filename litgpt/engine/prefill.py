@@ -90,7 +90,7 @@ def _prefill_rows(
     idx = torch.stack(list(prompts))
     T, done = idx.shape[1], 0
     while True:
-        size = _call_size(model, T - done, chunksize, start + done)
+        size = call_size(model, T - done, chunksize, start + done)
         chunk = idx[:, done : done + size]
         if done + size == T:
             return model(chunk, start + done, last_token_only=True, rows=rows)[:, -1]
@@ -98,7 +98,7 @@ def _prefill_rows(
         done += size
 
 
-def _call_size(model: GPT, left: int, chunksize: int | None, done: int) -> int:
+def call_size(model: GPT, left: int, chunksize: int | None, done: int) -> int:
     """Number of tokens of the next call for a prompt with `done` cached and `left` remaining tokens."""
     limit = model.kv_cache_max_tokens_forward() if done else model.kv_cache_max_prefill_length()
     return min(x for x in (left, chunksize, limit, model.max_seq_length) if x is not None)
@@ -180,7 +180,7 @@ class ChunkedPrefill:
         chunks: list[tuple[list[Sequence], torch.Tensor]] = []
         for group in self._groups:
             first = group[0]
-            size = _call_size(self.model, first.prompt_length - first.n_prefilled, self.chunksize, first.n_prefilled)
+            size = call_size(self.model, first.prompt_length - first.n_prefilled, self.chunksize, first.n_prefilled)
             if not first.n_prefilled and not self.model.caches.is_chunk_invariant(first.prompt_length):
                 if chunks and size > room:
                     break

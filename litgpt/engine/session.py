@@ -12,7 +12,7 @@ from litgpt.engine.caches import CacheLease, prepare_caches
 from litgpt.engine.drafting import Drafter
 from litgpt.engine.engine import Engine, check_vocabulary
 from litgpt.engine.loading import choose_kv_caches
-from litgpt.engine.prefill import prefill
+from litgpt.engine.prefill import call_size, prefill
 from litgpt.engine.sampling import Sampling
 from litgpt.engine.sequence import Sequence as GeneratedSequence
 from litgpt.engine.session_file import SessionFile, read_session, write_session
@@ -100,16 +100,46 @@ class Session:
         Raises:
             ValueError: if there are none, or more than the model or the caches take, before any work.
         """
+        self._append(tokens)
+        if rest := self.tokens[self.cached : -1]:
+            self._lease.run(prefill, self.model, [self._tensor(rest)], self.prompt_chunksize, self.cached)
+
+    def predict(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Append tokens, and return the logits (n, V) with which the model predicts each of them from all before it.
+
+        They are run in as few calls as the caches take, as for `extend`.
+
+        Raises:
+            ValueError: if there are none, the session is empty, or they are more than the model or the caches take, before any
+                work.
+        """
+        if not self.tokens:
+            raise ValueError("an empty session predicts nothing: extend it by a token first")
+        first = len(self.tokens) - 1
+        self._append(tokens)
+        if rest := self.tokens[self.cached : first]:
+            self._lease.run(prefill, self.model, [self._tensor(rest)], self.prompt_chunksize, self.cached)
+        return self._lease.run(self._logits, self._tensor(self.tokens[first:-1]))
+
+    @torch.inference_mode()
+    def _logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Run all of `tokens` (n,) after what is cached; logits (n, V)."""
+        found: list[torch.Tensor] = []
+        while (done := sum(map(len, found))) < len(tokens):
+            start = self.model.next_token_pos
+            size = call_size(self.model, len(tokens) - done, self.prompt_chunksize, start)
+            found.append(self.model(tokens[None, done : done + size], start)[0])
+        return torch.cat(found)
+
+    def _append(self, tokens: Sequence[int]) -> None:
+        """Append tokens without running them."""
         tokens = [int(token) for token in tokens]
         if not tokens:
             raise ValueError("there are no tokens to extend the session by")
         check_vocabulary(tokens, self.model.config.padded_vocab_size)
-        whole = self.tokens + tokens
-        self._make_room(len(whole))
+        self._make_room(len(self.tokens) + len(tokens))
         self._version += 1
-        self.tokens, cached = whole, self.cached
-        if rest := whole[cached:-1]:
-            self._lease.run(prefill, self.model, [self._tensor(rest)], self.prompt_chunksize, cached)
+        self.tokens = self.tokens + tokens
 
     def generate(
         self,

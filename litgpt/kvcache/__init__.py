@@ -5,7 +5,9 @@ from litgpt.kvcache.baselines import DenseKVCache, LastRecentlyInsertedKVCache
 from litgpt.kvcache.default import DefaultKVCache
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.policies import Policy, PositionalPolicy, register_policy
+from litgpt.kvcache.policies.score import ScorePolicy
 from litgpt.kvcache.positional import PositionalKVCache
+from litgpt.kvcache.score import ScoreKVCache
 from litgpt.kvcache.spec import CacheSpec
 from litgpt.kvcache.storages import Storage, register_storage
 
@@ -19,6 +21,8 @@ __all__ = [
     "Policy",
     "PositionalKVCache",
     "PositionalPolicy",
+    "ScoreKVCache",
+    "ScorePolicy",
     "Storage",
     "register_policy",
     "register_storage",

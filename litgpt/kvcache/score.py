@@ -39,6 +39,8 @@ class ScoreKVCache(PlannedKVCache):
             raise ValueError(
                 f"layer {block_idx} has a sliding window, which says what stays: {type(policy).__name__} is for the others"
             )
+        if policy.unrotates and config.latent_attention is not None:
+            raise ValueError(f"{type(policy).__name__} needs keys before RoPE, which latent attention does not have")
         if policy.n_queries > policy.cache_length:
             raise ValueError(
                 f"{type(policy).__name__} needs the queries of {policy.n_queries} tokens, more than cache_length="

@@ -22,9 +22,19 @@ from litgpt.kvcache.positional import PositionalKVCache
 from litgpt.kvcache.score import ScoreKVCache
 from litgpt.kvcache.storages import STORAGES, Storage
 
+POLICY_ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "h2o-orig": ("h2o", {}),
+    "h2o-vlen": ("h2o", {"value_norm": True}),
+    "qh2o-vlen": ("qh2o", {"value_norm": True}),
+}
+"""Names of LitGPT's pull request 2061 and the library that goes on from it, with what they are here."""
 STORAGE_ALIASES = {
-    f"{library}-quantized{bits}": f"int{bits}" for library in ("torch", "bnb") for bits in (8, 4)
-}  # names that awslabs/keys_values has
+    "torch-quantized8": "int8",
+    "bnb-quantized8": "int8",
+    "torch-quantized4": "int4",
+    "bnb-quantized4": "int4",
+}
+PYRAMID = 20  # the pyramid's top layer has the mean divided by that
 WINDOW_SLACK = 64  # slots that a sliding-window layer's cache has beyond its window: `crop` is exact within it
 
 KV_CACHES_OF_KINDS: dict[type[Policy], type[KVCache]] = {
@@ -58,7 +68,9 @@ class CacheSpec:
             the current folder.
         storage: how they are kept: a name in `STORAGES`.
         cache_length: all slots of a row and head (None: the policy's default).
-        args: arguments of the policy or the storage, such as `n_sink`.
+        args: arguments of the policy or the storage, such as `n_sink`; and for policies that score tokens `budget`, how the
+            slots are distributed over the layers without a sliding window, `cache_length` being the mean: "uniform",
+            "pyramid" (more for lower layers, arXiv:2406.02069), or a list of their shares.
 
     Raises:
         ValueError: if there is no such policy, storage or argument; it names those that there are.
@@ -74,10 +86,13 @@ class CacheSpec:
     ) -> None:
         if cache_length is not None and (isinstance(cache_length, bool) or not isinstance(cache_length, int)):
             raise ValueError(f"cache_length must be a whole number of slots, got {cache_length!r}")
+        args = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
         values = policy, storage, cache_length, tuple(sorted(args.items()))
         for field, value in zip(fields(self), values, strict=True):
             object.__setattr__(self, field.name, value)
-        known = {**self.policy_class.arguments(), **self.storage_class.arguments()}
+        known = [*self.policy_class.arguments(), *self.storage_class.arguments()]
+        if issubclass(self.policy_class, ScorePolicy):
+            known.append("budget")
         for name in args:
             if name not in known:
                 has = f"its arguments are {', '.join(known)}" if known else "it has no arguments"
@@ -92,7 +107,8 @@ class CacheSpec:
         if not isinstance(text, str):
             raise ValueError(f"a key-value cache is a CacheSpec or the name of one, got {text!r}")
         policy, storage = _split(text)
-        return cls(policy, STORAGE_ALIASES.get(storage, storage), cache_length, **args)
+        policy, own_args = POLICY_ALIASES.get(policy, (policy, {}))
+        return cls(policy, STORAGE_ALIASES.get(storage, storage), cache_length, **{**own_args, **args})
 
     def __str__(self) -> str:
         return self.policy if self.storage == "default" else f"{self.policy}-{self.storage}"
@@ -152,8 +168,9 @@ class CacheSpec:
         if not 1 <= length <= config.block_size:
             raise ValueError(f"cache_length must be in 1..{config.block_size}, the model's context, got {length}")
         devices = device if isinstance(device, (list, tuple)) else [device] * config.n_layer
+        lengths = self.layer_lengths(config, length)
         return [
-            self.create_layer(config, batch_size, block_idx, length, devices[block_idx], dtype, **kwargs)
+            self.create_layer(config, batch_size, block_idx, lengths[block_idx], devices[block_idx], dtype, **kwargs)
             for block_idx in range(config.n_layer)
         ]
 
@@ -172,6 +189,36 @@ class CacheSpec:
         device = None if device is None else torch.device(device)
         params = KVCacheParams.from_config(config, batch_size, policy.cache_length, device, dtype)
         return make_kv_cache(config, params, policy, block_idx, self.storage_class, self.storage_args, **kwargs)
+
+    def layer_lengths(self, config: Config, cache_length: int) -> list[int]:
+        """Slots of every layer, by the budget.
+
+        Raises:
+            ValueError: if it is no budget, or a layer would have fewer than 2 slots or more than the model's context.
+        """
+        budget = dict(self.arguments).get("budget", "uniform")
+        layers = [i for i in range(config.n_layer) if config.window(i) is None]
+        if budget == "uniform":
+            shares = [1.0] * len(layers)
+        elif budget == "pyramid":
+            step = 2 * (1 - 1 / PYRAMID) / max(1, len(layers) - 1)
+            shares = [2 - 1 / PYRAMID - step * i for i in range(len(layers))] if len(layers) > 1 else [1.0]
+        else:
+            if not isinstance(budget, tuple) or len(budget) != len(layers) or not all(_is_positive(x) for x in budget):
+                raise ValueError(
+                    f"budget must be 'uniform', 'pyramid', or {len(layers)} positive numbers, one for each layer without a "
+                    f"sliding window, got {budget!r}"
+                )
+            shares = [x * len(layers) / sum(budget) for x in budget]
+        lengths = [cache_length] * config.n_layer
+        for layer, share in zip(layers, shares, strict=True):
+            lengths[layer] = round(share * cache_length)
+            if not 2 <= lengths[layer] <= config.block_size and share != 1:
+                raise ValueError(
+                    f"budget {budget!r} gives layer {layer} {lengths[layer]} slots; it takes 2..{config.block_size}: change "
+                    "cache_length"
+                )
+        return lengths
 
     def layer_policy(self, config: Config, block_idx: int, cache_length: int) -> Policy:
         """The policy of one layer: with `cache_length` slots, or that of its window."""
@@ -263,12 +310,17 @@ def _import(name: str) -> Any:
             raise
 
 
+def _is_positive(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0
+
+
 def _split(text: str) -> tuple[str, str]:
     """Policy and storage of `policy-storage`; either may have a dash itself."""
     parts = text.split("-")
     for count in range(len(parts), 0, -1):
         policy, storage = "-".join(parts[:count]), "-".join(parts[count:]) or "default"
-        if (policy in POLICIES or ":" in policy) and (storage in STORAGES or storage in STORAGE_ALIASES):
+        known = policy in POLICIES or policy in POLICY_ALIASES or ":" in policy
+        if known and (storage in STORAGES or storage in STORAGE_ALIASES):
             return policy, storage
     policy, _, storage = text.partition("-")
     return policy, storage or "default"

@@ -6,7 +6,15 @@ from functools import cached_property
 
 import torch
 
-from litgpt.attention import QUERY_BLOCK, SCORE_BLOCK_BYTES, KeysAndValues, MultiHeadSelfAttention, do_softcapping
+from litgpt.attention import (
+    QUERY_BLOCK,
+    SCORE_BLOCK_BYTES,
+    EncodedKeysAndValues,
+    KeysAndValues,
+    MultiHeadSelfAttention,
+    do_softcapping,
+)
+from litgpt.rope import layer_frequencies, rotate_by, unrotate
 
 
 @dataclass
@@ -57,12 +65,42 @@ class CachedTokens:
         """(B, H, n, D), rotated."""
         return self.rotated_queries.float()
 
+    @property
+    def quantization_errors(self) -> torch.Tensor:
+        """The norms of what keys and values have lost in the storage, summed, (B, G, N): zeros where they lose nothing."""
+        if not isinstance(self.keys_values, EncodedKeysAndValues):
+            return torch.zeros(self.shape, device=self.slot_state.device)
+        return sum(self.keys_values.expected_errors())
+
     def over_group(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, ...) to (B, G, H / G, ...): the heads that share keys."""
         return x.unflatten(1, (self.shape[1], -1))
 
-    def weights(self, last: int | None = None) -> Iterator[torch.Tensor]:
-        """Attention weights of the queries (of the `last` ones) on all tokens, in blocks (B, H, queries, N)."""
+    @property
+    def unrotated_queries(self) -> torch.Tensor:
+        """(B, H, n, D), as they were before RoPE."""
+        return unrotate(self.queries, self.query_positions[:, None], self._frequencies)
+
+    @property
+    def unrotated_keys(self) -> torch.Tensor:
+        """(B, G, N, D), as they were before RoPE."""
+        return unrotate(self.keys, self.positions, self._frequencies)
+
+    def mean_rotation(self, future: int) -> torch.Tensor:
+        """The rotation of a query by RoPE, averaged over the `future` next positions of each row, (B, D, D)."""
+        D = self.rotated_queries.shape[-1]
+        positions = self.positions[:, 0, -1:] + 1 + torch.arange(future, device=self.positions.device)
+        one = torch.eye(D, device=positions.device).expand(len(positions), D, D)
+        cos, sin = (f(positions[..., None] * self._frequencies).mean(1, keepdim=True) for f in (torch.cos, torch.sin))
+        return rotate_by(one, cos, sin).mT
+
+    @property
+    def _frequencies(self) -> torch.Tensor:
+        return layer_frequencies(self.mha.config, self.block_idx, self.positions.device)
+
+    def weights(self, last: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Attention weights of the queries (of the `last` ones) on all tokens, block by block of t queries: their positions
+        (B or 1, t), and the weights (B, H, t, N)."""
         keys, positions = self.keys, self.query_positions
         B, G, N = self.shape
         n = self.rotated_queries.shape[2]
@@ -73,15 +111,17 @@ class CachedTokens:
             queries = self.rotated_queries[:, :, block].float() * self.mha.scale
             scores = queries.reshape(B, G, -1, queries.shape[-1]) @ keys.mT
             scores = do_softcapping(scores, self.mha.softcapping).view(B, G, H // G, -1, N)
-            hidden = self.positions[:, :, None] > positions[:, None, block, None]
-            scores = scores.masked_fill_(hidden[:, :, None], -torch.inf).flatten(1, 2)
+            late = scores[..., max(0, N - n + start) :]  # no earlier slot has a token after the first of these queries
+            hidden = self.positions[:, :, None, N - late.shape[-1] :] > positions[:, None, block, None]
+            late.masked_fill_(hidden[:, :, None], -torch.inf)
+            scores = scores.flatten(1, 2)
             if self.sink_logits is None:
-                yield scores.softmax(-1)
+                yield positions[:, block], scores.softmax(-1)
             else:
                 sinks = self.sink_logits.float()[:, None].expand(B, -1, scores.shape[2])
-                yield (scores - torch.logaddexp(scores.logsumexp(-1), sinks)[..., None]).exp()
+                yield positions[:, block], (scores - torch.logaddexp(scores.logsumexp(-1), sinks)[..., None]).exp()
 
     def summed_weights(self, last: int | None = None) -> torch.Tensor:
         """The weights of all queries (of the `last` ones) and of all heads that share keys, summed: (B, G, N)."""
-        sums = [self.over_group(weights.sum(2)).sum(2) for weights in self.weights(last)]
+        sums = [self.over_group(weights.sum(2)).sum(2) for _, weights in self.weights(last)]
         return sum(sums)

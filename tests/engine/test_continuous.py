@@ -29,11 +29,15 @@ MODELS = {
     "lastrec": tiny_gpt(),
     "static": tiny_gpt(),
     "static lastrec": tiny_gpt(),
+    "h2o": tiny_gpt(),
+    "static snapkv": tiny_gpt(),
 }
 for name, gpt in MODELS.items():
     gpt.layer_runner = StaticShapes() if name.startswith("static") else None
     if name.endswith("lastrec"):
         gpt.assign_kv_caches(create_kv_caches("lastrec", gpt.config, ROWS, 12, n_sink=2))
+    if name.endswith(("h2o", "snapkv")):
+        gpt.assign_kv_caches(create_kv_caches(name.split()[-1], gpt.config, ROWS, 12, tail=3))
 
 
 @pytest.fixture(scope="module")

@@ -39,8 +39,11 @@ KINDS = {
     "dense of a fixed length": ({}, {"cache_length": 100}),
     "lastrec": ({}, {"kv_cache": "lastrec", "cache_length": 24}),
     "lastrec with sinks": ({}, {"kv_cache": "lastrec", "cache_length": 24, "n_sink": 3}),
+    "snapkv": ({}, {"kv_cache": "snapkv", "cache_length": 24, "tail": 6}),
+    "h2o": (WINDOW, {"kv_cache": "h2o", "cache_length": 24, "tail": 6}),
     "sliding windows": (WINDOW, {}),
     "latent attention": (LATENT, {}),
+    "latent attention and h2o": (LATENT, {"kv_cache": "h2o", "cache_length": 24}),
 }
 every_kind = pytest.mark.parametrize(("flags", "kind"), KINDS.values(), ids=KINDS)
 
@@ -116,10 +119,12 @@ def test_after_crop_it_goes_on_as_if_the_rest_had_never_come(flags, kind, n):
     session.crop(n)
     assert session.tokens == tokens[:n]
     assert session.cached <= max(n - 1, 0)
-    session.extend(more)
-    if n:
+    if n and (session.cached or n == 1):
         fresh.extend(tokens[:n])
-    fresh.extend(more)
+        fresh.extend(more)
+    else:  # nothing is left, all of it comes anew
+        fresh.extend(tokens[:n] + more)
+    session.extend(more)
     assert list(session.generate(max_new_tokens=6, **GREEDY)) == list(fresh.generate(max_new_tokens=6, **GREEDY))
     with pytest.raises(ValueError, match=rf"cannot crop to {n + 10}: must be in 0\.\.{n + 9}"):
         session.crop(n + 10)
@@ -505,3 +510,33 @@ def test_a_restored_session_of_gemma_goes_on_past_its_windows(gemma_gguf, dtype,
     assert answers[0] == answers[1]
     if dtype == torch.float32:
         assert answers[0] == list(Session(model).generate([*prompt, 4, 2], 8, **GREEDY))
+
+
+@every_kind
+def test_predictions_are_those_of_generation_and_do_not_depend_on_calls(flags, kind):
+    model, tokens = tiny_gpt(**flags), some_tokens(60)
+    first = Session(model, **kind, prompt_chunksize=7)
+    first.extend(tokens[:20])
+    logits = first.predict(tokens[20:])
+    second = Session(model, **kind, prompt_chunksize=7)
+    second.extend(tokens[:20])
+    one_by_one = torch.cat([second.predict([token]) for token in tokens[20:]])
+    torch.testing.assert_close(one_by_one, logits, rtol=1e-3, atol=1e-4)
+    assert first.tokens == second.tokens == tokens
+    assert first.cached == len(tokens) - 1
+    drawn = list(first.generate(max_new_tokens=5, **GREEDY))
+    third = Session(model, **kind, prompt_chunksize=7)
+    third.extend(tokens)
+    assert third.predict(drawn).argmax(-1).tolist() == drawn
+    if kind.get("kv_cache", "dense") == "dense":
+        torch.testing.assert_close(logits, model(torch.tensor([tokens]))[0, 19:-1], rtol=1e-3, atol=1e-4)
+
+
+def test_an_empty_session_and_too_many_tokens_are_refused():
+    session = Session(tiny_gpt(), cache_length=30)
+    with pytest.raises(ValueError, match="empty session predicts nothing"):
+        session.predict([1])
+    session.extend(FIRST)
+    with pytest.raises(ValueError, match="comes? to 31 tokens"):
+        session.predict([1] * 21)
+    assert session.tokens == FIRST

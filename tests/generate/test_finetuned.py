@@ -13,6 +13,7 @@ from litgpt import adapter, adapter_v2, lora
 from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
 from litgpt.checkpoint import open_checkpoint
+from litgpt.checkpoint.export import save_huggingface
 from litgpt.checkpoint.finetuned import Finetuned
 from litgpt.checkpoint.load import load_finetuned, load_model
 from litgpt.model import GPT
@@ -384,3 +385,11 @@ def test_a_folder_with_an_adapter_only_says_which_command_takes_it(base, tmp_pat
     write_tuned("adapter", base, tmp_path / "tuned")
     with pytest.raises(ValueError, match="generate_adapter"):
         open_checkpoint(tmp_path / "tuned")
+
+
+def test_a_folder_of_lora_weights_is_exported_with_the_tokenizer_of_its_base(base, tmp_path):
+    write_tuned("lora", base, tmp_path / "tuned")
+    checkpoint = open_checkpoint(tmp_path / "tuned")
+    save_huggingface(checkpoint, tmp_path / "hf")
+    assert (tmp_path / "hf" / "tokenizer.json").is_file()
+    torch.testing.assert_close(dict(open_checkpoint(tmp_path / "hf").tensors()), dict(checkpoint.tensors()))

@@ -22,9 +22,11 @@ class ScoredRow:
     queries: torch.Tensor  # (H, length, D)
     kept: list[list[int]]
     sums: list[dict[int, float]]
+    hits: list[dict[int, list[tuple[int, float]]]]  # queries that saw a position, with the largest weight in the group
     prefill: int = 0
     looked_at: int = 0  # length when the policy last looked
     evicted_at: int = 0
+    looks: list[tuple[int, int]] = field(default_factory=list)  # what was new each time the policy looked
 
     @property
     def length(self) -> int:
@@ -40,7 +42,8 @@ class ScoredRow:
         row.kept = [[p for p in kept if p < length] for kept in self.kept]
         if length == 0:
             row.prefill = row.looked_at = row.evicted_at = 0
-            row.sums = [{} for _ in row.sums]
+            row.looks = []
+            row.sums, row.hits = [{} for _ in row.sums], [{} for _ in row.sums]
         return row
 
     def weights(self, position: int, g: int, scale: float, softcap: float | None) -> torch.Tensor:
@@ -73,7 +76,7 @@ class ScoreReference:
         return max((row.length for row in self.rows), default=0)
 
     def start(self, like: torch.Tensor, batch: int) -> None:
-        self.rows = [ScoredRow(*[like[0, :, :0]] * 3, [], []) for _ in range(batch)]
+        self.rows = [ScoredRow(*[like[0, :, :0]] * 3, [], [], []) for _ in range(batch)]
 
     def restart(self, rows: list[int]) -> None:
         for r in rows:
@@ -102,7 +105,8 @@ class ScoreReference:
             G = key.shape[1]
             if row.length == 0:
                 row.queries = query[b, :, :0]
-                row.kept, row.sums, row.prefill = [[] for _ in range(G)], [{} for _ in range(G)], T
+                row.kept, row.sums, row.hits = [[] for _ in range(G)], [{} for _ in range(G)], [{} for _ in range(G)]
+                row.prefill = T
             new = zip(*(x[b].split(1, 1) for x in (query, key, value)), strict=True)
             for t, (q, k, v) in enumerate(new):
                 position = row.length
@@ -123,11 +127,13 @@ class ScoreReference:
                     )
                     for p, weight in zip(row.kept[g], weights.sum(0).tolist(), strict=True):
                         row.sums[g][p] = row.sums[g].get(p, 0.0) + weight
+                    for p, weight in zip(row.kept[g], weights.amax(0).tolist(), strict=True):
+                        row.hits[g].setdefault(p, []).append((position, weight))
             if T == row.prefill == row.length:
                 if T > self.cache_length:
                     self.evict(row)
                 elif self.looks and self.tail < T:
-                    row.looked_at = T
+                    self.look(row)
         return output.flatten(2)
 
     def before(self, row: ScoredRow) -> None:
@@ -135,10 +141,15 @@ class ScoreReference:
         if len(row.kept[0]) == self.cache_length:
             self.evict(row)
         elif self.looks and row.length - row.looked_at == self.tail:
-            row.looked_at = row.length
+            self.look(row)
+
+    def look(self, row: ScoredRow) -> None:
+        row.looks.append((row.looked_at, row.length))
+        row.looked_at = row.length
 
     def evict(self, row: ScoredRow) -> None:
-        row.looked_at = row.evicted_at = row.length
+        self.look(row)
+        row.evicted_at = row.length
         keep = self.cache_length - self.tail
         chosen = []
         for g, kept in enumerate(row.kept):
@@ -213,5 +224,72 @@ def random(row, g, reference, layer=1):
     return scores
 
 
-SCORES = {"random": random, "knorm": knorm, "keydiff": keydiff, "h2o": h2o, "tova": tova, "snapkv": snapkv}
-LOOKING = {"h2o"}
+def lazy(row, g, reference):
+    scores = []
+    for p in row.kept[g]:
+        last, pause = p, 0
+        for position, weight in row.hits[g][p]:
+            if weight > 1e-4:
+                last, pause = position, max(pause, position - last)
+        scores.append((last - (row.length - 1)) / (pause + 1))
+    return scores
+
+
+def turned(x, angles):
+    """x (..., D) with its first two elements rotated by angles (...): RoPE of the contract's configuration."""
+    cos, sin = angles.double().cos()[..., None], angles.double().sin()[..., None]
+    return torch.cat((x[..., :1] * cos - x[..., 1:2] * sin, x[..., 1:2] * cos + x[..., :1] * sin, x[..., 2:]), -1)
+
+
+def expected(row, g, reference, future=512):
+    heads = range(g * row.group_size, (g + 1) * row.group_size)
+    D = row.keys.shape[-1]
+    ahead = (row.length + torch.arange(future))[:, None].expand(-1, D)
+    rotation = turned(torch.eye(D, dtype=torch.float64).expand(future, D, D), ahead).mean(0).T
+    keys, values = row.keys[g, row.kept[g]].double(), row.values[g, row.kept[g]].double()
+    total = 0
+    for head in heads:
+        positions = torch.arange(reference.sinks, row.length)
+        queries = turned(row.queries[head, positions].double(), -positions)
+        mean = rotation @ queries.mean(0)
+        covariance = (
+            rotation @ (queries.T @ queries / len(queries) - queries.mean(0).outer(queries.mean(0))) @ rotation.T
+        )
+        logits = keys @ mean * reference.scale + ((keys @ covariance) * keys).sum(-1) * reference.scale**2 / 2
+        total = total + logits.softmax(-1)
+    return total / row.group_size * values.norm(dim=-1)
+
+
+def compactor(row, g, reference):
+    heads = slice(g * row.group_size, (g + 1) * row.group_size)
+    seen = {}
+    for start, stop in row.looks:
+        for first in range(start, stop, 256):
+            chunk = range(first, min(first + 256, stop))
+            queries, keys = row.queries[heads, chunk].double(), row.keys[g, chunk].double()
+            scores = queries @ keys.T * reference.scale
+            if reference.softcap is not None:
+                scores = reference.softcap * (scores / reference.softcap).tanh()
+            seen |= dict(zip(chunk, scores.softmax(-1).sum((0, 1)).tolist(), strict=True))
+    kept = torch.tensor(row.kept[g])
+    attention = torch.tensor([seen[p] for p in row.kept[g]]).double() * row.values[g, kept].double().norm(dim=-1)
+    keys = turned(row.keys[g, kept].double(), -kept)
+    products = keys.T @ keys
+    inverse = (products + 1e-4 * products.diagonal().mean() * torch.eye(len(products), dtype=torch.float64)).inverse()
+    leverage = (keys @ inverse * keys).sum(-1)
+    return (attention - attention.mean()) / attention.std() + 0.5 * (leverage - leverage.mean()) / leverage.std()
+
+
+SCORES = {
+    "compactor": compactor,
+    "qh2o": h2o,
+    "random": random,
+    "lazy": lazy,
+    "expected": expected,
+    "knorm": knorm,
+    "keydiff": keydiff,
+    "h2o": h2o,
+    "tova": tova,
+    "snapkv": snapkv,
+}
+LOOKING = {"compactor", "qh2o", "h2o", "lazy", "expected"}

@@ -198,7 +198,7 @@ def test_a_batch_is_refused_before_the_prefill():
         include_prompt=False,
         include_eos=False,
     )
-    with pytest.raises(ValueError, match="2 sequences at once, but a Elsewhere cannot drop or reorder rows"):
+    with pytest.raises(ValueError, match="2 sequences at once, but Elsewhere cannot drop or reorder rows"):
         next(steps)
     assert model.next_token_pos == 0
 

@@ -84,6 +84,24 @@ def test_h2o_may_weigh_by_the_norms_of_values():
     assert not torch.equal(plain[0].token_positions(), weighed[0].token_positions())
 
 
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_qh2o_prefers_tokens_that_the_storage_keeps_well(storage):
+    """Keys with one large number are coarsely quantised; they differ in nothing that attention sees."""
+    config = Config(n_layer=2, n_embd=4 * 64, n_head=4, n_query_groups=2, block_size=4096)
+    params = KVCacheParams.from_config(config, 1, 60, dtype=torch.float32)
+    query, key, value = torch.randn(1, 4, 200, 64), torch.randn(1, 2, 200, 64), torch.randn(1, 2, 200, 64)
+    query[..., 1] = 0
+    coarse = torch.arange(200) % 2 == 0
+    key[:, :, coarse, 1] = 300.0
+    kept = {}
+    for name, args in (("h2o", {}), ("qh2o", {}), ("qh2o", {"error_weight": 10.0})):
+        cache = create_kv_cache(f"{name}-{storage}", params, 1, config, tail=4, recent=1, n_sink=0, **args)
+        feed(cache, (query, key, value), (120, 80))
+        kept[name, len(args)] = coarse[cache.token_positions()].float().mean()
+    assert kept["h2o", 0] > kept["qh2o", 0] > kept["qh2o", 1]
+    assert kept["qh2o", 1] < 0.1
+
+
 def test_snapkv_looks_through_its_window_and_pools():
     score = lambda row, g, reference: SCORES["snapkv"](row, g, reference, 9, 3)  # noqa: E731
     agree(*pair("snapkv", 30, 6, score, window=9, pool=3), draw(100), (20, 30, 50))
@@ -195,3 +213,37 @@ def test_a_model_with_sink_logits_gives_them_to_its_policies(name):
     assert one_by_one == at_once
     if name == "h2o":
         assert kept_by_a_model(name, idx, (10, *(1,) * 50), -99) != one_by_one
+
+
+def test_a_budget_distributes_slots_over_the_layers_without_a_window():
+    config = Config(
+        n_layer=5, n_embd=32, n_head=4, block_size=500, sliding_window_size=8, sliding_window_indices=[0, 1, 0, 0, 0]
+    )
+
+    def lengths(**args):
+        spec = CacheSpec("h2o", cache_length=120, **args)
+        caches = spec.create(config, 1)
+        assert spec.size(config, 1)[0] == sum(cache.size_estimate()[0] for cache in caches)
+        return [cache.cache_length for cache in caches]
+
+    assert lengths() == lengths(budget="uniform") == [120, 72, 120, 120, 120]
+    assert lengths(budget="pyramid") == [234, 72, 158, 82, 6]
+    assert lengths(budget=[3, 1, 1, 1]) == [240, 72, 80, 80, 80]
+    for budget in ("funnel", [1, 2], [1, 1, 1, 0], 3):
+        with pytest.raises(ValueError, match="budget.*'pyramid', or 4 positive numbers.*got"):
+            lengths(budget=budget)
+    with pytest.raises(ValueError, match="layer 0 680 slots.* 2..500"):
+        CacheSpec("h2o", cache_length=340, budget=(2, 1, 1, 0.00001)).create(config, 1)
+    with pytest.raises(ValueError, match="no argument 'budget'"):
+        CacheSpec("dense", budget="pyramid")
+    spec = CacheSpec("h2o", budget=[1, 2])
+    assert eval(repr(spec)) == spec == CacheSpec.parse(spec.describe().pop("kv_cache"), budget=[1, 2])
+
+
+def test_a_model_decodes_with_layers_of_different_budgets():
+    model = tiny_gpt(n_layer=3)
+    model.assign_kv_caches(CacheSpec("snapkv", cache_length=40, budget="pyramid", tail=1).create(model, 2))
+    with torch.no_grad():
+        for part in torch.randint(100, (2, 90)).split((50, *(1,) * 40), 1):
+            model(part, model.next_token_pos)
+    assert [cache.current_length for cache in model.kv_caches()] == [78, 40, 2]

@@ -92,11 +92,18 @@ def test_every_policy_and_storage_can_be_named(name):
     assert str(spec) == name.removesuffix("-default")
 
 
-@pytest.mark.parametrize("library", ["torch", "bnb"])
-def test_names_that_keys_values_has_for_storages_are_understood(library):
-    for policy in ("dense", "lastrec", "h2o"):
-        assert CacheSpec.parse(f"{policy}-{library}-quantized8") == CacheSpec(policy, "int8")
-        assert CacheSpec.parse(f"{policy}-{library}-quantized4") == CacheSpec(policy, "int4")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("h2o-torch-quantized8", CacheSpec("h2o", "int8")),
+        ("h2o-vlen-torch-quantized4", CacheSpec("h2o", "int4", value_norm=True)),
+        ("h2o-orig-default", CacheSpec("h2o")),
+        ("lastrec-bnb-quantized4", CacheSpec("lastrec", "int4")),
+        ("dense-bnb-quantized8", CacheSpec("dense", "int8")),
+    ],
+)
+def test_names_that_others_have_for_caches_mean_those_here(name, expected):
+    assert CacheSpec.parse(name) == expected
 
 
 def test_what_is_given_beside_a_spec_replaces_what_it_says():

@@ -61,17 +61,13 @@ class Storage(nn.Module, ABC):
             index: int64 slots.
             rows: (B,), the rows that are meant (None: the first B).
         """
-        batch, _, n = index.shape
+        batch, G, n = index.shape
+        row = torch.arange(batch, device=index.device) if rows is None else rows
         for buffer in self.slot_buffers():
-            source = buffer[:batch] if rows is None else buffer[rows]
-            source = source.clone() if source.requires_grad else source  # which autograd needs as it was
-            moved = source.gather(
-                2, index.view(*index.shape, *[1] * (buffer.ndim - 3)).expand(-1, -1, -1, *buffer.shape[3:])
-            )
-            if rows is None:
-                buffer[:batch, :, :n] = moved
-            else:
-                buffer[rows, :, :n] = moved
+            head = (row[:, None] * G + torch.arange(G, device=index.device))[..., None]
+            source = (head * buffer.shape[2] + index).flatten()  # whole slots are copied, not element by element
+            moved = buffer.flatten(0, 2).index_select(0, source).view(batch, G, n, *buffer.shape[3:])
+            buffer[slice(batch) if rows is None else rows, :, :n] = moved
 
     @abstractmethod
     def state(self, batch: int, used: int) -> dict[str, torch.Tensor]:

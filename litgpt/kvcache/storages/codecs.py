@@ -38,6 +38,10 @@ class Codec(ABC):
     def decode(self, *parts: torch.Tensor) -> torch.Tensor:
         """Vectors (..., D) in float32, rotated if the codec rotates."""
 
+    @abstractmethod
+    def expected_error(self, *parts: torch.Tensor) -> torch.Tensor:
+        """The norm of what encoding a vector has lost, as its scale lets expect, (...,) float32."""
+
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply vectors (..., D) with the Hadamard matrix, if the codec does. It is its own inverse."""
         return x @ hadamard(self.size, x.dtype, x.device) if self.rotated else x
@@ -62,6 +66,9 @@ class Int8(Codec):
     def decode(self, *parts: torch.Tensor) -> torch.Tensor:
         codes, scale = parts
         return codes.float() * scale.float()
+
+    def expected_error(self, *parts: torch.Tensor) -> torch.Tensor:
+        return parts[1][..., 0].float() * (self.size / 12) ** 0.5  # of numbers that are uniform within a step
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,9 @@ class Int5(Grouped):
     kind = 3
     bits = 5
 
+    def expected_error(self, *parts: torch.Tensor) -> torch.Tensor:
+        return parts[1].float().unflatten(-1, (self.groups, 2))[..., 0].norm(dim=-1) * (GROUP / 12) ** 0.5
+
 
 @dataclass(frozen=True)
 class Float8(Codec):
@@ -152,6 +162,11 @@ class Float8(Codec):
 
 def _bits(device: torch.device) -> torch.Tensor:
     return torch.arange(8, dtype=torch.uint8, device=device)
+
+    def expected_error(self, *parts: torch.Tensor) -> torch.Tensor:
+        return self.decode(*parts).norm(dim=-1) / (
+            8 * 12**0.5 * 1.5
+        )  # steps are an eighth of a power of two, numbers 1.5 of it
 
 
 def _nonzero(scale: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,147 @@
+"""One sample of a task: a long context, and questions about it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from litgpt.kvcache.memory import largest
+from litgpt.prompt_style import PromptStyle
+from litgpt.prompts import ChatTemplate
+from litgpt.tokenizer import Tokenizer
+
+_CONTEXT, _ANSWER, _NEXT = "<<context>>", "<<answer>>", "<<next>>"  # stand for these in a prompt style's text
+ANSWER_ROOM = 16  # tokens that an answer may have beyond the right one's
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a context.
+
+    Attributes:
+        text: what is asked.
+        lead: the words that begin the answer.
+        answers: what the answer has to contain, all of them.
+        needles: indices of the context's lines that the answer stands in.
+    """
+
+    text: str
+    lead: str
+    answers: tuple[str, ...]
+    needles: tuple[int, ...] = ()
+
+    @property
+    def right(self) -> str:
+        """The right answer, as it follows the lead."""
+        return " " + ", ".join(self.answers)
+
+    def score(self, answer: str) -> float:
+        """Share of the expected answers that occur in `answer`, upper or lower case."""
+        found = answer.casefold()
+        return sum(one.casefold() in found for one in self.answers) / len(self.answers)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A context and one or two questions about it.
+
+    Attributes:
+        intro: what the lines of the context are.
+        lines: the context, each with its line end.
+        questions: the first, and perhaps a second one on the same cache, which the first and its answer do not help with.
+        depth: where the first question's answer stands, from 0 (the beginning) to 1.
+    """
+
+    intro: str
+    lines: tuple[str, ...]
+    questions: tuple[Question, ...]
+    depth: float | None = None
+
+
+class Frame:
+    """The text that a prompt style puts around a context with a question, and between an answer and the next question."""
+
+    def __init__(self, tokenizer: Tokenizer, style: PromptStyle) -> None:
+        self.tokenizer = tokenizer
+        turns = (("user", _CONTEXT), ("assistant", _ANSWER), ("user", _NEXT))
+        text = style.render([{"role": role, "content": content} for role, content in turns])
+        self.before, _, rest = text.partition(_CONTEXT)
+        self.to_answer, _, rest = rest.partition(_ANSWER)
+        self.to_next, _, _ = rest.partition(_NEXT)
+        bos = tokenizer.bos_token
+        complete = isinstance(style, ChatTemplate) or bool(bos and self.before.startswith(bos))
+        self._bos = False if complete else None
+        self.line = lru_cache(maxsize=None)(self._line)
+
+    def _line(self, text: str) -> tuple[int, ...]:
+        """Tokens of a text that follows another."""
+        return tuple(self.tokenizer.encode(text, bos=False).tolist()) if text else ()
+
+    def begin(self, text: str) -> tuple[int, ...]:
+        """Tokens of the text that begins a prompt."""
+        return tuple(self.tokenizer.encode(self.before + text, bos=self._bos).tolist())
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample as tokens. Every line is encoded on its own, so that places in the text are places in the sequence."""
+
+    sample: Sample
+    frame: Frame
+
+    @cached_property
+    def context(self) -> list[int]:
+        tokens = list(self.frame.begin(self.sample.intro + "\n\n"))
+        for line in self.sample.lines:
+            tokens += self.frame.line(line)
+        return tokens
+
+    def question(self, i: int) -> list[int]:
+        """Tokens of question i, up to the lead of its answer."""
+        question, frame = self.sample.questions[i], self.frame
+        before = "\n" if i == 0 else frame.to_next + "\n"
+        return list(frame.line(f"{before}{question.text}{frame.to_answer}{question.lead}"))
+
+    def right(self, i: int) -> list[int]:
+        """Tokens of the right answer to question i."""
+        return list(self.frame.line(self.sample.questions[i].right))
+
+    def needle(self, i: int) -> list[int]:
+        """Positions of the lines that answer question i."""
+        places, position = [], len(self.frame.begin(self.sample.intro + "\n\n"))
+        needles = set(self.sample.questions[i].needles)
+        for index, line in enumerate(self.sample.lines):
+            size = len(self.frame.line(line))
+            if index in needles:
+                places += range(position, position + size)
+            position += size
+        return places
+
+    @property
+    def length(self) -> int:
+        """Tokens of all, with both questions and room for the answers."""
+        asked = range(len(self.sample.questions))
+        return len(self.context) + sum(len(self.question(i)) + len(self.right(i)) + ANSWER_ROOM for i in asked)
+
+
+def longest_prompt(make: Callable[[int], Sample], frame: Frame, length: int, name: str) -> Prompt:
+    """The prompt of the sample `make(n)` with the most lines of filling, n, that comes to at most `length` tokens.
+
+    Raises:
+        ValueError: if not even one line fits.
+    """
+    n = largest(lambda n: Prompt(make(n), frame).length <= length, length)
+    if n == 0:
+        raise ValueError(
+            f"length {length} is too short for the task {name}: its shortest sample has {Prompt(make(1), frame).length} tokens"
+        )
+    return Prompt(make(n), frame)
+
+
+def insert(lines: Sequence[str], needles: Sequence[str], places: Sequence[int]) -> tuple[list[str], list[int]]:
+    """`lines` with needle i before line `places[i]` of them, and the indices that the needles then have."""
+    result, where = list(lines), [0] * len(needles)
+    order = sorted(range(len(needles)), key=lambda i: places[i])
+    for shift, i in enumerate(order):
+        where[i] = places[i] + shift
+        result.insert(where[i], needles[i])
+    return result, where
