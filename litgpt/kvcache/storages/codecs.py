@@ -121,6 +121,11 @@ class Grouped(Codec):
         of_group = [x.repeat_interleave(GROUP, -1)[..., : self.size] for x in (scale, least)]
         return numbers[..., : self.size] * of_group[0] + of_group[1]
 
+    def expected_error(self, *parts: torch.Tensor) -> torch.Tensor:
+        return (
+            parts[1].float().unflatten(-1, (self.groups, 2))[..., 0].norm(dim=-1) * (min(GROUP, self.size) / 12) ** 0.5
+        )
+
 
 @dataclass(frozen=True)
 class Int4(Grouped):
@@ -136,9 +141,6 @@ class Int5(Grouped):
 
     kind = 3
     bits = 5
-
-    def expected_error(self, *parts: torch.Tensor) -> torch.Tensor:
-        return parts[1].float().unflatten(-1, (self.groups, 2))[..., 0].norm(dim=-1) * (GROUP / 12) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -159,14 +161,13 @@ class Float8(Codec):
         codes, scale = parts
         return codes.view(torch.float8_e4m3fn).float() * scale.float()
 
+    def expected_error(self, *parts: torch.Tensor) -> torch.Tensor:
+        # steps are an eighth of a power of two, numbers 1.5 of it
+        return self.decode(*parts).norm(dim=-1) / (8 * 12**0.5 * 1.5)
+
 
 def _bits(device: torch.device) -> torch.Tensor:
     return torch.arange(8, dtype=torch.uint8, device=device)
-
-    def expected_error(self, *parts: torch.Tensor) -> torch.Tensor:
-        return self.decode(*parts).norm(dim=-1) / (
-            8 * 12**0.5 * 1.5
-        )  # steps are an eighth of a power of two, numbers 1.5 of it
 
 
 def _nonzero(scale: torch.Tensor) -> torch.Tensor:
