@@ -1,11 +1,17 @@
 """What every storage does with slots, whatever it keeps in them."""
 
+import math
+
 import pytest
 import torch
 
+from litgpt.attention import SLOT_BLOCK, DefaultKeysAndValues, MultiHeadSelfAttention
+from litgpt.config import Config
 from litgpt.kvcache import KVCacheParams
 from litgpt.kvcache.storages import STORAGES
 from litgpt.kvcache.storages.codecs import Float8, Int4, Int8
+
+from .test_contract import Sizes
 
 PARAMS = KVCacheParams(4, 2, 9, 64, 4, torch.device("cpu"), torch.float32)
 
@@ -36,3 +42,24 @@ def test_what_a_codec_expects_to_lose_is_about_what_it_loses(codec):
     lost = (codec.rotate(codec.decode(*parts)) - x).norm(dim=-1)
     ratio = codec.expected_error(*parts) / lost
     assert ((0.6 < ratio) & (ratio < 1.6)).all()
+
+
+@pytest.mark.parametrize("name", [name for name in STORAGES if name != "default"])
+@pytest.mark.parametrize("options", [{}, {"attention_logit_softcapping": 3.0}, {"sinks": True}], ids=str)
+def test_attention_decodes_a_block_of_slots_at_a_time_and_equals_attention_to_all(name, options):
+    N, H, G, D = 2 * SLOT_BLOCK + 77, 4, 2, 64
+    options = dict(options)
+    sinks = torch.randn(H) if options.pop("sinks", False) else None
+    storage = STORAGES[name](KVCacheParams(2, G, N, D, H, torch.device("cpu"), torch.float32))
+    storage.set(torch.randn(2, G, N, D), torch.randn(2, G, N, D), torch.arange(N), None)
+    mha = MultiHeadSelfAttention(Config(n_head=H, n_embd=H * D, n_query_groups=G, **options))
+    stored, query = storage.get(2, slice(0, N)), torch.randn(2, H, 3, D)
+    bias = torch.zeros(2, 1, 3, N)
+    bias[0, :, :, : SLOT_BLOCK + 5] = -math.inf  # a block of which nothing is seen
+    plain = DefaultKeysAndValues(stored.keys(), stored.values())
+    for mask in (bias, None):
+        expected, _ = mha.attend(query, plain, mask, False, sink_logits=sinks)
+        with Sizes() as sizes:
+            found, _ = mha.attend(query, stored, mask, False, sink_logits=sinks)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        assert sizes.largest < 2 * G * N * D, "never a whole layer decoded at once"
