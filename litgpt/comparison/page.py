@@ -9,7 +9,7 @@ from litgpt.comparison.asking import INSIDE, OUTSIDE
 from litgpt.comparison.figure import Figure
 from litgpt.comparison.plot import N_COLOURS, Point, heat_map, marker, quality_over_bytes
 from litgpt.comparison.ruler import RULER
-from litgpt.comparison.table import Row, columns_of, shown
+from litgpt.comparison.table import Column, Row, columns_by_task, columns_of, shown
 from litgpt.kvcache.memory import as_text
 
 _LIGHT = ("#2a6fb5", "#d1651a", "#2c8c4f", "#b8397a", "#7a5bc0", "#8a6d1d", "#158a94", "#c23b32")
@@ -26,7 +26,9 @@ _PLOTS = (
 def html_page(rows: Sequence[Row], title: str, about: str) -> str:
     """The page. `about` says in one line what was compared."""
     series = {name: i for i, name in enumerate(dict.fromkeys(row.cache for row in rows))}
-    sections = [*_plots(rows, series), *_maps(rows), _section("All figures", _table(rows))]
+    sections = [*_plots(rows, series), *_maps(rows), _section("All figures", _table(columns_of(rows)))]
+    if by_task := columns_by_task(rows):
+        sections.append(_section("RULER by task", _table(by_task)))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
@@ -48,6 +50,7 @@ def _plots(rows: Sequence[Row], series: dict[str, int]) -> list[str]:
             ]
             if points:
                 caption = f"{length:,} tokens; bars are 95 % intervals, the dashed line is the Pareto front"
+                caption += "" if higher else "; 0 is drawn at the bottom"
                 plots.append(_captioned(quality_over_bytes(points, heading, higher), caption))
         if plots:
             sections.append(_section(heading[0].upper() + heading[1:], f'<div class="plots">{"".join(plots)}</div>'))
@@ -78,11 +81,10 @@ def _maps(rows: Sequence[Row]) -> list[str]:
     return sections
 
 
-def _table(rows: Sequence[Row]) -> str:
-    columns = columns_of(rows)
+def _table(columns: Sequence[Column]) -> str:
     head = "".join(f"<th>{escape(heading)}</th>" for _, heading, _ in columns)
     lines = []
-    for i in range(len(rows)):
+    for i in range(len(columns[0][2])):
         lines.append("<tr>" + "".join(_cell(name, values[i]) for name, _, values in columns) + "</tr>\n")
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{"".join(lines)}</tbody></table></div>'
 
