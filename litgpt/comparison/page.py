@@ -134,7 +134,7 @@ h2 {{ font-size: 18px; margin: 40px 0 12px; }}
 .plots {{ display: flex; flex-wrap: wrap; gap: 20px 28px; }}
 figure {{ margin: 0; max-width: 100%; }}
 figure svg {{ max-width: 100%; height: auto; }}
-figcaption {{ font-size: 13px; }}
+figcaption {{ font-size: 13px; max-width: 560px; }}
 text {{ font: 12px system-ui, sans-serif; fill: var(--ink); }}
 .tick {{ fill: var(--soft); }}
 .grid {{ stroke: var(--rule); }}
