@@ -26,6 +26,7 @@ from litgpt.engine.loading import (
     parse_precision,
     slow_down_decode,
     speed_up_decode,
+    trained_spec,
 )
 from litgpt.engine.sampling import LogitsProcessor, Sampling, whole_number
 from litgpt.engine.sequence import Sequence
@@ -299,8 +300,8 @@ class LLM(nn.Module):
             return_as_token_ids: return tokens (n,) instead of text.
             stream: return an iterator over parts of the answer to one prompt.
             kv_cache: a `CacheSpec` or a cache's name, such as "dense" (every token) or "lastrec" (the last `cache_length`
-                ones), for caches of this call. Default: the caches assigned to the model (`GPT.assign_kv_caches`), otherwise
-                "dense". A call with assigned caches ends the streams of earlier ones with an error.
+                ones), for caches of this call. Default: the caches assigned to the model (`GPT.assign_kv_caches`), those
+                that it was trained with, or "dense". A call with assigned caches ends the streams of earlier ones.
             cache_length: capacity of the cache in tokens (default: as many as needed, or 1024 for lastrec).
             prompt_chunksize: most tokens of a prefill call (default: the whole prompt).
             seed: of the first answer's own generator; further answers count up from it (default: torch's generator).
@@ -389,7 +390,8 @@ class LLM(nn.Module):
         batch_size: int,
     ) -> CacheLease:
         """The caches of a call of `generate`."""
-        spec = CacheSpec.parse(kv_cache or "dense", cache_length, **kv_cache_args)
+        assigned = kv_cache is None and self.model.caches.caches and not self.model.caches.default
+        spec = self._spec("dense" if assigned else kv_cache, cache_length, kv_cache_args)
         default = spec == CacheSpec()
         if default:
             lease = CacheLease.take(self.model)
@@ -413,14 +415,22 @@ class LLM(nn.Module):
 
     def session(
         self,
-        kv_cache: CacheSpec | str = "dense",
+        kv_cache: CacheSpec | str | None = None,
         cache_length: int | None = None,
         prompt_chunksize: int | None = None,
         **kv_cache_args: Any,
     ) -> Session:
         """A sequence with caches of its own, to be continued, cropped, copied and saved. Arguments as for `generate`."""
         self._for_inference()
-        return Session(self.model, kv_cache, cache_length, prompt_chunksize, **kv_cache_args)
+        return Session(self.model, self._spec(kv_cache, cache_length, kv_cache_args), prompt_chunksize=prompt_chunksize)
+
+    def _spec(
+        self, kv_cache: CacheSpec | str | None, cache_length: int | None, kv_cache_args: abc.Mapping[str, Any]
+    ) -> CacheSpec:
+        """The chosen cache, or the one that the model was trained with."""
+        if kv_cache is None and cache_length is None and not kv_cache_args and self.checkpoint_dir is not None:
+            kv_cache = trained_spec(Path(self.checkpoint_dir))
+        return CacheSpec.parse(kv_cache or "dense", cache_length, **kv_cache_args)
 
     def _text_to_token_ids(self, prompt: str | abc.Sequence[Message], sys_prompt: str | None = None) -> torch.Tensor:
         """The formatted prompt as tokens (T,)."""

@@ -124,7 +124,7 @@ class EvalArgs:
 
 @dataclass
 class LogArgs:
-    """What loggers that need an account are told.
+    """Settings of loggers that need an account.
 
     Attributes:
         project, run, group: where Weights & Biases and MLflow put the run.

@@ -103,6 +103,12 @@ class EncodedKeysAndValues:
         first = len(self.codecs[0].parts)
         return self.codecs[side].decode(*(self.parts[first:] if side else self.parts[:first]))
 
+    def expected_errors(self) -> tuple[torch.Tensor, ...]:
+        """The norms of what keys and values have lost, as their scales let expect, (B, G, N) each."""
+        first = len(self.codecs[0].parts)
+        parts = self.parts[:first], self.parts[first:]
+        return tuple(codec.expected_error(*own) for codec, own in zip(self.codecs, parts, strict=False))
+
     @property
     def length(self) -> int:
         """N."""

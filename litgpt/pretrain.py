@@ -243,4 +243,4 @@ def validate_args(train: TrainArgs, eval: EvalArgs, initial_checkpoint_dir: Path
         ValueError: naming it.
     """
     if initial_checkpoint_dir is not None and resume:
-        raise ValueError("initial_checkpoint_dir begins anew, resume goes on: give one of the two")
+        raise ValueError("initial_checkpoint_dir starts a new run, resume continues one: give one of the two")

@@ -520,6 +520,10 @@ def test_perplexity_is_that_of_a_texts_tokens_and_compared_token_by_token(
     assert 0 < results["int8"].divergence < results["int4"].divergence
     assert results["bf16"].bytes > results["int8"].bytes > results["int4"].bytes
     assert perplexity.table(results).count("|") == 5 * 6
+    results = perplexity.measure_caches(checkpoint, windows, ["dense-int8", "dense-int4"])
+    assert results["dense"].loss == pytest.approx(-chosen.mean().item(), rel=0.02)
+    assert 0 < results["dense-int8"].divergence < results["dense-int4"].divergence
+    assert results["dense"].bytes > results["dense-int8"].bytes
 
 
 def test_speculation_is_measured_and_compared_token_by_token(

@@ -1,13 +1,16 @@
-"""Measures what quantising a model's weights costs in quality, and prints a Markdown table.
+"""Measures what quantising a model's weights, or its key-value caches, costs in quality, and prints a Markdown table.
 
     python extensions/benchmarks/perplexity.py
+    python extensions/benchmarks/perplexity.py --length 4000 --windows 1 --kv_cache dense-int8 dense-k8v4 dense-int4
 
 See README.md next to this file.
 """
 
 import argparse
+import functools
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,10 +22,12 @@ from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.engine.loading import default_device
+from litgpt.kvcache import CacheSpec
 from litgpt.model import GPT
 from litgpt.runners.packed_weights import pack_linears
 
 REFERENCE = "bf16"
+CHUNK = 512  # tokens of a call, where caches are compared
 
 
 class Quality(NamedTuple):
@@ -45,7 +50,10 @@ def main() -> int:
             raise ValueError(f"the text has {len(tokens)} tokens, and a window {args.length}: give a longer text")
         windows = tokens[: count * args.length].view(count, args.length)
         print(f"{count * args.length:,} tokens in windows of {args.length}", file=sys.stderr)
-        print(table(measure(checkpoint, windows, args.modes)))
+        if args.kv_cache:
+            print(table(measure_caches(checkpoint, windows, args.kv_cache), "cache", "dense"))
+        else:
+            print(table(measure(checkpoint, windows, args.modes)))
     except (ValueError, OSError) as error:
         print(f"perplexity.py: error: {error}", file=sys.stderr)
         return 1
@@ -60,10 +68,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--windows", type=int, default=16, help="most windows of text (default: %(default)s)")
     add("--length", type=int, default=512, help="tokens in a window (default: %(default)s)")
     add("--modes", nargs="+", default=["int8", "int4"], help="what to compare with bfloat16 (default: int8 int4)")
+    add("--kv_cache", nargs="+", help="compare these caches with the dense one instead, in bfloat16 (dense-int8 ...)")
     args = parser.parse_args()
-    for name in ("windows", "length"):
-        if getattr(args, name) < 2:
-            parser.error(f"--{name} must be at least 2, got {getattr(args, name)}")
+    for name, least in (("windows", 1), ("length", 2)):
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
     return args
 
 
@@ -81,15 +90,46 @@ def measure(checkpoint: Checkpoint, windows: torch.Tensor, modes: list[str]) -> 
     for mode in (REFERENCE, *modes):
         models[mode] = load_model(checkpoint, torch.bfloat16, device, None if mode == REFERENCE else mode)
     sizes = {mode: weight_bytes(model) for mode, model in models.items()}
-    sums = {mode: torch.zeros(3, dtype=torch.float64) for mode in models}
     for model in models.values():
         pack_linears(model)
+    readers = {mode: functools.partial(predictions, model) for mode, model in models.items()}
+    return compare(readers, sizes, windows)
+
+
+def measure_caches(checkpoint: Checkpoint, windows: torch.Tensor, names: list[str]) -> dict[str, Quality]:
+    """The quality of a checkpoint's model in bfloat16 with caches by name, the dense one first. Bytes are those of the caches."""
+    model = load_model(checkpoint, torch.bfloat16, default_device(), None)
+    pack_linears(model)
+    specs = {name: CacheSpec.parse(name) for name in ("dense", *names)}
+    length = windows.shape[1]
+    specs = {
+        name: CacheSpec.parse(spec, spec.cache_length or (None if spec.evicts else length))
+        for name, spec in specs.items()
+    }
+    sizes = {name: spec.size(model, 1)[0] // 8 for name, spec in specs.items()}
+
+    @torch.inference_mode()
+    def read(spec: CacheSpec, window: torch.Tensor) -> torch.Tensor:
+        model.clear_kv_caches(assigned=True)
+        model.assign_kv_caches(spec.create(model, 1))
+        idx = window[None].to(model.transformer.wte.weight.device)
+        chunks = [model(chunk, CHUNK * i)[0] for i, chunk in enumerate(idx.split(CHUNK, dim=1))]
+        return torch.cat(chunks).float().log_softmax(-1).cpu()
+
+    return compare({name: functools.partial(read, spec) for name, spec in specs.items()}, sizes, windows)
+
+
+def compare(
+    readers: dict[str, Callable[[torch.Tensor], torch.Tensor]], sizes: dict[str, int], windows: torch.Tensor
+) -> dict[str, Quality]:
+    """The quality of what `readers` predict for windows of tokens (n, T), compared with the first one."""
+    sums = {name: torch.zeros(3, dtype=torch.float64) for name in readers}
     for i, window in enumerate(windows):
-        for mode, model in models.items():
-            log_probs = predictions(model, window)
-            if mode == REFERENCE:
-                expected = log_probs
-            sums[mode] += torch.stack(
+        expected = None
+        for name, read in readers.items():
+            log_probs = read(window)
+            expected = log_probs if expected is None else expected
+            sums[name] += torch.stack(
                 [
                     F.nll_loss(log_probs[:-1], window[1:].long()),
                     F.kl_div(log_probs, expected, log_target=True, reduction="batchmean"),
@@ -98,7 +138,7 @@ def measure(checkpoint: Checkpoint, windows: torch.Tensor, modes: list[str]) -> 
             )
         print(f"\r{i + 1} of {len(windows)} windows", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    return {mode: Quality(sizes[mode], *(total / len(windows)).tolist()) for mode, total in sums.items()}
+    return {name: Quality(sizes[name], *(total / len(windows)).tolist()) for name, total in sums.items()}
 
 
 @torch.inference_mode()
@@ -113,15 +153,15 @@ def weight_bytes(model: GPT) -> int:
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
-def table(results: dict[str, Quality]) -> str:
+def table(results: dict[str, Quality], what: str = "weights", reference: str = REFERENCE) -> str:
     lines = [
-        "| weights | MB | perplexity | divergence from bf16, nats | same likeliest token |",
+        f"| {what} | MB | perplexity | divergence from {reference}, nats | same likeliest token |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
     for mode, quality in results.items():
         perplexity = torch.tensor(quality.loss).exp().item()
         row = f"| {mode} | {quality.bytes / 1e6:.0f} | {perplexity:.2f} |"
-        if mode != REFERENCE:
+        if mode != reference:
             row += f" {quality.divergence:.4f} | {quality.agreement:.1%} |"
         else:
             row += "  |  |"

@@ -33,7 +33,10 @@ def main() -> int:
         torch_version = version("torch").partition("+")[0]
         peer = args.litgpt_python or ensure_environment(launcher.work_dir, "litgpt", torch_version)
         checkpoint = ensure_layouts(launcher, args.checkpoint).litgpt
-        found = {method: compare(launcher, checkpoint, peer, method, args.steps) for method in args.methods.split(",")}
+        found = {}
+        for method in args.methods.split(","):
+            found[method] = compare(launcher, checkpoint, peer, method, args.steps)
+            print(markdown({method: found[method]}), file=sys.stderr)
         return {"losses": found}, markdown(found)
 
     return run_script(args, run, "32-true")

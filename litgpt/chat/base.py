@@ -89,6 +89,7 @@ def main(options: ChatOptions) -> None:
             Scheme(options.quantize)  # raises before anything is downloaded
         path = find_checkpoint(options.checkpoint_dir, options.access_token)
         ready = make_ready(path, **options.loading())
+        options = options.as_trained(ready.trained_cache)
         conversation = Conversation(
             ready,
             lambda: options.session_of(ready.model),

@@ -46,6 +46,18 @@ _METHODS = {
 }
 
 
+def trained_cache(folder: Path) -> dict[str, Any]:
+    """The options of the key-value cache through which the model in `folder` was trained (empty: there was none)."""
+    path = folder / HYPERPARAMETERS_NAME
+    if not path.is_file():
+        return {}
+    settings = Settings(read_yaml(path), str(path))
+    if settings.text("kv_cache", None, null=True) is None:
+        return {}
+    kinds = {"kv_cache": str, "cache_length": int | None, "kv_cache_args": dict | None, "prompt_chunksize": int | None}
+    return {name: settings.value(name, kind, None) for name, kind in kinds.items()}
+
+
 @dataclass
 class Finetuned:
     """The result of fine-tuning: a file of weights, and `hyperparameters.yaml` next to it.

@@ -46,26 +46,28 @@ def ask(llm: LLM, spec: CacheSpec, prompt: Prompt, prompt_chunksize: int | None 
     """The replies to the questions of a prompt under the caches of `spec`, each from sessions that have seen nothing else."""
     session = llm.session(spec, prompt_chunksize=prompt_chunksize)
     session.extend(prompt.context + prompt.question(0))
-    yield _reply(llm, session, prompt, 0, INSIDE, needle_retention(session, prompt.needle(0)))
+    yield _reply(llm, session, prompt, 0, INSIDE)
     if len(prompt.sample.questions) > 1:
-        retention = needle_retention(session, prompt.needle(1))
         session.extend(prompt.question(1))
-        yield _reply(llm, session, prompt, 1, SECOND, retention)
+        yield _reply(llm, session, prompt, 1, SECOND)
     session = llm.session(spec, prompt_chunksize=prompt_chunksize)
     session.extend(prompt.context)
-    retention = needle_retention(session, prompt.needle(0))
     session.extend(prompt.question(0))
-    yield _reply(llm, session, prompt, 0, OUTSIDE, retention)
+    yield _reply(llm, session, prompt, 0, OUTSIDE)
 
 
-def _reply(llm: LLM, session: Session, prompt: Prompt, i: int, where: str, retention: float | None) -> Reply:
+def _reply(llm: LLM, session: Session, prompt: Prompt, i: int, where: str) -> Reply:
     """The reply to question i, which `session` ends with; the session then ends with the right answer."""
-    right, question = prompt.right(i), prompt.sample.questions[i]
+    right, question, retention = (
+        prompt.right(i),
+        prompt.sample.questions[i],
+        needle_retention(session, prompt.needle(i)),
+    )
     stops = all_stop_tokens(llm.tokenizer, llm.prompt_style)
     drawn = session.fork().generate(session.tokens, len(right) + ANSWER_ROOM, stop_tokens=stops, temperature=0.0)
     said = llm.tokenizer.decode(list(drawn))
     logprobs = session.predict(right).float().log_softmax(-1)
-    chosen = logprobs[torch.arange(len(right)), torch.tensor(right, device=logprobs.device)]
+    chosen = logprobs.gather(1, torch.tensor(right, device=logprobs.device)[:, None])
     depth = prompt.sample.depth if i == 0 else None
     return Reply(where, question.score(said), chosen.mean().item(), retention, depth, said)
 

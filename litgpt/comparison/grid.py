@@ -96,8 +96,15 @@ def parse_numbers(option: str, value: Any, kind: type) -> list[Any]:
 
 
 def _split(text: str) -> list[str]:
-    """The parts of a text between commas, but not those in brackets."""
-    return [part.strip() for part in re.split(r",(?![^(]*\))", text) if part.strip()]
+    """The parts of a text between commas, but not between those in brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
 
 
 def _parse(name: str) -> tuple[str, dict[str, Any]]:

@@ -9,24 +9,25 @@ from litgpt.comparison.asking import INSIDE, OUTSIDE
 from litgpt.comparison.figure import Figure
 from litgpt.comparison.plot import N_COLOURS, Point, heat_map, marker, quality_over_bytes
 from litgpt.comparison.ruler import RULER
-from litgpt.comparison.table import Row, columns_of, shown
+from litgpt.comparison.table import Column, Row, columns_by_task, columns_of, shown
 from litgpt.kvcache.memory import as_text
 
 _LIGHT = ("#2a6fb5", "#d1651a", "#2c8c4f", "#b8397a", "#7a5bc0", "#8a6d1d", "#158a94", "#c23b32")
 _DARK = ("#6cb0f2", "#f2a05c", "#67cc8c", "#f07fb4", "#b39df0", "#d6bb62", "#5cc9d3", "#f4837a")
-_PLOTS = (
-    ("KL divergence from dense", "kl", ("perplexity",), False),
-    ("retrieval, question inside", f"{INSIDE}_score", ("retrieval",), True),
-    ("retrieval, question outside", f"{OUTSIDE}_score", ("retrieval",), True),
-    ("RULER, question inside", f"{INSIDE}_score", tuple(RULER), True),
-    ("RULER, question outside", f"{OUTSIDE}_score", tuple(RULER), True),
-)
+_PLOTS = {
+    "Text": (("KL divergence from dense", "kl", ("perplexity",), False),),
+    "Retrieval": tuple((f"score, question {x}", f"{x}_score", ("retrieval",), True) for x in (INSIDE, OUTSIDE)),
+    "RULER": tuple((f"mean score, question {x}", f"{x}_score", tuple(RULER), True) for x in (INSIDE, OUTSIDE)),
+}
+"""By heading: the name of an axis, a figure, its tasks, and whether higher is better."""
 
 
 def html_page(rows: Sequence[Row], title: str, about: str) -> str:
     """The page. `about` says in one line what was compared."""
     series = {name: i for i, name in enumerate(dict.fromkeys(row.cache for row in rows))}
-    sections = [*_plots(rows, series), *_maps(rows), _section("All figures", _table(rows))]
+    sections = [*_plots(rows, series), *_maps(rows), _section("All figures", _table(columns_of(rows)))]
+    if by_task := columns_by_task(rows):
+        sections.append(_section("RULER by task", _table(by_task)))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
@@ -37,20 +38,20 @@ def html_page(rows: Sequence[Row], title: str, about: str) -> str:
 
 
 def _plots(rows: Sequence[Row], series: dict[str, int]) -> list[str]:
-    lengths, sections = list(dict.fromkeys(row.length for row in rows)), []
-    for heading, name, tasks, higher in _PLOTS:
-        plots = []
-        for length in lengths:
-            points = [
-                _point(row, figure, series)
-                for row in rows
-                if row.length == length and (figure := row.figure(name, *tasks))
-            ]
-            if points:
+    sections = []
+    for heading, plots in _PLOTS.items():
+        drawn = []
+        for length in dict.fromkeys(row.length for row in rows):
+            same = [row for row in rows if row.length == length]
+            for axis, name, tasks, higher in plots:
+                points = [_point(row, figure, series) for row in same if (figure := row.figure(name, *tasks))]
+                if not points:
+                    continue
                 caption = f"{length:,} tokens; bars are 95 % intervals, the dashed line is the Pareto front"
-                plots.append(_captioned(quality_over_bytes(points, heading, higher), caption))
-        if plots:
-            sections.append(_section(heading[0].upper() + heading[1:], f'<div class="plots">{"".join(plots)}</div>'))
+                caption += "" if higher else "; 0 is drawn at the bottom"
+                drawn.append(_captioned(quality_over_bytes(points, axis, higher), caption))
+        if drawn:
+            sections.append(_section(heading, f'<div class="plots">{"".join(drawn)}</div>'))
     return sections
 
 
@@ -78,11 +79,10 @@ def _maps(rows: Sequence[Row]) -> list[str]:
     return sections
 
 
-def _table(rows: Sequence[Row]) -> str:
-    columns = columns_of(rows)
+def _table(columns: Sequence[Column]) -> str:
     head = "".join(f"<th>{escape(heading)}</th>" for _, heading, _ in columns)
     lines = []
-    for i in range(len(rows)):
+    for i in range(len(columns[0][2])):
         lines.append("<tr>" + "".join(_cell(name, values[i]) for name, _, values in columns) + "</tr>\n")
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead>\n<tbody>\n{"".join(lines)}</tbody></table></div>'
 

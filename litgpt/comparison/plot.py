@@ -51,7 +51,7 @@ class Scale(NamedTuple):
 
 def quality_over_bytes(points: Sequence[Point], quality: str, higher_is_better: bool) -> str:
     """A scatter plot with the Pareto front: the points than which none is both smaller and better. Qualities of which lower is
-    better are on a logarithmic axis, and so are the bytes."""
+    better are on a logarithmic axis, with 0 at its end, and so are the bytes."""
     positive = [point.y for point in points if point.y > 0]
     log = not higher_is_better and bool(positive)
     x = Scale(min(p.x for p in points) * 0.85, max(p.x for p in points) * 1.18, _LEFT, WIDTH - _RIGHT, True)
@@ -64,8 +64,7 @@ def quality_over_bytes(points: Sequence[Point], quality: str, higher_is_better: 
     y = Scale(low, high, HEIGHT - _BOTTOM, _TOP, log)
     parts = [*_axes(x, y, quality)]
     front = pareto_front(points, higher_is_better)
-    if len(front) > 1:
-        parts.append(f'<polyline class="front" points="{_steps(front, x, y)}"/>')
+    parts.append(f'<polyline class="front" points="{_steps(front, x, y)}"/>')
     for series in sorted({point.series for point in points}):
         own = sorted(point for point in points if point.series == series)
         line = " ".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in own)
@@ -152,6 +151,7 @@ def _steps(front: Sequence[Point], x: Scale, y: Scale) -> str:
     corners = [(x(front[0].x), y(front[0].y))]
     for point in front[1:]:
         corners += [(x(point.x), corners[-1][1]), (x(point.x), y(point.y))]
+    corners.append((WIDTH - _RIGHT, corners[-1][1]))
     return " ".join(f"{a:.1f},{b:.1f}" for a, b in corners)
 
 

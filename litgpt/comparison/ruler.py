@@ -40,8 +40,7 @@ def niah_single_1(random: Random, n: int) -> Sample:
     """One number among sentences that repeat."""
     (key,), value = draw_words(random, 1), number(random)
     lines, (place,) = insert(noise(n), [number_line(key, value)], [random.randint(0, n)])
-    back = Question(f"Whose secret number is {value}?", f"{value} is the secret number of", (key,), (place,))
-    return Sample(_NUMBERS_INTRO, tuple(lines), (ask_number(key, value, place), back))
+    return Sample(_NUMBERS_INTRO, tuple(lines), (ask_number(key, value, place),))
 
 
 def niah_multikey_2(random: Random, n: int) -> Sample:
@@ -76,18 +75,14 @@ def vt(random: Random, n: int) -> Sample:
         f"VAR {name} = {before}\n" for name, before in zip(names, (value, *(f"VAR {x}" for x in names)), strict=False)
     ]
     lines, places = insert(noise(n), chain, sorted(random.randint(0, n) for _ in chain))
-    all_names = Question(
+    question = Question(
         f"Which variables have the value {value}, directly or by way of others? There are {len(names)}.",
         f"The variables with the value {value} are:",
         tuple(names),
         tuple(places),
     )
-    last = Question(f"Which value does the variable {names[-1]} have?", "It has the value", (value,), tuple(places))
-    return Sample(
-        "Variables are set in the text below, some to numbers and some to other variables. Keep track of them.",
-        tuple(lines),
-        (all_names, last),
-    )
+    intro = "Variables are set in the text below, some to numbers and some to other variables. Keep track of them."
+    return Sample(intro, tuple(lines), (question,))
 
 
 def cwe(random: Random, n: int) -> Sample:

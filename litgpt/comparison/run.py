@@ -1,6 +1,6 @@
 """Runs every task with every cache at every budget, unless that was done before."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from hashlib import sha256
@@ -86,24 +86,24 @@ class Comparison:
     def dtype(self) -> str:
         return self._about["dtype"]
 
-    def __len__(self) -> int:
-        """Number of runs."""
-        return len(self.cells) * len(self.tasks)
-
-    def run(self, records: Records) -> Iterator[tuple[Record, bool]]:
-        """All runs, length by length and task by task, each with whether it was done now; new ones are added to `records`."""
+    @property
+    def runs(self) -> list[tuple[Cell, str]]:
+        """All runs, length by length and task by task."""
         lengths = dict.fromkeys(cell.length for cell in self.cells)
-        for length in lengths:
-            for task in self.tasks:
-                for cell in (cell for cell in self.cells if cell.length == length):
-                    settings = self._settings(cell, task)
-                    key = key_of(settings)
-                    record = records.get(key)
-                    new = record is None
-                    if record is None:
-                        record = {"key": key, **settings, **self._describe(cell), **self._run(cell, task)}
-                        records.add(record)
-                    yield {**record, "cache": cell.name}, new
+        return [
+            (cell, task) for length in lengths for task in self.tasks for cell in self.cells if cell.length == length
+        ]
+
+    def run(self, cell: Cell, task: str, records: Records) -> tuple[Record, bool]:
+        """The record of one run, and whether it was done now; it is then added to `records`."""
+        settings = self._settings(cell, task)
+        key = key_of(settings)
+        record = records.get(key)
+        new = record is None
+        if record is None:
+            record = {"key": key, **settings, **self._describe(cell), **self._run(cell, task)}
+            records.add(record)
+        return {**record, "cache": cell.name}, new
 
     def _settings(self, cell: Cell, task: str) -> dict[str, Any]:
         """All that a run depends on."""
@@ -157,5 +157,5 @@ def summary(replies: Sequence[Reply]) -> dict[str, Figure]:
         figures[f"{where}_score"] = Figure.share([reply.score for reply in found])
         figures[f"{where}_logprob"] = Figure.mean([reply.logprob for reply in found])
         if held := [reply.retention for reply in found if reply.retention is not None]:
-            figures[f"{where}_retention"] = Figure.share(held)
+            figures[f"{where}_retention"] = Figure.mean(held)
     return figures

@@ -47,7 +47,7 @@ class Sample:
     Attributes:
         intro: what the lines of the context are.
         lines: the context, each with its line end.
-        questions: the first, and a second one on the same cache.
+        questions: the first, and perhaps a second one on the same cache, which the first and its answer do not help with.
         depth: where the first question's answer stands, from 0 (the beginning) to 1.
     """
 

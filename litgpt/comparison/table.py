@@ -45,7 +45,7 @@ class Row:
         where, _, what = name.partition("_")
         replies = [reply for task in tasks if task in self.records for reply in self.records[task]["replies"]]
         values = [reply[what] for reply in replies if reply["question"] == where and reply[what] is not None]
-        return Figure.mean(values) if what == "logprob" else Figure.share(values)
+        return Figure.share(values) if what == "score" else Figure.mean(values)
 
 
 def rows_of(records: Iterable[Record]) -> list[Row]:
@@ -57,6 +57,8 @@ def rows_of(records: Iterable[Record]) -> list[Row]:
     return sorted(rows.values(), key=lambda row: row.length)
 
 
+N_NAMING = 3  # first columns: the cache, its budget, and the length
+
 Column = tuple[str, str, list[Any]]
 """Name for programs, heading for people, and a value for each row: text, a number, a `Figure` or None."""
 
@@ -67,7 +69,7 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
         (f"{name}_{where}_{what}", f"{heading} {where}{ending}", f"{where}_{what}", tasks)
         for name, heading, tasks in (("retrieval", "retrieval", ("retrieval",)), ("ruler", "RULER", tuple(RULER)))
         for where in (INSIDE, OUTSIDE, SECOND)
-        for what, ending in (("score", ""), ("logprob", ", log-prob."), ("retention", ", needle held"))
+        for what, ending in (("score", ""), ("logprob", ", log-prob."), ("retention", ", held"))
     ]
     columns = [
         ("cache", "cache", [row.cache for row in rows]),
@@ -96,6 +98,27 @@ def columns_of(rows: Sequence[Row]) -> list[Column]:
             )
         ),
     ]
+    return _filled(columns)
+
+
+def columns_by_task(rows: Sequence[Row]) -> list[Column]:
+    """The scores of RULER's tasks one by one, after the columns that name a row; nothing if there are fewer than two tasks."""
+    scores = [
+        (f"{task}_{where}_score", f"{task} {where}", [row.figure(f"{where}_score", task) for row in rows])
+        for task in RULER
+        for where in (INSIDE, OUTSIDE, SECOND)
+    ]
+    if len({task for row in rows for task in row.records if task in RULER}) < 2:
+        return []
+    return [*columns_of(rows)[:N_NAMING], *_filled(scores)]
+
+
+def all_columns(rows: Sequence[Row]) -> list[Column]:
+    """The columns for programs."""
+    return [*columns_of(rows), *columns_by_task(rows)[N_NAMING:]]
+
+
+def _filled(columns: Sequence[Column]) -> list[Column]:
     return [column for column in columns if any(value is not None for value in column[2])]
 
 
@@ -118,22 +141,23 @@ def shown(name: str, value: Any, interval: bool = True) -> str:
 
 
 def _number(value: float) -> str:
+    if abs(value) < 0.1:
+        return f"{value:.3g}"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.4g}"
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The table in Markdown."""
-    columns = columns_of(rows)
+def markdown(columns: Sequence[Column]) -> str:
+    """A table in Markdown."""
     lines = ["| " + " | ".join(heading for _, heading, _ in columns) + " |", "|" + "---|" * len(columns)]
-    for i in range(len(rows)):
+    for i in range(len(columns[0][2])):
         cells = [shown(name, values[i]).replace("|", "\\|") for name, _, values in columns]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def csv_text(rows: Sequence[Row]) -> str:
-    """The table as CSV; a figure has two more columns for its interval."""
-    columns = columns_of(rows)
+    """All results as CSV; a figure has two more columns for its interval."""
+    columns = all_columns(rows)
     header, table = [], [[] for _ in rows]
     for name, _, values in columns:
         figures = any(isinstance(value, Figure) for value in values)

@@ -42,12 +42,12 @@ class DataModule(LightningDataModule):
 
 
 class SFTDataset(Dataset):
-    """Samples of instructions and responses as tokens. Each is encoded when it is first asked for, or by `encode_all`.
+    """Samples of instructions and responses as tokens. Each is encoded on its first use, or by `encode_all`.
 
     Args:
         data: mappings with `instruction`, `output` and perhaps `input`; or with `messages`, a conversation.
         tokenizer: encodes.
-        prompt_style: how instructions are written down; conversations need one that takes messages.
+        prompt_style: renders instructions; conversations need one that takes messages.
         max_seq_length: samples are cut to that many tokens (-1: not).
         mask_prompt: count the loss on responses only.
         ignore_index: label of tokens that are not counted.
@@ -163,7 +163,7 @@ class SFTModule(DataModule):
     Attributes:
         mask_prompt: learn responses only, not instructions.
         val_split_fraction: part of the samples that validate.
-        prompt_style: how instructions are written down.
+        prompt_style: renders instructions.
         ignore_index: label of tokens that are not learned.
         seed: of the split and of the order.
         num_workers: accepted for scripts written for LitGPT; samples are encoded once, and need no workers.

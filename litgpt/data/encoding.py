@@ -52,7 +52,7 @@ class Part(NamedTuple):
 
 
 class RewrittenAnswerError(ValueError):
-    """A template writes an answer otherwise once more messages follow."""
+    """A template renders an answer differently when more messages follow."""
 
 
 def prompt_of(sample: Sample) -> tuple[str | list[dict[str, str]], dict[str, Any]]:
@@ -91,10 +91,10 @@ def encode_sample(
     """A sample as tokens, cut to `max_seq_length` (-1: not). With `mask_prompt` only responses are counted.
 
     An instruction and its response are encoded apart, and the response ends with the end token. A conversation is encoded
-    as the checkpoint's chat template writes it down; counted is what the assistant says, with the end token of its turn.
+    as the checkpoint's chat template renders it; the loss counts the assistant's messages, each with its end token.
 
     Raises:
-        ValueError: if the style cannot write the sample down, or rewrites answers that more messages follow.
+        ValueError: if the style cannot render the sample, or renders answers differently when more messages follow.
     """
     parts = parts_of(sample, tokenizer, style)
     return _assemble(parts, _encode_parts(parts, tokenizer), max_seq_length, mask_prompt)
@@ -129,7 +129,7 @@ def parts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[P
 
 
 _REWRITTEN = (
-    "the prompt style writes an answer otherwise once more messages follow: split the conversation into samples that end "
+    "the prompt style renders an answer differently when more messages follow: split the conversation into samples that end "
     "with the answer to be learned"
 )
 
@@ -137,7 +137,7 @@ _REWRITTEN = (
 def _rendered(
     messages: list[dict[str, Any]], learned: list[int], tokenizer: Tokenizer, style: ChatTemplate, more: dict[str, Any]
 ) -> Part:
-    """A conversation as the template writes it. Counted are the answers `learned`, each from where the model is asked for it,
+    """A conversation as the template renders it. The loss counts the answers `learned`, each from its generation prompt on,
     with its end token."""
     text = style.render(messages, add_generation_prompt=False, **more)
     end_texts = [token for i in tokenizer.eos_ids if (token := tokenizer.id_to_token(i))]
@@ -273,7 +273,7 @@ class EncodedSamples(Sequence[Encoded]):
         A tokenizer without a `fingerprint`, or a style that is not of this package and may change at any time, is not cached.
 
         Raises:
-            ValueError: if there is no sample, one cannot be written down, or no token is to be learned in any.
+            ValueError: if there is no sample, one cannot be rendered, or the loss counts no token of any.
         """
         if not samples:
             raise ValueError(f"{name}: there are no samples")

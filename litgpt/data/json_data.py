@@ -20,7 +20,7 @@ class JSON(SFTModule):
     """Samples from a JSON file (a list), a JSONL file (one a line), or a folder with `train` and `val` files of these kinds.
 
     A sample has `instruction`, `output` and perhaps `input`; or it is a conversation: `messages` with `role` and `content`,
-    or `conversations` with `from` and `value`. Conversations are written down by the checkpoint's own chat template, unless a
+    or `conversations` with `from` and `value`. Conversations are rendered by the checkpoint's own chat template, unless a
     style other than Alpaca's is named, and only what the assistant says is learned. Fields: see `SFTModule`.
     """
 
@@ -71,7 +71,7 @@ class JSON(SFTModule):
 
 
 class FileSample(dict):
-    """A sample that knows where it stands in a file."""
+    """A sample with its place in a file, for error messages."""
 
     place = ""
 
@@ -103,7 +103,7 @@ def read_samples(path: Path) -> list[Sample]:
 
 
 def load_jsonl(path: Path) -> dict[str, Any]:
-    """The values of a JSONL file, by the line they stand in: "line 1". Only line feeds end lines, as JSON has it."""
+    """The values of a JSONL file, by their line: "line 1". Only line feeds end lines, as JSON has it."""
     lines = enumerate(_read_text(path).split("\n"), 1)
     return {f"line {i}": _parse(path, line, f"line {i}") for i, line in lines if line.strip()}
 

@@ -36,7 +36,7 @@ class OpenWebText(TextModule):
         return self._encode(parts["train"], self.data_path_train), self._encode(parts["test"], self.data_path_val)
 
     def _encode(self, part: Any, folder: Path) -> np.ndarray:
-        marker = folder / "fingerprint.txt"  # stands for the pages: as long as it is the same, so are the tokens
+        marker = folder / "fingerprint.txt"  # in place of the pages: while it stays the same, so do the tokens
         folder.mkdir(parents=True, exist_ok=True)
         if not marker.is_file() or marker.read_text(encoding="utf-8") != part._fingerprint:
             marker.write_text(part._fingerprint, encoding="utf-8")

@@ -24,7 +24,7 @@ VERSION = 2  # of the files
 
 class TokenRows(Dataset):
     """Rows of `seq_length + 1` tokens of a text: each begins with the last token of the one before, so that every token but
-    the first is foreseen once."""
+    the first is a target once."""
 
     def __init__(self, tokens: np.ndarray, seq_length: int) -> None:
         self.tokens, self.seq_length = tokens, seq_length

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.find import find_checkpoint
+from litgpt.checkpoint.finetuned import trained_cache
 from litgpt.checkpoint.load import load_model
 from litgpt.kernels import processor
 from litgpt.kvcache import CacheSpec
@@ -39,6 +40,12 @@ class Ready:
     tokenizer: Tokenizer
     prompt_style: PromptStyle
     checkpoint_dir: Path
+    trained_in: Path | None = None  # where fine-tuning wrote its result, if that is not the checkpoint
+
+    @property
+    def trained_cache(self) -> dict[str, Any]:
+        """The options of the cache through which the model was trained (empty: none)."""
+        return trained_cache(self.trained_in or self.checkpoint_dir)
 
     @property
     def stop_tokens(self) -> tuple[list[int], ...]:
@@ -111,6 +118,14 @@ def make_ready(
         if pack:
             speed_up_decode(model, compile)
     return Ready(model, tokenizer, style, path)
+
+
+def trained_spec(folder: Path) -> CacheSpec | None:
+    """The cache through which the model in `folder` was trained, if there was one."""
+    trained = trained_cache(folder)
+    if not trained:
+        return None
+    return CacheSpec.parse(trained["kv_cache"], trained["cache_length"], **(trained["kv_cache_args"] or {}))
 
 
 def speed_up_decode(model: GPT, compile: bool = False) -> None:

@@ -219,6 +219,7 @@ def answer(
     with answers_to(options.out) as write:
         started = time.perf_counter()
         ready = load()
+        options = options.as_trained(ready.trained_cache)
         rows = options.num_samples
         if options.as_json:
             rows = min(options.batch_size, len(lines) * options.num_samples)

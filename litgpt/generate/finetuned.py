@@ -45,6 +45,7 @@ def finetuned_command(method: str, description: str, path: str, default: str, he
             checkpoint_dir = finetuned.base(options.checkpoint_dir)
             ready = make_ready(checkpoint_dir, **options.loading(), load=partial(load_finetuned, finetuned))
             ready.prompt_style = finetuned.prompt_style() or ready.prompt_style
+            ready.trained_in = finetuned.path.parent
             return ready
 
         base.answer(options, lines, load)

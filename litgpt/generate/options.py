@@ -3,8 +3,9 @@
 import inspect
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -121,11 +122,11 @@ class PromptLookupOptions(Options):
 class CacheOptions(Options):
     """The key-value cache, and the prefill."""
 
-    kv_cache: str = option(
-        "dense",
+    kv_cache: str | None = option(
+        None,
         "Which tokens the key-value cache keeps, as POLICY or POLICY-STORAGE. Policies: "
         f"{', '.join(POLICIES)}, or module:Class for a class of yours. Storages: {', '.join(STORAGES)}. dense keeps every "
-        "token, lastrec the last cache_length ones.",
+        "token, lastrec the last cache_length ones. Default: dense, or what the model was trained with.",
     )
     cache_length: int | None = option(
         None, "Tokens that the key-value cache holds. Default: as many as are needed (dense), 1024 (lastrec).", least=1
@@ -146,7 +147,18 @@ class CacheOptions(Options):
         args = self.kv_cache_args or {}
         if clash := {"text", "policy", "storage", "cache_length"} & args.keys():
             raise ValueError(f"kv_cache_args has {clash.pop()!r}: use --kv_cache and --cache_length for that")
-        return CacheSpec.parse(self.kv_cache, self.cache_length, **args)
+        return CacheSpec.parse(self.kv_cache or "dense", self.cache_length, **args)
+
+    def as_trained(self: Kind, trained: Mapping[str, Any]) -> Kind:
+        """These options with the `trained` ones of the cache that a model was trained through, unless they ask for another."""
+        if not trained or self.kv_cache is not None or self.cache_length is not None or self.kv_cache_args:
+            return self
+        if self.prompt_chunksize is not None:
+            trained = {**trained, "prompt_chunksize": self.prompt_chunksize}
+        options = replace(self, **trained)
+        length = "" if options.cache_length is None else f" of {options.cache_length} tokens"
+        print(f"Using the key-value cache that the model was trained with: {options.kv_cache}{length}", file=sys.stderr)
+        return options
 
     def assign_caches(self, model: GPT, batch_size: int = 1) -> None:
         """Give the model the chosen caches for `batch_size` rows."""

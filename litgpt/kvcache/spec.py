@@ -25,6 +25,7 @@ from litgpt.kvcache.storages import STORAGES, Storage
 POLICY_ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "h2o-orig": ("h2o", {}),
     "h2o-vlen": ("h2o", {"value_norm": True}),
+    "qh2o-vlen": ("qh2o", {"value_norm": True}),
 }
 """Names of LitGPT's pull request 2061 and the library that goes on from it, with what they are here."""
 STORAGE_ALIASES = {

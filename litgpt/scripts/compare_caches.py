@@ -56,20 +56,18 @@ def compare_caches(
     cells = make_grid(llm.model, caches, shares, lengths)
     with waiting("Making samples"):
         comparison = Comparison(llm, cells, names, document, samples, seed, prompt_chunksize)
-    records, place, done, old = Records(out), "", [], 0
-    with waiting(lambda: f"Comparing caches{place}", log=True):
-        report_progress(0, len(comparison))
-        for record, new in comparison.run(records):
+    records, done, old, place = Records(out), [], 0, ""
+    with waiting(lambda: f"Comparing caches: {place}", log=True):
+        for i, (cell, task) in enumerate(comparison.runs):
+            place = f"{task}, {cell.name}"
+            report_progress(i, len(comparison.runs))
+            record, new = comparison.run(cell, task, records)
             done.append(record)
             old += not new
-            place = f": {record['task']}, {record['cache']}"
-            report_progress(len(done), len(comparison))
     rows, model = rows_of(done), llm.config.name or llm.checkpoint_dir.name
     source = "Python's reference" if text is None else text.name
     title = f"Key-value caches of {model}"
-    about = (
-        f"{', '.join(names)}; {samples} samples, seed {seed}; text: {source}; {comparison.device} in {comparison.dtype}"
-    )
+    about = f"{', '.join(names)}; {samples} sample{'s' * (samples != 1)}, seed {seed}; text: {source}; {comparison.device} in {comparison.dtype}"
     files = write_files(rows, out, title, about)
     if json:
         print_json(rows)

@@ -1,9 +1,9 @@
-"""Batches of samples, in an order that a seed decides and that can be taken up anywhere.
+"""Batches of samples, in an order that a seed decides and that can be resumed anywhere.
 
 A batch has "input_ids" (B, T) and "labels" (B, T), right-padded, with -100 where no loss is counted, and "token_counts", of
 which "raw_plus_prompt_template" (B, 1) says how many tokens each row has. Batches of data modules made elsewhere may lack
-it: then all rows are as long as T. Batches that are a tensor (B, T + 1) are rows of a text: every token but the first is to
-be foreseen.
+it: then all rows are as long as T. Batches that are a tensor (B, T + 1) are rows of a text: every token but the first
+is a target.
 """
 
 from bisect import bisect_left, insort
@@ -43,7 +43,7 @@ def counted_tokens(batch: Any) -> int:
 
 
 def windows(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Batches by groups of `size`, those of one optimizer step; the last one may be smaller."""
+    """Groups of `size` batches, one group for each optimizer step; the last group may be smaller."""
     iterator = iter(batches)
     while window := list(islice(iterator, size)):
         yield window

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: folders that are complete or not there, and how to go on from one."""
+"""Checkpoints of a run: folders that are complete or not there, and how to resume from one."""
 
 import os
 import random
@@ -60,7 +60,7 @@ def step_folders(out_dir: Path) -> list[Path]:
 
 
 def find_resume_path(resume: bool | Literal["auto"] | Path, out_dir: Path, suffix: str = "") -> Path | None:
-    """The file that a run goes on from (None: it begins anew).
+    """The file that a run resumes from (None: it starts from the beginning).
 
     Args:
         resume: False; True: the last checkpoint in `out_dir`, which has to be there; "auto": the last one, if there is
@@ -80,7 +80,7 @@ def find_resume_path(resume: bool | Literal["auto"] | Path, out_dir: Path, suffi
                 return folder / name
         if resume == "auto":
             return None
-        raise FileNotFoundError(f"--resume: {out_dir} holds no checkpoint (step-*/{name}) to go on from")
+        raise FileNotFoundError(f"--resume: {out_dir} holds no checkpoint (step-*/{name}) to resume from")
     path = Path(resume)
     path = path / name if path.is_dir() else path
     if not path.is_file():
@@ -145,7 +145,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Take up what `optimizer_state` gave.
+    """Load what `optimizer_state` returned.
 
     Raises:
         ValueError: if it is of a run whose parameters were divided and this one's are not, or the other way round.
@@ -169,7 +169,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Take up what `random_state` gave."""
+    """Load what `random_state` returned."""
     torch.set_rng_state(state["torch"])
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))

@@ -24,7 +24,7 @@ from litgpt.train.methods import METHODS, Method
 from litgpt.train.model import restore_forward
 from litgpt.train.options import FinetuneOptions, LoRAOptions
 from litgpt.train.run import Run, connect, write_config
-from litgpt.train.setting import compute_dtype, make_fabric, precision_of
+from litgpt.train.setting import compute_dtype, make_fabric, parse_devices, precision_of
 
 if TYPE_CHECKING:
     from litgpt.api import LLM
@@ -78,7 +78,7 @@ def tune(
             gc.collect()  # the run's objects refer to one another; their memory goes to the merged weights
             save_litgpt(open_lora(final), final)
         if way.name in ("lora", "full"):
-            fabric.print(f"Talk with the result: litgpt chat {final}")
+            fabric.print(f"Chat with the result: litgpt chat {final}")
         else:
             fabric.print(f"Try the result: litgpt generate_{way.name} --adapter_path {final} --prompt '...'")
     return metrics
@@ -94,12 +94,13 @@ def finetune(
 ) -> dict[str, float]:
     """Fine-tune a loaded `LLM`, and leave it tuned, ready to generate. A run that is interrupted leaves it as far as it came.
 
+    With several devices, each of their processes runs the whole script, and has the tuned LLM in the end.
     LoRA's matrices are merged into the weights in the end; next to quantised weights they stay, as adapters do.
 
     Args:
         llm: loaded; with quantised weights for all methods but full.
         data: samples (mappings with `instruction` and `output`, or with `messages`), the path of a JSON or JSONL file, or a
-            data module. Samples and files are written down in the `llm`'s own prompt style, and only responses are learned;
+            data module. Samples and files are rendered in the `llm`'s own prompt style, and only responses are learned;
             the style of a data module becomes the `llm`'s.
         method: full, lora, adapter or adapter_v2.
         out_dir: where checkpoints and logs go (None: nothing is written). `hyperparameters.yaml` there repeats the run with
@@ -123,6 +124,10 @@ def finetune(
         raise ValueError("full fine-tuning needs plain weights: load the model without quantize, or use lora")
     chosen, config = _options(way, llm, data, out_dir, options)
     chosen.check()
+    if chosen.strategy == "fsdp" and parse_devices(chosen.devices) * chosen.num_nodes > 1:
+        raise ValueError(
+            "strategy='fsdp' leaves the weights divided, and no LLM to generate with: use 'ddp', or a command"
+        )
     resume = chosen.resume_path(way.suffix)
     fabric = make_fabric(chosen, f"finetune-{base.name}", base, resume is not None)
     fabric.launch()
@@ -214,10 +219,10 @@ def _lora_options(config: Config) -> dict[str, Any]:
     return unset | config.lora_options() if isinstance(config, LoRAConfig) else {}
 
 
-def tie(gpt: GPT, tied: bool, wanted: bool | None) -> None:
-    """Have embedding and head share their weight: as `wanted`, or (None) as the checkpoint has them."""
+def tie(gpt: GPT, tied: bool, tie_embeddings: bool | None) -> None:
+    """Have embedding and head share their weight, or not, as `tie_embeddings` says (None: as in the checkpoint, `tied`)."""
     shared = gpt.lm_head.weight is gpt.transformer.wte.weight
-    if (tied if wanted is None else wanted) and not shared:
+    if (tied if tie_embeddings is None else tie_embeddings) and not shared:
         gpt.lm_head.weight = gpt.transformer.wte.weight
-    elif wanted is False and shared:
+    elif tie_embeddings is False and shared:
         gpt.lm_head.weight = torch.nn.Parameter(gpt.transformer.wte.weight.detach().clone())

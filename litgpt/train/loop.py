@@ -1,4 +1,4 @@
-"""The training loop: gradients, optimizer steps, validation, checkpoints, and going on after a stop.
+"""The training loop: gradients, optimizer steps, validation, checkpoints, and resuming.
 
 Words: a *window* is the micro-batches of one optimizer step, on all processes together; an *iteration* is one micro-batch
 of this process. Every process goes through the same batches in the same order and takes its share of each window, so that
@@ -31,14 +31,14 @@ class Position:
 
     Attributes:
         epoch: from 0 on.
-        batches: micro-batches of the epoch that are done, of all processes.
+        batches: micro-batches of the epoch processed so far, over all processes.
         iter_num, step_count: iterations of a process, and optimizer steps, so far.
-        tokens: tokens so far that went through the model, of all processes.
-        counted: those of them that the loss counted.
+        tokens: tokens processed so far, over all processes.
+        counted: tokens that the loss has counted so far.
         seconds: of training so far.
         best_loss: lowest validation loss.
-        best_step: the step that had it.
-        worse: validations in a row that did not reach it.
+        best_step: the step with that loss.
+        worse: consecutive validations without a lower loss.
     """
 
     epoch: int = 0
@@ -95,11 +95,11 @@ class Loop:
     # -- state
 
     def state(self) -> dict[str, Any]:
-        """What a later `load_state` needs to go on from here exactly, next to weights, optimizer and scheduler."""
+        """What a later `load_state` needs to resume exactly from here, next to weights, optimizer and scheduler."""
         return {"position": asdict(self.position), "order": self._order, "random": random_state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from where `state` was taken, by the same data and options."""
+        """Resume from where `state` was taken, with the same data and options."""
         self.position = Position(**state["position"])
         self._order = state["order"]
         set_random_state(state["random"])
@@ -110,6 +110,7 @@ class Loop:
         """Train to the end of the run."""
         position, began = self.position, time.perf_counter() - self.position.seconds
         self.model.train()
+        self.report.begin(self)
         while not self._finished:
             at_start = position.batches
             for window in windows(self._epoch(), self.accumulation * self.fabric.world_size):
@@ -141,7 +142,7 @@ class Loop:
             self.train_loader.current_epoch = self.position.epoch
         generator = self.train_loader.generator
         sampler = getattr(self.train_loader.sampler, "generator", None)
-        if self.position.batches:  # in the middle of an epoch: draw its order once more
+        if self.position.batches:  # in the middle of an epoch: draw the same order again
             now = torch.get_rng_state()
             torch.set_rng_state(self._order["torch"])
             for source, name in ((generator, "loader"), (sampler, "sampler")):

@@ -37,7 +37,7 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass(kw_only=True)
 class Options:
-    """What a run is told, apart from the model and the method. `step_digits` is the length of the numbers of checkpoints."""
+    """Options of all training runs. `step_digits`: digits of the step number in the names of checkpoints."""
 
     out_dir: Path = option(None, "Where checkpoints and logs go.")  # None, from Python only: nowhere
     precision: str | None = option(
@@ -58,7 +58,7 @@ class Options:
     )
     train: TrainArgs = option(FINETUNING, "How to train.")
     eval: EvalArgs = option(EvalArgs(interval=100, max_new_tokens=100, max_iters=100), "How to validate.")
-    log: LogArgs = option(LogArgs(), "What loggers with an account are told.")
+    log: LogArgs = option(LogArgs(), "Settings of loggers that need an account.")
     optimizer: str | dict = option(
         "AdamW", "A class of `torch.optim` or an import path; `--optimizer.init_args.lr 1e-4` sets its arguments."
     )
@@ -104,11 +104,11 @@ class Options:
         return None
 
     def resume_path(self, suffix: str) -> Path | None:
-        """The file that the run resumes from (None: it begins anew).
+        """The file that the run resumes from (None: it starts from the beginning).
 
         Raises:
             FileNotFoundError: if there is no checkpoint to resume from.
-            ValueError: if the run begins anew and `out_dir` holds another one: nothing of that is to be overwritten.
+            ValueError: if the run does not resume and `out_dir` holds another one, which must not be overwritten.
         """
         if self.out_dir is None:
             return None

@@ -36,23 +36,23 @@ class Reporter:
         self.val_loss: float | None = None
         self.curve: list[tuple[int, float]] = []  # step and training loss
         self.val_curve: list[tuple[int, float]] = []
-        self._began = self._tokens_then = None
+
+    def begin(self, loop: "Loop") -> None:
+        """Before the first iteration: speed and time left count from here, also of a run that resumes."""
+        self._began, self._tokens, self._step = time.perf_counter(), loop.position.tokens, loop.position.step_count
 
     def iteration(self, loop: "Loop", loss: float, counted: int, seconds: float, is_step: bool) -> None:
         """After an iteration: `loss` is summed over the `counted` tokens of the window so far, of this process."""
         position = loop.position
         mean = loss / counted if counted else 0.0
-        if self._began is None:
-            self._began, self._tokens_then = time.perf_counter() - seconds, 0
-            self._first_step = position.step_count - is_step
         if is_step:
             self.curve.append((position.step_count, mean))
         if position.iter_num % self.log_interval:
             return
         elapsed = time.perf_counter() - self._began
-        steps = position.step_count - self._first_step
+        steps = position.step_count - self._step
         left = (loop.max_steps - position.step_count) * elapsed / steps if steps else None
-        speed = (position.tokens - self._tokens_then) / elapsed
+        speed = (position.tokens - self._tokens) / elapsed
         self.fabric.print(
             f"Epoch {position.epoch + 1} | iter {position.iter_num} step {position.step_count} | loss train: {mean:.3f},"
             f" val: {'n/a' if self.val_loss is None else f'{self.val_loss:.3f}'} | iter time: {seconds * 1000:.2f} ms"

@@ -1,6 +1,5 @@
 """A training run: a model, data and options go in, a trained model in a folder that every other command takes comes out."""
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ def connect(
     """Loaders of training and validation batches; one process at a time prepares files.
 
     Raises:
-        ValueError: if the samples are to be longer than the model's context, or the data cannot be packed.
+        ValueError: if the samples would be longer than the model's context, or the data cannot be packed.
     """
     if train.max_seq_length is not None and train.max_seq_length > config.block_size:
         raise ValueError(
@@ -151,19 +150,17 @@ class Run:
             else:
                 fabric.print("Verifying settings ...")
                 loop.validate(VERIFIED_BATCHES)
-        began = time.perf_counter()
         position = loop.run()
-        seconds = time.perf_counter() - began
         if val_loader is not None and options.eval.final_validation:
             loss = loop.validate()
             loop.note_validation(loss)
             self.report.final_validation(loop, loss)
-        metrics = self._metrics(position, seconds)
+        metrics = self._metrics(position)
         self.report.summary(metrics)
         self.save_final()
         return metrics
 
-    def _metrics(self, position: Position, seconds: float) -> dict[str, float]:
+    def _metrics(self, position: Position) -> dict[str, float]:
         metrics = {
             "steps": position.step_count,
             "tokens": position.tokens,
@@ -180,7 +177,7 @@ class Run:
     # -- checkpoints
 
     def save_step(self, loop: Loop) -> Path | None:
-        """Write a checkpoint from which the run can go on; old ones go, as `train.keep_last` says."""
+        """Write a checkpoint to resume from, and remove old ones as `train.keep_last` says."""
         if self.options.out_dir is None:
             return None
         position = loop.position
@@ -243,10 +240,10 @@ class Run:
             save_prompt_style(style, folder)
 
     def load(self, path: Path) -> None:
-        """Go on from a step checkpoint.
+        """Resume from a step checkpoint.
 
         Raises:
-            ValueError: if it is of another model or method, or not one to go on from.
+            ValueError: if it is of another model or method, or has no state to resume from.
         """
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if "loop" not in state:
@@ -305,7 +302,7 @@ def _steps_per_epoch(loader: Any, accumulation: int) -> int | None:
 
 
 def _tokens_per_step(loader: Any, accumulation: int) -> int | None:
-    """Tokens of a step, where all rows are equally long: those of a text (None: they are not)."""
+    """Tokens of a step if all rows have the same length, as rows of a text have (None: they differ)."""
     rows = getattr(loader, "dataset", None)
     if not isinstance(rows, TokenRows):
         return None

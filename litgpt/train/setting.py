@@ -1,6 +1,7 @@
 """Devices, precision and loggers of a run, by the names that people give them."""
 
 import inspect
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -47,18 +48,24 @@ def make_logger(
     """A logger of Lightning: csv, tensorboard, wandb or mlflow.
 
     Raises:
-        ValueError: if there is no such logger, or the package that it needs is not installed.
+        ValueError: if there is no such logger, or the package that it needs is not installed (without tensorboard: csv).
     """
     project = getattr(log, "project", None) or run_name
     try:
+        if name == "tensorboard":
+            from lightning.fabric.loggers import TensorBoardLogger
+
+            try:
+                return TensorBoardLogger(out_dir / "logs", name="tensorboard")
+            except ModuleNotFoundError:  # the default of `pretrain`: no reason to stop
+                logging.getLogger("litgpt").warning(
+                    "tensorboard is not installed (pip install tensorboard): logging to csv"
+                )
+                name = "csv"
         if name == "csv":
             from lightning.fabric.loggers import CSVLogger
 
             return CSVLogger(out_dir / "logs", name="csv", flush_logs_every_n_steps=log_interval)
-        if name == "tensorboard":
-            from lightning.fabric.loggers import TensorBoardLogger
-
-            return TensorBoardLogger(out_dir / "logs", name="tensorboard")
         if name == "wandb":
             from lightning.pytorch.loggers import WandbLogger
 
@@ -111,6 +118,7 @@ def make_fabric(options: Any, run_name: str, config: Config, resumed: bool) -> F
         chosen = DDPStrategy(find_unused_parameters=bool(config.n_expert), broadcast_buffers=False)
     else:
         chosen = "auto"
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # the new option syncs them once
     warnings.filterwarnings("ignore", message="The .*dataloader.* does not have many workers")
     return Fabric(devices=devices, num_nodes=num_nodes, strategy=chosen, precision=precision, loggers=loggers)
 
@@ -126,7 +134,7 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 
 def number_of_parameters(model: GPT, trained: bool) -> int:
-    """Trained, or frozen, parameters; a quantised weight counts as the numbers it stands for."""
+    """Trained, or frozen, parameters; a quantised weight counts as the numbers it represents."""
     quantised = 0
     if not trained:
         layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]

@@ -13,8 +13,10 @@ from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
 from litgpt.comparison.asking import INSIDE, OUTSIDE, SECOND, ask, needle_retention
 from litgpt.comparison.document import lines_of, read_document
+from litgpt.comparison.figure import Figure
 from litgpt.comparison.grid import TASKS, make_grid, parse_tasks
 from litgpt.comparison.perplexity import predict, windows_of
+from litgpt.comparison.plot import Point, pareto_front
 from litgpt.comparison.records import FILE_NAME, Records
 from litgpt.comparison.retrieval import retrieval
 from litgpt.comparison.ruler import RULER
@@ -123,7 +125,7 @@ def test_needles_are_at_their_depth(depth):
 @pytest.mark.parametrize("style", ["default", "chatml", "llama3", "alpaca"])
 def test_questions_continue_the_conversation_of_the_prompt_style(style):
     tokenizer, style = tiny_tokenizer(), PromptStyle.from_name(style)
-    prompt = Prompt(RULER["niah_single_1"](Random(1), 3), Frame(tokenizer, style))
+    prompt = Prompt(RULER["niah_multikey_2"](Random(1), 3), Frame(tokenizer, style))
     first, second = prompt.sample.questions
     tokens = prompt.context + prompt.question(0) + prompt.right(0) + prompt.question(1) + prompt.right(1)
     context = f"{prompt.sample.intro}\n\n{''.join(prompt.sample.lines)}\n{first.text}"
@@ -165,6 +167,22 @@ def test_retention_counts_positions_that_are_still_held(llm):
     assert needle_retention(session, []) is None
 
 
+# --- figures
+
+
+def test_intervals_are_wilsons_for_scores_and_normal_for_means():
+    assert Figure.share([1.0] * 10) == pytest.approx((1.0, 0.7225, 1.0), abs=1e-4)
+    assert Figure.share([0.0, 1.0] * 5) == pytest.approx((0.5, 0.2366, 0.7634), abs=1e-4)
+    assert Figure.mean([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5, 1.2348, 3.7652), abs=1e-4)
+    assert Figure.mean([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_the_pareto_front_has_what_nothing_smaller_beats():
+    points = [Point(x, y, y, y, 0, "") for x, y in ((1, 0.2), (2, 0.1), (2, 0.5), (3, 0.5), (4, 0.9))]
+    assert [(p.x, p.y) for p in pareto_front(points, True)] == [(1, 0.2), (2, 0.5), (4, 0.9)]
+    assert [(p.x, p.y) for p in pareto_front(points, False)] == [(1, 0.2), (2, 0.1)]
+
+
 # --- runs
 
 
@@ -173,21 +191,26 @@ def comparison(llm, caches="dense,lastrec(n_sink=2)", tasks=("perplexity", "vt")
     return Comparison(llm, cells, tasks, read_document(None), samples=1, **kwargs)
 
 
+def run_all(comparison, folder=None):
+    records = Records(folder)
+    return [comparison.run(cell, task, records) for cell, task in comparison.runs]
+
+
 def test_finished_runs_are_not_repeated(llm, tmp_path, monkeypatch):
-    first = [(record["key"], new) for record, new in comparison(llm).run(Records(tmp_path))]
+    first = [(record["key"], new) for record, new in run_all(comparison(llm), tmp_path)]
     assert [new for _, new in first] == [True] * 4
     lines = (tmp_path / FILE_NAME).read_text().splitlines()
     (tmp_path / FILE_NAME).write_text("\n".join([*lines[:3], lines[3][:50]]))  # the last one was interrupted
-    again = [(record["key"], new) for record, new in comparison(llm).run(Records(tmp_path))]
+    again = [(record["key"], new) for record, new in run_all(comparison(llm), tmp_path)]
     assert [key for key, _ in again] == [key for key, _ in first]
     assert [new for _, new in again] == [False, False, False, True]
-    assert all(not new for _, new in comparison(llm).run(Records(tmp_path)))
+    assert all(not new for _, new in run_all(comparison(llm), tmp_path))
     for other in ({"seed": 5}, {"prompt_chunksize": 100}):
-        assert all(new for _, new in comparison(llm, tasks=("vt",), **other).run(Records(tmp_path)))
+        assert all(new for _, new in run_all(comparison(llm, tasks=("vt",), **other), tmp_path))
 
 
 def test_bytes_are_those_of_the_caches(llm):
-    records = [record for record, _ in comparison(llm, tasks=("speed",)).run(Records(None))]
+    records = [record for record, _ in run_all(comparison(llm, tasks=("speed",)))]
     dense, half = records
     assert dense["bytes"] == dense["dense_bytes"] == 2 * 2 * 2 * 1024 * 16 * 4
     assert half["bytes"] * 2 == dense["bytes"]
@@ -199,14 +222,14 @@ def test_bytes_are_those_of_the_caches(llm):
 
 def test_the_command_writes_its_reports(checkpoint, tmp_path, capsys):
     args = ["compare_caches", str(checkpoint), "--caches", "dense,lastrec(n_sink=2)", "--budgets", "0.5"]
-    args += ["--length", "700,900", "--tasks", "speed,perplexity,retrieval,vt", "--samples", "1"]
+    args += ["--length", "700,900", "--tasks", "speed,perplexity,retrieval,niah_single_1,vt", "--samples", "1"]
     args += ["--out", str(tmp_path / "out"), "--precision", "32-true"]
     assert main(args) == 0
     captured = capsys.readouterr()
     assert all(text in captured.out for text in ("lastrec(n_sink=2)", "perplexity", "350"))
     assert main([*args, "--json"]) == 0
     captured = capsys.readouterr()
-    assert "16 of 16 runs were done before" in captured.err
+    assert "20 of 20 runs were done before" in captured.err
     rows = [json.loads(line) for line in captured.out.splitlines()]
     assert [(row["cache"], row["length"], row["slots"]) for row in rows] == [
         ("dense", 700, 700),
@@ -218,12 +241,14 @@ def test_the_command_writes_its_reports(checkpoint, tmp_path, capsys):
     assert rows[1]["kl"][0] > 0
     table = list(csv.DictReader((tmp_path / "out" / "table.csv").open()))
     assert [float(line["perplexity"]) for line in table] == [row["perplexity"][0] for row in rows]
-    assert len((tmp_path / "out" / "table.md").read_text().splitlines()) == 4 + 2 + 4
+    assert len((tmp_path / "out" / "table.md").read_text().splitlines()) == 4 + (2 + 4) + 1 + (2 + 4)
+    for row in rows:
+        assert row["ruler_inside_score"][0] == (row["vt_inside_score"][0] + row["niah_single_1_inside_score"][0]) / 2
     page = (tmp_path / "out" / "report.html").read_text()
     tree = ElementTree.fromstring(page.removeprefix("<!DOCTYPE html>"))
     assert sum(1 for element in tree.iter() if element.tag == "svg") > 10
     assert not any(text in page for text in ("nan", "<script"))
-    assert len(list(tree.find(".//tbody"))) == 4
+    assert [len(list(body)) for body in tree.iter("tbody")] == [4, 4]
 
 
 @pytest.mark.parametrize(
@@ -234,6 +259,7 @@ def test_the_command_writes_its_reports(checkpoint, tmp_path, capsys):
         ({"caches": "lastrec(cache_length=4)"}, "--budgets the slots"),
         ({"caches": "lastrec(n_sink"}, "a cache is a name"),
         ({"caches": "lastrec(n_sink=800)"}, "cannot have a budget of 0.5 of 700 tokens"),
+        ({"caches": "random(n_sink=[1, 2])"}, "n_sink must be in"),
         ({"caches": ","}, "there are no caches"),
         ({"budgets": "0.5,1.5"}, "at most 1, got 1.5"),
         ({"budgets": "half"}, "--budgets takes numbers"),
@@ -253,6 +279,12 @@ def test_wrong_input_is_refused_at_once_in_one_line(options, message, checkpoint
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_caches_may_have_arguments_with_commas(llm):
+    cells = make_grid(llm.model, "lastrec(n_sink=2) , dense, random(run=2, n_sink=1)", [0.5], [64])
+    assert [cell.name for cell in cells] == ["lastrec(n_sink=2)", "dense", "random(run=2, n_sink=1)"]
+    assert dict(cells[2].spec.arguments) == {"run": 2, "n_sink": 1}
 
 
 def test_tasks_have_names_for_several():

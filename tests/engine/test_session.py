@@ -510,3 +510,33 @@ def test_a_restored_session_of_gemma_goes_on_past_its_windows(gemma_gguf, dtype,
     assert answers[0] == answers[1]
     if dtype == torch.float32:
         assert answers[0] == list(Session(model).generate([*prompt, 4, 2], 8, **GREEDY))
+
+
+@every_kind
+def test_predictions_are_those_of_generation_and_do_not_depend_on_calls(flags, kind):
+    model, tokens = tiny_gpt(**flags), some_tokens(60)
+    first = Session(model, **kind, prompt_chunksize=7)
+    first.extend(tokens[:20])
+    logits = first.predict(tokens[20:])
+    second = Session(model, **kind, prompt_chunksize=7)
+    second.extend(tokens[:20])
+    one_by_one = torch.cat([second.predict([token]) for token in tokens[20:]])
+    torch.testing.assert_close(one_by_one, logits, rtol=1e-3, atol=1e-4)
+    assert first.tokens == second.tokens == tokens
+    assert first.cached == len(tokens) - 1
+    drawn = list(first.generate(max_new_tokens=5, **GREEDY))
+    third = Session(model, **kind, prompt_chunksize=7)
+    third.extend(tokens)
+    assert third.predict(drawn).argmax(-1).tolist() == drawn
+    if kind.get("kv_cache", "dense") == "dense":
+        torch.testing.assert_close(logits, model(torch.tensor([tokens]))[0, 19:-1], rtol=1e-3, atol=1e-4)
+
+
+def test_an_empty_session_and_too_many_tokens_are_refused():
+    session = Session(tiny_gpt(), cache_length=30)
+    with pytest.raises(ValueError, match="empty session predicts nothing"):
+        session.predict([1])
+    session.extend(FIRST)
+    with pytest.raises(ValueError, match="comes? to 31 tokens"):
+        session.predict([1] * 21)
+    assert session.tokens == FIRST

@@ -23,7 +23,7 @@ SLOTS, ROOM = 12, 36  # cache length of evicting caches, and of dense ones
 
 def score_defaults(policy: str, kept: int) -> tuple[int, int]:
     """First and newest tokens that stay where no numbers are given."""
-    return min(4, kept // 4), max(1, kept // 2 if policy == "h2o" else min(32, kept // 4))
+    return min(4, kept // 4), max(1, kept // 2 if policy in ("h2o", "qh2o") else min(32, kept // 4))
 
 
 @dataclasses.dataclass(frozen=True)

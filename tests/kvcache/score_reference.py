@@ -26,6 +26,7 @@ class ScoredRow:
     prefill: int = 0
     looked_at: int = 0  # length when the policy last looked
     evicted_at: int = 0
+    looks: list[tuple[int, int]] = field(default_factory=list)  # what was new each time the policy looked
 
     @property
     def length(self) -> int:
@@ -41,6 +42,7 @@ class ScoredRow:
         row.kept = [[p for p in kept if p < length] for kept in self.kept]
         if length == 0:
             row.prefill = row.looked_at = row.evicted_at = 0
+            row.looks = []
             row.sums, row.hits = [{} for _ in row.sums], [{} for _ in row.sums]
         return row
 
@@ -131,7 +133,7 @@ class ScoreReference:
                 if T > self.cache_length:
                     self.evict(row)
                 elif self.looks and self.tail < T:
-                    row.looked_at = T
+                    self.look(row)
         return output.flatten(2)
 
     def before(self, row: ScoredRow) -> None:
@@ -139,10 +141,15 @@ class ScoreReference:
         if len(row.kept[0]) == self.cache_length:
             self.evict(row)
         elif self.looks and row.length - row.looked_at == self.tail:
-            row.looked_at = row.length
+            self.look(row)
+
+    def look(self, row: ScoredRow) -> None:
+        row.looks.append((row.looked_at, row.length))
+        row.looked_at = row.length
 
     def evict(self, row: ScoredRow) -> None:
-        row.looked_at = row.evicted_at = row.length
+        self.look(row)
+        row.evicted_at = row.length
         keep = self.cache_length - self.tail
         chosen = []
         for g, kept in enumerate(row.kept):
@@ -253,7 +260,29 @@ def expected(row, g, reference, future=512):
     return total / row.group_size * values.norm(dim=-1)
 
 
+def compactor(row, g, reference):
+    heads = slice(g * row.group_size, (g + 1) * row.group_size)
+    seen = {}
+    for start, stop in row.looks:
+        for first in range(start, stop, 256):
+            chunk = range(first, min(first + 256, stop))
+            queries, keys = row.queries[heads, chunk].double(), row.keys[g, chunk].double()
+            scores = queries @ keys.T * reference.scale
+            if reference.softcap is not None:
+                scores = reference.softcap * (scores / reference.softcap).tanh()
+            seen |= dict(zip(chunk, scores.softmax(-1).sum((0, 1)).tolist(), strict=True))
+    kept = torch.tensor(row.kept[g])
+    attention = torch.tensor([seen[p] for p in row.kept[g]]).double() * row.values[g, kept].double().norm(dim=-1)
+    keys = turned(row.keys[g, kept].double(), -kept)
+    products = keys.T @ keys
+    inverse = (products + 1e-4 * products.diagonal().mean() * torch.eye(len(products), dtype=torch.float64)).inverse()
+    leverage = (keys @ inverse * keys).sum(-1)
+    return (attention - attention.mean()) / attention.std() + 0.5 * (leverage - leverage.mean()) / leverage.std()
+
+
 SCORES = {
+    "compactor": compactor,
+    "qh2o": h2o,
     "random": random,
     "lazy": lazy,
     "expected": expected,
@@ -263,4 +292,4 @@ SCORES = {
     "tova": tova,
     "snapkv": snapkv,
 }
-LOOKING = {"h2o", "lazy", "expected"}
+LOOKING = {"compactor", "qh2o", "h2o", "lazy", "expected"}

@@ -84,6 +84,24 @@ def test_h2o_may_weigh_by_the_norms_of_values():
     assert not torch.equal(plain[0].token_positions(), weighed[0].token_positions())
 
 
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_qh2o_prefers_tokens_that_the_storage_keeps_well(storage):
+    """Keys with one large number are coarsely quantised; they differ in nothing that attention sees."""
+    config = Config(n_layer=2, n_embd=4 * 64, n_head=4, n_query_groups=2, block_size=4096)
+    params = KVCacheParams.from_config(config, 1, 60, dtype=torch.float32)
+    query, key, value = torch.randn(1, 4, 200, 64), torch.randn(1, 2, 200, 64), torch.randn(1, 2, 200, 64)
+    query[..., 1] = 0
+    coarse = torch.arange(200) % 2 == 0
+    key[:, :, coarse, 1] = 300.0
+    kept = {}
+    for name, args in (("h2o", {}), ("qh2o", {}), ("qh2o", {"error_weight": 10.0})):
+        cache = create_kv_cache(f"{name}-{storage}", params, 1, config, tail=4, recent=1, n_sink=0, **args)
+        feed(cache, (query, key, value), (120, 80))
+        kept[name, len(args)] = coarse[cache.token_positions()].float().mean()
+    assert kept["h2o", 0] > kept["qh2o", 0] > kept["qh2o", 1]
+    assert kept["qh2o", 1] < 0.1
+
+
 def test_snapkv_looks_through_its_window_and_pools():
     score = lambda row, g, reference: SCORES["snapkv"](row, g, reference, 9, 3)  # noqa: E731
     agree(*pair("snapkv", 30, 6, score, window=9, pool=3), draw(100), (20, 30, 50))

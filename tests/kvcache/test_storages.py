@@ -5,6 +5,7 @@ import torch
 
 from litgpt.kvcache import KVCacheParams
 from litgpt.kvcache.storages import STORAGES
+from litgpt.kvcache.storages.codecs import Float8, Int4, Int8
 
 PARAMS = KVCacheParams(4, 2, 9, 64, 4, torch.device("cpu"), torch.float32)
 
@@ -26,3 +27,12 @@ def test_compacted_slots_hold_what_they_held_elsewhere_bit_by_bit(name, rows):
                 assert torch.equal(now[row, g, :5], was[row, g, index[b, g]])
         others = [row for row in range(4) if row not in named]
         assert torch.equal(now[others], was[others])
+
+
+@pytest.mark.parametrize("codec", [Int8(64), Int4(64), Int4(64, True), Float8(64)], ids=repr)
+def test_what_a_codec_expects_to_lose_is_about_what_it_loses(codec):
+    x = torch.randn(500, 64) * torch.logspace(-2, 2, 500)[:, None]
+    parts = codec.encode(x)
+    lost = (codec.rotate(codec.decode(*parts)) - x).norm(dim=-1)
+    ratio = codec.expected_error(*parts) / lost
+    assert ((0.6 < ratio) & (ratio < 1.6)).all()

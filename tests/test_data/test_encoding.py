@@ -109,7 +109,7 @@ def test_tokens_are_the_templates_own_and_answers_with_their_ends_are_counted(na
     template, bos, ends, end = TEMPLATES[name]
     tokenizer = tokenizer_of(template, bos, ends)
     if not places:  # as SentencePiece
-        monkeypatch.setattr(Tokenizer, "backend", "sentencepiece")
+        monkeypatch.setattr(tokenizer, "backend", "sentencepiece")
     style = ChatTemplate.from_tokenizer(tokenizer)
     found = encode_sample({"messages": TALK}, tokenizer, style)
     special = {"bos_token": bos, "eos_token": ends[0]}

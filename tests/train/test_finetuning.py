@@ -17,6 +17,7 @@ from litgpt.checkpoint.load import load_finetuned, load_model
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.data import JSON
 from litgpt.finetune import adapter, adapter_v2, full, lora
+from litgpt.kvcache import CacheSpec
 from litgpt.scripts.quantize import quantize_checkpoint
 from litgpt.train import finetune, loop
 from litgpt.train.loop import Loop
@@ -384,6 +385,7 @@ def test_weights_keep_their_data_type(checkpoint_dir):
         ({"data": []}, "no samples"),
         ({"data": [{"instruction": "a"}]}, "sample 0: "),
         ({"lora_r": 0}, "trains nothing"),
+        ({"devices": 2, "strategy": "fsdp"}, "leaves the weights divided"),
     ],
 )
 def test_wrong_arguments_leave_the_llm_as_it_was(arguments, message, llm):
@@ -476,3 +478,19 @@ def test_a_cache_that_keeps_all_changes_no_training(checkpoint_dir, tmp_path, js
     for name, weight in plain.items():
         torch.testing.assert_close(cached[name], weight, rtol=1e-3, atol=1e-5)
     assert any((evicting[name] - weight).abs().max() > 1e-4 for name, weight in plain.items())
+
+
+def test_what_is_trained_through_a_cache_is_served_with_it(checkpoint_dir, tmp_path, json_path, capsys):
+    run("lora", checkpoint_dir, tmp_path, json_path, kv_cache="lastrec", cache_length=8, kv_cache_args={"n_sink": 2})
+    final = tmp_path / "final"
+    spec = CacheSpec("lastrec", cache_length=8, n_sink=2)
+    assert LLM.load(final).session().kv_caches[0].policy == spec.make_policy(8)
+    assert LLM.load(final).session(kv_cache="dense").kv_caches == []
+    capsys.readouterr()
+    assert main(["generate", str(final), "--prompt", "Hello", "--max_new_tokens", "3"]) == 0
+    assert "Using the key-value cache that the model was trained with: lastrec of 8 tokens" in capsys.readouterr().err
+    arguments = ["generate_lora", "--lora_path", str(final), "--prompt", "Hello", "--max_new_tokens", "3"]
+    assert main(arguments) == 0
+    assert "trained with: lastrec" in capsys.readouterr().err
+    assert main(["generate", str(final), "--kv_cache", "dense", "--prompt", "Hello", "--max_new_tokens", "3"]) == 0
+    assert "trained with" not in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Two processes share a run: its losses and weights are those of one."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,3 +42,31 @@ def test_losses_and_weights_are_those_of_one_process_also_after_a_stop(strategy,
     assert resumed_losses == losses[2:]
     for name in weights:
         assert torch.equal(resumed[name], found[name])
+
+
+SCRIPT = """
+import sys
+from litgpt import LLM
+from litgpt.train import finetune
+
+if __name__ == "__main__":
+    checkpoint_dir, json_path, devices = sys.argv[1:]
+    llm = LLM.load(checkpoint_dir, distribute=None)
+    options = {"max_steps": 3, "epochs": 9, "global_batch_size": 4, "lr_warmup_steps": 0, "learning_rate": 0.01}
+    metrics = finetune(llm, json_path, "full", devices=int(devices), strategy="ddp", **options)
+    answer = llm.generate("Say one", max_new_tokens=8, temperature=0.0)
+    print(f"RESULT {metrics['train_loss']:.4f} {answer!r} END")
+"""
+
+
+def test_a_script_tunes_an_llm_in_two_processes(checkpoint_dir, tmp_path, json_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    found = []
+    for devices in ("1", "2"):
+        command = [sys.executable, tmp_path / "script.py", checkpoint_dir, json_path, devices]
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=280)
+        assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
+        found.append(re.findall("RESULT .*? END", done.stdout.decode(errors="replace")))
+    one, two = found
+    assert two == one * 2

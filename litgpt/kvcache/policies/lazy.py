@@ -31,8 +31,9 @@ class LazyPolicy(ScorePolicy):
         for positions, weights in tokens.weights():
             hit = tokens.over_group(weights).amax(2) > self.threshold
             at = torch.where(hit, positions[:, None, :, None].float(), -1)
-            latest = torch.cat((last[:, :, None], at), dim=2).cummax(2).values
-            pause = torch.maximum(pause, torch.where(hit, at - latest[:, :, :-1], 0).amax(2))
+            latest = torch.maximum(at.cummax(2).values, last[:, :, None])
+            before = torch.cat((last[:, :, None], latest[:, :, :-1]), dim=2)
+            pause = torch.maximum(pause, torch.where(hit, at - before, 0).amax(2))
             last = latest[:, :, -1]
         tokens.slot_state = torch.stack((last, pause))
 

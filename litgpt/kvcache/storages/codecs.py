@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import torch
 
-GROUP = 32  # numbers of a vector that share a scale, in 4 bits
+GROUP = 64  # numbers of a vector that share a scale, in 4 and 5 bits
+UNIT = 32  # numbers of a vector whose codes lie together
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Codec(ABC):
     def decode(self, *parts: torch.Tensor) -> torch.Tensor:
         """Vectors (..., D) in float32, rotated if the codec rotates."""
 
+    @abstractmethod
+    def expected_error(self, *parts: torch.Tensor) -> torch.Tensor:
+        """The norm of what encoding a vector has lost, as its scale lets expect, (...,) float32."""
+
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply vectors (..., D) with the Hadamard matrix, if the codec does. It is its own inverse."""
         return x @ hadamard(self.size, x.dtype, x.device) if self.rotated else x
@@ -62,15 +67,24 @@ class Int8(Codec):
         codes, scale = parts
         return codes.float() * scale.float()
 
+    def expected_error(self, *parts: torch.Tensor) -> torch.Tensor:
+        return parts[1][..., 0].float() * (self.size / 12) ** 0.5  # of numbers that are uniform within a step
+
 
 @dataclass(frozen=True)
-class Int4(Codec):
-    """Integers of 4 bits, with a scale and a minimum for each group of 32 numbers.
+class Grouped(Codec):
+    """Integers of 4 or 5 bits, with a scale and a minimum for each group of `GROUP` numbers.
 
-    In a group of `GROUP` numbers of the codes, byte i has number i in its low half and number i + GROUP / 2 in its high one.
+    Of every `UNIT` numbers, byte i of the codes has the low 4 bits of number i in its low half and those of number i + UNIT / 2
+    in its high one. The fifth bits of all numbers follow, 8 in a byte.
     """
 
-    kind = 2
+    bits: ClassVar[int]
+
+    @property
+    def padded(self) -> int:
+        """Numbers of a vector that have codes."""
+        return -(-self.size // UNIT) * UNIT
 
     @property
     def groups(self) -> int:
@@ -78,7 +92,7 @@ class Int4(Codec):
 
     @property
     def parts(self) -> dict[str, tuple[int, torch.dtype]]:
-        return {"codes": (self.groups * GROUP // 2, torch.uint8), "scales": (2 * self.groups, torch.bfloat16)}
+        return {"codes": (self.padded * self.bits // 8, torch.uint8), "scales": (2 * self.groups, torch.bfloat16)}
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = self.rotate(x.float())
@@ -86,36 +100,74 @@ class Int4(Codec):
             x = torch.cat((x, x[..., -1:].expand(*x.shape[:-1], missing)), dim=-1)
         x = x.unflatten(-1, (self.groups, GROUP))
         least, most = x.aminmax(dim=-1, keepdim=True)
-        least = least.bfloat16()
-        scale = ((most - least) / 15).bfloat16()
-        codes = ((x - least) / _nonzero(scale)).round_().clamp_(0, 15).to(torch.uint8)
-        low, high = codes.chunk(2, dim=-1)
-        return (low | high << 4).flatten(-2), torch.cat((scale, least), dim=-1).flatten(-2)
+        least, largest = least.bfloat16(), 2**self.bits - 1
+        scale = ((most - least) / largest).bfloat16()
+        codes = ((x - least) / _nonzero(scale)).round_().clamp_(0, largest).to(torch.uint8)
+        codes = codes.flatten(-2)[..., : self.padded]
+        low, high = (codes & 15).unflatten(-1, (-1, 2, UNIT // 2)).unbind(-2)
+        packed = [(low | high << 4).flatten(-2)]
+        if self.bits == 5:
+            packed.append(((codes >> 4).unflatten(-1, (-1, 8)) << _bits(x.device)).sum(-1, dtype=torch.uint8))
+        return torch.cat(packed, dim=-1), torch.cat((scale, least), dim=-1).flatten(-2)
 
     def decode(self, *parts: torch.Tensor) -> torch.Tensor:
         codes, scales = parts
-        codes = codes.unflatten(-1, (self.groups, GROUP // 2))
-        scale, least = scales.float().unflatten(-1, (self.groups, 2)).split(1, dim=-1)
-        numbers = torch.cat((codes & 15, codes >> 4), dim=-1)
-        return (numbers * scale + least).flatten(-2)[..., : self.size]
+        pairs = codes[..., : self.padded // 2].unflatten(-1, (-1, UNIT // 2))
+        numbers = torch.stack((pairs & 15, pairs >> 4), dim=-2).flatten(-3)
+        if self.bits == 5:
+            fifth = codes[..., self.padded // 2 :].unsqueeze(-1) >> _bits(codes.device) & 1
+            numbers = numbers | fifth.flatten(-2) << 4
+        scale, least = scales.float().unflatten(-1, (self.groups, 2)).unbind(-1)
+        of_group = [x.repeat_interleave(GROUP, -1)[..., : self.size] for x in (scale, least)]
+        return numbers[..., : self.size] * of_group[0] + of_group[1]
+
+    def expected_error(self, *parts: torch.Tensor) -> torch.Tensor:
+        return (
+            parts[1].float().unflatten(-1, (self.groups, 2))[..., 0].norm(dim=-1) * (min(GROUP, self.size) / 12) ** 0.5
+        )
+
+
+@dataclass(frozen=True)
+class Int4(Grouped):
+    """Integers of 4 bits."""
+
+    kind = 2
+    bits = 4
+
+
+@dataclass(frozen=True)
+class Int5(Grouped):
+    """Integers of 5 bits."""
+
+    kind = 3
+    bits = 5
 
 
 @dataclass(frozen=True)
 class Float8(Codec):
-    """Floating-point numbers of 8 bits (e4m3), with a scale for each vector."""
+    """Floating-point numbers of 8 bits (e4m3), kept as bytes, with a scale for each vector."""
 
     @property
     def parts(self) -> dict[str, tuple[int, torch.dtype]]:
-        return {"codes": (self.size, torch.float8_e4m3fn), "scales": (1, torch.bfloat16)}
+        return {"codes": (self.size, torch.uint8), "scales": (1, torch.bfloat16)}
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = self.rotate(x.float())
-        scale = (x.abs().amax(-1, keepdim=True) / 448).bfloat16()
-        return (x / _nonzero(scale)).clamp_(-448, 448).to(torch.float8_e4m3fn), scale
+        scale = (x.abs().amax(-1, keepdim=True) / 448).bfloat16()  # the largest number there is
+        codes = (x / _nonzero(scale)).clamp_(-448, 448).to(torch.float8_e4m3fn)
+        return codes.view(torch.uint8), scale
 
     def decode(self, *parts: torch.Tensor) -> torch.Tensor:
         codes, scale = parts
-        return codes.float() * scale.float()
+        return codes.view(torch.float8_e4m3fn).float() * scale.float()
+
+    def expected_error(self, *parts: torch.Tensor) -> torch.Tensor:
+        # steps are an eighth of a power of two, numbers 1.5 of it
+        return self.decode(*parts).norm(dim=-1) / (8 * 12**0.5 * 1.5)
+
+
+def _bits(device: torch.device) -> torch.Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
 
 
 def _nonzero(scale: torch.Tensor) -> torch.Tensor:
