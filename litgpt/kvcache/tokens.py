@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 
 from litgpt.attention import (
-    QUERY_BLOCK,
     SCORE_BLOCK_BYTES,
     EncodedKeysAndValues,
     KeysAndValues,
@@ -15,6 +15,8 @@ from litgpt.attention import (
     do_softcapping,
 )
 from litgpt.rope import layer_frequencies, rotate_by, unrotate
+
+BLOCK = 256  # queries whose weights are there at a time
 
 
 @dataclass
@@ -101,27 +103,35 @@ class CachedTokens:
     def weights(self, last: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Attention weights of the queries (of the `last` ones) on all tokens, block by block of t queries: their positions
         (B or 1, t), and the weights (B, H, t, N)."""
-        keys, positions = self.keys, self.query_positions
-        B, G, N = self.shape
-        n = self.rotated_queries.shape[2]
-        H = self.rotated_queries.shape[1]
-        size = max(1, min(QUERY_BLOCK, SCORE_BLOCK_BYTES // (4 * B * H * N)))
-        for start in range(0 if last is None else max(0, n - last), n, size):
-            block = slice(start, start + size)
-            queries = self.rotated_queries[:, :, block].float() * self.mha.scale
-            scores = queries.reshape(B, G, -1, queries.shape[-1]) @ keys.mT
-            scores = do_softcapping(scores, self.mha.softcapping).view(B, G, H // G, -1, N)
-            late = scores[..., max(0, N - n + start) :]  # no earlier slot has a token after the first of these queries
-            hidden = self.positions[:, :, None, N - late.shape[-1] :] > positions[:, None, block, None]
-            late.masked_fill_(hidden[:, :, None], -torch.inf)
-            scores = scores.flatten(1, 2)
-            if self.sink_logits is None:
-                yield positions[:, block], scores.softmax(-1)
-            else:
-                sinks = self.sink_logits.float()[:, None].expand(B, -1, scores.shape[2])
-                yield positions[:, block], (scores - torch.logaddexp(scores.logsumexp(-1), sinks)[..., None]).exp()
+        for positions, weights in self._weights_up_to_them(last):
+            yield positions, F.pad(weights, (0, self.shape[2] - weights.shape[-1]))
 
     def summed_weights(self, last: int | None = None) -> torch.Tensor:
         """The weights of all queries (of the `last` ones) and of all heads that share keys, summed: (B, G, N)."""
-        sums = [self.over_group(weights.sum(2)).sum(2) for _, weights in self.weights(last)]
-        return sum(sums)
+        summed = torch.zeros(self.shape, device=self.slot_state.device)
+        for _, weights in self._weights_up_to_them(last):
+            summed[..., : weights.shape[-1]] += self.over_group(weights.sum(2)).sum(2)
+        return summed
+
+    def _weights_up_to_them(self, last: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """`weights`, but without the last slots, of tokens that come after all of a block's queries."""
+        positions = self.query_positions
+        B, G, N = self.shape
+        _, H, n, D = self.rotated_queries.shape
+        size = max(1, min(BLOCK, SCORE_BLOCK_BYTES // (4 * B * H * N)))
+        for start in range(0 if last is None else max(0, n - last), n, size):
+            block = slice(start, start + size)
+            keys = self.keys[:, :, : N - n + min(start + size, n)]
+            queries = self.rotated_queries[:, :, block].float() * self.mha.scale
+            scores = do_softcapping(queries.reshape(B, G, -1, D) @ keys.mT, self.mha.softcapping)
+            scores = scores.view(B, G, H // G, -1, keys.shape[2])
+            first = max(0, N - n + start)  # no earlier slot has a token after the first of these queries
+            hidden = self.positions[:, :, None, first : keys.shape[2]] > positions[:, None, block, None]
+            scores[..., first:].masked_fill_(hidden[:, :, None], -torch.inf)
+            scores = scores.flatten(1, 2)
+            if self.sink_logits is None:
+                weights = scores.softmax(-1)
+            else:
+                sinks = self.sink_logits.float()[:, None].expand(B, -1, scores.shape[2])
+                weights = (scores - torch.logaddexp(scores.logsumexp(-1), sinks)[..., None]).exp()
+            yield positions[:, block], weights
