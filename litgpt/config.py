@@ -18,7 +18,8 @@ _CHOICES = {
     "mlp_class_name": ("GptNeoxMLP", "LLaMAMLP", "GemmaMLP", "LLaMAMoE"),
     "gelu_approximate": ("none", "tanh"),
 }
-_MOST_MODULES = {"n_layer": 2000, "n_expert": 2000}  # more are a mistake in a file that would take minutes to build
+# More are a mistake in a file that would take minutes to build, or make a matrix larger than torch can count
+_MOST = {"n_layer": 2000, "n_expert": 2000, "n_embd": 2**20}
 # Fields that may be 0 or negative; all other numbers are positive, where they are not None
 _MAY_BE_ZERO = ("norm_eps", "rotary_percentage", "first_k_dense_replace")
 _MAY_BE_ZERO += ("n_expert", "n_expert_per_token", "n_shared_expert")
@@ -284,7 +285,7 @@ class Config:
 
         Raises `ValueError` for an architecture or a setting that is not supported, and a value of the wrong type.
         """
-        from litgpt.families import fields_from_hf
+        from litgpt.families import fields_from_hf, in_hf_words
 
         settings = Settings(read_json(hf), str(hf)) if isinstance(hf, Path) else hf
         settings = settings if isinstance(settings, Settings) else Settings(settings)
@@ -292,7 +293,7 @@ class Config:
         try:
             return cls(**{**fields, **kwargs})
         except ValueError as error:
-            raise ValueError(f"{settings.where}: {error}") from None
+            raise ValueError(f"{settings.where}: {in_hf_words(str(error), settings)}") from None
 
     @classmethod
     def from_file(cls, path: str | Path, **kwargs: Any) -> "Config":
@@ -339,7 +340,7 @@ def unmet(field: str, value: Any, null: bool = True) -> str | None:
             return "at least 0"
     elif field not in _MAY_BE_NEGATIVE and value <= 0:
         return "positive"
-    most = _MOST_MODULES.get(field, LARGEST)
+    most = _MOST.get(field, LARGEST)
     return f"at most {most}" if value > most else None
 
 

@@ -13,6 +13,7 @@ import torch
 
 from litgpt.checkpoint.gguf_file import GGUFFile
 from litgpt.config import Config
+from litgpt.families import renamed
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,9 @@ _OPTIONAL = {
     "expert_feed_forward_length": ("moe_intermediate_size", "moe_intermediate_size"),
     "rope.freq_base_swa": ("rope_local_base_freq", "rope_local_base_freq"),
 }
+_KEYS = {theirs: key for key, theirs in (_SIZES | _NUMBERS).items()} | {
+    theirs: key for key, (theirs, _) in _OPTIONAL.items()
+}
 _WHOLE = {*_SIZES, "attention.sliding_window", "expert_count", "expert_used_count", "expert_feed_forward_length"}
 # Read elsewhere in this file, or without meaning for the result
 _READ = {"attention.scale", "attention.sliding_window_pattern", "rope.dimension_count", "rope.scale_linear"}
@@ -151,7 +155,12 @@ class _Reader:
         hf |= self.pattern() | self.scale(hf) | self.partial(hf)
         attention_factor = self.rope_scaling(hf)
         hf |= self.architecture.more(hf)
-        config = Config.from_hf(hf, name=name)
+        try:
+            config = Config.from_hf(hf, name=name)
+        except ValueError as error:
+            raise ValueError(
+                renamed(str(error), {theirs: f"{self.name}.{key}" for theirs, key in _KEYS.items()})
+            ) from None
         for key, value in optional.items():
             if value and getattr(config, _OPTIONAL[key][1]) != value and not self.harmless(key, value, hf):
                 raise self.wrong(key, f"is not supported for the architecture {self.name!r}")

@@ -18,7 +18,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _ENDS = (
     "<|im_end|> <|eot_id|> <|eom_id|> <|end|> <|return|> <|call|> <|calls|> <|flush|> <end_of_turn> <turn|> "
     "<|tool_response> <|endoftext|> <|end_of_text|> <|end_of_sentence|> <｜end▁of▁sentence｜> <|eos|> <eos> <EOT> _<EOT> "
-    "[EOT] [EOS] <end_of_utterance>"
+    "[EOT] [EOS] <end_of_utterance> <|eot|> <|eom|> <|endofturn|> [|endofturn|] <|END_OF_TURN_TOKEN|>"
 )
 # where a vocabulary has both of a pair, <|end|> only ends one of the messages of a turn
 _ENDS_BESIDE_MESSAGES = (("<|return|>", "<|call|>"), ("<|flush|>", "<|calls|>"))
@@ -200,7 +200,11 @@ def _byte_level(values: dict[str, Any], tokens: list[str], types: list[int]) -> 
     if pre is None:
         known = ", ".join(sorted(_PRE_TOKENIZERS))
         raise ValueError(f"GGUF pre-tokenizer {name!r} is not supported; supported: {known}")
-    merges = [tuple(merge.split(" ", 1)) for merge in _list_of(str, values, "merges")]
+    merges = [tuple(merge.split(" ")) for merge in _list_of(str, values, "merges")]
+    if wrong := next((merge for merge in merges if len(merge) != 2 or not all(merge)), None):
+        raise ValueError(
+            f"tokenizer.ggml.merges has {' '.join(wrong)!r}, which must be two tokens with a space between"
+        )
     if not merges and any(its_type == _NORMAL and len(t) > 1 for t, its_type in zip(tokens, types, strict=True)):
         raise ValueError(
             "GGUF tokenizer of model 'gpt2' lacks tokenizer.ggml.merges, without which every byte would be a token: "

@@ -14,13 +14,12 @@ from litgpt.kvcache.memory import as_text
 
 _LIGHT = ("#2a6fb5", "#d1651a", "#2c8c4f", "#b8397a", "#7a5bc0", "#8a6d1d", "#158a94", "#c23b32")
 _DARK = ("#6cb0f2", "#f2a05c", "#67cc8c", "#f07fb4", "#b39df0", "#d6bb62", "#5cc9d3", "#f4837a")
-_PLOTS = (
-    ("KL divergence from dense", "kl", ("perplexity",), False),
-    ("retrieval, question inside", f"{INSIDE}_score", ("retrieval",), True),
-    ("retrieval, question outside", f"{OUTSIDE}_score", ("retrieval",), True),
-    ("RULER, question inside", f"{INSIDE}_score", tuple(RULER), True),
-    ("RULER, question outside", f"{OUTSIDE}_score", tuple(RULER), True),
-)
+_PLOTS = {
+    "Text": (("KL divergence from dense", "kl", ("perplexity",), False),),
+    "Retrieval": tuple((f"score, question {x}", f"{x}_score", ("retrieval",), True) for x in (INSIDE, OUTSIDE)),
+    "RULER": tuple((f"mean score, question {x}", f"{x}_score", tuple(RULER), True) for x in (INSIDE, OUTSIDE)),
+}
+"""By heading: the name of an axis, a figure, its tasks, and whether higher is better."""
 
 
 def html_page(rows: Sequence[Row], title: str, about: str) -> str:
@@ -39,21 +38,20 @@ def html_page(rows: Sequence[Row], title: str, about: str) -> str:
 
 
 def _plots(rows: Sequence[Row], series: dict[str, int]) -> list[str]:
-    lengths, sections = list(dict.fromkeys(row.length for row in rows)), []
-    for heading, name, tasks, higher in _PLOTS:
-        plots = []
-        for length in lengths:
-            points = [
-                _point(row, figure, series)
-                for row in rows
-                if row.length == length and (figure := row.figure(name, *tasks))
-            ]
-            if points:
+    sections = []
+    for heading, plots in _PLOTS.items():
+        drawn = []
+        for length in dict.fromkeys(row.length for row in rows):
+            same = [row for row in rows if row.length == length]
+            for axis, name, tasks, higher in plots:
+                points = [_point(row, figure, series) for row in same if (figure := row.figure(name, *tasks))]
+                if not points:
+                    continue
                 caption = f"{length:,} tokens; bars are 95 % intervals, the dashed line is the Pareto front"
                 caption += "" if higher else "; 0 is drawn at the bottom"
-                plots.append(_captioned(quality_over_bytes(points, heading, higher), caption))
-        if plots:
-            sections.append(_section(heading[0].upper() + heading[1:], f'<div class="plots">{"".join(plots)}</div>'))
+                drawn.append(_captioned(quality_over_bytes(points, axis, higher), caption))
+        if drawn:
+            sections.append(_section(heading, f'<div class="plots">{"".join(drawn)}</div>'))
     return sections
 
 
@@ -136,7 +134,7 @@ h2 {{ font-size: 18px; margin: 40px 0 12px; }}
 .plots {{ display: flex; flex-wrap: wrap; gap: 20px 28px; }}
 figure {{ margin: 0; max-width: 100%; }}
 figure svg {{ max-width: 100%; height: auto; }}
-figcaption {{ font-size: 13px; }}
+figcaption {{ font-size: 13px; max-width: 560px; }}
 text {{ font: 12px system-ui, sans-serif; fill: var(--ink); }}
 .tick {{ fill: var(--soft); }}
 .grid {{ stroke: var(--rule); }}

@@ -141,6 +141,8 @@ def shown(name: str, value: Any, interval: bool = True) -> str:
 
 
 def _number(value: float) -> str:
+    if abs(value) < 0.1:
+        return f"{value:.3g}"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.4g}"
 
 

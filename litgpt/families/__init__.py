@@ -1,5 +1,6 @@
 """One module per family of models, with all facts about it; none of them imports torch."""
 
+import re
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from functools import cache
@@ -100,6 +101,18 @@ def fields_from_hf(hf: Settings, unmet: "Callable[[str, Any], str | None]", name
     if family.name_mark not in name:
         name = f"{family.name_mark}-{name}"
     return fields | {"name": name, "hf_config": {"name": name, "model_type": family.model_type}}
+
+
+def in_hf_words(message: str, hf: Settings) -> str:
+    """An error message of `Config` with the keys of a `config.json` in place of its fields."""
+    from litgpt.families.hf_config import keys_of_fields
+
+    return renamed(message, keys_of_fields(*family_of_hf(hf)))
+
+
+def renamed(message: str, names: dict[str, str]) -> str:
+    """A message with other names, which are whole words, for those in it."""
+    return re.sub(r"\b\w+\b", lambda word: names.get(word[0], word[0]), message)
 
 
 def hf_from_config(config: "Config") -> "tuple[Family, dict[str, Any]]":

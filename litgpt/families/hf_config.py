@@ -63,6 +63,18 @@ def write_config(family: Family, config: Any) -> dict[str, Any]:
     return hf | _write_rope(family, config) | _write_windows(family, config) | family.write(config)
 
 
+def keys_of_fields(family: Family, hf: Settings) -> dict[str, str]:
+    """`Config` field -> the key of this `config.json` that decides it."""
+    theta_key, partial_key = family.rope_keys
+    keys = {"n_query_groups": "num_kv_heads", "rope_base": theta_key, "rotary_percentage": partial_key}
+    keys |= {"rope_adjustments": "rope_scaling", "rope_condense_ratio": "rope_scaling.factor"}
+    keys |= {"original_max_seq_len": _ORIGINAL, "sliding_window_size": "sliding_window"}
+    for name, theirs in family.keys.items():
+        theirs = (theirs,) if isinstance(theirs, str) else theirs
+        keys[name] = next((key for key in theirs if key in hf), theirs[0])
+    return keys
+
+
 def _lookup(family: Family, hf: Settings, keys: tuple[str, ...]) -> tuple[Any, str]:
     """The value of a field, and its key."""
     key = next((key for key in keys if key in hf), keys[0])

@@ -237,6 +237,9 @@ ENDS = [
     "<|end_of_text|>",
     "[EOT]",
     "<EOT>",
+    "<|eot|>",
+    "[|endofturn|]",
+    "<|END_OF_TURN_TOKEN|>",
 ]
 
 
@@ -330,7 +333,8 @@ def test_more_tokens_than_rows_of_the_embedding_are_refused():
         ({"tokens": []}, "lacks tokenizer.ggml.tokens"),
         ({"token_type": [1, 1]}, "but 2 token types"),
         ({"merges": ["q zzz"]}, "cannot be built: .*zzz"),
-        ({"merges": ["q"]}, "cannot be built"),
+        ({"merges": ["q"]}, "tokenizer.ggml.merges has 'q'"),
+        ({"merges": ["q  r"]}, "must be two tokens"),
         ({"model": "llama"}, "but 0 scores"),
         ({"model": "llama", "scores": [0.0] * 5}, "but 5 scores"),
         ({"model": "llama", "scores": [float("nan")] * 420}, "scores that are no finite numbers"),

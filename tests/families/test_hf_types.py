@@ -164,3 +164,24 @@ def test_rope_scaling_counts_where_both_spellings_are_there(kind, params):
     both = Config.from_hf(hf | {"rope_parameters": params, "rope_scaling": ROPES[kind]})
     assert both == Config.from_hf(hf | {"rope_scaling": ROPES[kind]})
     assert both.rope_base == 50000
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "names"),
+    [
+        ("phi", {"num_attention_heads": 7, "head_dim": None}, ("hidden_size = 64", "num_attention_heads = 7")),
+        ("llama", {"num_key_value_heads": 3}, ("num_key_value_heads = 3", "num_attention_heads = 4")),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 3}, ("num_kv_heads = 3",)),
+        ("falcon", {"n_head": 5, "num_attention_heads": 5}, ("hidden_size = 64", "num_attention_heads = 5")),
+        ("mixtral", {"num_experts_per_tok": 0}, ("num_experts_per_tok = 0", "num_local_experts")),
+        ("deepseek_v3", {"n_group": 5}, ("n_group = 5", "n_routed_experts")),
+        ("olmo", {"hidden_size": 10**9}, ("hidden_size = 1000000000",)),
+        ("gpt_neox", {"rotary_pct": 1.5}, ("rotary_pct = 1.5",)),
+    ],
+)
+def test_what_does_not_fit_together_is_named_as_in_the_file(family, changes, names, tmp_path):
+    hf = small_config_json(next(f for f in families() if f.model_type == family))
+    message = read_or_refuse(hf | changes, "", tmp_path / "config.json")
+    assert message is not None
+    for name in names:
+        assert name in message
