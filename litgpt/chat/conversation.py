@@ -13,6 +13,7 @@ from litgpt.engine.session_file import SessionFile
 from litgpt.prompts import encode_prompt
 
 PREFILL_CHUNK = 512  # tokens of a prefill call, for a progress display; only if chunks do not change the output
+WAY_OUT = "With --kv_cache lastrec and no --kv_cache_args.n_sink the conversation can go on without a limit."
 
 
 @dataclass(frozen=True)
@@ -153,13 +154,12 @@ class Conversation:
             if dropped >= len(messages) - 1:
                 raise ValueError(
                     f"this message comes to {counted(len(tokens), 'token')}; with an answer of up to {self.max_new_tokens} "
-                    f"it does not fit into {limit}: shorten it, or lower --max_new_tokens. {self._way_out()}"
+                    f"it does not fit into {limit}: shorten it, or lower --max_new_tokens. {WAY_OUT}"
                 )
             dropped += 2
         if turns := (dropped - before) // 2:
             self.notify(
-                f"The context of {limit} tokens is full: dropped the oldest {counted(turns, 'turn')}. "
-                + self._way_out()
+                f"The context of {limit} tokens is full: dropped the oldest {counted(turns, 'turn')}. " + WAY_OUT
             )
         return dropped, text, tokens
 
@@ -170,8 +170,3 @@ class Conversation:
             # keep the tokens that the model drew: they are cached
             return text, [*history.tokens, *tokenizer.encode(text[len(history.text) :], bos=False).tolist()]
         return text, encode_prompt(tokenizer, style, messages, sys_prompt=self.sys_prompt).tolist()
-
-    def _way_out(self) -> str:
-        if self.session.n_sink:
-            return "Without --kv_cache_args.n_sink the conversation could go on without a limit."
-        return "With --kv_cache lastrec the conversation can go on without a limit."

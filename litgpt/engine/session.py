@@ -63,7 +63,6 @@ class Session:
         self._lease.run(choose_kv_caches, model, spec)
         self._grows = not self.kv_caches  # default caches, made and enlarged as needed
         self._kind = spec.describe()
-        self.n_sink = dict(spec.arguments).get("n_sink", 0)  # first tokens that are never evicted
         if not self._grows and spec.cache_length is None:
             self._kind["cache_length"] = spec.policy_class.default_cache_length(model.config)
 

@@ -120,7 +120,8 @@ class CacheSpec:
 
     def describe(self) -> dict[str, Any]:
         """All of it, as numbers and text that JSON can hold."""
-        return {"kv_cache": str(self), "cache_length": self.cache_length, **dict(self.arguments)}
+        arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in self.arguments}
+        return {"kv_cache": str(self), "cache_length": self.cache_length, **arguments}
 
     @property
     def policy_class(self) -> type[Policy]:

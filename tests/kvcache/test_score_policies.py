@@ -1,6 +1,7 @@
 """Policies that score tokens: guarantee G11, evictions are those of written-out attention; their options; models with them."""
 
 import inspect
+import json
 import math
 import sys
 from dataclasses import dataclass
@@ -237,6 +238,7 @@ def test_a_budget_distributes_slots_over_the_layers_without_a_window():
     with pytest.raises(ValueError, match="no argument 'budget'"):
         CacheSpec("dense", budget="pyramid")
     spec = CacheSpec("h2o", budget=[1, 2])
+    assert json.loads(json.dumps(spec.describe())) == spec.describe()  # as files of sessions have it
     assert eval(repr(spec)) == spec == CacheSpec.parse(spec.describe().pop("kv_cache"), budget=[1, 2])
 
 
