@@ -94,10 +94,16 @@ def test_the_command_says_what_fits(checkpoint, capsys):
     assert "--kv_cache" in said.splitlines()[-1]
 
 
-@pytest.mark.parametrize("option", ["--memory=none", "--context=0", "--context=1000", "--bandwidth=0", "--kv_cache=x"])
+@pytest.mark.parametrize(
+    "option",
+    ["--memory=none", "--context=0", "--context=1000", "--bandwidth=0", "--kv_cache=x", f"--batch={10**19}"]
+    + [f"--prompt_chunksize={10**30}"],
+)
 def test_wrong_options_are_refused(checkpoint, option, capsys):
     assert main(["plan_cache", str(checkpoint), option]) in (1, 2)
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "internal error" not in said
 
 
 @pytest.mark.parametrize("make", [lambda m: prepare_caches(m, 2, 100), lambda m: choose_kv_caches(m, "lastrec", 2)])

@@ -138,6 +138,13 @@ class CacheSpec:
         """Whether a full cache drops tokens to take others."""
         return self.policy_class.evicts
 
+    def length_for(self, config: Config) -> int:
+        """Slots of a row and head for a model; `ValueError` if they are not in 1..its context."""
+        length = self.policy_class.default_cache_length(config) if self.cache_length is None else self.cache_length
+        if not 1 <= length <= config.block_size:
+            raise ValueError(f"cache_length must be in 1..{config.block_size}, the model's context, got {length}")
+        return length
+
     def create(
         self,
         model: "HasCaches | Config",
@@ -165,9 +172,7 @@ class CacheSpec:
             kwargs["mha"] = model.mha
             dtype = model.dtype if dtype is None else dtype
             device = [model.layer_device(i) for i in range(config.n_layer)] if device is None else device
-        length = self.policy_class.default_cache_length(config) if self.cache_length is None else self.cache_length
-        if not 1 <= length <= config.block_size:
-            raise ValueError(f"cache_length must be in 1..{config.block_size}, the model's context, got {length}")
+        length = self.length_for(config)
         devices = device if isinstance(device, (list, tuple)) else [device] * config.n_layer
         lengths = self.layer_lengths(config, length)
         return [

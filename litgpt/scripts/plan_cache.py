@@ -7,6 +7,7 @@ from litgpt.engine.loading import default_device, parse_precision
 from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.memory import as_text, available_bytes, fitting_caches
 from litgpt.planning import MemoryPlan, measured_bandwidth, parse_bytes, plan_for
+from litgpt.settings import LARGEST
 
 
 def plan_cache(
@@ -38,10 +39,10 @@ def plan_cache(
         bandwidth: Of the memory, in GB a second. Default: measured on this machine.
     """
     for name, value in (("context", context), ("batch", batch), ("prompt_chunksize", prompt_chunksize)):
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
-    if bandwidth is not None and not bandwidth > 0:
-        raise ValueError(f"--bandwidth must be above 0, got {bandwidth}")
+        if value is not None and not 1 <= value <= LARGEST:
+            raise ValueError(f"--{name} must be {'at least 1' if value < 1 else f'at most {LARGEST:,}'}, got {value:,}")
+    if bandwidth is not None and not 0 < bandwidth < 1e9:
+        raise ValueError(f"--bandwidth must be a number above 0 and below 1e9, got {bandwidth}")
     device = default_device()
     spec = CacheSpec.parse(kv_cache, cache_length)
     plan = plan_for(checkpoint_dir, spec, parse_precision(precision, device), quantize, prompt_chunksize)

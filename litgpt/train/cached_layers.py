@@ -69,6 +69,7 @@ class CachedLayers:
         if chunk < 1:
             raise ValueError(f"a chunk needs at least one token, got {chunk}")
         self.gpt, self.spec, self.chunk = gpt, spec, chunk
+        self.cache_length = spec.length_for(gpt.config)
 
     def __call__(self, idx: torch.Tensor, row_sizes: Sequence[int] | None = None) -> torch.Tensor:
         """Final-norm outputs (B, T, E), or (1, N, E) with `row_sizes`, of tokens of the same shape."""
@@ -88,7 +89,7 @@ class _Sweep:
     def __init__(self, layers: CachedLayers, idx: torch.Tensor, row_sizes: list[int]) -> None:
         self.layers, self.gpt, self.idx, self.row_sizes = layers, layers.gpt, idx, row_sizes
         longest = max(row_sizes)
-        self.cache_length = layers.spec.cache_length or layers.spec.policy_class.default_cache_length(self.gpt.config)
+        self.cache_length = layers.cache_length
         if not layers.spec.evicts and layers.spec.cache_length is None:
             self.cache_length = longest
         self.chunks = chunks_of(row_sizes, layers.chunk, idx.device)

@@ -151,3 +151,9 @@ def test_only_the_inputs_of_layers_are_kept_for_the_backward_pass():
 def test_impossible_chunks_are_refused(chunk, words):
     with pytest.raises(ValueError, match=words):
         CachedLayers(make(), CacheSpec(), chunk)
+
+
+@pytest.mark.parametrize("length", [0, -1, 65, 10**20])
+def test_impossible_lengths_are_refused(length):
+    with pytest.raises(ValueError, match=f"cache_length must be in 1..64, the model's context, got {length}"):
+        CachedLayers(make(), CacheSpec("h2o", cache_length=length), 4)
