@@ -222,7 +222,7 @@ class Tokenizer:
         shown = self._backend.decode([*ids[:-1], visible]).encode()
         spaces, last = (b"".join(map(self._backend.piece, part)) for part in (ids[:-1], ids[-1:]))
         dropped = _leading_spaces(spaces + self._backend.piece(visible)) - _leading_spaces(shown)
-        return (spaces + last)[max(dropped, 0) :]
+        return (spaces + last)[min(max(dropped, 0), _leading_spaces(spaces + last)) :]
 
     def save(self, folder: Path | str) -> None:
         """Writes the tokenizer for `Tokenizer(folder)` and `transformers.AutoTokenizer`.

@@ -441,3 +441,15 @@ def test_what_the_tokenizer_cannot_encode_is_one_line(tmp_path):
     Processor(models.Unigram([("b", -1.0)])).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match="cannot encode"):
         Tokenizer(tmp_path).encode("a")
+
+
+@pytest.mark.parametrize("first", ["▁the", "the", "▁"])
+def test_a_first_character_of_several_bytes_streams_whole_whatever_the_vocabulary_begins_with(first):
+    processor = Processor(models.BPE({token: i for i, token in enumerate([first, *BYTES])}, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    processor.decoder = decoders.Sequence(steps)
+    tokenizer = Tokenizer.from_tokenizers(processor, bos_id=None, eos_id=None, use_bos=False)
+    ids = [1 + byte for byte in "Ω é".encode()]
+    for spaces in range(3):
+        assert tokenizer.decode([33] * spaces + ids) == " " * (spaces - 1) + "Ω é"
+        assert "".join(tokenizer.decode_stream([33] * spaces + ids)) == " " * (spaces - 1) + "Ω é"

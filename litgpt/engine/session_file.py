@@ -96,4 +96,4 @@ def checksum(data: memoryview) -> int:
 
 
 def _unusable(path: Path) -> str:
-    return f"{path} is damaged or incomplete; remove it to begin a new session"
+    return f"{path} is no session, or damaged or incomplete: name another file to begin a new session"

@@ -117,7 +117,7 @@ def test_what_cannot_be_used_is_refused_before_the_model_is_loaded(talk, tmp_pat
     monkeypatch.setattr(chat, "make_ready", load)
     (tmp_path / "damaged").write_bytes(b"not this")
     for name, message in (
-        ("damaged", "damaged or incomplete; remove it to begin a new session"),
+        ("damaged", "damaged or incomplete: name another file to begin a new session"),
         ("no/folder/s", "there is no folder"),
         (".", "is not a file"),
     ):

@@ -80,7 +80,7 @@ def test_every_damaged_byte_is_noticed(tmp_path):
         changed = bytearray(whole)
         changed[place] ^= 1 << pick.randrange(8)
         path.write_bytes(changed)
-        refused(path, "damaged or incomplete; remove it to begin a new session|is not a saved session")
+        refused(path, "damaged or incomplete: name another file to begin a new session|is not a saved session")
 
 
 def test_cut_and_lengthened_files_are_noticed(tmp_path):
