@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -276,6 +277,17 @@ class _Backend:
         return next(i for i in range(self.n_tokens) if self.piece(i).strip(b" ").isalnum())
 
 
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Makes errors of the `tokenizers` library a `ValueError`: it raises bare `Exception`, and panics, which are none."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ValueError(f"{what}: {one_line(error)}") from None
+        raise
+
+
 class _HuggingFace(_Backend):
     """A tokenizer of the `tokenizers` library, without its BOS and EOS handling, truncation and padding."""
 
@@ -302,16 +314,12 @@ class _HuggingFace(_Backend):
         from tokenizers import Tokenizer as Processor
 
         refuse_lfs_pointer(path)
-        try:
+        with _refusing(f"{path} is not a tokenizer that can be read"):
             return cls(Processor.from_str(path.read_bytes().decode("utf-8-sig")))
-        except Exception as error:  # the library raises bare `Exception`
-            raise ValueError(f"{path} is not a tokenizer that can be read: {one_line(error)}") from None
 
     def encode(self, text: str) -> list[int]:
-        try:
+        with _refusing("the tokenizer cannot encode the text"):
             return self.processor.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # the library raises bare `Exception`
-            raise ValueError(f"the tokenizer cannot encode the text: {one_line(error)}") from None
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [found.ids for found in self.processor.encode_batch_fast(texts, add_special_tokens=False)]
@@ -321,7 +329,8 @@ class _HuggingFace(_Backend):
         return [(tokens.ids, [end for _, end in tokens.offsets]) for tokens in found]
 
     def decode(self, ids: list[int]) -> str:
-        return self.processor.decode(ids, skip_special_tokens=True)
+        with _refusing("the tokenizer cannot decode the tokens"):
+            return self.processor.decode(ids, skip_special_tokens=True)
 
     def id_to_token(self, token_id: int) -> str | None:
         return self.processor.id_to_token(token_id)

@@ -453,3 +453,12 @@ def test_a_first_character_of_several_bytes_streams_whole_whatever_the_vocabular
     for spaces in range(3):
         assert tokenizer.decode([33] * spaces + ids) == " " * (spaces - 1) + "Ω é"
         assert "".join(tokenizer.decode_stream([33] * spaces + ids)) == " " * (spaces - 1) + "Ω é"
+
+
+def test_a_panic_of_the_library_is_a_refusal_too(tmp_path):
+    path = write(tmp_path, byte_level()) / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"]["continuing_subword_prefix"] = "a prefix longer than the tokens of the merges"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer that can be read"):
+        Tokenizer(tmp_path)
