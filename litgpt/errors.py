@@ -3,6 +3,7 @@
 import os
 import re
 import traceback
+from pathlib import Path
 
 USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, IndexError, MemoryError)
 """Errors of bad input or a machine's limits; any other exception is a defect of the program."""
@@ -25,6 +26,8 @@ def describe(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
         return _describe_out_of_memory(text)
+    if isinstance(error, FileExistsError) and error.filename is not None and not Path(error.filename).is_dir():
+        return f"{str(error.filename)!r} is a file, and a folder is needed: give another name"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {str(error.filename)!r}" if error.filename is not None else "")
     frames = traceback.extract_tb(error.__traceback__)

@@ -14,6 +14,7 @@ from litgpt.atomic_file import replacing
 from litgpt.chat_template import ChatTemplate
 from litgpt.errors import one_line
 from litgpt.prompt_style import Message, PromptStyle, TurnStyle, eos_ids
+from litgpt.settings import read_yaml
 
 if TYPE_CHECKING:
     import torch
@@ -341,7 +342,7 @@ def load_prompt_style(checkpoint_dir: Path) -> PromptStyle:
     """
     path = Path(checkpoint_dir) / _FILE_NAME
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
         module, _, name = content["class_path"].rpartition(".")
         style = getattr(sys.modules.get(module), name, None)
         if not isinstance(style, type) or not issubclass(style, PromptStyle):
@@ -349,5 +350,5 @@ def load_prompt_style(checkpoint_dir: Path) -> PromptStyle:
                 f"{module}.{name} is no style of litgpt.prompts; import a PromptStyle class of your own first"
             )
         return style(**content.get("init_args", {}))
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} does not describe a prompt style: {one_line(error)}") from error

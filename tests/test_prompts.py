@@ -456,6 +456,8 @@ def test_styles_with_arguments_and_of_users_survive_saving(tmp_path, style):
         "just text",
         "",
         "a: [",
+        "- " * 5000,
+        "x: 2024-99-99",
     ],
 )
 def test_a_file_that_describes_no_style_is_refused(tmp_path, content):

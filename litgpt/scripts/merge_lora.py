@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from litgpt.checkpoint.base import WEIGHTS_NAME
 from litgpt.checkpoint.load import save_litgpt
 from litgpt.checkpoint.open import open_lora
 from litgpt.engine.loading import parse_precision
+from litgpt.settings import Settings, read_yaml
 
 
 def merge_lora(
@@ -43,6 +43,7 @@ def load_lora_metadata(checkpoint_dir: Path) -> tuple[dict[str, Any], Path, str 
         raise FileNotFoundError(
             f"{checkpoint_dir} is missing a `hyperparameters.yaml` file: give a folder that fine-tuning wrote"
         )
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    values = read_yaml(file)
     settings = {key: value for key, value in values.items() if key.startswith("lora_")}
-    return settings, Path(values["checkpoint_dir"]), values.get("precision")
+    found = Settings(values, str(file))
+    return settings, Path(found.text("checkpoint_dir")), found.text("precision", None, null=True)
