@@ -12,6 +12,8 @@ try:
 except ImportError:  # Windows: no locks, and abandoned files stay
     fcntl = None
 
+_TORCH_WRITE_ERROR = re.compile(r"PytorchStreamWriter|inline_container\.cc")  # `torch.save` hides what the system said
+
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
@@ -38,6 +40,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
             descriptor = -1
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except RuntimeError as error:
+        if not _TORCH_WRITE_ERROR.search(str(error)):
+            raise
+        raise OSError(
+            f"{path} could not be written whole: the disk of {path.parent} is full, or a limit reached"
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
         if descriptor >= 0:

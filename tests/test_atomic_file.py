@@ -125,3 +125,17 @@ def test_the_next_writer_removes_what_a_killed_one_left_and_nothing_else(tmp_pat
         write(tmp_path / "x", "second")
         assert in_use.exists()
     assert set(os.listdir(tmp_path)) == {"x", *others}
+
+
+def test_a_full_disk_is_called_so_where_torch_writes(tmp_path):
+    script = (
+        "import resource, signal, sys, torch; from litgpt.atomic_file import replacing\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "with replacing(sys.argv[1]) as temporary:\n"
+        "    torch.save({'x': torch.zeros(100_000)}, temporary)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script, str(tmp_path / "x.pth")], capture_output=True, text=True)
+    assert "OSError" in result.stderr.splitlines()[-1]
+    assert "x.pth could not be written whole: the disk of" in result.stderr.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
