@@ -163,12 +163,17 @@ def _token_id(values: dict[str, Any], key: str, tokens: list[str]) -> int | None
 def _types(values: dict[str, Any], tokens: list[str], kind: str) -> list[int]:
     types = list(_list_of(int, values, "token_type"))
     if not types:
-        types = [_BYTE if kind == "llama" and _BYTE_TOKEN.fullmatch(token) else _NORMAL for token in tokens]
+        types = [_NORMAL] * len(tokens)
     if len(types) != len(tokens):
         raise ValueError(f"GGUF tokenizer has {len(tokens)} tokens, but {len(types)} token types")
     strange = next((i for i, its_type in enumerate(types) if its_type not in range(_BYTE + 1)), None)
     if strange is not None:
         raise ValueError(f"GGUF tokenizer has the type {types[strange]} for the token {tokens[strange]!r}, not 1 to 6")
+    if kind == "llama":  # llama.cpp knows byte tokens by their text, whatever their type
+        return [
+            _BYTE if _BYTE_TOKEN.fullmatch(t) else its_type or _NORMAL
+            for t, its_type in zip(tokens, types, strict=True)
+        ]
     return [its_type or _NORMAL for its_type in types]
 
 

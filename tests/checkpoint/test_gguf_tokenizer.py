@@ -450,3 +450,15 @@ def test_strange_values_are_one_line_or_harmless(kind, key, sentencepiece_model)
             said = str(error)
         assert "\n" not in said
         assert tokenizer is None or tokenizer.decode(tokenizer.encode("hello world")) == "hello world"
+
+
+@pytest.mark.parametrize("types", [None, [NORMAL] * 263, [NORMAL] * 3 + [USER_DEFINED] * 256 + [NORMAL] * 4, [0] * 263])
+def test_byte_tokens_are_known_by_their_text(types):
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a"]
+    metadata = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": [-float(i) for i in range(len(tokens))],
+    }
+    ours = tokenizer_from_gguf(metadata | ({} if types is None else {"tokenizer.ggml.token_type": types}))
+    assert ours.decode(ours.encode("ab é 漢")) == "ab é 漢"
