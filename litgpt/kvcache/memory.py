@@ -1,6 +1,7 @@
 """The memory of a device, and which caches fit into it."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -63,13 +64,13 @@ def for_length(spec: CacheSpec, length: int) -> CacheSpec:
 
 
 def fitting_caches(config: Config, rows: int, length: int, dtype: torch.dtype, available: int) -> Iterator[str]:
-    """Caches in `available` bytes, as options of a command: dense ones in smaller storages, then one that evicts."""
+    """Caches in `available` bytes, as options of a command: dense ones, those of the most bits first, then one that evicts."""
+    sizes = []
     for storage in STORAGES:
-        try:
-            if size_in_bytes(spec := CacheSpec("dense", storage), config, rows, length, dtype) <= available:
-                yield str(spec)
-        except ValueError:  # not for this model
-            continue
+        with suppress(ValueError):  # not for this model
+            spec = CacheSpec("dense", storage)
+            sizes.append((size_in_bytes(spec, config, rows, length, dtype), str(spec)))
+    yield from (name for size, name in sorted(sizes, reverse=True) if size <= available)
     slots = largest(lambda n: size_in_bytes(_evicting(n), config, rows, length, dtype) <= available, config.block_size)
     if slots >= 64:
         yield f"{_evicting(slots)} --cache_length {slots // 64 * 64}"

@@ -256,7 +256,7 @@ def test_a_file_that_is_no_state_dict_is_named(content, lit_folder):
         ({"hidden_act": "relu"}, "hidden_act = 'relu' is not supported for llama, only 'silu'"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "'gptq' are not supported"),
-        ({"num_attention_heads": 5}, "n_embd = 32 must be a multiple of n_head = 5"),
+        ({"num_attention_heads": 5}, "hidden_size = 32 must be a multiple of num_attention_heads = 5"),
     ],
 )
 def test_a_config_that_cannot_be_computed_is_named_before_weights_are_read(changes, message, hf_folder):
