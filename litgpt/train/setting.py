@@ -32,7 +32,7 @@ def parse_devices(devices: int | str) -> int:
         devices = int(devices)
     if isinstance(devices, int) and devices > 0:
         return devices
-    raise ValueError(f"devices must be a positive number or 'auto', got {devices!r}")
+    raise ValueError(f"devices must be 'auto' or a positive integer, got {devices!r}")
 
 
 def default_precision() -> str:

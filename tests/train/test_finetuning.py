@@ -172,7 +172,7 @@ def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint(checkpoint_
         ({"optimizer": "Adamm"}, "optimizer 'Adamm' does not exist"),
         ({"optimizer": {"class_path": "AdamW", "init_args": {"speed": 1}}}, "does not take speed"),
         ({"logger_name": "paper"}, "logger_name 'paper' is not one of"),
-        ({"devices": 0}, "devices must be a positive number"),
+        ({"devices": 0}, "devices must be .auto. or a positive integer"),
         ({"resume": True}, "holds no checkpoint"),
     ],
 )
