@@ -97,7 +97,7 @@ def test_hyperparameters_of_a_command_are_written(monkeypatch, tmp_path, words):
 
 @pytest.mark.parametrize("devices", [0, -2, "two", 1.5])
 def test_devices_that_are_none_are_refused(devices):
-    with pytest.raises(ValueError, match="a positive number or 'auto'"):
+    with pytest.raises(ValueError, match="'auto' or a positive integer"):
         parse_devices(devices)
 
 
