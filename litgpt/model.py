@@ -255,7 +255,9 @@ class GPT(nn.Module):
             x = self.run_layers(idx, rope, plans, input_pos)
             return x if output_tokens is None else x.flatten(0, 1)[output_tokens, None]
 
-        sinks = [block.attn.sinks for block in self.transformer.h] if self.config.attention_sinks else [None] * len(plans)
+        sinks = (
+            [block.attn.sinks for block in self.transformer.h] if self.config.attention_sinks else [None] * len(plans)
+        )
         return self.caches.run(plans, layers, sinks)
 
     def broadcast_tokens(self, tokens: list[int]) -> list[int]:
