@@ -360,6 +360,7 @@ class PlannedKVCache(DefaultKVCache):
         self.storage.detach_graph()
         self.storage.detach_writes()
         if key.shape[2]:
+            key, value = key.to(self.dtype), value.to(self.dtype)  # under autocast they are in its precision
             self.storage.set(key, value, torch.arange(key.shape[2], device=key.device), None)
 
     def _empty_rows(self, count: int = 0) -> RowState:

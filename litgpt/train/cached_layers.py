@@ -168,6 +168,7 @@ class _CachedLayer(torch.autograd.Function):
             log.append(serving.calls)
         cache.clear()
         ctx.save_for_backward(x)
+        ctx.autocast = _autocast_of(x.device.type)
         ctx.sweep, ctx.block, ctx.cache, ctx.log, ctx.seed, ctx.params = sweep, block, cache, log, seed, params
         return output
 
@@ -175,14 +176,15 @@ class _CachedLayer(torch.autograd.Function):
     def backward(ctx: Any, d_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         sweep, block, cache, params = ctx.sweep, ctx.block, ctx.cache, ctx.params
-        keys, values = _keys_and_values(sweep, block, x, ctx.seed)
+        with torch.autocast(**ctx.autocast):  # the backward pass leaves it
+            keys, values = _keys_and_values(sweep, block, x, ctx.seed)
         d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
         d_x, d_params = torch.empty_like(x), [None] * len(params)
         for index in reversed(range(len(sweep.chunks))):
             chunk, calls = sweep.chunks[index], ctx.log[index]
             stored = [_gathered(of_all, calls[0].places).requires_grad_() for of_all in (keys, values)]
             own, again = x[:, chunk.tokens].detach().requires_grad_(), _Again(cache, chunk, calls, stored, x.shape[1])
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.autocast(**ctx.autocast):
                 y = sweep.run(block, index, own, again, ctx.seed)
             outputs, gradients = [y], [d_output[:, chunk.tokens]]
             for new, d_all in ((again.key, d_keys), (again.value, d_values)):
@@ -313,7 +315,12 @@ def _in_order(outputs: list[torch.Tensor], calls: list[_Call]) -> torch.Tensor:
     if all(isinstance(call.tokens, slice) for call in calls):
         return torch.cat(outputs, dim=1)
     tokens = torch.cat(
-        [torch.arange(c.tokens.start, c.tokens.stop) if isinstance(c.tokens, slice) else c.tokens for c in calls]
+        [
+            torch.arange(c.tokens.start, c.tokens.stop, device=outputs[0].device)
+            if isinstance(c.tokens, slice)
+            else c.tokens
+            for c in calls
+        ]
     )
     return torch.cat(outputs, dim=1)[:, tokens.argsort()]
 
@@ -347,6 +354,12 @@ def _add_gathered(of_all: torch.Tensor, places: torch.Tensor, added: torch.Tenso
     """Add (B, G, n, D) to (1, G, N, D) at `places` (B, G, n), which may repeat."""
     flat = places.transpose(0, 1).flatten(1).unsqueeze(-1).expand(-1, -1, of_all.shape[-1])
     of_all[0].scatter_add_(1, flat, added.transpose(0, 1).flatten(1, 2).to(of_all.dtype))
+
+
+def _autocast_of(device: str) -> dict[str, Any]:
+    """Arguments of the `torch.autocast` that is in force."""
+    enabled = torch.is_autocast_enabled(device)
+    return {"device_type": device, "enabled": enabled, "dtype": torch.get_autocast_dtype(device) if enabled else None}
 
 
 @contextmanager

@@ -157,3 +157,15 @@ def test_impossible_chunks_are_refused(chunk, words):
 def test_impossible_lengths_are_refused(length):
     with pytest.raises(ValueError, match=f"cache_length must be in 1..64, the model's context, got {length}"):
         CachedLayers(make(), CacheSpec("h2o", cache_length=length), 4)
+
+
+def test_under_autocast_outputs_and_gradients_are_about_those_of_plain_training():
+    model, idx = make().float(), torch.randint(0, 100, (1, 23))
+    weight, found = torch.randn(1, 23, model.config.n_embd), []
+    for run in (lambda: model(idx, skip_lm_head=True), lambda: CachedLayers(model, CacheSpec(), 5)(idx)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = run()
+        found.append([outputs, *gradients(model, outputs, weight)])
+    for plain, ours in zip(*found, strict=True):
+        assert ours.dtype == plain.dtype
+        assert (ours - plain).norm() < 0.05 * plain.norm()
