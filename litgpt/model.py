@@ -95,7 +95,7 @@ class GPT(nn.Module):
             block.attn.mha = self.mha
         self._max_seq_length = config.block_size
         self.rope_table = RopeTable(config)
-        self.caches = LayerCaches()  # of all layers
+        self.caches = self._attached = LayerCaches()  # of all layers, and those that the layers have now
         self._start_of_layer_hook: StartOfLayerHook | None = config.start_of_layer_hook
         self.layer_devices: list[torch.device] | None = None  # of blocks that are on several devices
         self.layer_runner: LayerRunner | None = None  # a faster `run_layers`, for calls with caches
@@ -237,7 +237,6 @@ class GPT(nn.Module):
         B, T = idx.shape
         sizes, packed = ([T] * B, False) if row_sizes is None else (row_sizes, True)
         static = self.static_shapes and T == 1 and rows is None
-        self.caches.attach(block.attn for block in self.transformer.h)
         plans, starts = self.caches.plan(input_pos, sizes, rows, packed, static, self.max_seq_length)
         if input_pos == 0:  # all tokens of a sequence are rotated by the same factors
             needed = self.needs_long_rope(max(*sizes, self.caches.expected_length))
@@ -252,6 +251,7 @@ class GPT(nn.Module):
             x = None if runner is None else runner(idx, rope, plans, input_pos, output_tokens)
             if x is not None:
                 return x
+            self.attach_kv_caches()
             x = self.run_layers(idx, rope, plans, input_pos)
             return x if output_tokens is None else x.flatten(0, 1)[output_tokens, None]
 
@@ -368,14 +368,24 @@ class GPT(nn.Module):
         if self.caches.default or assigned:
             self.exchange_kv_caches(LayerCaches(expected_length=self.caches.expected_length))
 
-    def exchange_kv_caches(self, others: LayerCaches) -> LayerCaches:
-        """Use other caches, with what is known of the sequences in them, in place of the model's own, which are returned."""
-        own = self.caches
-        own.detach()
-        others.detach()
-        self.caches = others
-        others.attach(block.attn for block in self.transformer.h)
+    def exchange_kv_caches(self, others: LayerCaches, attach: bool = True) -> LayerCaches:
+        """Use other caches, with what is known of the sequences in them, in place of the model's own, which are returned.
+
+        `attach=False`, for a moment only, leaves the layers theirs until `run_layers` needs the others.
+        """
+        own, self.caches = self.caches, others
+        if attach:
+            self.attach_kv_caches()
         return own
+
+    def attach_kv_caches(self) -> None:
+        """Give every layer's attention its cache, unless it has it."""
+        if self._attached is not self.caches:
+            self._attached = None  # until all have theirs
+            caches = self.caches.caches or [None] * self.config.n_layer
+            for block, cache in zip(self.transformer.h, caches, strict=True):
+                block.attn.kv_cache = cache
+            self._attached = self.caches
 
     @property
     def next_token_pos(self) -> int:

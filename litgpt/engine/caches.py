@@ -181,7 +181,7 @@ class CacheLease:
                 use.displaced = found
             caches = self.caches
             self._interrupted, use.running = True, self
-            self.model.exchange_kv_caches(caches)
+            self.model.exchange_kv_caches(caches, attach=False)
             placed = True
             result = function(*args)
             self._interrupted = False

@@ -159,11 +159,12 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
     logits = logits.detach()
     if logits.dtype == torch.bfloat16:  # positive ones are ordered as their bits are
         bits = logits.view(torch.int16).numpy()
-        largest = bits.max(axis=-1)
+        tokens = bits.argmax(axis=-1)
+        largest = np.take_along_axis(bits, tokens[:, None], axis=-1)[:, 0]
         if largest.min() > 0:
             # bits of inf and NaN are 0x7F80 and more; those of a NaN with a sign are more than 0xFF80, which is -inf
             finite = (largest < 0x7F80) & (bits.view(np.uint16).max(axis=-1) <= 0xFF80)
-            return torch.from_numpy(np.where(finite, bits.argmax(axis=-1), NO_TOKEN))
+            return torch.from_numpy(np.where(finite, tokens, NO_TOKEN))
     values = logits.float().numpy()
     tokens = values.argmax(axis=-1)  # a NaN, if there is one
     best = np.take_along_axis(values, tokens[:, None], axis=-1)[:, 0]

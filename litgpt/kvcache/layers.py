@@ -16,8 +16,8 @@ from litgpt.kvcache.spec import CacheSpec, HasCaches
 class LayerCaches:
     """The caches of all layers (or none), and what is known of the sequences in them.
 
-    A model uses one such object at a time, replaced by one assignment; its layers get their caches by `attach`, which may be
-    repeated. A change of all caches succeeds, or raises without changing any; after an interrupt they are empty.
+    A model uses one such object at a time, replaced by one assignment. A change of all caches succeeds, or raises without
+    changing any; after an interrupt they are empty.
 
     Attributes:
         caches: one a layer.
@@ -30,7 +30,6 @@ class LayerCaches:
     default: bool = False
     expected_length: int = 0
     long_rope: bool = False
-    _attached: bool = field(default=False, init=False)
     _inconsistent: bool = field(default=False, init=False)  # during a change of all caches, and after its interrupt
 
     @staticmethod
@@ -77,18 +76,6 @@ class LayerCaches:
                 same = CacheSpec().create_layer(model.config, batch_size, block_idx, slots, *place, mha=model.mha)
             caches.append(same)
         return replace(self, caches=caches, default=True)
-
-    def attach(self, attentions: Iterable[nn.Module]) -> None:
-        """Give every layer's attention its cache, unless done before."""
-        if not self._attached:
-            attentions = list(attentions)
-            for attention, cache in zip(attentions, self.caches or [None] * len(attentions), strict=True):
-                attention.kv_cache = cache
-            self._attached = True
-
-    def detach(self) -> None:
-        """Note that the layers may get other caches."""
-        self._attached = False
 
     # -- contents and limits
 
@@ -180,8 +167,10 @@ class LayerCaches:
         plans, different = [], []
         for cache in self.caches:
             key = cache.plan_key()
-            plan = next((plan for known, plan in different if known == key), None)
-            if plan is None:
+            for known, plan in different:
+                if known == key:
+                    break
+            else:
                 n_rows, T = (len(rows), list(sizes)) if packed else (len(sizes), sizes[0])
                 plan = cache.plan(input_pos, n_rows, T, rows, static)
                 different.append((key, plan))

@@ -43,6 +43,7 @@ class CompiledDecode:
                 for buffer in cache.buffers():  # written in place: graphs are replayed on the same memory
                     torch._dynamo.mark_static_address(buffer)
             torch.compiler.cudagraph_mark_step_begin()
+        self.model.attach_kv_caches()
         return self.step(idx, rope, plans, None)  # without the position, which would be a constant of the graph
 
     def __deepcopy__(self, memo: dict) -> None:

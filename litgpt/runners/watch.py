@@ -5,6 +5,7 @@ accessor.
 """
 
 from collections.abc import Iterable
+from operator import is_
 
 import torch
 from torch import nn
@@ -15,20 +16,19 @@ class ModuleWatch:
 
     def __init__(self, modules: Iterable[nn.Module], apart: Iterable[nn.Module] = ()) -> None:
         apart = {id(part) for module in apart for part in module.modules()}
-        self.tensors: list[tuple[dict, str, torch.Tensor, int]] = []
-        self.children: list[tuple[dict, str, nn.Module]] = []
         self.hooks: list[dict] = []
+        found: list[tuple[dict, str]] = []
         for module in modules:
             if id(module) in apart:
                 continue
             self.hooks += [module._forward_hooks, module._forward_pre_hooks]
-            tensors = ((own, name, x) for own in (module._parameters, module._buffers) for name, x in own.items())
-            first = next(((*place, place[2].data_ptr()) for place in tensors if place[2] is not None), None)
-            if first is not None:
-                self.tensors.append(first)
-            else:
-                children = ((module._modules, name, child) for name, child in module.named_children())
-                self.children += [place for place in children if id(place[2]) not in apart][:1]
+            tensors = [(own, name) for own in (module._parameters, module._buffers) for name in own]
+            children = [(module._modules, name) for name, child in module.named_children() if id(child) not in apart]
+            found += [(own, name) for own, name in tensors + children if own[name] is not None][:1]
+        self.owners, self.names = [own for own, _ in found], [name for _, name in found]
+        self.watched = [own[name] for own, name in found]
+        self.tensors = [x for x in self.watched if isinstance(x, torch.Tensor)]
+        self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
 
     def has_hooks(self) -> bool:
         """Whether a module has forward hooks now."""
@@ -36,6 +36,7 @@ class ModuleWatch:
 
     def is_unchanged(self) -> bool:
         """Whether all tensors and children are the same objects, at the same addresses."""
-        return all(own.get(name) is child for own, name, child in self.children) and all(
-            own.get(name) is x and x.data_ptr() == at for own, name, x, at in self.tensors
+        return (
+            all(map(is_, map(dict.get, self.owners, self.names), self.watched))
+            and list(map(torch.Tensor.data_ptr, self.tensors)) == self.addresses
         )
