@@ -160,7 +160,7 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
     if logits.dtype == torch.bfloat16:  # positive ones are ordered as their bits are
         bits = logits.view(torch.int16).numpy()
         tokens = bits.argmax(axis=-1)
-        largest = np.take_along_axis(bits, tokens[:, None], axis=-1)[:, 0]
+        largest = bits[np.arange(len(bits)), tokens]
         if largest.min() > 0:
             # bits of inf and NaN are 0x7F80 and more; those of a NaN with a sign are more than 0xFF80, which is -inf
             finite = (largest < 0x7F80) & (bits.view(np.uint16).max(axis=-1) <= 0xFF80)
