@@ -2,6 +2,7 @@
 
 #include "decode.h"
 #include "prefill.h"
+#include "row_attention.h"
 
 extern "C" {
 
@@ -81,6 +82,18 @@ void attend_causally(const bf16* q, const bf16* k, const bf16* v, const bf16* si
     const int64_t tasks = row(0).tasks();
 #pragma omp parallel for schedule(dynamic)
     for (int64_t i = 0; i < B * tasks; i++) row(i / tasks).run(i % tasks);
+}
+
+// Attention of rows in float, and its gradients: see `RowAttention`. `parts` (2, N, H, D) where heads share keys.
+void attend_rows(const float* q, const float* k, const float* v, float* y, float* logs, int64_t H, int64_t G, int64_t D,
+                 int64_t n_rows, const int64_t* ends, const int64_t* strides, float scale) {
+    RowAttention{q, k, v, strides, H, G, D, n_rows, ends, scale}.forward(y, logs);
+}
+
+void attend_rows_backward(const float* q, const float* k, const float* v, const float* y, const float* dy,
+                          const float* logs, float* dq, float* parts, float* dk, float* dv, int64_t H, int64_t G,
+                          int64_t D, int64_t n_rows, const int64_t* ends, const int64_t* strides, float scale) {
+    RowAttention{q, k, v, strides, H, G, D, n_rows, ends, scale}.backward(y, dy, logs, dq, parts, dk, dv);
 }
 
 // Whether the processor multiplies bfloat16 twice as fast as float. Then products of many rows are as fast here as in

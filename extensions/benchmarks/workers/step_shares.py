@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
     "products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise"),
-    "attention": ("aten::_scaled_dot_product", "aten::_flash_attention"),
+    "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "_RowAttention"),
     "optimizer": ("aten::_fused_adamw",),
 }
 HEAD = "_HeadLoss"  # the node of the graph that has the head and the loss

@@ -1,0 +1,202 @@
+// Attention with gradients, in float: tokens of several rows lie one after the other, each sees those of its row up to itself.
+//
+// All products are one: C (M, N) = A (M, K) B (K, N), where elements of A lie at any strides and rows of B and C are
+// contiguous. A block of queries keeps its scores with all keys that it sees.
+
+#pragma once
+
+#include "attention.h"
+
+#ifdef __AVX512F__
+constexpr int FLOATS = 16, COLUMN_VECTORS = 4;  // numbers of a vector, vectors of a tile's columns: what registers hold
+#else
+constexpr int FLOATS = 8, COLUMN_VECTORS = 2;
+#endif
+
+typedef float Floats __attribute__((vector_size(FLOATS * sizeof(float)), aligned(4), may_alias));
+
+struct Strided {  // a matrix, by the strides of rows and columns
+    const float* data;
+    int64_t row, column;
+};
+
+// M rows and V vectors of columns of C = A B, or C + A B
+template <int M, int V>
+inline void product_tile(Strided a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t K, bool add) {
+    Floats sums[M][V];
+    UNROLLED for (int m = 0; m < M; m++)
+        UNROLLED for (int v = 0; v < V; v++) sums[m][v] = add ? *(const Floats*)(c + m * ldc + v * FLOATS) : Floats{};
+    for (int64_t k = 0; k < K; k++) {
+        Floats column[V];
+        UNROLLED for (int v = 0; v < V; v++) column[v] = *(const Floats*)(b + k * ldb + v * FLOATS);
+        UNROLLED for (int m = 0; m < M; m++) {
+            const float x = a.data[m * a.row + k * a.column];
+            UNROLLED for (int v = 0; v < V; v++) sums[m][v] += x * column[v];
+        }
+    }
+    UNROLLED for (int m = 0; m < M; m++)
+        UNROLLED for (int v = 0; v < V; v++) *(Floats*)(c + m * ldc + v * FLOATS) = sums[m][v];
+}
+
+template <int V>
+inline void product_columns(Strided a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t M, int64_t K, bool add) {
+    int64_t m = 0;
+    const auto rest = [&] { return Strided{a.data + m * a.row, a.row, a.column}; };
+    for (; m + 6 <= M; m += 6) product_tile<6, V>(rest(), b, ldb, c + m * ldc, ldc, K, add);
+    for (; m + 2 <= M; m += 2) product_tile<2, V>(rest(), b, ldb, c + m * ldc, ldc, K, add);
+    for (; m < M; m++) product_tile<1, V>(rest(), b, ldb, c + m * ldc, ldc, K, add);
+}
+
+// N is a multiple of 16
+inline void multiply(Strided a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t M, int64_t N, int64_t K, bool add) {
+    int64_t n = 0;
+    for (; n + FLOATS * COLUMN_VECTORS <= N; n += FLOATS * COLUMN_VECTORS)
+        product_columns<COLUMN_VECTORS>(a, b + n, ldb, c + n, ldc, M, K, add);
+    for (; n < N; n += FLOATS) product_columns<1>(a, b + n, ldb, c + n, ldc, M, K, add);
+}
+
+// One head of one row: T tokens; D a multiple of 16.
+struct RowHead {
+    static constexpr int64_t QUERIES = 24;  // of a block
+
+    int64_t T, D;
+    float scale;
+    const float *q, *k, *v;
+    int64_t q_stride, k_stride, v_stride;  // from token to token
+
+    static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+
+    // Scratch: transposed keys and values (D, padded T), scores and their gradients (QUERIES, padded T).
+    static int64_t scratch_size(int64_t T, int64_t D) { return 2 * (D + QUERIES) * padded(T); }
+
+    void transpose(const float* x, int64_t stride, float* y) const {
+        const int64_t ld = padded(T);
+        for (int64_t t0 = 0; t0 < ld; t0 += 16)
+            for (int64_t d = 0; d < D; d++)
+                for (int64_t t = t0; t < t0 + 16; t++) y[d * ld + t] = t < T ? x[t * stride + d] : 0.0f;
+    }
+
+    // Replaces scores s (n,) by exp(scale s - offset), at most 80 each; returns their sum. n is a multiple of 16.
+    static float exponentiate_all(float* s, int64_t n, float scale, float offset) {
+#ifdef __AVX512BW__
+        __m512 sum = _mm512_setzero_ps();
+        for (int64_t i = 0; i < n; i += 16) {
+            const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(s + i), _mm512_set1_ps(scale), _mm512_set1_ps(offset));
+            const __m512 y = exponential_16(x);
+            _mm512_storeu_ps(s + i, y);
+            sum = _mm512_add_ps(sum, y);
+        }
+        return _mm512_reduce_add_ps(sum);
+#else
+        float sum = 0.0f;
+        for (int64_t i = 0; i < n; i++) s[i] = exponential(s[i] * scale - offset);
+        for (int64_t i = 0; i < n; i++) sum += s[i];
+        return sum;
+#endif
+    }
+
+    // y and the logarithms of the sums of exponentials (T,)
+    void forward(float* scratch, float* y, int64_t y_stride, float* logs) const {
+        const int64_t ld = padded(T);
+        float *keys = scratch, *scores = keys + 2 * D * ld;
+        transpose(k, k_stride, keys);
+        for (int64_t t0 = 0; t0 < T; t0 += QUERIES) {
+            const int64_t t1 = std::min(t0 + QUERIES, T), M = t1 - t0;
+            multiply({q + t0 * q_stride, q_stride, 1}, keys, ld, scores, ld, M, padded(t1), D, false);
+            for (int64_t t = t0; t < t1; t++) {
+                float* s = scores + (t - t0) * ld;
+                const int64_t n = padded(t + 1);
+                std::fill(s + t + 1, s + padded(t1), -INFINITY);
+                const float most = largest(s, n) * scale, total = exponentiate_all(s, padded(t1), scale, most);
+                for (int64_t i = 0; i < n; i++) s[i] *= 1.0f / total;
+                logs[t] = most + std::log(total);
+            }
+            multiply({scores, ld, 1}, v, v_stride, y + t0 * y_stride, y_stride, M, D, t1, false);
+        }
+    }
+
+    // Gradients of queries (at dq_stride), and of keys and values (at d_stride), from those of y
+    void backward(float* scratch, const float* y, const float* dy, int64_t y_stride, const float* logs, float* dq,
+                  int64_t dq_stride, float* dk, float* dv, int64_t d_stride) const {
+        const int64_t ld = padded(T);
+        float *keys = scratch, *values = keys + D * ld, *scores = values + D * ld, *changes = scores + QUERIES * ld;
+        transpose(k, k_stride, keys);
+        transpose(v, v_stride, values);
+        for (int64_t t = 0; t < T; t++) {
+            std::fill_n(dk + t * d_stride, D, 0.0f);
+            std::fill_n(dv + t * d_stride, D, 0.0f);
+        }
+        for (int64_t t0 = 0; t0 < T; t0 += QUERIES) {
+            const int64_t t1 = std::min(t0 + QUERIES, T), M = t1 - t0;
+            const float *queries = q + t0 * q_stride, *outputs = dy + t0 * y_stride;
+            multiply({queries, q_stride, 1}, keys, ld, scores, ld, M, padded(t1), D, false);
+            multiply({outputs, y_stride, 1}, values, ld, changes, ld, M, padded(t1), D, false);
+            for (int64_t t = t0; t < t1; t++) {
+                float *s = scores + (t - t0) * ld, *c = changes + (t - t0) * ld;
+                const float *own = y + t * y_stride, *d_own = dy + t * y_stride;
+                float mean = 0.0f;
+                for (int64_t d = 0; d < D; d++) mean += own[d] * d_own[d];
+                std::fill(s + t + 1, s + padded(t1), -INFINITY);
+                exponentiate_all(s, padded(t1), scale, logs[t]);
+                for (int64_t i = 0; i < t1; i++) c[i] = s[i] * (c[i] - mean) * scale;
+            }
+            multiply({changes, ld, 1}, k, k_stride, dq + t0 * dq_stride, dq_stride, M, D, t1, false);
+            multiply({changes, 1, ld}, queries, q_stride, dk, d_stride, t1, D, M, true);
+            multiply({scores, 1, ld}, outputs, y_stride, dv, d_stride, t1, D, M, true);
+        }
+    }
+};
+
+// The rows of all heads. Queries (N, H, D), keys and values (N, G, D) by strides over tokens and heads; y (N, H, D); logs
+// (H, N); row r has tokens [ends[r - 1], ends[r]).
+struct RowAttention {
+    const float *q, *k, *v;
+    const int64_t* strides;  // of q, k and v
+    int64_t H, G, D, n_rows;
+    const int64_t* ends;
+    float scale;
+
+    int64_t begin(int64_t row) const { return row ? ends[row - 1] : 0; }
+    int64_t tokens() const { return ends[n_rows - 1]; }
+
+    RowHead head(int64_t row, int64_t h) const {
+        const int64_t t = begin(row), g = h / (H / G);
+        return {ends[row] - t, D, scale, q + t * strides[0] + h * strides[1], k + t * strides[2] + g * strides[3],
+                v + t * strides[4] + g * strides[5], strides[0], strides[2], strides[4]};
+    }
+
+    template <class Run>
+    void for_heads(Run run) const {
+#pragma omp parallel for schedule(dynamic)
+        for (int64_t i = 0; i < n_rows * H; i++) {
+            static thread_local Scratch<float> scratch;
+            const RowHead own = head(i / H, i % H);
+            run(own, i % H, begin(i / H), scratch.get(RowHead::scratch_size(own.T, D)));
+        }
+    }
+
+    void forward(float* y, float* logs) const {
+        for_heads([&](const RowHead& own, int64_t h, int64_t t, float* scratch) {
+            own.forward(scratch, y + (t * H + h) * D, H * D, logs + h * tokens() + t);
+        });
+    }
+
+    // dq, and for each query head its part of the gradients of keys and values, all (N, H, D); then their sums (N, G, D)
+    void backward(const float* y, const float* dy, const float* logs, float* dq, float* parts, float* dk, float* dv) const {
+        const int64_t size = tokens() * H * D, share = H / G;
+        float *dk_parts = share > 1 ? parts : dk, *dv_parts = share > 1 ? parts + size : dv;
+        for_heads([&](const RowHead& own, int64_t h, int64_t t, float* scratch) {
+            const int64_t at = (t * H + h) * D;
+            own.backward(scratch, y + at, dy + at, H * D, logs + h * tokens() + t, dq + at, H * D, dk_parts + at,
+                         dv_parts + at, H * D);
+        });
+        if (share == 1) return;
+#pragma omp parallel for schedule(static)
+        for (int64_t i = 0; i < tokens() * G; i++)
+            for (int64_t d = 0; d < D; d++) {
+                float key = 0.0f, value = 0.0f;
+                for (int64_t j = i * share; j < (i + 1) * share; j++) key += dk_parts[j * D + d], value += dv_parts[j * D + d];
+                dk[i * D + d] = key, dv[i * D + d] = value;
+            }
+    }
+};

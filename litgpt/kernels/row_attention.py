@@ -1,0 +1,74 @@
+"""Causal attention of rows that lie one after the other, in float32 on CPU, with gradients."""
+
+import struct
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from litgpt.kernels.library import library
+
+
+def can_attend_rows(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether `attend_rows` is there for these: one batch row, float32 on CPU, gradients wanted."""
+    inputs = (query, keys, values)
+    return (
+        torch.is_grad_enabled()
+        and all(x.dtype == torch.float32 and x.device.type == "cpu" and x.stride(-1) == 1 for x in inputs)
+        and any(x.requires_grad for x in inputs)
+        and query.shape[0] == 1
+        and query.shape[-1] == values.shape[-1]
+        and query.shape[-1] % 16 == 0
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+def attend_rows(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sizes: Sequence[int], scale: float
+) -> torch.Tensor:
+    """Attention (1, N, H * D) of queries (1, H, N, D) over keys and values (1, G, N, D) of the same N tokens: rows of these
+    sizes, in each of which a token sees those up to itself."""
+    return _RowAttention.apply(query, keys, values, tuple(sizes), scale)
+
+
+class _RowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sizes: tuple[int, ...], scale: float
+    ) -> torch.Tensor:
+        _, H, N, D = query.shape
+        values = values.contiguous()  # a view would keep queries and keys without RoPE for the backward pass
+        y, logs = query.new_empty(1, N, H * D), query.new_empty(H, N)
+        library().attend_rows(*_addresses(query, keys, values, y, logs), *_sizes(query, keys, values, sizes), scale)
+        ctx.save_for_backward(query, keys, values, y, logs)
+        ctx.sizes, ctx.scale = sizes, scale
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, keys, values, y, logs = ctx.saved_tensors
+        _, H, N, D = query.shape
+        G = keys.shape[1]
+        d_query = query.new_empty(1, N, H, D)
+        d_keys, d_values = query.new_empty(2, 1, N, G, D)
+        parts = query.new_empty(2, N, H, D) if H > G else None
+        library().attend_rows_backward(
+            *_addresses(query, keys, values, y, d_y.contiguous(), logs, d_query, parts, d_keys, d_values),
+            *_sizes(query, keys, values, ctx.sizes),
+            ctx.scale,
+        )
+        return *(d.transpose(1, 2) for d in (d_query, d_keys, d_values)), None, None
+
+
+def _addresses(*tensors: torch.Tensor | None) -> list[int | None]:
+    return [None if x is None else x.data_ptr() for x in tensors]
+
+
+def _sizes(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sizes: Sequence[int]) -> tuple:
+    """H, G, D, the number of rows, their ends, and strides over tokens and heads."""
+    strides = [x.stride(dim) for x in (query, keys, values) for dim in (2, 1)]
+    ends = struct.pack(f"{len(sizes)}q", *accumulate(sizes))
+    return query.shape[1], keys.shape[1], query.shape[3], len(sizes), ends, struct.pack("6q", *strides)

@@ -1,0 +1,88 @@
+"""Attention of rows in float32, with gradients, against attention written out in float64."""
+
+import math
+
+import pytest
+import torch
+from tiny import tiny_gpt
+
+from litgpt.kernels.library import library
+from litgpt.kernels.row_attention import attend_rows, can_attend_rows
+from litgpt.train.model import TrainingModel
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no compiled kernels")
+
+
+def written_out(query, keys, values, sizes, scale):
+    H, G = query.shape[1], keys.shape[1]
+    outputs = []
+    for q, k, v in zip(*(x.double().split(sizes, dim=2) for x in (query, keys, values)), strict=True):
+        k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
+        hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
+        weights = (q @ k.mT * scale).masked_fill(hidden, -math.inf).softmax(-1)
+        outputs.append((weights @ v).transpose(1, 2).flatten(2))
+    return torch.cat(outputs, dim=1)
+
+
+def parts_of(qkv, H, G, D):
+    """Queries, keys and values as the model has them: views of one tensor (1, N, (H + 2 G) D)."""
+    heads = qkv.view(1, -1, H + 2 * G, D).transpose(1, 2)
+    return heads.split_with_sizes((H, G, G), dim=1)
+
+
+@pytest.mark.parametrize(("H", "G", "D"), [(9, 3, 64), (4, 4, 16), (6, 1, 80), (2, 1, 128)])
+@pytest.mark.parametrize("sizes", [[1], [5, 1, 17], [64, 65, 3], [200], [130, 16, 1, 1, 33]])
+def test_outputs_and_gradients_are_exact(H, G, D, sizes):
+    torch.manual_seed(0)
+    qkv = (2 * torch.randn(1, sum(sizes), (H + 2 * G) * D)).requires_grad_()
+    d_y = torch.randn(1, sum(sizes), H * D)
+    inputs = parts_of(qkv, H, G, D)
+    assert can_attend_rows(*inputs)
+    y = attend_rows(*inputs, sizes, D**-0.5)
+    expected = written_out(*inputs, sizes, D**-0.5)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=3e-5)
+    (own,), (exact,) = torch.autograd.grad(y, qkv, d_y), torch.autograd.grad(expected, qkv, d_y.double())
+    torch.testing.assert_close(own, exact, rtol=1e-4, atol=2e-5)
+
+
+def test_large_scores_stay_finite():
+    torch.manual_seed(0)
+    qkv = (100 * torch.randn(1, 70, 48)).requires_grad_()
+    y = attend_rows(*parts_of(qkv, 1, 1, 16), [70], 1.0)
+    torch.testing.assert_close(y.double(), written_out(*parts_of(qkv, 1, 1, 16), [70], 1.0), rtol=1e-3, atol=1e-2)
+    (gradient,) = torch.autograd.grad(y.sum(), qkv)
+    assert gradient.isfinite().all()
+
+
+def test_other_calls_are_left_to_torch():
+    x = torch.randn(1, 2, 4, 16, requires_grad=True)
+    assert can_attend_rows(x, x, x)
+    assert not can_attend_rows(x.double(), x.double(), x.double())
+    assert not can_attend_rows(x[..., :8], x[..., :8], x[..., :8])
+    assert not can_attend_rows(*[x.expand(2, -1, -1, -1)] * 3)
+    with torch.no_grad():
+        assert not can_attend_rows(x, x, x)
+
+
+@pytest.mark.parametrize(
+    ("options", "used"),
+    [({}, True), ({"sliding_window_size": 4}, False), ({"attention_logit_softcapping": 20.0}, False)],
+)
+def test_a_models_losses_and_gradients_stay(monkeypatch, options, used):
+    found, calls = [], []
+    for on in (False, True):
+
+        def may(*inputs, on=on):
+            calls.append(on and can_attend_rows(*inputs))
+            return calls[-1]
+
+        monkeypatch.setattr("litgpt.model.can_attend_rows", may)
+        torch.manual_seed(0)
+        model = tiny_gpt(n_embd=64, n_head=4, n_query_groups=2, **options).requires_grad_(True)
+        ids = torch.randint(0, 100, (1, 40))
+        loss = TrainingModel(model)(ids, ids, [7, 32, 1])
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters())])
+    assert any(calls) == used
+    for plain, ours in zip(*found, strict=True):
+        assert (ours - plain).norm() <= 1e-4 * plain.norm()
