@@ -52,7 +52,10 @@ def attend_without_cache(
     """Causal attention (B, T, H * D) of queries (B, H, T, D) over the keys and values (B, G, T, D) of the same tokens; with
     `Rows`, within each row."""
     sizes = [query.shape[2]] if plan is None else plan.sizes
-    if mha.has_plain_scores(block_idx) and sink_logits is None and can_attend_rows(query, key, value):
+    plain = type(mha) is MultiHeadSelfAttention and mha.has_plain_scores(
+        block_idx
+    )  # not what a script put in its place
+    if plain and sink_logits is None and can_attend_rows(query, key, value):
         return attend_rows(query, key, value, sizes, mha.scale)
     rows = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     outputs = [mha(q, DefaultKeysAndValues(k, v), block_idx, sink_logits=sink_logits)[0] for q, k, v in rows]

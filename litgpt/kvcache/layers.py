@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
 from litgpt.config import Config
 from litgpt.kvcache.base import KVCache
@@ -167,10 +166,8 @@ class LayerCaches:
         plans, different = [], []
         for cache in self.caches:
             key = cache.plan_key()
-            for known, plan in different:
-                if known == key:
-                    break
-            else:
+            plan = next((plan for known, plan in different if known == key), None)
+            if plan is None:
                 n_rows, T = (len(rows), list(sizes)) if packed else (len(sizes), sizes[0])
                 plan = cache.plan(input_pos, n_rows, T, rows, static)
                 different.append((key, plan))
