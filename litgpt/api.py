@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from litgpt.benchmark_table import benchmark_dict_to_markdown_table as benchmark_dict_to_markdown_table
 from litgpt.checkpoint.load import load_model, save_litgpt, save_quantized
 from litgpt.config import Config
 from litgpt.engine.answer import Answer
@@ -37,6 +38,7 @@ from litgpt.model import GPT
 from litgpt.parallel.pipeline import choose_devices, spread_layers
 from litgpt.parallel.processes import join_group, launched_outside, number_of_processes, own_device
 from litgpt.parallel.tensor import ShardedGPT, shard_model
+from litgpt.prompt_frame import PromptFrame
 from litgpt.prompts import ChatTemplate, Message, PromptStyle, all_stop_tokens, encode_prompt, save_prompt_style
 from litgpt.runners.quantized_weights import BNB_MODES, quantize_model
 from litgpt.tokenizer import Tokenizer
@@ -424,6 +426,74 @@ class LLM(nn.Module):
         self._for_inference()
         return Session(self.model, self._spec(kv_cache, cache_length, kv_cache_args), prompt_chunksize=prompt_chunksize)
 
+    def compress(
+        self,
+        context: str | Session,
+        kv_cache: CacheSpec | str,
+        cache_length: int | None = None,
+        prompt_chunksize: int | None = None,
+        sys_prompt: str | None = None,
+        **kv_cache_args: Any,
+    ) -> Session:
+        """Read a long text once, and keep a small cache of it that any number of questions use: see `ask`.
+
+        Args:
+            context: the text, as the beginning of a user's message; or a session, whose tokens are read anew.
+            kv_cache: which cache, such as "snapkv" or a `CacheSpec`.
+            cache_length, prompt_chunksize, sys_prompt, kv_cache_args: as for `generate`.
+
+        Returns:
+            A session that ends with the text. `save` writes it to a file as small as its caches.
+
+        Raises:
+            ValueError: if there is nothing to read, or more than the caches take.
+        """
+        if isinstance(context, Session):
+            tokens = context.tokens
+        elif isinstance(context, str):
+            tokens = self._frame(sys_prompt).begin(context) if context else ()
+        else:
+            raise ValueError(f"compress takes a text or a session, got {context!r:.80}")
+        if not tokens:
+            raise ValueError("there is nothing to compress: give some text, or a session that has some")
+        session = self.session(kv_cache, cache_length, prompt_chunksize, **kv_cache_args)
+        session.extend(tokens)
+        return session
+
+    def ask(
+        self,
+        context: Session,
+        question: str,
+        max_new_tokens: int = 50,
+        *,
+        temperature: float = 1.0,
+        stream: bool = False,
+        **sampling: Any,
+    ) -> str | Iterator[str]:
+        """The answer to a question about what `compress` has read, or about any session that ends within a user's message.
+
+        The session stays as it is, so further questions may follow, also in other threads.
+
+        Args:
+            context: the session.
+            question: follows its text.
+            max_new_tokens: most tokens of the answer.
+            temperature, sampling: as for `Session.generate`.
+            stream: return an iterator over the parts of the answer's text.
+
+        Raises:
+            ValueError: if the question is empty, or the model or the caches do not take as many tokens.
+        """
+        if not isinstance(question, str) or not question:
+            raise ValueError("the question is empty: give some text")
+        twin, stops = context.fork(), all_stop_tokens(self.tokenizer, self.prompt_style)
+        tokens = [*twin.tokens, *self._frame().ask(question)]
+        drawn = twin.generate(tokens, max_new_tokens, stop_tokens=stops, temperature=temperature, **sampling)
+        return self.tokenizer.decode_stream(drawn) if stream else self.tokenizer.decode(list(drawn))
+
+    def _frame(self, sys_prompt: str | None = None) -> PromptFrame:
+        return PromptFrame(self.tokenizer, self.prompt_style, sys_prompt)
+
     def _spec(
         self, kv_cache: CacheSpec | str | None, cache_length: int | None, kv_cache_args: abc.Mapping[str, Any]
     ) -> CacheSpec:
@@ -590,18 +660,3 @@ def calculate_number_of_devices(devices: int | list[int] | None) -> int:
     if isinstance(devices, int):
         return devices
     return len(devices) if isinstance(devices, list) else 0
-
-
-def benchmark_dict_to_markdown_table(data: dict[str, list[float]]) -> str:
-    """The results of `LLM.benchmark` as a table: mean and standard deviation of each figure."""
-    rows = [("Metric", "Mean", "Std Dev")]
-    for name, values in data.items():
-        column = torch.tensor(values, dtype=torch.float64)
-        spread = column.std().item() if len(values) > 1 else float("nan")
-        rows.append((name, f"{column.mean().item():.2f}", f"{spread:.2f}"))
-    widths = (35, 27, 27)
-    lines = [
-        "| " + " | ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines) + "\n"

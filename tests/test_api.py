@@ -490,3 +490,61 @@ def test_embeddings_are_tied_as_in_the_checkpoint_unless_they_are_asked_to_be_ap
     model = llm.prepare_for_training()
     assert (model.lm_head.weight is model.transformer.wte.weight) == tie_embeddings
     assert torch.equal(model.lm_head.weight, model.transformer.wte.weight)
+
+
+DOCUMENT = "The llama lives in the Andes and eats grass. " * 4
+
+
+@pytest.mark.parametrize("kind", ["snapkv", "h2o", "knorm-int8", "lastrec"])
+def test_compressed_text_is_a_small_cache_that_many_questions_use_and_that_survives_a_file(llm, kind, tmp_path):
+    llm.model.max_seq_length = 128
+    text, size = DOCUMENT[:90], {"cache_length": 32}
+    small = llm.compress(text, kind, **size)
+    before, held = small.tokens, [cache.token_positions() for cache in small.kv_caches]
+    assert small.cache_bytes < CacheSpec(cache_length=len(before)).size(llm.model, 1)[0] / 8
+    asked = {"max_new_tokens": 6, "temperature": 0.0}
+    answers = [llm.ask(small, question, **asked) for question in ("Where?", "What?")]
+    assert small.tokens == before
+    assert all(torch.equal(a, cache.token_positions()) for a, cache in zip(held, small.kv_caches, strict=True))
+    for question, answer in zip(("Where?", "What?"), answers, strict=True):
+        frame = llm._frame()
+        whole = llm.session(kind, **size)
+        whole.extend(before)
+        drawn = whole.generate([*before, *frame.ask(question)], 6, stop_tokens=[[0]], temperature=0.0)
+        assert answer == llm.tokenizer.decode(list(drawn))
+        assert frame.begin(text) + frame.ask(question) == tuple(
+            llm._text_to_token_ids(f"{text}\n\n{question}").tolist()
+        )
+    small.save(tmp_path / "small")
+    later = llm.session(kind, **size)
+    later.load(tmp_path / "small")
+    assert [llm.ask(later, question, **asked) for question in ("Where?", "What?")] == answers
+    for a, b in zip(small.kv_caches, later.kv_caches, strict=True):
+        states = a.state(), b.state()
+        assert states[0].keys() == states[1].keys()
+        assert all(
+            torch.equal(x, states[1][k]) if isinstance(x, torch.Tensor) else x == states[1][k]
+            for k, x in states[0].items()
+        )
+    assert "".join(llm.ask(small, "Where?", stream=True, **asked)) == answers[0]
+
+
+def test_a_session_is_compressed_to_another_and_stays(llm):
+    whole = llm.session()
+    whole.extend(llm._frame().begin(DOCUMENT[:90]))
+    small = llm.compress(whole, CacheSpec("snapkv", cache_length=32))
+    assert small.tokens == whole.tokens
+    assert whole.cached == small.cached == len(whole.tokens) - 1
+    same = llm.compress(DOCUMENT[:90], "snapkv", 32)
+    asked = {"max_new_tokens": 6, "temperature": 0.0}
+    assert llm.ask(small, "Where?", **asked) == llm.ask(same, "Where?", **asked)
+
+
+def test_what_cannot_be_compressed_or_asked_is_said(llm):
+    for nothing in ("", llm.session()):
+        with pytest.raises(ValueError, match="there is nothing to compress"):
+            llm.compress(nothing, "snapkv", 32)
+    with pytest.raises(ValueError, match="compress takes a text or a session, got 5"):
+        llm.compress(5, "snapkv", 32)
+    with pytest.raises(ValueError, match="the question is empty"):
+        llm.ask(llm.compress("Andes", "snapkv", 32), "")

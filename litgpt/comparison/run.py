@@ -16,10 +16,11 @@ from litgpt.comparison.perplexity import predict, windows_of
 from litgpt.comparison.records import Record, Records, key_of
 from litgpt.comparison.retrieval import DEPTHS, retrieval
 from litgpt.comparison.ruler import RULER
-from litgpt.comparison.sample import Frame, Prompt, longest_prompt
+from litgpt.comparison.sample import Prompt, longest_prompt
 from litgpt.comparison.speed import DECODED, measure_speed
 from litgpt.fingerprint import fingerprint
 from litgpt.kvcache import CacheSpec
+from litgpt.prompt_frame import PromptFrame
 
 VERSION = 1  # of what the tasks are: runs of other versions are not comparable
 
@@ -53,7 +54,7 @@ class Comparison:
         for name, value in (("samples", self.samples), ("prompt_chunksize", self.prompt_chunksize)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self._frame = Frame(self.llm.tokenizer, self.llm.prompt_style)
+        self._frame = PromptFrame(self.llm.tokenizer, self.llm.prompt_style)
         self._text = self.llm.tokenizer.encode(self.document).tolist()
         self._prose = lines_of(self.document)
         self._prompts = lru_cache(maxsize=len(self.tasks))(self._make_prompts)

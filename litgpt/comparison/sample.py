@@ -2,14 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 from litgpt.kvcache.memory import largest
-from litgpt.prompt_style import PromptStyle
-from litgpt.prompts import ChatTemplate
-from litgpt.tokenizer import Tokenizer
+from litgpt.prompt_frame import PromptFrame
 
-_CONTEXT, _ANSWER, _NEXT = "<<context>>", "<<answer>>", "<<next>>"  # stand for these in a prompt style's text
 ANSWER_ROOM = 16  # tokens that an answer may have beyond the right one's
 
 
@@ -57,36 +54,12 @@ class Sample:
     depth: float | None = None
 
 
-class Frame:
-    """The text that a prompt style puts around a context with a question, and between an answer and the next question."""
-
-    def __init__(self, tokenizer: Tokenizer, style: PromptStyle) -> None:
-        self.tokenizer = tokenizer
-        turns = (("user", _CONTEXT), ("assistant", _ANSWER), ("user", _NEXT))
-        text = style.render([{"role": role, "content": content} for role, content in turns])
-        self.before, _, rest = text.partition(_CONTEXT)
-        self.to_answer, _, rest = rest.partition(_ANSWER)
-        self.to_next, _, _ = rest.partition(_NEXT)
-        bos = tokenizer.bos_token
-        complete = isinstance(style, ChatTemplate) or bool(bos and self.before.startswith(bos))
-        self._bos = False if complete else None
-        self.line = lru_cache(maxsize=None)(self._line)
-
-    def _line(self, text: str) -> tuple[int, ...]:
-        """Tokens of a text that follows another."""
-        return tuple(self.tokenizer.encode(text, bos=False).tolist()) if text else ()
-
-    def begin(self, text: str) -> tuple[int, ...]:
-        """Tokens of the text that begins a prompt."""
-        return tuple(self.tokenizer.encode(self.before + text, bos=self._bos).tolist())
-
-
 @dataclass(frozen=True)
 class Prompt:
     """A sample as tokens. Every line is encoded on its own, so that places in the text are places in the sequence."""
 
     sample: Sample
-    frame: Frame
+    frame: PromptFrame
 
     @cached_property
     def context(self) -> list[int]:
@@ -123,7 +96,7 @@ class Prompt:
         return len(self.context) + sum(len(self.question(i)) + len(self.right(i)) + ANSWER_ROOM for i in asked)
 
 
-def longest_prompt(make: Callable[[int], Sample], frame: Frame, length: int, name: str) -> Prompt:
+def longest_prompt(make: Callable[[int], Sample], frame: PromptFrame, length: int, name: str) -> Prompt:
     """The prompt of the sample `make(n)` with the most lines of filling, n, that comes to at most `length` tokens.
 
     Raises:

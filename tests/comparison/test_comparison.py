@@ -21,8 +21,9 @@ from litgpt.comparison.records import FILE_NAME, Records
 from litgpt.comparison.retrieval import retrieval
 from litgpt.comparison.ruler import RULER
 from litgpt.comparison.run import Comparison
-from litgpt.comparison.sample import Frame, Prompt, longest_prompt
+from litgpt.comparison.sample import Prompt, longest_prompt
 from litgpt.kvcache import CacheSpec
+from litgpt.prompt_frame import PromptFrame
 from litgpt.prompts import ChatTemplate, PromptStyle
 
 LENGTH = 1536
@@ -39,7 +40,7 @@ def llm():
 
 @pytest.fixture(scope="module")
 def frame(llm):
-    return Frame(llm.tokenizer, llm.prompt_style)
+    return PromptFrame(llm.tokenizer, llm.prompt_style)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_needles_are_at_their_depth(depth):
 @pytest.mark.parametrize("style", ["default", "chatml", "llama3", "alpaca"])
 def test_questions_continue_the_conversation_of_the_prompt_style(style):
     tokenizer, style = tiny_tokenizer(), PromptStyle.from_name(style)
-    prompt = Prompt(RULER["niah_multikey_2"](Random(1), 3), Frame(tokenizer, style))
+    prompt = Prompt(RULER["niah_multikey_2"](Random(1), 3), PromptFrame(tokenizer, style))
     first, second = prompt.sample.questions
     tokens = prompt.context + prompt.question(0) + prompt.right(0) + prompt.question(1) + prompt.right(1)
     context = f"{prompt.sample.intro}\n\n{''.join(prompt.sample.lines)}\n{first.text}"
