@@ -82,7 +82,10 @@ def measure(checkpoint: str, system: str, length: int, steps: int, keep_inputs: 
     mark_only_lora_as_trainable(model)
     model.float().train()
     model.max_seq_length = max(length, model.config.block_size)
-    spec = {"dense": CacheSpec("dense", cache_length=length), "lastrec": CacheSpec("lastrec", cache_length=CACHE_LENGTH)}
+    spec = {
+        "dense": CacheSpec("dense", cache_length=length),
+        "lastrec": CacheSpec("lastrec", cache_length=CACHE_LENGTH),
+    }
     cached = None
     if system in spec:
         options = {} if keep_inputs == "device" else {"keep_inputs": keep_inputs}

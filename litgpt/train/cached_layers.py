@@ -28,7 +28,6 @@ from litgpt.rope import Rope
 from litgpt.train.kept_inputs import PLACES, keep
 from litgpt.train.products import gradients_only
 
-
 CHUNKS_AT_ONCE = 4  # of rows that dense caches keep, in a graph of one layer
 
 
