@@ -24,7 +24,7 @@ class _File:
 
     def __init__(self, x: torch.Tensor, device: torch.device) -> None:
         self.shape, self.dtype, self.device = x.shape, x.dtype, device
-        self.file = tempfile.TemporaryFile(prefix="litgpt-inputs-", buffering=0)  # noqa: SIM115: it outlives this call
+        self.file = tempfile.TemporaryFile(prefix="litgpt-inputs-", buffering=0)  # noqa: SIM115
         self._transfer(self.file.write, x.contiguous())
 
     def read(self) -> torch.Tensor:
