@@ -10,7 +10,7 @@ Letters: B rows, N tokens of all rows one after the other, E embedding size, G k
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -18,12 +18,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.plan import Plan
 from litgpt.kvcache.planned import PlannedKVCache
-from litgpt.model import GPT
+from litgpt.model import GPT, Block, GptNeoxMLP, LLaMAMLP, Multiply, Rows
 from litgpt.rope import Rope
+from litgpt.train.kept_inputs import PLACES, keep
+from litgpt.train.products import gradients_only
+
+CHUNKS_AT_ONCE = 4  # of rows that dense caches keep, in a graph of one layer
 
 
 @dataclass(frozen=True)
@@ -60,27 +65,49 @@ class CachedLayers:
         gpt: the model.
         spec: the caches. They have to be planned ones, as all that this package registers are.
         chunk: tokens of a row that enter the caches together.
+        keep_inputs: where the inputs of layers stay until the backward pass: device (with the model), cpu, or disk (in
+            temporary files).
 
     Raises:
         ValueError: if caches of that kind cannot be trained through.
     """
 
-    def __init__(self, gpt: GPT, spec: CacheSpec, chunk: int) -> None:
+    def __init__(self, gpt: GPT, spec: CacheSpec, chunk: int, keep_inputs: str = "device") -> None:
         if chunk < 1:
             raise ValueError(f"a chunk needs at least one token, got {chunk}")
-        self.gpt, self.spec, self.chunk = gpt, spec, chunk
+        if keep_inputs not in PLACES:
+            raise ValueError(f"keep_inputs must be {', '.join(PLACES)}, got {keep_inputs!r}")
+        self.gpt, self.spec, self.chunk, self.keep_inputs = gpt, spec, chunk, keep_inputs
         self.cache_length = spec.length_for(gpt.config)
 
     def __call__(self, idx: torch.Tensor, row_sizes: Sequence[int] | None = None) -> torch.Tensor:
         """Final-norm outputs (B, T, E), or (1, N, E) with `row_sizes`, of tokens of the same shape."""
         B, T = idx.shape
         sizes = [T] * B if row_sizes is None else list(row_sizes)
+        if self._nothing_to_cut(sizes):
+            return self._whole(idx.reshape(1, -1), sizes).view(B, T, -1)
         sweep = _Sweep(self, idx.reshape(1, -1), sizes)
         x = self.gpt.embed(sweep.idx)
         for block_idx, block in enumerate(self.gpt.transformer.h):
             params = [p for p in block.parameters() if p.requires_grad]
             x = _CachedLayer.apply(x, sweep, block_idx, *params)
         return self.gpt.transformer.ln_f(x).view(B, T, -1)
+
+    def _nothing_to_cut(self, sizes: list[int]) -> bool:
+        """Whether caches keep all tokens of rows as they are, and a layer's graph of all of them is small."""
+        keeps_all = not self.spec.evicts and self.spec.storage == "default"
+        room = self.cache_length if self.spec.cache_length is not None else max(sizes)
+        small = sum(sizes) <= CHUNKS_AT_ONCE * self.chunk and self.keep_inputs == "device"
+        return keeps_all and small and max(sizes) <= room
+
+    def _whole(self, idx: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+        """Outputs (1, N, E) of layers that see all tokens of rows."""
+        gpt, longest = self.gpt, max(sizes)
+        rope = gpt.rope_rows([0] * len(sizes), sizes, gpt.needs_long_rope(longest))
+        rows, x = Rows(tuple(sizes)), gpt.embed(idx)
+        for block in gpt.transformer.h:
+            x = checkpoint(block, x, rope, rows, idx, use_reentrant=False)
+        return gpt.transformer.ln_f(x)
 
 
 class _Sweep:
@@ -96,6 +123,7 @@ class _Sweep:
         self.begins = torch.tensor([0, *accumulate(row_sizes)][:-1], device=idx.device)
         self.packed = len(row_sizes) > 1
         self._long = self.gpt.needs_long_rope(longest)
+        self.differentiated = torch.is_grad_enabled()
         self._plans: dict[tuple, Plan] = {}
 
     @cached_property
@@ -167,14 +195,16 @@ class _CachedLayer(torch.autograd.Function):
             output[:, chunk.tokens] = sweep.run(block, index, x[:, chunk.tokens], serving, seed)
             log.append(serving.calls)
         cache.clear()
-        ctx.save_for_backward(x)
+        ctx.kept = keep(x, sweep.layers.keep_inputs) if sweep.differentiated else None
         ctx.autocast = _autocast_of(x.device.type)
         ctx.sweep, ctx.block, ctx.cache, ctx.log, ctx.seed, ctx.params = sweep, block, cache, log, seed, params
         return output
 
     @staticmethod
     def backward(ctx: Any, d_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
+        if ctx.kept is None:
+            raise RuntimeError("the gradients of this pass through caches have been taken already: compute it anew")
+        x, ctx.kept = ctx.kept(), None
         sweep, block, cache, params = ctx.sweep, ctx.block, ctx.cache, ctx.params
         with torch.autocast(**ctx.autocast):  # the backward pass leaves it
             keys, values = _keys_and_values(sweep, block, x, ctx.seed)
@@ -184,7 +214,7 @@ class _CachedLayer(torch.autograd.Function):
             chunk, calls = sweep.chunks[index], ctx.log[index]
             stored = [_gathered(of_all, calls[0].places).requires_grad_() for of_all in (keys, values)]
             own, again = x[:, chunk.tokens].detach().requires_grad_(), _Again(cache, chunk, calls, stored, x.shape[1])
-            with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            with torch.enable_grad(), torch.autocast(**ctx.autocast), _without_outputs(block):
                 y = sweep.run(block, index, own, again, ctx.seed)
             outputs, gradients = [y], [d_output[:, chunk.tokens]]
             for new, d_all in ((again.key, d_keys), (again.value, d_values)):
@@ -305,7 +335,11 @@ class _KeysAndValuesOnly(nn.Module):
 
     def run(self, plan: Plan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
         self.key, self.value = key, value
-        return query.new_zeros(query.shape[0], query.shape[2], query.shape[1] * value.shape[-1])
+        raise _FoundError
+
+
+class _FoundError(Exception):
+    """Ends the run of an attention layer of which only keys and values are wanted."""
 
 
 def _in_order(outputs: list[torch.Tensor], calls: list[_Call]) -> torch.Tensor:
@@ -333,7 +367,7 @@ def _keys_and_values(
     keys = values = None
     for index, chunk in enumerate(sweep.chunks):
         only = _KeysAndValuesOnly()
-        with _cache_of(block, only), _seeded(seed, index):
+        with _cache_of(block, only), _seeded(seed, index), suppress(_FoundError):
             block.attn(block.norm_1(x[:, chunk.tokens]), sweep.ropes[index], _NO_PLAN, sweep.idx[:, chunk.tokens])
         if keys is None:
             keys, values = (of.new_empty(1, of.shape[1], x.shape[1], of.shape[3]) for of in (only.key, only.value))
@@ -360,6 +394,15 @@ def _autocast_of(device: str) -> dict[str, Any]:
     """Arguments of the `torch.autocast` that is in force."""
     enabled = torch.is_autocast_enabled(device)
     return {"device_type": device, "enabled": enabled, "dtype": torch.get_autocast_dtype(device) if enabled else None}
+
+
+def _without_outputs(block: Block) -> AbstractContextManager[None]:
+    """Spare the last product of a layer, whose outputs a backward pass does not need, if nothing but a factor follows it."""
+    last = getattr(block.mlp, "proj", None)
+    spared = isinstance(block.mlp, GptNeoxMLP | LLaMAMLP) and type(last) is nn.Linear
+    spared = spared and isinstance(block.post_mlp_norm, nn.Identity | Multiply)
+    spared = spared and not torch.is_autocast_enabled(last.weight.device.type)
+    return gradients_only(last) if spared else nullcontext()
 
 
 @contextmanager

@@ -27,6 +27,7 @@ class _HeadLoss(torch.autograd.Function):
         head: Callable,
         chunk: int,
         tied: list[torch.Tensor] | None,
+        teacher: Callable[[slice], torch.Tensor] | None,
         *params: torch.Tensor,
     ) -> torch.Tensor:
         form = torch.promote_types(hidden.dtype, torch.float32)
@@ -40,9 +41,15 @@ class _HeadLoss(torch.autograd.Function):
                 logits = head(x)
             scores, targets = logits.detach().to(form), labels[part, None]
             shifted = torch.logsumexp(scores, dim=-1, keepdim=True)
-            total += (shifted - scores.gather(1, targets)).sum()
-            d_logits = torch.sub(scores, shifted, out=scores).exp_()
-            d_logits.scatter_add_(1, targets, d_logits.new_full(targets.shape, -1.0))
+            if teacher is None:
+                total += (shifted - scores.gather(1, targets)).sum()
+                d_logits = torch.sub(scores, shifted, out=scores).exp_()
+                d_logits.scatter_add_(1, targets, d_logits.new_full(targets.shape, -1.0))
+            else:  # the divergence of the teacher's distribution from this one
+                wanted = torch.log_softmax(teacher(part).to(form), dim=-1)
+                logs = torch.sub(scores, shifted, out=scores)
+                total += F.kl_div(logs, wanted, reduction="sum", log_target=True)
+                d_logits = logs.exp_().sub_(wanted.exp_())
             inputs = [x] * (d_hidden is not None) + list(params)
             found = list(torch.autograd.grad(logits, inputs, d_logits.to(logits.dtype)))
             if d_hidden is not None:
@@ -61,7 +68,7 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.tied is not None:
             ctx.tied.append(d_params[0])
             d_params[0] = None
-        return d_hidden, None, None, None, None, *d_params
+        return d_hidden, None, None, None, None, None, *d_params
 
 
 class TiedEmbedding(torch.autograd.Function):
@@ -89,8 +96,9 @@ def loss_sum(
     params: Sequence[torch.Tensor],
     vocabulary: int,
     tied: list[torch.Tensor] | None = None,
+    teacher: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None,
 ) -> torch.Tensor:
-    """Sum of the next-token losses over counted tokens.
+    """Sum of the next-token losses over counted tokens, or of their divergences from what a teacher says.
 
     Args:
         hidden: final-norm outputs (..., E).
@@ -98,6 +106,8 @@ def loss_sum(
         head: logits (n, V) of outputs (n, E).
         params: parameters of the head that want gradients.
         vocabulary: V, by which the number of tokens at a time is chosen.
+        teacher: outputs (..., E) of another model, and its logits of them: the loss is the Kullback-Leibler divergence of its
+            distribution of the next token from this one's, where gradients are wanted.
         tied: the list that a `TiedEmbedding` before `hidden` was given: for the gradient of the first of `params`.
 
     Returns:
@@ -110,6 +120,10 @@ def loss_sum(
     if not len(hidden):
         return sum((p.sum() * 0.0 for p in params), hidden.sum() * 0.0).to(form)
     if torch.is_grad_enabled() and (hidden.requires_grad or params):
-        return _HeadLoss.apply(hidden, labels, head, chunk, tied, *params)
+        says = None
+        if teacher is not None:
+            outputs, teacher_head = teacher[0][counted], teacher[1]
+            says = lambda part: teacher_head(outputs[part])  # noqa: E731
+        return _HeadLoss.apply(hidden, labels, head, chunk, tied, says, *params)
     parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
     return sum(F.cross_entropy(head(x).to(form), y, reduction="sum") for x, y in parts)

@@ -11,6 +11,7 @@ from litgpt.model import GPT, LLaMAMLP
 from litgpt.train.cached_layers import CachedLayers
 from litgpt.train.loss import TiedEmbedding, loss_sum
 from litgpt.train.products import linear, onednn_is_faster
+from litgpt.train.teacher import Teacher
 
 
 class _Recomputed(torch.autograd.Function):
@@ -37,12 +38,19 @@ class TrainingModel(nn.Module):
         gpt: the model.
         activation_checkpointing: keep only the inputs of layers for the backward pass, and compute the rest again then.
         cached_layers: runs the model through key-value caches, and keeps only the inputs of layers in any case.
+        teacher: whose next-token distributions are learned in place of the labels, where these are counted. Without
+            gradients, the loss is that of the labels.
     """
 
     def __init__(
-        self, gpt: GPT, activation_checkpointing: bool = False, cached_layers: CachedLayers | None = None
+        self,
+        gpt: GPT,
+        activation_checkpointing: bool = False,
+        cached_layers: CachedLayers | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
+        self.teacher = teacher
         self.gpt, self.cached_layers = gpt, cached_layers
         if activation_checkpointing and cached_layers is None:
             for block in gpt.transformer.h:
@@ -63,6 +71,9 @@ class TrainingModel(nn.Module):
             labels: of the same shape; the token that follows each, or -100 where it is not counted.
             row_sizes: tokens of each row.
         """
+        teacher = None
+        if self.teacher is not None and torch.is_grad_enabled():
+            teacher = self.teacher(input_ids, row_sizes), self.teacher.logits
         head, embedding, tied = self.gpt.lm_head, self.gpt.transformer.wte, None
         weight = embedding.weight
         if getattr(head, "weight", None) is weight and weight.requires_grad and torch.is_grad_enabled():
@@ -76,7 +87,7 @@ class TrainingModel(nn.Module):
         finally:
             vars(embedding).pop("forward", None)
         params = [p for p in head.parameters() if p.requires_grad]
-        return loss_sum(hidden, labels, self.gpt.logits, params, self.gpt.config.padded_vocab_size, tied)
+        return loss_sum(hidden, labels, self.gpt.logits, params, self.gpt.config.padded_vocab_size, tied, teacher)
 
 
 def restore_forward(gpt: GPT) -> None:

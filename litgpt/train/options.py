@@ -88,6 +88,9 @@ class Options:
             raise ValueError(
                 "--kv_cache: layers that are divided among devices (fsdp) cannot be trained through caches"
             )
+        for name, default in (("teacher", None), ("keep_inputs", "device")):
+            if getattr(self.train, name) != default and self.kv_cache is None:
+                raise ValueError(f"--train.{name} is for training through a key-value cache: name it with --kv_cache")
         if self.prompt_chunksize < 1:
             raise ValueError(f"--prompt_chunksize must be at least 1, got {self.prompt_chunksize}")
 

@@ -4,6 +4,8 @@ torch multiplies float32 matrices on CPUs by MKL where it was built with it, whi
 oneDNN, which torch also brings, uses it on all that have it: there, products take about half the time.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -55,3 +57,42 @@ def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     if not plain or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+
+
+class _GradientsOnly(torch.autograd.Function):
+    """A linear layer whose outputs are not needed any more, only its gradients: it gives zeros."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        return x.new_zeros(1).expand(len(x), len(weight))
+
+    @staticmethod
+    def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        by_onednn = d_y.dtype == torch.float32 and d_y.device.type == "cpu" and onednn_is_faster()
+        product = _product if by_onednn else F.linear
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        return (
+            product(d_y, weight.T) if wants_x else None,
+            product(d_y.T, x.T) if wants_weight else None,
+            d_y.sum(0) if wants_bias else None,
+        )
+
+
+@contextmanager
+def gradients_only(layer: nn.Linear) -> Iterator[None]:
+    """Let `layer` give zeros in place of its outputs, with their gradients, for graphs that only a backward pass reads."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        y = _GradientsOnly.apply(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias)
+        return y.view(*x.shape[:-1], -1)
+
+    before = vars(layer).get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+        if before is not None:
+            layer.forward = before

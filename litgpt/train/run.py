@@ -39,6 +39,7 @@ from litgpt.train.options import Options
 from litgpt.train.report import Reporter
 from litgpt.train.schedule import cosine_schedule, steps_of_run
 from litgpt.train.setting import number_of_parameters
+from litgpt.train.teacher import Teacher
 
 VERIFIED_BATCHES = 2  # of the validation that goes before everything else
 
@@ -103,8 +104,9 @@ class Run:
         if not self.method.trains_all:
             fabric.print(f"Number of non-trainable parameters: {number_of_parameters(self.gpt, False):,}")
         spec = options.cache_spec()
-        cached = None if spec is None else CachedLayers(self.gpt, spec, options.prompt_chunksize)
-        self.model = TrainingModel(self.gpt, train.activation_checkpointing, cached)
+        cached = None if spec is None else CachedLayers(self.gpt, spec, options.prompt_chunksize, train.keep_inputs)
+        teacher = None if train.teacher is None else Teacher(self.gpt, options.prompt_chunksize)
+        self.model = TrainingModel(self.gpt, train.activation_checkpointing, cached, teacher)
         model = fabric.setup_module(self.model)
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:

@@ -169,3 +169,26 @@ def test_under_autocast_outputs_and_gradients_are_about_those_of_plain_training(
     for plain, ours in zip(*found, strict=True):
         assert ours.dtype == plain.dtype
         assert (ours - plain).norm() < 0.05 * plain.norm()
+
+
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_inputs_kept_elsewhere_give_the_same_gradients(place):
+    model, idx = make(), torch.randint(0, 100, (1, 23))
+    weight, found = torch.randn(1, 23, model.config.n_embd), []
+    for kept in ("device", place):
+        layers = CachedLayers(model, CacheSpec("h2o", cache_length=8), 4, kept)
+        found.append(gradients(model, layers(idx), weight))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_inputs_on_the_disk_are_not_in_memory():
+    model, kept = make(), []
+    layers = CachedLayers(model, CacheSpec("lastrec", cache_length=8), 4, "disk")
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        layers(torch.randint(0, 100, (1, 30)))
+    assert sum(kept) < 4 * 30 * model.config.n_embd
+
+
+def test_an_unknown_place_for_inputs_is_refused():
+    with pytest.raises(ValueError, match="keep_inputs must be device, cpu, disk, got 'tape'"):
+        CachedLayers(make(), CacheSpec(), 4, "tape")
