@@ -190,40 +190,12 @@ class Tokenizer:
         Every token is decoded once. A character of several tokens is yielded when it is complete; one that is incomplete
         at the end is U+FFFD.
         """
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        head: list[int] | None = []  # the first tokens, up to one that is not only spaces; None after it
-        held = b""  # the separator after a token, which the last token of a text has not
+        decoder = StreamDecoder(self)
         for tokens in token_stream:
-            data = b""
-            for token_id in _to_list(tokens):
-                piece = self._backend.piece(token_id)
-                if head is not None:
-                    head.append(token_id)
-                    if not piece.strip(b" "):
-                        continue
-                    piece, head = self._first_piece(head), None
-                if piece:
-                    inner = piece.removesuffix(self._backend.separator)
-                    data, held = data + held + inner, piece[len(inner) :]
-            if text := utf8.decode(data):
+            if text := decoder.push(_to_list(tokens)):
                 yield text
-        rest = utf8.decode(b"", final=True) if head is None else self._backend.decode(head)
-        if rest:
+        if rest := decoder.finish():
             yield rest
-
-    def _first_piece(self, ids: list[int]) -> bytes:
-        """The bytes of `ids`, of which only the last is not only spaces, at the start of a text: decoders drop spaces there."""
-        text = self._backend.decode(ids)
-        if "\ufffd" not in text:
-            return text.encode() + self._backend.separator * self._backend.piece(ids[-1]).endswith(
-                self._backend.separator
-            )
-        # a byte of a longer character: an ordinary token in its place shows how many spaces are dropped
-        visible = self._backend.visible_id
-        shown = self._backend.decode([*ids[:-1], visible]).encode()
-        spaces, last = (b"".join(map(self._backend.piece, part)) for part in (ids[:-1], ids[-1:]))
-        dropped = _leading_spaces(spaces + self._backend.piece(visible)) - _leading_spaces(shown)
-        return (spaces + last)[min(max(dropped, 0), _leading_spaces(spaces + last)) :]
 
     def save(self, folder: Path | str) -> None:
         """Writes the tokenizer for `Tokenizer(folder)` and `transformers.AutoTokenizer`.
@@ -259,6 +231,49 @@ class Tokenizer:
         token = token.get("content") if isinstance(token, dict) else token
         token_id = self._backend.token_to_id(token) if isinstance(token, str) and is_text(token) else None
         return self._backend.own_id(which) if token_id is None else token_id
+
+
+class StreamDecoder:
+    """Tokens to text as they arrive: what `Tokenizer.decode_stream` yields, for callers that have the tokens one by one."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._backend = tokenizer._backend
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._head: list[int] | None = []  # the first tokens, up to one that is not only spaces; None after it
+        self._separator = b""  # after the last token, which the last token of a text has not
+
+    def push(self, tokens: Iterable[int]) -> str:
+        """The text that is complete with these tokens."""
+        data = b""
+        for token_id in tokens:
+            piece = self._backend.piece(token_id)
+            if self._head is not None:
+                self._head.append(token_id)
+                if not piece.strip(b" "):
+                    continue
+                piece, self._head = self._first_piece(self._head), None
+            if piece:
+                inner = piece.removesuffix(self._backend.separator)
+                data, self._separator = data + self._separator + inner, piece[len(inner) :]
+        return self._utf8.decode(data)
+
+    def finish(self) -> str:
+        """The rest of the text, after the last token."""
+        return self._utf8.decode(b"", final=True) if self._head is None else self._backend.decode(self._head)
+
+    def _first_piece(self, ids: list[int]) -> bytes:
+        """The bytes of `ids`, of which only the last is not only spaces, at the start of a text: decoders drop spaces there."""
+        text = self._backend.decode(ids)
+        if "\ufffd" not in text:
+            return text.encode() + self._backend.separator * self._backend.piece(ids[-1]).endswith(
+                self._backend.separator
+            )
+        # a byte of a longer character: an ordinary token in its place shows how many spaces are dropped
+        visible = self._backend.visible_id
+        shown = self._backend.decode([*ids[:-1], visible]).encode()
+        spaces, last = (b"".join(map(self._backend.piece, part)) for part in (ids[:-1], ids[-1:]))
+        dropped = _leading_spaces(spaces + self._backend.piece(visible)) - _leading_spaces(shown)
+        return (spaces + last)[min(max(dropped, 0), _leading_spaces(spaces + last)) :]
 
 
 class _Backend:

@@ -10,6 +10,7 @@ _EXPORTS = {
     "DraftModel": "drafting",
     "Drafter": "drafting",
     "Engine": "engine",
+    "PrefixStore": "prefixes",
     "PromptLookup": "drafting",
     "Sampling": "sampling",
     "Sequence": "sequence",

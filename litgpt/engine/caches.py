@@ -149,7 +149,9 @@ class CacheLease:
 
     def claim(self) -> None:
         """Begin new sequences in the caches. A lease with earlier sequences in the same caches is then `overtaken`."""
-        self._claim = self._use.claim = object()
+        self._claim = object()
+        if self._caches is None:
+            self._use.claim = self._claim
 
     @property
     def overtaken(self) -> bool:

@@ -5,6 +5,7 @@ from collections import deque
 from litgpt.engine.caches import CacheLease, check_caches, prepare_caches
 from litgpt.engine.drafting import Drafter
 from litgpt.engine.engine import Engine, Released
+from litgpt.engine.prefixes import PrefixStore
 from litgpt.engine.sequence import Sequence
 from litgpt.model import GPT
 
@@ -23,6 +24,8 @@ class ContinuousBatch:
         prompt_chunksize: most tokens of a prefill call (None: as many as the caches take, or 256 while others are decoded).
         drafter: drafts the next tokens.
         lease: on the caches (None: as for `model`).
+        prefixes: where the states of finished rows are kept, for later prompts that begin with the same tokens. All prompts
+            are then prefilled chunk by chunk.
 
     Raises:
         ValueError: if the model or its caches cannot hold that many rows or tokens.
@@ -36,11 +39,14 @@ class ContinuousBatch:
         prompt_chunksize: int | None = None,
         drafter: Drafter | None = None,
         lease: CacheLease | None = None,
+        prefixes: PrefixStore | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         lease = CacheLease.take(model) if lease is None else lease
-        self.engine = Engine(model, prompt_chunksize, drafter, batch_size if model.static_shapes else None, lease)
+        self.engine = Engine(
+            model, prompt_chunksize, drafter, batch_size if model.static_shapes else None, lease, prefixes
+        )
         self.model = model
         self.batch_size = batch_size
         self.waiting: deque[Sequence] = deque()
@@ -90,7 +96,7 @@ class ContinuousBatch:
         while self.waiting and len(joining) < free and self.engine.can_join(self.waiting[0], joining):
             joining.append(self.waiting.popleft())
         if joining:
-            self.engine.add(joining, chunked=bool(self.engine.active))
+            self.engine.add(joining, chunked=bool(self.engine.active) or self.engine.prefixes is not None)
         return self.engine.step()
 
     def run(self) -> None:

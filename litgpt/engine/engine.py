@@ -15,6 +15,7 @@ from litgpt.engine.caches import CacheLease, check_caches
 from litgpt.engine.drafting import Draft, Drafter
 from litgpt.engine.drawing import draw
 from litgpt.engine.prefill import ChunkedPrefill, prefill
+from litgpt.engine.prefixes import PrefixStore
 from litgpt.engine.sampling import check_tokens
 from litgpt.engine.sequence import Sequence
 from litgpt.engine.verification import verify
@@ -40,6 +41,8 @@ class Engine:
         drafter: drafts the next tokens of every sequence; a step may then give several.
         batch_size: fixed number of rows of every step, some of them idle, for compiled code (None: see `Rows`).
         lease: on the caches (None: the model's, see `prepare_caches`, in place while sequences are active).
+        prefixes: where the states of rows that finish are kept, from which sequences that are added chunk by chunk begin
+            (None: nothing is kept).
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Engine:
         drafter: Drafter | None = None,
         batch_size: int | None = None,
         lease: CacheLease | None = None,
+        prefixes: PrefixStore | None = None,
     ) -> None:
         if prompt_chunksize is not None and prompt_chunksize < 1:
             raise ValueError(f"prompt_chunksize must be at least 1 (None: no limit), got {prompt_chunksize}")
@@ -56,6 +60,7 @@ class Engine:
         self.prompt_chunksize = prompt_chunksize
         self.drafter = drafter
         self.lease = CacheLease(model) if lease is None else lease
+        self.prefixes = prefixes
         self.n_drafted = self.n_accepted = 0  # draft tokens, and accepted ones
         self._rows = Rows(model, batch_size)
         self._chunked = ChunkedPrefill(model, prompt_chunksize)
@@ -109,6 +114,7 @@ class Engine:
     @torch.inference_mode()
     def _prefill(self, sequences: abc.Sequence[Sequence], n_cached: int, chunked: bool) -> None:
         rows = None
+        self._keep_finished()
         if self.active:
             rows = self._rows.free(len(sequences))
         else:
@@ -129,10 +135,38 @@ class Engine:
         self._rows.place(sequences, range(len(sequences)) if rows is None else rows)
         if chunked:
             self._chunked.add(sequences)
+            self._resume(sequences)
             return
         for sequence in sequences:
             sequence.n_prefilled = sequence.prompt_length
         self._first += self._draw(sequences, logits)
+
+    def _resume(self, sequences: abc.Sequence[Sequence]) -> None:
+        """Begin sequences in empty rows with what is kept of their prompts."""
+        if self.prefixes is None:
+            return
+        firsts = {id(sequence.prompt): sequence for sequence in reversed(sequences)}  # that share a prompt
+        for sequence in firsts.values():
+            if found := self.prefixes.find(sequence.tokens, self._long_rope):
+                kept, n = found
+                self.model.caches.load_state_of_row(self._rows.sequences.index(sequence), kept.states, n)
+                self.model.caches.long_rope = self._long_rope
+                sequence.n_prefilled = sequence.n_reused = n
+
+    def _keep_finished(self) -> None:
+        """Keep the states of rows whose sequences have finished."""
+        for sequence in self._rows.sequences:
+            if sequence is not None and sequence.finish_reason and not sequence.is_kept:
+                self._keep(sequence)
+                sequence.is_kept = True
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Keep the state of a sequence's row."""
+        if self.prefixes is None or self.lease.overtaken:
+            return
+        caches, row = self.model.caches, self._rows.sequences.index(sequence)
+        tokens = sequence.tokens[: caches.row_lengths[row]]
+        self.prefixes.put(tokens, caches.rewind_limit(row), self._long_rope, lambda: caches.state_of_row(row))
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence without further tokens; its row is free."""
@@ -197,8 +231,11 @@ class Engine:
         released: dict[Sequence, list[int]] = {}
         if self._chunked.unfinished:
             sequences, logits = self._chunked.step(self._rows.sequences)
+            for sequence in self._chunked.at_checkpoint:
+                self._keep(sequence)
             if sequences:
                 released.update(self._draw(sequences, logits))
+        self._keep_finished()
         self._rows.remove_finished()
         if decoding := self._rows.decoding:
             for sequence, output in self._decode(decoding):

@@ -115,6 +115,7 @@ class ChunkedPrefill:
     def __init__(self, model: GPT, chunksize: int | None) -> None:
         self.model = model
         self.chunksize = chunksize
+        self.at_checkpoint: list[Sequence] = []  # whose last chunk ended at a checkpoint
         self._groups: list[list[Sequence]] = []  # that share a prompt; it is prefilled into the first one's row
 
     @property
@@ -159,8 +160,11 @@ class ChunkedPrefill:
             row_sizes=[len(tokens) for _, tokens in chunks],
         )[:, -1]
         copies, done, logits_of = list(range(len(rows))), [], []
+        self.at_checkpoint = []
         for at, (group, tokens) in enumerate(chunks):
             group[0].n_prefilled += len(tokens)
+            if group[0].n_prefilled in self._checkpoints(group[0]):
+                self.at_checkpoint.append(group[0])
             if group[0].n_prefilled == group[0].prompt_length:
                 for sequence in group:
                     copies[rows.index(sequence)] = places[at]
@@ -185,9 +189,18 @@ class ChunkedPrefill:
                 if chunks and size > room:
                     break
                 room = max(room, size)
-            tokens = first.prompt[first.n_prefilled : first.n_prefilled + min(size, room)]
+            end = first.n_prefilled + min(size, room)
+            end = min([at for at in self._checkpoints(first) if at > first.n_prefilled] + [end])
+            tokens = first.prompt[first.n_prefilled : end]
             chunks.append((group, tokens))
             room -= len(tokens)
             if not room:
                 break
         return chunks
+
+    def _checkpoints(self, sequence: Sequence) -> list[int]:
+        """Numbers of a prompt's first tokens that its caches will not be rewound to once it is complete: its checkpoints, and
+        all of it."""
+        if not any(cache.evicts and cache.cache_length < sequence.max_length for cache in self.model.kv_caches()):
+            return []
+        return [at for at in sequence.checkpoints if 0 < at < sequence.prompt_length] + [sequence.prompt_length]

@@ -24,11 +24,15 @@ class Sequence:
         include_eos: whether the stop sequence is part of the output.
         logprobs: None, or the number of likeliest tokens to report with the log-probability of each drawn one. These are the
             model's own, before penalties, temperature and so on.
+        checkpoints: numbers of first tokens of the prompt, such as those of the system prompt, at which an engine with a
+            `PrefixStore` keeps the state of caches that cannot be rewound to them later.
 
     Attributes:
         tokens: the prompt and all tokens drawn so far.
         prompt_length: number of tokens of the prompt.
         n_prefilled: number of tokens of the prompt that are cached.
+        n_reused: number of those that a kept prefix had.
+        is_kept: whether the engine has kept the state of the row.
         n_output: number of drawn tokens that are known to be output.
         finish_reason: "stop" (a stop sequence), "length" (`max_new_tokens`), "cancelled", or None: not finished.
         token_logprobs: log-probabilities of the drawn tokens, if requested.
@@ -44,9 +48,12 @@ class Sequence:
     stop_tokens: abc.Sequence[abc.Sequence[int]] = ()
     include_eos: bool = False
     logprobs: int | None = None
+    checkpoints: tuple[int, ...] = ()
     tokens: list[int] = field(init=False)
     prompt_length: int = field(init=False)
     n_prefilled: int = field(default=0, init=False)
+    n_reused: int = field(default=0, init=False)
+    is_kept: bool = field(default=False, init=False)
     n_output: int = field(default=0, init=False)
     finish_reason: Literal["stop", "length", "cancelled"] | None = field(default=None, init=False)
     token_logprobs: list[float] = field(default_factory=list, init=False)

@@ -240,6 +240,10 @@ class KVCache(nn.Module, ABC):
         if counts[0]:
             self.crop(max(self.row_lengths, default=0) - counts[0])
 
+    def rewind_limit(self, row: int) -> int:
+        """Least number of tokens, next to 0, that a row can go back to."""
+        return self.crop_limit
+
     # -- copies
 
     def fork(self) -> "KVCache":
@@ -263,6 +267,22 @@ class KVCache(nn.Module, ABC):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state` was taken."""
         raise ValueError(f"{type(self).__name__} cannot take over a state, so it cannot be loaded")
+
+    def state_of_row(self, row: int, copy: bool = True) -> dict[str, Any]:
+        """`state` of one row, as a batch of one would give it."""
+        if row or len(self.row_lengths) > 1:
+            raise ValueError(self._refusal("give the state of one"))
+        return self.state(copy)
+
+    def load_state_of_row(self, row: int, state: Mapping[str, Any]) -> None:
+        """Let a row, which is empty, go on from where `state` was taken; the other rows stay as they are.
+
+        Raises:
+            ValueError: if the state is of another shape or dtype; nothing is changed then.
+        """
+        if row or len(self.row_lengths) > 1:
+            raise ValueError(self._refusal("take over the state of one"))
+        self.load_state(state)
 
     # -- what is in it
 

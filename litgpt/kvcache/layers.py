@@ -1,7 +1,8 @@
 """The caches of all layers of a model."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -244,6 +245,35 @@ class LayerCaches:
         else:
             self.clear()
         return possible
+
+    def rewind_limit(self, row: int) -> int:
+        """Least number of tokens, next to 0, that a row can go back to in all caches."""
+        return max(cache.rewind_limit(row) for cache in self.caches)
+
+    # -- one row
+
+    def state_of_row(self, row: int) -> list[dict[str, Any]]:
+        """The state of one row, a copy, by layer."""
+        self._recover()
+        return [cache.state_of_row(row) for cache in self.caches]
+
+    def load_state_of_row(self, row: int, states: Sequence[Mapping[str, Any]], n: int) -> None:
+        """Let an empty row have the first `n` tokens of a state that `state_of_row` gave.
+
+        Raises:
+            ValueError: if the state does not fit the caches, or cannot be rewound to `n`; all rows are empty then.
+        """
+        self._inconsistent = True
+        try:
+            for cache, state in zip(self.caches, states, strict=True):
+                cache.load_state_of_row(row, state)
+        except BaseException:
+            self.clear()
+            raise
+        self._inconsistent = False
+        lengths = self.row_lengths
+        if lengths[row] > n:
+            self.rewind([length - n if i == row else 0 for i, length in enumerate(lengths)])
 
     def _change(self, change: Callable[[KVCache], None]) -> None:
         self._recover()

@@ -14,6 +14,7 @@ from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.plan import Part, Plan, Step
 from litgpt.kvcache.policies import Policy
 from litgpt.kvcache.storages import Storage
+from litgpt.kvcache.storages.base import check_state
 from litgpt.kvcache.storages.default import DefaultStorage
 
 
@@ -378,7 +379,7 @@ class PlannedKVCache(DefaultKVCache):
         self._rows = RowState(*(field + (0,) * count for field in self._rows.fields))
 
     @abstractmethod
-    def _rewind_limit(self, row: int) -> int:
+    def rewind_limit(self, row: int) -> int:
         """Least length, next to 0, that a row can go back to."""
 
     @abstractmethod
@@ -388,7 +389,7 @@ class PlannedKVCache(DefaultKVCache):
     @property
     def crop_limit(self) -> int:
         end = self.next_token_pos
-        limits = (self._rewind_limit(row) + end - length for row, length in enumerate(self._rows.lengths))
+        limits = (self.rewind_limit(row) + end - length for row, length in enumerate(self._rows.lengths))
         return max(limits, default=0)
 
     def rewind(self, counts: Sequence[int]) -> None:
@@ -401,7 +402,7 @@ class PlannedKVCache(DefaultKVCache):
             raise ValueError(f"{len(counts)} counts for {len(self._rows.lengths)} rows in use")
         lengths = tuple(length - count for length, count in zip(self._rows.lengths, counts, strict=True))
         for row, length in enumerate(lengths):
-            limit = self._rewind_limit(row)
+            limit = self.rewind_limit(row)
             if not 0 <= length <= self._rows.lengths[row] or 0 < length < limit:
                 raise ValueError(
                     f"cannot rewind row {row} from {self._rows.lengths[row]} to {length} tokens: it can go back to {limit} or "
@@ -466,6 +467,32 @@ class PlannedKVCache(DefaultKVCache):
     def _stored(self, batch: int, used: int) -> dict[str, torch.Tensor]:
         """What the first `used` slots of the first `batch` rows hold: views of the buffers."""
         return self.storage.state(batch, used)
+
+    def state_of_row(self, row: int, copy: bool = True) -> dict[str, Any]:
+        state: dict[str, Any] = {"policy": repr(self.policy)}
+        state |= {name: [field[row]] for name, field in zip(self.ROW_FIELDS, self._rows.fields, strict=True)}
+        if used := self._slots_in_use(row):
+            stored = {name: x[row : row + 1] for name, x in self._stored(row + 1, used).items()}
+            state |= {name: x.clone() if copy else x for name, x in stored.items()}
+        return state
+
+    def load_state_of_row(self, row: int, state: Mapping[str, Any]) -> None:
+        numbers = [int(state[name][0]) for name in self.ROW_FIELDS]
+        fields = zip(self._rows.fields, numbers, strict=True)
+        before, self._rows = self._rows, RowState(*(of[:row] + (new,) + of[row + 1 :] for of, new in fields))
+        try:
+            if used := self._slots_in_use(row):
+                targets = {name: x[row : row + 1] for name, x in self._stored(row + 1, used).items()}
+                check_state(state, targets)
+                for name, target in targets.items():
+                    target.copy_(state[name])
+        except ValueError:
+            self._rows = before
+            raise
+
+    def _slots_in_use(self, row: int) -> int:
+        """Slots that a row has filled."""
+        return min(self._rows.lengths[row], self.cache_length)
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Go on from where `state` was taken.

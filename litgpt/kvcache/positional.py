@@ -76,7 +76,7 @@ class PositionalKVCache(PlannedKVCache):
 
     # -- state between calls
 
-    def _rewind_limit(self, row: int) -> int:
+    def rewind_limit(self, row: int) -> int:
         # what is gone is gone by the longest that the row ever was, also after a crop
         longest = max(self._rows.lengths[row], self._rows.fields[1][row] + self.policy.reach)
         return self.policy.crop_limit(longest, self.window)

@@ -275,7 +275,7 @@ class ScoreKVCache(PlannedKVCache):
 
     # -- state between calls
 
-    def _rewind_limit(self, row: int) -> int:
+    def rewind_limit(self, row: int) -> int:
         _, _, evicted_at, observed_at = self._rows.fields
         return (observed_at if self.policy.observes else evicted_at)[row]
 
@@ -307,6 +307,9 @@ class ScoreKVCache(PlannedKVCache):
 
     def _takes_over(self, rows: RowState) -> bool:
         return False
+
+    def _slots_in_use(self, row: int) -> int:
+        return self._rows.fields[1][row]
 
     def _stored(self, batch: int, used: int) -> dict[str, torch.Tensor]:
         return super()._stored(batch, used) | self._own_stored(batch, used)

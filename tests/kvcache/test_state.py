@@ -172,3 +172,41 @@ def test_G7_reordered_rows_are_the_rows_they_were(case):
         assert mixed.row_lengths == tuple(cache.row_lengths[row] for row in rows)
         assert torch.equal(mixed.token_positions(), cache.token_positions()[rows][:, :, : mixed.current_length])
         case.close(go_on(mixed, [x[rows] for x in tokens]), go_on(plain, tokens)[rows].double())
+
+
+@every_kind
+def test_G7_one_row_goes_on_in_another_row_of_another_batch(case):
+    cache, other, before = worn(case), case.cache(3), case.cache(3)
+    tokens = case.tokens(8, 1)
+    for row in range(3):
+        state = cache.state_of_row(row)
+        other.start(3)
+        others = case.tokens(5, 1)
+        call(other, *others, rows=[0])
+        other.load_state_of_row(2, state)
+        assert other.row_lengths == (5, 0, cache.row_lengths[row])
+        assert other.rewind_limit(2) == cache.rewind_limit(row)
+        before.start(3)
+        call(before, *others, rows=[0])
+        follow_up = [x.split((1, 6, 1), 2) for x in tokens]
+        for part in zip(*follow_up, strict=True):
+            expected = call(cache, *part, rows=[row])
+            assert torch.equal(call(other, *part, rows=[2]), expected)
+        assert torch.equal(call(other, *others, rows=[0]), call(before, *others, rows=[0]))
+
+
+@every_kind
+def test_G7_the_state_of_a_row_is_that_of_a_batch_of_one(case):
+    cache, one = worn(case), case.cache(1)
+    one.load_state(cache.state_of_row(1))
+    chunk = case.tokens(3, 1)
+    assert torch.equal(call(one, *chunk), call(cache, *chunk, rows=[1]))
+
+
+def test_G7_a_row_takes_no_state_of_another_shape():
+    case, wider = CACHES[0], dataclasses.replace(CACHES[0], heads=(4, 4))
+    cache, other = worn(case), wider.cache(3)
+    other.start(2)
+    with pytest.raises(ValueError, match="keys"):
+        other.load_state_of_row(1, cache.state_of_row(0))
+    assert other.row_lengths == (0, 0)

@@ -1,0 +1,1 @@
+"""LitGPT's place for `litgpt serve`, which is in `litgpt.serve`."""

@@ -1,0 +1,1 @@
+"""`litgpt serve`: models over HTTP, for OpenAI's clients and LitGPT's."""

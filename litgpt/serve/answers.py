@@ -1,0 +1,149 @@
+"""Answers of the endpoints: generations as JSON objects, whole or chunk by chunk."""
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from litgpt.engine.answer import Answer, TokenLogprob
+from litgpt.engine.service import Generation
+from litgpt.serve.errors import ApiError
+from litgpt.serve.served import ServedModel
+
+
+class Answers:
+    """The answers to one request, as they are generated.
+
+    Args:
+        served: the model.
+        generations: of the request, in the order of their indexes; for several prompts, prompt by prompt.
+        kind: "chat.completion" or "text_completion".
+        echo: texts to put in front of each, if asked for.
+    """
+
+    def __init__(self, served: ServedModel, generations: list[Generation], kind: str, echo: list[str] | None = None):
+        self.served, self.generations, self.kind = served, generations, kind
+        self.echo = echo or [""] * len(generations)
+        self.events: asyncio.Queue[tuple[int, str, bool]] = asyncio.Queue()  # index, text, whether it was the last
+        prefix = "chatcmpl-" if kind.startswith("chat") else "cmpl-"
+        self.common = {"id": prefix + secrets.token_hex(12), "created": int(time.time()), "model": served.name}
+        loop = asyncio.get_running_loop()
+        for index, generation in enumerate(generations):
+
+            def deliver(one: Generation, text: str, index: int = index) -> None:
+                last = one.finish_reason is not None
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(self.events.put_nowait, (index, text, last))
+
+            generation.deliver = deliver
+
+    async def pieces(self) -> AsyncIterator[tuple[int, str, bool]]:
+        """(index, text, whether this answer is complete) until all are.
+
+        Raises:
+            ApiError: if one fails.
+        """
+        left = len(self.generations)
+        while left:
+            index, text, last = await self.events.get()
+            if last:
+                left -= 1
+                generation = self.generations[index]
+                if generation.finish_reason in ("error", "cancelled"):
+                    raise _failure(generation)
+            yield index, text, last
+
+    async def whole(self) -> dict[str, Any]:
+        """The response of a request that does not stream."""
+        texts = list(self.echo)
+        async for index, text, _ in self.pieces():
+            texts[index] += text
+        choices = [self._choice(i, text) for i, text in enumerate(texts)]
+        return {**self.common, "object": self.kind, "choices": choices, "usage": self.usage()}
+
+    def _choice(self, index: int, text: str) -> dict[str, Any]:
+        generation = self.generations[index]
+        choice = {
+            "index": index,
+            "finish_reason": generation.finish_reason,
+            "logprobs": self.logprobs(generation, text),
+        }
+        if self.kind.startswith("chat"):
+            return {**choice, "message": {"role": "assistant", "content": text, "refusal": None}}
+        return {**choice, "text": text}
+
+    def logprobs(self, generation: Generation, text: str) -> dict[str, Any] | None:
+        if generation.logprobs is None:
+            return None
+        entries = Answer.of(generation.sequence, self.served.ready.tokenizer).logprobs or []
+        if self.kind.startswith("chat"):
+            return {"content": [{**_entry(one), "top_logprobs": [_entry(x) for x in one.top]} for one in entries]}
+        offsets, at = [], len(text) - sum(len(one.token) for one in entries)
+        for one in entries:
+            offsets.append(max(0, at))
+            at += len(one.token)
+        return {
+            "tokens": [one.token for one in entries],
+            "token_logprobs": [one.logprob for one in entries],
+            "top_logprobs": [{other.token: other.logprob for other in one.top} for one in entries],
+            "text_offset": offsets,
+        }
+
+    def usage(self) -> dict[str, Any]:
+        """Numbers of tokens; a prompt counts once, however many answers it has."""
+        prompts = {id(one.prompt): one for one in self.generations}.values()
+        prompt = sum(len(one.prompt) for one in prompts)
+        cached = sum(one.sequence.n_reused for one in prompts if one.sequence is not None)
+        completion = sum(one.sequence.n_new for one in self.generations if one.sequence is not None)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    async def stream(self, include_usage: bool) -> AsyncIterator[bytes]:
+        """Server-sent events."""
+        chat = self.kind.startswith("chat")
+        common = {**self.common, "object": "chat.completion.chunk" if chat else "text_completion"}
+
+        def event(choices: list[dict[str, Any]], **more: Any) -> bytes:
+            return _event({**common, "choices": choices, **more})
+
+        def choice(index: int, text: str, reason: str | None = None, **delta: Any) -> dict[str, Any]:
+            body = {"delta": {**delta, "content": text}} if chat else {"text": text}
+            return {"index": index, **body, "logprobs": None, "finish_reason": reason}
+
+        try:
+            for index, text in enumerate(self.echo):
+                if chat or text:
+                    yield event([choice(index, text, role="assistant") if chat else choice(index, text)])
+            async for index, text, last in self.pieces():
+                if text:
+                    yield event([choice(index, text)])
+                if last:
+                    generation = self.generations[index]
+                    end = choice(index, "", generation.finish_reason)
+                    end["logprobs"] = self.logprobs(generation, "")
+                    yield event([end])
+            if include_usage:
+                yield event([], usage=self.usage())
+        except ApiError as error:
+            yield _event(error.body())
+        yield b"data: [DONE]\n\n"
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+
+
+def _entry(one: TokenLogprob) -> dict[str, Any]:
+    return {"token": one.token, "logprob": one.logprob, "bytes": list(one.token.encode())}
+
+
+def _failure(generation: Generation) -> ApiError:
+    if generation.finish_reason == "cancelled":
+        return ApiError(503, "the request was cancelled", code="cancelled")
+    return ApiError(500, generation.error or "the request failed", headers={"x-should-retry": "false"})

@@ -1,0 +1,96 @@
+"""The command `litgpt serve`."""
+
+import asyncio
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+
+import uvicorn
+
+from litgpt.engine.loading import make_ready
+from litgpt.engine.service import Service
+from litgpt.generate.options import command
+from litgpt.serve.app import App
+from litgpt.serve.options import ServeOptions
+from litgpt.serve.served import ServedModel
+
+
+class Server(uvicorn.Server):
+    """A server that lets running answers end after a first SIGTERM or Ctrl-C, and ends at once after a second."""
+
+    def __init__(self, app: App, options: ServeOptions) -> None:
+        settings = {"log_level": "warning", "timeout_graceful_shutdown": 3, "server_header": False}
+        super().__init__(uvicorn.Config(app, options.host, options.port, lifespan="off", **settings))
+        self.app, self.options = app, options
+        self.failure: BaseException | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.app.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self.app.draining = True
+        threading.Thread(target=self._drain, daemon=True).start()
+
+    def _drain(self) -> None:
+        service, until = self.app.service, time.monotonic() + self.options.grace
+        while service is not None and service.unfinished and time.monotonic() < until and not self.should_exit:
+            time.sleep(0.05)
+        if service is not None and service.unfinished:
+            service.fail_all("the server was shut down")
+            time.sleep(0.2)
+        self.should_exit = True
+
+    def load(self) -> None:
+        """Load the models, and let the application answer."""
+        try:
+            options = self.options
+            device = None if options.accelerator == "auto" else _device(options.accelerator)
+            names = [options.checkpoint_dir, *([options.lora] if options.lora else [])]
+            models = {}
+            for checkpoint in names:
+                ready = make_ready(checkpoint, **options.loading(), device=device)
+                name = ready.checkpoint_dir.resolve().name
+                models[name] = ServedModel.of(name, ready, options)
+            service = Service({name: (one.batch, one.ready.tokenizer) for name, one in models.items()})
+            service.start()
+            self.app.models, self.app.service = models, service
+            where = f"http://{options.host}:{options.port}"
+            print(f"Serving {', '.join(models)} at {where} (chat page), {where}/v1 (OpenAI's API)", file=sys.stderr)
+        except BaseException as error:
+            self.failure = error
+            self.should_exit = True
+
+
+def _device(name: str):
+    import torch
+
+    return torch.device(name)
+
+
+@command(ServeOptions, "checkpoint_dir")
+def main(options: ServeOptions) -> None:
+    """Serve a model over HTTP: OpenAI's endpoints, LitGPT's /predict, and a page to chat with it.
+
+    Ctrl-C or SIGTERM lets running answers end, a second one does not.
+    """
+    server = Server(App(options), options)
+    loading = threading.Thread(target=server.load, daemon=True)
+
+    async def run() -> None:
+        loading.start()
+        await server.serve()
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        asyncio.run(run())
+    except SystemExit:
+        raise OSError(f"cannot listen at {options.host}:{options.port}: the port is in use, or not allowed") from None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if server.app.service is not None:
+            server.app.service.close()
+    if server.failure is not None:
+        raise server.failure
