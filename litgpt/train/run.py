@@ -31,6 +31,7 @@ from litgpt.train.checkpointing import (
     step_folders,
 )
 from litgpt.train.loop import Loop, Position
+from litgpt.train.memory import keep_gradients, release_freed_memory, reserve_optimizer_state
 from litgpt.train.methods import Method
 from litgpt.train.model import TrainingModel
 from litgpt.train.optimizers import make_optimizer
@@ -109,6 +110,10 @@ class Run:
         if not trained:
             raise ValueError(f"{self.method.name} trains nothing in {self.gpt.config.name}: check its options")
         self.optimizer = make_optimizer(options.optimizer, trained)
+        if fabric.world_size == 1 and fabric.device.type == "cpu":
+            keep_gradients(trained)
+            if resume is None:
+                reserve_optimizer_state(self.optimizer)
         optimizer = fabric.setup_optimizers(self.optimizer)
         train_loader, val_loader = self.loaders
         accumulation = train.gradient_accumulation_iters(fabric.world_size) * fabric.world_size
@@ -217,6 +222,7 @@ class Run:
 
     def _write(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Write the trained weights, `state`, and all that belongs to a checkpoint. All processes call it."""
+        release_freed_memory()  # of activations: saving takes some, too
         weights = full_tensors(self.gpt.state_dict().items(), self.method.is_trained)
         if self.fabric.is_global_zero:
             self.fabric.print(f"Saving checkpoint to {str(folder)!r}")
