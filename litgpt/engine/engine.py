@@ -17,6 +17,7 @@ from litgpt.engine.drawing import draw
 from litgpt.engine.prefill import ChunkedPrefill, prefill
 from litgpt.engine.prefixes import PrefixStore
 from litgpt.engine.sampling import check_tokens
+from litgpt.engine.second_reading import check_alone
 from litgpt.engine.sequence import Sequence
 from litgpt.engine.verification import verify
 from litgpt.model import GPT
@@ -103,6 +104,9 @@ class Engine:
         if n_cached and chunked:
             raise ValueError("prompts that are in the caches in part cannot be added chunk by chunk")
         check_caches(self.model, len(active) + len(sequences), 1)
+        if not n_cached:
+            longest = max(sequence.prompt_length for sequence in sequences)
+            check_alone(self.model, longest, len(active) + len({id(one.prompt) for one in sequences}))
         if active:
             self._check_undisturbed()
             if not all(self.can_join(sequence) for sequence in sequences):

@@ -4,6 +4,7 @@ from collections import abc, defaultdict
 
 import torch
 
+from litgpt.engine.second_reading import check_alone, is_read_twice, read_twice
 from litgpt.engine.sequence import Sequence
 from litgpt.model import GPT
 
@@ -88,9 +89,17 @@ def _prefill_rows(
 ) -> torch.Tensor:
     """Prefill prompts of one length into `rows`; logits (B, V)."""
     idx = torch.stack(list(prompts))
+    if start == 0 and is_read_twice(model, idx.shape[1]):
+        check_alone(model, idx.shape[1], len(model.caches.row_lengths) if rows else len(prompts))
+        return read_twice(model, idx[0], lambda: _run_rows(model, idx, chunksize, 0, None))
+    return _run_rows(model, idx, chunksize, start, rows)
+
+
+def _run_rows(model: GPT, idx: torch.Tensor, chunksize: int | None, start: int, rows: list[int] | None) -> torch.Tensor:
+    """Run tokens (B, T) through the model; logits (B, V)."""
     T, done = idx.shape[1], 0
     while True:
-        size = call_size(model, T - done, chunksize, start + done)
+        size = uninterrupted_size(model, T - done, chunksize, start + done, rows)
         chunk = idx[:, done : done + size]
         if done + size == T:
             return model(chunk, start + done, last_token_only=True, rows=rows)[:, -1]
@@ -102,6 +111,16 @@ def call_size(model: GPT, left: int, chunksize: int | None, done: int) -> int:
     """Number of tokens of the next call for a prompt with `done` cached and `left` remaining tokens."""
     limit = model.kv_cache_max_tokens_forward() if done else model.kv_cache_max_prefill_length()
     return min(x for x in (left, chunksize, limit, model.max_seq_length) if x is not None)
+
+
+def uninterrupted_size(
+    model: GPT, left: int, chunksize: int | None, done: int, rows: abc.Sequence[int] | None = None
+) -> int:
+    """`call_size` for `rows` (None: all) that ends where a cache evicts by score: layer runners run no call beyond that."""
+    size = call_size(model, left, chunksize, done)
+    runs = done and model.layer_runner is not None and not model.static_shapes
+    limit = model.caches.uninterrupted_tokens(rows) if runs else None
+    return size if limit is None else min(size, limit)
 
 
 class ChunkedPrefill:

@@ -12,7 +12,7 @@ from litgpt.engine.caches import CacheLease, prepare_caches
 from litgpt.engine.drafting import Drafter
 from litgpt.engine.engine import Engine, check_vocabulary
 from litgpt.engine.loading import choose_kv_caches
-from litgpt.engine.prefill import call_size, prefill
+from litgpt.engine.prefill import prefill, uninterrupted_size
 from litgpt.engine.sampling import Sampling
 from litgpt.engine.sequence import Sequence as GeneratedSequence
 from litgpt.engine.session_file import SessionFile, read_session, write_session
@@ -126,7 +126,7 @@ class Session:
         found: list[torch.Tensor] = []
         while (done := sum(map(len, found))) < len(tokens):
             start = self.model.next_token_pos
-            size = call_size(self.model, len(tokens) - done, self.prompt_chunksize, start)
+            size = uninterrupted_size(self.model, len(tokens) - done, self.prompt_chunksize, start)
             found.append(self.model(tokens[None, done : done + size], start)[0])
         return torch.cat(found)
 

@@ -180,6 +180,11 @@ class KVCache(nn.Module, ABC):
         """Most tokens at the end of the next call that can be rewound after it, in every row."""
         return 0
 
+    def uninterrupted_tokens(self, row: int) -> int | None:
+        """How many next tokens of a row can come in one call without an eviction between them that is not planned from their
+        positions alone (None: any number)."""
+        return None
+
     # -- rows
 
     @property

@@ -132,6 +132,13 @@ class LayerCaches:
         """Whether the outputs for a sequence of that many tokens do not depend on how it is cut into calls."""
         return all(cache.is_chunk_invariant(length) for cache in self.caches)
 
+    def uninterrupted_tokens(self, rows: Sequence[int] | None = None) -> int | None:
+        """How many next tokens of `rows` (None: all) can come in one call without an eviction by score between them (None: any
+        number)."""
+        rows = range(len(self.row_lengths)) if rows is None else rows
+        limits = {cache.uninterrupted_tokens(row) for cache in self.caches for row in rows}
+        return min(limits - {None}, default=None)
+
     def size_in_bytes(self) -> int:
         """Bytes that the caches have allocated."""
         return sum(cache.size_estimate()[0] for cache in self.caches) // 8

@@ -39,7 +39,8 @@ def check_fits(spec: CacheSpec, model: HasCaches, rows: int, length: int, held: 
         ValueError: if they do not: what they need, what is left, and caches that would fit.
     """
     config, dtype = model.config, model.dtype
-    device, *others = {model.layer_device(i) for i in range(config.n_layer)}
+    host = spec.storage_class.on_host
+    device, *others = {torch.device("cpu") if host else model.layer_device(i) for i in range(config.n_layer)}
     available = None if others else available_bytes(device)
     if available is None or (needed := size_in_bytes(spec, config, rows, length, dtype)) <= available + held:
         return
@@ -69,7 +70,8 @@ def fitting_caches(config: Config, rows: int, length: int, dtype: torch.dtype, a
     for storage in STORAGES:
         with suppress(ValueError):  # not for this model
             spec = CacheSpec("dense", storage)
-            sizes.append((size_in_bytes(spec, config, rows, length, dtype), str(spec)))
+            if not spec.storage_class.on_host:
+                sizes.append((size_in_bytes(spec, config, rows, length, dtype), str(spec)))
     yield from (name for size, name in sorted(sizes, reverse=True) if size <= available)
     slots = largest(lambda n: size_in_bytes(_evicting(n), config, rows, length, dtype) <= available, config.block_size)
     if slots >= 64:

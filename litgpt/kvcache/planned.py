@@ -2,7 +2,7 @@
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -66,6 +66,9 @@ class PlannedKVCache(DefaultKVCache):
         device = torch.device("cpu") if device is None else torch.device(device)
         params = KVCacheParams.from_config(config, batch_size, policy.cache_length, device, self._dtype, self.head_size)
         self.storage = storage(params, **(storage_args or {}))
+        self.watch: Callable[[torch.Tensor, torch.Tensor | None], None] | None = (
+            None  # told the queries and sinks of every call
+        )
         self._rows = self._empty_rows()
         self._place = self.storage.dtype, self.storage.device
 
@@ -226,6 +229,8 @@ class PlannedKVCache(DefaultKVCache):
             for part in plan.parts:
                 r = part.chunk_rows
                 output[r] = self._run_part(part, query[r], key[r], value[r], sink_logits, recording)
+        if self.watch is not None:
+            self.watch(query, sink_logits)
         return output.transpose(1, 2).flatten(2)
 
     def _run_in_own_dtype(
@@ -294,11 +299,6 @@ class PlannedKVCache(DefaultKVCache):
         slots = slice(0, step.bias.shape[-1]) if step.read is None else step.read
         old = self.storage.get(key.shape[0], slots, rows)
         return old if step.new is None else join(old, new)
-
-    def uninterrupted_tokens(self, row: int) -> int | None:
-        """How many next tokens of a row can come in one call without an eviction between them that is not planned from their
-        positions alone (None: any number)."""
-        return None
 
     # -- errors
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from litgpt.attention import KeysAndValues
 from litgpt.config import Config
 from litgpt.kvcache.plan import Plan, plan_call
 from litgpt.kvcache.planned import PlannedKVCache, RowState
@@ -73,6 +74,13 @@ class PositionalKVCache(PlannedKVCache):
                 for gone, before, after in zip(old, plan.before, plan.after, strict=True)
             )
         rows.fields = plan.after, oldest
+
+    def take_over(self, keys_values: KeysAndValues, length: int) -> None:
+        """Hold what the policy keeps of the `length` tokens of the only row, which was empty."""
+        positions = torch.tensor([p for some in self.policy.cached_positions(length) for p in some], device=self.device)
+        chosen = keys_values.keys()[:, :, positions], keys_values.values()[:, :, positions]
+        self.storage.set(*chosen, self.policy.slots(positions), None)
+        self._rows = RowState((length,), (max(0, length - self.policy.reach) if self.policy.evicts else 0,))
 
     # -- state between calls
 

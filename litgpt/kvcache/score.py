@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from litgpt.attention import KeysAndValues
 from litgpt.config import Config
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.plan import Plan, Step
@@ -234,6 +235,31 @@ class ScoreKVCache(PlannedKVCache):
                 self.storage.detach_writes()
             chosen = [x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (key, value)]
             self.storage.set(*chosen, torch.arange(index.shape[-1], device=key.device), rows)
+
+    def take_over(self, keys_values: KeysAndValues, slot_state: torch.Tensor, length: int) -> None:
+        """Hold the best of the `length` tokens (more than `cache_length`) of the only row, which was empty, by the policy's own
+        numbers for them (S, 1, G, length)."""
+        positions = torch.arange(length, device=self.device).view(1, 1, length)
+        nothing = keys_values.keys()[:, :, :0]
+        with torch.no_grad():
+            tokens = CachedTokens(
+                keys_values,
+                positions,
+                nothing,
+                positions[0, :, :0],
+                slot_state,
+                slot_state[:0],
+                self.block_idx,
+                self.mha,
+            )
+            index = self.policy.best(tokens)
+            self._note(tokens, index, None, 1)
+            chosen = [
+                x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
+                for x in (keys_values.keys(), keys_values.values())
+            ]
+            self.storage.set(*chosen, torch.arange(index.shape[-1], device=self.device), None)
+        self._rows = RowState((length,), (self.policy.kept,), (length,), (length,))
 
     def _own_state(self, rows: torch.Tensor | None, batch: int, used: int, observed: int) -> dict[str, torch.Tensor]:
         """The policy's numbers of the first `used` slots, zeros in all that it did not see yet."""

@@ -17,6 +17,7 @@ from litgpt.attention import (
 from litgpt.rope import layer_frequencies, rotate_by, unrotate
 
 BLOCK = 256  # queries whose weights are there at a time
+CPU_BLOCK_BYTES = 2 << 20  # and bytes of these weights on a CPU, whose caches should hold them
 
 
 @dataclass
@@ -113,12 +114,21 @@ class CachedTokens:
             summed[..., : weights.shape[-1]] += self.over_group(weights.sum(2)).sum(2)
         return summed
 
+    def largest_weights(self) -> torch.Tensor:
+        """The largest weight on every token, of all queries and all heads that share keys: (1, B, G, N)."""
+        largest = torch.zeros(self.shape, device=self.slot_state.device)
+        for _, weights in self._weights_up_to_them(None):
+            part = largest[..., : weights.shape[-1]]
+            torch.maximum(part, self.over_group(weights.amax(2)).amax(2), out=part)
+        return largest[None]
+
     def _weights_up_to_them(self, last: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """`weights`, but without the last slots, of tokens that come after all of a block's queries."""
         positions = self.query_positions
         B, G, N = self.shape
         _, H, n, D = self.rotated_queries.shape
-        size = max(1, min(BLOCK, SCORE_BLOCK_BYTES // (4 * B * H * N)))
+        limit = CPU_BLOCK_BYTES if self.positions.device.type == "cpu" else SCORE_BLOCK_BYTES
+        size = max(1, min(BLOCK, limit // (4 * B * H * N)))
         for start in range(0 if last is None else max(0, n - last), n, size):
             block = slice(start, start + size)
             keys = self.keys[:, :, : N - n + min(start + size, n)]

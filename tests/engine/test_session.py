@@ -540,3 +540,31 @@ def test_an_empty_session_and_too_many_tokens_are_refused():
     with pytest.raises(ValueError, match="comes? to 31 tokens"):
         session.predict([1] * 21)
     assert session.tokens == FIRST
+
+
+class AllLayers:
+    """A layer runner that notes the calls it could run, and leaves them to the model's layers."""
+
+    static_shapes = False
+
+    def __init__(self):
+        self.steps = []
+
+    def __call__(self, idx, rope, plans, input_pos, output_tokens=None):
+        self.steps.append(len(plans[0].parts[0].steps))
+
+
+@pytest.mark.parametrize("kind", ["snapkv", "h2o"])
+def test_calls_end_where_tokens_are_evicted_so_that_a_layer_runner_runs_them(kind):
+    args = {"kv_cache": kind, "cache_length": 24, "tail": 6, "prompt_chunksize": 20}
+    model = tiny_gpt()
+    plain = Session(model, **args)
+    plain.extend(some_tokens(70))
+    model.layer_runner = AllLayers()
+    session = Session(model, **args)
+    session.extend(some_tokens(70))
+    assert model.layer_runner.steps == [1] * len(model.layer_runner.steps)
+    assert len(model.layer_runner.steps) > 8
+    for a, b in zip(plain.kv_caches, session.kv_caches, strict=True):
+        assert torch.equal(a.token_positions(), b.token_positions())
+        torch.testing.assert_close(a.get_keys_values().keys(), b.get_keys_values().keys(), atol=1e-5, rtol=1e-5)

@@ -200,6 +200,10 @@ def h2o_value_norm(row, g, reference):
     return [row.sums[g][p] * row.values[g, p].double().norm() for p in row.kept[g]]
 
 
+def kvzip(row, g, reference):
+    return [max(weight for _, weight in row.hits[g][p]) for p in row.kept[g]]
+
+
 def tova(row, g, reference):
     G = row.keys.shape[0]
     of_groups = [summed(row, other, reference, 1) for other in range(G)]
@@ -281,6 +285,7 @@ def compactor(row, g, reference):
 
 
 SCORES = {
+    "kvzip": kvzip,
     "compactor": compactor,
     "qh2o": h2o,
     "random": random,
@@ -292,4 +297,4 @@ SCORES = {
     "tova": tova,
     "snapkv": snapkv,
 }
-LOOKING = {"compactor", "qh2o", "h2o", "lazy", "expected"}
+LOOKING = {"kvzip", "compactor", "qh2o", "h2o", "lazy", "expected"}

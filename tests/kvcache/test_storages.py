@@ -44,7 +44,7 @@ def test_what_a_codec_expects_to_lose_is_about_what_it_loses(codec):
     assert ((0.6 < ratio) & (ratio < 1.6)).all()
 
 
-@pytest.mark.parametrize("name", [name for name in STORAGES if name != "default"])
+@pytest.mark.parametrize("name", [name for name in STORAGES if name not in ("default", "offload")])
 @pytest.mark.parametrize("options", [{}, {"attention_logit_softcapping": 3.0}, {"sinks": True}], ids=str)
 def test_attention_decodes_a_block_of_slots_at_a_time_and_equals_attention_to_all(name, options):
     N, H, G, D = 2 * SLOT_BLOCK + 77, 4, 2, 64
@@ -63,3 +63,18 @@ def test_attention_decodes_a_block_of_slots_at_a_time_and_equals_attention_to_al
             found, _ = mha.attend(query, stored, mask, False, sink_logits=sinks)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         assert sizes.largest < 2 * G * N * D, "never a whole layer decoded at once"
+
+
+def test_offloaded_keys_and_values_stay_on_the_host_wherever_the_model_is():
+    storage = STORAGES["offload"](PARAMS)
+    storage._compute = torch.device("meta")  # stands for a GPU
+    key = torch.randn(4, 2, 9, 64)
+    storage.set(key, 2 * key, torch.arange(9), None)
+    assert torch.equal(storage.k, key)
+    assert torch.equal(storage.v, 2 * key)
+    found = storage.get(1, torch.arange(3))
+    assert found.keys().device == found.values().device == storage.device == torch.device("meta")
+    assert found.keys().shape == (1, 2, 3, 64)
+    assert storage.kernel_view() is None
+    storage._compute = torch.device("cpu")
+    assert storage.to(torch.bfloat16).k.dtype == torch.bfloat16

@@ -37,6 +37,7 @@ class ScorePolicy(Policy):
     run: int = 1
 
     slot_state: ClassVar[int] = 0  # S, own numbers of every token
+    reads_twice: ClassVar[bool] = False  # whether prompts longer than the cache are read a second time before tokens go
     unrotates: ClassVar[bool] = False  # whether it looks at keys or queries as they were before RoPE
 
     def __post_init__(self) -> None:

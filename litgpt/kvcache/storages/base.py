@@ -4,7 +4,7 @@ import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ class Storage(nn.Module, ABC):
 
     What it holds is in buffers. Made of `KVCacheParams`, and of keyword arguments of its own.
     """
+
+    on_host: ClassVar[bool] = False  # whether buffers are in the host's memory, wherever the model is
 
     @abstractmethod
     def set(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor | None) -> None:

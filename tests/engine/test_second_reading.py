@@ -1,0 +1,121 @@
+"""Prompts that are read twice: the scores are the weights of a plain forward pass over the text and its repetition."""
+
+import pytest
+import torch
+from tiny import VOCABULARY, tiny_gpt, tiny_tokenizer
+
+from litgpt.api import LLM, Preprocessor
+from litgpt.engine import Session
+
+PROMPT = torch.arange(40).mul(7).remainder(90).tolist()
+KIND = {"kv_cache": "kvzip", "cache_length": 16, "tail": 4, "n_sink": 2, "recent": 3}
+WINDOW = {"sliding_window_size": 8, "sliding_window_indices": [1, 0]}
+
+
+def weights_of_repetition(model, layer, start, stop, n_sink):
+    """Largest weights (G, stop - start) of the tokens start..stop, read again after the prompt, on themselves."""
+    text = torch.tensor(PROMPT + PROMPT[start:stop])[None]
+    seen = {}
+
+    def note(mha, block_idx, query, key, *rest, **kwargs):
+        seen[block_idx] = query.detach(), key.detach()
+        return plain(mha, block_idx, query, key, *rest, **kwargs)
+
+    import litgpt.model as module
+
+    plain, module.attend_without_cache = module.attend_without_cache, note
+    try:
+        model(text)
+    finally:
+        module.attend_without_cache = plain
+    query, key = seen[layer]
+    n, H, G = len(PROMPT), query.shape[1], key.shape[1]
+    shown = [*range(min(n_sink, start)), *range(start, stop), *range(n, text.shape[1])]
+    largest = torch.zeros(G, stop - start)
+    for h in range(H):
+        g = h // (H // G)
+        for t in range(n, text.shape[1]):
+            keys = key[0, g, [p for p in shown if p <= t]]
+            weights = (keys @ query[0, h, t] * model.mha.scale).softmax(-1)
+            first = min(n_sink, start)
+            largest[g] = torch.maximum(largest[g], weights[first : first + stop - start])
+    return largest
+
+
+@pytest.mark.parametrize("flags", [{}, WINDOW], ids=["", "window"])
+@pytest.mark.parametrize("piece", [40, 13])
+def test_what_stays_is_what_the_repetition_attends_to(flags, piece):
+    model = tiny_gpt(**flags)
+    session = Session(model, piece=piece, **KIND)
+    session.extend([*PROMPT, 5])
+    layer = 1
+    cache = session.kv_caches[layer]
+    scores = torch.cat(
+        [weights_of_repetition(model, layer, i, min(i + piece, 40), 2) for i in range(0, 40, piece)], dim=1
+    )
+    scores[:, :2] = scores[:, 37:] = torch.inf
+    expected = scores.topk(12).indices.sort().values
+    assert cache.token_positions()[0].tolist() == expected.tolist()
+    if flags:
+        assert session.kv_caches[0].token_positions()[0, 0].sort().values.tolist()[-8:] == list(range(32, 40))
+    held = cache.get_keys_values().keys()
+    dense = Session(model, kv_cache="dense", cache_length=64)
+    dense.extend([*PROMPT, 5])
+    keys = dense.kv_caches[layer].get_keys_values().keys()
+    torch.testing.assert_close(held[0, 0], keys[0, 0, expected[0]], atol=1e-5, rtol=1e-5)
+
+
+def test_the_first_token_is_that_of_the_whole_prompt_and_the_rest_goes_on_from_what_is_kept():
+    model = tiny_gpt()
+    session, dense = Session(model, **KIND), Session(model)
+    drawn = list(session.generate(PROMPT, 30, temperature=0.0))
+    assert drawn[0] == next(dense.generate(PROMPT, 1, temperature=0.0))
+    again = Session(model, **KIND)
+    again.extend(PROMPT)
+    assert again.cached == 39
+    assert len(drawn) == 30
+    assert session.kv_caches[0].current_length <= 16
+    fork = session.fork()
+    assert list(fork.generate(max_new_tokens=9, temperature=0.0)) == list(
+        session.generate(max_new_tokens=9, temperature=0.0)
+    )
+
+
+def test_short_prompts_are_read_once_and_calls_by_hand_are_as_before():
+    model = tiny_gpt()
+    sizes = []
+    model.set_start_of_layer_hook(lambda x, block_idx, input_pos: block_idx == 0 and sizes.append(x.shape[1]))
+    list(Session(model, **KIND).generate(PROMPT[:16], 1, temperature=0.0))
+    assert sum(sizes) == 16
+    sizes.clear()
+    list(Session(model, **KIND).generate(PROMPT, 1, temperature=0.0))
+    assert sum(sizes) == 80
+
+
+def test_what_is_impossible_is_refused_in_one_line():
+    model = tiny_gpt(**VOCABULARY)
+    llm = LLM(model, Preprocessor(tiny_tokenizer()))
+    kind = {"kv_cache": "kvzip", "cache_length": 16, "max_new_tokens": 2}
+    with pytest.raises(ValueError, match="reads a prompt of 30 tokens twice, which takes the model for itself"):
+        llm.generate(["x" * 30, "y"], **kind)
+    assert len(llm.generate(["x" * 30, "y"], batch_size=1, **kind)) == 2
+    assert len(llm.generate(["x" * 9, "y"], **kind)) == 2
+    with pytest.raises(ValueError, match="of 120 tokens, it leaves only 8 of the model's context of 128"):
+        llm.generate("x" * 120, **kind)
+
+
+def test_a_failure_leaves_the_models_own_caches(monkeypatch):
+    model = tiny_gpt()
+    session = Session(model, **KIND)
+    own = model.caches
+    monkeypatch.setattr("litgpt.engine.second_reading._Watch.__call__", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        session.extend([*PROMPT, 5])
+    assert model.caches is own
+    assert session.cached == 0
+    monkeypatch.undo()
+    fresh = Session(model, **KIND)
+    fresh.extend([*PROMPT, 5])
+    session.reset()
+    session.extend([*PROMPT, 5])
+    assert torch.equal(session.kv_caches[0].token_positions(), fresh.kv_caches[0].token_positions())
