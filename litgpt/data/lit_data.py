@@ -39,9 +39,12 @@ class StreamModule(DataModule):
         if "://" not in input_dir and not Path(input_dir).is_dir():
             raise FileNotFoundError(f"the data folder {input_dir} does not exist")
         loader = litdata().TokensLoader(block_size=self.seq_length)
-        return litdata().StreamingDataset(
+        rows = litdata().StreamingDataset(
             input_dir=input_dir, item_loader=loader, shuffle=shuffle, seed=self.seed, drop_last=True
         )
+        # litdata would give each process its own rows, of which the loop takes this process's share: every process reads all
+        rows.distributed_env = type(rows.distributed_env)(world_size=1, global_rank=0, num_nodes=1)
+        return rows
 
     def loader(self, rows: Any) -> DataLoader:
         """Batches of rows."""

@@ -1,9 +1,13 @@
 """Folders that `litdata` has optimised, with the package itself."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+import yaml
 from tiny import tiny_gpt
 
 from litgpt import pretrain
@@ -87,3 +91,28 @@ def test_a_stop_after_the_first_epoch_changes_nothing(kind, folder, tmp_path):
         shutil.rmtree(tmp_path / "half" / (step if step == "final" else f"step-{step:08}"))
     found = run(tmp_path / "half", resume="auto")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_two_processes_learn_from_the_rows_of_one_also_after_a_stop(folder, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    config = tiny_gpt(name="tiny", n_layer=1, vocab_size=12000, padded_vocab_size=12000).config
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model_config": config.to_dict()}))
+    data = f"--data TinyLlama --data.data_path {folder} --data.num_workers 0"
+
+    def run(out, devices, *options):
+        arguments = f"""pretrain tiny --config {tmp_path / "config.yaml"} --out_dir {tmp_path / out} {data}
+            --train.save_interval 1 --train.global_batch_size 40 --train.micro_batch_size 10 --train.max_steps 8
+            --train.max_seq_length 16 --eval.max_iters 1 --eval.interval 100 --precision 32-true --devices {devices}"""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "litgpt", *arguments.split(), *options]
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=280)
+        assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
+        return torch.load(tmp_path / out / "final" / "lit_model.pth", weights_only=True)["model"]
+
+    expected, found = run("one", 1), run("two", 2)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=5e-4)
+    for step in ("final", "step-00000007", "step-00000008"):
+        shutil.rmtree(tmp_path / "two" / step)
+    resumed = run("two", 2, "--resume", "auto")
+    assert all(torch.equal(resumed[name], found[name]) for name in found)
