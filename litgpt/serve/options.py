@@ -28,11 +28,11 @@ class ServeOptions(SamplingOptions, CacheOptions, CheckpointOptions):
     strict_model: bool = option(False, "Refuse requests that name another model.")
     max_body: int = option(16, "Most megabytes of a request's body.", least=1)
     grace: int = option(30, "Seconds that running answers have after SIGTERM.", least=0)
-    timeout: int = option(30, "Seconds that a request may wait for its first token's turn.", least=1)
+    timeout: int = option(30, "Seconds that /v1/cache may wait for the running step.", least=1)
     stream: bool = option(False, "Let /predict stream its answer as JSON lines.")
     api_path: str = option("/predict", "Path of LitGPT's own endpoint.")
     openai_spec: bool = option(False, "Has no effect: OpenAI's endpoints are always there.")
-    devices: int = option(1, "Number of devices; several need a generate_strategy.", least=1)
+    devices: int = option(1, "Number of devices: this server runs a model on one.", least=1)
     accelerator: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "auto, cuda, cpu or mps.")
     lora: Path | None = option(None, "Folder of LoRA weights to serve beside the model, by the folder's name.")
 
