@@ -47,7 +47,7 @@ _COMMANDS = {
         "Fine-tune learned prefixes, and scales and biases of linear layers.",
     ),
     "pretrain": ("pretrain:setup", "Train a model on text, from random weights or a checkpoint."),
-    "serve": ("serve.base:main", "Serve a model over HTTP, for OpenAI's clients and LitGPT's, with a chat page."),
+    "serve": ("deploy.serve:run_server", "Serve a model over HTTP: OpenAI's endpoints, /predict, a chat page."),
     "download": ("scripts.download:download_from_hub", "Download a model, or list the available ones."),
     "convert_to_litgpt": (
         "scripts.convert_hf_checkpoint:convert_hf_checkpoint",

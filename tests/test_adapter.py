@@ -126,6 +126,7 @@ def test_the_prefix_is_seen_also_when_the_cache_has_dropped_the_beginning():
     torch.testing.assert_close(cached, plain(idx), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
 def test_gates_begin_closed():
     base, model = tiny_gpt(n_layer=3), GPT(Config(**{**LLAMA, "n_layer": 3})).eval()
     model.load_state_dict(base.state_dict(), strict=False)

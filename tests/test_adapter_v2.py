@@ -86,6 +86,7 @@ def test_an_evicting_cache_gives_what_it_gives_with_folded_weights():
     torch.testing.assert_close(through_caches(model, idx, cuts), through_caches(plain, idx, cuts), atol=1e-5, rtol=1e-4)
 
 
+@torch.no_grad()
 def test_a_new_model_computes_what_the_plain_one_does():
     base, model = tiny_gpt(n_layer=3), GPT(Config(**{**LLAMA, **FIELDS})).eval()
     model.load_state_dict(base.state_dict(), strict=False)

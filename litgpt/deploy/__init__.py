@@ -1,1 +1,1 @@
-"""LitGPT's place for `litgpt serve`, which is in `litgpt.serve`."""
+"""LitGPT's name for the parts that serve a model."""

@@ -1,4 +1,4 @@
-"""The command `litgpt serve` by LitGPT's name."""
+"""`litgpt serve` by LitGPT's module path."""
 
 from litgpt.serve.base import main as run_server
 

@@ -33,6 +33,9 @@ class ServeOptions(SamplingOptions, CacheOptions, CheckpointOptions):
     api_path: str = option("/predict", "Path of LitGPT's own endpoint.")
     openai_spec: bool = option(False, "Has no effect: OpenAI's endpoints are always there.")
     devices: int = option(1, "Number of devices: this server runs a model on one.", least=1)
+    generate_strategy: Literal["sequential", "tensor_parallel"] | None = option(
+        None, "How several devices share a model: not supported by this server."
+    )
     accelerator: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "auto, cuda, cpu or mps.")
     lora: Path | None = option(None, "Folder of LoRA weights to serve beside the model, by the folder's name.")
 
@@ -40,8 +43,8 @@ class ServeOptions(SamplingOptions, CacheOptions, CheckpointOptions):
         super().__post_init__()
         if not self.api_path.startswith("/"):
             raise ValueError(f"api_path must begin with /, got {self.api_path!r}")
-        if self.devices > 1:
-            raise ValueError(f"devices={self.devices}: this server runs a model on one device")
+        if self.devices > 1 or self.generate_strategy is not None:
+            raise ValueError("this server runs a model on one device: leave devices and generate_strategy out")
 
     @property
     def key(self) -> str | None:
