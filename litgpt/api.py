@@ -2,7 +2,7 @@
 
 import re
 from collections import abc, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +21,8 @@ from litgpt.engine.continuous import ContinuousBatch
 from litgpt.engine.drafting import PromptLookup
 from litgpt.engine.engine import Engine
 from litgpt.engine.loading import (
-    choose_kv_caches,
     default_device,
+    lease_caches,
     make_ready,
     parse_precision,
     slow_down_decode,
@@ -33,13 +33,21 @@ from litgpt.engine.sampling import LogitsProcessor, Sampling, whole_number
 from litgpt.engine.sequence import Sequence
 from litgpt.engine.session import Session
 from litgpt.kvcache import CacheSpec
-from litgpt.kvcache.layers import LayerCaches
 from litgpt.model import GPT
 from litgpt.parallel.pipeline import choose_devices, spread_layers
 from litgpt.parallel.processes import join_group, launched_outside, number_of_processes, own_device
 from litgpt.parallel.tensor import ShardedGPT, shard_model
+from litgpt.preprocessor import Preprocessor as Preprocessor
 from litgpt.prompt_frame import PromptFrame
-from litgpt.prompts import ChatTemplate, Message, PromptStyle, all_stop_tokens, encode_prompt, save_prompt_style
+from litgpt.prompts import (
+    ChatTemplate,
+    Message,
+    PromptStyle,
+    all_stop_tokens,
+    encode_prompt,
+    parse_prompts,
+    save_prompt_style,
+)
 from litgpt.runners.quantized_weights import BNB_MODES, quantize_model
 from litgpt.tokenizer import Tokenizer
 
@@ -69,7 +77,7 @@ class LLM(nn.Module):
     def __init__(
         self,
         model: GPT,
-        preprocessor: "Preprocessor | None" = None,
+        preprocessor: Preprocessor | None = None,
         prompt_style: PromptStyle | None = None,
         devices: int | list[int] | None = None,
         config: Config | None = None,
@@ -321,7 +329,9 @@ class LLM(nn.Module):
         Raises:
             ValueError: for an empty prompt, settings out of range, or more tokens than the model or its cache take.
         """
-        prompts, several = _as_prompts(prompt)
+        prompts, several = parse_prompts(prompt)
+        if not isinstance(stream, bool):
+            raise ValueError(f"stream is True or False, got {stream!r:.80}")
         if stream and several:
             raise ValueError("stream=True is for a single prompt")
         if logprobs is not None and (stream or return_as_token_ids):
@@ -355,7 +365,9 @@ class LLM(nn.Module):
             for i, one in enumerate(prompts)
         ]
         self._for_inference()
-        lease = self._lease(kv_cache, cache_length, kv_cache_args, rows)
+        assigned = kv_cache is None and self.model.caches.caches and not self.model.caches.default
+        spec = self._spec("dense" if assigned else kv_cache, cache_length, kv_cache_args)
+        lease = lease_caches(self.model, spec, rows, chosen=kv_cache is not None)
         longest = max(sequence.max_length for sequence in sequences)
         batch = ContinuousBatch(self.model, rows, longest, prompt_chunksize, drafter, lease)
         self._engine = batch.engine
@@ -368,7 +380,7 @@ class LLM(nn.Module):
             batch.close()
             raise
         if stream:
-            pieces = self._stream(batch, device)
+            pieces = batch.stream(device)
             return pieces if return_as_token_ids else self.tokenizer.decode_stream(pieces)
         batch.close()
         if logprobs is not None:
@@ -383,37 +395,6 @@ class LLM(nn.Module):
     def acceptance_rate(self) -> float:
         """Fraction of the draft tokens of the last `generate(prompt_lookup=...)` that was accepted (0 if there were none)."""
         return 0.0 if self._engine is None else self._engine.acceptance_rate
-
-    def _lease(
-        self,
-        kv_cache: CacheSpec | str | None,
-        cache_length: int | None,
-        kv_cache_args: abc.Mapping[str, Any],
-        batch_size: int,
-    ) -> CacheLease:
-        """The caches of a call of `generate`."""
-        assigned = kv_cache is None and self.model.caches.caches and not self.model.caches.default
-        spec = self._spec("dense" if assigned else kv_cache, cache_length, kv_cache_args)
-        default = spec == CacheSpec()
-        if default:
-            lease = CacheLease.take(self.model)
-            if kv_cache is None or lease.caches is not None:
-                return lease
-        lease = CacheLease(self.model, LayerCaches())
-        if not default:
-            lease.run(choose_kv_caches, self.model, spec, batch_size)
-        return lease
-
-    @staticmethod
-    def _stream(batch: ContinuousBatch, device: torch.device) -> Iterator[torch.Tensor]:
-        """The tokens of a batch of one sequence, step by step, (n,) each."""
-        try:
-            while batch.unfinished:
-                for _, tokens in batch.step():
-                    if tokens:
-                        yield torch.tensor(tokens, device=device)
-        finally:
-            batch.close()
 
     def session(
         self,
@@ -508,7 +489,7 @@ class LLM(nn.Module):
         tokens = encode_prompt(preprocessor.tokenizer, self.prompt_style, prompt, sys_prompt=sys_prompt)
         return tokens.to(preprocessor.device)
 
-    def _preprocessor(self) -> "Preprocessor":
+    def _preprocessor(self) -> Preprocessor:
         if self.preprocessor is None:
             raise ValueError("the model has no tokenizer: load it with tokenizer_dir=...")
         return self.preprocessor
@@ -618,41 +599,6 @@ class LLM(nn.Module):
 
     def _for_training(self) -> None:
         slow_down_decode(self.model)
-
-
-class Preprocessor:
-    """Text to tokens and back."""
-
-    def __init__(self, tokenizer: Tokenizer, device: torch.device | str = "cpu") -> None:
-        self.tokenizer = tokenizer
-        self.device = torch.device(device)
-
-    def encode(self, text: str) -> torch.Tensor:
-        """Tokens (T,) of a text, without a prompt style."""
-        return self.tokenizer.encode(text, device=self.device)
-
-    def decode(self, token_ids: torch.Tensor) -> str:
-        return self.tokenizer.decode(token_ids)
-
-
-def _as_prompts(prompt: Any) -> tuple[list[str | list[Message]], bool]:
-    """The prompts in the argument of `LLM.generate`, and whether it is a list of them."""
-    given = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, str | Mapping) else prompt
-    several = isinstance(given, list) and not (given and all(isinstance(one, Mapping) for one in given))
-    prompts = [list(one) if isinstance(one, tuple) else one for one in (given if several else [given])]
-    if not prompts or any(isinstance(one, str | list) and not one for one in prompts):
-        raise ValueError("the prompt is empty: give some text")
-    for one in prompts:
-        messages = one if isinstance(one, list) else []
-        if not isinstance(one, str) and not (messages and all(isinstance(message, Mapping) for message in messages)):
-            raise ValueError(
-                'a prompt is a text or a list of messages, {"role": ..., "content": ...} each, or a list of such prompts; '
-                f"got {prompt if several and one is prompt else one!r:.80}"
-            )
-        for message in messages:
-            if not isinstance(message.get("role"), str) or "content" not in message:
-                raise ValueError(f'a message has a "role" and a "content", got {message!r:.80}')
-    return prompts, several
 
 
 def calculate_number_of_devices(devices: int | list[int] | None) -> int:

@@ -4,7 +4,7 @@ The built-in styles are data: every class below is a row of such texts, with the
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -352,3 +352,23 @@ def load_prompt_style(checkpoint_dir: Path) -> PromptStyle:
         return style(**content.get("init_args", {}))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} does not describe a prompt style: {one_line(error)}") from error
+
+
+def parse_prompts(prompt: Any) -> tuple[list[str | list[Message]], bool]:
+    """Texts and lists of messages of one prompt or of a list of prompts, and whether it is such a list."""
+    given = list(prompt) if isinstance(prompt, Iterable) and not isinstance(prompt, str | Mapping) else prompt
+    several = isinstance(given, list) and not (given and all(isinstance(one, Mapping) for one in given))
+    prompts = [list(one) if isinstance(one, tuple) else one for one in (given if several else [given])]
+    if not prompts or any(isinstance(one, str | list) and not one for one in prompts):
+        raise ValueError("the prompt is empty: give some text")
+    for one in prompts:
+        messages = one if isinstance(one, list) else []
+        if not isinstance(one, str) and not (messages and all(isinstance(message, Mapping) for message in messages)):
+            raise ValueError(
+                'a prompt is a text or a list of messages, {"role": ..., "content": ...} each, or a list of such prompts; '
+                f"got {prompt if several and one is prompt else one!r:.80}"
+            )
+        for message in messages:
+            if not isinstance(message.get("role"), str) or "content" not in message:
+                raise ValueError(f'a message has a "role" and a "content", got {message!r:.80}')
+    return prompts, several

@@ -464,6 +464,7 @@ def test_a_model_that_has_answered_can_be_copied(llm):
     [
         ({"prompt": "a\ud800"}, "half of a surrogate pair at character"),
         ({"prompt": [{"role": "user", "content": "\udc80"}]}, "UTF-8"),
+        ({"stream": torch.ones(2)}, "stream is True or False"),
         ({"kv_cache": 5}, "CacheSpec or the name of one, got 5"),
         ({"kv_cache": ["dense"]}, "CacheSpec or the name of one"),
         ({"kv_cache": "lastrec", "n_sink": "2"}, "n_sink"),

@@ -1,6 +1,9 @@
 """Continuous batching: sequences queue up, and join and leave a batch between steps."""
 
 from collections import deque
+from collections.abc import Iterator
+
+import torch
 
 from litgpt.engine.caches import CacheLease, check_caches, prepare_caches
 from litgpt.engine.drafting import Drafter
@@ -106,6 +109,16 @@ class ContinuousBatch:
     def _run(self) -> None:
         while self.unfinished:
             self.step()
+
+    def stream(self, device: torch.device) -> Iterator[torch.Tensor]:
+        """Run steps and give their tokens, (n,) each, if one sequence was submitted; closes the batch in the end."""
+        try:
+            while self.unfinished:
+                for _, tokens in self.step():
+                    if tokens:
+                        yield torch.tensor(tokens, device=device)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Return default caches to the model, for the next call."""

@@ -13,8 +13,10 @@ from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.finetuned import trained_cache
 from litgpt.checkpoint.load import load_model
+from litgpt.engine.caches import CacheLease
 from litgpt.kernels import processor
 from litgpt.kvcache import CacheSpec
+from litgpt.kvcache.layers import LayerCaches
 from litgpt.kvcache.memory import check_fits
 from litgpt.model import GPT
 from litgpt.prompt_style import PromptStyle
@@ -155,3 +157,17 @@ def choose_kv_caches(model: GPT, spec: CacheSpec | str, batch_size: int = 1) -> 
     if spec != CacheSpec():
         check_fits(spec, model, batch_size, model.max_seq_length)
         model.assign_kv_caches(spec.create(model, batch_size))
+
+
+def lease_caches(model: GPT, spec: CacheSpec, batch_size: int, chosen: bool) -> CacheLease:
+    """Caches for one call: new ones, or for the default kind the model's, where these are free. Assigned caches are used unless
+    a kind was `chosen`."""
+    default = spec == CacheSpec()
+    if default:
+        lease = CacheLease.take(model)
+        if not chosen or lease.caches is not None:
+            return lease
+    lease = CacheLease(model, LayerCaches())
+    if not default:
+        lease.run(choose_kv_caches, model, spec, batch_size)
+    return lease

@@ -174,8 +174,9 @@ class Loop:
             else:  # more processes than batches are left: go along, for what all have to do together
                 ids, labels, sizes = rows[0][0], torch.full_like(rows[0][1], IGNORE_INDEX), rows[0][2]
             with fabric.no_backward_sync(self.model, enabled=not last):
-                loss = self.model(fabric.to_device(ids), fabric.to_device(labels), row_sizes=sizes)
-                fabric.backward(loss * (fabric.world_size / max(total, 1)))
+                scale = fabric.world_size / max(total, 1)
+                loss = self.model(fabric.to_device(ids), fabric.to_device(labels), row_sizes=sizes, scale=scale)
+                fabric.backward(loss * scale)
             position.iter_num += 1
             if i < len(own):
                 window_loss += self._checked(loss.item())

@@ -10,14 +10,13 @@ import torch.nn.functional as F
 
 IGNORE_INDEX = -100
 LOGITS_BYTES = 16 << 20  # float32 logits that exist at a time
-TRAINED_LOGITS_BYTES = (
-    128 << 20
-)  # with a trained head, where every further chunk adds to a gradient as large as its weight
+ADDED_LOGITS_BYTES = 32 << 20  # with a trained head, each chunk of which adds to a gradient as large as its weight
+TRAINED_LOGITS_BYTES = 128 << 20  # where that needs a second one of this size
 
 
 class _HeadLoss(torch.autograd.Function):
     """Sum of the cross-entropies of N tokens. Gradients are computed chunk by chunk in the forward pass, right after each
-    chunk's logits, and only scaled in the backward pass."""
+    chunk's logits, and only scaled in the backward pass; not even that where `scale` says by what."""
 
     @staticmethod
     def forward(
@@ -28,6 +27,7 @@ class _HeadLoss(torch.autograd.Function):
         chunk: int,
         tied: list[torch.Tensor] | None,
         teacher: Callable[[slice], torch.Tensor] | None,
+        scale: float | None,
         *params: torch.Tensor,
     ) -> torch.Tensor:
         form = torch.promote_types(hidden.dtype, torch.float32)
@@ -50,13 +50,15 @@ class _HeadLoss(torch.autograd.Function):
                 logs = torch.sub(scores, shifted, out=scores)
                 total += F.kl_div(logs, wanted, reduction="sum", log_target=True)
                 d_logits = logs.exp_().sub_(wanted.exp_())
+            if scale is not None:
+                d_logits *= scale
             inputs = [x] * (d_hidden is not None) + list(params)
             found = list(torch.autograd.grad(logits, inputs, d_logits.to(logits.dtype)))
             if d_hidden is not None:
                 d_hidden[part] = found.pop(0)
             for i, gradient in enumerate(found):
                 d_params[i] = gradient if d_params[i] is None else d_params[i].add_(gradient)
-        ctx.saved, ctx.tied = (d_hidden, *d_params), tied
+        ctx.saved, ctx.tied, ctx.scale = (d_hidden, *d_params), tied, scale
         return total
 
     @staticmethod
@@ -64,11 +66,15 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.saved is None:
             raise RuntimeError("the gradients of this loss have been taken already: compute it anew")
         saved, ctx.saved = ctx.saved, None  # scaled in place: those of the head are as large as its weight
-        d_hidden, *d_params = (None if d is None else d.mul_(d_total.to(d.dtype)) for d in saved)
+        if ctx.scale is None:
+            saved = [None if d is None else d.mul_(d_total.to(d.dtype)) for d in saved]
+        elif abs(d_total.item() - ctx.scale) > 1e-5 * abs(ctx.scale):
+            raise RuntimeError(f"the loss was to be multiplied by {ctx.scale}, not by {d_total.item()}")
+        d_hidden, *d_params = saved
         if ctx.tied is not None:
             ctx.tied.append(d_params[0])
             d_params[0] = None
-        return d_hidden, None, None, None, None, None, *d_params
+        return d_hidden, None, None, None, None, None, None, *d_params
 
 
 class TiedEmbedding(torch.autograd.Function):
@@ -85,8 +91,12 @@ class TiedEmbedding(torch.autograd.Function):
     def backward(ctx, d_rows: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         ids, weight = ctx.saved_tensors
         d_weight = ctx.tied.pop() if ctx.tied else torch.zeros_like(weight)
-        d_weight.index_add_(0, ids.flatten(), d_rows.flatten(0, -2).to(d_weight.dtype))
-        return None, d_weight, None
+        return None, add_rows(d_weight, ids, d_rows), None
+
+
+def add_rows(d_weight: torch.Tensor, ids: torch.Tensor, d_rows: torch.Tensor) -> torch.Tensor:
+    """Add gradients of an embedding's rows (..., E) to that of its weight."""
+    return d_weight.index_add_(0, ids.flatten(), d_rows.flatten(0, -2).to(d_weight.dtype))
 
 
 def loss_sum(
@@ -97,6 +107,7 @@ def loss_sum(
     vocabulary: int,
     tied: list[torch.Tensor] | None = None,
     teacher: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Sum of the next-token losses over counted tokens, or of their divergences from what a teacher says.
 
@@ -109,13 +120,16 @@ def loss_sum(
         teacher: outputs (..., E) of another model, and its logits of them: the loss is the Kullback-Leibler divergence of its
             distribution of the next token from this one's, where gradients are wanted.
         tied: the list that a `TiedEmbedding` before `hidden` was given: for the gradient of the first of `params`.
+        scale: what the loss will be multiplied by before its gradients are taken, for a head that adds to the gradients of
+            its weights by itself (None: whatever it is).
 
     Returns:
         A number in float32 (float64 where outputs are); 0, with zero gradients, if no token is counted.
     """
     counted = labels != IGNORE_INDEX
     hidden, labels = hidden[counted], labels[counted]
-    chunk = max(16, (TRAINED_LOGITS_BYTES if params else LOGITS_BYTES) // (4 * vocabulary))
+    size = TRAINED_LOGITS_BYTES if params else LOGITS_BYTES if scale is None else ADDED_LOGITS_BYTES
+    chunk = max(16, size // (4 * vocabulary))
     form = torch.promote_types(hidden.dtype, torch.float32)
     if not len(hidden):
         return sum((p.sum() * 0.0 for p in params), hidden.sum() * 0.0).to(form)
@@ -124,6 +138,6 @@ def loss_sum(
         if teacher is not None:
             outputs, teacher_head = teacher[0][counted], teacher[1]
             says = lambda part: teacher_head(outputs[part])  # noqa: E731
-        return _HeadLoss.apply(hidden, labels, head, chunk, tied, says, *params)
+        return _HeadLoss.apply(hidden, labels, head, chunk, tied, says, scale, *params)
     parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
     return sum(F.cross_entropy(head(x).to(form), y, reduction="sum") for x, y in parts)

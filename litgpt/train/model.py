@@ -1,34 +1,20 @@
 """A model with its loss: what is trained, as one module, so that wrappers for several devices see a whole forward pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from litgpt.model import GPT, LLaMAMLP
+from litgpt.model import GPT, LLaMAMLP, RMSNorm
 from litgpt.train.cached_layers import CachedLayers
+from litgpt.train.kept_gradients import KeptGradients
 from litgpt.train.loss import TiedEmbedding, loss_sum
 from litgpt.train.products import linear, onednn_is_faster
+from litgpt.train.recomputed import recomputed
 from litgpt.train.teacher import Teacher
-
-
-class _Recomputed(torch.autograd.Function):
-    """A function of tensors, element by element, of which only the inputs are kept for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, function: Callable[..., torch.Tensor], *inputs: torch.Tensor) -> torch.Tensor:
-        ctx.function = function
-        ctx.save_for_backward(*inputs)
-        return function(*inputs)
-
-    @staticmethod
-    def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-        with torch.enable_grad():
-            y = ctx.function(*inputs)
-        return None, *torch.autograd.grad(y, inputs, d_y)
 
 
 class TrainingModel(nn.Module):
@@ -52,17 +38,34 @@ class TrainingModel(nn.Module):
         super().__init__()
         self.teacher = teacher
         self.gpt, self.cached_layers = gpt, cached_layers
+        self.kept_gradients: KeptGradients | None = None
         if activation_checkpointing and cached_layers is None:
             for block in gpt.transformer.h:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         for module in gpt.modules():
             if isinstance(module, LLaMAMLP):
-                module.gated = partial(_Recomputed.apply, module.gated)
+                module.gated = partial(recomputed, module.gated)
             elif type(module) is nn.Linear and onednn_is_faster():
                 module.forward = partial(linear, module)
 
+    def keep_gradients(self) -> None:
+        """Have gradients where they are from step to step, and keep less for the backward pass: for one process on a CPU."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        self.kept_gradients = KeptGradients(trained)
+        if self.cached_layers is not None:
+            return
+        for module in self.gpt.modules():
+            if isinstance(module, RMSNorm) and module.weight.requires_grad and "forward" not in vars(module):
+                module.forward = partial(recomputed, module.forward, params=(module.weight,))
+            elif type(module) is nn.Linear and module.weight.requires_grad:
+                module.forward = partial(linear, module)
+
     def forward(
-        self, input_ids: torch.Tensor, labels: torch.Tensor, row_sizes: Sequence[int] | None = None
+        self,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor,
+        row_sizes: Sequence[int] | None = None,
+        scale: float | None = None,
     ) -> torch.Tensor:
         """Sum of the losses of all counted tokens: see `loss_sum`.
 
@@ -70,24 +73,47 @@ class TrainingModel(nn.Module):
             input_ids: (B, T), or with `row_sizes` (1, N): rows of these sizes, one after the other.
             labels: of the same shape; the token that follows each, or -100 where it is not counted.
             row_sizes: tokens of each row.
+            scale: what the loss will be multiplied by before its gradients are taken (None: whatever it is).
         """
         teacher = None
         if self.teacher is not None and torch.is_grad_enabled():
             teacher = self.teacher(input_ids, row_sizes), self.teacher.logits
-        head, embedding, tied = self.gpt.lm_head, self.gpt.transformer.wte, None
-        weight = embedding.weight
-        if getattr(head, "weight", None) is weight and weight.requires_grad and torch.is_grad_enabled():
+        head, embedding = self.gpt.lm_head, self.gpt.transformer.wte
+        kept, tied = self.kept_gradients, None
+        own: dict[nn.Module, Callable] = {}  # ways for modules to add to their gradients
+        if kept is not None and scale is not None:
+            if kept.adds(head):
+                own[head] = partial(kept.linear, head.weight)
+            if kept.adds(embedding):
+                own[embedding] = partial(kept.embedding, embedding.weight)
+        is_tied = getattr(head, "weight", None) is embedding.weight and embedding.weight.requires_grad
+        if is_tied and embedding not in own and torch.is_grad_enabled():
             tied = []
-            embedding.forward = lambda ids: TiedEmbedding.apply(ids, weight, tied)
-        try:
+            own = {embedding: lambda ids: TiedEmbedding.apply(ids, embedding.weight, tied)}
+        with _forward_of(own):
             if self.cached_layers is None:
                 hidden = self.gpt(input_ids, skip_lm_head=True, row_sizes=row_sizes)
             else:
                 hidden = self.cached_layers(input_ids, row_sizes)
-        finally:
-            vars(embedding).pop("forward", None)
-        params = [p for p in head.parameters() if p.requires_grad]
-        return loss_sum(hidden, labels, self.gpt.logits, params, self.gpt.config.padded_vocab_size, tied, teacher)
+            params = [p for p in head.parameters() if p.requires_grad and head not in own]
+            scale = scale if head in own else None
+            V = self.gpt.config.padded_vocab_size
+            return loss_sum(hidden, labels, self.gpt.logits, params, V, tied, teacher, scale)
+
+
+@contextmanager
+def _forward_of(own: dict[nn.Module, Callable]) -> Iterator[None]:
+    """Let modules run by functions of their own."""
+    before = {module: vars(module).get("forward") for module in own}
+    for module, function in own.items():
+        module.forward = function
+    try:
+        yield
+    finally:
+        for module, function in before.items():
+            del module.forward
+            if function is not None:
+                module.forward = function
 
 
 def restore_forward(gpt: GPT) -> None:

@@ -1,4 +1,5 @@
-"""Matrix products of linear layers in float32 by the library that is fast on this processor.
+"""Linear layers of a model that is trained: float32 products by the library that is fast on this processor, and functions
+before them that are computed again rather than kept.
 
 torch multiplies float32 matrices on CPUs by MKL where it was built with it, which uses AVX-512 on Intel's processors only.
 oneDNN, which torch also brings, uses it on all that have it: there, products take about half the time.
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from litgpt.kernels import processor
+from litgpt.train.recomputed import linear_of
 
 
 @cache
@@ -26,37 +28,46 @@ def onednn_is_faster() -> bool:
     )
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x weight' + bias, by oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x weight' + bias of a matrix x."""
+    if onednn_is_faster() and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer of inputs (N, E) whose three products oneDNN makes."""
+    """A linear layer of inputs (N, E) with its gradients by `product`."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        return (
-            _product(d_y, weight.T) if wants_x else None,
-            _product(d_y.T, x.T) if wants_weight else None,
-            d_y.sum(0) if wants_bias else None,
-        )
+        return _gradients(ctx, d_y)
+
+
+def _gradients(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+    return (
+        product(d_y, weight.T) if wants_x else None,
+        product(d_y.T, x.T) if wants_weight else None,
+        d_y.sum(0) if wants_bias else None,
+    )
 
 
 def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """What `layer` gives, in float32 on a CPU by oneDNN."""
+    """What `layer` gives, by `product` on a CPU in one precision; what was made by `recomputed` is not kept."""
     weight, bias = layer.weight, layer.bias
-    plain = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
-    if not plain or x.numel() == 0 or torch.is_autocast_enabled("cpu"):
+    plain = x.dtype == weight.dtype and x.device.type == weight.device.type == "cpu" and x.numel()
+    if not plain or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+    y = linear_of(product, layer, x)
+    if y is None:
+        y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    return y.view(*x.shape[:-1], -1)
 
 
 class _GradientsOnly(torch.autograd.Function):
@@ -69,15 +80,7 @@ class _GradientsOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        by_onednn = d_y.dtype == torch.float32 and d_y.device.type == "cpu" and onednn_is_faster()
-        product = _product if by_onednn else F.linear
-        x, weight = ctx.saved_tensors
-        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        return (
-            product(d_y, weight.T) if wants_x else None,
-            product(d_y.T, x.T) if wants_weight else None,
-            d_y.sum(0) if wants_bias else None,
-        )
+        return _gradients(ctx, d_y)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from litgpt.train.checkpointing import (
     step_folders,
 )
 from litgpt.train.loop import Loop, Position
-from litgpt.train.memory import keep_gradients, release_freed_memory, reserve_optimizer_state
+from litgpt.train.memory import release_freed_memory, reserve_optimizer_state
 from litgpt.train.methods import Method
 from litgpt.train.model import TrainingModel
 from litgpt.train.optimizers import make_optimizer
@@ -113,7 +113,7 @@ class Run:
             raise ValueError(f"{self.method.name} trains nothing in {self.gpt.config.name}: check its options")
         self.optimizer = make_optimizer(options.optimizer, trained)
         if fabric.world_size == 1 and fabric.device.type == "cpu":
-            keep_gradients(trained)
+            self.model.keep_gradients()
             if resume is None:
                 reserve_optimizer_state(self.optimizer)
         optimizer = fabric.setup_optimizers(self.optimizer)

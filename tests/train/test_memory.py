@@ -4,7 +4,8 @@ import pytest
 import torch
 from tiny import tiny_gpt
 
-from litgpt.train.memory import keep_gradients, reserve_optimizer_state
+from litgpt.train.kept_gradients import KeptGradients
+from litgpt.train.memory import reserve_optimizer_state
 from litgpt.train.model import TrainingModel
 
 
@@ -15,7 +16,7 @@ def trained(kept, kind=torch.optim.AdamW, **options):
     parameters = [*model.parameters(), unused]
     optimizer = kind(parameters, lr=1e-2, **options)
     if kept:
-        keep_gradients(parameters)
+        KeptGradients(parameters)
         reserve_optimizer_state(optimizer)
     places = []
     for _ in range(3):

@@ -1,0 +1,68 @@
+"""Gradients that large weights add to by themselves, and functions computed again, against autograd's."""
+
+import pytest
+import torch
+from tiny import tiny_gpt
+
+from litgpt.train.model import TrainingModel, restore_forward
+
+CONFIGS = [
+    {},
+    {"bias": True},
+    {"mlp_class_name": "GemmaMLP", "norm_unit_offset": True, "scale_embeddings": True},
+    {"final_logit_softcapping": 5.0, "norm_qk": True},
+    {"parallel_residual": True, "shared_attention_norm": True},
+]
+
+
+def gradients(config, tied, kept, dtype=torch.float64):
+    torch.manual_seed(0)
+    gpt = tiny_gpt(**config).to(dtype).requires_grad_(True)
+    if tied:
+        gpt.lm_head.weight = gpt.transformer.wte.weight
+    model = TrainingModel(gpt)
+    if kept:
+        model.keep_gradients()
+    for batch in range(2):
+        ids = torch.randint(0, 100, (2, 20), generator=torch.Generator().manual_seed(batch))
+        (model(ids, ids, scale=0.25) * 0.25).backward()
+    found = {name: p.grad.clone() for name, p in gpt.named_parameters()}
+    restore_forward(gpt)
+    assert not any({"forward", "gated"} & set(vars(module)) for module in gpt.modules())
+    return found
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("config", CONFIGS)
+def test_gradients_are_autograds(config, tied, monkeypatch):
+    plain = gradients(config, tied, kept=False)
+    error = 1e-5 if config.get("norm_unit_offset") else 1e-10  # these norms compute in float32
+    for size in (32 << 20, 1):  # all tokens at a time, and few
+        monkeypatch.setattr("litgpt.train.loss.ADDED_LOGITS_BYTES", size)
+        ours = gradients(config, tied, kept=True)
+        assert ours.keys() == plain.keys()
+        for name, gradient in plain.items():
+            torch.testing.assert_close(ours[name], gradient, rtol=error, atol=error, msg=name)
+
+
+def test_a_loss_multiplied_by_something_else_is_refused():
+    gpt = tiny_gpt().requires_grad_(True)
+    model = TrainingModel(gpt)
+    model.keep_gradients()
+    ids = torch.randint(0, 100, (2, 20))
+    with pytest.raises(RuntimeError, match=r"multiplied by 0\.5, not by 2"):
+        (model(ids, ids, scale=0.5) * 2).backward()
+
+
+@pytest.mark.parametrize("mlp", ["LLaMAMLP", "GemmaMLP"])
+def test_results_of_norms_and_gates_are_not_kept(mlp):
+    gpt = tiny_gpt(mlp_class_name=mlp, intermediate_size=50).requires_grad_(True)
+    model = TrainingModel(gpt)
+    model.keep_gradients()
+    ids, kept = torch.randint(0, 100, (1, 20)), {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.setdefault(x.data_ptr(), x), lambda x: x):
+        model(ids, ids, scale=1.0)
+    layers = gpt.config.n_layer
+    assert sum(x.shape[-1] == 50 and 20 in x.shape for x in kept.values()) == 2 * layers  # the gate's two inputs
+    residuals = [x for x in kept.values() if x.shape[-1] == gpt.config.n_embd and x.shape[0] in (1, 20)]
+    assert len(residuals) <= 4 * layers  # inputs of norms and of products behind attention, not results of norms
