@@ -3,9 +3,9 @@
 from timing import read_job, report
 
 from litgpt.api import LLM
-from litgpt.comparison.document import read_document
 from litgpt.comparison.speed import measure_speed
 from litgpt.kvcache import CacheSpec
+from litgpt.tasks.document import read_document
 
 
 def main() -> None:
