@@ -78,8 +78,8 @@ class TrainingModel(nn.Module):
         teacher = None
         if self.teacher is not None and torch.is_grad_enabled():
             teacher = self.teacher(input_ids, row_sizes), self.teacher.logits
-<<<<<<< HEAD
-        head, embedding = self.gpt.lm_head, self.gpt.transformer.wte
+        gpt, heads, logits = self.gpt, [self.gpt.lm_head], self.gpt.logits
+        head, embedding = gpt.lm_head, gpt.transformer.wte
         kept, tied = self.kept_gradients, None
         own: dict[nn.Module, Callable] = {}  # ways for modules to add to their gradients
         if kept is not None and scale is not None:
@@ -89,24 +89,17 @@ class TrainingModel(nn.Module):
                 own[embedding] = partial(kept.embedding, embedding.weight)
         is_tied = getattr(head, "weight", None) is embedding.weight and embedding.weight.requires_grad
         if is_tied and embedding not in own and torch.is_grad_enabled():
-=======
-        gpt, heads, logits = self.gpt, [self.gpt.lm_head], self.gpt.logits
-        head, embedding, tied = gpt.lm_head, gpt.transformer.wte, None
-        weight = embedding.weight
-        if getattr(head, "weight", None) is weight and weight.requires_grad and torch.is_grad_enabled():
->>>>>>> main
             tied = []
             own = {embedding: lambda ids: TiedEmbedding.apply(ids, embedding.weight, tied)}
         with _forward_of(own):
             if self.cached_layers is None:
                 hidden = gpt(input_ids, skip_lm_head=True, row_sizes=row_sizes)
             else:
-<<<<<<< HEAD
-                hidden = self.cached_layers(input_ids, row_sizes)
-            params = [p for p in head.parameters() if p.requires_grad and head not in own]
+                hidden, norm = self.cached_layers.last_outputs(input_ids, row_sizes), gpt.transformer.ln_f
+                heads, logits = [head, norm], lambda x: gpt.logits(norm(x))  # for a few tokens at a time
+            params = [p for module in heads if module not in own for p in module.parameters() if p.requires_grad]
             scale = scale if head in own else None
-            V = self.gpt.config.padded_vocab_size
-            return loss_sum(hidden, labels, self.gpt.logits, params, V, tied, teacher, scale)
+            return loss_sum(hidden, labels, logits, params, gpt.config.padded_vocab_size, tied, teacher, scale)
 
 
 @contextmanager
@@ -122,14 +115,6 @@ def _forward_of(own: dict[nn.Module, Callable]) -> Iterator[None]:
             del module.forward
             if function is not None:
                 module.forward = function
-=======
-                hidden, norm = self.cached_layers.last_outputs(input_ids, row_sizes), gpt.transformer.ln_f
-                heads, logits = [head, norm], lambda x: gpt.logits(norm(x))  # for a few tokens at a time
-        finally:
-            vars(embedding).pop("forward", None)
-        params = [p for module in heads for p in module.parameters() if p.requires_grad]
-        return loss_sum(hidden, labels, logits, params, gpt.config.padded_vocab_size, tied, teacher)
->>>>>>> main
 
 
 def restore_forward(gpt: GPT) -> None:
