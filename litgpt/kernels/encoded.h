@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "numbers.h"
+#include "simd/simd.h"
 
 constexpr int64_t GROUP = 64;  // numbers of a vector that share a scale, in 4 and 5 bits
 constexpr int64_t UNIT = 32;   // numbers of a vector whose codes lie together
@@ -95,15 +95,6 @@ inline void encode(const Vectors& v, const bf16* x, int64_t D) {
 }
 
 #ifdef __AVX512BW__
-// sum + a b for 32 integers of 16 bits: each of the 16 sums gets two products
-inline __m512i add_integer_products(__m512i sum, __m512i a, __m512i b) {
-#ifdef __AVX512VNNI__
-    return _mm512_dpwssd_epi32(sum, a, b);
-#else
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
-#endif
-}
-
 // The codes of numbers [d, d + 64) of a vector (D,) as integers of 16 bits, in the order of `in_order_of_codes`
 template <int KIND>
 inline void widen_codes(const char* codes, int64_t D, int64_t d, __m512i& first, __m512i& second) {
