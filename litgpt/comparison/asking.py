@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from litgpt.api import LLM
-from litgpt.comparison.sample import ANSWER_ROOM, Prompt
 from litgpt.engine.session import Session
 from litgpt.kvcache import CacheSpec
 from litgpt.prompts import all_stop_tokens
+from litgpt.tasks.sample import ANSWER_ROOM, Prompt
 
 INSIDE, OUTSIDE, SECOND = "inside", "outside", "second"
 """Where a question stands: it ends the prompt that is compressed; it comes after the context was compressed without it; it is

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from litgpt.comparison.ruler import RULER
 from litgpt.kvcache import CacheSpec
 from litgpt.model import GPT
+from litgpt.tasks.ruler import RULER
 
 TASKS = ("speed", "perplexity", "retrieval", *RULER)
 

@@ -8,9 +8,9 @@ from typing import Any
 from litgpt.comparison.asking import INSIDE, OUTSIDE
 from litgpt.comparison.figure import Figure
 from litgpt.comparison.plot import N_COLOURS, Point, heat_map, marker, quality_over_bytes
-from litgpt.comparison.ruler import RULER
 from litgpt.comparison.table import Column, Row, columns_by_task, columns_of, shown
 from litgpt.kvcache.memory import as_text
+from litgpt.tasks.ruler import RULER
 
 _LIGHT = ("#2a6fb5", "#d1651a", "#2c8c4f", "#b8397a", "#7a5bc0", "#8a6d1d", "#158a94", "#c23b32")
 _DARK = ("#6cb0f2", "#f2a05c", "#67cc8c", "#f07fb4", "#b39df0", "#d6bb62", "#5cc9d3", "#f4837a")

@@ -9,18 +9,18 @@ from typing import Any
 
 from litgpt.api import LLM
 from litgpt.comparison.asking import INSIDE, OUTSIDE, SECOND, Reply, ask
-from litgpt.comparison.document import lines_of
 from litgpt.comparison.figure import Figure
 from litgpt.comparison.grid import Cell
 from litgpt.comparison.perplexity import predict, windows_of
 from litgpt.comparison.records import Record, Records, key_of
-from litgpt.comparison.retrieval import DEPTHS, retrieval
-from litgpt.comparison.ruler import RULER
-from litgpt.comparison.sample import Prompt, longest_prompt
 from litgpt.comparison.speed import DECODED, measure_speed
 from litgpt.fingerprint import fingerprint
 from litgpt.kvcache import CacheSpec
 from litgpt.prompt_frame import PromptFrame
+from litgpt.tasks.document import lines_of
+from litgpt.tasks.retrieval import DEPTHS, retrieval
+from litgpt.tasks.ruler import RULER
+from litgpt.tasks.sample import Prompt, longest_prompt
 
 VERSION = 1  # of what the tasks are: runs of other versions are not comparable
 

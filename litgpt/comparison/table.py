@@ -9,8 +9,8 @@ from typing import Any
 from litgpt.comparison.asking import INSIDE, OUTSIDE, SECOND
 from litgpt.comparison.figure import Figure
 from litgpt.comparison.records import Record
-from litgpt.comparison.ruler import RULER
 from litgpt.kvcache.memory import as_text
+from litgpt.tasks.ruler import RULER
 
 
 @dataclass

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from litgpt.api import LLM
 from litgpt.checkpoint.find import find_checkpoint
-from litgpt.comparison.document import read_document
 from litgpt.comparison.grid import make_grid, parse_numbers, parse_tasks
 from litgpt.comparison.records import Records
 from litgpt.comparison.report import print_json, print_table, write_files
 from litgpt.comparison.run import Comparison
 from litgpt.comparison.table import rows_of
+from litgpt.tasks.document import read_document
 from litgpt.waiting import report_progress, tell, waiting
 
 

@@ -12,19 +12,19 @@ from tiny import VOCABULARY, tiny_gpt, tiny_tokenizer
 from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
 from litgpt.comparison.asking import INSIDE, OUTSIDE, SECOND, ask, needle_retention
-from litgpt.comparison.document import lines_of, read_document
 from litgpt.comparison.figure import Figure
 from litgpt.comparison.grid import TASKS, make_grid, parse_tasks
 from litgpt.comparison.perplexity import predict, windows_of
 from litgpt.comparison.plot import Point, pareto_front
 from litgpt.comparison.records import FILE_NAME, Records
-from litgpt.comparison.retrieval import retrieval
-from litgpt.comparison.ruler import RULER
 from litgpt.comparison.run import Comparison
-from litgpt.comparison.sample import Prompt, longest_prompt
 from litgpt.kvcache import CacheSpec
 from litgpt.prompt_frame import PromptFrame
 from litgpt.prompts import ChatTemplate, PromptStyle
+from litgpt.tasks.document import lines_of, read_document
+from litgpt.tasks.retrieval import retrieval
+from litgpt.tasks.ruler import RULER
+from litgpt.tasks.sample import Prompt, longest_prompt
 
 LENGTH = 1536
 PROSE = lines_of(read_document(None))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from random import Random
 from uuid import UUID
 
-from litgpt.comparison.sample import Question, Sample, insert
-from litgpt.comparison.words import draw_words, number
+from litgpt.tasks.sample import Question, Sample, insert
+from litgpt.tasks.words import draw_words, number
 
 _NOISE = (
     "The kettle hums on the stove.\n",

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from random import Random
 
-from litgpt.comparison.ruler import ask_number, number_line
-from litgpt.comparison.sample import Sample, insert
-from litgpt.comparison.words import draw_words, number
+from litgpt.tasks.ruler import ask_number, number_line
+from litgpt.tasks.sample import Sample, insert
+from litgpt.tasks.words import draw_words, number
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
