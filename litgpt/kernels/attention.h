@@ -15,7 +15,7 @@ constexpr int SPLIT_KEYS = 64;        // keys of a KV split, which one thread pr
 constexpr bf16 HIDDEN = 0xff80;  // the bias of a key that a query does not see: minus infinity
 
 // Replaces scores s (n,) by exp(s - top), where `top` is the largest score. Returns their sum.
-__attribute__((noinline)) inline float exponentiate(float* s, float* top, int64_t n) {
+NOT_INLINED inline float exponentiate(float* s, float* top, int64_t n) {
     const float most = *top = largest(s, n);
     return exponentiate_to(s, s, most == -INFINITY ? 0.0f : most, n);
 }

@@ -84,7 +84,7 @@ inline void encode_groups(const float* x, int64_t D, int bits, uint8_t* codes, b
 }
 
 // Encodes a head's vector x (D,) to where `v` points.
-inline void encode(const Vectors& v, const bf16* x, int64_t D) {
+NOT_INLINED inline void encode(const Vectors& v, const bf16* x, int64_t D) {
     float y[MAX_D];
     for (int64_t i = 0; i < D; i++) y[i] = widen(x[i]);
     if (v.rotated) rotate_vector(y, D);
@@ -199,7 +199,7 @@ inline void with_kind(const Vectors& v, Run run) {
 }
 
 // The vector that `v` points to: x (D,)
-inline void decode(const Vectors& v, int64_t D, bf16* x) {
+NOT_INLINED inline void decode(const Vectors& v, int64_t D, bf16* x) {
     float y[MAX_D];
     with_kind(v, [&](auto kind) { decode_codes<decltype(kind)::value>(v.codes, v.scales, D, y); });
     const float scale = v.kind == INT8 ? widen(*v.scales) : 1.0f;

@@ -11,6 +11,9 @@
 #include <type_traits>
 #include <vector>
 
+// For large functions that are called from several places: compiled once, and in the same way for all.
+#define NOT_INLINED __attribute__((noinline))
+
 using bf16 = uint16_t;
 
 constexpr int MAX_D = 256;  // largest head size

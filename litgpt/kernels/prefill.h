@@ -36,7 +36,7 @@ struct Widened {
     }
 
 private:
-    void widen_tile(int64_t u) const {
+    NOT_INLINED void widen_tile(int64_t u) const {
         for (int64_t i = 0; i < TILE; i += LANES)
             for (int64_t p = 0; p < blocked().pairs(); p += LANES) {
                 Pairs part[LANES];

@@ -36,6 +36,7 @@ RESTRICTED = {
     "avx2": InstructionSet("avx2", tuple(f"-m{name}" for name in _AVX2), _AVX2),
     "scalar": InstructionSet("scalar", ("-DLITGPT_SCALAR",)),
 }
+VECTORIZED = ("avx512bf16", "avx512", "avx2", "aarch64")  # instruction sets that have headers of their own in simd/
 # names for the results of `-march=native`, the best first
 _NATIVE = {"avx512bf16": (*_AVX512, "avx512_bf16"), "avx512": _AVX512, "avx2": _AVX2}
 

@@ -30,7 +30,7 @@ inline int64_t padded_row_bytes(int64_t size, int64_t K) {
     return std::is_same_v<Input, bf16> && size == K ? 0 : size * int64_t(sizeof(Input));
 }
 
-inline void prepare_inputs(const bf16* x, int64_t K, char* row, int64_t bytes) {
+NOT_INLINED inline void prepare_inputs(const bf16* x, int64_t K, char* row, int64_t bytes) {
     std::memset(row + K * sizeof(Input), 0, bytes - K * sizeof(Input));
     if constexpr (std::is_same_v<Input, bf16>)
         std::memcpy(row, x, K * sizeof(bf16));
@@ -53,7 +53,7 @@ struct Blocked {
     const void* at(int64_t u) const { return w + u * pairs() * TILE; }
 
     template <int M>
-    void compute_tile(int64_t u, const char* x, int64_t stride, float* y, Prefetch ahead) const {
+    NOT_INLINED void compute_tile(int64_t u, const char* x, int64_t stride, float* y, Prefetch ahead) const {
         constexpr int V = output_vectors(M);
         UNROLLED for (int j = 0; j < TILE; j += V * LANES) compute_columns<M, V>(u, j, x, stride, y, ahead);
     }
@@ -93,7 +93,7 @@ struct ByRow {
     void prepare(const bf16* x, char* row) const { prepare_inputs(x, self().K, row, row_bytes()); }
 
     template <int M>
-    void compute_tile(int64_t u, const char* x, int64_t stride, float* y, Prefetch ahead) const {
+    NOT_INLINED void compute_tile(int64_t u, const char* x, int64_t stride, float* y, Prefetch ahead) const {
         for (int64_t i = 0; i < TILE && u * TILE + i < self().N; i += 4) {
             int64_t rows[4];
             for (int r = 0; r < 4; r++) rows[r] = std::min(u * TILE + i + r, self().N - 1);
@@ -104,7 +104,7 @@ struct ByRow {
     }
 
     template <int M>
-    void four_outputs(const int64_t* n, const char* x, int64_t stride, float* y, const char* ahead) const {
+    NOT_INLINED void four_outputs(const int64_t* n, const char* x, int64_t stride, float* y, const char* ahead) const {
         const char* rows[4] = {row(n[0]), row(n[1]), row(n[2]), row(n[3])};
         float totals[M][4];
         if constexpr (outputs_by_row(M) == 4) {
@@ -214,7 +214,7 @@ struct Int4 : ByRow<Int4<GROUP>> {
     }
 
     template <int M>
-    void four_outputs(const int64_t* n, const char* x, int64_t stride, float* y, const char* ahead) const {
+    NOT_INLINED void four_outputs(const int64_t* n, const char* x, int64_t stride, float* y, const char* ahead) const {
         const uint8_t* rows[4];
         const uint16_t *scales[4], *minima[4];
         UNROLLED for (int r = 0; r < 4; r++)
@@ -255,7 +255,7 @@ Rows rows_for(const W& w, const bf16* x, int64_t M, Scratch<char>& scratch) {
 
 // Outputs of tile u for up to PASS rows from row m on.
 template <class W>
-void compute_tile(const W& w, int64_t u, const Rows& x, int64_t m, int rows, float* y,
+NOT_INLINED void compute_tile(const W& w, int64_t u, const Rows& x, int64_t m, int rows, float* y,
                   Prefetch ahead = {nullptr, 0, 0}) {
     const char* start = x.start + m * x.stride;
     switch (rows) {
@@ -298,7 +298,7 @@ Prefetch next_tile(const W& w, int64_t u, int pass, int passes) {
 }
 
 // y (n,) = values + bias
-inline void store_row(const float* values, const bf16* bias, bf16* y, int64_t n) {
+NOT_INLINED inline void store_row(const float* values, const bf16* bias, bf16* y, int64_t n) {
     if (bias)
         for (int64_t j = 0; j < n; j++) y[j] = narrow(values[j] + widen(bias[j]));
     else
@@ -334,7 +334,7 @@ void linear(const W& w, const bf16* x, const bf16* bias, bf16* y, int64_t M) {
 }
 
 // y (n,) = activation(gates) * ups
-inline void activate_row(const float* gates, const float* ups, bf16* y, int64_t n, int kind) {
+NOT_INLINED inline void activate_row(const float* gates, const float* ups, bf16* y, int64_t n, int kind) {
     const auto all = [&](auto activation) {
 #pragma omp simd
         for (int64_t j = 0; j < n; j++) y[j] = narrow(activation(gates[j]) * ups[j]);
