@@ -33,6 +33,7 @@ class Peer:
 PEERS = {
     "litgpt": Peer("litgpt", "0.5.13", undeclared=("requests",)),  # its command line does not start without it
     "transformers": Peer("transformers", "5.3.0"),
+    "kvpress": Peer("kvpress", "0.5.5", undeclared=("requests",)),
     "llama": Peer("llama-cpp-python", "0.3.36", torch=False),
 }
 
