@@ -14,7 +14,7 @@ from dataclasses import is_dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, get_args
 
-from litgpt.errors import debugging, describe
+from litgpt.errors import UsageError, debugging, describe
 from litgpt.standard_streams import drop_unwritten, is_text, prepare_standard_streams
 from litgpt.waiting import stderr_log, waiting
 
@@ -91,10 +91,6 @@ def __getattr__(name: str) -> dict[str, Callable[..., Any]]:
 
 
 _FLAGS = ("-h", "--help", "--print_config")
-
-
-class UsageError(ValueError):
-    """The command line itself is wrong."""
 
 
 def main(args: Sequence[str] | None = None) -> int:

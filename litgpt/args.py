@@ -27,7 +27,8 @@ class TrainArgs:
         min_lr: the learning rate at the end of the cosine schedule.
         pack: fill the rows of a batch with several samples up to `max_seq_length` tokens. No sample sees another.
         activation_checkpointing: keep only the inputs of layers for the backward pass, and compute the rest again.
-        keep_inputs: with `--kv_cache`, where the inputs of layers stay until the backward pass: device, cpu or disk.
+        keep_inputs: with `--kv_cache`, where the inputs of layers stay until the backward pass: device, cpu or disk; or a number
+            k: on the device those of every k-th layer, and the layers between run again.
         teacher: dense: learn what the same model says with a cache that keeps everything and without its LoRA matrices or
             adapters, token by token, instead of the data's next tokens (self-distillation; with `--kv_cache`).
         keep_last: keep only this many of the step checkpoints, the best one besides (None: all).
@@ -50,7 +51,7 @@ class TrainArgs:
     min_lr: float = 6e-5
     pack: bool = False
     activation_checkpointing: bool = False
-    keep_inputs: Literal["device", "cpu", "disk"] = "device"
+    keep_inputs: Literal["device", "cpu", "disk"] | int = "device"
     teacher: Literal["dense"] | None = None
     keep_last: int | None = None
     early_stopping: int | None = None
@@ -62,10 +63,11 @@ class TrainArgs:
             )
         if self.lr_warmup_fraction and not 0 <= self.lr_warmup_fraction <= 1:
             raise ValueError(f"lr_warmup_fraction must be between 0 and 1, got {self.lr_warmup_fraction}")
-        for name, known in (("keep_inputs", ("device", "cpu", "disk")), ("teacher", (None, "dense"))):
-            if getattr(self, name) not in known:
-                words = ", ".join(str(value) for value in known if value)
-                raise ValueError(f"{name} must be {words}, got {getattr(self, name)!r}")
+        if self.teacher not in (None, "dense"):
+            raise ValueError(f"teacher must be dense, got {self.teacher!r}")
+        places, kept = ("device", "cpu", "disk"), self.keep_inputs
+        if kept not in places and not (isinstance(kept, int) and kept >= 1):
+            raise ValueError(f"keep_inputs must be {', '.join(places)} or a number of layers, got {kept!r}")
         for name in ("save_interval", "log_interval", "global_batch_size", "micro_batch_size", "epochs", "max_tokens"):
             self._require_positive(name)
         for name in ("max_steps", "max_time", "max_seq_length", "max_norm", "keep_last", "early_stopping"):

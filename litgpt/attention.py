@@ -8,6 +8,7 @@ made from positions, and never for all T x N pairs of a long prompt at once.
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -162,6 +163,18 @@ def _together(k_and_v: KeysAndValues) -> tuple[torch.Tensor, torch.Tensor]:
 def do_softcapping(x: torch.Tensor, thresh: float | None) -> torch.Tensor:
     """Softcap scores to (-thresh, thresh) (Gemma 2, arXiv:2408.00118); `None` does not change them."""
     return x if thresh is None else torch.tanh(x / thresh) * thresh
+
+
+class PositionMask:
+    """The mask of `position_bias` for these arguments, made when it is first needed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._arguments = args, kwargs
+
+    @cached_property
+    def bias(self) -> torch.Tensor:
+        args, kwargs = self._arguments
+        return position_bias(*args, **kwargs)
 
 
 class Tile(NamedTuple):

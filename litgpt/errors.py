@@ -8,6 +8,11 @@ from pathlib import Path
 USER_ERRORS = (ValueError, OSError, RuntimeError, ImportError, IndexError, MemoryError)
 """Errors of bad input or a machine's limits; any other exception is a defect of the program."""
 
+
+class UsageError(ValueError):
+    """The command line itself is wrong."""
+
+
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Unable to allocate", re.IGNORECASE)
 
 

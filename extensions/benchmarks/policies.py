@@ -15,6 +15,7 @@ from layouts import ensure_layouts
 from results import number, row
 
 BASE = "lastrec"  # what speeds are compared with
+DECODED = 128  # tokens: two evictions of the usual tail
 POLICIES = "random,knorm,keydiff,tova,snapkv,h2o,lazy,expected,compactor"
 
 
@@ -59,17 +60,17 @@ def measure(
     names = ["dense", BASE, *caches]
     samples: dict[str, list[dict]] = {name: [] for name in names}
     of_chunk = []
-    job = {"checkpoint": checkpoint, "tokens": tokens, "chunk": chunk or None}
+    job = {"checkpoint": checkpoint, "tokens": tokens, "chunk": chunk or None, "decoded": DECODED}
     for round_idx in range(repeats):
         for name in names if round_idx % 2 == 0 else names[::-1]:
             print(f"round {round_idx + 1}/{repeats}: {name}", file=sys.stderr)
-            length = tokens + 64 if name.partition("-")[0] == "dense" else slots
+            length = tokens + DECODED if name.partition("-")[0] == "dense" else slots
             found = launcher.work(Path(sys.executable), "policy_run.py", job | {"kv_cache": name, "slots": length})
             if found["bytes"] != found["estimated"]:
                 raise RuntimeError(f"{name} has {found['bytes']} bytes, size_estimate says {found['estimated']}")
             samples[name].append(found)
         size = min(chunk or tokens, tokens)
-        alone = job | {"kv_cache": "dense", "slots": size + 64, "tokens": size}
+        alone = job | {"kv_cache": "dense", "slots": size + DECODED, "tokens": size}
         found = launcher.work(Path(sys.executable), "policy_run.py", alone)
         of_chunk.append(found["peak_bytes"] - found["bytes"])
     return {"samples": samples, "chunk_bytes": of_chunk, "tokens": tokens, "slots": slots, "chunk": chunk}

@@ -12,26 +12,28 @@ import torch
 from litgpt.api import LLM
 from litgpt.kvcache import CacheSpec
 
-DECODED = 32  # tokens
+DECODED = 32  # tokens, where no number is given
 _PROCESS = Path("/proc/self")
 
 
 def measure_speed(
-    llm: LLM, spec: CacheSpec, tokens: Sequence[int], prompt_chunksize: int | None = None
+    llm: LLM, spec: CacheSpec, tokens: Sequence[int], prompt_chunksize: int | None = None, decoded: int = DECODED
 ) -> dict[str, float | None]:
-    """Tokens per second of a prefill of `tokens` and of the steps after it, bytes of the caches, and the peak of the memory that
-    all of it took above the model, caches included (None where the system does not tell)."""
+    """Tokens per second of a prefill of `tokens` and of `decoded` steps after it, bytes of the caches, and the peak of the memory
+    that all of it took above the model with a RoPE table for as many positions, caches included (None where the system does not
+    tell)."""
     warm_up = llm.session(spec, prompt_chunksize=prompt_chunksize)
     warm_up.extend(tokens[: min(len(tokens), 64)])
     list(warm_up.generate(max_new_tokens=2, temperature=0.0))
     del warm_up
+    llm.model.rope_rows(0, min(len(tokens) + decoded, llm.model.config.block_size))
     before = _start_peak(llm.model.device)
     session = llm.session(spec, prompt_chunksize=prompt_chunksize)
     started = perf_counter()
     session.extend(tokens)
     _synchronize(llm.model.device)
     prefilled = perf_counter()
-    n = sum(1 for _ in session.generate(max_new_tokens=DECODED, temperature=0.0))
+    n = sum(1 for _ in session.generate(max_new_tokens=decoded, temperature=0.0))
     ended = perf_counter()
     peak = _peak(llm.model.device)
     return {

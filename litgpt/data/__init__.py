@@ -12,6 +12,7 @@ from litgpt.data.lit_data import LitData
 from litgpt.data.longform import LongForm
 from litgpt.data.microllama import MicroLlama
 from litgpt.data.openwebtext import OpenWebText
+from litgpt.data.retrieval import Retrieval
 from litgpt.data.text_files import TextFiles
 from litgpt.data.tinyllama import TinyLlama
 from litgpt.data.tinystories import TinyStories
@@ -29,6 +30,7 @@ __all__ = [
     "LongForm",
     "MicroLlama",
     "OpenWebText",
+    "Retrieval",
     "SFTDataset",
     "TextFiles",
     "TinyLlama",

@@ -19,6 +19,7 @@ struct CausalAttention {
     int64_t q_strides[2], k_strides[2], v_strides[2];  // of heads, tokens
     bf16* y;                                           // (T, H, D)
     Vectors encoded[2] = {};                           // keys and values in fewer bits, in place of k and v, of one row
+    int64_t pinned = 0;                                // first keys, which all queries see that follow them
 
     int64_t tile_tokens() const {
         const int64_t tokens = (QUERY_TILE_ROWS * G / H + ROWS - 1) / ROWS * ROWS;
@@ -53,7 +54,7 @@ struct CausalAttention {
             totals[row] = sinks ? 1.0f : 0.0f;
         }
         const int64_t end = last_key(t0 + count - 1);
-        for (int64_t k0 = first_key(t0) / KEYS * KEYS; k0 < end; k0 += KEY_BLOCK) {
+        for (int64_t k0 = pinned ? 0 : first_key(t0) / KEYS * KEYS; k0 < end; k0 += KEY_BLOCK) {
             const int64_t n = std::min(KEY_BLOCK, end - k0), padded = (n + KEYS - 1) / KEYS * KEYS;
             lay_out_keys(keys, g, k0, n, size);
             lay_out_values(values, g, k0, n, outputs);
@@ -61,7 +62,7 @@ struct CausalAttention {
                 const int64_t t = t0 + row % count;
                 // consecutive tokens of one head
                 const int n_queries = int(std::min<int64_t>(ROWS, count - row % count));
-                const int64_t from = std::max<int64_t>(0, first_key(t) - k0) / KEYS * KEYS;
+                const int64_t from = k0 < pinned ? 0 : std::max<int64_t>(0, first_key(t) - k0) / KEYS * KEYS;
                 const int64_t to = std::min(padded, (last_key(t + n_queries - 1) - k0 + KEYS - 1) / KEYS * KEYS);
                 if (from < to)
                     attend(queries + row * size, keys, values, scores, weights, k0, from, to, t, n_queries, size,
@@ -76,6 +77,8 @@ struct CausalAttention {
     }
 
 private:
+    friend struct SeenWeights;
+
     // Adds the attention of `n_queries` queries from t on over keys [from, to) of the block that begins at k0.
     void attend(const bf16* queries, const uint32_t* keys, const uint32_t* values, float* scores, bf16* weights,
                 int64_t k0, int64_t from, int64_t to, int64_t t, int n_queries, int64_t size, int64_t outputs,
@@ -93,7 +96,8 @@ private:
                 else
                     for (int64_t i = 0; i < KEYS; i++) s[i] = part[m * KEYS + i] * scale;
                 if (first > 0 || last < KEYS)
-                    for (int64_t i = 0; i < KEYS; i++) s[i] = i >= first && i < last ? s[i] : -INFINITY;
+                    for (int64_t i = 0; i < KEYS; i++)
+                        s[i] = (i >= first || i < pinned - k0 - j) && i < last ? s[i] : -INFINITY;
             }
         }
         float factors[ROWS];  // that rescale the sums so far

@@ -31,6 +31,9 @@ struct Segment {
     int64_t n_kept;
     const int64_t* query_slots;  // where the queries of the last tokens are kept
     int64_t n_queries;
+    // Not null: the N keys are earlier tokens in these n_old slots, of which all tokens see the first `pinned`, and the new ones
+    const int64_t* old;
+    int64_t n_old, pinned;
 };
 
 // The plan of a call for one kind of cache: T tokens of every row, or segments

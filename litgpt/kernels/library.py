@@ -19,6 +19,8 @@ _SIGNATURES = {
     "multiplies_fast": [],
     "rms_norm": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT] * 2,
     "attend_causally": [_POINTER] * 5 + [_COUNT] * 7 + [_POINTER] + [_FLOAT] * 2,
+    "see_weights": [_POINTER] * 6 + [_COUNT] * 6 + [_POINTER] + [_FLOAT] * 2 + [ctypes.c_int],
+    "move_slots": [_POINTER] * 3 + [_COUNT] * 5,
     "attend_rows": [_POINTER] * 5 + [_COUNT] * 4 + [_POINTER] * 2 + [_FLOAT],
     "attend_rows_backward": [_POINTER] * 10 + [_COUNT] * 4 + [_POINTER] * 2 + [_FLOAT],
     "attend": [_POINTER] * 7 + [_COUNT] * 6 + [_POINTER] + [_FLOAT] * 2,

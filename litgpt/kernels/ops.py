@@ -276,6 +276,66 @@ def attend_causally(
     return y
 
 
+def can_see_weights(query: torch.Tensor, keys: torch.Tensor, sinks: torch.Tensor | None = None) -> bool:
+    """Whether `see_weights` is there for these."""
+    return (
+        query.dtype == keys.dtype == torch.bfloat16
+        and (sinks is None or sinks.dtype == torch.bfloat16)
+        and query.device.type == "cpu"
+        and query.shape[-1] <= MAX_HEAD_SIZE
+        and query.stride(-1) == keys.stride(-1) == 1
+        and not torch.compiler.is_compiling()
+        and available()
+    )
+
+
+def see_weights(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    ends: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    cap: float,
+    largest: bool,
+) -> torch.Tensor:
+    """The attention weights of queries (B, H, n, D) on keys (B, G, N, D), summed over the queries and the heads that share keys,
+    or the `largest` of them: (B, G, N), computed in float32.
+
+    Args:
+        ends: how many keys each query sees, the first ones (B, G, n), int64.
+        sinks, scale, cap: as for `attend`.
+    """
+    B, H, n, D = query.shape
+    G, N = keys.shape[1:3]
+    ends = ends.contiguous()
+    by_head, found = (torch.empty(B, heads, N, dtype=torch.float32) for heads in (H, G))
+    strides = _strides.pack(*query.stride()[:3], *keys.stride()[:3], *(0,) * 5)
+    library().see_weights(
+        *(query.data_ptr(), keys.data_ptr(), _address(sinks), ends.data_ptr(), by_head.data_ptr(), found.data_ptr()),
+        *(B, H, G, n, N, D, strides, scale, cap, largest),
+    )
+    return found
+
+
+def can_move_slots(buffer: torch.Tensor) -> bool:
+    """Whether `move_slots` is there for a buffer: on the CPU, and without a graph."""
+    return (
+        buffer.device.type == "cpu"
+        and buffer.is_contiguous()
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and available()
+    )
+
+
+def move_slots(buffer: torch.Tensor, index: torch.Tensor, rows: torch.Tensor | None) -> None:
+    """Slot j of row `rows[b]` (None: b) and head g of a buffer (rows, G, slots, ...) becomes what its slot `index[b, g, j]` was."""
+    index = index.contiguous()
+    B, G, n = index.shape
+    slots, bytes_of_slot = buffer.shape[2], buffer.element_size() * buffer.shape[3:].numel()
+    library().move_slots(buffer.data_ptr(), _address(rows), index.data_ptr(), B, G, slots, n, bytes_of_slot)
+
+
 # Compiled graphs call it as an operator, since they cannot look into it.
 _library = torch.library.Library("litgpt", "FRAGMENT")
 _library.define(

@@ -5,6 +5,7 @@
 
 #include "causal_attention.h"
 #include "layers.h"
+#include "ring.h"
 
 constexpr int64_t BLOCK = 256;
 
@@ -41,10 +42,11 @@ struct Prefill {
     bf16 *qkv, *attended;        // M rows
     bf16 *normed, *out, *inner;  // BLOCK rows
     char* prepared;              // BLOCK rows, prepared for a weight
+    char* ring_memory;           // of a layer's rings
 
     // `scratch` has M (2 H + 2 G) D numbers: queries, keys, values and the output of attention.
-    Prefill(const Shape& shape, const Layer* layers, int64_t n_layers, const Rope* ropes, bf16* x, bf16* scratch,
-            int64_t B, int64_t T)
+    Prefill(const Shape& shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes,
+            bf16* x, bf16* scratch, int64_t B, int64_t T)
         : shape(shape), ropes(ropes), x(x), T(T), M(B * T), heads(shape.H + 2 * shape.G), qkv(scratch) {
         static thread_local Scratch<bf16> block_scratch;
         static thread_local Scratch<char> prepared_scratch;
@@ -57,6 +59,14 @@ struct Prefill {
             for (const Weight* weight : {&layers[l].qkv, &layers[l].proj, &layers[l].gate, &layers[l].down})
                 if (weight->kind == 0) most = std::max(most, stride_of_rows(Blocked(*weight)));  // others need none
         prepared = prepared_scratch.get(BLOCK * most);
+        static thread_local Scratch<char> ring_scratch;
+        most = 0;
+        for (int64_t l = 0; l < n_layers; l++) {
+            int64_t sum = 0;
+            for_rings(plans[layers[l].plan], [&](const Segment& s) { sum += Ring::bytes(layers[l], s, shape.G, shape.D); });
+            most = std::max(most, sum);
+        }
+        ring_memory = most ? ring_scratch.get(most) : nullptr;
     }
 
     // One layer, called by all threads of a team. With `output_tokens` (ascending), the MLP is computed for those
@@ -78,6 +88,18 @@ struct Prefill {
             norm_heads(shape, layer, token);
             for (int64_t h = 0; h < H + G; h++) finish_head(shape, layer, ropes, token + h * D, h, m / T, m % T);
         }
+        static thread_local std::vector<Ring> rings;
+        rings.clear();
+        char* memory = ring_memory;
+        for_rings(plan, [&](const Segment& s) {
+            rings.emplace_back(layer, s, G, D, memory);
+            rings.back().copy_old();
+            rings.back().add_new(qkv + (s.first * heads + H) * D, heads * D);
+            memory += Ring::bytes(layer, s, G, D);
+        });
+        if (!rings.empty()) {
+#pragma omp barrier
+        }
         for (int64_t s = 0; s < plan.n_segments; s++) store(layer, plan.segments[s]);
 #pragma omp barrier
         const Vectors* encoded = layer.encoded[0].kind ? layer.encoded : nullptr;
@@ -92,8 +114,9 @@ struct Prefill {
         static thread_local std::vector<CausalAttention> attentions;
         static thread_local std::vector<int64_t> ends;  // of their tasks
         attentions.clear(), ends.clear();
+        const Ring* ring = rings.data();
         for (int64_t s = 0; s < plan.n_segments; s++) {
-            attentions.push_back(attention(layer, plan.segments[s]));
+            attentions.push_back(attention(layer, plan.segments[s], plan.segments[s].old ? ring++ : nullptr));
             ends.push_back((s ? ends.back() : 0) + attentions.back().tasks());
         }
 #pragma omp for schedule(dynamic)
@@ -123,6 +146,13 @@ struct Prefill {
     }
 
 private:
+    // Calls f for the segments of a plan whose keys are in a ring.
+    template <class F>
+    static void for_rings(const StepPlan& plan, F f) {
+        for (int64_t s = 0; s < plan.n_segments; s++)
+            if (plan.segments[s].old) f(plan.segments[s]);
+    }
+
     const bf16* norm(const bf16* weight, const bf16* rows, int64_t n) {
         if (!weight) return rows;
 #pragma omp for schedule(static)
@@ -198,12 +228,17 @@ private:
         }
     }
 
-    CausalAttention attention(const Layer& layer, const Segment& segment) {
+    CausalAttention attention(const Layer& layer, const Segment& segment, const Ring* ring) {
         const int64_t H = shape.H, G = shape.G, D = shape.D, width = heads * D;
         const bf16* tokens = qkv + segment.first * width;
         CausalAttention a{H, G, segment.T, segment.N, D, segment.window, shape.scale, shape.cap, tokens, nullptr, nullptr,
                           layer.sinks, {D, width}, {}, {}, attended + segment.first * H * D};
-        if (segment.N && layer.encoded[0].kind) {
+        if (ring) {
+            a.pinned = segment.pinned;
+            for (int i = 0; i < 2 && layer.encoded[0].kind; i++) a.encoded[i] = ring->copy[i];
+            a.k = (const bf16*)ring->copy[0].codes, a.v = (const bf16*)ring->copy[1].codes;
+            for (auto strides : {a.k_strides, a.v_strides}) strides[0] = segment.N * D, strides[1] = D;
+        } else if (segment.N && layer.encoded[0].kind) {
             for (int i = 0; i < 2; i++) a.encoded[i] = layer.encoded[i].at(segment.row, 0, segment.key);
         } else if (segment.N) {
             const int64_t at = segment.row * layer.row_stride + segment.key * D;
@@ -222,7 +257,7 @@ private:
 inline void run_prefill(const Shape& shape, const Layer* layers, int64_t n_layers, const StepPlan* plans,
                      const Rope* ropes, bf16* x, bf16* scratch, int64_t B, int64_t T, const int64_t* output_tokens,
                      int64_t n_output_tokens) {
-    Prefill prefill(shape, layers, n_layers, ropes, x, scratch, B, T);
+    Prefill prefill(shape, layers, n_layers, plans, ropes, x, scratch, B, T);
     const int64_t rows = output_tokens ? n_output_tokens : B * T;
 #pragma omp parallel
     {

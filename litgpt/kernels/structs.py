@@ -61,6 +61,8 @@ class Segment(ctypes.Structure):
         ("n_kept", _COUNT),
         ("query_slots", _POINTER),
         ("n_queries", _COUNT),
+        ("old", _POINTER),
+        *((name, _COUNT) for name in ("n_old", "pinned")),
     ]
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from litgpt.attention import Consecutive, position_bias
+from litgpt.attention import Consecutive, PositionMask, position_bias
 from litgpt.kvcache.policies.base import PositionalPolicy
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Step:
         prompt: there, whether the chunk is a prompt that the policy looks at at once; with no `write` it says what is stored.
         kept_queries: tokens of the chunk whose queries the policy may ask for later (None: none).
         query_slots: where these are kept, (n,) or (B, n).
+        mask: in place of `bias`, one that is made when it is needed.
     """
 
     queries: slice
@@ -54,6 +55,25 @@ class Step:
     prompt: bool = False
     kept_queries: slice | None = None
     query_slots: torch.Tensor | None = None
+    mask: PositionMask | None = None
+
+
+@dataclass(frozen=True)
+class Ring:
+    """What all steps of a part do together, where new tokens replace others that they still see.
+
+    Attributes:
+        old: slots of the earlier tokens that are seen, in the order of their positions.
+        seen: how many of the last tokens a token sees, itself included.
+        n_sink: and how many of the first.
+        write, slots: as in `Step`.
+    """
+
+    old: torch.Tensor
+    seen: int
+    n_sink: int
+    write: slice | torch.Tensor
+    slots: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -65,6 +85,7 @@ class Part:
     chunk_rows: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     spans: list[slice] | None = None
+    ring: Ring | None = None
 
 
 @dataclass(frozen=True)
@@ -141,14 +162,17 @@ def plan_call(
     parts = []
     for (length, size), members in groups.items():
         steps = _uniform_steps(policy, window, length, size, dtype, device)
+        ring = _ring(policy, window, length, size, device)
         if packed:
             spans = [slice(ends[i] - size, ends[i]) for i in members]
-            parts.append(Part(steps, rows=torch.tensor([chosen[i] for i in members], device=device), spans=spans))
+            own = torch.tensor([chosen[i] for i in members], device=device)
+            parts.append(Part(steps, None, own, spans, ring))
         elif len(groups) == 1:
-            parts.append(Part(steps, rows=row_index))
+            parts.append(Part(steps, None, row_index, None, ring))
         else:
             chunk_rows = torch.tensor(members, device=device)
-            parts.append(Part(steps, chunk_rows, chunk_rows if rows is None else row_index[chunk_rows]))
+            own = chunk_rows if rows is None else row_index[chunk_rows]
+            parts.append(Part(steps, chunk_rows, own, None, ring))
     return Plan(parts, tuple(lengths), tuple(after))
 
 
@@ -197,7 +221,7 @@ def _attend_then_evict(
 ) -> list[Step]:
     """Steps of a chunk whose own tokens evict what its first queries still see: a part of the chunk attends, then it is stored."""
     size = min(512, max(64, policy.cache_length))
-    masks: dict[tuple[int, ...], torch.Tensor] = {}
+    masks: dict[tuple[int, ...], PositionMask] = {}
     steps = []
     for q0 in range(0, T, size):
         q1 = min(q0 + size, T)
@@ -209,19 +233,35 @@ def _attend_then_evict(
         if kind not in masks:
             queries = torch.arange(first, stop, device=device)
             keys = torch.cat((old, queries))
-            masks[kind] = position_bias(queries, keys, dtype, window=window, reach=policy.reach, n_sink=policy.n_sink)
+            masks[kind] = PositionMask(queries, keys, dtype, window=window, reach=policy.reach, n_sink=policy.n_sink)
         kept = _span(policy.cached_positions(stop), first, stop, device)
         steps.append(
             Step(
                 slice(q0, q1),
                 read=policy.slots(old),
                 new=slice(q0, q1),
-                bias=masks[kind],
+                mask=masks[kind],
                 write=slice(q0, q1) if len(kept) == q1 - q0 else kept - start,
                 slots=policy.slots(kept),
             )
         )
     return steps
+
+
+def _ring(policy: PositionalPolicy, window: int | None, start: int, T: int, device: torch.device) -> Ring | None:
+    """The steps of rows that hold `start` tokens as one; None where no token is replaced, or a window leaves the first ones."""
+    stop = start + T
+    if start == 0 or T == 1 or stop <= policy.cache_length or (window is not None and policy.n_sink):
+        return None
+    old = _span(policy.cached_positions(start), 0, start, device)
+    kept = _span(policy.cached_positions(stop), start, stop, device)
+    return Ring(
+        policy.slots(old),
+        policy.reach if window is None else min(window, policy.reach),
+        policy.n_sink,
+        slice(0, T) if len(kept) == T else kept - start,
+        policy.slots(kept),
+    )
 
 
 def _decode_step(

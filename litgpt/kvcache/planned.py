@@ -275,7 +275,8 @@ class PlannedKVCache(DefaultKVCache):
         kv = self._keys_values(step, rows, key, value)
         own = _take(query, step.queries)
         if step.consecutive is None:
-            output, _ = self.mha.attend(own, kv, step.bias, False, sink_logits=sink_logits)
+            bias = step.bias if step.mask is None else step.mask.bias
+            output, _ = self.mha.attend(own, kv, bias, False, sink_logits=sink_logits)
         else:
             output, _ = self.mha.attend_consecutive(own, kv, step.consecutive, sink_logits=sink_logits)
         if not step.write_first and step.write is not None:

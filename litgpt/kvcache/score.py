@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from litgpt.attention import KeysAndValues
+from litgpt.attention import DefaultKeysAndValues, KeysAndValues
 from litgpt.config import Config
 from litgpt.kvcache.params import KVCacheParams
-from litgpt.kvcache.plan import Plan, Step
+from litgpt.kvcache.plan import Part, Plan, Step
 from litgpt.kvcache.planned import PlannedKVCache, RowState
 from litgpt.kvcache.policies.base import Policy
 from litgpt.kvcache.policies.score import ScorePolicy
@@ -172,7 +172,8 @@ class ScoreKVCache(PlannedKVCache):
         if step.kept_queries is not None:
             write_slots(self.queries, query[:, :, step.kept_queries].detach(), step.query_slots, rows)
         if step.prompt:
-            self._look_at_prompt(step, rows, query, key, value, sink_logits, recording)
+            stored = self.storage.as_stored(key, value)
+            self._look_at_prompt(step, rows, stored, query, key, value, sink_logits, recording)
         return output
 
     def _look(self, boundary: Boundary, sink_logits: torch.Tensor | None) -> None:
@@ -202,22 +203,40 @@ class ScoreKVCache(PlannedKVCache):
                 self.storage.detach_writes()
             self.storage.compact(index, rows)
 
+    def look_at_prompt(
+        self,
+        part: Part,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sink_logits: torch.Tensor | None,
+    ) -> None:
+        """What `run` does once a prompt has attended, for a part of a plan that was run otherwise: it stored what the plan says.
+        Keys and values are as they would be stored."""
+        step, T = part.steps[0], key.shape[2]
+        stored = DefaultKeysAndValues(key, value)
+        if step.write is not None:
+            stored = self.storage.get(len(key), slice(0, T), part.rows)
+        self._look_at_prompt(step, part.rows, stored, query, key, value, sink_logits, False)
+
     def _look_at_prompt(
         self,
         step: Step,
         rows: torch.Tensor | None,
+        stored: KeysAndValues,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         sink_logits: torch.Tensor | None,
         recording: bool,
     ) -> None:
-        """Let the policy look at a whole prompt, and store what it chooses, unless all of it is stored."""
+        """Let the policy look at a whole prompt, whose keys and values are `stored` or would be, and store what it chooses, unless
+        all of it is stored."""
         B, _, T, _ = key.shape
         positions = torch.arange(T, device=key.device).view(1, 1, T)
         with torch.no_grad():
             tokens = CachedTokens(
-                self.storage.as_stored(key, value),
+                stored,
                 positions,
                 query,
                 positions[0],

@@ -14,6 +14,7 @@ from litgpt.attention import (
     MultiHeadSelfAttention,
     do_softcapping,
 )
+from litgpt.kernels import ops
 from litgpt.rope import layer_frequencies, rotate_by, unrotate
 
 BLOCK = 256  # queries whose weights are there at a time
@@ -109,6 +110,8 @@ class CachedTokens:
 
     def summed_weights(self, last: int | None = None) -> torch.Tensor:
         """The weights of all queries (of the `last` ones) and of all heads that share keys, summed: (B, G, N)."""
+        if (found := self._seen_by_kernel(last, largest=False)) is not None:
+            return found
         summed = torch.zeros(self.shape, device=self.slot_state.device)
         for _, weights in self._weights_up_to_them(last):
             summed[..., : weights.shape[-1]] += self.over_group(weights.sum(2)).sum(2)
@@ -116,11 +119,27 @@ class CachedTokens:
 
     def largest_weights(self) -> torch.Tensor:
         """The largest weight on every token, of all queries and all heads that share keys: (1, B, G, N)."""
+        if (found := self._seen_by_kernel(None, largest=True)) is not None:
+            return found[None]
         largest = torch.zeros(self.shape, device=self.slot_state.device)
         for _, weights in self._weights_up_to_them(None):
             part = largest[..., : weights.shape[-1]]
             torch.maximum(part, self.over_group(weights.amax(2)).amax(2), out=part)
         return largest[None]
+
+    def _seen_by_kernel(self, last: int | None, largest: bool) -> torch.Tensor | None:
+        """`summed_weights`, or `largest_weights`, by `litgpt.kernels`; None if they are not for these tokens."""
+        keys, first = self.keys_values.keys(), 0 if last is None else max(0, self.rotated_queries.shape[2] - last)
+        queries, positions = self.rotated_queries[:, :, first:], self.query_positions[:, first:]
+        if not ops.can_see_weights(queries, keys, self.sink_logits):
+            return None
+        (B, G, _), n = self.shape, queries.shape[2]
+        rows, heads = max(len(self.positions), len(positions)), self.positions.shape[1]
+        stored = self.positions.expand(rows, -1, -1).contiguous()  # ascending
+        wanted = positions[:, None].expand(rows, heads, n).contiguous()
+        ends = torch.searchsorted(stored, wanted, right=True).expand(B, G, n)
+        factors = self.mha.scale, self.mha.softcapping or 0.0
+        return ops.see_weights(queries, keys, ends, self.sink_logits, *factors, largest)
 
     def _weights_up_to_them(self, last: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """`weights`, but without the last slots, of tokens that come after all of a block's queries."""

@@ -18,13 +18,15 @@ from litgpt.kernels import ops
 from litgpt.kernels.library import library
 from litgpt.kernels.structs import Layer, Rope, Segment, Shape, StepPlan, Vectors, Weight, address
 from litgpt.kvcache import KVCache
-from litgpt.kvcache.plan import Plan
+from litgpt.kvcache.plan import Part, Plan
 from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.model import GPT, Block, CausalSelfAttention, GemmaMLP, LLaMAMLP, Multiply, RMSNorm
 from litgpt.rope import Rope as RopeRows
 from litgpt.runners.opaque_weights import OpaqueLayer
 from litgpt.runners.packed_weights import PackedGatedMLP
 from litgpt.runners.watch import ModuleWatch
+
+KEPT_SCRATCH = 8 << 20  # most numbers of intermediate results that are kept from call to call
 
 # Every field of `Config` is in one of these tables; a new field must have its default.
 REQUIRED = {  # the only supported values
@@ -102,8 +104,11 @@ class FusedLayers:
             *(getattr(first.post_attention_norm, "factor", 1.0), getattr(first.post_mlp_norm, "factor", 1.0)),
             model.transformer.ln_f.weight.data_ptr(),
         )
+        self.inner_shape = Shape.from_buffer_copy(self.shape)  # of layers that others follow
+        self.inner_shape.final_norm = None
         self.plans = (StepPlan * len(layers))()
         self.scratch_size = 2 * (config.n_head + config.n_query_groups) * config.head_size  # for a token of a prefill
+        self.scratch: torch.Tensor | None = None
         self.caches: list[weakref.ref[KVCache]] = []  # `layers` point to their buffers
         self.places: list[tuple[int, int, int | None]] = []
         modules = [module for block in self.blocks for module in block.modules()] + [model.transformer.ln_f]
@@ -128,7 +133,7 @@ class FusedLayers:
             pass
         elif ops.multiplies_fast():
             segments = [_segments(plan, B, T) for plan in different]
-            if None in segments:
+            if None in segments or not self._can_look(plans):
                 return None
             for target, own in zip(self.plans, segments, strict=False):
                 target.segments, target.n_segments = ctypes.addressof(own), len(own)
@@ -143,16 +148,63 @@ class FusedLayers:
         )
         x, scratch, rows = model.embed(idx).contiguous(), None, None
         if self.plans[0].n_segments:
-            scratch = x.new_empty(B * T * self.scratch_size)
+            scratch = self._scratch(B * T * self.scratch_size, x)
             rows = None if output_tokens is None else (ctypes.c_int64 * len(output_tokens))(*output_tokens)
-        library().run_layers(
-            *(ctypes.byref(self.shape), self.layers, len(self.layers), self.plans, ropes),
-            *(x.data_ptr(), address(scratch), B, T, rows, 0 if rows is None else len(rows)),
-        )
+        looks = [i for i, plan in enumerate(plans) if _is_looked_at(plan)] if self.plans[0].n_segments else []
+        first, last = 0, len(self.layers) - 1
+        for stop in looks if last in looks else [*looks, last]:
+            final = stop == last
+            library().run_layers(
+                ctypes.byref(self.shape if final else self.inner_shape),
+                *(
+                    ctypes.byref(self.layers[first]),
+                    stop + 1 - first,
+                    self.plans,
+                    ropes,
+                    x.data_ptr(),
+                    address(scratch),
+                ),
+                *(B, T, rows if final else None, 0 if rows is None or not final else len(rows)),
+            )
+            if stop in looks:
+                self._look(plans[stop], model, stop, scratch, T)
+            first = stop + 1
         if output_tokens is None:
             return x
         x = x.view(-1, x.shape[-1])
         return (x[output_tokens] if rows is None else x[: len(rows)])[:, None]
+
+    def _scratch(self, size: int, like: torch.Tensor) -> torch.Tensor:
+        """Memory for intermediate results: the same in every call, unless it is large. The holes that it would leave in the heap
+        are soon too small for it."""
+        if size > KEPT_SCRATCH:
+            return like.new_empty(size)
+        if self.scratch is None or len(self.scratch) < size:
+            self.scratch = None  # before there is more
+            with torch.inference_mode(False):
+                self.scratch = like.new_empty(size)
+        return self.scratch[:size]
+
+    def _can_look(self, plans: list[Plan]) -> bool:
+        """Whether caches that look at a prompt can do so after its layer: from what the kernels leave of it."""
+        return all(
+            not layer.encoded[0].kind or not (layer.encoded[0].rotated or part.steps[0].write is None)
+            for layer, plan in zip(self.layers, plans, strict=True)
+            if _is_looked_at(plan)
+            for part in plan.parts
+            if part.steps[0].prompt
+        )
+
+    def _look(self, plan: Plan, model: GPT, block_idx: int, scratch: torch.Tensor, T: int) -> None:
+        """Let the cache of a layer look at the prompts that the layer has just run, of T tokens in each row of the call."""
+        cache, sinks = model.kv_caches()[block_idx], model.transformer.h[block_idx].attn.sinks
+        H, G = self.shape.H, self.shape.G
+        tokens = scratch[: len(scratch) // (2 * (H + G)) * (H + 2 * G)].view(-1, H + 2 * G, self.shape.D)
+        for part in (part for part in plan.parts if part.steps[0].prompt):
+            size = part.steps[0].queries.stop
+            rows = [tokens[start : start + size] for _, start in _places(part, len(tokens) // T, T)]
+            stacked = rows[0][None] if len(rows) == 1 else torch.stack(rows)
+            cache.look_at_prompt(part, *stacked.transpose(1, 2).split((H, G, G), dim=1), sinks)
 
     def __deepcopy__(self, memo: dict) -> None:
         """A copy of the model runs its own layers, one by one."""
@@ -216,33 +268,45 @@ def _set_decode_plan(target: StepPlan, plan: Plan, T: int) -> bool:
     return True
 
 
+def _is_looked_at(plan: Plan) -> bool:
+    """Whether the cache looks at whole prompts."""
+    return any(part.steps[0].prompt for part in plan.parts)
+
+
+def _places(part: Part, B: int, T: int) -> list[tuple[int, int]]:
+    """For each row of a part: the row of the cache, and the first of its tokens among those of a call (B, T)."""
+    chunk_rows = range(B) if part.chunk_rows is None else part.chunk_rows.tolist()
+    starts = [b * T for b in chunk_rows] if part.spans is None else [span.start for span in part.spans]
+    return list(zip(chunk_rows if part.rows is None else part.rows.tolist(), starts, strict=True))
+
+
 def _segments(plan: Plan, B: int, T: int) -> "ctypes.Array[Segment] | None":
-    """The segments of a plan for many tokens of every row; None unless they attend to consecutive slots."""
+    """The segments of a plan for many tokens of every row; None unless they attend to consecutive slots, or to a ring."""
     found = []
     for part in plan.parts:
-        step = part.steps[0]
-        if (
-            len(part.steps) > 1
-            or step.consecutive is None
-            or not (step.write_first or step.read is None)
-            or step.prompt
-        ):
-            return None
-        if step.read is not None and step.consecutive.T <= ops.MAX_QUERIES:  # rearranging all keys would take longer
-            return None
-        chunk_rows = range(B) if part.chunk_rows is None else part.chunk_rows.tolist()
-        rows = chunk_rows if part.rows is None else part.rows.tolist()
-        starts = [b * T for b in chunk_rows] if part.spans is None else [span.start for span in part.spans]
-        size, kept = step.consecutive.T, None if isinstance(step.write, slice) else step.write
-        read = slice(0, 0) if step.read is None else step.read
-        queries = [None] * len(rows) if step.query_slots is None else step.query_slots.expand(len(rows), -1)
-        for row, start, query_slots in zip(rows, starts, queries, strict=True):
+        step, ring = part.steps[0], part.ring
+        if ring is not None:
+            size, write, slots = part.steps[-1].queries.stop, ring.write, ring.slots
+            keys = 0, len(ring.old) + size, ring.seen
+            old = ring.old.data_ptr(), len(ring.old), ring.n_sink
+        else:
+            if len(part.steps) > 1 or step.consecutive is None or not (step.write_first or step.read is None):
+                return None
+            if step.read is not None and step.consecutive.T <= ops.MAX_QUERIES:  # to lay out all keys would take longer
+                return None
+            size, write, slots = step.consecutive.T, step.write, step.slots
+            read = slice(0, 0) if step.read is None else step.read
+            keys = read.start, read.stop - read.start, step.consecutive.window or step.consecutive.N
+            old = None, 0, 0
+        places = _places(part, B, T)
+        queries = [None] * len(places) if step.query_slots is None else step.query_slots.expand(len(places), -1)
+        kept = write if isinstance(write, torch.Tensor) else None
+        n_kept = size if isinstance(write, slice) else 0 if write is None else len(write)
+        for (row, start), query_slots in zip(places, queries, strict=True):
             found.append(
                 Segment(
-                    *(start, size, row, read.start, read.stop - read.start),
-                    step.consecutive.window or step.consecutive.N,
-                    *(address(kept), step.slots.data_ptr(), size if kept is None else len(kept)),
-                    *(address(query_slots), 0 if query_slots is None else len(query_slots)),
+                    *(start, size, row, *keys, address(kept), address(slots), n_kept),
+                    *(address(query_slots), 0 if query_slots is None else len(query_slots), *old),
                 )
             )
     return (Segment * len(found))(*found)

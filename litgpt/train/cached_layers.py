@@ -2,7 +2,8 @@
 
 With teacher forcing a layer needs the outputs of the one below for all tokens, and its own cache. So each layer runs over the
 whole sequences chunk by chunk, with the cache, the plans and the evictions of serving, before the next one does. Of a layer
-only its inputs are kept for the backward pass, and for every chunk the positions in the cache. The backward pass takes the
+only its inputs are kept for the backward pass, and for every chunk the positions in the cache; or the inputs of every k-th
+layer, from which the others run again. The backward pass takes the
 chunks last to first: the stored keys and values are put back into the slots that they had, as leaves of a graph of this chunk
 alone, and what flows into them is added to the gradients of the tokens that they came from.
 
@@ -11,7 +12,6 @@ Letters: B rows, N tokens of all rows one after the other, E embedding size, G k
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -25,37 +25,21 @@ from litgpt.kvcache.plan import Plan
 from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.model import GPT, Block, GptNeoxMLP, LLaMAMLP, Multiply, Rows
 from litgpt.rope import Rope
-from litgpt.train.kept_inputs import PLACES, keep
+from litgpt.train.cache_calls import Again, FoundError, KeysAndValuesOnly, Log, Serving
+from litgpt.train.chunks import chunks_of
+from litgpt.train.kept_inputs import PLACES, Kept, keep
 from litgpt.train.products import gradients_only
 
 CHUNKS_AT_ONCE = 4  # of rows that dense caches keep, in a graph of one layer
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens that enter the caches together: `sizes[i]` of row `rows[i]`, whose earlier ones are `starts[i]`.
-
-    `tokens` (T,) are their places among those of all rows.
-    """
-
-    rows: list[int]
-    starts: list[int]
-    sizes: list[int]
-    tokens: torch.Tensor
-
-
-def chunks_of(row_sizes: Sequence[int], size: int, device: torch.device) -> list[Chunk]:
-    """Rows of these sizes, cut into chunks of `size` tokens a row."""
-    begins = [0, *accumulate(row_sizes)]
-    chunks = []
-    for start in range(0, max(row_sizes), size):
-        rows = [row for row, total in enumerate(row_sizes) if total > start]
-        sizes = [min(size, row_sizes[row] - start) for row in rows]
-        places = [
-            torch.arange(begins[row] + start, begins[row] + start + n) for row, n in zip(rows, sizes, strict=True)
-        ]
-        chunks.append(Chunk(rows, [start] * len(rows), sizes, torch.cat(places).to(device)))
-    return chunks
+def check_trainable(spec: CacheSpec) -> None:
+    """Raise `ValueError` for caches that cannot be trained through layer by layer."""
+    if getattr(spec.policy_class, "reads_twice", False):
+        raise ValueError(
+            f"{spec.policy} cannot be trained through: it reads a text a second time, with all layers, before tokens go; "
+            "train through another policy, such as h2o or snapkv"
+        )
 
 
 class CachedLayers:
@@ -66,32 +50,40 @@ class CachedLayers:
         spec: the caches. They have to be planned ones, as all that this package registers are.
         chunk: tokens of a row that enter the caches together.
         keep_inputs: where the inputs of layers stay until the backward pass: device (with the model), cpu, or disk (in
-            temporary files).
+            temporary files); or a number k: on the device those of every k-th layer, and the others run again.
 
     Raises:
         ValueError: if caches of that kind cannot be trained through.
     """
 
-    def __init__(self, gpt: GPT, spec: CacheSpec, chunk: int, keep_inputs: str = "device") -> None:
+    def __init__(self, gpt: GPT, spec: CacheSpec, chunk: int, keep_inputs: str | int = "device") -> None:
         if chunk < 1:
             raise ValueError(f"a chunk needs at least one token, got {chunk}")
-        if keep_inputs not in PLACES:
-            raise ValueError(f"keep_inputs must be {', '.join(PLACES)}, got {keep_inputs!r}")
+        every = keep_inputs if isinstance(keep_inputs, int) else 1
+        if every < 1 or (every == 1 and keep_inputs not in (*PLACES, 1)):
+            raise ValueError(f"keep_inputs must be {', '.join(PLACES)} or a number of layers, got {keep_inputs!r}")
+        check_trainable(spec)
         self.gpt, self.spec, self.chunk, self.keep_inputs = gpt, spec, chunk, keep_inputs
+        self.every, self.place = every, "device" if isinstance(keep_inputs, int) else keep_inputs
         self.cache_length = spec.length_for(gpt.config)
 
     def __call__(self, idx: torch.Tensor, row_sizes: Sequence[int] | None = None) -> torch.Tensor:
         """Final-norm outputs (B, T, E), or (1, N, E) with `row_sizes`, of tokens of the same shape."""
+        return self.gpt.transformer.ln_f(self.last_outputs(idx, row_sizes))
+
+    def last_outputs(self, idx: torch.Tensor, row_sizes: Sequence[int] | None = None) -> torch.Tensor:
+        """Outputs of the last layer, which the final norm comes after."""
         B, T = idx.shape
         sizes = [T] * B if row_sizes is None else list(row_sizes)
         if self._nothing_to_cut(sizes):
             return self._whole(idx.reshape(1, -1), sizes).view(B, T, -1)
         sweep = _Sweep(self, idx.reshape(1, -1), sizes)
-        x = self.gpt.embed(sweep.idx)
-        for block_idx, block in enumerate(self.gpt.transformer.h):
-            params = [p for p in block.parameters() if p.requires_grad]
-            x = _CachedLayer.apply(x, sweep, block_idx, *params)
-        return self.gpt.transformer.ln_f(x).view(B, T, -1)
+        x, n = self.gpt.embed(sweep.idx), len(self.gpt.transformer.h)
+        for first in range(0, n, self.every):
+            group = range(first, min(first + self.every, n))
+            params = [[p for p in self.gpt.transformer.h[i].parameters() if p.requires_grad] for i in group]
+            x = _LayerGroup.apply(x, sweep, group, [len(of) for of in params], *sum(params, []))
+        return x.view(B, T, -1)
 
     def _nothing_to_cut(self, sizes: list[int]) -> bool:
         """Whether caches keep all tokens of rows as they are, and a layer's graph of all of them is small."""
@@ -107,7 +99,7 @@ class CachedLayers:
         rows, x = Rows(tuple(sizes)), gpt.embed(idx)
         for block in gpt.transformer.h:
             x = checkpoint(block, x, rope, rows, idx, use_reentrant=False)
-        return gpt.transformer.ln_f(x)
+        return x
 
 
 class _Sweep:
@@ -171,206 +163,117 @@ class _Sweep:
         return positions.clamp(min=0) + self.begins[:, None, None]
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A call of a layer's cache with some tokens of a chunk, and what it finds there: the numbers of the cache's rows, and the
-    places of the tokens in its slots (B, G, n)."""
+class _LayerGroup(torch.autograd.Function):
+    """Some layers over the whole sequences, (1, N, E) to (1, N, E): only the inputs of the first one are kept.
 
-    tokens: torch.Tensor | slice
-    plan: Plan
-    fields: tuple[tuple[int, ...], ...]
-    places: torch.Tensor
-
-
-class _CachedLayer(torch.autograd.Function):
-    """One layer over the whole sequences: (1, N, E) to (1, N, E)."""
+    Its gradients overwrite those of its outputs, which nothing else reads: a final norm comes after the last layer.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, sweep: _Sweep, block_idx: int, *params: torch.Tensor) -> torch.Tensor:
-        block, cache = sweep.gpt.transformer.h[block_idx], sweep.make_cache(block_idx)
-        output, log = torch.empty_like(x), []
-        seed = int(torch.randint(2**62, ())) if block.training else None
-        for index, chunk in enumerate(sweep.chunks):
-            serving = _Serving(sweep, chunk, cache)
-            output[:, chunk.tokens] = sweep.run(block, index, x[:, chunk.tokens], serving, seed)
-            log.append(serving.calls)
-        cache.clear()
-        ctx.kept = keep(x, sweep.layers.keep_inputs) if sweep.differentiated else None
+    def forward(
+        ctx: Any, x: torch.Tensor, sweep: _Sweep, group: range, n_params: list[int], *params: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.sweep, ctx.group, ctx.n_params, ctx.params = sweep, group, n_params, params
         ctx.autocast = _autocast_of(x.device.type)
-        ctx.sweep, ctx.block, ctx.cache, ctx.log, ctx.seed, ctx.params = sweep, block, cache, log, seed, params
-        return output
+        blocks = sweep.gpt.transformer.h
+        ctx.seeds = [int(torch.randint(2**62, ())) if blocks[i].training else None for i in group]
+        place = sweep.layers.place
+        ctx.inputs = keep(x[0], place) if sweep.differentiated else None
+        for i, seed in zip(group, ctx.seeds, strict=True):
+            x, log = _forward(sweep, i, keep(x[0], "device"), seed, x, place if sweep.differentiated else None)
+        ctx.last_log = log
+        return x
 
     @staticmethod
     def backward(ctx: Any, d_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if ctx.kept is None:
+        if ctx.inputs is None:
             raise RuntimeError("the gradients of this pass through caches have been taken already: compute it anew")
-        x, ctx.kept = ctx.kept(), None
-        sweep, block, cache, params = ctx.sweep, ctx.block, ctx.cache, ctx.params
-        with torch.autocast(**ctx.autocast):  # the backward pass leaves it
-            keys, values = _keys_and_values(sweep, block, x, ctx.seed)
-        d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
-        d_x, d_params = torch.empty_like(x), [None] * len(params)
-        for index in reversed(range(len(sweep.chunks))):
-            chunk, calls = sweep.chunks[index], ctx.log[index]
-            stored = [_gathered(of_all, calls[0].places).requires_grad_() for of_all in (keys, values)]
-            own, again = x[:, chunk.tokens].detach().requires_grad_(), _Again(cache, chunk, calls, stored, x.shape[1])
-            with torch.enable_grad(), torch.autocast(**ctx.autocast), _without_outputs(block):
-                y = sweep.run(block, index, own, again, ctx.seed)
-            outputs, gradients = [y], [d_output[:, chunk.tokens]]
-            for new, d_all in ((again.key, d_keys), (again.value, d_values)):
-                if new.requires_grad:
-                    outputs.append(new)
-                    gradients.append(d_all[:, :, chunk.tokens])
-            found = torch.autograd.grad(outputs, [own, *stored, *params], gradients, allow_unused=True)
-            d_x[:, chunk.tokens] = found[0]
-            for d_all, d_stored in ((d_keys, found[1]), (d_values, found[2])):
-                if d_stored is not None:
-                    _add_gathered(d_all, calls[0].places, d_stored)
-            for i, d_param in enumerate(found[3:]):
-                if d_param is not None:
-                    d_params[i] = d_param if d_params[i] is None else d_params[i].add_(d_param)
-        cache.clear()
-        cache.storage.detach_graph()
-        return d_x, None, None, *d_params
+        sweep, inputs, logs = ctx.sweep, [ctx.inputs], []
+        ctx.inputs = None
+        with torch.no_grad(), torch.autocast(**ctx.autocast):  # the backward pass leaves it
+            for i, seed in zip(ctx.group[:-1], ctx.seeds, strict=False):
+                x, log = _forward(sweep, i, inputs[-1], seed, d_output, "device")
+                inputs.append(keep(x[0], "device"))
+                logs.append(log)
+                del x
+        logs.append(ctx.last_log)
+        ctx.last_log = None
+        d_x = d_output.contiguous()
+        ends = list(accumulate(ctx.n_params))
+        d_params: list[torch.Tensor | None] = []
+        for i, seed, end, n in reversed(list(zip(ctx.group, ctx.seeds, ends, ctx.n_params, strict=True))):
+            found = _backward(sweep, i, inputs.pop(), logs.pop(), seed, ctx.params[end - n : end], d_x, ctx.autocast)
+            d_params = found + d_params
+        return d_x, None, None, None, *d_params
 
 
-class _Serving(nn.Module):
-    """Stands for a cache during a chunk: runs it as at serving, and notes the calls.
-
-    A call ends where the cache evicts: how a sequence is cut into calls changes no output after the first one.
-    """
-
-    def __init__(self, sweep: _Sweep, chunk: Chunk, cache: PlannedKVCache) -> None:
-        super().__init__()
-        self.sweep, self.chunk, self.cache = sweep, chunk, cache
-        self.calls: list[_Call] = []
-
-    def run(
-        self,
-        plan: Plan,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        token_idx: torch.Tensor | None = None,
-        sink_logits: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        cache, chunk, outputs = self.cache, self.chunk, []
-        done = [0] * len(chunk.rows)
-        begins = [0, *accumulate(chunk.sizes)]
-        while members := [i for i, size in enumerate(chunk.sizes) if done[i] < size]:
-            rows, starts = [chunk.rows[i] for i in members], [chunk.starts[i] + done[i] for i in members]
-            sizes = []
-            for i in members:
-                left, limit = chunk.sizes[i] - done[i], cache.uninterrupted_tokens(chunk.rows[i])
-                sizes.append(left if limit is None else min(left, limit))
-            spans = [(begins[i] + done[i], begins[i] + done[i] + n) for i, n in zip(members, sizes, strict=True)]
-            if len(spans) == 1 or sizes == chunk.sizes:
-                tokens: torch.Tensor | slice = slice(spans[0][0], spans[-1][1])
-            else:
-                tokens = torch.cat([torch.arange(*span, device=query.device) for span in spans])
-            plan = cache.prepare(self.sweep.plan(cache, starts, sizes, rows), sink_logits)
-            self.calls.append(_Call(tokens, plan, cache.row_fields, self.sweep.places(cache.token_positions())))
-            outputs.append(cache.run(plan, *(x[:, :, tokens] for x in (query, key, value)), None, sink_logits))
-            cache.commit(plan)
-            for i, n in zip(members, sizes, strict=True):
-                done[i] += n
-        return _in_order(outputs, self.calls)
+def _forward(
+    sweep: _Sweep, block_idx: int, inputs: Kept, seed: int | None, like: torch.Tensor, log_place: str | None
+) -> tuple[torch.Tensor, Log | None]:
+    """Outputs of a layer, as a tensor `like` another, and the calls of its cache, if they are to be put into a place."""
+    block, cache = sweep.gpt.transformer.h[block_idx], sweep.make_cache(block_idx)
+    output, calls = torch.empty_like(like), []
+    for index, chunk in enumerate(sweep.chunks):
+        serving = Serving(cache, chunk, sweep)
+        output[:, chunk.tokens] = sweep.run(block, index, inputs.rows(chunk.spans)[None], serving, seed)
+        if log_place is not None:
+            calls.append(serving.calls)
+    return output, Log(calls, log_place) if log_place is not None else None
 
 
-class _Again(nn.Module):
-    """Stands for a cache in the backward pass of a chunk: repeats its calls, in a cache that is refilled before each of them.
-
-    Args:
-        cache: any contents are lost.
-        chunk, calls: as they were in the forward pass.
-        stored: keys and values (B, G, n, D) that the first call found.
-        n_tokens: N.
-    """
-
-    def __init__(
-        self, cache: PlannedKVCache, chunk: Chunk, calls: list[_Call], stored: list[torch.Tensor], n_tokens: int
-    ) -> None:
-        super().__init__()
-        self.cache, self.chunk, self.calls, self.stored, self.n_tokens = cache, chunk, calls, stored, n_tokens
-
-    def run(
-        self,
-        plan: Plan,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        token_idx: torch.Tensor | None = None,
-        sink_logits: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        self.key, self.value = key, value
-        outputs = []
-        for i, call in enumerate(self.calls):
-            stored = self.stored
-            if i > 0:  # some tokens of the chunk are among those stored, and some others have left
-                index = self._index.gather(2, call.places)
-                stored = [
-                    torch.cat((old, new.expand(len(old), -1, -1, -1)), dim=2).gather(
-                        2, index.unsqueeze(-1).expand(-1, -1, -1, old.shape[-1])
-                    )
-                    for old, new in zip(stored, (key, value), strict=True)
-                ]
-            self.cache.refill(call.fields, *stored)
-            own = [x[:, :, call.tokens] for x in (query, key, value)]
-            outputs.append(self.cache.run(call.plan, *own, None, sink_logits))
-        return _in_order(outputs, self.calls)
-
-    @cached_property
-    def _index(self) -> torch.Tensor:
-        """By place (B, G, N): where a token is among those that the first call found and, after them, those of the chunk."""
-        places, tokens = self.calls[0].places, self.chunk.tokens
-        B, G, n = places.shape
-        index = places.new_zeros(B, G, self.n_tokens)
-        index.scatter_(2, places, torch.arange(n, device=places.device).expand(B, G, n))
-        index[:, :, tokens] = n + torch.arange(len(tokens), device=places.device)
-        return index
-
-
-class _KeysAndValuesOnly(nn.Module):
-    """Stands for a cache and notes the keys and values that it is given."""
-
-    def run(self, plan: Plan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
-        self.key, self.value = key, value
-        raise _FoundError
-
-
-class _FoundError(Exception):
-    """Ends the run of an attention layer of which only keys and values are wanted."""
-
-
-def _in_order(outputs: list[torch.Tensor], calls: list[_Call]) -> torch.Tensor:
-    """Outputs of calls (1, T_i, H * D) as one, in the order of the chunk's tokens."""
-    if len(outputs) == 1:
-        return outputs[0]
-    if all(isinstance(call.tokens, slice) for call in calls):
-        return torch.cat(outputs, dim=1)
-    tokens = torch.cat(
-        [
-            torch.arange(c.tokens.start, c.tokens.stop, device=outputs[0].device)
-            if isinstance(c.tokens, slice)
-            else c.tokens
-            for c in calls
-        ]
-    )
-    return torch.cat(outputs, dim=1)[:, tokens.argsort()]
+def _backward(
+    sweep: _Sweep,
+    block_idx: int,
+    inputs: Kept,
+    log: Log,
+    seed: int | None,
+    params: Sequence[torch.Tensor],
+    d: torch.Tensor,
+    autocast: dict[str, Any],
+) -> list[torch.Tensor | None]:
+    """Gradients of the parameters of a layer. Those of its outputs, `d` (1, N, E), become those of its inputs."""
+    block, cache = sweep.gpt.transformer.h[block_idx], sweep.make_cache(block_idx)
+    with torch.autocast(**autocast):
+        keys, values = _keys_and_values(sweep, block, inputs, seed)
+    d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
+    d_params: list[torch.Tensor | None] = [None] * len(params)
+    for index in reversed(range(len(sweep.chunks))):
+        chunk, calls = sweep.chunks[index], log.calls(index)
+        stored = [_gathered(of_all, calls[0].places).requires_grad_() for of_all in (keys, values)]
+        own, again = inputs.rows(chunk.spans)[None].detach(), Again(cache, chunk, calls, stored, d.shape[1])
+        own.requires_grad_()
+        with torch.enable_grad(), torch.autocast(**autocast), _without_outputs(block):
+            y = sweep.run(block, index, own, again, seed)
+        outputs, gradients = [y], [d[:, chunk.tokens]]
+        for new, d_all in ((again.key, d_keys), (again.value, d_values)):
+            if new.requires_grad:
+                outputs.append(new)
+                gradients.append(d_all[:, :, chunk.tokens])
+        found = torch.autograd.grad(outputs, [own, *stored, *params], gradients, allow_unused=True)
+        d[:, chunk.tokens] = found[0]
+        for d_all, d_stored in ((d_keys, found[1]), (d_values, found[2])):
+            if d_stored is not None:
+                _add_gathered(d_all, calls[0].places, d_stored)
+        for i, d_param in enumerate(found[3:]):
+            if d_param is not None:
+                d_params[i] = d_param if d_params[i] is None else d_params[i].add_(d_param)
+    cache.storage.detach_graph()
+    return d_params
 
 
 @torch.no_grad()
 def _keys_and_values(
-    sweep: _Sweep, block: nn.Module, x: torch.Tensor, seed: int | None
+    sweep: _Sweep, block: nn.Module, inputs: Kept, seed: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values (1, G, N, D) of all tokens in a layer."""
     keys = values = None
     for index, chunk in enumerate(sweep.chunks):
-        only = _KeysAndValuesOnly()
-        with _cache_of(block, only), _seeded(seed, index), suppress(_FoundError):
-            block.attn(block.norm_1(x[:, chunk.tokens]), sweep.ropes[index], _NO_PLAN, sweep.idx[:, chunk.tokens])
+        only, x = KeysAndValuesOnly(), inputs.rows(chunk.spans)[None]
+        with _cache_of(block, only), _seeded(seed, index), suppress(FoundError):
+            block.attn(block.norm_1(x), sweep.ropes[index], _NO_PLAN, sweep.idx[:, chunk.tokens])
         if keys is None:
-            keys, values = (of.new_empty(1, of.shape[1], x.shape[1], of.shape[3]) for of in (only.key, only.value))
+            N = sweep.idx.shape[1]
+            keys, values = (of.new_empty(1, of.shape[1], N, of.shape[3]) for of in (only.key, only.value))
         keys[:, :, chunk.tokens], values[:, :, chunk.tokens] = only.key, only.value
     return keys, values
 
@@ -379,13 +282,14 @@ _NO_PLAN = Plan([], (), ())
 
 
 def _gathered(of_all: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """(B, G, n, D) of (1, G, N, D) at `places` (B, G, n)."""
-    index = places.unsqueeze(-1).expand(-1, -1, -1, of_all.shape[-1])
+    """(B, G, n, D) of (1, G, N, D) at `places` (B, G, n) or (B, 1, n)."""
+    index = places.unsqueeze(-1).expand(-1, of_all.shape[1], -1, of_all.shape[-1])
     return of_all.expand(len(places), -1, -1, -1).gather(2, index)
 
 
 def _add_gathered(of_all: torch.Tensor, places: torch.Tensor, added: torch.Tensor) -> None:
-    """Add (B, G, n, D) to (1, G, N, D) at `places` (B, G, n), which may repeat."""
+    """Add (B, G, n, D) to (1, G, N, D) at `places` (B, G, n) or (B, 1, n), which may repeat."""
+    places = places.expand(-1, of_all.shape[1], -1)
     flat = places.transpose(0, 1).flatten(1).unsqueeze(-1).expand(-1, -1, of_all.shape[-1])
     of_all[0].scatter_add_(1, flat, added.transpose(0, 1).flatten(1, 2).to(of_all.dtype))
 

@@ -1,44 +1,64 @@
 """Where the inputs of layers stay between the two passes: on the model's device, on the CPU, or in files."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 
 PLACES = ("device", "cpu", "disk")
 
 
-def keep(x: torch.Tensor, place: str) -> Callable[[], torch.Tensor]:
-    """Put `x` away in one of `PLACES`; what is returned gives it back, exactly."""
-    x, device = x.detach(), x.device
-    if place == "device":
-        return lambda: x
-    there = x.to("cpu")
-    if place == "cpu":
-        return lambda: there.to(device)
-    return _File(there, device).read
+class Kept:
+    """Rows of numbers (n, ...) that are kept where they are."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def rows(self, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """The rows from each begin to its end, in this order, exactly as they were."""
+        parts = [self._rows(begin, end) for begin, end in spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _rows(self, begin: int, end: int) -> torch.Tensor:
+        return self.x[begin:end]
 
 
-class _File:
-    """A tensor in a temporary file, which goes when this object does."""
+class _OnCPU(Kept):
+    def __init__(self, x: torch.Tensor) -> None:
+        super().__init__(x.to("cpu"))
+        self.device = x.device
 
-    def __init__(self, x: torch.Tensor, device: torch.device) -> None:
-        self.shape, self.dtype, self.device = x.shape, x.dtype, device
+    def _rows(self, begin: int, end: int) -> torch.Tensor:
+        return self.x[begin:end].to(self.device)
+
+
+class _OnDisk(Kept):
+    """In a temporary file, which goes when this object does."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.shape, self.dtype, self.device = x.shape[1:], x.dtype, x.device
+        self.row_bytes = x[:1].numel() * x.element_size()
         self.file = tempfile.TemporaryFile(prefix="litgpt-inputs-", buffering=0)  # noqa: SIM115
-        self._transfer(self.file.write, x.contiguous())
-
-    def read(self) -> torch.Tensor:
-        self.file.seek(0)
-        x = torch.empty(self.shape, dtype=self.dtype)
-        self._transfer(self.file.readinto, x)
-        self.file.close()
-        return x.to(self.device)
-
-    @staticmethod
-    def _transfer(act: Callable[[memoryview], int | None], x: torch.Tensor) -> None:
-        rest = memoryview(x.view(-1).view(torch.uint8).numpy())
+        rest = _bytes_of(x.to("cpu").contiguous())
         while len(rest):
-            done = act(rest)
+            rest = rest[self.file.write(rest) :]
+
+    def _rows(self, begin: int, end: int) -> torch.Tensor:
+        x = torch.empty((end - begin, *self.shape), dtype=self.dtype)
+        self.file.seek(begin * self.row_bytes)
+        rest = _bytes_of(x)
+        while len(rest):
+            done = self.file.readinto(rest)
             if not done:
                 raise OSError("the temporary file of a layer's inputs ended early")
             rest = rest[done:]
+        return x.to(self.device)
+
+
+def _bytes_of(x: torch.Tensor) -> memoryview:
+    return memoryview(x.view(-1).view(torch.uint8).numpy())
+
+
+def keep(x: torch.Tensor, place: str) -> Kept:
+    """Put `x` (n, ...) away in one of `PLACES`."""
+    return {"device": Kept, "cpu": _OnCPU, "disk": _OnDisk}[place](x.detach())

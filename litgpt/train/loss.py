@@ -16,27 +16,28 @@ TRAINED_LOGITS_BYTES = (
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Sum of the cross-entropies of N tokens. Gradients are computed chunk by chunk in the forward pass, right after each
+    """Sum of the cross-entropies of the N tokens at `places`. Gradients are computed chunk by chunk in the forward pass, right after each
     chunk's logits, and only scaled in the backward pass."""
 
     @staticmethod
     def forward(
         ctx,
         hidden: torch.Tensor,
+        places: torch.Tensor,
         labels: torch.Tensor,
         head: Callable,
         chunk: int,
         tied: list[torch.Tensor] | None,
-        teacher: Callable[[slice], torch.Tensor] | None,
+        teacher: Callable[[torch.Tensor], torch.Tensor] | None,
         *params: torch.Tensor,
     ) -> torch.Tensor:
         form = torch.promote_types(hidden.dtype, torch.float32)
         total = hidden.new_zeros((), dtype=form)
-        d_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
+        d_hidden = torch.zeros_like(hidden) if hidden.requires_grad else None
         d_params: list[torch.Tensor | None] = [None] * len(params)
-        for start in range(0, len(hidden), chunk):
+        for start in range(0, len(places), chunk):
             part = slice(start, start + chunk)
-            x = hidden[part].detach().requires_grad_(d_hidden is not None)
+            x = hidden[places[part]].requires_grad_(d_hidden is not None)
             with torch.enable_grad():
                 logits = head(x)
             scores, targets = logits.detach().to(form), labels[part, None]
@@ -46,14 +47,14 @@ class _HeadLoss(torch.autograd.Function):
                 d_logits = torch.sub(scores, shifted, out=scores).exp_()
                 d_logits.scatter_add_(1, targets, d_logits.new_full(targets.shape, -1.0))
             else:  # the divergence of the teacher's distribution from this one
-                wanted = torch.log_softmax(teacher(part).to(form), dim=-1)
+                wanted = torch.log_softmax(teacher(places[part]).to(form), dim=-1)
                 logs = torch.sub(scores, shifted, out=scores)
                 total += F.kl_div(logs, wanted, reduction="sum", log_target=True)
                 d_logits = logs.exp_().sub_(wanted.exp_())
             inputs = [x] * (d_hidden is not None) + list(params)
             found = list(torch.autograd.grad(logits, inputs, d_logits.to(logits.dtype)))
             if d_hidden is not None:
-                d_hidden[part] = found.pop(0)
+                d_hidden[places[part]] = found.pop(0)
             for i, gradient in enumerate(found):
                 d_params[i] = gradient if d_params[i] is None else d_params[i].add_(gradient)
         ctx.saved, ctx.tied = (d_hidden, *d_params), tied
@@ -68,7 +69,7 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.tied is not None:
             ctx.tied.append(d_params[0])
             d_params[0] = None
-        return d_hidden, None, None, None, None, None, *d_params
+        return d_hidden, None, None, None, None, None, None, *d_params
 
 
 class TiedEmbedding(torch.autograd.Function):
@@ -101,10 +102,10 @@ def loss_sum(
     """Sum of the next-token losses over counted tokens, or of their divergences from what a teacher says.
 
     Args:
-        hidden: final-norm outputs (..., E).
+        hidden: what the head takes, (..., E).
         labels: (...), the token that each output should foresee, or -100: not counted.
         head: logits (n, V) of outputs (n, E).
-        params: parameters of the head that want gradients.
+        params: parameters of the head that want gradients, that of its weight first.
         vocabulary: V, by which the number of tokens at a time is chosen.
         teacher: outputs (..., E) of another model, and its logits of them: the loss is the Kullback-Leibler divergence of its
             distribution of the next token from this one's, where gradients are wanted.
@@ -113,17 +114,18 @@ def loss_sum(
     Returns:
         A number in float32 (float64 where outputs are); 0, with zero gradients, if no token is counted.
     """
-    counted = labels != IGNORE_INDEX
-    hidden, labels = hidden[counted], labels[counted]
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    places = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
+    labels = labels[places]
     chunk = max(16, (TRAINED_LOGITS_BYTES if params else LOGITS_BYTES) // (4 * vocabulary))
     form = torch.promote_types(hidden.dtype, torch.float32)
-    if not len(hidden):
+    if not len(places):
         return sum((p.sum() * 0.0 for p in params), hidden.sum() * 0.0).to(form)
     if torch.is_grad_enabled() and (hidden.requires_grad or params):
         says = None
         if teacher is not None:
-            outputs, teacher_head = teacher[0][counted], teacher[1]
+            outputs, teacher_head = teacher[0].flatten(0, -2), teacher[1]
             says = lambda part: teacher_head(outputs[part])  # noqa: E731
-        return _HeadLoss.apply(hidden, labels, head, chunk, tied, says, *params)
-    parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
-    return sum(F.cross_entropy(head(x).to(form), y, reduction="sum") for x, y in parts)
+        return _HeadLoss.apply(hidden, places, labels, head, chunk, tied, says, *params)
+    parts = zip(places.split(chunk), labels.split(chunk), strict=True)
+    return sum(F.cross_entropy(head(hidden[part]).to(form), y, reduction="sum") for part, y in parts)

@@ -74,20 +74,22 @@ class TrainingModel(nn.Module):
         teacher = None
         if self.teacher is not None and torch.is_grad_enabled():
             teacher = self.teacher(input_ids, row_sizes), self.teacher.logits
-        head, embedding, tied = self.gpt.lm_head, self.gpt.transformer.wte, None
+        gpt, heads, logits = self.gpt, [self.gpt.lm_head], self.gpt.logits
+        head, embedding, tied = gpt.lm_head, gpt.transformer.wte, None
         weight = embedding.weight
         if getattr(head, "weight", None) is weight and weight.requires_grad and torch.is_grad_enabled():
             tied = []
             embedding.forward = lambda ids: TiedEmbedding.apply(ids, weight, tied)
         try:
             if self.cached_layers is None:
-                hidden = self.gpt(input_ids, skip_lm_head=True, row_sizes=row_sizes)
+                hidden = gpt(input_ids, skip_lm_head=True, row_sizes=row_sizes)
             else:
-                hidden = self.cached_layers(input_ids, row_sizes)
+                hidden, norm = self.cached_layers.last_outputs(input_ids, row_sizes), gpt.transformer.ln_f
+                heads, logits = [head, norm], lambda x: gpt.logits(norm(x))  # for a few tokens at a time
         finally:
             vars(embedding).pop("forward", None)
-        params = [p for p in head.parameters() if p.requires_grad]
-        return loss_sum(hidden, labels, self.gpt.logits, params, self.gpt.config.padded_vocab_size, tied, teacher)
+        params = [p for module in heads for p in module.parameters() if p.requires_grad]
+        return loss_sum(hidden, labels, logits, params, gpt.config.padded_vocab_size, tied, teacher)
 
 
 def restore_forward(gpt: GPT) -> None:

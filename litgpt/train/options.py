@@ -11,7 +11,9 @@ from typing import Any, Literal
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.config import Config
 from litgpt.data import DataModule
+from litgpt.errors import UsageError
 from litgpt.kvcache import CacheSpec
+from litgpt.train.cached_layers import check_trainable
 from litgpt.train.checkpointing import find_resume_path, step_folders
 from litgpt.train.optimizers import resolve_optimizer
 from litgpt.train.setting import LoggerName, Strategy, parse_devices, plain
@@ -84,7 +86,13 @@ class Options:
         require_end(self.train)
         self.train.gradient_accumulation_iters(parse_devices(self.devices), self.num_nodes)
         resolve_optimizer(self.optimizer)
-        if self.cache_spec() is not None and self.strategy == "fsdp":
+        spec = self.cache_spec()
+        if spec is not None:
+            try:
+                check_trainable(spec)
+            except ValueError as error:
+                raise UsageError(f"--kv_cache: {error}") from None
+        if spec is not None and self.strategy == "fsdp":
             raise ValueError(
                 "--kv_cache: layers that are divided among devices (fsdp) cannot be trained through caches"
             )

@@ -202,3 +202,27 @@ def test_attention_of_many_queries(B, H, G, D, T, N):
         )
         assert (found.transpose(1, 2).float() - expected).abs().max() < 0.02
         assert (found.transpose(1, 2).float() - expected).abs().mean() < 0.0015
+
+
+@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize(
+    ("B", "H", "G", "D", "n", "N", "cap", "sunk"),
+    [(1, 9, 3, 64, 32, 200, 0.0, False), (2, 4, 2, 24, 70, 70, 3.0, True), (2, 5, 1, 80, 1, 33, 0.0, True)],
+)
+def test_weights_that_queries_give_are_float32(B, H, G, D, n, N, cap, sunk, largest):
+    query, keys = (
+        torch.randn(B, H, n, D, dtype=torch.bfloat16),
+        torch.randn(B, G, N + 3, D, dtype=torch.bfloat16)[:, :, 2:-1],
+    )
+    sinks = torch.randn(H, dtype=torch.bfloat16) if sunk else None
+    ends = torch.randint(1, N + 1, (B, G, n))
+    scores = query.double() @ keys.double().repeat_interleave(H // G, 1).mT * 0.2
+    scores = torch.tanh(scores / cap) * cap if cap else scores
+    scores.masked_fill_(torch.arange(N) >= ends.repeat_interleave(H // G, 1)[..., None], -torch.inf)
+    extra = (
+        scores.new_full((B, H, n, 1), -torch.inf) if sinks is None else sinks.double()[:, None, None].expand(B, H, n, 1)
+    )
+    weights = torch.cat((scores, extra), dim=-1).softmax(-1)[..., :-1].view(B, G, -1, N)
+    assert ops.can_see_weights(query, keys, sinks)
+    found = ops.see_weights(query, keys, ends, sinks, 0.2, cap, largest)
+    torch.testing.assert_close(found.double(), weights.amax(2) if largest else weights.sum(2), atol=1e-6, rtol=1e-5)

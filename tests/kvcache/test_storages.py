@@ -16,15 +16,17 @@ from .test_contract import Sizes
 PARAMS = KVCacheParams(4, 2, 9, 64, 4, torch.device("cpu"), torch.float32)
 
 
+@pytest.mark.parametrize("gradients", [True, False])  # without them by kernels
 @pytest.mark.parametrize("rows", [None, [2, 0]], ids=str)
 @pytest.mark.parametrize("name", STORAGES)
-def test_compacted_slots_hold_what_they_held_elsewhere_bit_by_bit(name, rows):
+def test_compacted_slots_hold_what_they_held_elsewhere_bit_by_bit(name, rows, gradients):
     storage = STORAGES[name](PARAMS)
     keys, values = torch.randn(2, 4, 2, 9, 64)
     storage.set(keys, values, torch.arange(9), None)
     index = torch.stack([torch.randperm(9)[:5] for _ in range(4)]).view(2, 2, 5)
     before = [x.clone() for x in (storage.get(4, slice(0, 9)).keys(), storage.get(4, slice(0, 9)).values())]
-    storage.compact(index, None if rows is None else torch.tensor(rows))
+    with torch.set_grad_enabled(gradients):
+        storage.compact(index, None if rows is None else torch.tensor(rows))
     after = storage.get(4, slice(0, 9)).keys(), storage.get(4, slice(0, 9)).values()
     named = [0, 1] if rows is None else rows
     for was, now in zip(before, after, strict=True):

@@ -36,9 +36,9 @@ MODELS = {
 }
 
 
-def make(kind="llama"):
+def make(kind="llama", n_layer=2):
     torch.manual_seed(0)
-    model = tiny_gpt(**MODELS[kind], n_layer=2, block_size=64, **VOCABULARY).double().requires_grad_(True).eval()
+    model = tiny_gpt(**MODELS[kind], n_layer=n_layer, block_size=64, **VOCABULARY).double().requires_grad_(True).eval()
     for name, parameter in model.named_parameters():
         if "sinks" in name:
             torch.nn.init.normal_(parameter)
@@ -75,10 +75,10 @@ def compare(model, spec, lengths, chunk):
         if own is None or other is None:
             assert own is other is None
         else:
-            torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", KV_CACHE_NAMES)
+@pytest.mark.parametrize("name", [name for name in KV_CACHE_NAMES if not name.startswith("kvzip")])
 @pytest.mark.parametrize("chunk", [1, 4, 12])
 def test_G12_every_cache(name, chunk):
     spec = CacheSpec.parse(name)
@@ -107,7 +107,7 @@ def test_without_evictions_it_is_plain_training():
     ours = CachedLayers(model, CacheSpec("lastrec", cache_length=32), 5)(idx)
     torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
     for own, other in zip(gradients(model, ours, weight), gradients(model, plain, weight), strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-10)
 
 
 def test_dropout_is_the_same_in_both_passes():
@@ -138,15 +138,6 @@ def test_dropout_is_the_same_in_both_passes():
     torch.testing.assert_close(slope, (values[0] - values[1]) / 2e-5, rtol=1e-5, atol=0)
 
 
-def test_only_the_inputs_of_layers_are_kept_for_the_backward_pass():
-    model, kept = make(), []
-    idx = torch.randint(0, 100, (1, 30))
-    layers = CachedLayers(model, CacheSpec("lastrec", cache_length=8), 4)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        layers(idx)
-    assert sum(kept) < (model.config.n_layer + 4) * 30 * model.config.n_embd
-
-
 @pytest.mark.parametrize(("chunk", "words"), [(0, "at least one token")])
 def test_impossible_chunks_are_refused(chunk, words):
     with pytest.raises(ValueError, match=words):
@@ -171,24 +162,41 @@ def test_under_autocast_outputs_and_gradients_are_about_those_of_plain_training(
         assert (ours - plain).norm() < 0.05 * plain.norm()
 
 
-@pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_inputs_kept_elsewhere_give_the_same_gradients(place):
-    model, idx = make(), torch.randint(0, 100, (1, 23))
+@pytest.mark.parametrize("place", ["cpu", "disk", 1, 2, 5])
+def test_inputs_kept_elsewhere_or_not_at_all_give_the_same_gradients(place):
+    model, idx = make(n_layer=4), torch.randint(0, 100, (1, 23))
+    add_lora(model, LoRAConfig.extending(model.config, lora_r=2, lora_dropout=0.3, lora_query=True))
+    model.double().train()
     weight, found = torch.randn(1, 23, model.config.n_embd), []
     for kept in ("device", place):
         layers = CachedLayers(model, CacheSpec("h2o", cache_length=8), 4, kept)
-        found.append(gradients(model, layers(idx), weight))
+        torch.manual_seed(3)
+        found.append(gradients(model, layers(idx, [15, 8]), weight))
     assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_inputs_on_the_disk_are_not_in_memory():
-    model, kept = make(), []
-    layers = CachedLayers(model, CacheSpec("lastrec", cache_length=8), 4, "disk")
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        layers(torch.randint(0, 100, (1, 30)))
-    assert sum(kept) < 4 * 30 * model.config.n_embd
+@pytest.mark.parametrize(("keep_inputs", "kept"), [("device", 8), (1, 8), ("disk", 0), (3, 3), (20, 1)])
+def test_between_the_passes_the_inputs_of_so_many_layers_are_in_memory(keep_inputs, kept):
+    model, N = make(n_layer=8), 57
+    layers = CachedLayers(model, CacheSpec("lastrec", cache_length=8), 4, keep_inputs)
+    outputs = layers(torch.randint(0, 100, (1, N)))
+    assert kept == sum(_tokens_kept(outputs.grad_fn, N))
 
 
-def test_an_unknown_place_for_inputs_is_refused():
-    with pytest.raises(ValueError, match="keep_inputs must be device, cpu, disk, got 'tape'"):
-        CachedLayers(make(), CacheSpec(), 4, "tape")
+def _tokens_kept(node, N):
+    """For every tensor with N rows that passes through caches hold: 1."""
+    while node is not None:
+        inputs = getattr(getattr(node, "inputs", None), "x", None)
+        yield int(inputs is not None and len(inputs) == N)
+        node = next((earlier for earlier, _ in node.next_functions if earlier is not None), None)
+
+
+@pytest.mark.parametrize("place", ["tape", 0, -3])
+def test_an_unknown_place_for_inputs_is_refused(place):
+    with pytest.raises(ValueError, match=f"keep_inputs must be device, cpu, disk or a number of layers, got {place!r}"):
+        CachedLayers(make(), CacheSpec(), 4, place)
+
+
+def test_a_policy_that_reads_texts_twice_is_refused():
+    with pytest.raises(ValueError, match="kvzip cannot be trained through: it reads a text a second time"):
+        CachedLayers(make(), CacheSpec("kvzip", cache_length=8), 4)

@@ -494,3 +494,11 @@ def test_what_is_trained_through_a_cache_is_served_with_it(checkpoint_dir, tmp_p
     assert "trained with: lastrec" in capsys.readouterr().err
     assert main(["generate", str(final), "--kv_cache", "dense", "--prompt", "Hello", "--max_new_tokens", "3"]) == 0
     assert "trained with" not in capsys.readouterr().err
+
+
+def test_a_cache_that_needs_a_second_reading_is_refused_before_work(tmp_path, capsys):
+    arguments = ["finetune_lora", "no_such_checkpoint", "--out_dir", str(tmp_path / "out"), "--kv_cache", "kvzip-int8"]
+    assert main(arguments) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "--kv_cache: kvzip cannot be trained through: it reads a text a second time" in lines[0]

@@ -77,7 +77,7 @@ def test_validation_is_by_labels():
         assert taught == TrainingModel(model, cached_layers=cached)(idx, labels, row_sizes=sizes)
 
 
-@pytest.mark.parametrize("option", [{"teacher": "sparse"}, {"keep_inputs": "tape"}])
+@pytest.mark.parametrize("option", [{"teacher": "sparse"}, {"keep_inputs": "tape"}, {"keep_inputs": 0}])
 def test_unknown_teachers_and_places_are_refused(option):
     with pytest.raises(ValueError, match=f"{next(iter(option))} must be"):
         TrainArgs(**option)

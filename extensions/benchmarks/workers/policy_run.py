@@ -13,7 +13,9 @@ def main() -> None:
     llm = LLM.load(job["checkpoint"], precision="bf16-true")
     tokens = llm.tokenizer.encode(read_document(None)).tolist()[: job["tokens"]]
     spec = CacheSpec.parse(job["kv_cache"], job["slots"])
-    report(measure_speed(llm, spec, tokens, job["chunk"]) | {"estimated": spec.size(llm.model, 1)[0] // 8})
+    report(
+        measure_speed(llm, spec, tokens, job["chunk"], job["decoded"]) | {"estimated": spec.size(llm.model, 1)[0] // 8}
+    )
 
 
 if __name__ == "__main__":

@@ -123,8 +123,14 @@ class ScorePolicy(Policy):
             scores = _mean_of_runs(scores, tokens.positions.expand(B, G, N) // self.run)
         slots = torch.arange(N, device=scores.device)
         scores = scores.masked_fill((slots < self.n_sink) | (slots >= N - self.recent), torch.inf)
-        order = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., : self.kept]
-        return (N - 1 - order).sort(-1).values
+        bits = (scores + 0.0).view(torch.int32)  # + 0.0: of two zeros none is less
+        order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32 | slots  # as integers, all different
+        fewer = min(self.kept, N - self.kept)
+        found = order.topk(fewer, dim=-1, largest=fewer == self.kept, sorted=False).indices
+        stays = torch.full_like(order, fewer != self.kept, dtype=torch.bool).scatter_(-1, found, fewer == self.kept)
+        place = torch.where(stays, stays.cumsum(-1) - 1, self.kept)
+        index = torch.empty_like(order[..., : self.kept + 1]).scatter_(-1, place, slots.expand(B, G, N))
+        return index[..., : self.kept]
 
 
 def _mean_of_runs(scores: torch.Tensor, runs: torch.Tensor) -> torch.Tensor:

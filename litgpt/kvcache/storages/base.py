@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from litgpt.attention import DefaultKeysAndValues, KeysAndValues
+from litgpt.kernels import ops
 from litgpt.kernels.structs import Vectors
 from litgpt.kvcache.params import KVCacheParams
 
@@ -66,6 +67,9 @@ class Storage(nn.Module, ABC):
         batch, G, n = index.shape
         row = torch.arange(batch, device=index.device) if rows is None else rows
         for buffer in self.slot_buffers():
+            if ops.can_move_slots(buffer):
+                ops.move_slots(buffer, index, rows)
+                continue
             head = (row[:, None] * G + torch.arange(G, device=index.device))[..., None]
             source = (head * buffer.shape[2] + index).flatten()  # whole slots are copied, not element by element
             moved = buffer.flatten(0, 2).index_select(0, source).view(batch, G, n, *buffer.shape[3:])

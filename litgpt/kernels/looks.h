@@ -1,0 +1,91 @@
+// What cache policies need of a CPU: the attention weights of queries on stored keys, summed up, all in float; and tokens
+// that move to other slots.
+
+#pragma once
+
+#include "causal_attention.h"
+
+// Attention weights of n queries (B, H, n, D) on N keys (B, G, N, D). Query i of row b sees the first ends[b, g, i] keys.
+struct SeenWeights {
+    static constexpr int64_t KEYS = Blocked::TILE;
+
+    int64_t B, H, G, n, N, D;
+    float scale, cap;
+    const bf16 *q, *k, *sinks;
+    const int64_t *q_strides, *k_strides;  // of rows, heads, tokens
+    const int64_t* ends;
+    bool largest;  // of all queries, in place of their sum
+
+    // own (N,): the weights of head h in row b
+    void of_head(int64_t b, int64_t h, float* own) const {
+        static thread_local Scratch<float> scratch;
+        const int64_t g = h / (H / G), size = (D + 31) / 32 * 32, padded = (N + KEYS - 1) / KEYS * KEYS;
+        float* scores = scratch.get(padded * size / 2 + ROWS * (padded + size / 2));
+        uint32_t* keys = (uint32_t*)(scores + ROWS * padded);
+        bf16* queries = (bf16*)(keys + padded * size / 2);
+        CausalAttention source{};
+        source.D = D, source.k = k + b * k_strides[0];
+        source.k_strides[0] = k_strides[1], source.k_strides[1] = k_strides[2];
+        source.lay_out_keys(keys, g, 0, N, size);
+        std::fill_n((uint32_t*)queries, ROWS * size / 2, 0u);
+        std::fill_n(own, N, 0.0f);
+        for (int64_t i = 0; i < n; i += ROWS) {
+            const int count = int(std::min<int64_t>(ROWS, n - i));
+            const int64_t* seen = ends + (b * G + g) * n + i;
+            for (int m = 0; m < count; m++)
+                std::memcpy(queries + m * size, q + b * q_strides[0] + h * q_strides[1] + (i + m) * q_strides[2],
+                            D * sizeof(bf16));
+            const int64_t end = *std::max_element(seen, seen + count), columns = (end + KEYS - 1) / KEYS * KEYS;
+            const Blocked blocks(keys, size, padded);
+            for (int64_t j = 0; j < end; j += KEYS) {
+                float part[ROWS * KEYS];
+                compute_tile(blocks, j / KEYS, {(const char*)queries, size * 2}, 0, count, part);
+                for (int m = 0; m < count; m++) {
+                    float* row = scores + m * padded + j;
+                    for (int64_t c = 0; c < KEYS; c++) row[c] = part[m * KEYS + c] * scale;
+                    for (int64_t c = 0; cap > 0 && c < KEYS; c++) row[c] = softcap(row[c], cap);
+                    for (int64_t c = std::max<int64_t>(0, seen[m] - j); c < KEYS; c++) row[c] = -INFINITY;
+                }
+            }
+            for (int m = 0; m < count && columns; m++) add(scores + m * padded, columns, seen[m], h, own);
+        }
+    }
+
+    // out (B, G, N): of the heads that share keys; `by_head` (B, H, N) is overwritten
+    void of_groups(float* by_head, float* out) const {
+#pragma omp parallel for schedule(dynamic)
+        for (int64_t i = 0; i < B * H; i++) of_head(i / H, i % H, by_head + i * N);
+        for (int64_t i = 0; i < B * G; i++) {
+            const float* own = by_head + i * (H / G) * N;
+            std::copy_n(own, N, out + i * N);
+            for (int64_t h = 1; h < H / G; h++)
+                for (int64_t j = 0; j < N; j++)
+                    out[i * N + j] = largest ? std::max(out[i * N + j], own[h * N + j]) : out[i * N + j] + own[h * N + j];
+        }
+    }
+
+private:
+    void add(float* scores, int64_t columns, int64_t seen, int64_t h, float* own) const {
+        float top;
+        float total = exponentiate(scores, &top, columns);
+        if (sinks) total += std::exp(widen(sinks[h]) - top);
+        const float factor = 1.0f / total;
+        if (largest)
+            for (int64_t j = 0; j < seen; j++) own[j] = std::max(own[j], scores[j] * factor);
+        else
+            for (int64_t j = 0; j < seen; j++) own[j] += scores[j] * factor;
+    }
+};
+
+// Slot j of row rows[b] (null: b) and head g becomes what its slot index[b, g, j] was, of the n in index (B, G, n).
+// `buffer` (rows, G, C) has so many bytes for a slot.
+inline void move_slots_of_rows(char* buffer, const int64_t* rows, const int64_t* index, int64_t B, int64_t G,
+                               int64_t C, int64_t n, int64_t bytes) {
+    static thread_local Scratch<char> scratch;
+    char* moved = scratch.get(n * bytes);
+    for (int64_t i = 0; i < B * G; i++) {
+        char* own = buffer + ((rows ? rows[i / G] : i / G) * G + i % G) * C * bytes;
+        for (int64_t j = 0; j < n; j++) std::memcpy(moved + j * bytes, own + index[i * n + j] * bytes, bytes);
+        std::memcpy(own, moved, n * bytes);
+    }
+}

@@ -1,0 +1,195 @@
+"""The calls of a layer's cache: made as at serving in the forward pass, and noted; repeated in the backward pass.
+
+Letters: B rows, N tokens of all rows one after the other, T tokens of a chunk, G key/value heads, D head size, n slots in use.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from litgpt.kvcache.plan import Plan
+from litgpt.kvcache.planned import PlannedKVCache
+from litgpt.train.chunks import Chunk
+from litgpt.train.kept_inputs import Kept, keep
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a layer's cache with some tokens of a chunk, and what it finds there: the numbers of the cache's rows, and the
+    places of the tokens in its slots, (B, G, n), or (B, 1, n) if they are those of all heads."""
+
+    tokens: torch.Tensor | slice
+    plan: Plan
+    fields: tuple[tuple[int, ...], ...]
+    places: torch.Tensor
+
+
+class Log:
+    """The calls of a layer's cache in all chunks. Their places are put away as the inputs of layers are."""
+
+    def __init__(self, chunks: list[list[Call]], place: str) -> None:
+        self._calls, begin = [], 0
+        for calls in chunks:
+            noted = []
+            for call in calls:
+                shape, end = call.places.shape, begin + call.places.numel()
+                noted.append((call.tokens, call.plan, call.fields, shape, (begin, end)))
+                begin = end
+            self._calls.append(noted)
+        flat = [call.places.reshape(-1).int() for calls in chunks for call in calls]
+        self._places: Kept = keep(torch.cat(flat), place)
+
+    def calls(self, index: int) -> list[Call]:
+        """Those of a chunk."""
+        return [
+            Call(tokens, plan, fields, self._places.rows([span]).view(shape).long())
+            for tokens, plan, fields, shape, span in self._calls[index]
+        ]
+
+
+class Plans(Protocol):
+    """What the layers of a pass share."""
+
+    def plan(self, cache: PlannedKVCache, starts: list[int], sizes: list[int], rows: list[int]) -> Plan: ...
+
+    def places(self, positions: torch.Tensor) -> torch.Tensor: ...
+
+
+class StandIn(nn.Module):
+    """Stands for a cache during a chunk: calls the cache with one part of its tokens after the other.
+
+    Args:
+        cache: of the layer.
+        chunk: the tokens.
+    """
+
+    def __init__(self, cache: PlannedKVCache, chunk: Chunk) -> None:
+        super().__init__()
+        self.cache, self.chunk = cache, chunk
+
+    @abstractmethod
+    def _prepared(self, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None) -> Iterator[Call]:
+        """Calls, for each of which the cache is ready when it comes."""
+
+    def run(
+        self,
+        plan: Plan,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        token_idx: torch.Tensor | None = None,
+        sink_logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        outputs, parts = [], []
+        for call in self._prepared(key, value, sink_logits):
+            own = (x[:, :, call.tokens] for x in (query, key, value))
+            outputs.append(self.cache.run(call.plan, *own, None, sink_logits))
+            parts.append(call.tokens)
+        return _in_order(outputs, parts)
+
+
+class Serving(StandIn):
+    """Calls a cache as at serving, and notes the calls.
+
+    A call ends where the cache evicts: how a sequence is cut into calls changes no output after the first one.
+    """
+
+    def __init__(self, cache: PlannedKVCache, chunk: Chunk, plans: Plans) -> None:
+        super().__init__(cache, chunk)
+        self.plans, self.calls = plans, []
+
+    def _prepared(self, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None) -> Iterator[Call]:
+        cache, chunk = self.cache, self.chunk
+        done = [0] * len(chunk.rows)
+        begins = [0, *accumulate(chunk.sizes)]
+        while members := [i for i, size in enumerate(chunk.sizes) if done[i] < size]:
+            rows, starts = [chunk.rows[i] for i in members], [chunk.starts[i] + done[i] for i in members]
+            sizes = []
+            for i in members:
+                left, limit = chunk.sizes[i] - done[i], cache.uninterrupted_tokens(chunk.rows[i])
+                sizes.append(left if limit is None else min(left, limit))
+            spans = [(begins[i] + done[i], begins[i] + done[i] + n) for i, n in zip(members, sizes, strict=True)]
+            if len(spans) == 1 or sizes == chunk.sizes:
+                tokens: torch.Tensor | slice = slice(spans[0][0], spans[-1][1])
+            else:
+                tokens = torch.cat([torch.arange(*span, device=key.device) for span in spans])
+            plan = cache.prepare(self.plans.plan(cache, starts, sizes, rows), sink_logits)
+            positions = cache.token_positions()
+            if positions.stride(1) == 0:  # those of all heads are the same
+                positions = positions[:, :1]
+            self.calls.append(Call(tokens, plan, cache.row_fields, self.plans.places(positions)))
+            yield self.calls[-1]
+            cache.commit(plan)
+            for i, n in zip(members, sizes, strict=True):
+                done[i] += n
+
+
+class Again(StandIn):
+    """Repeats the calls of a chunk, with a cache that is refilled before each of them.
+
+    Args:
+        cache: any contents are lost.
+        chunk, calls: as they were in the forward pass.
+        stored: keys and values (B, G, n, D) that the first call found.
+        n_tokens: N.
+    """
+
+    def __init__(
+        self, cache: PlannedKVCache, chunk: Chunk, calls: list[Call], stored: list[torch.Tensor], n_tokens: int
+    ) -> None:
+        super().__init__(cache, chunk)
+        self.calls, self.stored, self.n_tokens = calls, stored, n_tokens
+
+    def _prepared(self, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None) -> Iterator[Call]:
+        self.key, self.value = key, value
+        for i, call in enumerate(self.calls):
+            stored = self.stored
+            if i > 0:  # some tokens of the chunk are among those stored, and some others have left
+                index = self._index.gather(2, call.places).unsqueeze(-1)
+                stored = [
+                    torch.cat((old, new.expand(len(old), -1, -1, -1)), dim=2).gather(
+                        2, index.expand(-1, old.shape[1], -1, old.shape[-1])
+                    )
+                    for old, new in zip(stored, (key, value), strict=True)
+                ]
+            self.cache.refill(call.fields, *stored)
+            yield call
+
+    @cached_property
+    def _index(self) -> torch.Tensor:
+        """By place (B, G, N): where a token is among those that the first call found and, after them, those of the chunk."""
+        places, tokens = self.calls[0].places, self.chunk.tokens
+        B, G, n = places.shape
+        index = places.new_zeros(B, G, self.n_tokens)
+        index.scatter_(2, places, torch.arange(n, device=places.device).expand(B, G, n))
+        index[:, :, tokens] = n + torch.arange(len(tokens), device=places.device)
+        return index
+
+
+class KeysAndValuesOnly(nn.Module):
+    """Stands for a cache and notes the keys and values that it is given."""
+
+    def run(self, plan: Plan, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> torch.Tensor:
+        self.key, self.value = key, value
+        raise FoundError
+
+
+class FoundError(Exception):
+    """Ends the run of an attention layer of which only keys and values are wanted."""
+
+
+def _in_order(outputs: list[torch.Tensor], parts: list[torch.Tensor | slice]) -> torch.Tensor:
+    """Outputs (1, T_i, H * D) of parts of a chunk's tokens as one, in the order of these tokens."""
+    if len(outputs) == 1:
+        return outputs[0]
+    if all(isinstance(part, slice) for part in parts):
+        return torch.cat(outputs, dim=1)
+    device = outputs[0].device
+    places = [torch.arange(part.start, part.stop, device=device) if isinstance(part, slice) else part for part in parts]
+    return torch.cat(outputs, dim=1)[:, torch.cat(places).argsort()]

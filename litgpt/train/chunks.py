@@ -1,0 +1,34 @@
+"""Sequences cut into chunks, which enter caches one after the other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens that enter the caches together: `sizes[i]` of row `rows[i]`, whose earlier ones are `starts[i]`.
+
+    Among those of all rows, their places are `tokens` (T,), which are those from each begin of `spans` to its end.
+    """
+
+    rows: list[int]
+    starts: list[int]
+    sizes: list[int]
+    spans: list[tuple[int, int]]
+    tokens: torch.Tensor
+
+
+def chunks_of(row_sizes: Sequence[int], size: int, device: torch.device) -> list[Chunk]:
+    """Rows of these sizes, cut into chunks of `size` tokens a row."""
+    begins = [0, *accumulate(row_sizes)]
+    chunks = []
+    for start in range(0, max(row_sizes), size):
+        rows = [row for row, total in enumerate(row_sizes) if total > start]
+        sizes = [min(size, row_sizes[row] - start) for row in rows]
+        spans = [(begins[row] + start, begins[row] + start + n) for row, n in zip(rows, sizes, strict=True)]
+        tokens = torch.cat([torch.arange(*span) for span in spans]).to(device)
+        chunks.append(Chunk(rows, [start] * len(rows), sizes, spans, tokens))
+    return chunks
