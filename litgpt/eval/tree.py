@@ -50,7 +50,9 @@ def _branches(ordered: Sequence[Tokens], contexts: dict[Tokens, list[int]], star
         members = ordered[i : i + len(shared) + 1]
         if shared:
             end = min(shared)
-            nodes.append(Node(members[0][start:end], _branches(members, contexts, end)))
+            ends_here = len(members[0]) == end  # and no other does
+            children = _branches(members[1:] if ends_here else members, contexts, end)
+            nodes.append(Node(members[0][start:end], children, contexts[members[0]] if ends_here else []))
         else:
             nodes.append(Node(members[0][start:], requests=contexts[members[0]]))
         i += len(members)

@@ -78,7 +78,14 @@ def test_shared_prefixes_are_computed_once(model, requests, monkeypatch):
 
 
 def test_trees_hold_every_context_and_share_only_what_is_long():
-    contexts = {(1, 2, 3): [0], (1, 2, 4): [1], tuple(range(50)): [2], (*range(50), 9): [3], (*range(40), 7): [4]}
+    contexts = {
+        (1, 2, 3): [0],
+        (1, 2, 4): [1],
+        tuple(range(50)): [2],
+        (*range(50), 9): [3],
+        tuple(range(40)): [4],
+        (*range(40), 7): [5],
+    }
     found = {}
 
     def walk(node, before):
