@@ -68,7 +68,7 @@ class Names:
 
     @classmethod
     def of(cls, target: InstructionSet, compiler: str | None) -> "Names":
-        source = b"".join(path.read_bytes() for path in (SOURCES / "cpu.cpp", *sorted(SOURCES.glob("*.h"))))
+        source = b"".join(path.read_bytes() for path in (SOURCES / "cpu.cpp", *sorted(SOURCES.rglob("*.h"))))
         settings = " ".join((FLAGS, *target.flags, processor.fingerprint()))
         start = f"kernels-{target.name}-{_digest(source, settings.encode())}"
         if compiler is None:
