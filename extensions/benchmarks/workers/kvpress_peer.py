@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ def main() -> None:
     base_press.Gemma3ForConditionalGeneration = Gemma3ForCausalLM
     samples = json.loads(Path(job["samples"]).read_text(encoding="utf-8"))
     models, found = {}, []
-    for name in job["presses"]:
+    for name in job["kinds"]:
         kind = "eager" if name in ("h2o",) else "sdpa"
         if kind not in models:
             models[kind] = AutoModelForCausalLM.from_pretrained(
@@ -52,11 +53,15 @@ def main() -> None:
             ).eval()
         model = models[kind]
         model.config._name_or_path = job["folder"]
-        for removed in job["removed"]:
+        for removed in [0.0] if name == "dense" else job["removed"]:
             logprobs: dict[str, list[float]] = {}
-            for sample in samples:
-                for values in answer(model, PRESSES[name](removed) if removed else None, sample):
-                    logprobs.setdefault(sample["kind"], []).append(values)
+            try:
+                for sample in samples:
+                    values = answer(model, PRESSES[name](removed) if removed else None, sample)
+                    logprobs[sample["kind"]] = logprobs.get(sample["kind"], []) + values
+            except (RuntimeError, ValueError, AttributeError, AssertionError) as error:  # not for this model
+                print(f"{name}: {error}", file=sys.stderr)
+                logprobs = {}
             found.append({"cache": name, "removed": removed, "logprobs": logprobs})
     report(found)
 

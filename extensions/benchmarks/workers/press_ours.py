@@ -16,8 +16,8 @@ def main() -> None:
     job = read_job()
     llm = LLM.load(job["checkpoint"], precision="bf16-true")
     samples, found = json.loads(Path(job["samples"]).read_text(encoding="utf-8")), []
-    for name, args in job["caches"]:
-        for removed in job["removed"]:
+    for name, args in job["kinds"]:
+        for removed in [0.0] if name == "dense" else job["removed"]:
             logprobs: dict[str, list[float]] = {}
             for sample in samples:
                 session = llm.session(spec_for(name, args, removed, len(sample["context"])))
