@@ -9,7 +9,6 @@
 
 #include "simd/simd.h"
 
-constexpr int ROWS = 6;       // most rows that share one pass over the weights: as many sums as there are registers
 constexpr int ROW_TILE = 32;  // outputs of a tile, where weights lie row by row
 
 // A weight of any kind: bfloat16 in oneDNN's order, int8, or int4 with its group size
@@ -62,11 +61,12 @@ private:
     // Outputs [j, j + V * LANES) of a tile
     template <int M, int V>
     void compute_columns(int64_t u, int j, const char* x, int64_t stride, float* y, Prefetch ahead) const {
-        const uint32_t* block = w + u * pairs() * TILE + j;
+        const int64_t n = pairs();
+        const uint32_t* block = w + u * n * TILE + j;
         Floats sums[M][V];
         UNROLLED for (int m = 0; m < M; m++) UNROLLED for (int v = 0; v < V; v++) sums[m][v] = zeros();
         int countdown = ahead.pass;
-        for (int64_t p = 0; p < pairs(); p++, block += TILE) {
+        for (int64_t p = 0; p < n; p++, block += TILE) {
             if (ahead.start && countdown-- == 0) {
                 prefetch((const uint32_t*)ahead.start + p * TILE + j, V * LANES * 4);
                 countdown = ahead.passes - 1;
@@ -258,20 +258,14 @@ template <class W>
 NOT_INLINED void compute_tile(const W& w, int64_t u, const Rows& x, int64_t m, int rows, float* y,
                   Prefetch ahead = {nullptr, 0, 0}) {
     const char* start = x.start + m * x.stride;
-    switch (rows) {
-        case 1:
-            return w.template compute_tile<1>(u, start, x.stride, y, ahead);
-        case 2:
-            return w.template compute_tile<2>(u, start, x.stride, y, ahead);
-        case 3:
-            return w.template compute_tile<3>(u, start, x.stride, y, ahead);
-        case 4:
-            return w.template compute_tile<4>(u, start, x.stride, y, ahead);
-    }
-    if constexpr (W::PASS == ROWS) {
+    if (rows == 1) return w.template compute_tile<1>(u, start, x.stride, y, ahead);
+    if (rows == 2) return w.template compute_tile<2>(u, start, x.stride, y, ahead);
+    if (rows == 3) return w.template compute_tile<3>(u, start, x.stride, y, ahead);
+    if (rows == 4) return w.template compute_tile<4>(u, start, x.stride, y, ahead);
+    if constexpr (W::PASS >= 5)
         if (rows == 5) return w.template compute_tile<5>(u, start, x.stride, y, ahead);
+    if constexpr (W::PASS >= 6)
         if (rows == 6) return w.template compute_tile<6>(u, start, x.stride, y, ahead);
-    }
 }
 
 template <class W>

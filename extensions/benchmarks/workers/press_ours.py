@@ -39,7 +39,8 @@ def spec_for(name: str, args: dict, removed: float, length: int) -> CacheSpec:
         return CacheSpec("dense", cache_length=length + TAIL)
     if name == "lastrec":
         return CacheSpec(name, cache_length=kept, **args)
-    return CacheSpec(name, cache_length=kept + TAIL, tail=TAIL, **args)
+    tail = min(TAIL, length - kept - 8)  # all slots are fewer than the context's tokens, or none of them would go
+    return CacheSpec(name, cache_length=kept + tail, tail=tail, **args)
 
 
 if __name__ == "__main__":

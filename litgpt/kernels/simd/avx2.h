@@ -92,7 +92,9 @@ inline Numbers load_numbers(const T* x, int64_t n) {
 // sum + a b
 inline Floats add_products(Floats sum, Numbers a, Numbers b) { return _mm256_fmadd_ps(a, b, sum); }
 
-// Vectors of outputs that are summed at a time for M rows, and outputs of weights that lie row by row: of 16 registers
+// Most rows that share one pass over weights, vectors of outputs that are summed at a time for M of them, and outputs
+// where weights lie row by row: as many sums as there are registers, with room for weights and inputs
+constexpr int ROWS = 5;
 constexpr int output_vectors(int M) { return M == 1 ? 8 : M <= 3 ? 4 : 2; }
 constexpr int outputs_by_row(int M) { return M <= 2 ? 4 : 2; }
 

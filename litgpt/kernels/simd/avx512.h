@@ -102,7 +102,9 @@ inline Floats add_products(Floats sum, Numbers a, Numbers b) {
 #endif
 }
 
-// Vectors of outputs that are summed at a time for M rows, and outputs of weights that lie row by row
+// Most rows that share one pass over weights, vectors of outputs that are summed at a time for M of them, and outputs
+// where weights lie row by row: as many sums as there are registers, with room for weights and inputs
+constexpr int ROWS = 6;
 constexpr int output_vectors(int) { return 4; }
 constexpr int outputs_by_row(int) { return 4; }
 
