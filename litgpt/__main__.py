@@ -47,6 +47,10 @@ _COMMANDS = {
         "Fine-tune learned prefixes, and scales and biases of linear layers.",
     ),
     "pretrain": ("pretrain:setup", "Train a model on text, from random weights or a checkpoint."),
+    "evaluate": (
+        "eval.evaluate:convert_and_evaluate",
+        "Score a model: tasks of the LM Evaluation Harness, and built-in ones.",
+    ),
     "serve": ("deploy.serve:run_server", "Serve a model over HTTP: OpenAI's endpoints, /predict, a chat page."),
     "download": ("scripts.download:download_from_hub", "Download a model, or list the available ones."),
     "convert_to_litgpt": (

@@ -26,10 +26,15 @@ def one_line(error: BaseException, most: int = 200) -> str:
     return " ".join(str(error).split())[:most] or type(error).__name__
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
+
+
 def describe(error: BaseException) -> str:
     """An error as one line for the user."""
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
+    if is_out_of_memory(error):
         return _describe_out_of_memory(text)
     if isinstance(error, FileExistsError) and error.filename is not None and not Path(error.filename).is_dir():
         return f"{str(error.filename)!r} is a file, and a folder is needed: give another name"

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from environments import Launcher, add_arguments, run_script
+from environments import Launcher, add_arguments, parse_numbers, run_script
 from layouts import Layouts, ensure_layouts
 from results import number, ratio, row
 
@@ -37,13 +37,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--longest", type=int, default=512, help="tokens of the longest (default: %(default)s)")
     add("--new_tokens", type=int, default=64, help="tokens of each answer (default: %(default)s)")
     add("--rounds", type=int, default=3, help="times that both are measured, in turn (default: %(default)s)")
-    args = parser.parse_args()
-    for name in ("prompts", "shortest", "longest", "rounds", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    if args.new_tokens < 2:
-        parser.error(f"--new_tokens must be at least 2, the first comes with the prefill, got {args.new_tokens}")
-    return args
+    # of new tokens, the first comes with the prefill
+    return parse_numbers(parser, prompts=1, shortest=1, longest=1, new_tokens=2, rounds=1, threads=1)
 
 
 def prompt_lengths(shortest: int, longest: int, count: int) -> list[int]:

@@ -17,7 +17,15 @@ from pathlib import Path
 
 import lastrec
 import rounds
-from environments import PEERS, Launcher, check_python, ensure_environment, processor_name, public_version
+from environments import (
+    PEERS,
+    Launcher,
+    check_python,
+    ensure_environment,
+    parse_numbers,
+    processor_name,
+    public_version,
+)
 from layouts import ensure_ggufs, ensure_layouts
 from results import comparison, medians, ratios
 from systems import SYSTEMS, System, choose
@@ -51,10 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--lastrec", action="store_true", help="measure an evicting cache over a long text instead; needs no peers")
     add("--quick", action="store_true", help="one round with few tokens, to see that all of it works")
     add("--out", type=Path, help="write all samples and medians as JSON")
-    args = parser.parse_args()
-    for name in ("rounds", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    args = parse_numbers(parser, rounds=1, threads=1)
     return args
 
 

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
-from environments import Launcher, check_python, ensure_environment, processor_name, public_version
+from environments import Launcher, check_python, ensure_environment, parse_numbers, processor_name, public_version
 from results import LITGPT, OURS, Samples, number, ratio, row
 
 # the model whose sizes the random weights have, and the most bytes of a file
@@ -47,10 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--threads", type=int, default=2, help="CPU threads of every process (default: %(default)s)")
     add("--quick", action="store_true", help="one round with a small model, to see that all of it works")
     add("--out", type=Path, help="write all samples as JSON")
-    args = parser.parse_args()
-    for name in ("rounds", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    args = parse_numbers(parser, rounds=1, threads=1)
     return args
 
 

@@ -35,6 +35,7 @@ PEERS = {
     "transformers": Peer("transformers", "5.3.0"),
     "llama": Peer("llama-cpp-python", "0.3.36", torch=False),
 }
+OTHER_PEERS = {"kvpress": Peer("kvpress", "0.5.5")}  # of a table of their own
 
 
 def public_version(version: str) -> str:
@@ -47,12 +48,15 @@ def ensure_environment(work_dir: Path, peer: str, torch_version: str) -> Path:
 
     Raises `subprocess.CalledProcessError` if that fails; the next call starts anew.
     """
-    versions = PEERS[peer].versions(torch_version)
+    versions = (PEERS | OTHER_PEERS)[peer].versions(torch_version)
     folder = work_dir / "-".join(word for item in versions.items() for word in item)
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     complete = folder / "complete"
     if not complete.is_file():
-        requirements = [*(f"{name}=={version}" for name, version in versions.items()), *PEERS[peer].undeclared]
+        requirements = [
+            *(f"{name}=={version}" for name, version in versions.items()),
+            *(PEERS | OTHER_PEERS)[peer].undeclared,
+        ]
         print(f"Installing {' '.join(requirements)} into {folder} (once)", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", *requirements], check=True, stdout=sys.stderr)
@@ -62,7 +66,7 @@ def ensure_environment(work_dir: Path, peer: str, torch_version: str) -> Path:
 
 def check_python(python: Path, peer: str, torch_version: str) -> Path:
     """`python` itself; `ValueError` if it is not one with the expected versions of the peer and of torch, if it needs that."""
-    versions = PEERS[peer].versions(torch_version)
+    versions = (PEERS | OTHER_PEERS)[peer].versions(torch_version)
     code = f"from importlib.metadata import version; print(*(version(name) for name in {list(versions)}))"
     python = Path(os.path.abspath(python.expanduser()))  # not resolve: a virtual environment's python is a link
     # isolated: the folder that we are in may hold another `litgpt`
@@ -110,6 +114,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", type=Path, help="the default model's folder or .gguf file (default: found, or fetched once)")
     add("--threads", type=int, default=2, help="CPU threads of every process (default: %(default)s)")
     add("--out", type=Path, help="write all samples as JSON")
+
+
+def parse_numbers(parser: argparse.ArgumentParser, **least: int) -> argparse.Namespace:
+    """The command line, if the numbers in it are at least so large; otherwise the parser's error says which is not."""
+    args = parser.parse_args()
+    for name, number in least.items():
+        if getattr(args, name) < number:
+            parser.error(f"--{name} must be at least {number}, got {getattr(args, name)}")
+    return args
 
 
 def run_script(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from environments import parse_numbers
 
 from litgpt.checkpoint.base import Checkpoint
 from litgpt.checkpoint.find import find_checkpoint
@@ -69,10 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--length", type=int, default=512, help="tokens in a window (default: %(default)s)")
     add("--modes", nargs="+", default=["int8", "int4"], help="what to compare with bfloat16 (default: int8 int4)")
     add("--kv_cache", nargs="+", help="compare these caches with the dense one instead, in bfloat16 (dense-int8 ...)")
-    args = parser.parse_args()
-    for name, least in (("windows", 1), ("length", 2)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    args = parse_numbers(parser, windows=1, length=2)
     return args
 
 

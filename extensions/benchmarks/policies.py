@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from environments import Launcher, add_arguments, run_script
+from environments import Launcher, add_arguments, parse_numbers, run_script
 from layouts import ensure_layouts
 from results import number, row
 
@@ -43,11 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--slots", type=int, default=1024, help="slots of caches that evict (default: %(default)s)")
     add("--chunk", type=int, default=512, help="tokens of a prefill call; 0: all in one (default: %(default)s)")
     add("--rounds", type=int, default=3, help="times that each is measured, in turn (default: %(default)s)")
-    args = parser.parse_args()
-    for name, least in (("tokens", 2), ("slots", 2), ("chunk", 0), ("rounds", 1), ("threads", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}")
-    return args
+    return parse_numbers(parser, tokens=2, slots=2, chunk=0, rounds=1, threads=1)
 
 
 def measure(

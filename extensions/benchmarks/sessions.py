@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from environments import Launcher, add_arguments, run_script
+from environments import Launcher, add_arguments, parse_numbers, run_script
 from layouts import Layouts, ensure_layouts
 from results import number, ratio, row
 
@@ -33,11 +33,7 @@ def parse_arguments() -> argparse.Namespace:
     add_arguments(parser)
     add("--document", type=int, default=6000, help="tokens of the document (default: %(default)s)")
     add("--rounds", type=int, default=5, help="times that both are measured, in turn (default: %(default)s)")
-    args = parser.parse_args()
-    for name in ("document", "rounds", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
-    return args
+    return parse_numbers(parser, document=1, rounds=1, threads=1)
 
 
 def measure(launcher: Launcher, layouts: Layouts, repeats: int, document: int) -> dict:

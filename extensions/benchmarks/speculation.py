@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 import torch
-from environments import processor_name
+from environments import parse_numbers, processor_name
 from results import number, ratio, row
 
 from litgpt.checkpoint.find import find_checkpoint
@@ -72,10 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--rounds", type=int, default=5, help="times that both are measured, in turn (default: %(default)s)")
     add("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     add("--out", type=Path, help="write all samples as JSON")
-    args = parser.parse_args()
-    for name in ("words", "new_tokens", "prompt_lookup", "rounds", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    args = parse_numbers(parser, words=1, new_tokens=1, prompt_lookup=1, rounds=1, threads=1)
     return args
 
 

@@ -23,11 +23,12 @@ def main() -> None:
     add("checkpoint", help="folder of a checkpoint, or the name of a model")
     add("--lengths", default="2048,4096,8192,16384,32768", help="tokens of the sequences (default: %(default)s)")
     add("--systems", default="plain,checkpointing,dense,lastrec", help="what is measured (default: %(default)s)")
-    add("--keep_inputs", default="device", help="where layers' inputs are kept, separated by commas")
+    add("--keep_inputs", default="device", help="device, cpu, disk or numbers of layers, separated by commas")
     add("--steps", type=int, default=2, help="steps, the first of which is not timed (default: %(default)s)")
     add("--longest_plain", type=int, default=8192, help="longest sequence without caches (default: %(default)s)")
     add("--rounds", type=int, default=1, help="times that all is measured (default: %(default)s)")
     add("--out", type=Path, help="where the figures go, as JSON")
+    add("--layers", type=int, help="take only the first of the model's layers (default: all)")
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -41,6 +42,7 @@ def main() -> None:
                     if system in ("plain", "checkpointing", "dense") and length > args.longest_plain:
                         continue
                     work = {"system": system, "length": length, "steps": args.steps, "keep_inputs": keep}
+                    work["layers"] = args.layers
                     results.append(work | run_worker(args.checkpoint, work))
                     print(row(results[-1]), flush=True)
     if args.out is not None:
@@ -64,7 +66,7 @@ def row(result: dict) -> str:
     return f"{name}  {result['seconds']:7.2f} s  {speed:6.0f} tokens/s  {result['peak'] / 1e6:7.0f} MB{ratio}"
 
 
-def measure(checkpoint: str, system: str, length: int, steps: int, keep_inputs: str) -> dict:
+def measure(checkpoint: str, system: str, length: int, steps: int, keep_inputs: str, layers: int | None) -> dict:
     """Median seconds of a step and the peak of memory above that of the model; where the caches evict, also what inputs of
     layers, one layer's keys, values and gradients, and the graph of a chunk come to."""
     import torch
@@ -78,18 +80,22 @@ def measure(checkpoint: str, system: str, length: int, steps: int, keep_inputs: 
 
     torch.manual_seed(0)
     model = LLM.load(checkpoint, init="pretrained", precision="32-true").prepare_for_training()
+    config = model.config
+    if layers is not None:
+        del model.transformer.h[layers:]
+        config.n_layer = layers
+    config.block_size = max(length, config.block_size)  # beyond the model's context: same rotations, any positions
     add_lora(model, LoRAConfig.extending(model.config, lora_r=8, lora_alpha=16, lora_query=True, lora_value=True))
     mark_only_lora_as_trainable(model)
     model.float().train()
-    model.max_seq_length = max(length, model.config.block_size)
+    model.max_seq_length = config.block_size
     spec = {
         "dense": CacheSpec("dense", cache_length=length),
         "lastrec": CacheSpec("lastrec", cache_length=CACHE_LENGTH),
     }
     cached = None
     if system in spec:
-        options = {} if keep_inputs == "device" else {"keep_inputs": keep_inputs}
-        cached = CachedLayers(model, spec[system], CHUNK, **options)
+        cached = CachedLayers(model, spec[system], CHUNK, int(keep_inputs) if keep_inputs.isdigit() else keep_inputs)
     training = TrainingModel(model, system == "checkpointing", cached)
     idx, seconds = torch.randint(0, model.config.vocab_size, (1, length + 1)), []
     short = idx[:, :CHUNK]  # what the first step allocates for good

@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from environments import Launcher, add_arguments, last_lines, run_script
+from environments import Launcher, add_arguments, last_lines, parse_numbers, run_script
 from layouts import ensure_layouts
 from results import row
 
@@ -42,12 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     add_arguments(parser)
     add("--processes", type=int, default=3, help="processes one after the other (default: %(default)s)")
     add("--new_tokens", type=int, default=16, help="tokens of each answer (default: %(default)s)")
-    args = parser.parse_args()
-    if args.processes < 2:
-        parser.error(f"--processes must be at least 2, of which the first one compiles, got {args.processes}")
-    for name in ("new_tokens", "threads"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    args = parse_numbers(parser, processes=2, new_tokens=1, threads=1)  # the first of the processes compiles
     return args
 
 

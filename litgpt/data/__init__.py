@@ -9,6 +9,7 @@ from litgpt.data.flan import FLAN
 from litgpt.data.json_data import JSON
 from litgpt.data.lima import LIMA
 from litgpt.data.lit_data import LitData
+from litgpt.data.long_texts import LongTexts
 from litgpt.data.longform import LongForm
 from litgpt.data.microllama import MicroLlama
 from litgpt.data.openwebtext import OpenWebText
@@ -28,6 +29,7 @@ __all__ = [
     "Deita",
     "LitData",
     "LongForm",
+    "LongTexts",
     "MicroLlama",
     "OpenWebText",
     "Retrieval",

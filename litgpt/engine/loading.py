@@ -14,7 +14,7 @@ from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.finetuned import trained_cache
 from litgpt.checkpoint.load import load_model
 from litgpt.engine.caches import CacheLease
-from litgpt.kernels import processor
+from litgpt.kernels import ops, processor
 from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.layers import LayerCaches
 from litgpt.kvcache.memory import check_fits
@@ -66,12 +66,12 @@ def default_device() -> torch.device:
 def parse_precision(precision: str | None, device: torch.device) -> torch.dtype:
     """The dtype for `32-true`, `bf16-true` or `16-true` (`-true` may be left out).
 
-    None: bfloat16 where the device multiplies it fast, else float32 (CPU) or float16 (CUDA).
+    None: bfloat16 where the device, or our kernels on it, multiply it fast, else float32 (CPU) or float16 (CUDA).
     """
     if precision is None:
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        return torch.bfloat16 if processor.torch_multiplies_bfloat16() else torch.float32
+        return torch.bfloat16 if processor.torch_multiplies_bfloat16() or ops.are_vectorized() else torch.float32
     dtype = DTYPES.get(precision.removesuffix("-true"))
     if dtype is None:
         names = ", ".join(f"{name}-true" for name in DTYPES)

@@ -14,38 +14,10 @@
 constexpr int SPLIT_KEYS = 64;        // keys of a KV split, which one thread processes
 constexpr bf16 HIDDEN = 0xff80;  // the bias of a key that a query does not see: minus infinity
 
-// The largest of x (n,); n is a multiple of 16.
-inline float largest(const float* x, int64_t n) {
-#ifdef __AVX512BW__
-    __m512 most = _mm512_loadu_ps(x);
-    for (int64_t i = 16; i < n; i += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(x + i));
-    return _mm512_reduce_max_ps(most);
-#else
-    return *std::max_element(x, x + n);
-#endif
-}
-
 // Replaces scores s (n,) by exp(s - top), where `top` is the largest score. Returns their sum.
-__attribute__((noinline)) inline float exponentiate(float* s, float* top, int64_t n) {
+NOT_INLINED inline float exponentiate(float* s, float* top, int64_t n) {
     const float most = *top = largest(s, n);
-    const float base = most == -INFINITY ? 0.0f : most;
-#ifdef __AVX512BW__
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t j = 0; j < n; j += 16) {
-        const __m512 weights = exponential_16(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(base)));
-        _mm512_storeu_ps(s + j, weights);
-        sum = _mm512_add_ps(sum, weights);
-    }
-    return _mm512_reduce_add_ps(sum);
-#else
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; j++) {
-        s[j] = exponential(s[j] - base);
-        sum += s[j];
-    }
-    return sum;
-#endif
+    return exponentiate_to(s, s, most == -INFINITY ? 0.0f : most, n);
 }
 
 inline float softcap(float score, float cap) {
@@ -63,26 +35,31 @@ inline void weigh(float* s, const bf16* bias, int64_t n, float scale, float cap,
     *total = exponentiate(s, top, SPLIT_KEYS);
 }
 
-// Weighted sums of n values for R queries, columns [d0, d0 + 16 V): out (R, D). The keys at `ahead` are prefetched.
-#ifdef __AVX512BW__
+// Weighted sums of n values for R queries, columns [d0, d0 + V LANES): out (R, D). The keys at `ahead` are prefetched.
 template <int R, int V>
 inline void add_values(const float (*weights)[SPLIT_KEYS], const bf16* ahead, int64_t k_stride, const bf16* v,
                        int64_t v_stride, int64_t n, int64_t D, int64_t d0, float* out) {
-    __m512 sums[R][V];
-    UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int i = 0; i < V; i++) sums[r][i] = _mm512_setzero_ps();
+    Floats sums[R][V];
+    UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int i = 0; i < V; i++) sums[r][i] = zeros();
     for (int64_t j = 0; j < n; j++) {
-        __m512 values[V];
-        prefetch(ahead + j * k_stride + d0, 32 * V);
-        UNROLLED for (int i = 0; i < V; i++) values[i] = widen_16(v + j * v_stride + d0 + 16 * i);
+        Floats values[V];
+        prefetch(ahead + j * k_stride + d0, 2 * LANES * V);
+        UNROLLED for (int i = 0; i < V; i++) values[i] = load(v + j * v_stride + d0 + LANES * i);
         UNROLLED for (int r = 0; r < R; r++) {
-            const __m512 weight = _mm512_set1_ps(weights[r][j]);
-            UNROLLED for (int i = 0; i < V; i++) sums[r][i] = _mm512_fmadd_ps(weight, values[i], sums[r][i]);
+            const Floats weight = all(weights[r][j]);
+            UNROLLED for (int i = 0; i < V; i++) sums[r][i] = multiply_add(weight, values[i], sums[r][i]);
         }
     }
     UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int i = 0; i < V; i++)
-        _mm512_storeu_ps(out + r * D + d0 + 16 * i, sums[r][i]);
+        store(out + r * D + d0 + LANES * i, sums[r][i]);
 }
-#endif
+
+// x (n,) in the type in which it is multiplied: itself, or in `room`
+inline const bf16* as_inputs(const bf16* x, int64_t, bf16*) { return x; }
+inline const float* as_inputs(const bf16* x, int64_t n, float* room) {
+    for (int64_t i = 0; i < n; i++) room[i] = widen(x[i]);
+    return room;
+}
 
 // Attention from R queries over n <= SPLIT_KEYS keys: `top` the largest scores, `total` the sums of exponentials, and
 // `out` the weighted sums of values.
@@ -93,25 +70,26 @@ void attend_keys(const bf16* q, const bf16* k, const bf16* v, const bf16* ahead,
     const int64_t D = D0 ? D0 : any_D;
     float scores[R][SPLIT_KEYS];
     int64_t done = 0, d0 = 0;
-#ifdef __AVX512BW__
-    if (D % 32 == 0)
-        for (; done < n; done += 16) {
-            __m512 sums[R][16];
-            for (int j = 0; j < 16; j++) {
+    if (D % NUMBERS == 0) {
+        Input inputs[std::is_same_v<Input, bf16> ? 1 : R * MAX_D];
+        const Input* queries = as_inputs(q, R * D, inputs);
+        for (; done < n; done += LANES) {
+            Floats sums[R][LANES];
+            for (int j = 0; j < LANES; j++) {
                 const bf16* key = k + std::min(done + j, n - 1) * k_stride;  // after the last one, it again
                 prefetch(v + std::min(done + j, n - 1) * v_stride, D * 2);
-                __m512 own[R];
-                UNROLLED for (int r = 0; r < R; r++) own[r] = _mm512_setzero_ps();
-                for (int64_t d = 0; d < D; d += 32) {
-                    const __m512i keys = _mm512_loadu_si512(key + d);
+                Floats own[R];
+                UNROLLED for (int r = 0; r < R; r++) own[r] = zeros();
+                for (int64_t d = 0; d < D; d += NUMBERS) {
+                    const Numbers keys = load_numbers(key + d);
                     UNROLLED for (int r = 0; r < R; r++) own[r] =
-                        add_products(own[r], keys, _mm512_loadu_si512(q + r * D + d));
+                        add_products(own[r], keys, load_numbers(queries + r * D + d));
                 }
                 UNROLLED for (int r = 0; r < R; r++) sums[r][j] = own[r];
             }
-            UNROLLED for (int r = 0; r < R; r++) _mm512_storeu_ps(scores[r] + done, sums_of_16(sums[r]));
+            UNROLLED for (int r = 0; r < R; r++) store(scores[r] + done, sums_of_all(sums[r]));
         }
-#endif
+    }
     for (int64_t j = done; j < n; j++)
         for (int r = 0; r < R; r++) {
             float sum = 0;
@@ -120,10 +98,9 @@ void attend_keys(const bf16* q, const bf16* k, const bf16* v, const bf16* ahead,
             scores[r][j] = sum;
         }
     for (int r = 0; r < R; r++) weigh(scores[r], bias[r], n, scale, cap, top + r, total + r);
-#ifdef __AVX512BW__
-    for (; d0 + 64 <= D; d0 += 64) add_values<R, 4>(scores, ahead, k_stride, v, v_stride, n, D, d0, out);
-    for (; d0 + 16 <= D; d0 += 16) add_values<R, 1>(scores, ahead, k_stride, v, v_stride, n, D, d0, out);
-#endif
+    constexpr int V = output_vectors(std::max(R, 4));  // sums in registers
+    for (; d0 + V * LANES <= D; d0 += V * LANES) add_values<R, V>(scores, ahead, k_stride, v, v_stride, n, D, d0, out);
+    for (; d0 + LANES <= D; d0 += LANES) add_values<R, 1>(scores, ahead, k_stride, v, v_stride, n, D, d0, out);
     for (int r = 0; d0 < D && r < R; r++) {
         float sums[MAX_D] = {};
         for (int64_t j = 0; j < n; j++)
@@ -176,7 +153,7 @@ void multiply_encoded(const float* q, const Vectors& k, const Vectors& ahead, in
                     }
                 }
                 UNROLLED for (int r = 0; r < R; r++) {
-                    const __m512 products = _mm512_mul_ps(sums_of_16(sums[r]), _mm512_set1_ps(units[r]));
+                    const __m512 products = _mm512_mul_ps(sums_of_all(sums[r]), _mm512_set1_ps(units[r]));
                     const __m512 before = _mm512_fmadd_ps(_mm512_loadu_ps(least + j0), _mm512_set1_ps(totals[r]),
                                                           _mm512_loadu_ps(scores[r] + j0));
                     _mm512_storeu_ps(scores[r] + j0, _mm512_fmadd_ps(products, _mm512_loadu_ps(scale + j0), before));

@@ -29,7 +29,10 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 # sums may be reordered, for vectors of them; infinities and NaN keep their meaning
-FLAGS = "-std=c++17 -O3 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -fassociative-math -fno-signed-zeros"
+FLAGS = (
+    "-std=c++17 -O2 -ftree-vectorize -fvect-cost-model=dynamic -fPIC -fopenmp -fno-math-errno -fno-trapping-math "
+    "-fassociative-math -fno-signed-zeros"
+)
 TIMEOUT = 300  # seconds
 
 Load = Callable[[str], ctypes.CDLL]  # from a path; `OSError` or `AttributeError` where that is no library of ours
@@ -68,7 +71,7 @@ class Names:
 
     @classmethod
     def of(cls, target: InstructionSet, compiler: str | None) -> "Names":
-        source = b"".join(path.read_bytes() for path in (SOURCES / "cpu.cpp", *sorted(SOURCES.glob("*.h"))))
+        source = b"".join(path.read_bytes() for path in (SOURCES / "cpu.cpp", *sorted(SOURCES.rglob("*.h"))))
         settings = " ".join((FLAGS, *target.flags, processor.fingerprint()))
         start = f"kernels-{target.name}-{_digest(source, settings.encode())}"
         if compiler is None:

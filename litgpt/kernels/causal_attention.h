@@ -37,19 +37,19 @@ struct CausalAttention {
         const int64_t g = task % G, tile = tiles() - 1 - task / G, heads = H / G;
         const int64_t t0 = tile * tile_tokens(), count = std::min(tile_tokens(), T - t0), rows = heads * count;
         const int64_t size = (D + 31) / 32 * 32, outputs = (D + KEYS - 1) / KEYS * KEYS;
-        float* start = scratch.get(KEY_BLOCK * (size + outputs) / 2 + rows * size / 2 + rows * (outputs + 2) +
-                                   ROWS * KEY_BLOCK * 3 / 2);
+        const int64_t inputs = rows * size + ROWS * KEY_BLOCK;
+        float* start = scratch.get(KEY_BLOCK * (size + outputs) / 2 + inputs * int64_t(sizeof(Input)) / 4 +
+                                   rows * (outputs + 2) + ROWS * KEY_BLOCK);
         uint32_t *keys = (uint32_t*)start, *values = keys + KEY_BLOCK * size / 2;
-        bf16* queries = (bf16*)(values + KEY_BLOCK * outputs / 2);
-        float* sums = (float*)(queries + rows * size);
+        Input *queries = (Input*)(values + KEY_BLOCK * outputs / 2), *weights = queries + rows * size;
+        float* sums = (float*)(weights + ROWS * KEY_BLOCK);
         float *tops = sums + rows * outputs, *totals = tops + rows, *scores = totals + rows;
-        bf16* weights = (bf16*)(scores + ROWS * KEY_BLOCK);
 
-        std::fill_n((uint32_t*)queries, rows * size / 2, 0u);
         std::fill_n(sums, rows * outputs, 0.0f);
         for (int64_t row = 0; row < rows; row++) {
             const int64_t h = g * heads + row / count, t = t0 + row % count;
-            std::memcpy(queries + row * size, q + h * q_strides[0] + t * q_strides[1], D * sizeof(bf16));
+            prepare_inputs(q + h * q_strides[0] + t * q_strides[1], D, (char*)(queries + row * size),
+                           size * sizeof(Input));
             tops[row] = sinks ? widen(sinks[h]) : -INFINITY;
             totals[row] = sinks ? 1.0f : 0.0f;
         }
@@ -80,14 +80,14 @@ private:
     friend struct SeenWeights;
 
     // Adds the attention of `n_queries` queries from t on over keys [from, to) of the block that begins at k0.
-    void attend(const bf16* queries, const uint32_t* keys, const uint32_t* values, float* scores, bf16* weights,
+    void attend(const Input* queries, const uint32_t* keys, const uint32_t* values, float* scores, Input* weights,
                 int64_t k0, int64_t from, int64_t to, int64_t t, int n_queries, int64_t size, int64_t outputs,
                 float* tops, float* totals, float* sums) const {
         const int64_t n = to - from;
         const Blocked key_blocks(keys, size, KEY_BLOCK);
         for (int64_t j = from; j < to; j += KEYS) {
             float part[ROWS * KEYS];
-            compute_tile(key_blocks, j / KEYS, {(const char*)queries, size * 2}, 0, n_queries, part);
+            compute_tile(key_blocks, j / KEYS, {(const char*)queries, size * int64_t(sizeof(Input))}, 0, n_queries, part);
             for (int m = 0; m < n_queries; m++) {
                 float* s = scores + m * n + j - from;
                 const int64_t first = first_key(t + m) - k0 - j, last = last_key(t + m) - k0 - j;
@@ -109,7 +109,7 @@ private:
         for (int64_t u = 0; u < outputs / KEYS; u++) {
             float part[ROWS * KEYS];
             const Blocked value_blocks(values + u * KEY_BLOCK / 2 * KEYS + from / 2 * KEYS, n, KEYS);
-            compute_tile(value_blocks, 0, {(const char*)weights, n * 2}, 0, n_queries, part);
+            compute_tile(value_blocks, 0, {(const char*)weights, n * int64_t(sizeof(Input))}, 0, n_queries, part);
             for (int m = 0; m < n_queries; m++) {
                 float* out = sums + m * outputs + u * KEYS;
                 for (int64_t d = 0; d < KEYS; d++) out[d] = out[d] * factors[m] + part[m * KEYS + d];
@@ -119,77 +119,39 @@ private:
 
     // Weights exp(s - top) of scores s (n,), where `top` is the largest score so far. Returns the sum of all weights so
     // far.
-    static float exponentiate_row(const float* s, int64_t n, float* top, float total, bf16* weights) {
+    static float exponentiate_row(const float* s, int64_t n, float* top, float total, Input* weights) {
         const float most = std::max(*top, largest(s, n));
         const float base = most == -INFINITY ? 0.0f : most;
         if (total > 0) total *= exponential(*top - base);
         *top = most;
-#ifdef __AVX512BW__
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t j = 0; j < n; j += 16) {
-            const __m512 weight = exponential_16(_mm512_sub_ps(_mm512_loadu_ps(s + j), _mm512_set1_ps(base)));
-            _mm256_storeu_si256((__m256i*)(weights + j), narrow_16(weight));
-            sum = _mm512_add_ps(sum, weight);
-        }
-        return total + _mm512_reduce_add_ps(sum);
-#else
-        for (int64_t j = 0; j < n; j++) {
-            const float weight = exponential(s[j] - base);
-            weights[j] = narrow(weight);
-            total += weight;
-        }
-        return total;
-#endif
+        return total + exponentiate_to(weights, s, base, n);
     }
 
     // Keys [k0, k0 + n) of group g in blocks of 64: for pairs of their numbers, one after the other; zeros after the
     // last.
     void lay_out_keys(uint32_t* target, int64_t g, int64_t k0, int64_t n, int64_t size) const {
         const bf16* start = encoded[0].kind ? nullptr : k + g * k_strides[0] + k0 * k_strides[1];
-        std::vector<bf16> decoded(start ? 0 : 16 * size);
-        for (int64_t j = 0; j < (n + KEYS - 1) / KEYS * KEYS; j += 16) {
+        std::vector<bf16> decoded(start ? 0 : LANES * size);
+        for (int64_t j = 0; j < (n + KEYS - 1) / KEYS * KEYS; j += LANES) {
             uint32_t* block = target + j / KEYS * KEYS * size / 2 + j % KEYS;
-            for (int64_t i = 0; !start && i < std::min<int64_t>(16, n - j); i++)
+            const int64_t count = std::min<int64_t>(LANES, n - j);
+            for (int64_t i = 0; !start && i < count; i++)
                 decode(encoded[0].at(0, g, k0 + j + i), D, decoded.data() + i * size);
-            for (int64_t d = 0; d < size; d += 32) {
-                uint32_t rows[16][16] = {};
-                for (int64_t i = 0; i < std::min<int64_t>(16, n - j); i++)
-                    std::memcpy(rows[i], (start ? start + (j + i) * k_strides[1] : decoded.data() + i * size) + d,
-                                std::min<int64_t>(32, D - d) * sizeof(bf16));
-                transpose(rows);
-                for (int64_t p = 0; p < 16; p++) std::memcpy(block + (d / 2 + p) * KEYS, rows[p], sizeof rows[p]);
+            const bf16* rows = start ? start + j * k_strides[1] : decoded.data();
+            const int64_t stride = start ? k_strides[1] : size;
+            for (int64_t d = 0; d < size; d += 2 * LANES) {
+                Pairs part[LANES];
+                for (int64_t i = 0; i < LANES; i++) {
+                    uint32_t padded[LANES] = {};
+                    const bf16* row = rows + i * stride + d;
+                    const bool whole = i < count && d + 2 * LANES <= D;
+                    if (!whole && i < count && d < D) std::memcpy(padded, row, (D - d) * sizeof(bf16));
+                    part[i] = load_pairs(whole ? (const uint32_t*)row : padded);
+                }
+                transpose(part);
+                for (int64_t p = 0; p < LANES; p++) store_pairs(block + (d / 2 + p) * KEYS, part[p]);
             }
         }
-    }
-
-    static void transpose(uint32_t (*rows)[16]) {
-#ifdef __AVX512BW__
-        __m512i a[16], b[16];
-        for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(rows[i]);
-        for (int i = 0; i < 16; i += 2) {
-            b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-            b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-        }
-        for (int i = 0; i < 16; i += 4)
-            for (int j = 0; j < 2; j++) {
-                a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-                a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-            }
-        // a[4 i + c] has, in its quarter q, column 4 q + c of rows 4 i to 4 i + 3
-        for (int c = 0; c < 4; c++) {
-            const __m512i low_0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88),
-                          high_0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
-            const __m512i low_1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
-            const __m512i high_1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
-            _mm512_storeu_si512(rows[c], _mm512_shuffle_i32x4(low_0, low_1, 0x88));
-            _mm512_storeu_si512(rows[4 + c], _mm512_shuffle_i32x4(high_0, high_1, 0x88));
-            _mm512_storeu_si512(rows[8 + c], _mm512_shuffle_i32x4(low_0, low_1, 0xdd));
-            _mm512_storeu_si512(rows[12 + c], _mm512_shuffle_i32x4(high_0, high_1, 0xdd));
-        }
-#else
-        for (int i = 0; i < 16; i++)
-            for (int j = 0; j < i; j++) std::swap(rows[i][j], rows[j][i]);
-#endif
     }
 
     // Values [k0, k0 + n) of group g in blocks of 64 numbers: for pairs of tokens, one after the other; zeros after the

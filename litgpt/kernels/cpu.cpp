@@ -22,7 +22,7 @@ void linear_int8(const bf16* x, const int8_t* w, const float* scale, const bf16*
 
 void linear_int4(const bf16* x, const uint8_t* w, const uint16_t* scale, const uint16_t* minimum, const bf16* bias,
                  bf16* y, int64_t M, int64_t K, int64_t N, int64_t group) {
-    with_weight<Int4>(Weight{2, K, N, group, w, scale, minimum, bias}, [&](auto weight) { linear(weight, x, bias, y, M); });
+    with_weight(Weight{2, K, N, group, w, scale, minimum, bias}, [&](auto weight) { linear(weight, x, bias, y, M); });
 }
 
 // Gated MLP: `first` has the gate's I outputs and then as many more; I is a multiple of 64.
@@ -35,8 +35,9 @@ void gated_mlp_blocked(const bf16* x, const uint32_t* first, const uint32_t* sec
     bf16* shared = inner.get(M * I);
 #pragma omp parallel
     {
+        static thread_local Scratch<char> own;
         gated(gate, up, rows, shared, M, kind);
-        product(down, Rows{(const char*)shared, I * int64_t(sizeof(bf16))}, nullptr, y, M);
+        product(down, rows_for(down, shared, M, own), nullptr, y, M);
     }
 }
 

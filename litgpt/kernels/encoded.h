@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "numbers.h"
+#include "simd/simd.h"
 
 constexpr int64_t GROUP = 64;  // numbers of a vector that share a scale, in 4 and 5 bits
 constexpr int64_t UNIT = 32;   // numbers of a vector whose codes lie together
@@ -84,7 +84,7 @@ inline void encode_groups(const float* x, int64_t D, int bits, uint8_t* codes, b
 }
 
 // Encodes a head's vector x (D,) to where `v` points.
-inline void encode(const Vectors& v, const bf16* x, int64_t D) {
+NOT_INLINED inline void encode(const Vectors& v, const bf16* x, int64_t D) {
     float y[MAX_D];
     for (int64_t i = 0; i < D; i++) y[i] = widen(x[i]);
     if (v.rotated) rotate_vector(y, D);
@@ -95,15 +95,6 @@ inline void encode(const Vectors& v, const bf16* x, int64_t D) {
 }
 
 #ifdef __AVX512BW__
-// sum + a b for 32 integers of 16 bits: each of the 16 sums gets two products
-inline __m512i add_integer_products(__m512i sum, __m512i a, __m512i b) {
-#ifdef __AVX512VNNI__
-    return _mm512_dpwssd_epi32(sum, a, b);
-#else
-    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
-#endif
-}
-
 // The codes of numbers [d, d + 64) of a vector (D,) as integers of 16 bits, in the order of `in_order_of_codes`
 template <int KIND>
 inline void widen_codes(const char* codes, int64_t D, int64_t d, __m512i& first, __m512i& second) {
@@ -208,7 +199,7 @@ inline void with_kind(const Vectors& v, Run run) {
 }
 
 // The vector that `v` points to: x (D,)
-inline void decode(const Vectors& v, int64_t D, bf16* x) {
+NOT_INLINED inline void decode(const Vectors& v, int64_t D, bf16* x) {
     float y[MAX_D];
     with_kind(v, [&](auto kind) { decode_codes<decltype(kind)::value>(v.codes, v.scales, D, y); });
     const float scale = v.kind == INT8 ? widen(*v.scales) : 1.0f;

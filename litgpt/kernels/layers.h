@@ -60,7 +60,7 @@ inline void keep_query(const Layer& layer, const bf16* query, int64_t row, int64
                 D * sizeof(bf16));
 }
 
-inline void norm_row(const bf16* x, const bf16* weight, bf16* y, int64_t size, float eps, float offset) {
+NOT_INLINED inline void norm_row(const bf16* x, const bf16* weight, bf16* y, int64_t size, float eps, float offset) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < size; i++) sum += widen(x[i]) * widen(x[i]);
@@ -69,7 +69,7 @@ inline void norm_row(const bf16* x, const bf16* weight, bf16* y, int64_t size, f
 }
 
 // RoPE for one head in place. Pairs are (i, i + n / 2), or neighbours with `interleave`; the output has halves.
-inline void rotate(bf16* head, const bf16* cos, const bf16* sin, int64_t n, bool interleave) {
+NOT_INLINED inline void rotate(bf16* head, const bf16* cos, const bf16* sin, int64_t n, bool interleave) {
     float x[MAX_D], y[MAX_D];
     const int64_t half = n / 2;
     if (interleave)
@@ -84,7 +84,7 @@ inline void rotate(bf16* head, const bf16* cos, const bf16* sin, int64_t n, bool
 }
 
 // Norm and RoPE of head h of the queries and keys of a token, in row b and at t of the call
-inline void finish_head(const Shape& shape, const Layer& layer, const Rope* ropes, bf16* head, int64_t h, int64_t b,
+NOT_INLINED inline void finish_head(const Shape& shape, const Layer& layer, const Rope* ropes, bf16* head, int64_t h, int64_t b,
                         int64_t t) {
     const bf16* weight = h < shape.H ? layer.norm_q : layer.norm_k;
     if (weight && !shape.norm_all_heads) norm_row(head, weight, head, shape.D, shape.eps, shape.norm_offset);

@@ -20,26 +20,25 @@ struct SeenWeights {
     void of_head(int64_t b, int64_t h, float* own) const {
         static thread_local Scratch<float> scratch;
         const int64_t g = h / (H / G), size = (D + 31) / 32 * 32, padded = (N + KEYS - 1) / KEYS * KEYS;
-        float* scores = scratch.get(padded * size / 2 + ROWS * (padded + size / 2));
+        float* scores = scratch.get(padded * size / 2 + ROWS * (padded + size));
         uint32_t* keys = (uint32_t*)(scores + ROWS * padded);
-        bf16* queries = (bf16*)(keys + padded * size / 2);
+        Input* queries = (Input*)(keys + padded * size / 2);
         CausalAttention source{};
         source.D = D, source.k = k + b * k_strides[0];
         source.k_strides[0] = k_strides[1], source.k_strides[1] = k_strides[2];
         source.lay_out_keys(keys, g, 0, N, size);
-        std::fill_n((uint32_t*)queries, ROWS * size / 2, 0u);
         std::fill_n(own, N, 0.0f);
         for (int64_t i = 0; i < n; i += ROWS) {
             const int count = int(std::min<int64_t>(ROWS, n - i));
             const int64_t* seen = ends + (b * G + g) * n + i;
             for (int m = 0; m < count; m++)
-                std::memcpy(queries + m * size, q + b * q_strides[0] + h * q_strides[1] + (i + m) * q_strides[2],
-                            D * sizeof(bf16));
+                prepare_inputs(q + b * q_strides[0] + h * q_strides[1] + (i + m) * q_strides[2], D,
+                               (char*)(queries + m * size), size * sizeof(Input));
             const int64_t end = *std::max_element(seen, seen + count), columns = (end + KEYS - 1) / KEYS * KEYS;
             const Blocked blocks(keys, size, padded);
             for (int64_t j = 0; j < end; j += KEYS) {
                 float part[ROWS * KEYS];
-                compute_tile(blocks, j / KEYS, {(const char*)queries, size * 2}, 0, count, part);
+                compute_tile(blocks, j / KEYS, {(const char*)queries, size * int64_t(sizeof(Input))}, 0, count, part);
                 for (int m = 0; m < count; m++) {
                     float* row = scores + m * padded + j;
                     for (int64_t c = 0; c < KEYS; c++) row[c] = part[m * KEYS + c] * scale;

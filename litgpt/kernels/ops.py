@@ -24,6 +24,11 @@ def available() -> bool:
     return library() is not None
 
 
+def are_vectorized() -> bool:
+    """Whether there are kernels on this machine by instructions that make bfloat16 faster than float32."""
+    return available() and processor.instruction_set().name in processor.VECTORIZED
+
+
 # a constant of compiled graphs, as `torch.compiler.assume_constant_result` says it, which imports a second's worth of torch
 available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 

@@ -9,30 +9,54 @@
 
 constexpr int64_t BLOCK = 256;
 
-// 4-bit integers. Each tile is dequantised to bfloat16 once, and then multiplied with many rows.
-template <int GROUP>
+// Integers. Each tile is widened to bfloat16 once, and then multiplied with many rows.
+template <class W>
 struct Widened {
-    static constexpr int TILE = ROW_TILE, PASS = ROWS;
-    Int4<GROUP> w;
+    static constexpr int TILE = Blocked::TILE, PASS = Blocked::PASS;
+    W w;
     int64_t K, N;
-    bf16* rows;                    // of a tile
-    mutable int64_t current = -1;  // index of that tile
+    uint32_t* tile;
+    mutable int64_t current = -1;  // index of the tile
 
-    Widened(const Weight& x, Scratch<bf16>& scratch) : w(x), K(x.K), N(x.N), rows(scratch.get(TILE * K)) {}
+    Widened(const Weight& x, Scratch<uint32_t>& scratch)
+        : w(x), K(x.K), N(x.N), tile(scratch.get(TILE * blocked().pairs())) {}
 
-    int64_t row_bytes() const { return 0; }
-    void prepare(const bf16*, char*) const {}
-    const void* at(int64_t u) const { return w.at(u); }
+    Blocked blocked() const { return Blocked(tile, K, TILE); }
+    int64_t row_bytes() const { return blocked().row_bytes(); }
+    void prepare(const bf16* x, char* row) const { blocked().prepare(x, row); }
+    const void* at(int64_t u) const { return w.row(u * TILE); }
 
     template <int M>
     void compute_tile(int64_t u, const char* x, int64_t stride, float* y, Prefetch) const {
-        const int64_t size = std::min<int64_t>(TILE, N - u * TILE);
-        if (current != u)
-            for (int64_t i = 0; i < size; i++) w.widen_row(u * TILE + i, rows + i * K);
+        if (current != u) widen_tile(u);
         current = u;
-        Plain(rows, K, size).template compute_tile<M>(0, x, stride, y, {nullptr, 0, 0});
+        blocked().template compute_tile<M>(0, x, stride, y, {nullptr, 0, 0});
+        for (int j = 0; j < TILE && W::HAS_FACTORS; j++)
+            for (int m = 0; m < M; m++) y[m * TILE + j] *= w.factor(std::min(u * TILE + j, N - 1));
+    }
+
+private:
+    NOT_INLINED void widen_tile(int64_t u) const {
+        for (int64_t i = 0; i < TILE; i += LANES)
+            for (int64_t p = 0; p < blocked().pairs(); p += LANES) {
+                Pairs part[LANES];
+                for (int64_t j = 0; j < LANES; j++)  // after the last output, it again
+                    part[j] = w.pairs(std::min(u * TILE + i + j, N - 1), 2 * p);
+                transpose(part);
+                for (int64_t j = 0; j < LANES; j++) store_pairs(tile + (p + j) * TILE + i, part[j]);
+            }
     }
 };
+
+// Calls `f` with the weight as its own type, for many rows.
+template <class F>
+void with_weight_for_many(const Weight& w, Scratch<uint32_t>& scratch, F f) {
+    if (w.kind == 0) return f(Blocked(w));
+    if (w.kind == 1) return f(Widened<Int8>(w, scratch));
+    if (w.group == 32) return f(Widened<Int4<32>>(w, scratch));
+    if (w.group == 64) return f(Widened<Int4<64>>(w, scratch));
+    f(Widened<Int4<128>>(w, scratch));
+}
 
 struct Prefill {
     const Shape& shape;
@@ -57,7 +81,7 @@ struct Prefill {
         int64_t most = 0;
         for (int64_t l = 0; l < n_layers; l++)
             for (const Weight* weight : {&layers[l].qkv, &layers[l].proj, &layers[l].gate, &layers[l].down})
-                if (weight->kind == 0) most = std::max(most, stride_of_rows(Blocked(*weight)));  // others need none
+                most = std::max(most, stride_of_rows(Blocked(*weight)));  // the same for all kinds
         prepared = prepared_scratch.get(BLOCK * most);
         static thread_local Scratch<char> ring_scratch;
         most = 0;
@@ -73,14 +97,14 @@ struct Prefill {
     // tokens only, and they become the first rows of x.
     void run(const Layer& layer, const StepPlan& plan, const int64_t* output_tokens, int64_t n_output_tokens) {
         const int64_t E = shape.E, H = shape.H, G = shape.G, D = shape.D;
-        static thread_local Scratch<bf16> scratch;
+        static thread_local Scratch<uint32_t> scratch;
         for (int64_t m0 = 0; m0 < M; m0 += BLOCK) {
             const int64_t n = std::min(BLOCK, M - m0);
             const bf16* input = norm(layer.norm_1, x + m0 * E, n);
             const auto multiply = [&](const auto& w) {
                 product(w, rows_of(w, input, n), layer.qkv.bias, qkv + m0 * heads * D, n);
             };
-            with_weight<Widened>(layer.qkv, multiply, scratch);
+            with_weight_for_many(layer.qkv, scratch, multiply);
         }
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < M; m++) {
@@ -172,7 +196,7 @@ private:
 
     // own += factor * post_norm(input w^T + bias)
     void add_product(const Weight& weight, const bf16* input, bf16* own, int64_t n, const bf16* post_norm, float factor,
-                     Scratch<bf16>& scratch) {
+                     Scratch<uint32_t>& scratch) {
         const int64_t E = shape.E;
         const auto multiply = [&](const auto& w) {
             product(w, rows_of(w, input, n), n, [&](int64_t m, int64_t first, int64_t size, const float* values) {
@@ -182,7 +206,7 @@ private:
                     for (int64_t j = 0; j < size; j++) sum[j] = add(sum[j], widen(target[j]), factor);
             });
         };
-        with_weight<Widened>(weight, multiply, scratch);
+        with_weight_for_many(weight, scratch, multiply);
         if (!post_norm) return;
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < n; m++) {
@@ -193,8 +217,8 @@ private:
     }
 
     // inner = activation(input gate^T) * (input up^T)
-    void gated_product(const Layer& layer, const bf16* input, int64_t n, Scratch<bf16>& scratch) {
-        static thread_local Scratch<bf16> up_scratch;
+    void gated_product(const Layer& layer, const bf16* input, int64_t n, Scratch<uint32_t>& scratch) {
+        static thread_local Scratch<uint32_t> up_scratch;
         const auto multiply = [&](const auto& gate) {
             using W = std::decay_t<decltype(gate)>;
             const Rows rows = rows_of(gate, input, n);
@@ -203,7 +227,7 @@ private:
             else
                 gated(gate, W(layer.up, up_scratch), rows, inner, n, int(shape.activation));
         };
-        with_weight<Widened>(layer.gate, multiply, scratch);
+        with_weight_for_many(layer.gate, scratch, multiply);
     }
 
     // Writes the tokens of a segment that stay to the cache, and the last queries that its policy asks for.

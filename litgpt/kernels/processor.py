@@ -1,7 +1,8 @@
 """The abilities of this machine's processor, and torch's use of them. No other module asks.
 
-`LITGPT_KERNELS` restricts the kernels: `avx2` compiles and runs them as for a processor with AVX2 and no more, `0` does
-without them; unset or `auto` means the best that the processor has.
+`LITGPT_KERNELS` restricts the kernels: `avx512` compiles and runs them without the instructions for bfloat16 and integer
+products, `avx2` as for a processor with AVX2 and no more, `scalar` as for any, `0` does without them; unset or `auto` means
+the best that the processor has.
 """
 
 import functools
@@ -28,13 +29,16 @@ class InstructionSet:
     features: tuple[str, ...] = ()
 
 
-RESTRICTED = {"avx2": InstructionSet("avx2", ("-mavx2", "-mfma", "-mf16c"), ("avx2", "fma", "f16c"))}
-# names for the results of `-march=native`, the best first
-_NATIVE = {
-    "avx512bf16": ("avx512bw", "avx512vl", "avx512dq", "avx512_bf16"),
-    "avx512": ("avx512bw", "avx512vl", "avx512dq"),
-    "avx2": ("avx2", "fma", "f16c"),
+_AVX2 = ("avx2", "fma", "f16c")
+_AVX512 = ("avx512bw", "avx512vl", "avx512dq")
+RESTRICTED = {
+    "avx512": InstructionSet("avx512", tuple(f"-m{name}" for name in _AVX2 + _AVX512), _AVX2 + _AVX512),
+    "avx2": InstructionSet("avx2", tuple(f"-m{name}" for name in _AVX2), _AVX2),
+    "scalar": InstructionSet("scalar", ("-DLITGPT_SCALAR",)),
 }
+VECTORIZED = ("avx512bf16", "avx512", "avx2")  # instruction sets that have headers of their own in simd/
+# names for the results of `-march=native`, the best first
+_NATIVE = {"avx512bf16": (*_AVX512, "avx512_bf16"), "avx512": _AVX512, "avx2": _AVX2}
 
 
 @functools.cache

@@ -7,13 +7,7 @@
 
 #include "attention.h"
 
-#ifdef __AVX512F__
-constexpr int FLOATS = 16, COLUMN_VECTORS = 4;  // numbers of a vector, vectors of a tile's columns: what registers hold
-#else
-constexpr int FLOATS = 8, COLUMN_VECTORS = 2;
-#endif
-
-typedef float Floats __attribute__((vector_size(FLOATS * sizeof(float)), aligned(4), may_alias));
+constexpr int COLUMN_VECTORS = output_vectors(6);  // of a tile of 6 rows: what registers hold
 
 struct Strided {  // a matrix, by the strides of rows and columns
     const float* data;
@@ -25,17 +19,17 @@ template <int M, int V>
 inline void product_tile(Strided a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t K, bool add) {
     Floats sums[M][V];
     UNROLLED for (int m = 0; m < M; m++)
-        UNROLLED for (int v = 0; v < V; v++) sums[m][v] = add ? *(const Floats*)(c + m * ldc + v * FLOATS) : Floats{};
+        UNROLLED for (int v = 0; v < V; v++) sums[m][v] = add ? load(c + m * ldc + v * LANES) : zeros();
     for (int64_t k = 0; k < K; k++) {
         Floats column[V];
-        UNROLLED for (int v = 0; v < V; v++) column[v] = *(const Floats*)(b + k * ldb + v * FLOATS);
+        UNROLLED for (int v = 0; v < V; v++) column[v] = load(b + k * ldb + v * LANES);
         UNROLLED for (int m = 0; m < M; m++) {
-            const float x = a.data[m * a.row + k * a.column];
-            UNROLLED for (int v = 0; v < V; v++) sums[m][v] += x * column[v];
+            const Floats x = all(a.data[m * a.row + k * a.column]);
+            UNROLLED for (int v = 0; v < V; v++) sums[m][v] = multiply_add(x, column[v], sums[m][v]);
         }
     }
     UNROLLED for (int m = 0; m < M; m++)
-        UNROLLED for (int v = 0; v < V; v++) *(Floats*)(c + m * ldc + v * FLOATS) = sums[m][v];
+        UNROLLED for (int v = 0; v < V; v++) store(c + m * ldc + v * LANES, sums[m][v]);
 }
 
 template <int V>
@@ -50,9 +44,9 @@ inline void product_columns(Strided a, const float* b, int64_t ldb, float* c, in
 // N is a multiple of 16
 inline void multiply(Strided a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t M, int64_t N, int64_t K, bool add) {
     int64_t n = 0;
-    for (; n + FLOATS * COLUMN_VECTORS <= N; n += FLOATS * COLUMN_VECTORS)
+    for (; n + LANES * COLUMN_VECTORS <= N; n += LANES * COLUMN_VECTORS)
         product_columns<COLUMN_VECTORS>(a, b + n, ldb, c + n, ldc, M, K, add);
-    for (; n < N; n += FLOATS) product_columns<1>(a, b + n, ldb, c + n, ldc, M, K, add);
+    for (; n < N; n += LANES) product_columns<1>(a, b + n, ldb, c + n, ldc, M, K, add);
 }
 
 // One head of one row: T tokens; D a multiple of 16.
@@ -78,21 +72,13 @@ struct RowHead {
 
     // Replaces scores s (n,) by exp(scale s - offset), at most 80 each; returns their sum. n is a multiple of 16.
     static float exponentiate_all(float* s, int64_t n, float scale, float offset) {
-#ifdef __AVX512BW__
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t i = 0; i < n; i += 16) {
-            const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(s + i), _mm512_set1_ps(scale), _mm512_set1_ps(offset));
-            const __m512 y = exponential_16(x);
-            _mm512_storeu_ps(s + i, y);
-            sum = _mm512_add_ps(sum, y);
+        Floats sums = zeros();
+        for (int64_t i = 0; i < n; i += LANES) {
+            const Floats y = exponential(multiply_add(load(s + i), all(scale), all(-offset)));
+            store(s + i, y);
+            sums += y;
         }
-        return _mm512_reduce_add_ps(sum);
-#else
-        float sum = 0.0f;
-        for (int64_t i = 0; i < n; i++) s[i] = exponential(s[i] * scale - offset);
-        for (int64_t i = 0; i < n; i++) sum += s[i];
-        return sum;
-#endif
+        return sum(sums);
     }
 
     // y and the logarithms of the sums of exponentials (T,)

@@ -13,6 +13,7 @@ from litgpt.attention import MultiHeadSelfAttention
 from litgpt.config import Config
 from litgpt.kvcache.base import KVCache
 from litgpt.kvcache.baselines import DenseKVCache, LastRecentlyInsertedKVCache
+from litgpt.kvcache.blocks import BlockKVCache
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.policies import POLICIES, Policy, PositionalPolicy
 from litgpt.kvcache.policies.dense import DensePolicy
@@ -90,6 +91,7 @@ class CacheSpec:
         values = policy, storage, cache_length, tuple(sorted(args.items()))
         for field, value in zip(fields(self), values, strict=True):
             object.__setattr__(self, field.name, value)
+        _check_pair(self.policy_class, self.storage, self.storage_class)
         known = [*self.policy_class.arguments(), *self.storage_class.arguments()]
         if issubclass(self.policy_class, ScorePolicy):
             known.append("budget")
@@ -194,7 +196,10 @@ class CacheSpec:
         policy = self.layer_policy(config, block_idx, cache_length)
         device = None if device is None else torch.device(device)
         params = KVCacheParams.from_config(config, batch_size, policy.cache_length, device, dtype)
-        return make_kv_cache(config, params, policy, block_idx, self.storage_class, self.storage_args, **kwargs)
+        storage, storage_args = self.storage_class, self.storage_args
+        if storage.blocks and policy.evicts:  # a layer with a window
+            storage, storage_args = STORAGES["default"], {}
+        return make_kv_cache(config, params, policy, block_idx, storage, storage_args, **kwargs)
 
     def layer_lengths(self, config: Config, cache_length: int) -> list[int]:
         """Slots of every layer, by the budget.
@@ -274,6 +279,9 @@ def make_kv_cache(
         kinds = ", ".join(kind.__name__ for kind in KV_CACHES_OF_KINDS)
         raise ValueError(f"{type(policy).__name__} is of no kind of policy that there are caches for: {kinds}")
     storage = STORAGES["default"] if storage is None else storage
+    if storage.blocks:
+        _check_pair(type(policy), next((name for name, one in STORAGES.items() if one is storage), ""), storage)
+        kind = BlockKVCache
     return kind.from_policy(config, params, policy, block_idx, storage=storage, storage_args=storage_args, **kwargs)
 
 
@@ -298,6 +306,14 @@ def resolve_policy(name: str) -> type[Policy]:
     if not (isinstance(policy, type) and issubclass(policy, Policy) and is_dataclass(policy)):
         raise ValueError(f"{attribute!r} of the module {module_name!r} is no cache policy, a class derived from Policy")
     return policy
+
+
+def _check_pair(policy: type[Policy], name: str, storage: type[Storage]) -> None:
+    """Raise `ValueError` if a storage is not for that policy."""
+    if storage.blocks and policy is not DensePolicy:
+        raise ValueError(
+            f"the storage {name} is for dense caches, which keep whole groups of tokens: use int4 with others"
+        )
 
 
 def _import(name: str) -> Any:

@@ -9,7 +9,12 @@ from litgpt.kvcache.policies import POLICIES
 from litgpt.kvcache.spec import CacheSpec, make_kv_cache
 from litgpt.kvcache.storages import STORAGES
 
-KV_CACHE_NAMES = tuple(f"{policy}-{storage}" for policy in POLICIES for storage in STORAGES)
+KV_CACHE_NAMES = tuple(
+    f"{policy}-{name}"
+    for policy in POLICIES
+    for name, storage in STORAGES.items()
+    if policy == "dense" or not storage.blocks
+)
 
 
 def create_kv_cache(

@@ -2,12 +2,16 @@
 
 import shlex
 from pathlib import Path
+from typing import Literal
 
 from litgpt.engine.loading import default_device, parse_precision
 from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.memory import as_text, available_bytes, fitting_caches
 from litgpt.planning import MemoryPlan, measured_bandwidth, parse_bytes, plan_for
 from litgpt.settings import LARGEST
+from litgpt.train.cached_layers import check_trainable
+from litgpt.train.methods import METHODS
+from litgpt.train.step_memory import StepMemory, state_bytes
 
 
 def plan_cache(
@@ -21,10 +25,12 @@ def plan_cache(
     precision: str | None = None,
     prompt_chunksize: int = 512,
     bandwidth: float | None = None,
+    train: Literal["lora", "full", "adapter", "adapter_v2"] | None = None,
 ) -> None:
     """Tell whether a model and its key-value caches fit into a memory, and what would; no weights are loaded.
 
-    Sizes of weights and caches are exact, the workspace is an estimate.
+    Sizes of weights and caches are exact, the workspace is an estimate. With --train it is the memory of a training step through
+    the caches.
 
     Args:
         checkpoint_dir: Folder of a checkpoint, a .gguf file, or the name of a model, which need not be on this disk.
@@ -37,6 +43,7 @@ def plan_cache(
         precision: bf16-true, 16-true or 32-true. Default: the fastest on the device.
         prompt_chunksize: Tokens of a prefill call.
         bandwidth: Of the memory, in GB a second. Default: measured on this machine.
+        train: Plan a step of fine-tuning through the caches, by lora, full, adapter or adapter_v2, with its default settings.
     """
     for name, value in (("context", context), ("batch", batch), ("prompt_chunksize", prompt_chunksize)):
         if value is not None and not 1 <= value <= LARGEST:
@@ -53,9 +60,52 @@ def plan_cache(
     available = available_bytes(device) if memory is None else parse_bytes(memory)
     if available is None:
         raise ValueError("how much memory this machine has left is not known: give --memory, as 24GB")
+    if train is not None:
+        check_trainable(spec)
+        if length > most:
+            raise ValueError(f"--context {length:,} is more than the model's context of {most:,} tokens")
+        print(_training(plan, checkpoint_dir, train, batch, length, available, device.type == "cpu"))
+        return
     speed = measured_bandwidth() if bandwidth is None else bandwidth * 1e9
     print(_table(plan, batch, length, available, speed, "measured" if bandwidth is None else "given"))
     print(f"\n{_command(plan, checkpoint_dir, quantize, precision, batch, length, available)}")
+
+
+def _training(plan: MemoryPlan, name: Path, method: str, rows: int, length: int, memory: int, on_cpu: bool) -> str:
+    """The memory of a training step, by where the inputs of layers are kept, and the command to paste."""
+    if METHODS[method].trains_all and plan.scheme is not None:
+        raise ValueError("--train full needs plain weights: leave out --quantize")
+    full = METHODS[method].trains_all
+    step = StepMemory(plan.config, plan.spec, rows, length, plan.chunk, plan.dtype, trained_head=full)
+    added, state = state_bytes(plan.config, method)
+    fixed = plan.weights + added + state
+    places = ["device", *([] if on_cpu else ["cpu"]), step.best_number, "disk"]
+    kind = str(plan.dtype).removeprefix("torch.") if plan.scheme is None else plan.scheme.mode
+    lines = {
+        "weights": f"{as_text(plan.weights + added)} in {kind}" + (", with what is added" if added else ""),
+        "gradients": f"{as_text(state)} with AdamW's numbers, in float32",
+        "one layer": f"{as_text(step.one_layer)}: its keys and values, and gradients",
+        "one chunk": f"about {as_text(step.one_chunk)}, of {min(plan.chunk, length):,} tokens a sequence",
+        "loss": f"about {as_text(step.logits)} of logits at a time",
+    }
+    for place in places:
+        total = fixed + step.total(place)
+        fits = "fits into" if total <= memory else f"{as_text(total - memory)} more than"
+        lines[f"keep_inputs {place}"] = (
+            f"{as_text(step.kept(place))} of layers' inputs; together {as_text(total)}: {fits} {as_text(memory)}"
+        )
+    title = (
+        f"{plan.config.name}, training by {method} through {plan.spec} caches, {_sequences(rows)} of {length:,} tokens"
+    )
+    table = "\n".join([title, "", *(f"{key + ':':20}{text}" for key, text in lines.items())])
+    place = step.what_fits(memory - fixed, on_cpu)
+    if place is None:
+        return f"{table}\n\nNothing fits: try {step.remedy(memory - fixed, on_cpu)}."
+    words = ["litgpt", f"finetune_{method}", str(name), "--kv_cache", str(plan.spec)]
+    words += [] if plan.spec.cache_length is None else ["--cache_length", str(plan.spec.cache_length)]
+    words += ["--prompt_chunksize", str(plan.chunk), "--train.max_seq_length", str(length)]
+    words += ["--train.micro_batch_size", str(rows), "--train.keep_inputs", str(place)]
+    return f"{table}\n\n{' '.join(map(shlex.quote, words))}"
 
 
 def _table(plan: MemoryPlan, rows: int, length: int, memory: int, bandwidth: float, source: str) -> str:

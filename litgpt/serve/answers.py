@@ -11,6 +11,7 @@ from litgpt.engine.answer import Answer, TokenLogprob
 from litgpt.engine.service import Generation
 from litgpt.serve.errors import ApiError
 from litgpt.serve.served import ServedModel
+from litgpt.serve.tools import Tools
 
 
 class Answers:
@@ -21,10 +22,18 @@ class Answers:
         generations: of the request, in the order of their indexes; for several prompts, prompt by prompt.
         kind: "chat.completion" or "text_completion".
         echo: texts to put in front of each, if asked for.
+        tools: that may be called.
     """
 
-    def __init__(self, served: ServedModel, generations: list[Generation], kind: str, echo: list[str] | None = None):
-        self.served, self.generations, self.kind = served, generations, kind
+    def __init__(
+        self,
+        served: ServedModel,
+        generations: list[Generation],
+        kind: str,
+        echo: list[str] | None = None,
+        tools: Tools | None = None,
+    ) -> None:
+        self.served, self.generations, self.kind, self.tools = served, generations, kind, tools
         self.echo = echo or [""] * len(generations)
         self.events: asyncio.Queue[tuple[int, str, bool]] = asyncio.Queue()  # index, text, whether it was the last
         prefix = "chatcmpl-" if kind.startswith("chat") else "cmpl-"
@@ -71,7 +80,11 @@ class Answers:
             "logprobs": self.logprobs(generation, text),
         }
         if self.kind.startswith("chat"):
-            return {**choice, "message": {"role": "assistant", "content": text, "refusal": None}}
+            content, calls = (text, []) if self.tools is None else self.tools.calls(text)
+            message = {"role": "assistant", "content": content, "refusal": None}
+            if calls:
+                message["tool_calls"], choice["finish_reason"] = calls, "tool_calls"
+            return {**choice, "message": message}
         return {**choice, "text": text}
 
     def logprobs(self, generation: Generation, text: str) -> dict[str, Any] | None:
@@ -120,12 +133,24 @@ class Answers:
             for index, text in enumerate(self.echo):
                 if chat or text:
                     yield event([choice(index, text, role="assistant") if chat else choice(index, text)])
+            texts = [""] * len(self.generations)  # so far, where they may be calls of tools
             async for index, text, last in self.pieces():
+                calls: list[dict[str, Any]] = []
+                if self.tools is not None:
+                    texts[index] += text
+                    content, calls = self.tools.calls(texts[index]) if last else (None, [])
+                    text = content or ""
                 if text:
                     yield event([choice(index, text)])
+                for i, call in enumerate(calls):
+                    named = {**call, "index": i, "function": {**call["function"], "arguments": ""}}
+                    arguments = {"index": i, "function": {"arguments": call["function"]["arguments"]}}
+                    for part in (named, arguments):
+                        delta = {"delta": {"tool_calls": [part]}, "logprobs": None, "finish_reason": None}
+                        yield event([{"index": index, **delta}])
                 if last:
                     generation = self.generations[index]
-                    end = choice(index, "", generation.finish_reason)
+                    end = choice(index, "", "tool_calls" if calls else generation.finish_reason)
                     end["logprobs"] = self.logprobs(generation, "")
                     yield event([end])
             if include_usage:

@@ -17,6 +17,7 @@ from litgpt.engine.service import Generation, Service
 from litgpt.serve.answers import Answers
 from litgpt.serve.cache_view import cache_view
 from litgpt.serve.errors import ApiError, bad_request
+from litgpt.serve.grammar import follow_schema, schema_of
 from litgpt.serve.http import (
     Disconnected,
     Receive,
@@ -36,12 +37,12 @@ from litgpt.serve.parameters import (
     flag,
     messages_of,
     number,
-    refuse_unsupported,
     sampling_of,
     stops_of,
     streaming_of,
 )
 from litgpt.serve.served import ServedModel
+from litgpt.serve.tools import Tools
 
 STUCK_AFTER = 120  # seconds of one step
 _PAGE = Path(__file__).with_name("page.html")
@@ -233,9 +234,15 @@ class App:
         most: int | None,
         checkpoints: tuple[int, ...] = (),
         logprobs: int | None = None,
+        tools: Tools | None = None,
     ) -> list[Generation]:
         """The answers to one prompt that a request asks for."""
         sampling, n = sampling_of(body, self.options.sampling()), choices_of(body)
+        schema, param = schema_of(body), "response_format"
+        if tools is not None and tools.forced:
+            schema, param = tools.schema, "tool_choice"
+        if schema is not None:
+            sampling = replace(sampling, processors=(follow_schema(served.ready.tokenizer, schema, param),))
         if len(prompt) >= served.room:
             raise bad_request(
                 f"the prompt has {len(prompt):,} tokens, which leaves no room for an answer in the {served.room:,} of the context",
@@ -281,20 +288,22 @@ class App:
 
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, body = await self._body(receive)
-        served, messages = self._model(body), messages_of(body)
-        refuse_unsupported(body)
+        served, messages, tools = self._model(body), messages_of(body), Tools.of(body)
         stream, include_usage = streaming_of(body)
         most = number(body, "max_completion_tokens", number(body, "max_tokens", least=1), least=1)
         variables = body.get("chat_template_kwargs") or {}
         logprobs = number(body, "top_logprobs", 0, least=0) if flag(body, "logprobs") else None
+        if tools is not None:
+            messages, variables = served.with_tools(messages, tools), {**variables, "tools": tools.described}
         try:
             text, prompt, checkpoints = await asyncio.to_thread(served.chat_prompt, messages, **variables)
         except (ValueError, TypeError) as error:
             raise bad_request(str(error), "messages") from None
         answers = Answers(
             served,
-            self._generations(served, prompt, body, most, checkpoints, logprobs),
+            await asyncio.to_thread(self._generations, served, prompt, body, most, checkpoints, logprobs, tools),
             "chat.completion",
+            tools=tools,
         )
         await self._deliver(receive, send, answers, stream, include_usage, service)
         for one in answers.generations:
@@ -318,7 +327,6 @@ class App:
         served = self._model(body)
         if body.get("suffix"):
             raise bad_request("suffix is not supported", "suffix")
-        refuse_unsupported(body)
         stream, include_usage = streaming_of(body)
         most = number(body, "max_tokens", 16, least=1)
         logprobs = number(body, "logprobs", least=0)

@@ -109,12 +109,3 @@ def _part(part: Any, where: str) -> str:
         return part["text"]
     kind = part.get("type") if isinstance(part, dict) else part
     raise bad_request(f"{where} has a part of type {kind!r:.40}: this model takes text only", "messages")
-
-
-def refuse_unsupported(body: dict[str, Any]) -> None:
-    """Raise an error for what would change the answer and is not done."""
-    if body.get("tools") and body.get("tool_choice") != "none":
-        raise bad_request('tools are not supported yet; leave them out, or send tool_choice "none"', "tools")
-    response_format = body.get("response_format")
-    if response_format is not None and response_format != {"type": "text"}:
-        raise bad_request('response_format is not supported yet, except {"type": "text"}', "response_format")

@@ -13,6 +13,7 @@ from litgpt.engine.loading import Ready
 from litgpt.engine.prefixes import PrefixStore
 from litgpt.prompts import encode_prompt
 from litgpt.serve.options import ServeOptions
+from litgpt.serve.tools import Tools
 
 DEFAULT_LENGTH = 8192  # most tokens of a row of dense caches where no length is given
 MOST_TRANSCRIPTS = 256
@@ -73,6 +74,15 @@ class ServedModel:
             rest = tokenizer.encode(text[len(known) :], bos=False).tolist()
             tokens = torch.tensor([*begin, *rest])
         return text, tokens, ()
+
+    def with_tools(self, messages: list[dict[str, Any]], tools: Tools) -> list[dict[str, Any]]:
+        """The conversation, with the tools in its system message where the chat template has no place for them."""
+        if "tools" in getattr(self.ready.prompt_style, "template", ""):
+            return messages
+        system = [tools.instructions]
+        if messages[0]["role"] == "system":
+            system, messages = [messages[0]["content"], *system], messages[1:]
+        return [{"role": "system", "content": "\n\n".join(system)}, *messages]
 
     def note(self, text: str, tokens: list[int]) -> None:
         """Remember the tokens of a conversation's text."""

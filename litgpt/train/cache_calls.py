@@ -5,9 +5,9 @@ Letters: B rows, N tokens of all rows one after the other, T tokens of a chunk, 
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -21,11 +21,14 @@ from litgpt.train.kept_inputs import Kept, keep
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a layer's cache with some tokens of a chunk, and what it finds there: the numbers of the cache's rows, and the
-    places of the tokens in its slots, (B, G, n), or (B, 1, n) if they are those of all heads."""
+    """A call of a layer's cache with some `tokens` of a chunk: `sizes[i]` of row `rows[i]`, which has `starts[i]` already. And
+    what it finds there: the numbers of the cache's rows, and the places of the tokens in its slots, (B, G, n), or (B, 1, n) if
+    they are those of all heads."""
 
     tokens: torch.Tensor | slice
-    plan: Plan
+    starts: list[int]
+    sizes: list[int]
+    rows: list[int]
     fields: tuple[tuple[int, ...], ...]
     places: torch.Tensor
 
@@ -34,22 +37,20 @@ class Log:
     """The calls of a layer's cache in all chunks. Their places are put away as the inputs of layers are."""
 
     def __init__(self, chunks: list[list[Call]], place: str) -> None:
-        self._calls, begin = [], 0
+        self._chunks, self._spans, begin = [], [], 0
         for calls in chunks:
-            noted = []
-            for call in calls:
-                shape, end = call.places.shape, begin + call.places.numel()
-                noted.append((call.tokens, call.plan, call.fields, shape, (begin, end)))
-                begin = end
-            self._calls.append(noted)
+            self._chunks.append([replace(call, places=call.places.new_empty(0)) for call in calls])
+            ends = list(accumulate((call.places.numel() for call in calls), initial=begin))
+            self._spans.append([(call.places.shape, span) for call, span in zip(calls, pairwise(ends), strict=True)])
+            begin = ends[-1]
         flat = [call.places.reshape(-1).int() for calls in chunks for call in calls]
         self._places: Kept = keep(torch.cat(flat), place)
 
     def calls(self, index: int) -> list[Call]:
         """Those of a chunk."""
         return [
-            Call(tokens, plan, fields, self._places.rows([span]).view(shape).long())
-            for tokens, plan, fields, shape, span in self._calls[index]
+            replace(call, places=self._places.rows([span]).view(shape).long())
+            for call, (shape, span) in zip(self._chunks[index], self._spans[index], strict=True)
         ]
 
 
@@ -67,15 +68,18 @@ class StandIn(nn.Module):
     Args:
         cache: of the layer.
         chunk: the tokens.
+        plans: of the pass.
     """
 
-    def __init__(self, cache: PlannedKVCache, chunk: Chunk) -> None:
+    def __init__(self, cache: PlannedKVCache, chunk: Chunk, plans: Plans) -> None:
         super().__init__()
-        self.cache, self.chunk = cache, chunk
+        self.cache, self.chunk, self.plans = cache, chunk, plans
 
     @abstractmethod
-    def _prepared(self, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None) -> Iterator[Call]:
-        """Calls, for each of which the cache is ready when it comes."""
+    def _prepared(
+        self, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None
+    ) -> Iterator[tuple[Call, Plan]]:
+        """Calls, for each of which the cache is ready when it comes, with their plans."""
 
     def run(
         self,
@@ -87,9 +91,9 @@ class StandIn(nn.Module):
         sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         outputs, parts = [], []
-        for call in self._prepared(key, value, sink_logits):
+        for call, own_plan in self._prepared(key, value, sink_logits):
             own = (x[:, :, call.tokens] for x in (query, key, value))
-            outputs.append(self.cache.run(call.plan, *own, None, sink_logits))
+            outputs.append(self.cache.run(own_plan, *own, None, sink_logits))
             parts.append(call.tokens)
         return _in_order(outputs, parts)
 
@@ -101,10 +105,12 @@ class Serving(StandIn):
     """
 
     def __init__(self, cache: PlannedKVCache, chunk: Chunk, plans: Plans) -> None:
-        super().__init__(cache, chunk)
-        self.plans, self.calls = plans, []
+        super().__init__(cache, chunk, plans)
+        self.calls: list[Call] = []
 
-    def _prepared(self, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None) -> Iterator[Call]:
+    def _prepared(
+        self, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None
+    ) -> Iterator[tuple[Call, Plan]]:
         cache, chunk = self.cache, self.chunk
         done = [0] * len(chunk.rows)
         begins = [0, *accumulate(chunk.sizes)]
@@ -123,8 +129,8 @@ class Serving(StandIn):
             positions = cache.token_positions()
             if positions.stride(1) == 0:  # those of all heads are the same
                 positions = positions[:, :1]
-            self.calls.append(Call(tokens, plan, cache.row_fields, self.plans.places(positions)))
-            yield self.calls[-1]
+            self.calls.append(Call(tokens, starts, sizes, rows, cache.row_fields, self.plans.places(positions)))
+            yield self.calls[-1], plan
             cache.commit(plan)
             for i, n in zip(members, sizes, strict=True):
                 done[i] += n
@@ -135,18 +141,26 @@ class Again(StandIn):
 
     Args:
         cache: any contents are lost.
-        chunk, calls: as they were in the forward pass.
+        chunk, plans, calls: as they were in the forward pass.
         stored: keys and values (B, G, n, D) that the first call found.
         n_tokens: N.
     """
 
     def __init__(
-        self, cache: PlannedKVCache, chunk: Chunk, calls: list[Call], stored: list[torch.Tensor], n_tokens: int
+        self,
+        cache: PlannedKVCache,
+        chunk: Chunk,
+        plans: Plans,
+        calls: list[Call],
+        stored: list[torch.Tensor],
+        n_tokens: int,
     ) -> None:
-        super().__init__(cache, chunk)
+        super().__init__(cache, chunk, plans)
         self.calls, self.stored, self.n_tokens = calls, stored, n_tokens
 
-    def _prepared(self, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None) -> Iterator[Call]:
+    def _prepared(
+        self, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None
+    ) -> Iterator[tuple[Call, Plan]]:
         self.key, self.value = key, value
         for i, call in enumerate(self.calls):
             stored = self.stored
@@ -159,7 +173,7 @@ class Again(StandIn):
                     for old, new in zip(stored, (key, value), strict=True)
                 ]
             self.cache.refill(call.fields, *stored)
-            yield call
+            yield call, self.plans.plan(self.cache, call.starts, call.sizes, call.rows)
 
     @cached_property
     def _index(self) -> torch.Tensor:

@@ -30,6 +30,7 @@ from litgpt.train.chunks import chunks_of
 from litgpt.train.kept_inputs import PLACES, Kept, keep
 from litgpt.train.products import gradients_only
 
+PLANNED_NUMBERS = 4 << 20  # in the masks of plans that layers share; other plans are made for every layer
 CHUNKS_AT_ONCE = 4  # of rows that dense caches keep, in a graph of one layer
 
 
@@ -117,6 +118,7 @@ class _Sweep:
         self._long = self.gpt.needs_long_rope(longest)
         self.differentiated = torch.is_grad_enabled()
         self._plans: dict[tuple, Plan] = {}
+        self._numbers = 0
 
     @cached_property
     def ropes(self) -> list[list[Rope]]:
@@ -153,10 +155,15 @@ class _Sweep:
     def plan(self, cache: PlannedKVCache, starts: list[int], sizes: list[int], rows: list[int]) -> Plan:
         """The plan of a call, the same for all layers with equal caches."""
         key = (*sizes, *rows, cache.plan_key())
-        if key not in self._plans:
-            T = sizes if self.packed else sizes[0]
-            self._plans[key] = cache.plan(max(starts), len(rows), T, rows if self.packed else None)
-        return self._plans[key]
+        if key in self._plans:
+            return self._plans[key]
+        T = sizes if self.packed else sizes[0]
+        plan = cache.plan(max(starts), len(rows), T, rows if self.packed else None)
+        numbers = max(sizes) * (self.cache_length + max(sizes))  # of a mask
+        if self._numbers + numbers <= PLANNED_NUMBERS:
+            self._plans[key] = plan
+            self._numbers += numbers
+        return plan
 
     def places(self, positions: torch.Tensor) -> torch.Tensor:
         """Places among the tokens of all rows of `positions` (B, G, n); empty slots get that of a row's first token."""
@@ -240,7 +247,7 @@ def _backward(
     for index in reversed(range(len(sweep.chunks))):
         chunk, calls = sweep.chunks[index], log.calls(index)
         stored = [_gathered(of_all, calls[0].places).requires_grad_() for of_all in (keys, values)]
-        own, again = inputs.rows(chunk.spans)[None].detach(), Again(cache, chunk, calls, stored, d.shape[1])
+        own, again = inputs.rows(chunk.spans)[None].detach(), Again(cache, chunk, sweep, calls, stored, d.shape[1])
         own.requires_grad_()
         with torch.enable_grad(), torch.autocast(**autocast), _without_outputs(block):
             y = sweep.run(block, index, own, again, seed)

@@ -14,6 +14,9 @@ from litgpt.checkpoint.base import CONFIG_NAME, WEIGHTS_NAME
 from litgpt.config import Config
 from litgpt.data.tokens import TokenRows
 from litgpt.engine import Engine, Sampling, Sequence, decode, prepare_caches
+from litgpt.errors import is_out_of_memory
+from litgpt.kvcache import CacheSpec
+from litgpt.kvcache.memory import as_text, available_bytes
 from litgpt.model import GPT
 from litgpt.prompts import save_prompt_style
 from litgpt.tokenizer import Tokenizer
@@ -39,6 +42,7 @@ from litgpt.train.options import Options
 from litgpt.train.report import Reporter
 from litgpt.train.schedule import cosine_schedule, steps_of_run
 from litgpt.train.setting import number_of_parameters
+from litgpt.train.step_memory import StepMemory
 from litgpt.train.teacher import Teacher
 
 VERIFIED_BATCHES = 2  # of the validation that goes before everything else
@@ -105,6 +109,8 @@ class Run:
             fabric.print(f"Number of non-trainable parameters: {number_of_parameters(self.gpt, False):,}")
         spec = options.cache_spec()
         cached = None if spec is None else CachedLayers(self.gpt, spec, options.prompt_chunksize, train.keep_inputs)
+        if spec is not None:
+            self._check_fits(spec)
         teacher = None if train.teacher is None else Teacher(self.gpt, options.prompt_chunksize)
         self.model = TrainingModel(self.gpt, train.activation_checkpointing, cached, teacher)
         model = fabric.setup_module(self.model)
@@ -157,7 +163,12 @@ class Run:
             else:
                 fabric.print("Verifying settings ...")
                 loop.validate(VERIFIED_BATCHES)
-        position = loop.run()
+        try:
+            position = loop.run()
+        except (RuntimeError, MemoryError) as error:
+            if cached is not None and is_out_of_memory(error):
+                raise RuntimeError(self._does_not_fit(spec, None)) from error
+            raise
         if val_loader is not None and options.eval.final_validation:
             loss = loop.validate()
             loop.note_validation(loss)
@@ -166,6 +177,34 @@ class Run:
         self.report.summary(metrics)
         self.save_final()
         return metrics
+
+    def _longest(self) -> int:
+        """Tokens of the longest sample that a row of a batch may have."""
+        limit = self.options.train.max_seq_length or self.gpt.config.block_size
+        lengths = getattr(getattr(self.loaders[0], "dataset", None), "lengths", None)
+        return min(limit, max(lengths)) if lengths and not self.options.train.pack else limit
+
+    def _step_memory(self, spec: CacheSpec) -> StepMemory:
+        options, train = self.options, self.options.train
+        head = any(p.requires_grad for p in self.gpt.lm_head.parameters())
+        numbers = spec, train.micro_batch_size, self._longest(), options.prompt_chunksize
+        return StepMemory(self.gpt.config, *numbers, self.gpt.dtype, head)
+
+    def _check_fits(self, spec: CacheSpec) -> None:
+        """Raise `ValueError` if the largest batch needs more memory than is left, with the options that help."""
+        left = available_bytes(self.fabric.device)
+        if left is not None and self._step_memory(spec).total(self.options.train.keep_inputs) > left:
+            raise ValueError(self._does_not_fit(spec, left))
+
+    def _does_not_fit(self, spec: CacheSpec, left: int | None) -> str:
+        step, kept = self._step_memory(spec), self.options.train.keep_inputs
+        needed = step.total(kept)
+        room = needed * 9 // 10 if left is None else left
+        known = "" if left is None else f", and {as_text(left)} are left"
+        return (
+            f"a batch of {step.rows} x {step.length:,} tokens does not fit: it needs about {as_text(needed)} beside the model"
+            f"{known}; what helps is {step.remedy(room, self.fabric.device.type == 'cpu')}"
+        )
 
     def _metrics(self, position: Position) -> dict[str, float]:
         metrics = {

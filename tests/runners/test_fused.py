@@ -269,8 +269,9 @@ def test_caches_that_score_their_tokens(name, batch_size):
         outputs = run(model, calls, batch_size, **caches)
         kept.append((outputs, [cache.kept_queries() for cache in model.kv_caches()]))
     (expected, queries), (found, fused_queries) = kept
-    assert_same(found[:, :40], expected[:, :40])  # what is evicted then may depend on roundings
-    assert_same(found[:, 40:46], expected[:, 40:46])
+    assert_same(found[:, :40], expected[:, :40])
+    # roundings may decide which of two tokens is evicted then
+    assert (found[:, 40:46] - expected[:, 40:46]).abs().mean() < 0.01 * expected.abs().max()
     for one, other in zip(queries, fused_queries, strict=True):
         assert (one is None) == (name == "knorm")
         if one is not None:

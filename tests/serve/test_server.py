@@ -157,13 +157,62 @@ def test_unknown_and_null_fields_are_ignored(client):
     assert ask(client, extra_body=extra).choices == ask(client).choices
 
 
-def test_what_would_be_ignored_is_refused(client):
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
-    with pytest.raises(openai.BadRequestError, match="tools"):
-        ask(client, tools=tools)
-    assert ask(client, tools=tools, tool_choice="none").choices
-    with pytest.raises(openai.BadRequestError, match="response_format"):
-        ask(client, response_format={"type": "json_object"})
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["llama", "alpaca"]}, "age": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["kind", "age"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "look", "parameters": SCHEMA}},
+    {"type": "function", "function": {"name": "wait"}},
+]
+
+
+def test_answers_follow_a_schema(client):
+    pytest.importorskip("llguidance")
+    hot = {"temperature": 3.0, "max_tokens": 80, "extra_body": {"top_k": 0}}
+    asked = {"type": "json_schema", "json_schema": {"name": "animal", "schema": SCHEMA}}
+    answer = ask(client, response_format=asked, n=3, seed=1, **hot)
+    found = [json.loads(choice.message.content) for choice in answer.choices]
+    assert all(one["kind"] in ("llama", "alpaca") and 0 <= one["age"] <= 9 for one in found)
+    assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+    text = ask(client, response_format={"type": "json_object"}, **hot, seed=2, stop="}").choices[0].message.content
+    assert text.startswith("{")
+    for wrong in (
+        {"type": "json_schema"},
+        {"type": "yaml"},
+        {"type": "json_schema", "json_schema": {"schema": {"type": 3}}},
+    ):
+        with pytest.raises(openai.BadRequestError, match="response_format"):
+            ask(client, response_format=wrong)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "look"}}])
+def test_tools_that_have_to_be_called_are(client, choice):
+    pytest.importorskip("llguidance")
+    settings = {"tools": TOOLS[:1], "tool_choice": choice, "temperature": 2.0, "seed": 3, "max_tokens": 150}
+    answer = ask(client, **settings).choices[0]
+    (call,) = answer.message.tool_calls
+    assert (answer.finish_reason, call.function.name, answer.message.content) == ("tool_calls", "look", None)
+    assert json.loads(call.function.arguments)["kind"] in ("llama", "alpaca")
+    stream = client.chat.completions.stream(model="tiny", messages=HELLO, extra_body={"top_k": None}, **settings)
+    with stream as events:
+        for _ in events:
+            pass
+        final = events.get_final_completion().choices[0]
+    assert (final.finish_reason, final.message.role) == ("tool_calls", "assistant")
+    assert final.message.tool_calls[0].function.arguments == call.function.arguments
+
+
+def test_tools_may_be_left_alone(client):
+    answer = ask(client, tools=TOOLS).choices[0]
+    assert answer.message.content == joined(ask(client, tools=TOOLS, stream=True))
+    assert answer.message.tool_calls is None
+    assert ask(client, tools=TOOLS, tool_choice="none").choices == ask(client).choices
+    for settings in ({"tools": [{"type": "x"}]}, {"tools": TOOLS, "tool_choice": {"function": {"name": "none such"}}}):
+        with pytest.raises(openai.BadRequestError, match="tool"):
+            ask(client, **settings)
 
 
 @pytest.mark.parametrize(

@@ -79,11 +79,48 @@ def compare(model, spec, lengths, chunk):
 
 
 @pytest.mark.parametrize("name", [name for name in KV_CACHE_NAMES if not name.startswith("kvzip")])
-@pytest.mark.parametrize("chunk", [1, 4, 12])
-def test_G12_every_cache(name, chunk):
+@pytest.mark.parametrize(("lengths", "chunk"), [([14], 1), ([17], 4), ([13, 5], 7)])
+def test_G12_every_cache(name, lengths, chunk):
     spec = CacheSpec.parse(name)
-    spec = CacheSpec.parse(spec, cache_length=9 if spec.evicts else 30)
-    compare(make(), spec, [30], chunk)
+    spec = CacheSpec.parse(spec, cache_length=9 if spec.evicts else 20)
+    compare(make(n_layer=2 if chunk == 4 else 1), spec, lengths, chunk)
+
+
+@pytest.mark.parametrize("name", [name for name in KV_CACHE_NAMES if not name.startswith("kvzip")])
+def test_G12_every_cache_with_dropout(name, monkeypatch):
+    """The calls of serving draw what the chunks of a layer do: by the seeds that the pass through caches was given."""
+    model = make(n_layer=2)
+    add_lora(model, LoRAConfig.extending(model.config, lora_r=2, lora_alpha=4, lora_dropout=0.3, lora_all=True))
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.double().train()
+    spec = CacheSpec.parse(name)
+    spec = CacheSpec.parse(spec, cache_length=9 if spec.evicts else 20)
+    idx, weight = torch.randint(0, 100, (1, 17)), torch.randn(1, 17, 64, dtype=torch.float64)
+    torch.manual_seed(5)
+    outputs = CachedLayers(model, spec, 4)(idx)
+    found = gradients(model, outputs, weight)
+    torch.manual_seed(5)
+    seeds = [int(torch.randint(2**62, ())) for _ in model.transformer.h]
+    for seed, block in zip(seeds, model.transformer.h, strict=True):
+        monkeypatch.setattr(block, "forward", _seeded_by_call(block.forward, seed))
+    expected = serving(model, spec, list(idx), 4)
+    torch.testing.assert_close(outputs, expected, rtol=1e-10, atol=1e-10)
+    for own, other in zip(found, gradients(model, expected, weight), strict=True):
+        assert (own is None) == (other is None)
+        if own is not None:
+            torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-10)
+
+
+def _seeded_by_call(forward, seed):
+    calls = iter(range(1000))
+
+    def seeded(*args, **kwargs):
+        torch.manual_seed((seed + next(calls)) % 2**63)
+        return forward(*args, **kwargs)
+
+    return seeded
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -23,6 +23,9 @@ class Storage(nn.Module, ABC):
     What it holds is in buffers. Made of `KVCacheParams`, and of keyword arguments of its own.
     """
 
+    blocks: ClassVar[bool] = (
+        False  # whether tokens are encoded many at a time, in dense caches only: see `litgpt.kvcache.blocks`
+    )
     on_host: ClassVar[bool] = False  # whether buffers are in the host's memory, wherever the model is
 
     @abstractmethod

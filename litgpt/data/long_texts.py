@@ -1,0 +1,147 @@
+"""Questions about long texts from files: those of LongBench v2 (arXiv:2412.15204) and HELMET (arXiv:2410.02694)."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from litgpt.data.base import SFTModule
+from litgpt.data.encoding import Sample
+from litgpt.data.json_data import load_jsonl
+from litgpt.prompt_frame import PromptFrame
+from litgpt.prompt_style import PromptStyle
+
+CHOICES = "ABCD"
+CUT = "\n[...]\n"  # where a part of a text is left out
+SLACK = 8  # tokens: a text that is encoded in one may have some more than its parts
+
+
+@dataclass(kw_only=True)
+class LongTexts(SFTModule):
+    """Samples of a JSON or JSONL file, or of all such files of a folder. A text that is too long loses its middle.
+
+    Every record has a text, a question and an answer, in one of these forms: `context`, `question`, `choice_A` to `choice_D` and
+    the letter `answer` (LongBench v2); `ctxs` or `docs`, a list of passages with `text` and perhaps `title`, or `context`, with
+    `question` or `query` and `answer` or `answers` (HELMET); or `input`, text and question in one, and `outputs` (HELMET's tasks of
+    RULER).
+
+    Attributes:
+        path: the file or folder.
+        length: most tokens of a sample (None: `train.max_seq_length`, or the model's context).
+
+    Further fields: see `SFTModule`. The prompt style is by default the model's own.
+    """
+
+    path: Path
+    length: int | None = None
+    mask_prompt: bool = True
+    prompt_style: str | PromptStyle | None = None
+    val_split_fraction: float | None = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.path = Path(self.path)
+        if not self.path.exists():
+            raise FileNotFoundError(f"{self.path} does not exist: `path` is a JSON or JSONL file, or a folder of some")
+        if self.val_split_fraction is not None and not 0 <= self.val_split_fraction < 1:
+            raise ValueError(f"val_split_fraction must be at least 0 and below 1, got {self.val_split_fraction}")
+
+    def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+        if self.prompt_style is None:
+            self.prompt_style = self.own_style()
+        frame = PromptFrame(self.tokenizer, self.prompt_style)
+        length = self.max_seq_length if self.length is None else self.length
+        found = []
+        for file in self._files():
+            for place, record in _records(file).items():
+                try:
+                    found.append(_fitting(*parts_of_record(record), frame, length))
+                except ValueError as error:
+                    raise ValueError(f"{file}, {place}: {error}") from None
+        return self.split(found)
+
+    def _files(self) -> list[Path]:
+        if self.path.is_file():
+            return [self.path]
+        files = sorted(file for file in self.path.rglob("*") if file.suffix in (".json", ".jsonl"))
+        if not files:
+            raise ValueError(f"{self.path} holds no .json or .jsonl files")
+        return files
+
+
+def _records(file: Path) -> dict[str, Any]:
+    """The records of a file by their places."""
+    if file.suffix == ".jsonl":
+        return load_jsonl(file)
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(values, list):
+        raise ValueError(f"{file} must hold a list of records, got {type(values).__name__}")
+    return {f"record {i}": value for i, value in enumerate(values)}
+
+
+def parts_of_record(record: Any) -> tuple[str, str, str]:
+    """Text, question (perhaps empty: it is in the text) and answer of a record.
+
+    Raises:
+        ValueError: if it has another form.
+    """
+    if not isinstance(record, Mapping):
+        raise ValueError(f"a record is a mapping, got {type(record).__name__}")
+    if "outputs" in record:
+        return _text(record, "input"), "", ", ".join(_texts(record, "outputs"))
+    question = _text(record, "question", "query")
+    if "choice_A" in record:
+        letter = _text(record, "answer")
+        if letter not in CHOICES:
+            raise ValueError(f"answer must be one of {', '.join(CHOICES)}, got {letter!r}")
+        choices = "\n".join(f"({c}) {_text(record, f'choice_{c}')}" for c in CHOICES)
+        return _text(record, "context"), f"{question}\n{choices}\nWhich choice is right?", f"({letter})"
+    answer = _texts(record, "answers" if "answers" in record else "answer")[0]
+    for name in ("ctxs", "docs"):
+        if name in record:
+            passages = record[name]
+            if not isinstance(passages, list) or not all(isinstance(p, Mapping) for p in passages):
+                raise ValueError(f"{name} must be a list of passages with text")
+            return "\n\n".join(_passage(p) for p in passages), question, answer
+    return _text(record, "context"), question, answer
+
+
+def _passage(passage: Mapping[str, Any]) -> str:
+    title = passage.get("title")
+    return f"{title}\n{_text(passage, 'text')}" if title else _text(passage, "text")
+
+
+def _text(record: Mapping[str, Any], *names: str) -> str:
+    """The first of these fields that the record has."""
+    name = next((name for name in names if name in record), None)
+    if name is None or not isinstance(record[name], str):
+        raise ValueError(f"{' or '.join(names)} {'is missing' if name is None else 'must be a text'}")
+    return record[name]
+
+
+def _texts(record: Mapping[str, Any], name: str) -> list[str]:
+    """A field that is a text or a list of texts."""
+    value = record.get(name)
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not values or not all(isinstance(one, str) for one in values):
+        raise ValueError(f"{name} must be a text or a list of some")
+    return values
+
+
+def _fitting(text: str, question: str, answer: str, frame: PromptFrame, length: int) -> Sample:
+    """A sample of at most `length` tokens (-1: any number)."""
+    tokenizer, end = frame.tokenizer, f"\n\n{question}" if question else ""
+    if length >= 0:
+        around = len(frame.begin("")) + len(frame.line(f"{end}{frame.to_answer}")) + len(frame.line(answer))
+        room = length - around - SLACK
+        tokens = tokenizer.encode(text, bos=False)
+        if len(tokens) > room:
+            half = (room - len(frame.line(CUT))) // 2
+            if half < 1:
+                raise ValueError(f"question and answer leave no room for a text in {length:,} tokens")
+            text = f"{tokenizer.decode(tokens[:half])}{CUT}{tokenizer.decode(tokens[-half:])}"
+    return {"instruction": f"{text}{end}", "output": answer}

@@ -1,0 +1,181 @@
+// AVX-512, with and without its instructions for bfloat16 and integer products
+
+#pragma once
+
+#include <immintrin.h>
+
+using Floats = __m512;
+constexpr int LANES = 16;
+
+inline Floats zeros() { return _mm512_setzero_ps(); }
+inline Floats all(float x) { return _mm512_set1_ps(x); }
+inline Floats load(const float* x) { return _mm512_loadu_ps(x); }
+inline void store(float* y, Floats x) { _mm512_storeu_ps(y, x); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats greater(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }
+inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+
+inline Floats load(const bf16* x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
+}
+
+inline __m256i narrowed(Floats x) {  // as `narrow`, for numbers that are not NaN
+#ifdef __AVX512BF16__
+    return (__m256i)_mm512_cvtneps_pbh(x);
+#else
+    const __m512i bits = _mm512_castps_si512(x),
+                  odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+#endif
+}
+
+inline void store(bf16* y, Floats x) { _mm256_storeu_si256((__m256i*)y, narrowed(x)); }
+
+inline Floats exponential(Floats x) {    // for x of at most 80; relative error below 3e-7
+    x = _mm512_max_ps(all(-200.0f), x);  // in this order NaN stays; below it is 0
+    const Floats log2 = all(1.44269504f);
+    const Floats n = _mm512_roundscale_ps(_mm512_mul_ps(x, log2), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Floats f = _mm512_fmsub_ps(x, log2, n);
+    Floats p = all(1.5403530e-4f);  // 2^f by its series
+    for (float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
+        p = _mm512_fmadd_ps(p, f, all(c));
+    return _mm512_scalef_ps(p, n);
+}
+
+// The sum of the elements of each of 4 vectors, which are no array, for those would be kept in memory
+inline __m128 sums_of_4(Floats v0, Floats v1, Floats v2, Floats v3) {
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v0, v1), _mm512_unpackhi_ps(v0, v1));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v2, v3), _mm512_unpackhi_ps(v2, v3));
+    const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+    const __m512 all =
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+inline void store_4(float* y, __m128 x) { _mm_storeu_ps(y, x); }
+
+// The sum of the elements of each of LANES vectors, which are lost
+inline Floats sums_of_all(Floats* v) {
+    // halve the number of vectors four times, each new one with the partial sums of two in alternating places
+    for (int i = 0; i < 8; i++)
+        v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        const __m512d a = _mm512_castps_pd(v[2 * i]), b = _mm512_castps_pd(v[2 * i + 1]);
+        v[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    for (int i = 0; i < 2; i++)
+        v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88),
+                             _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x88), _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
+}
+
+// Rows of inputs stay in bfloat16.
+using Input = bf16;
+using Numbers = __m512i;
+constexpr int NUMBERS = 32;
+
+inline __mmask32 first_of_32(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
+
+inline Numbers load_numbers(const bf16* x) { return _mm512_loadu_si512(x); }
+inline Numbers load_numbers(const bf16* x, int64_t n) { return _mm512_maskz_loadu_epi16(first_of_32(n), x); }
+
+inline Numbers load_numbers(const int8_t* x, int64_t n) {
+    const __m256i integers = _mm256_maskz_loadu_epi8(first_of_32(n), x);
+    const auto half = [](__m128i x) { return narrowed(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x))); };
+    const __m256i low = half(_mm256_castsi256_si128(integers)), high = half(_mm256_extracti128_si256(integers, 1));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+// sum + a b: each of the sums gets two products
+inline Floats add_products(Floats sum, Numbers a, Numbers b) {
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+#else
+    const __m512i high = _mm512_set1_epi32(int(0xffff0000));
+    const auto low_part = [](__m512i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); };
+    const auto high_part = [&](__m512i x) { return _mm512_castsi512_ps(_mm512_and_si512(x, high)); };
+    sum = _mm512_fmadd_ps(high_part(a), high_part(b), sum);
+    return _mm512_fmadd_ps(low_part(a), low_part(b), sum);
+#endif
+}
+
+// Most rows that share one pass over weights, vectors of outputs that are summed at a time for M of them, and outputs
+// where weights lie row by row: as many sums as there are registers, with room for weights and inputs
+constexpr int ROWS = 6;
+constexpr int output_vectors(int) { return 4; }
+constexpr int outputs_by_row(int) { return 4; }
+
+// Adds to sums, of M rows and V vectors of outputs, the products of a pair of inputs x, by `stride` bytes, with w.
+template <int M, int V>
+inline void add_pairs(Floats (&sums)[M][V], const uint32_t* w, const char* x, int64_t stride) {
+    Numbers weights[V];
+    UNROLLED for (int v = 0; v < V; v++) weights[v] = _mm512_loadu_si512(w + LANES * v);
+    UNROLLED for (int m = 0; m < M; m++) {
+        int pair;
+        std::memcpy(&pair, x + m * stride, 4);
+        UNROLLED for (int v = 0; v < V; v++) sums[m][v] = add_products(sums[m][v], weights[v], _mm512_set1_epi32(pair));
+    }
+}
+
+// LANES pairs of numbers in bfloat16
+using Pairs = __m512i;
+
+inline Pairs load_pairs(const uint32_t* x) { return _mm512_loadu_si512(x); }
+inline void store_pairs(uint32_t* y, Pairs x) { _mm512_storeu_si512(y, x); }
+
+inline Pairs int8_pairs(const int8_t* x) {
+    return load_numbers(x, 32);
+}
+
+// What to look up pairs of 4-bit integers in: the values scale * i + minimum
+using NibbleValues = __m512i;
+
+inline NibbleValues nibble_values(float scale, float minimum) {
+    const __m512 count = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_cvtepu16_epi32(narrowed(_mm512_add_ps(_mm512_mul_ps(count, all(scale)), all(minimum))));
+}
+
+inline Pairs nibble_pairs(const uint8_t* x, NibbleValues values) {  // low halves of bytes first
+    const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)x));
+    const __m512i even = _mm512_permutexvar_epi32(pairs, values);
+    const __m512i odd = _mm512_permutexvar_epi32(_mm512_srli_epi32(pairs, 4), values);
+    return _mm512_or_si512(even, _mm512_slli_epi32(odd, 16));
+}
+
+// Exchanges rows and columns of LANES vectors of pairs.
+inline void transpose(Pairs* a) {
+    __m512i b[16];
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+        }
+    // a[4 i + c] has, in its quarter q, column 4 q + c of rows 4 i to 4 i + 3
+    for (int c = 0; c < 4; c++) {
+        const __m512i low_0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88),
+                      high_0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+        const __m512i low_1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
+        const __m512i high_1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
+        b[c] = _mm512_shuffle_i32x4(low_0, low_1, 0x88);
+        b[4 + c] = _mm512_shuffle_i32x4(high_0, high_1, 0x88);
+        b[8 + c] = _mm512_shuffle_i32x4(low_0, low_1, 0xdd);
+        b[12 + c] = _mm512_shuffle_i32x4(high_0, high_1, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) a[i] = b[i];
+}
+
+// sum + a b for 32 integers of 16 bits: each of the 16 sums gets two products
+inline __m512i add_integer_products(__m512i sum, __m512i a, __m512i b) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpwssd_epi32(sum, a, b);
+#else
+    return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
+#endif
+}

@@ -1,0 +1,142 @@
+// Any processor: vectors of 4 that the compiler maps to what it has
+
+#pragma once
+
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Integers __attribute__((vector_size(16)));
+typedef uint32_t Pairs __attribute__((vector_size(16)));
+constexpr int LANES = 4;
+
+template <class T, class S>
+inline T vector_at(const S* x) {
+    T y;
+    std::memcpy(&y, x, sizeof y);
+    return y;
+}
+
+inline Floats zeros() { return Floats{}; }
+inline Floats all(float x) { return Floats{x, x, x, x}; }
+inline Floats load(const float* x) { return vector_at<Floats>(x); }
+inline void store(float* y, Floats x) { std::memcpy(y, &x, sizeof x); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
+inline Floats greater(Floats a, Floats b) { return a > b ? a : b; }
+inline float largest(Floats x) { return std::max(std::max(x[0], x[1]), std::max(x[2], x[3])); }
+inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
+inline Floats load(const bf16* x) { return Floats{widen(x[0]), widen(x[1]), widen(x[2]), widen(x[3])}; }
+
+inline void store(bf16* y, Floats x) {
+    for (int i = 0; i < LANES; i++) y[i] = narrow(x[i]);
+}
+
+inline Floats exponential(Floats x) {  // for x of at most 80; relative error below 3e-7
+    return Floats{exponential(x[0]), exponential(x[1]), exponential(x[2]), exponential(x[3])};
+}
+
+// The sum of the elements of each of 4 vectors
+inline Floats sums_of_4(Floats a, Floats b, Floats c, Floats d) { return Floats{sum(a), sum(b), sum(c), sum(d)}; }
+
+inline void store_4(float* y, Floats x) { store(y, x); }
+
+// The sum of the elements of each of LANES vectors
+inline Floats sums_of_all(Floats* v) { return sums_of_4(v[0], v[1], v[2], v[3]); }
+
+// Rows of inputs are widened to float.
+using Input = float;
+using Numbers = Floats;
+constexpr int NUMBERS = 4;
+
+inline Numbers load_numbers(const float* x) { return load(x); }
+inline Numbers load_numbers(const bf16* x) { return load(x); }
+inline Numbers load_numbers(const int8_t* x) { return Floats{float(x[0]), float(x[1]), float(x[2]), float(x[3])}; }
+
+// As they are, the first n numbers, and zeros
+template <class T>
+inline Numbers load_numbers(const T* x, int64_t n) {
+    if (n >= NUMBERS) return load_numbers(x);
+    T padded[NUMBERS] = {};
+    std::memcpy(padded, x, n * sizeof(T));
+    return load_numbers(padded);
+}
+
+// sum + a b
+inline Floats add_products(Floats sum, Numbers a, Numbers b) { return a * b + sum; }
+
+// Most rows that share one pass over weights, vectors of outputs that are summed at a time for M of them, and outputs
+// where weights lie row by row: as many sums as there are registers, with room for weights and inputs
+constexpr int ROWS = 5;
+constexpr int output_vectors(int M) { return M == 1 ? 8 : M <= 3 ? 4 : 2; }
+constexpr int outputs_by_row(int M) { return M <= 2 ? 4 : 2; }
+
+// Adds to sums, of M rows and V vectors of outputs, the products of a pair of inputs x, by `stride` bytes, with w.
+template <int M, int V>
+inline void add_pairs(Floats (&sums)[M][V], const uint32_t* w, const char* x, int64_t stride) {
+    for (int v = 0; v < V; v++) {
+        const Pairs pairs = vector_at<Pairs>(w + LANES * v), even = pairs << 16, odd = pairs & 0xffff0000u;
+        for (int m = 0; m < M; m++) {
+            const float* inputs = (const float*)(x + m * stride);
+            sums[m][v] += (Floats)even * inputs[0];
+            sums[m][v] += (Floats)odd * inputs[1];
+        }
+    }
+}
+
+// LANES pairs of numbers in bfloat16
+inline Pairs load_pairs(const uint32_t* x) { return vector_at<Pairs>(x); }
+inline void store_pairs(uint32_t* y, Pairs x) { std::memcpy(y, &x, sizeof x); }
+
+template <class Value>
+inline Pairs pairs_of(Value value) {
+    Pairs y;
+    for (int i = 0; i < LANES; i++) y[i] = uint32_t(narrow(value(2 * i))) | uint32_t(narrow(value(2 * i + 1))) << 16;
+    return y;
+}
+
+inline Pairs int8_pairs(const int8_t* x) {
+    return pairs_of([&](int i) { return float(x[i]); });
+}
+
+// What makes values of pairs of 4-bit integers: scale * i + minimum
+struct NibbleValues {
+    float scale, minimum;
+};
+
+inline NibbleValues nibble_values(float scale, float minimum) { return {scale, minimum}; }
+
+inline Pairs nibble_pairs(const uint8_t* x, NibbleValues values) {  // low halves of bytes first
+    return pairs_of([&](int i) { return float(x[i / 2] >> i % 2 * 4 & 15) * values.scale + values.minimum; });
+}
+
+// Exchanges rows and columns of LANES vectors of pairs.
+inline void transpose(Pairs* a) {
+    for (int i = 0; i < LANES; i++)
+        for (int j = 0; j < i; j++) {
+            const uint32_t before = a[i][j];
+            a[i][j] = a[j][i], a[j][i] = before;
+        }
+}
+
+// Integers of 16 bits, and sums of their products in 32 bits
+typedef int16_t Shorts __attribute__((vector_size(16)));
+constexpr int SHORTS = 8;
+
+inline Integers no_products() { return Integers{}; }
+inline Shorts load_shorts(const int16_t* x) { return vector_at<Shorts>(x); }
+inline Floats to_floats(Integers x) { return __builtin_convertvector(x, Floats); }
+
+// sum + a b: each of the sums gets two products
+inline Integers add_integer_products(Integers sum, Shorts a, Shorts b) {
+    for (int i = 0; i < LANES; i++) sum[i] += int32_t(a[2 * i]) * b[2 * i] + int32_t(a[2 * i + 1]) * b[2 * i + 1];
+    return sum;
+}
+
+// The low and the high halves of SHORTS bytes
+inline void split_nibbles(const uint8_t* x, Shorts& low, Shorts& high) {
+    for (int i = 0; i < SHORTS; i++) low[i] = x[i] & 15, high[i] = x[i] >> 4;
+}
+
+// LANES numbers in float16, of which there are n; zeros after the last
+inline Floats load_halves(const uint16_t* x, int64_t n) {
+    Floats y = {};
+    for (int i = 0; i < LANES && i < n; i++) y[i] = from_half(x[i]);
+    return y;
+}
