@@ -50,13 +50,14 @@ class _RowAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, keys, values, y, logs = ctx.saved_tensors
+        d_y = d_y.contiguous()  # has a name: what only its address is kept of would be freed before it is read
         _, H, N, D = query.shape
         G = keys.shape[1]
         d_query = query.new_empty(1, N, H, D)
         d_keys, d_values = query.new_empty(2, 1, N, G, D)
         parts = query.new_empty(2, N, H, D) if H > G else None
         library().attend_rows_backward(
-            *_addresses(query, keys, values, y, d_y.contiguous(), logs, d_query, parts, d_keys, d_values),
+            *_addresses(query, keys, values, y, d_y, logs, d_query, parts, d_keys, d_values),
             *_sizes(query, keys, values, ctx.sizes),
             ctx.scale,
         )

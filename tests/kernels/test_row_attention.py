@@ -54,6 +54,15 @@ def test_large_scores_stay_finite():
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("T", [40, 80])
+def test_gradients_of_outputs_need_not_be_contiguous(T):
+    qkv = torch.randn(1, T, 48).requires_grad_()
+    y = attend_rows(*parts_of(qkv, 1, 1, 16), [T], 1.0)
+    ones = torch.ones(1, 1, 1).expand(1, T, 16)
+    found, expected = (torch.autograd.grad(y, qkv, d_y, retain_graph=True)[0] for d_y in (ones, ones.contiguous()))
+    assert torch.equal(found, expected)
+
+
 def test_other_calls_are_left_to_torch():
     x = torch.randn(1, 2, 4, 16, requires_grad=True)
     assert can_attend_rows(x, x, x)
