@@ -325,8 +325,9 @@ class App:
     async def _completions(self, scope: Scope, receive: Receive, send: Send) -> None:
         service, body = await self._body(receive)
         served = self._model(body)
-        if body.get("suffix"):
-            raise bad_request("suffix is not supported", "suffix")
+        for name in ("suffix", "tools"):
+            if body.get(name):
+                raise bad_request(f"{name} is not supported in /v1/completions", name)
         stream, include_usage = streaming_of(body)
         most = number(body, "max_tokens", 16, least=1)
         logprobs = number(body, "logprobs", least=0)

@@ -277,6 +277,8 @@ def test_completions_take_texts_and_tokens(client, llm):
     assert texts("Hello", echo=True) == ["Hello" + one]
     with pytest.raises(openai.BadRequestError, match="suffix"):
         texts("Hello", suffix="x")
+    with pytest.raises(openai.BadRequestError, match="tools"):
+        texts("Hello", extra_body={"tools": [{"type": "function", "function": {"name": "f"}}]})
     with pytest.raises(openai.BadRequestError, match="400"):
         texts([10**6])
 
