@@ -31,7 +31,11 @@ def test_there_and_back_through_the_command_line(hf_model, tmp_path, capsys):
     assert main(["convert_to_litgpt", str(tmp_path / "hf")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "hf" / "lit_model.pth")
     assert main(["convert_from_litgpt", str(tmp_path / "hf"), str(tmp_path / "back")]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "back")
+    said = capsys.readouterr()
+    assert said.out.strip() == str(tmp_path / "back")
+    for start in ("vllm serve", "python -m sglang.launch_server --model-path"):
+        assert f"{start} {tmp_path / 'back'} --served-model-name hf --port 8000\n" in said.err
+    assert "llama-server -m hf-converted.gguf --alias hf --port 8000\n" in said.err
     tokens = torch.randint(30, (1, 9))
     expected = hf_model(tokens).logits
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
