@@ -42,7 +42,7 @@ def convert_lit_checkpoint(checkpoint_dir: Path, output_dir: Path) -> None:
         save_huggingface(checkpoint, output_dir, progress=progress)
     print(output_dir)
     path = checkpoint.path.resolve()
-    print(serving_commands(output_dir, path.name if path.is_dir() else path.stem), file=sys.stderr)
+    print(serving_commands(output_dir, (path if path.is_dir() else path.parent).name), file=sys.stderr)
 
 
 def serving_commands(folder: Path, name: str) -> str:
