@@ -90,8 +90,8 @@ def test_a_latent_cache_holds_one_small_vector_a_token_and_goes_on_from_its_stat
     assert (params.n_query_groups, params.head_size, params.value_size) == (1, 16, 12)
     model, tokens = make(config), torch.randint(50, (2, T))
     policy, _, storage = cache.partition("-")
-    if storage == "k8v4" or policy in ("compactor", "expected"):
-        with pytest.raises(ValueError, match="int8 or int4|before RoPE"):
+    if storage in ("k8v4", "kivi") or policy in ("compactor", "expected"):
+        with pytest.raises(ValueError, match="int8 or int4|before RoPE|kivi does not keep latent keys"):
             create_kv_caches(cache, config, batch_size=2, cache_length=T)
         return
     caches = create_kv_caches(cache, config, batch_size=2, cache_length=T)

@@ -332,6 +332,10 @@ def _seeded(seed: int | None, index: int) -> Iterator[None]:
     if seed is None:
         yield
         return
-    with torch.random.fork_rng():
-        torch.manual_seed((seed + index) % 2**63)
+    # `torch.manual_seed` notes every call, with its traceback, for a GPU that was not used yet
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        torch.default_generator.manual_seed((seed + index) % 2**63)
+        if devices:
+            torch.cuda.manual_seed((seed + index) % 2**63)
         yield
