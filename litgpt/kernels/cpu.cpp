@@ -8,21 +8,21 @@
 extern "C" {
 
 void linear_blocked(const bf16* x, const uint32_t* w, const bf16* bias, bf16* y, int64_t M, int64_t K, int64_t N) {
-    linear(Blocked(w, K, N), x, bias, y, M);
+    linear({BLOCKED, K, N, 0, w, nullptr, nullptr, bias}, x, y, M);
 }
 
 void linear_plain(const bf16* x, const bf16* w, const bf16* bias, bf16* y, int64_t M, int64_t K, int64_t N) {
-    linear(Plain(w, K, N), x, bias, y, M);
+    linear({PLAIN_ROWS, K, N, 0, w, nullptr, nullptr, bias}, x, y, M);
 }
 
 void linear_int8(const bf16* x, const int8_t* w, const float* scale, const bf16* bias, bf16* y, int64_t M, int64_t K,
                  int64_t N) {
-    linear(Int8(w, scale, K, N), x, bias, y, M);
+    linear({INT8_ROWS, K, N, 0, w, scale, nullptr, bias}, x, y, M);
 }
 
 void linear_int4(const bf16* x, const uint8_t* w, const uint16_t* scale, const uint16_t* minimum, const bf16* bias,
                  bf16* y, int64_t M, int64_t K, int64_t N, int64_t group) {
-    with_weight(Weight{2, K, N, group, w, scale, minimum, bias}, [&](auto weight) { linear(weight, x, bias, y, M); });
+    linear({INT4_PAIRS, K, N, group, w, scale, minimum, bias}, x, y, M);
 }
 
 // Gated MLP: `first` has the gate's I outputs and then as many more; I is a multiple of 64.
@@ -30,14 +30,15 @@ void gated_mlp_blocked(const bf16* x, const uint32_t* first, const uint32_t* sec
                        int64_t I, int64_t N, int kind) {
     static thread_local Scratch<char> scratch;
     static thread_local Scratch<bf16> inner;
-    const Blocked gate(first, K, I), up(gate.at(I / Blocked::TILE), K, I), down(second, I, N);
-    const Rows rows = rows_for(gate, x, M, scratch);
+    const TilesOf gate({BLOCKED, K, I, 0, first}), up({BLOCKED, K, I, 0, (*gate).at(I / BLOCK_TILE)}),
+        down({BLOCKED, I, N, 0, second});
+    const Rows rows = rows_for(*gate, x, M, scratch);
     bf16* shared = inner.get(M * I);
 #pragma omp parallel
     {
         static thread_local Scratch<char> own;
-        gated(gate, up, rows, shared, M, kind);
-        product(down, rows_for(down, shared, M, own), nullptr, y, M);
+        gated(*gate, *up, rows, shared, M, kind);
+        product(*down, rows_for(*down, shared, M, own), nullptr, y, M);
     }
 }
 

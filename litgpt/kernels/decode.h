@@ -7,7 +7,8 @@
 
 // y (M, N) = x (M, K) w^T + bias by all threads of a team. Each thread prepares x for the weight in its own `scratch`.
 inline void team_product(const Weight& w, const bf16* x, bf16* y, int64_t M, Scratch<char>& scratch) {
-    with_weight(w, [&](auto weight) { product(weight, rows_for(weight, x, M, scratch), w.bias, y, M); });
+    const TilesOf tiles(w);
+    product(*tiles, rows_for(*tiles, x, M, scratch), w.bias, y, M);
 }
 
 // x += factor * norm(y), for rows that each thread has a copy of
@@ -119,10 +120,8 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
             add_rows(own, out, layer.post_attention_norm, shape.attention_factor, M, shape, post);
 
             const bf16* mlp_input = norm(layer.norm_2);
-            with_weight(layer.gate, [&](auto gate) {
-                const decltype(gate) up(layer.up);
-                gated(gate, up, rows_for(gate, mlp_input, M, scratch), inner, M, int(shape.activation));
-            });
+            const TilesOf gate(layer.gate), up(layer.up);
+            gated(*gate, *up, rows_for(*gate, mlp_input, M, scratch), inner, M, int(shape.activation));
             team_product(layer.down, inner, out, M, scratch);
             add_rows(own, out, layer.post_mlp_norm, shape.mlp_factor, M, shape, post);
         }
