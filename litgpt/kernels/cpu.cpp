@@ -34,7 +34,7 @@ void gated_mlp_blocked(const bf16* x, const uint32_t* first, const uint32_t* sec
         down({BLOCKED, I, N, 0, second});
     const Rows rows = rows_for(*gate, x, M, scratch);
     bf16* shared = inner.get(M * I);
-#pragma omp parallel
+#pragma omp parallel num_threads(Team::mine().threads())
     {
         static thread_local Scratch<char> own;
         gated(*gate, *up, rows, shared, M, kind);
@@ -43,7 +43,7 @@ void gated_mlp_blocked(const bf16* x, const uint32_t* first, const uint32_t* sec
 }
 
 void rms_norm(const bf16* x, const bf16* weight, bf16* y, int64_t rows, int64_t size, float eps, float offset) {
-#pragma omp parallel for schedule(static) if (rows > 64)
+#pragma omp parallel for num_threads(Team::mine().threads()) schedule(static) if (rows > 64)
     for (int64_t r = 0; r < rows; r++) norm_row(x + r * size, weight, y + r * size, size, eps, offset);
 }
 
@@ -66,7 +66,7 @@ void attend(const bf16* q, const bf16* k, const bf16* v, const Vectors* encoded,
                 std::memcpy(query, q + b * qs[0] + h * qs[1] + t * qs[2], D * sizeof(bf16));
                 if (encoded && encoded[0].rotated) rotate_vector(query, D);
             }
-#pragma omp parallel
+#pragma omp parallel num_threads(Team::mine().threads())
     {
         a.attend_splits();
         a.combine(y);
@@ -83,7 +83,7 @@ void attend_causally(const bf16* q, const bf16* k, const bf16* v, const bf16* si
                                {qs[1], qs[2]}, {ks[1], ks[2]}, {vs[1], vs[2]}, y + b * T * H * D};
     };
     const int64_t tasks = row(0).tasks();
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for num_threads(Team::mine().threads()) schedule(dynamic)
     for (int64_t i = 0; i < B * tasks; i++) row(i / tasks).run(i % tasks);
 }
 

@@ -69,8 +69,12 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
     int64_t most = 0;
     for (int64_t l = 0; l < n_layers; l++) most = std::max(most, attention_of(layers[l]).scratch_size());
     float* attention_memory = attention_scratch.get(most);
-#pragma omp parallel
+    const double begun = seconds(CLOCK_MONOTONIC);
+    const int threads = Team::mine().threads_of_report();
+    double used = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : used)
     {
+        const double own_begun = processor_seconds();
         static thread_local Scratch<char> scratch;
         static thread_local Scratch<bf16> own_scratch, normed_scratch, post;
         bf16 *own = own_scratch.get(M * E), *normed = normed_scratch.get(M * E);
@@ -131,5 +135,7 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
                 norm_row(own + m * E, shape.final_norm, x + m * E, E, shape.eps, shape.norm_offset);
             else
                 std::memcpy(x + m * E, own + m * E, E * sizeof(bf16));
+        used += processor_seconds() - own_begun;
     }
+    Team::mine().report(seconds(CLOCK_MONOTONIC) - begun, used);
 }

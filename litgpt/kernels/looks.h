@@ -52,7 +52,7 @@ struct SeenWeights {
 
     // out (B, G, N): of the heads that share keys; `by_head` (B, H, N) is overwritten
     void of_groups(float* by_head, float* out) const {
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for num_threads(Team::mine().threads()) schedule(dynamic)
         for (int64_t i = 0; i < B * H; i++) of_head(i / H, i % H, by_head + i * N);
         for (int64_t i = 0; i < B * G; i++) {
             const float* own = by_head + i * (H / G) * N;

@@ -222,8 +222,12 @@ inline void run_prefill(const Shape& shape, const Layer* layers, int64_t n_layer
                      int64_t n_output_tokens) {
     Prefill prefill(shape, layers, n_layers, plans, ropes, x, scratch, B, T);
     const int64_t rows = output_tokens ? n_output_tokens : B * T;
-#pragma omp parallel
+    const double begun = seconds(CLOCK_MONOTONIC);
+    const int threads = Team::mine().threads_of_report();
+    double used = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : used)
     {
+        const double own_begun = processor_seconds();
         for (int64_t l = 0; l < n_layers; l++)
             prefill.run(layers[l], plans[layers[l].plan], l + 1 < n_layers ? nullptr : output_tokens, n_output_tokens);
 #pragma omp for schedule(static)
@@ -231,5 +235,7 @@ inline void run_prefill(const Shape& shape, const Layer* layers, int64_t n_layer
             bf16* row = x + m * shape.E;
             if (shape.final_norm) norm_row(row, shape.final_norm, row, shape.E, shape.eps, shape.norm_offset);
         }
+        used += processor_seconds() - own_begun;
     }
+    Team::mine().report(seconds(CLOCK_MONOTONIC) - begun, used);
 }

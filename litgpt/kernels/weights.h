@@ -8,6 +8,7 @@
 #pragma once
 
 #include "simd/simd.h"
+#include "team.h"
 
 constexpr int BLOCK_TILE = 64;  // outputs of a tile in oneDNN's order
 
@@ -126,7 +127,7 @@ inline void linear(const Weight& weight, const bf16* x, bf16* y, int64_t M) {
     static thread_local Scratch<char> scratch;
     const TilesOf w(weight);
     const Rows rows = rows_for(*w, x, M, scratch);
-#pragma omp parallel
+#pragma omp parallel num_threads(Team::mine().threads())
     product(*w, rows, weight.bias, y, M);
 }
 
