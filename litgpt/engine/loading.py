@@ -16,6 +16,7 @@ from litgpt.checkpoint.finetuned import Finetuned, trained_cache
 from litgpt.checkpoint.load import load_model
 from litgpt.engine.caches import CacheLease
 from litgpt.kernels import ops, processor
+from litgpt.kernels.library import compile_ahead
 from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.layers import LayerCaches
 from litgpt.kvcache.memory import check_fits
@@ -106,11 +107,15 @@ def make_ready(
         join: whether layers with the same input may become one; not if `lend_weights` follows.
     """
     device = default_device() if device is None else device
-    dtype = parse_precision(precision, device)
+    if device.type == "cpu":
+        compile_ahead()  # while weights are fetched
+    if precision is not None:
+        parse_precision(precision, device)  # raises before anything is fetched
     if quantize is not None:
         Scheme(quantize)  # raises before anything is fetched
         load = partial(load, quantize=quantize)
     path = find_checkpoint(checkpoint_dir, access_token)
+    dtype = parse_precision(precision, device)
     with waiting(f"Loading {path.resolve().name}", log=True):
         checkpoint = open_checkpoint(path)
         tokenizer = checkpoint.tokenizer()
