@@ -15,7 +15,7 @@ from litgpt.engine.caches import CacheLease, check_caches
 from litgpt.engine.drafting import Draft, Drafter
 from litgpt.engine.drawing import draw
 from litgpt.engine.prefill import ChunkedPrefill, prefill
-from litgpt.engine.prefixes import PrefixStore
+from litgpt.engine.prefixes import KeptPrefix, PrefixStore
 from litgpt.engine.sampling import check_tokens
 from litgpt.engine.second_reading import check_alone
 from litgpt.engine.sequence import Sequence
@@ -143,6 +143,7 @@ class Engine:
             return
         for sequence in sequences:
             sequence.n_prefilled = sequence.prompt_length
+        self._note_states(sequences)
         self._first += self._draw(sequences, logits)
 
     def _resume(self, sequences: abc.Sequence[Sequence]) -> None:
@@ -171,6 +172,15 @@ class Engine:
         caches, row = self.model.caches, self._rows.sequences.index(sequence)
         tokens = sequence.tokens[: caches.row_lengths[row]]
         self.prefixes.put(tokens, caches.rewind_limit(row), self._long_rope, lambda: caches.state_of_row(row))
+
+    def _note_states(self, sequences: abc.Sequence[Sequence]) -> None:
+        """Give sequences whose prompts are now cached their states, where they ask for it."""
+        caches = self.model.caches
+        for sequence in sequences:
+            if sequence.wants_state:
+                row = self._rows.sequences.index(sequence)
+                tokens, limit = sequence.tokens[: caches.row_lengths[row]], caches.rewind_limit(row)
+                sequence.state = KeptPrefix.of(tokens, limit, self._long_rope, caches.state_of_row(row))
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence without further tokens; its row is free."""
@@ -238,6 +248,7 @@ class Engine:
             for sequence in self._chunked.at_checkpoint:
                 self._keep(sequence)
             if sequences:
+                self._note_states(sequences)
                 released.update(self._draw(sequences, logits))
         self._keep_finished()
         self._rows.remove_finished()

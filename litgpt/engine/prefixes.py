@@ -26,6 +26,17 @@ class KeptPrefix:
     states: list[dict[str, Any]]
     n_bytes: int
 
+    @classmethod
+    def of(
+        cls, tokens: abc.Sequence[int], least: int, long_rope: bool, states: abc.Iterable[dict[str, Any]]
+    ) -> "KeptPrefix":
+        """A prefix with its state in main memory."""
+        found = [{name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in state.items()} for state in states]
+        new = cls(np.asarray(tokens, dtype=np.int64), least, long_rope, found, 0)
+        sizes = (x.nbytes for state in found for x in state.values() if isinstance(x, torch.Tensor))
+        new.n_bytes = new.tokens.nbytes + sum(sizes)
+        return new
+
     def common(self, tokens: np.ndarray) -> int:
         """Number of first tokens that are the same."""
         n = min(len(self.tokens), len(tokens))
@@ -55,6 +66,7 @@ class PrefixStore:
         self.n_bytes = 0
         self.n_lookups = self.n_hits = self.n_reused_tokens = 0
         self._kept: list[KeptPrefix] = []  # the one used last at the end
+        self._named: dict[str, KeptPrefix] = {}  # that stay until they are taken out
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -64,13 +76,14 @@ class PrefixStore:
         never among them, since it has to be run."""
         self.n_lookups += 1
         wanted, best = np.asarray(tokens[:-1], dtype=np.int64), None
-        for kept in self._kept:
+        for kept in [*self._kept, *self._named.values()]:
             n = kept.common(wanted)
             if n > (best[1] if best else 0) and n >= kept.least and kept.long_rope == long_rope:
                 best = kept, n
         if best:
-            self._kept.remove(best[0])
-            self._kept.append(best[0])
+            if best[0] in self._kept:
+                self._kept.remove(best[0])
+                self._kept.append(best[0])
             self.n_hits += 1
             self.n_reused_tokens += best[1]
         return best
@@ -84,20 +97,15 @@ class PrefixStore:
             tokens, least, long_rope: as in `KeptPrefix`.
             states: gives the state.
         """
-        new = KeptPrefix(np.asarray(tokens, dtype=np.int64), least, long_rope, [], 0)
-        if not self.max_bytes or not len(new.tokens):
+        new = KeptPrefix.of(tokens, least, long_rope, ())
+        if not self.max_bytes or not len(new.tokens) or any(kept.covers(new) for kept in self._named.values()):
             return
         for kept in self._kept:
             if kept.covers(new):
                 self._kept.remove(kept)
                 self._kept.append(kept)
                 return
-        new.states = [
-            {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in state.items()} for state in states()
-        ]
-        new.n_bytes = new.tokens.nbytes + sum(
-            x.nbytes for state in new.states for x in state.values() if isinstance(x, torch.Tensor)
-        )
+        new = KeptPrefix.of(tokens, least, long_rope, states())
         if new.n_bytes > self.max_bytes:
             return
         for kept in [kept for kept in self._kept if new.covers(kept)]:
@@ -107,10 +115,20 @@ class PrefixStore:
         self._kept.append(new)
         self.n_bytes += new.n_bytes
 
+    def name(self, name: str, kept: KeptPrefix | None) -> None:
+        """Keep a prefix by a name beside the others, in place of an earlier one of that name (None: only drop that)."""
+        self._named.pop(name, None)
+        if kept is not None:
+            self._named[name] = kept
+
+    def named(self) -> list[tuple[str, KeptPrefix]]:
+        """Those with a name."""
+        return sorted(self._named.copy().items())
+
     def _drop(self, kept: KeptPrefix) -> None:
         self._kept.remove(kept)
         self.n_bytes -= kept.n_bytes
 
     def clear(self) -> None:
-        """Forget all."""
+        """Forget all that have no name."""
         self._kept, self.n_bytes = [], 0

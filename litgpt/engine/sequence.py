@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from litgpt.engine.prefixes import KeptPrefix
 from litgpt.engine.sampling import Sampling, check_finite, whole_number
 from litgpt.engine.stopping import StopMatcher
 
@@ -26,12 +27,14 @@ class Sequence:
             model's own, before penalties, temperature and so on.
         checkpoints: numbers of first tokens of the prompt, such as those of the system prompt, at which an engine with a
             `PrefixStore` keeps the state of caches that cannot be rewound to them later.
+        wants_state: whether the engine sets `state`.
 
     Attributes:
         tokens: the prompt and all tokens drawn so far.
         prompt_length: number of tokens of the prompt.
         n_prefilled: number of tokens of the prompt that are cached.
         n_reused: number of those that a kept prefix had.
+        state: of the row when the prompt was cached, if requested.
         is_kept: whether the engine has kept the state of the row.
         n_output: number of drawn tokens that are known to be output.
         finish_reason: "stop" (a stop sequence), "length" (`max_new_tokens`), "cancelled", or None: not finished.
@@ -49,10 +52,12 @@ class Sequence:
     include_eos: bool = False
     logprobs: int | None = None
     checkpoints: tuple[int, ...] = ()
+    wants_state: bool = False
     tokens: list[int] = field(init=False)
     prompt_length: int = field(init=False)
     n_prefilled: int = field(default=0, init=False)
     n_reused: int = field(default=0, init=False)
+    state: KeptPrefix | None = field(default=None, init=False, repr=False)
     is_kept: bool = field(default=False, init=False)
     n_output: int = field(default=0, init=False)
     finish_reason: Literal["stop", "length", "cancelled"] | None = field(default=None, init=False)

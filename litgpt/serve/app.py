@@ -5,10 +5,12 @@ import hmac
 import json
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import parse_qs
 
 import torch
 
@@ -44,6 +46,7 @@ from litgpt.serve.parameters import (
     streaming_of,
 )
 from litgpt.serve.served import ServedModel
+from litgpt.serve.states import check_name, list_states, remove_state, save_state
 from litgpt.serve.tools import Tools
 
 T = TypeVar("T")
@@ -76,6 +79,7 @@ class App:
             ("GET", "/info"): self._info,
             ("GET", "/v1/models"): self._list_models,
             ("GET", "/v1/cache"): self._cache,
+            ("GET", "/v1/states"): self._states,
             ("POST", "/v1/chat/completions"): self._chat,
             ("POST", "/v1/completions"): self._completions,
             ("POST", options.api_path): self._predict,
@@ -127,6 +131,8 @@ class App:
             if name not in self.models:
                 raise ApiError(404, f"there is no model {name!r:.80}", "model", "model_not_found")
             await send_json(send, self._describe(name))
+        elif path.startswith("/v1/states/") and method in ("PUT", "DELETE"):
+            await self._state(method, path.removeprefix("/v1/states/"), scope, receive, send)
         elif path in ("/v1/embeddings", "/v1/responses"):
             raise ApiError(501, f"{path} is not supported: use /v1/chat/completions or /v1/completions")
         elif allowed := [known for known, place in self._routes if place == path]:
@@ -227,6 +233,31 @@ class App:
         except (asyncio.TimeoutError, TimeoutError):
             raise ApiError(504, "the engine did not answer in time", code="timeout") from None
 
+    async def _states(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._loaded()
+        served = self._model({"model": _queried_model(scope)})
+        await send_json(send, {"object": "list", "data": list_states(served)})
+
+    async def _state(self, method: str, name: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Save the state of a conversation or a text by a name, or remove it."""
+        if method == "DELETE":
+            served = self._model({"model": _queried_model(scope)})
+            await remove_state(self._loaded(), served, name)
+            await send_json(send, {"id": name, "object": "state", "deleted": True})
+            return
+        service, body = await self._body(receive)
+        served = self._model(body)
+        check_name(served, name)
+        if "messages" in body:
+            given, variables = (messages_of(body), Tools.of(body)), body.get("chat_template_kwargs") or {}
+            with _rejections("messages"):
+                tokens = await asyncio.to_thread(served.conversations.beginning, *given, **variables)
+        else:
+            tokens = await asyncio.to_thread(_encode, served, body.get("prompt"))
+        self._check_room(served, tokens)
+        saving = save_state(service, served, name, tokens)
+        await send_json(send, await unless_disconnected(receive, saving))
+
     def _loaded(self) -> Service:
         if self.service is None or self.draining:
             what = "is shutting down" if self.draining else "is loading its model"
@@ -268,12 +299,7 @@ class App:
             schema, param = tools.schema, "tool_choice"
         if schema is not None:
             sampling = replace(sampling, processors=(follow_schema(served.ready.tokenizer, schema, param),))
-        if len(prompt) >= served.room:
-            raise bad_request(
-                f"the prompt has {len(prompt):,} tokens, which leaves no room for an answer in the {served.room:,} of the context",
-                "messages",
-                "context_length_exceeded",
-            )
+        self._check_room(served, prompt)
         left = served.room - len(prompt)
         most = left if most is None else most if served.limit is None else min(most, left)
         return [
@@ -289,6 +315,14 @@ class App:
             )
             for i in range(n)
         ]
+
+    def _check_room(self, served: ServedModel, prompt: torch.Tensor) -> None:
+        if len(prompt) >= served.room:
+            raise bad_request(
+                f"the prompt has {len(prompt):,} tokens, which leaves no room for an answer in the {served.room:,} of the context",
+                "messages",
+                "context_length_exceeded",
+            )
 
     async def _run(
         self, receive: Receive, answers: Answers, work: Callable[[], Awaitable[None]], service: Service
@@ -397,10 +431,21 @@ class App:
 def _chat_prompt(
     served: ServedModel, messages: list[dict[str, Any]], tools: Tools | None, variables: Any, param: str
 ) -> ChatPrompt:
-    try:
+    with _rejections(param):
         return served.conversations.prompt(messages, tools, **variables)
+
+
+@contextmanager
+def _rejections(param: str) -> Iterator[None]:
+    """Bad requests for what a chat template rejects."""
+    try:
+        yield
     except (ValueError, TypeError) as error:
         raise bad_request(str(error), param) from None
+
+
+def _queried_model(scope: Scope) -> str | None:
+    return parse_qs(scope.get("query_string", b"").decode("latin-1")).get("model", [None])[0]
 
 
 def _prompts(given: Any) -> Iterable[str | list[int]]:
@@ -412,13 +457,15 @@ def _prompts(given: Any) -> Iterable[str | list[int]]:
     return given if all(isinstance(one, str | list) for one in given) else [given]
 
 
-def _encode(served: ServedModel, prompt: str | list[int]) -> torch.Tensor:
+def _encode(served: ServedModel, prompt: Any) -> torch.Tensor:
     if isinstance(prompt, str):
         tokens = served.ready.tokenizer.encode(prompt)
-    elif all(isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31 for token in prompt):
+    elif isinstance(prompt, list) and all(
+        isinstance(token, int) and not isinstance(token, bool) and 0 <= token < 2**31 for token in prompt
+    ):
         tokens = torch.tensor(prompt, dtype=torch.int64)
     else:
-        raise bad_request("a prompt of tokens must be a list of token ids", "prompt")
+        raise bad_request("the prompt must be a text or a list of token ids", "prompt")
     if not len(tokens):
         raise bad_request("the prompt is empty", "prompt")
     try:

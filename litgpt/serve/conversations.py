@@ -72,6 +72,17 @@ class Conversations:
         checkpoints = self._checkpoints(tokens, messages, variables) if self.evicts else ()
         return ChatPrompt(text, tokens, checkpoints, messages, variables)
 
+    def beginning(self, messages: Messages, tools: Tools | None = None, **variables: Any) -> torch.Tensor:
+        """The tokens of a conversation without an answer to come; of a system prompt alone those in front of any question.
+
+        Raises:
+            ValueError: as for `prompt`.
+        """
+        if messages[-1]["role"] != "system":
+            return self.prompt(messages, tools, **variables, add_generation_prompt=False).tokens
+        a, b = (self.prompt([*messages, {"role": "user", "content": x}], tools, **variables).tokens for x in "AB")
+        return a[: _n_common(a, b)]
+
     def _for_template(self, messages: Messages, tools: Tools | None) -> Messages:
         """The conversation, with tools and their calls as text where the chat template has no place for them."""
         if "tool_calls" not in self._template:
@@ -92,9 +103,7 @@ class Conversations:
             others = encode_prompt(self.tokenizer, self.style, other, **variables)
         except (ValueError, TypeError):  # the template takes no such conversation
             return ()
-        size = min(len(tokens), len(others))
-        different = (tokens[:size] != others[:size]).nonzero()
-        common = int(different[0]) if len(different) else size
+        common = _n_common(tokens, others)
         return (common,) if common >= LEAST_CHECKPOINT else ()
 
     def note(self, prompt: ChatPrompt, output: Sequence[int], answer: dict[str, Any]) -> None:
@@ -129,3 +138,10 @@ class Conversations:
         except (ValueError, TypeError):
             return ""
         return text.removeprefix(prompt.text) if text.startswith(prompt.text) else ""
+
+
+def _n_common(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Number of first tokens that are the same."""
+    size = min(len(a), len(b))
+    different = (a[:size] != b[:size]).nonzero()
+    return int(different[0]) if len(different) else size

@@ -25,6 +25,10 @@ class ServeOptions(SamplingOptions, CacheOptions, CheckpointOptions):
     prefix_cache: int = option(
         1000, "Megabytes for states of the key-value cache, from which later prompts that begin alike go on.", least=0
     )
+    state_dir: Path | None = option(
+        None,
+        "Folder for states of prompts that clients save by name, for this and later servers. Default: none are saved.",
+    )
     strict_model: bool = option(False, "Refuse requests that name another model.")
     max_body: int = option(16, "Most megabytes of a request's body.", least=1)
     grace: int = option(30, "Seconds that running answers have after SIGTERM.", least=0)
@@ -39,7 +43,7 @@ class ServeOptions(SamplingOptions, CacheOptions, CheckpointOptions):
     openai_spec: bool = option(False, "Has no effect: OpenAI's endpoints are always there.")
     devices: int = option(1, "Number of devices: this server runs a model on one.", least=1)
     generate_strategy: Literal["sequential", "tensor_parallel"] | None = option(
-        None, "How several devices share a model: not supported by this server."
+        None, "How several devices share a model: has no effect on one."
     )
     accelerator: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "auto, cuda, cpu or mps.")
     lora: str | None = option(
@@ -53,8 +57,8 @@ class ServeOptions(SamplingOptions, CacheOptions, CheckpointOptions):
         if not self.api_path.startswith("/"):
             raise ValueError(f"api_path must begin with /, got {self.api_path!r}")
         self.loras()  # raises at once
-        if self.devices > 1 or self.generate_strategy is not None:
-            raise ValueError("this server runs a model on one device: leave devices and generate_strategy out")
+        if self.devices > 1:
+            raise ValueError(f"this server runs a model on one device, not on {self.devices}: leave devices out")
 
     def loras(self) -> dict[str, Path]:
         """The folders of LoRA weights by their names; `ValueError` if two have the same."""

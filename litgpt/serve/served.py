@@ -6,6 +6,7 @@ from litgpt.engine.caches import CacheLease
 from litgpt.engine.continuous import ContinuousBatch
 from litgpt.engine.loading import Ready
 from litgpt.engine.prefixes import PrefixStore
+from litgpt.engine.state_folder import StateFolder
 from litgpt.serve.conversations import Conversations
 from litgpt.serve.options import ServeOptions
 
@@ -22,6 +23,7 @@ class ServedModel:
     prefixes: PrefixStore | None
     limit: int | None  # most tokens of a sequence
     conversations: Conversations
+    states: StateFolder | None
 
     @classmethod
     def of(cls, name: str, ready: Ready, options: ServeOptions, prefix_bytes: int) -> "ServedModel":
@@ -31,7 +33,15 @@ class ServedModel:
         options.assign_caches(model, options.batch_size)
         lease = CacheLease.take(model)
         takes_rows = model.caches.default or not model.caches.caches or model.caches.takes_rows_apart
-        prefixes = PrefixStore(prefix_bytes) if prefix_bytes and takes_rows else None
+        keeps = takes_rows and (prefix_bytes or options.state_dir is not None)
+        prefixes = PrefixStore(prefix_bytes) if keeps else None
+        states = None
+        if options.state_dir is not None:
+            if prefixes is None:
+                raise ValueError(f"state_dir needs caches whose rows can be taken apart, not {options.kv_cache}")
+            states = StateFolder(options.state_dir / name, model, options.cache_spec())
+            for known, kept in states.load_all():
+                prefixes.name(known, kept)
         length = None
         if not model.caches.caches or model.caches.default:
             length = min(model.max_seq_length, options.cache_length or DEFAULT_LENGTH)
@@ -42,7 +52,7 @@ class ServedModel:
         limit = None if caches.unbounded else min(model.max_seq_length, caches.max_length or model.max_seq_length)
         evicts = prefixes is not None and any(cache.evicts for cache in caches.caches)
         conversations = Conversations(ready.tokenizer, ready.prompt_style, evicts)
-        return cls(name, ready, batch, prefixes, limit, conversations)
+        return cls(name, ready, batch, prefixes, limit, conversations, states)
 
     @property
     def room(self) -> int:

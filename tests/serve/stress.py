@@ -35,6 +35,7 @@ from litgpt.prompts import ChatTemplate, all_stop_tokens, encode_prompt
 from serve.conftest import serving  # isort: skip
 
 CLIENTS = 12
+TEXTS = 500  # different ones: the tokenizers library keeps the tokens of up to 10,000 words, here of whole texts
 TIED = 1e-4  # difference of two logits
 BEGINNINGS = ("", "You are a llama. " * 3, "You are a llama. " * 3 + "You like grass. ", "Hello", "é" * 60)
 BAD = (
@@ -100,7 +101,8 @@ def _note(seen: list[torch.Tensor], tokens: list[int], logits: torch.Tensor) -> 
 def random_request(choose: random.Random) -> tuple[str, dict]:
     """A path and a body that ask for something."""
     path = choose.choice(("/v1/chat/completions", "/v1/chat/completions", "/v1/completions", "/predict"))
-    text = choose.choice(BEGINNINGS) + "".join(choose.choices("abc de\n", k=choose.choice((1, 3, 20, 200))))
+    texts = random.Random(choose.randrange(TEXTS))
+    text = choose.choice(BEGINNINGS) + "".join(texts.choices("abc de\n", k=texts.choice((1, 3, 20, 200))))
     body: dict = {"temperature": 0} if choose.random() < 0.5 else {"temperature": 1.2, "top_p": 0.9, "top_k": 40}
     body["seed"] = choose.randrange(1000)
     body["max_new_tokens" if path == "/predict" else "max_tokens"] = choose.choice((1, 2, 10, 30, 80))

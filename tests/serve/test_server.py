@@ -255,6 +255,7 @@ def test_paths_methods_and_bodies(server):
     assert call(f"{server}/nowhere")[0] == 404
     assert call(chat, method="GET")[0] == 405
     assert call(chat, data=b"{")[0] == call(chat, data=b"[1]")[0] == call(chat, data=b"[" * 100_000)[0] == 400
+    assert call(f"{server}/v1/states")[0] == call(f"{server}/v1/states/a", {"prompt": "a"}, method="PUT")[0] == 501
     assert call(f"{server}/v1/embeddings", {"input": "x"})[0] == 501
     assert call(chat, data=b"x" * 17_000_000)[0] == 413
     status, _, text = call(f"{server}/health")
@@ -389,6 +390,38 @@ def test_lora_weights_are_served_beside_the_model(checkpoint, llm, tmp_path):
             answers = list(pool.map(lambda name: ask(client, model=name), names * 2))
         assert [answer.choices[0].message.content for answer in answers] == expected * 2
         assert [answer.model for answer in answers] == names * 2
+
+
+def test_states_are_saved_by_name_and_outlive_the_server(checkpoint, tmp_path):
+    kind = "--kv_cache", "h2o", "--cache_length", 100, "--prefix_cache", 0, "--state_dir", tmp_path / "states"
+    system = [{"role": "system", "content": "Be kind to llamas. " * 4}]
+    asked = {**GREEDY, "messages": [*system, *HELLO], "max_tokens": 9}
+
+    def answer(server):
+        found = json.loads(call(f"{server}/v1/chat/completions", asked)[2])
+        return found["usage"]["prompt_tokens_details"]["cached_tokens"], found["choices"][0]["message"]["content"]
+
+    with serving(checkpoint, *kind) as (server, _):
+        assert answer(server)[0] == 0
+        status, _, text = call(f"{server}/v1/states/llamas", {"messages": system}, method="PUT")
+        saved = json.loads(text)
+        assert (status, saved["id"]) == (200, "llamas")
+        assert (
+            saved["tokens"] == len(system[0]["content"]) + 3
+        )  # of bytes; with the system's, its end's and the user's token
+        cached, text = answer(server)
+        assert cached == saved["tokens"]
+        for name in ("..%2Fout", "a/../b", ".hidden", "x" * 65, "%00"):
+            assert call(f"{server}/v1/states/{name}", {"messages": system}, method="PUT")[0] == 400
+        assert call(f"{server}/v1/states/a", {"prompt": 3}, method="PUT")[0] == 400
+        assert call(f"{server}/v1/states/none", method="DELETE")[0] == 404
+    assert [path.name for path in tmp_path.rglob("*.state")] == ["llamas.state"]
+    with serving(checkpoint, *kind) as (server, _):
+        assert json.loads(call(f"{server}/v1/states")[2])["data"] == [saved]
+        assert answer(server) == (cached, text)
+        assert call(f"{server}/v1/states/llamas", method="DELETE")[0] == 200
+        assert answer(server)[0] == 0
+    assert list(tmp_path.rglob("*.state")) == []
 
 
 def test_predict_and_a_full_queue(checkpoint, llm):
