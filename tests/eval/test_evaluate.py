@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from tiny import VOCABULARY, tiny_gpt, tiny_tokenizer
+from tiny import VOCABULARY, tiny_gpt, tiny_tokenizer, write_lora
 
 from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
@@ -132,3 +132,19 @@ def test_a_task_of_the_harness(evaluate, checkpoint, tmp_path, capsys):
     own, theirs = results["samples"]["mine"], results["samples"]["mine_again"]
     for a, b in zip(own, theirs, strict=True):
         assert a["resps"] == pytest.approx([float(x[0][0]) for x in b["resps"]], abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"kv_cache": "h2o-int8", "cache_length": 200}])
+def test_weights_of_loras_and_quantised_ones_under_any_cache(checkpoint, tmp_path, options):
+    """A folder of LoRA weights is the model with these merged."""
+    write_lora(checkpoint, tmp_path / "lora")
+    (tmp_path / "story.txt").write_text("A llama walks over the hill. " * 12)
+    LLM.load(tmp_path / "lora", precision="32-true").save(tmp_path / "merged")
+    scores = []
+    for folder in (tmp_path / "lora", tmp_path / "merged", checkpoint):
+        out = tmp_path / "out" / folder.name
+        convert_and_evaluate(folder, str(tmp_path / "story.txt"), out_dir=out, dtype="float32", length=150, **options)
+        scores.append(json.loads((out / "results.json").read_text())["results"]["story"]["perplexity,none"])
+    tuned, merged, plain = scores
+    assert tuned == pytest.approx(merged, rel=1e-4)
+    assert abs(tuned / plain - 1) > 0.01
