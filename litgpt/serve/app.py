@@ -241,8 +241,8 @@ class App:
     async def _state(self, method: str, name: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Save the state of a conversation or a text by a name, or remove it."""
         if method == "DELETE":
-            served = self._model({"model": _queried_model(scope)})
-            await remove_state(self._loaded(), served, name)
+            service, served = self._loaded(), self._model({"model": _queried_model(scope)})
+            await remove_state(service, served, name)
             await send_json(send, {"id": name, "object": "state", "deleted": True})
             return
         service, body = await self._body(receive)
@@ -255,6 +255,7 @@ class App:
         else:
             tokens = await asyncio.to_thread(_encode, served, body.get("prompt"))
         self._check_room(served, tokens)
+        self._check_queue(service, served, 1)
         saving = save_state(service, served, name, tokens)
         await send_json(send, await unless_disconnected(receive, saving))
 
@@ -324,14 +325,16 @@ class App:
                 "context_length_exceeded",
             )
 
+    def _check_queue(self, service: Service, served: ServedModel, new: int) -> None:
+        busy = service.unfinished + new > served.batch.batch_size
+        if busy and service.waiting + new > max(self.options.max_queue, new):
+            raise ApiError(429, "too many requests are waiting", code="queue_full", headers={"retry-after": "1"})
+
     async def _run(
         self, receive: Receive, answers: Answers, work: Callable[[], Awaitable[None]], service: Service
     ) -> None:
         """Generate, and cancel what is left when `work` ends or the client leaves."""
-        new = len(answers.generations)
-        busy = service.unfinished + new > answers.served.batch.batch_size
-        if busy and service.waiting + new > max(self.options.max_queue, new):
-            raise ApiError(429, "too many requests are waiting", code="queue_full", headers={"retry-after": "1"})
+        self._check_queue(service, answers.served, len(answers.generations))
         for generation in answers.generations:
             service.submit(generation)
         loop, cut = asyncio.get_running_loop(), None

@@ -13,6 +13,8 @@ from litgpt.errors import describe
 from litgpt.serve.errors import ApiError, bad_request
 from litgpt.serve.served import ServedModel
 
+MOST_STATES = 100  # of a model
+
 
 def _folder(served: ServedModel) -> StateFolder:
     if served.states is None:
@@ -30,6 +32,9 @@ def check_name(served: ServedModel, name: str) -> None:
 
 async def save_state(service: Service, served: ServedModel, name: str, tokens: torch.Tensor) -> dict[str, Any]:
     """Compute a prompt, and save its state in a file, from which prompts that begin with it go on."""
+    known = [one for one, _ in served.prefixes.named()]
+    if name not in known and len(known) >= MOST_STATES:
+        raise ApiError(409, f"there are {MOST_STATES} states already: remove one", "name", "too_many_states")
     folder, loop = _folder(served), asyncio.get_running_loop()
     result: asyncio.Future[KeptPrefix] = loop.create_future()
 
