@@ -22,9 +22,11 @@ class Page:
         flags = (
             "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-dev-shm-usage --remote-debugging-pipe"
         )
-        command = ["sh", "-c", f'exec "$0" "$@" 3<&{given[0]} 4>&{given[1]}', PROGRAM, *flags.split()]
         self._process = subprocess.Popen(
-            [*command, f"--user-data-dir={folder}", "about:blank"], pass_fds=given, stderr=subprocess.DEVNULL
+            [PROGRAM, *flags.split(), f"--user-data-dir={folder}", "about:blank"],
+            preexec_fn=lambda: [os.dup2(one, to) for one, to in zip(given, (3, 4), strict=True)],
+            pass_fds=(3, 4),
+            stderr=subprocess.DEVNULL,
         )
         for one in (inward[0], outward[1], *given):
             os.close(one)
