@@ -35,6 +35,7 @@ from litgpt.prompts import ChatTemplate, all_stop_tokens, encode_prompt
 from serve.conftest import serving  # isort: skip
 
 CLIENTS = 12
+CONTEXT = 512  # tokens
 TEXTS = 500  # different ones: the tokenizers library keeps the tokens of up to 10,000 words, here of whole texts
 TIED = 1e-4  # difference of two logits
 BEGINNINGS = ("", "You are a llama. " * 3, "You are a llama. " * 3 + "You like grass. ", "Hello", "é" * 60)
@@ -56,7 +57,9 @@ BAD = (
 def tiny_llm() -> LLM:
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
-    return LLM(tiny_gpt(**VOCABULARY, block_size=512), Preprocessor(tokenizer), ChatTemplate.from_tokenizer(tokenizer))
+    return LLM(
+        tiny_gpt(**VOCABULARY, block_size=CONTEXT), Preprocessor(tokenizer), ChatTemplate.from_tokenizer(tokenizer)
+    )
 
 
 class Reference:
@@ -76,7 +79,7 @@ class Reference:
         names = ("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty")
         settings = {name: body[name] for name in names if name in body}
         stops, texts, tied = all_stop_tokens(self.tokenizer, self.style), [], False
-        count = body.get("max_new_tokens") or body["max_tokens"]
+        count = min(body.get("max_new_tokens") or body["max_tokens"], CONTEXT - len(tokens))
         for i in range(body.get("n", 1)):
             seen: list[torch.Tensor] = []
             sampling = Sampling(**settings, seed=body["seed"] + i, processors=(partial(_note, seen),))
