@@ -19,7 +19,7 @@ inline double processor_seconds() { return clock_seconds(CLOCK_THREAD_CPUTIME_ID
 
 class Team {
     static constexpr double WINDOW = 0.025;                        // seconds that are looked at together
-    static constexpr double LEAST_PAUSE = 0.25, MOST_PAUSE = 2.0;  // seconds until one more is tried
+    static constexpr double LEAST_PAUSE = 0.25, MOST_PAUSE = 0.5;  // seconds until one more is tried
     int most = 0, size = 0;
     bool is_trying = false;
     double elapsed = 0, used = 0, pause = LEAST_PAUSE, next = 0;
