@@ -2,14 +2,19 @@
 
 import asyncio
 import json
+import shutil
 import signal
 import socket
+import subprocess
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from tiny import write_lora
+
+from litgpt.api import LLM
 
 from .conftest import serving
 
@@ -223,6 +228,8 @@ def test_tools_may_be_left_alone(client):
         ({"messages": HELLO, "temperature": "hot"}, "temperature"),
         ({"messages": HELLO, "max_tokens": 0}, "max_tokens"),
         ({"messages": HELLO, "n": 1000}, "n"),
+        ({"messages": HELLO, "logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"messages": HELLO, "logprobs": True, "top_logprobs": 999}, "top_logprobs"),
         ({"messages": HELLO, "stop": 3}, "stop"),
         ({"messages": HELLO, "model": 3}, "model"),
         ({"messages": HELLO, "stream": "yes"}, "stream"),
@@ -299,6 +306,28 @@ def test_second_turns_are_read_from_the_cache(client):
     assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.total_tokens - 1
 
 
+def test_turns_after_calls_of_tools_are_read_from_the_cache(client):
+    pytest.importorskip("llguidance")
+    asked = [{"role": "user", "content": "Look."}]
+    settings = {"tools": TOOLS[:1], "max_tokens": 150, "temperature": 2.0, "seed": 3, "model": "tiny"}
+    first = client.chat.completions.create(messages=asked, tool_choice="required", **settings)
+    message = first.choices[0].message
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "It is at home."}
+    messages = [*asked, message.model_dump(exclude_none=True), result]
+    second = client.chat.completions.create(messages=messages, **settings)
+    assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.total_tokens - 1
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_streams_have_nothing_that_clients_stumble_over(server):
+    body = json.dumps({**GREEDY, "messages": HELLO, "max_tokens": 6, "stream": True})
+    command = ["curl", "-sN", f"{server}/v1/chat/completions", "-H", "content-type: application/json", "-d", body]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    for line in lines[:-2]:  # no comments, ids, or empty frames
+        assert json.loads(line.removeprefix("data: "))["choices"][0]["delta"] is not None
+
+
 def test_metrics_and_the_view_of_the_caches(server, client):
     ask(client)
     text = call(f"{server}/metrics")[2].decode()
@@ -343,6 +372,23 @@ def test_keys_pages_of_others_and_litgpts_endpoint(checkpoint, llm):
         assert text == llm.generate("Hello", temperature=0)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+def test_lora_weights_are_served_beside_the_model(checkpoint, llm, tmp_path):
+    write_lora(checkpoint, tmp_path / "kind" / "final")
+    write_lora(checkpoint, tmp_path / "other", seed=1)
+    expected = [llm.generate("Hello", max_new_tokens=12, temperature=0)]
+    for folder in (tmp_path / "kind" / "final", tmp_path / "other"):
+        expected.append(LLM.load(folder, precision="32-true").generate("Hello", max_new_tokens=12, temperature=0))
+    assert len(set(expected)) == 3
+    with serving(checkpoint, "--lora", f"{tmp_path / 'kind' / 'final'},second={tmp_path / 'other'}") as (server, _):
+        client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
+        names = [model.id for model in client.models.list()]
+        assert names == ["tiny", "kind", "second"]
+        with ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(lambda name: ask(client, model=name), names * 2))
+        assert [answer.choices[0].message.content for answer in answers] == expected * 2
+        assert [answer.model for answer in answers] == names * 2
 
 
 def test_predict_and_a_full_queue(checkpoint, llm):
