@@ -96,16 +96,26 @@ def answer(model, press, sample: dict) -> list[float]:
             model.model(input_ids=context, past_key_values=cache)
     found = []
     for before, right in queries_of(sample):
-        own, tokens = copy.deepcopy(cache), before + right
-        position = torch.arange(context.shape[1], context.shape[1] + len(tokens))[None]
-        mask = masks(model, own, context.shape[1], len(tokens)) if isinstance(model, Gemma3ForCausalLM) else None
-        inputs = {"input_ids": torch.tensor([tokens]), "past_key_values": own, "position_ids": position}
-        logits = model(**inputs, attention_mask=mask).logits[0, len(before) - 1 : -1]
+        logits = predict(model, copy.deepcopy(cache), context.shape[1], before + right)[len(before) - 1 : -1]
         found.append(logits.float().log_softmax(-1).gather(1, torch.tensor(right)[:, None]).mean().item())
     return found
 
 
-def masks(model, cache: DynamicCache, length: int, new: int) -> dict[str, torch.Tensor]:
+def predict(model, cache: DynamicCache, length: int, tokens: list[int]) -> torch.Tensor:
+    """Logits after each of the tokens, which follow a context of that length."""
+    sizes = {layer.keys.shape[2] for layer in cache.layers}
+    alike = len(sizes) == 1 or isinstance(model, Gemma3ForCausalLM)
+    logits = []
+    for start in range(0, len(tokens), len(tokens) if alike else 1):  # one token at a time needs no mask
+        part = tokens[start:] if alike else tokens[start : start + 1]
+        position = torch.arange(length + start, length + start + len(part))[None]
+        mask = masks(model, cache, len(part)) if isinstance(model, Gemma3ForCausalLM) else None
+        inputs = {"input_ids": torch.tensor([part]), "past_key_values": cache, "position_ids": position}
+        logits.append(model(**inputs, attention_mask=mask).logits[0])
+    return torch.cat(logits)
+
+
+def masks(model, cache: DynamicCache, new: int) -> dict[str, torch.Tensor]:
     """Masks by the kind of layer, for caches that are shorter in layers without a window: transformers makes them for one length."""
     found = {}
     for kind, layer in zip(model.config.layer_types, cache.layers, strict=True):
