@@ -115,10 +115,13 @@ def _file_names(repo_id: str, access_token: str | None) -> list[str]:
     with waiting("Asking the Hugging Face hub"):
         threading.Thread(target=ask, daemon=True).start()
         wait([answer], _ANSWER_SECONDS)
-    if not answer.done():
-        answer = Future()
-        answer.set_exception(TimeoutError(f"no answer within {_ANSWER_SECONDS:.0f} seconds"))
-    return _guarded(repo_id, answer.result)
+
+    def result() -> list[str]:
+        if not answer.done():  # the thread may still set it later
+            raise TimeoutError(f"no answer within {_ANSWER_SECONDS:.0f} seconds")
+        return answer.result()
+
+    return _guarded(repo_id, result)
 
 
 def _guarded(repo_id: str, action: Callable[[], _T]) -> _T:

@@ -4,6 +4,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,8 +49,11 @@ class Generation:
     error: str | None = field(default=None, init=False)
     sequence: Sequence | None = field(default=None, init=False)
     text: TextStream | None = field(default=None, init=False)
-    submitted: float = field(default_factory=time.monotonic, init=False)
-    first_token: float | None = field(default=None, init=False)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the engine has read a part of the prompt."""
+        return self.sequence is not None and (self.sequence.n_prefilled > 0 or self.sequence.is_decoding)
 
 
 class Service:
@@ -70,7 +74,7 @@ class Service:
         self._inbox: deque[tuple[str, Any]] = deque()
         self._wake = threading.Event()
         self._running: dict[Sequence, Generation] = {}
-        self._closing = False
+        self._closing = self._ended = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -100,12 +104,16 @@ class Service:
         """End a request, if it has not ended; its row is free within one step."""
         self._send("cancel", generation)
 
+    def cut(self, generation: Generation) -> None:
+        """End a request with what it has, as if that were all the tokens that it may have."""
+        self._send("cut", generation)
+
     def fail_all(self, message: str) -> None:
         """End all requests with an error."""
         self._send("fail", message)
 
     def call(self, function: Callable[[], None]) -> None:
-        """Call a function in the engine's thread between two steps."""
+        """Call a function, which must not raise, in the engine's thread between two steps."""
         self._send("call", function)
 
     def close(self, timeout: float = 5.0) -> None:
@@ -117,10 +125,25 @@ class Service:
     def _send(self, what: str, value: Any) -> None:
         self._inbox.append((what, value))
         self._wake.set()
+        if self._ended:
+            self._fail_left()
 
     # -- the thread
 
     def _run(self) -> None:
+        try:
+            self._loop()
+        finally:
+            self._ended = True
+            self._fail_left()
+
+    def _fail_left(self) -> None:
+        """End all requests when the thread has ended."""
+        for generation in [*self._running.values(), *(one for what, one in list(self._inbox) if what == "submit")]:
+            self._end(generation, "error", "the engine has stopped")
+        self._running.clear()
+
+    def _loop(self) -> None:
         while not self._closing:
             self.heartbeat = time.monotonic()
             if not self._running and not self._inbox:
@@ -158,6 +181,13 @@ class Service:
             self._drop(generation)
             self._end(generation, "cancelled")
 
+    def _cut(self, generation: Generation) -> None:
+        if generation.finish_reason is None:
+            self._drop(generation)
+            if rest := generation.text.finish():
+                self._deliver(generation, rest)
+            self._end(generation, "length")
+
     def _fail(self, message: str) -> None:
         for generation in list(self._running.values()):
             self._drop(generation)
@@ -189,11 +219,13 @@ class Service:
         for sequence, tokens in released:
             if generation := self._running.get(sequence):
                 self.n_generated += len(tokens)
-                self._advance(generation, tokens)
+                try:
+                    self._advance(generation, tokens)
+                except Exception as error:
+                    self._drop(generation)
+                    self._end(generation, "error", describe(error))
 
     def _advance(self, generation: Generation, tokens: list[int]) -> None:
-        if generation.first_token is None:
-            generation.first_token = time.monotonic()
         sequence, text = generation.sequence, generation.text
         piece = text.push(tokens)
         if text.stopped and not sequence.finish_reason:
@@ -201,11 +233,16 @@ class Service:
         if text.stopped or sequence.finish_reason:
             piece += text.finish()
         if piece:
-            generation.deliver(generation, piece)
+            self._deliver(generation, piece)
         if text.stopped or sequence.finish_reason:
             self._running.pop(sequence, None)
             self._end(generation, "stop" if text.stopped else sequence.finish_reason)
 
     def _end(self, generation: Generation, reason: str, error: str | None = None) -> None:
-        generation.error, generation.finish_reason = error, reason
-        generation.deliver(generation, "")
+        if generation.finish_reason is None:
+            generation.error, generation.finish_reason = error, reason
+            self._deliver(generation, "")
+
+    def _deliver(self, generation: Generation, piece: str) -> None:
+        with suppress(Exception):  # of a receiver that is gone
+            generation.deliver(generation, piece)

@@ -4,7 +4,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from litgpt.engine.answer import Answer, TokenLogprob
@@ -21,8 +21,13 @@ class Answers:
         served: the model.
         generations: of the request, in the order of their indexes; for several prompts, prompt by prompt.
         kind: "chat.completion" or "text_completion".
+        timeout: seconds that they may wait for their turn.
         echo: texts to put in front of each, if asked for.
         tools: that may be called.
+
+    Attributes:
+        messages: of a chat, once they are complete.
+        at_end: awaited when all answers are complete, before the client learns it.
     """
 
     def __init__(
@@ -30,12 +35,17 @@ class Answers:
         served: ServedModel,
         generations: list[Generation],
         kind: str,
+        timeout: float,
         echo: list[str] | None = None,
         tools: Tools | None = None,
     ) -> None:
         self.served, self.generations, self.kind, self.tools = served, generations, kind, tools
+        self.timeout = timeout
+        self.messages: list[dict[str, Any]] = [{}] * len(generations)
+        self.at_end: Callable[[], Awaitable[None]] = _nothing
         self.echo = echo or [""] * len(generations)
-        self.events: asyncio.Queue[tuple[int, str, bool]] = asyncio.Queue()  # index, text, whether it was the last
+        # index (None: the time to wait is over), text, whether it was the last
+        self.events: asyncio.Queue[tuple[int | None, str, bool]] = asyncio.Queue()
         prefix = "chatcmpl-" if kind.startswith("chat") else "cmpl-"
         self.common = {"id": prefix + secrets.token_hex(12), "created": int(time.time()), "model": served.name}
         loop = asyncio.get_running_loop()
@@ -54,15 +64,29 @@ class Answers:
         Raises:
             ApiError: if one fails.
         """
-        left = len(self.generations)
-        while left:
-            index, text, last = await self.events.get()
-            if last:
-                left -= 1
-                generation = self.generations[index]
-                if generation.finish_reason in ("error", "cancelled"):
-                    raise _failure(generation)
-            yield index, text, last
+        left, over = len(self.generations), (None, "", False)
+        timer = asyncio.get_running_loop().call_later(self.timeout, self.events.put_nowait, over)
+        try:
+            while left:
+                index, text, last = await self.events.get()
+                if index is None:
+                    if not any(one.has_begun for one in self.generations):
+                        raise ApiError(
+                            504,
+                            f"no place was free within {self.timeout} seconds",
+                            None,
+                            "timeout",
+                            {"retry-after": "1"},
+                        )
+                    continue
+                if last:
+                    left -= 1
+                    generation = self.generations[index]
+                    if generation.finish_reason in ("error", "cancelled"):
+                        raise _failure(generation)
+                yield index, text, last
+        finally:
+            timer.cancel()
 
     async def whole(self) -> dict[str, Any]:
         """The response of a request that does not stream."""
@@ -70,6 +94,7 @@ class Answers:
         async for index, text, _ in self.pieces():
             texts[index] += text
         choices = [self._choice(i, text) for i, text in enumerate(texts)]
+        await self.at_end()
         return {**self.common, "object": self.kind, "choices": choices, "usage": self.usage()}
 
     def _choice(self, index: int, text: str) -> dict[str, Any]:
@@ -80,12 +105,16 @@ class Answers:
             "logprobs": self.logprobs(generation, text),
         }
         if self.kind.startswith("chat"):
-            content, calls = (text, []) if self.tools is None else self.tools.calls(text)
-            message = {"role": "assistant", "content": content, "refusal": None}
-            if calls:
-                message["tool_calls"], choice["finish_reason"] = calls, "tool_calls"
-            return {**choice, "message": message}
+            _, calls = self._content(index, text)
+            message = {**self.messages[index], "refusal": None}
+            return {**choice, "message": message, **({"finish_reason": "tool_calls"} if calls else {})}
         return {**choice, "text": text}
+
+    def _content(self, index: int, text: str) -> tuple[str | None, list[dict[str, Any]]]:
+        """Text and calls of tools of a complete answer, which becomes a message."""
+        content, calls = (text, []) if self.tools is None else self.tools.calls(text)
+        self.messages[index] = {"role": "assistant", "content": content, **({"tool_calls": calls} if calls else {})}
+        return content, calls
 
     def logprobs(self, generation: Generation, text: str) -> dict[str, Any] | None:
         if generation.logprobs is None:
@@ -133,13 +162,13 @@ class Answers:
             for index, text in enumerate(self.echo):
                 if chat or text:
                     yield event([choice(index, text, role="assistant") if chat else choice(index, text)])
-            texts = [""] * len(self.generations)  # so far, where they may be calls of tools
+            texts = [""] * len(self.generations)  # so far
             async for index, text, last in self.pieces():
                 calls: list[dict[str, Any]] = []
-                if self.tools is not None:
-                    texts[index] += text
-                    content, calls = self.tools.calls(texts[index]) if last else (None, [])
-                    text = content or ""
+                texts[index] += text
+                if last or self.tools is not None:  # which may be called
+                    content, calls = self._content(index, texts[index]) if last else (None, [])
+                    text = text if self.tools is None else content or ""
                 if text:
                     yield event([choice(index, text)])
                 for i, call in enumerate(calls):
@@ -153,11 +182,16 @@ class Answers:
                     end = choice(index, "", "tool_calls" if calls else generation.finish_reason)
                     end["logprobs"] = self.logprobs(generation, "")
                     yield event([end])
+            await self.at_end()
             if include_usage:
                 yield event([], usage=self.usage())
         except ApiError as error:
             yield _event(error.body())
         yield b"data: [DONE]\n\n"
+
+
+async def _nothing() -> None:
+    pass
 
 
 def _event(value: dict[str, Any]) -> bytes:

@@ -8,14 +8,16 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from litgpt.engine.engine import check_vocabulary
 from litgpt.engine.service import Generation, Service
+from litgpt.errors import describe
 from litgpt.serve.answers import Answers
 from litgpt.serve.cache_view import cache_view
+from litgpt.serve.conversations import ChatPrompt
 from litgpt.serve.errors import ApiError, bad_request
 from litgpt.serve.grammar import follow_schema, schema_of
 from litgpt.serve.http import (
@@ -44,6 +46,7 @@ from litgpt.serve.parameters import (
 from litgpt.serve.served import ServedModel
 from litgpt.serve.tools import Tools
 
+T = TypeVar("T")
 STUCK_AFTER = 120  # seconds of one step
 _PAGE = Path(__file__).with_name("page.html")
 _OPEN = ("/", "/health", "/livez")  # need no key
@@ -198,15 +201,31 @@ class App:
         }
 
     async def _cache(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._loaded()
+        service = self._loaded()
+        await send_json(
+            send, await self._in_engine(service, lambda: {name: cache_view(one) for name, one in self.models.items()})
+        )
+
+    async def _in_engine(self, service: Service, function: Callable[[], T]) -> T:
+        """What a function returns that the engine's thread calls between two steps."""
         loop, result = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
 
-        def look() -> None:
-            view = {name: cache_view(one) for name, one in self.models.items()}
-            loop.call_soon_threadsafe(lambda: result.done() or result.set_result(view))
+        def give(value: T | None, error: Exception | None) -> None:
+            if not result.done():  # it is once the client has left
+                result.set_result(value) if error is None else result.set_exception(error)
 
-        self.service.call(look)
-        await send_json(send, await asyncio.wait_for(result, self.options.timeout))
+        def run() -> None:
+            try:
+                found = function(), None
+            except Exception as error:
+                found = None, ApiError(500, describe(error))
+            loop.call_soon_threadsafe(give, *found)
+
+        service.call(run)
+        try:
+            return await asyncio.wait_for(result, self.options.timeout)
+        except (asyncio.TimeoutError, TimeoutError):
+            raise ApiError(504, "the engine did not answer in time", code="timeout") from None
 
     def _loaded(self) -> Service:
         if self.service is None or self.draining:
@@ -275,9 +294,14 @@ class App:
             raise ApiError(429, "too many requests are waiting", code="queue_full", headers={"retry-after": "1"})
         for generation in answers.generations:
             service.submit(generation)
+        loop, cut = asyncio.get_running_loop(), None
+        if self.options.max_seconds is not None:
+            cut = loop.call_later(self.options.max_seconds, lambda: [service.cut(one) for one in answers.generations])
         try:
             await unless_disconnected(receive, work())
         finally:
+            if cut is not None:
+                cut.cancel()
             for generation in answers.generations:
                 if generation.finish_reason is None:
                     service.cancel(generation)
@@ -293,23 +317,19 @@ class App:
         most = number(body, "max_completion_tokens", number(body, "max_tokens", least=1), least=1)
         variables = body.get("chat_template_kwargs") or {}
         logprobs = number(body, "top_logprobs", 0, least=0) if flag(body, "logprobs") else None
-        if tools is not None:
-            messages, variables = served.with_tools(messages, tools), {**variables, "tools": tools.described}
-        try:
-            text, prompt, checkpoints = await asyncio.to_thread(served.chat_prompt, messages, **variables)
-        except (ValueError, TypeError) as error:
-            raise bad_request(str(error), "messages") from None
-        answers = Answers(
-            served,
-            await asyncio.to_thread(self._generations, served, prompt, body, most, checkpoints, logprobs, tools),
-            "chat.completion",
-            tools=tools,
+        prompt = await asyncio.to_thread(_chat_prompt, served, messages, tools, variables, "messages")
+        generations = await asyncio.to_thread(
+            self._generations, served, prompt.tokens, body, most, prompt.checkpoints, logprobs, tools
         )
+        answers = Answers(served, generations, "chat.completion", self.options.timeout, tools=tools)
+
+        async def note() -> None:
+            for one, message in zip(generations, answers.messages, strict=True):
+                if one.finish_reason in ("stop", "length") and not one.text.stopped:
+                    await asyncio.to_thread(served.conversations.note, prompt, one.sequence.output, message)
+
+        answers.at_end = note
         await self._deliver(receive, send, answers, stream, include_usage, service)
-        for one in answers.generations:
-            if one.finish_reason in ("stop", "length") and not one.text.stopped:
-                answer = served.ready.tokenizer.decode(one.sequence.output)
-                served.note(text + answer, [*prompt.tolist(), *one.sequence.output])
 
     async def _deliver(
         self, receive: Receive, send: Send, answers: Answers, stream: bool, include_usage: bool, service: Service
@@ -340,7 +360,7 @@ class App:
             own = self._generations(served, tokens, body, most, logprobs=logprobs)
             generations += own
             texts += [served.ready.tokenizer.decode(tokens.tolist()) if echo else ""] * len(own)
-        answers = Answers(served, generations, "text_completion", texts)
+        answers = Answers(served, generations, "text_completion", self.options.timeout, texts)
         await self._deliver(receive, send, answers, stream, include_usage, service)
 
     async def _predict(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -348,13 +368,11 @@ class App:
         served, prompt = self._model(body), body.get("prompt")
         if not isinstance(prompt, str) or not prompt:
             raise bad_request('the body must have a "prompt", a text', "prompt")
-        message = [{"role": "user", "content": prompt}]
-        try:
-            _, tokens, _ = await asyncio.to_thread(served.chat_prompt, message)
-        except ValueError as error:
-            raise bad_request(str(error), "prompt") from None
+        messages = [{"role": "user", "content": prompt}]
+        prompt = await asyncio.to_thread(_chat_prompt, served, messages, None, {}, "prompt")
         most = number(body, "max_new_tokens", self.options.max_new_tokens, least=1)
-        answers = Answers(served, self._generations(served, tokens, body, most)[:1], "text_completion")
+        generations = self._generations(served, prompt.tokens, body, most, prompt.checkpoints)[:1]
+        answers = Answers(served, generations, "text_completion", self.options.timeout)
 
         async def lines() -> Any:
             async for _, text, _ in answers.pieces():
@@ -368,6 +386,15 @@ class App:
                 await send_json(send, {"output": (await answers.whole())["choices"][0]["text"]})
 
         await self._run(receive, answers, work, service)
+
+
+def _chat_prompt(
+    served: ServedModel, messages: list[dict[str, Any]], tools: Tools | None, variables: Any, param: str
+) -> ChatPrompt:
+    try:
+        return served.conversations.prompt(messages, tools, **variables)
+    except (ValueError, TypeError) as error:
+        raise bad_request(str(error), param) from None
 
 
 def _prompts(given: Any) -> Iterable[str | list[int]]:

@@ -28,7 +28,12 @@ class ServeOptions(SamplingOptions, CacheOptions, CheckpointOptions):
     strict_model: bool = option(False, "Refuse requests that name another model.")
     max_body: int = option(16, "Most megabytes of a request's body.", least=1)
     grace: int = option(30, "Seconds that running answers have after SIGTERM.", least=0)
-    timeout: int = option(30, "Seconds that /v1/cache may wait for the running step.", least=1)
+    timeout: int = option(30, "Seconds that a request may wait for its turn; then its status is 504.", least=1)
+    max_seconds: int | None = option(
+        None,
+        "Most seconds of an answer, from its request on; it then ends with what there is. Default: no limit.",
+        least=1,
+    )
     stream: bool = option(False, "Let /predict stream its answer as JSON lines.")
     api_path: str = option("/predict", "Path of LitGPT's own endpoint.")
     openai_spec: bool = option(False, "Has no effect: OpenAI's endpoints are always there.")

@@ -1,5 +1,6 @@
 """Bodies of requests: their fields, checked."""
 
+import json
 import math
 import secrets
 from dataclasses import replace
@@ -100,7 +101,32 @@ def messages_of(body: dict[str, Any]) -> list[dict[str, Any]]:
             raise bad_request(f"{where} has no content", "messages")
         if content is not None and not isinstance(content, str):
             raise bad_request(f"the content of {where} must be a text or a list of parts", "messages")
-        found.append({**message, "role": role, "content": content or ""})
+        one = {**message, "role": role, "content": content or ""}
+        if message.get("tool_calls"):
+            one["tool_calls"] = _calls(message["tool_calls"], where)
+        found.append(one)
+    return found
+
+
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    """Calls of tools, with their arguments as an object where they are JSON, as chat templates take them."""
+    functions = (
+        [call.get("function") if isinstance(call, dict) else None for call in calls]
+        if isinstance(calls, list)
+        else [None]
+    )
+    if not all(isinstance(function, dict) and isinstance(function.get("name"), str) for function in functions):
+        raise bad_request(f'the tool_calls of {where} must be [{{"function": {{"name": ...}}}}, ...]', "messages")
+    found = []
+    for call, function in zip(calls, functions, strict=True):
+        arguments = function.get("arguments")
+        try:
+            parsed = json.loads(arguments) if isinstance(arguments, str) else arguments
+        except (ValueError, RecursionError):
+            parsed = arguments
+        if parsed is not None:
+            function = {**function, "arguments": parsed if isinstance(parsed, dict) else arguments}
+        found.append({**call, "function": function})
     return found
 
 

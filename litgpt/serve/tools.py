@@ -101,3 +101,14 @@ class Tools:
             arguments = json.dumps(arguments, ensure_ascii=False)
         function = {"name": value["name"], "arguments": arguments}
         return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
+
+
+def with_calls_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message of a conversation, with its calls of tools in its text."""
+    if not message.get("tool_calls"):
+        return message
+    functions = [call["function"] for call in message["tool_calls"]]
+    texts = [{"name": one.get("name"), "arguments": one.get("arguments")} for one in functions]
+    blocks = [f"<tool_call>{json.dumps(one, ensure_ascii=False)}</tool_call>" for one in texts]
+    rest = {name: value for name, value in message.items() if name != "tool_calls"}
+    return {**rest, "content": (message["content"] or "") + "".join(blocks)}

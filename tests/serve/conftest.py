@@ -24,10 +24,10 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(folder, *options, wait="/health"):
+def serving(folder, *options, wait="/health", program=("-m", "litgpt")):
     """The address of a server, and its process."""
     port = free_port()
-    command = [sys.executable, "-m", "litgpt", "serve", str(folder), "--port", str(port), "--precision", "32-true"]
+    command = [sys.executable, *program, "serve", str(folder), "--port", str(port), "--precision", "32-true"]
     environment = {**os.environ, "LITGPT_KERNELS": "0"}
     process = subprocess.Popen([*command, *map(str, options)], env=environment)
     address = f"http://127.0.0.1:{port}"

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import shutil
 import signal
 import socket
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -297,6 +299,28 @@ def test_second_turns_are_read_from_the_cache(client):
     messages += [{"role": "assistant", "content": first.choices[0].message.content}, *HELLO]
     second = client.chat.completions.create(messages=messages, max_tokens=3, **GREEDY)
     assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.total_tokens - 1
+
+
+def test_turns_after_calls_of_tools_are_read_from_the_cache(client):
+    pytest.importorskip("llguidance")
+    asked = [{"role": "user", "content": "Look."}]
+    settings = {"tools": TOOLS[:1], "max_tokens": 150, "temperature": 2.0, "seed": 3, "model": "tiny"}
+    first = client.chat.completions.create(messages=asked, tool_choice="required", **settings)
+    message = first.choices[0].message
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "It is at home."}
+    messages = [*asked, message.model_dump(exclude_none=True), result]
+    second = client.chat.completions.create(messages=messages, **settings)
+    assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.total_tokens - 1
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_streams_have_nothing_that_clients_stumble_over(server):
+    body = json.dumps({**GREEDY, "messages": HELLO, "max_tokens": 6, "stream": True})
+    command = ["curl", "-sN", f"{server}/v1/chat/completions", "-H", "content-type: application/json", "-d", body]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split("\n\n")
+    assert lines[-2:] == ["data: [DONE]", ""]
+    for line in lines[:-2]:  # no comments, ids, or empty frames
+        assert json.loads(line.removeprefix("data: "))["choices"][0]["delta"] is not None
 
 
 def test_metrics_and_the_view_of_the_caches(server, client):

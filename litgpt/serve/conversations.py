@@ -1,0 +1,127 @@
+"""Conversations as tokens: those of a chat that goes on are the tokens that the model drew, as they are cached."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from litgpt.prompt_style import PromptStyle
+from litgpt.prompts import encode_prompt
+from litgpt.serve.parameters import messages_of
+from litgpt.serve.tools import Tools, with_calls_as_text
+from litgpt.tokenizer import Tokenizer
+
+Messages = list[dict[str, Any]]
+MOST_TRANSCRIPTS = 256
+LEAST_CHECKPOINT = 16  # tokens
+
+
+@dataclass(frozen=True, eq=False)
+class ChatPrompt:
+    """The prompt for the next answer of a conversation.
+
+    Attributes:
+        text, tokens: of the prompt.
+        checkpoints: for `Sequence`.
+        messages, variables: that the text was rendered from.
+    """
+
+    text: str
+    tokens: torch.Tensor
+    checkpoints: tuple[int, ...]
+    messages: Messages
+    variables: dict[str, Any]
+
+
+class Conversations:
+    """Prompts of conversations, and the tokens of those so far.
+
+    Args:
+        tokenizer, style: of the model.
+        evicts: whether its caches evict, so that the states of beginnings are kept at checkpoints only.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, style: PromptStyle, evicts: bool = False) -> None:
+        self.tokenizer, self.style, self.evicts = tokenizer, style, evicts
+        self._template = getattr(style, "template", "")
+        self._transcripts: OrderedDict[str, list[int]] = OrderedDict()  # tokens by text
+        self._lock = threading.Lock()
+
+    def prompt(self, messages: Messages, tools: Tools | None = None, **variables: Any) -> ChatPrompt:
+        """The prompt for the next answer.
+
+        Raises:
+            ValueError: if the chat template rejects the conversation.
+        """
+        if tools is not None:
+            variables = {**variables, "tools": tools.described}
+        messages = self._for_template(messages, tools)
+        text = self.style.render(messages, **variables)
+        with self._lock:
+            known = max((one for one in self._transcripts if text.startswith(one)), key=len, default=None)
+            begin = self._transcripts.get(known) if known else None
+        if begin is None:
+            tokens = encode_prompt(self.tokenizer, self.style, messages, **variables)
+        else:
+            tokens = torch.tensor([*begin, *self.tokenizer.encode(text[len(known) :], bos=False).tolist()])
+        checkpoints = self._checkpoints(tokens, messages, variables) if self.evicts else ()
+        return ChatPrompt(text, tokens, checkpoints, messages, variables)
+
+    def _for_template(self, messages: Messages, tools: Tools | None) -> Messages:
+        """The conversation, with tools and their calls as text where the chat template has no place for them."""
+        if "tool_calls" not in self._template:
+            messages = [with_calls_as_text(message) for message in messages]
+        if tools is None or "tools" in self._template:
+            return messages
+        system = [tools.instructions]
+        if messages[0]["role"] == "system":
+            system, messages = [messages[0]["content"], *system], messages[1:]
+        return [{"role": "system", "content": "\n\n".join(system)}, *messages]
+
+    def _checkpoints(self, tokens: torch.Tensor, messages: Messages, variables: dict[str, Any]) -> tuple[int, ...]:
+        """The number of first tokens that other conversations with the same system prompt and tools have too."""
+        n = 1 if messages[0]["role"] == "system" else 0
+        question = messages[n]["content"] if n < len(messages) else ""
+        other = [*messages[:n], {"role": "user", "content": "B" if question.startswith("A") else "A"}]
+        try:
+            others = encode_prompt(self.tokenizer, self.style, other, **variables)
+        except (ValueError, TypeError):  # the template takes no such conversation
+            return ()
+        size = min(len(tokens), len(others))
+        different = (tokens[:size] != others[:size]).nonzero()
+        common = int(different[0]) if len(different) else size
+        return (common,) if common >= LEAST_CHECKPOINT else ()
+
+    def note(self, prompt: ChatPrompt, output: Sequence[int], answer: dict[str, Any]) -> None:
+        """Remember the tokens of a conversation, by its text as the model wrote it, and as the chat template writes it once the
+        client sends the answer back.
+
+        Args:
+            prompt: what the model answered.
+            output: tokens of the answer.
+            answer: the message that the client was given.
+        """
+        texts = {prompt.text + self.tokenizer.decode(list(output))}
+        (back,) = self._for_template(messages_of({"messages": [answer]}), None)
+        later, tail = self._sent_back(prompt, back), self._sent_back(prompt, {"role": "assistant", "content": "A"})
+        if later and tail.startswith("A") and later.endswith(tail[1:]):
+            texts.add(prompt.text + later.removesuffix(tail[1:]))
+        tokens = [*prompt.tokens.tolist(), *output]
+        with self._lock:
+            for text in texts:
+                self._transcripts[text] = tokens
+                self._transcripts.move_to_end(text)
+            while len(self._transcripts) > MOST_TRANSCRIPTS:
+                self._transcripts.popitem(last=False)
+
+    def _sent_back(self, prompt: ChatPrompt, answer: dict[str, Any]) -> str:
+        """What the chat template appends to a prompt for an answer ("": it writes the prompt otherwise then)."""
+        variables = {**prompt.variables, "add_generation_prompt": False}
+        try:
+            text = self.style.render([*prompt.messages, answer], **variables)
+        except (ValueError, TypeError):
+            return ""
+        return text.removeprefix(prompt.text) if text.startswith(prompt.text) else ""
