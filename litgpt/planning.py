@@ -145,7 +145,9 @@ def plan_for(
         try:
             config = Config.from_name(name)
         except ValueError as error:
-            raise ValueError(f"{str(model)!r} is neither a folder, nor a file, nor the name of a model: {error}") from None
+            raise ValueError(
+                f"{str(model)!r} is neither a folder, nor a file, nor the name of a model: {error}"
+            ) from None
         return MemoryPlan(config, spec, dtype, scheme, is_tied(name), chunk)
     checkpoint: Checkpoint = open_checkpoint(path)
     if checkpoint.quantization is not None and scheme is not None:
