@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, get_args
 
 from litgpt.errors import UsageError, debugging, describe
+from litgpt.kernels.library import compile_ahead
 from litgpt.standard_streams import drop_unwritten, is_text, prepare_standard_streams
 from litgpt.waiting import stderr_log, waiting
 
@@ -79,6 +80,12 @@ _COMMANDS = {
     ),
     "validate": ("scripts.validate:validate_setup", "Check a checkpoint, and estimate how much memory it needs."),
 }
+_RUN_MODELS = {name for name in _COMMANDS if name.startswith("generate")} | {
+    "chat",
+    "evaluate",
+    "serve",
+    "compare_caches",
+}
 COMMANDS = {name: (f"litgpt.{place}", text) for name, (place, text) in _COMMANDS.items()}
 
 
@@ -137,6 +144,8 @@ def _run(args: list[str]) -> int:
         raise UsageError(f"unknown {'option' if name.startswith('-') else 'command'} {name!r}; {hint}")
     module, _, attribute = COMMANDS[name][0].partition(":")
     with waiting("Starting"), _exit_on_interrupt():
+        if name in _RUN_MODELS and not any(flag in args for flag in _FLAGS):
+            compile_ahead()  # before torch is imported
         function = getattr(import_module(module), attribute)
         arguments = parse(name, function, args[1:])
     logging.getLogger("litgpt").addHandler(stderr_log)

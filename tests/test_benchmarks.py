@@ -196,11 +196,69 @@ def test_a_system_that_fails_later_leaves_what_was_measured(monkeypatch: pytest.
         systems.System("litgpt", systems.LITGPT, "b.py", "x"),
     ]
     places = rounds.Places({"ours": Path("o"), "litgpt": Path("p")}, {"x": Path("x")}, Path("text"))
-    samples, notes = rounds.measure(Failing(tmp_path, 2), measured, places, 3, rounds.Sizes((16,), 2, 64, 1))
+    kept = []
+    samples, notes = rounds.measure(
+        Failing(tmp_path, 2), measured, places, 3, rounds.Sizes((16,), 2, 64, 1), lambda *found: kept.append(str(found))
+    )
+    assert len(kept) == 4  # after every run, all that there is
+    assert kept[-1] == str((samples, notes))
     decode = samples[results.at(results.DECODE, 16)]
     assert {name: len(values) for name, values in decode.items()} == {systems.OURS: 3, systems.LITGPT: 1}
     assert results.comparison(samples, (16,))
     assert notes[-1] == f"{systems.LITGPT} failed in round 2, 16 tokens: no more memory"
+
+
+def test_a_command_that_does_not_answer_leaves_the_speeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rounds, environments = module("rounds", monkeypatch), module("environments", monkeypatch)
+    systems, results = module("systems", monkeypatch), module("results", monkeypatch)
+    found = dict.fromkeys(("prefill", "decode", "peak_bytes", "peak_above_import"), 2.0)
+
+    class Scripted(environments.Launcher):
+        def work(self, python: Path, worker: str, job: dict) -> dict:
+            return found | {"threads": self.threads, "answer": [1]}
+
+    measured = [systems.System("ours-bf16", systems.OURS, "a.py", "x", {}, command=True)]
+    places = rounds.Places({"ours": Path("no interpreter")}, {"x": Path("x")}, Path("text"))
+    samples, notes = rounds.measure(Scripted(tmp_path, 2), measured, places, 3, rounds.Sizes((16,), 2, 64, 1))
+    assert samples[results.at(results.DECODE, 16)] == {systems.OURS: [2.0] * 3}
+    assert len(notes) == 1
+    assert notes[0].startswith(f"{systems.OURS} failed in round 1, command: ")
+
+
+def test_a_restriction_reaches_every_process_and_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rounds, environments, systems = (module(name, monkeypatch) for name in ("rounds", "environments", "systems"))
+    free, restricted = environments.Launcher(tmp_path, 1), environments.Launcher(tmp_path, 1, "avx2")
+    for own in (True, False):
+        assert "ONEDNN_MAX_CPU_ISA" not in free.environment(own)
+        env = restricted.environment(own)
+        assert [env["LITGPT_KERNELS"], env["ATEN_CPU_CAPABILITY"], env["ONEDNN_MAX_CPU_ISA"]] == [
+            "avx2",
+            "avx2",
+            "AVX2",
+        ]
+    commands = []
+
+    def run(command: list[str], **options) -> None:
+        commands.append(options)
+        if "venv" in command:
+            Path(command[-1]).mkdir()
+
+    monkeypatch.setattr(environments.subprocess, "run", run)
+    monkeypatch.setattr(environments, "check_python", lambda python, peer, torch_version: python)
+    places = [environments.ensure_environment(tmp_path, peer, "2.0.0", "avx2") for peer in ("litgpt", "llama")]
+    assert [place.parents[1].name.endswith("-avx2") for place in places] == [False, True]
+    assert ["CMAKE_ARGS" in options.get("env", {}) for options in commands] == [False, False, False, True]
+
+    class Scripted(environments.Launcher):
+        def work(self, python: Path, worker: str, job: dict) -> dict:
+            return {"threads": 1, "note": "compiled for AVX2, AVX512"}
+
+    measured = [systems.System("llama-bf16", systems.LLAMA_BF16, "a.py", "x", {})]
+    where = rounds.Places({"llama": Path("o")}, {"x": Path("x")}, Path("text"))
+    sizes = rounds.Sizes((16,), 2, 64, 1)
+    samples, notes = rounds.measure(Scripted(tmp_path, 1, "avx2"), measured, where, 1, sizes)
+    assert not samples
+    assert notes[0].endswith("it does not run restricted to avx2: compiled for AVX2, AVX512")
 
 
 @pytest.mark.parametrize(
@@ -231,7 +289,8 @@ def test_worker_of_ours_generates_what_the_package_generates(
     model = ours.make_ready(tiny_folder / "litgpt", "bf16-true", **options).model
     prompt = torch.tensor([7, 50, 91, 12, 200, 7, 50, 91])
     assert found["answer"] == generate(model, prompt, 13, temperature=0.0, include_prompt=False).tolist()
-    assert found["note"] == f"decoded {ours.how_it_decodes(model)}"
+    assert found["note"] == f"decoded {ours.how_it_decodes(model)}; {ours.instructions()}"
+    assert "torch for" in found["note"]
 
 
 def test_a_failing_worker_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,11 +1,15 @@
 """Tiny random models and a tokenizer for tests."""
 
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 import torch
+import yaml
 from tokenizers.pre_tokenizers import ByteLevel
 
+from litgpt import lora
+from litgpt.checkpoint.load import load_model
 from litgpt.config import Config
 from litgpt.kvcache import CacheSpec, KVCache
 from litgpt.model import GPT
@@ -70,6 +74,20 @@ def tiny_tokenizer() -> Tokenizer:
     processor.decoder = tokenizers.decoders.ByteLevel()
     processor.add_special_tokens(specials)
     return Tokenizer.from_tokenizers(processor, bos_id=None, eos_id=0, use_bos=False, chat_template=CHAT_TEMPLATE)
+
+
+def write_lora(base: Path, folder: Path, seed: int = 0) -> None:
+    """A folder as fine-tuning writes it, with random LoRA weights for the checkpoint `base`."""
+    torch.manual_seed(seed)
+    model = load_model(base)
+    options = {"lora_r": 3, "lora_alpha": 7, "lora_query": True, "lora_value": True, "lora_mlp": True}
+    lora.add_lora(model, lora.Config.extending(model.config, **options))
+    weights = {name: x for name, x in model.state_dict().items() if lora.lora_filter(name, x)}
+    for x in weights.values():
+        torch.nn.init.normal_(x, std=0.3)
+    folder.mkdir(parents=True)
+    torch.save({"model": weights}, folder / "lit_model.pth.lora")
+    (folder / "hyperparameters.yaml").write_text(yaml.safe_dump({"checkpoint_dir": str(base), **options}))
 
 
 VOCABULARY = {"vocab_size": 261, "padded_vocab_size": 261}

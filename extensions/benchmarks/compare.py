@@ -2,6 +2,7 @@
 
     python extensions/benchmarks/compare.py --out results.json
     python extensions/benchmarks/compare.py --systems ours,llama --contexts 128
+    python extensions/benchmarks/compare.py --restrict avx2
     python extensions/benchmarks/compare.py --lastrec
 
 See README.md next to this file.
@@ -19,6 +20,7 @@ import lastrec
 import rounds
 from environments import (
     PEERS,
+    RESTRICTIONS,
     Launcher,
     check_python,
     ensure_environment,
@@ -27,7 +29,7 @@ from environments import (
     public_version,
 )
 from layouts import ensure_ggufs, ensure_layouts
-from results import comparison, medians, ratios
+from results import Samples, comparison, medians, ratios
 from systems import SYSTEMS, System, choose
 
 
@@ -36,13 +38,19 @@ def main() -> int:
     work_dir = args.work_dir.expanduser().resolve()
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
-        result = run(args, work_dir)
-        if args.out is not None:
-            args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        keep(args, run(args, work_dir))
     except (ValueError, OSError, RuntimeError, subprocess.CalledProcessError) as error:
         print(f"compare.py: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def keep(args: argparse.Namespace, result: dict) -> None:
+    """Write a result to `--out`, or what there is of it so far, in place of what was there."""
+    if args.out is not None:
+        partial = args.out.with_name(f"{args.out.name}.partial")
+        partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        partial.replace(args.out)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,6 +64,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--contexts", type=contexts, help="tokens of context (default: 128,2048,8000)")
     add("--rounds", type=int, default=5, help="times that every system is measured, in turn (default: %(default)s)")
     add("--threads", type=int, default=2, help="CPU threads of every process (default: %(default)s)")
+    add(
+        "--restrict",
+        choices=[*RESTRICTIONS],
+        help="no system uses more than these instructions; llama.cpp is compiled for them",
+    )
     add("--lastrec", action="store_true", help="measure an evicting cache over a long text instead; needs no peers")
     add("--quick", action="store_true", help="one round with few tokens, to see that all of it works")
     add("--out", type=Path, help="write all samples and medians as JSON")
@@ -82,10 +95,11 @@ def contexts(text: str) -> tuple[int, ...]:
 def run(args: argparse.Namespace, work_dir: Path) -> dict:
     """Measures what the arguments ask for, prints the tables, and returns everything as plain data."""
     repeats = 1 if args.quick else args.rounds
-    launcher = Launcher(work_dir, args.threads)
+    launcher = Launcher(work_dir, args.threads, args.restrict)
     about = {"torch": version("torch"), "threads": args.threads, "processor": processor_name(), "rounds": repeats}
+    about["restricted to"] = args.restrict
     caption = "bf16 unless said, batch 1, {threads} threads, torch {torch}, {processor}; rounds: {rounds}"
-    caption = caption.format(**about)
+    caption = caption.format(**about) + (f"; restricted to {args.restrict}" if args.restrict else "")
     if args.lastrec:
         layouts = ensure_layouts(launcher, args.checkpoint)
         result = lastrec.measure(launcher, layouts, repeats, lastrec.QUICK if args.quick else lastrec.FULL)
@@ -96,11 +110,17 @@ def run(args: argparse.Namespace, work_dir: Path) -> dict:
     if args.contexts is not None:
         sizes = replace(sizes, contexts=args.contexts)
     places = prepare(launcher, args)
-    samples, notes = rounds.measure(launcher, args.systems, places, repeats, sizes)
+    about["peers"] = {peer.distribution: peer.version for peer in PEERS.values()}
+
+    def result(samples: Samples, notes: list[str]) -> dict:
+        return about | {"samples": samples, "ratios": ratios(samples), "notes": notes}
+
+    samples, notes = rounds.measure(
+        launcher, args.systems, places, repeats, sizes, lambda *found: keep(args, result(*found))
+    )
     tables = (comparison(samples, sizes.contexts), caption, medians(samples, sizes.contexts), "\n".join(notes))
     print("\n\n".join(tables))
-    peers = {peer.distribution: peer.version for peer in PEERS.values()}
-    return about | {"peers": peers, "samples": samples, "ratios": ratios(samples), "notes": notes}
+    return result(samples, notes)
 
 
 def prepare(launcher: Launcher, args: argparse.Namespace) -> rounds.Places:
@@ -110,7 +130,7 @@ def prepare(launcher: Launcher, args: argparse.Namespace) -> rounds.Places:
     for group in dict.fromkeys(system.group for system in args.systems):
         python = Path(sys.executable) if group == "ours" else getattr(args, f"{group}_python")
         if python is None:
-            python = ensure_environment(launcher.work_dir, group, torch_version)
+            python = ensure_environment(launcher.work_dir, group, torch_version, launcher.restrict)
         elif group in PEERS:
             python = check_python(python, group, torch_version)
         pythons[group] = python

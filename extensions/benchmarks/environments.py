@@ -24,6 +24,7 @@ class Peer:
     version: str
     torch: bool = True
     undeclared: tuple[str, ...] = ()  # what it needs and does not ask for
+    compiled: bool = False  # by pip, for this machine
 
     def versions(self, torch_version: str) -> dict[str, str]:
         """Of the distributions that matter."""
@@ -33,9 +34,22 @@ class Peer:
 PEERS = {
     "litgpt": Peer("litgpt", "0.5.13", undeclared=("requests",)),  # its command line does not start without it
     "transformers": Peer("transformers", "5.3.0"),
-    "llama": Peer("llama-cpp-python", "0.3.36", torch=False),
+    "llama": Peer("llama-cpp-python", "0.3.36", torch=False, compiled=True),
 }
 OTHER_PEERS = {"kvpress": Peer("kvpress", "0.5.5")}  # of a table of their own
+
+
+# Instruction sets that all systems can be restricted to: the variables for this package, torch, oneDNN, and for compiling peers
+RESTRICTIONS = {
+    "avx2": {
+        "LITGPT_KERNELS": "avx2",
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "CMAKE_ARGS": "-DGGML_NATIVE=OFF -DGGML_SSE42=ON -DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON "
+        "-DGGML_BMI2=ON",
+    }
+}
 
 
 def public_version(version: str) -> str:
@@ -43,13 +57,16 @@ def public_version(version: str) -> str:
     return version.partition("+")[0]
 
 
-def ensure_environment(work_dir: Path, peer: str, torch_version: str) -> Path:
+def ensure_environment(work_dir: Path, peer: str, torch_version: str, restrict: str | None = None) -> Path:
     """The interpreter of a virtual environment with a peer and what it runs on, made with pip if it is not there.
 
-    Raises `subprocess.CalledProcessError` if that fails; the next call starts anew.
+    A peer that is compiled has one for every restriction. Raises `subprocess.CalledProcessError` if that fails; the next call starts anew.
     """
     versions = (PEERS | OTHER_PEERS)[peer].versions(torch_version)
-    folder = work_dir / "-".join(word for item in versions.items() for word in item)
+    words, env = [word for item in versions.items() for word in item], os.environ
+    if restrict and (PEERS | OTHER_PEERS)[peer].compiled:
+        words, env = [*words, restrict], os.environ | RESTRICTIONS[restrict]
+    folder = work_dir / "-".join(words)
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     complete = folder / "complete"
     if not complete.is_file():
@@ -59,7 +76,10 @@ def ensure_environment(work_dir: Path, peer: str, torch_version: str) -> Path:
         ]
         print(f"Installing {' '.join(requirements)} into {folder} (once)", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *requirements], check=True, stdout=sys.stderr)
+        install = [str(python), "-m", "pip", "install", "--quiet", *requirements]
+        if env is not os.environ:  # wheels that pip compiled before are for other instructions
+            install.append("--no-cache-dir")
+        subprocess.run(install, check=True, stdout=sys.stderr, env=env)
         complete.touch()
     return check_python(python, peer, torch_version)
 
@@ -80,10 +100,15 @@ def check_python(python: Path, peer: str, torch_version: str) -> Path:
 
 @dataclass(frozen=True)
 class Launcher:
-    """Starts processes that all have the same number of threads and write into the same folder."""
+    """Starts processes that all have the same number of threads and write into the same folder.
+
+    Attributes:
+        restrict: the instruction set that they use at most, of `RESTRICTIONS`; None: what the processor has.
+    """
 
     work_dir: Path
     threads: int
+    restrict: str | None = None
 
     def environment(self, own: bool) -> dict[str, str]:
         """Environment variables for an interpreter: `own` ones import this checkout, peers must not."""
@@ -92,7 +117,12 @@ class Launcher:
             env["PYTHONPATH"] = str(ROOT)
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(self.threads))
         # unbuffered: an answer that sits in a pipe's buffer has not appeared
-        return env | threads | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+        return (
+            env
+            | threads
+            | RESTRICTIONS.get(self.restrict, {})
+            | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+        )
 
     def work(self, python: Path, worker: str, job: dict, shown: bool = False) -> dict:
         """Runs a worker with a job and returns what it measured, the JSON in its last line. What it says meanwhile is `shown`.

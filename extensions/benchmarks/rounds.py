@@ -1,7 +1,7 @@
 """The comparison: every system measured in turn, again and again."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,9 +44,14 @@ class Places:
 
 
 def measure(
-    launcher: Launcher, systems: Sequence[System], places: Places, repeats: int, sizes: Sizes
+    launcher: Launcher,
+    systems: Sequence[System],
+    places: Places,
+    repeats: int,
+    sizes: Sizes,
+    keep: Callable[[Samples, list[str]], None] = lambda samples, notes: None,
 ) -> tuple[Samples, list[str]]:
-    """Every figure of every system, once a round; and what is to be said about them.
+    """Every figure of every system, once a round; and what is to be said about them. `keep` gets both after every run.
 
     Systems take turns, so that all of them see the same state of the machine; every other round goes backwards. A system that
     fails is told among the notes and measured no more; what it and the others gave stays.
@@ -55,9 +60,14 @@ def measure(
     ways: dict[str, list[str]] = {}  # what is said of how it ran, and the systems that say it
     common: list[str] = []
     failures: dict[str, str] = {}
+    no_answers: dict[str, str] = {}  # of the command
 
     def add(figure: str, system: System, value: float) -> None:
         samples.setdefault(figure, {}).setdefault(system.name, []).append(value)
+
+    def notes() -> list[str]:
+        told = [f"{'; '.join(names)}: {note}" for note, names in ways.items()]
+        return [*told, *common, *(f"{name} failed in {what}" for name, what in (failures | no_answers).items())]
 
     for round_idx in range(repeats):
         in_turn = [system for system in systems if system.name not in failures]
@@ -80,6 +90,8 @@ def measure(
                     found = launcher.work(places.pythons[system.group], system.worker, job | system.options)
                     if found["threads"] != launcher.threads:
                         raise RuntimeError(f"{system.name} ran on {found['threads']} threads, not {launcher.threads}")
+                    if launcher.restrict == "avx2" and "AVX512" in found.get("note", ""):
+                        raise RuntimeError(f"it does not run restricted to avx2: {found['note']}")
                 except (RuntimeError, OSError) as error:
                     failures[system.name] = failed(f"round {round_idx + 1}, {context} tokens", error)
                     continue
@@ -90,6 +102,7 @@ def measure(
                 answers[system.name] = found["answer"]
                 if "note" in found and system.name not in ways.setdefault(found["note"], []):
                     ways[found["note"]].append(system.name)
+                keep(samples, notes())
             if round_idx == 0 and OURS in answers:
                 ours = answers.pop(OURS)
                 shared = [f"{name} {common_beginning(ours, answer)}" for name, answer in answers.items()]
@@ -97,7 +110,7 @@ def measure(
                     tokens = f"greedy tokens in common with {OURS}, of {len(ours)} at {context:,}"
                     common.append(f"{tokens}: {'; '.join(shared)}")
         for system in in_turn:
-            if system.command and system.name not in failures:
+            if system.command and system.name not in failures | no_answers:
                 print(f"round {round_idx + 1}/{repeats}, command: {system.name}", file=sys.stderr)
                 python, checkpoint = places.pythons[system.group], places.weights[system.weights]
                 try:
@@ -105,9 +118,9 @@ def measure(
                         seconds_to_answer(launcher, python, checkpoint)  # files cached, bytecode written
                     add(ANSWER, system, seconds_to_answer(launcher, python, checkpoint))
                 except (RuntimeError, OSError) as error:
-                    failures[system.name] = failed(f"round {round_idx + 1}, command", error)
-    notes = [f"{'; '.join(names)}: {note}" for note, names in ways.items()]
-    return samples, [*notes, *common, *(f"{name} failed in {what}" for name, what in failures.items())]
+                    no_answers[system.name] = failed(f"round {round_idx + 1}, command", error)
+                keep(samples, notes())
+    return samples, notes()
 
 
 def failed(where: str, error: Exception) -> str:

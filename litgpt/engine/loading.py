@@ -1,8 +1,9 @@
 """From a model's name or path to a model that is ready to generate; all front ends use it."""
 
+import copy
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +12,11 @@ import torch
 
 from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.find import find_checkpoint
-from litgpt.checkpoint.finetuned import trained_cache
+from litgpt.checkpoint.finetuned import Finetuned, trained_cache
 from litgpt.checkpoint.load import load_model
 from litgpt.engine.caches import CacheLease
 from litgpt.kernels import ops, processor
+from litgpt.kernels.library import compile_ahead
 from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.layers import LayerCaches
 from litgpt.kvcache.memory import check_fits
@@ -23,6 +25,7 @@ from litgpt.prompt_style import PromptStyle
 from litgpt.prompts import all_stop_tokens
 from litgpt.runners.compiled import compile_decode
 from litgpt.runners.fused import fuse_layers
+from litgpt.runners.opaque_weights import OpaqueLayer
 from litgpt.runners.packed_weights import pack_linears, unpack_linears
 from litgpt.runners.quantized_weights import Scheme
 from litgpt.tokenizer import Tokenizer
@@ -88,6 +91,7 @@ def make_ready(
     access_token: str | None = None,
     pack: bool = True,
     load: Callable[..., GPT] = load_model,
+    join: bool = True,
 ) -> Ready:
     """Load the model that `checkpoint_dir` names (None: the default model) for inference.
 
@@ -100,13 +104,18 @@ def make_ready(
         access_token: for the Hugging Face hub.
         pack: pack the weights for the CPU's kernels (`litgpt.runners.packed_weights`); the model cannot be trained then.
         load: makes the model, as `load_model`.
+        join: whether layers with the same input may become one; not if `lend_weights` follows.
     """
     device = default_device() if device is None else device
-    dtype = parse_precision(precision, device)
+    if device.type == "cpu":
+        compile_ahead()  # while weights are fetched
+    if precision is not None:
+        parse_precision(precision, device)  # raises before anything is fetched
     if quantize is not None:
         Scheme(quantize)  # raises before anything is fetched
         load = partial(load, quantize=quantize)
     path = find_checkpoint(checkpoint_dir, access_token)
+    dtype = parse_precision(precision, device)
     with waiting(f"Loading {path.resolve().name}", log=True):
         checkpoint = open_checkpoint(path)
         tokenizer = checkpoint.tokenizer()
@@ -118,7 +127,7 @@ def make_ready(
                 "tokens beyond them are refused. If this is not intended, the tokenizer belongs to another model."
             )
         if pack:
-            speed_up_decode(model, compile)
+            speed_up_decode(model, compile, join)
     return Ready(model, tokenizer, style, path)
 
 
@@ -130,10 +139,27 @@ def trained_spec(folder: Path) -> CacheSpec | None:
     return CacheSpec.parse(trained["kv_cache"], trained["cache_length"], **(trained["kv_cache_args"] or {}))
 
 
-def speed_up_decode(model: GPT, compile: bool = False) -> None:
+def lend_weights(ready: Ready, finetuned: Finetuned) -> Ready:
+    """The model with LoRA weights, which shares all others with the one that was loaded. Its caches are its own.
+
+    Raises:
+        ValueError: if the LoRA weights do not fit it.
+    """
+    model, config = ready.model, finetuned.config(ready.model.config)
+    finetuned.part(config)
+    shared = [m for m in model.modules() if not list(m.children()) or isinstance(m, OpaqueLayer)]
+    shared += [*model.parameters(), *model.buffers(), model.rope_table]
+    tuned = copy.deepcopy(model, {id(one): one for one in shared})
+    tuned.clear_kv_caches(assigned=True)
+    finetuned.add_to(tuned, config)
+    style = finetuned.prompt_style() or ready.prompt_style
+    return replace(ready, model=tuned.requires_grad_(False), prompt_style=style, trained_in=finetuned.path.parent)
+
+
+def speed_up_decode(model: GPT, compile: bool = False, join: bool = True) -> None:
     """Make the model fast: packed weights and, where supported, all layers in one kernel call; otherwise, with `compile`,
-    decode steps by a compiled graph."""
-    pack_linears(model)
+    decode steps by a compiled graph. `join`: see `pack_linears`."""
+    pack_linears(model, join)
     if not fuse_layers(model) and compile:
         compile_decode(model)
 

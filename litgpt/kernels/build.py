@@ -1,4 +1,4 @@
-"""Compiles `cpu.cpp` and what it includes for this machine, once, and keeps the result in a folder of this user's own.
+"""Compiles the C++ files of this folder for this machine, once, and keeps the result in a folder of this user's own.
 
 Files in that folder are executed. So folder and files must belong to this user, nobody else may write them, and a file's
 name has the digest of its content. A compiler that fails is not tried again.
@@ -7,7 +7,6 @@ name has the digest of its content. A compiler that fails is not tried again.
 import contextlib
 import ctypes
 import fcntl
-import functools
 import hashlib
 import logging
 import os
@@ -17,6 +16,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +28,14 @@ from litgpt.waiting import waiting
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
+UNITS = ("cpu", "splits", "products")  # the longest first
 # sums may be reordered, for vectors of them; infinities and NaN keep their meaning
 FLAGS = (
     "-std=c++17 -O2 -ftree-vectorize -fvect-cost-model=dynamic -fPIC -fopenmp -fno-math-errno -fno-trapping-math "
     "-fassociative-math -fno-signed-zeros"
 )
 TIMEOUT = 300  # seconds
+COMPILING = "Compiling kernels for this processor, once, which takes some seconds"
 
 Load = Callable[[str], ctypes.CDLL]  # from a path; `OSError` or `AttributeError` where that is no library of ours
 
@@ -42,17 +44,24 @@ class CompilationError(RuntimeError):
     """The compiler fails, or its output is no library."""
 
 
-def kernels_for(target: InstructionSet, load: Load) -> ctypes.CDLL | None:
-    """The library of kernels, compiled if it is not there yet. None, after one line of explanation, if that is impossible."""
+def kernels_for(target: InstructionSet, load: Load, announce: bool = True) -> ctypes.CDLL | None:
+    """The library of kernels, compiled if it is not there yet, which is announced. None, after one line of explanation, if that
+    is impossible."""
     compiler = shutil.which(os.environ.get("CXX") or "g++")
     names = Names.of(target, compiler)
     for path in folders():
         try:
             with PrivateFolder.open(path) as folder:
-                return _load_compiled(folder, names, load) or _compile_and_load(folder, names, compiler, load)
+                return _load_compiled(folder, names, load) or _compile_and_load(folder, names, compiler, load, announce)
         except OSError as error:
             log.warning(f"{path} is not used for compiled kernels: {error.strerror or error}")
     return None
+
+
+def compile_ahead(target: InstructionSet) -> None:
+    """Compile the kernels in another thread, unless they are there; `kernels_for` waits for it, and loads them."""
+    compiled = object()
+    threading.Thread(target=kernels_for, args=(target, lambda path: compiled, False), daemon=True).start()
 
 
 def folders() -> list[Path]:
@@ -71,7 +80,7 @@ class Names:
 
     @classmethod
     def of(cls, target: InstructionSet, compiler: str | None) -> "Names":
-        source = b"".join(path.read_bytes() for path in (SOURCES / "cpu.cpp", *sorted(SOURCES.rglob("*.h"))))
+        source = b"".join(path.read_bytes() for path in sorted((*SOURCES.glob("*.cpp"), *SOURCES.rglob("*.h"))))
         settings = " ".join((FLAGS, *target.flags, processor.fingerprint()))
         start = f"kernels-{target.name}-{_digest(source, settings.encode())}"
         if compiler is None:
@@ -167,7 +176,7 @@ class PrivateFolder:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                with _announced("Waiting for another process that compiles kernels"):
+                with _announced(COMPILING):
                     fcntl.flock(fd, fcntl.LOCK_EX)
             except OSError:
                 pass
@@ -199,7 +208,9 @@ def _load_compiled(folder: PrivateFolder, names: Names, load: Load) -> ctypes.CD
     return None
 
 
-def _compile_and_load(folder: PrivateFolder, names: Names, compiler: str | None, load: Load) -> ctypes.CDLL | None:
+def _compile_and_load(
+    folder: PrivateFolder, names: Names, compiler: str | None, load: Load, announce: bool
+) -> ctypes.CDLL | None:
     """The library, compiled now, unless that failed before."""
     if _is_known_to_fail(folder, names):
         return None
@@ -213,7 +224,7 @@ def _compile_and_load(folder: PrivateFolder, names: Names, compiler: str | None,
         try:
             if compiler is None:
                 raise CompilationError(f"there is no compiler {os.environ.get('CXX') or 'g++'!r}")
-            with _announced("Compiling kernels for this processor, once, which takes up to half a minute"):
+            with _announced(COMPILING) if announce else contextlib.nullcontext():
                 content = _compile(compiler, names.target)
             folder.write(names.library(content), content)
             library = _load_compiled(folder, names, load)
@@ -247,23 +258,36 @@ def _announced(message: str) -> Iterator[None]:
 
 
 def _compile(compiler: str, target: InstructionSet) -> bytes:
-    with tempfile.TemporaryDirectory() as temporary:
-        unlinked, linked = Path(temporary, "kernels.o"), Path(temporary, "kernels.so")
-        run = functools.partial(subprocess.run, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
-        for step in (
-            [*FLAGS.split(), *target.flags, "-c", str(SOURCES / "cpu.cpp"), "-o", str(unlinked)],
-            # not linked with OpenMP: the threads are to be those of torch, whose library is loaded already
-            ["-shared", str(unlinked), "-o", str(linked)],
-        ):
-            try:
-                result = run([compiler, *step])
-            except subprocess.TimeoutExpired:
-                raise CompilationError(f"{compiler} has not finished after {TIMEOUT} seconds") from None
-            except OSError as error:
-                raise CompilationError(f"{compiler} cannot be run: {error.strerror}") from None
-            if result.returncode:
-                lines = [line for line in result.stderr.splitlines() if "error" in line] or ["no message"]
-                raise CompilationError(f"{compiler} fails: {lines[0].strip()[:200]}")
+    """The content of the library. All units are compiled at once."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        units = {Path(temporary, f"{unit}.o"): SOURCES / f"{unit}.cpp" for unit in UNITS}
+        steps = ([*FLAGS.split(), *target.flags, "-c", str(source), "-o", str(unit)] for unit, source in units.items())
+        running = [_start(compiler, step) for step in steps]
+        for process in running:
+            _finish(compiler, process)
+        linked = Path(temporary, "kernels.so")
+        # not linked with OpenMP: the threads are to be those of torch, whose library is loaded before
+        _finish(compiler, _start(compiler, ["-shared", *map(str, units), "-o", str(linked)]))
         if not linked.is_file():
             raise CompilationError(f"{compiler} makes no library")
         return linked.read_bytes()
+
+
+def _start(compiler: str, arguments: list[str]) -> "subprocess.Popen[str]":
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    try:
+        return subprocess.Popen([compiler, *arguments], **pipes, text=True, errors="replace")
+    except OSError as error:
+        raise CompilationError(f"{compiler} cannot be run: {error.strerror}") from None
+
+
+def _finish(compiler: str, process: "subprocess.Popen[str]") -> None:
+    with process:
+        try:
+            _, messages = process.communicate(timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise CompilationError(f"{compiler} has not finished after {TIMEOUT} seconds") from None
+    if process.returncode:
+        lines = [line for line in messages.splitlines() if "error" in line] or ["no message"]
+        raise CompilationError(f"{compiler} fails: {lines[0].strip()[:200]}")

@@ -11,7 +11,7 @@
 struct CausalAttention {
     static constexpr int64_t KEY_BLOCK = 512;      // keys that are rearranged at a time
     static constexpr int64_t QUERY_TILE_ROWS = 144;  // approximate rows of a tile: queries of all heads that share keys
-    static constexpr int64_t KEYS = Blocked::TILE;
+    static constexpr int64_t KEYS = BLOCK_TILE;
 
     int64_t H, G, T, N, D, window;
     float scale, cap;
@@ -84,10 +84,10 @@ private:
                 int64_t k0, int64_t from, int64_t to, int64_t t, int n_queries, int64_t size, int64_t outputs,
                 float* tops, float* totals, float* sums) const {
         const int64_t n = to - from;
-        const Blocked key_blocks(keys, size, KEY_BLOCK);
         for (int64_t j = from; j < to; j += KEYS) {
             float part[ROWS * KEYS];
-            compute_tile(key_blocks, j / KEYS, {(const char*)queries, size * int64_t(sizeof(Input))}, 0, n_queries, part);
+            compute_block(keys + j / KEYS * size / 2 * KEYS, size, {(const char*)queries, size * int64_t(sizeof(Input))},
+                          n_queries, part);
             for (int m = 0; m < n_queries; m++) {
                 float* s = scores + m * n + j - from;
                 const int64_t first = first_key(t + m) - k0 - j, last = last_key(t + m) - k0 - j;
@@ -108,8 +108,8 @@ private:
         }
         for (int64_t u = 0; u < outputs / KEYS; u++) {
             float part[ROWS * KEYS];
-            const Blocked value_blocks(values + u * KEY_BLOCK / 2 * KEYS + from / 2 * KEYS, n, KEYS);
-            compute_tile(value_blocks, 0, {(const char*)weights, n * int64_t(sizeof(Input))}, 0, n_queries, part);
+            compute_block(values + u * KEY_BLOCK / 2 * KEYS + from / 2 * KEYS, n,
+                          {(const char*)weights, n * int64_t(sizeof(Input))}, n_queries, part);
             for (int m = 0; m < n_queries; m++) {
                 float* out = sums + m * outputs + u * KEYS;
                 for (int64_t d = 0; d < KEYS; d++) out[d] = out[d] * factors[m] + part[m * KEYS + d];

@@ -8,21 +8,21 @@
 extern "C" {
 
 void linear_blocked(const bf16* x, const uint32_t* w, const bf16* bias, bf16* y, int64_t M, int64_t K, int64_t N) {
-    linear(Blocked(w, K, N), x, bias, y, M);
+    linear({BLOCKED, K, N, 0, w, nullptr, nullptr, bias}, x, y, M);
 }
 
 void linear_plain(const bf16* x, const bf16* w, const bf16* bias, bf16* y, int64_t M, int64_t K, int64_t N) {
-    linear(Plain(w, K, N), x, bias, y, M);
+    linear({PLAIN_ROWS, K, N, 0, w, nullptr, nullptr, bias}, x, y, M);
 }
 
 void linear_int8(const bf16* x, const int8_t* w, const float* scale, const bf16* bias, bf16* y, int64_t M, int64_t K,
                  int64_t N) {
-    linear(Int8(w, scale, K, N), x, bias, y, M);
+    linear({INT8_ROWS, K, N, 0, w, scale, nullptr, bias}, x, y, M);
 }
 
 void linear_int4(const bf16* x, const uint8_t* w, const uint16_t* scale, const uint16_t* minimum, const bf16* bias,
                  bf16* y, int64_t M, int64_t K, int64_t N, int64_t group) {
-    with_weight(Weight{2, K, N, group, w, scale, minimum, bias}, [&](auto weight) { linear(weight, x, bias, y, M); });
+    linear({INT4_PAIRS, K, N, group, w, scale, minimum, bias}, x, y, M);
 }
 
 // Gated MLP: `first` has the gate's I outputs and then as many more; I is a multiple of 64.
@@ -30,19 +30,20 @@ void gated_mlp_blocked(const bf16* x, const uint32_t* first, const uint32_t* sec
                        int64_t I, int64_t N, int kind) {
     static thread_local Scratch<char> scratch;
     static thread_local Scratch<bf16> inner;
-    const Blocked gate(first, K, I), up(gate.at(I / Blocked::TILE), K, I), down(second, I, N);
-    const Rows rows = rows_for(gate, x, M, scratch);
+    const TilesOf gate({BLOCKED, K, I, 0, first}), up({BLOCKED, K, I, 0, (*gate).at(I / BLOCK_TILE)}),
+        down({BLOCKED, I, N, 0, second});
+    const Rows rows = rows_for(*gate, x, M, scratch);
     bf16* shared = inner.get(M * I);
-#pragma omp parallel
+#pragma omp parallel num_threads(Team::mine().threads())
     {
         static thread_local Scratch<char> own;
-        gated(gate, up, rows, shared, M, kind);
-        product(down, rows_for(down, shared, M, own), nullptr, y, M);
+        gated(*gate, *up, rows, shared, M, kind);
+        product(*down, rows_for(*down, shared, M, own), nullptr, y, M);
     }
 }
 
 void rms_norm(const bf16* x, const bf16* weight, bf16* y, int64_t rows, int64_t size, float eps, float offset) {
-#pragma omp parallel for schedule(static) if (rows > 64)
+#pragma omp parallel for num_threads(Team::mine().threads()) schedule(static) if (rows > 64)
     for (int64_t r = 0; r < rows; r++) norm_row(x + r * size, weight, y + r * size, size, eps, offset);
 }
 
@@ -65,7 +66,7 @@ void attend(const bf16* q, const bf16* k, const bf16* v, const Vectors* encoded,
                 std::memcpy(query, q + b * qs[0] + h * qs[1] + t * qs[2], D * sizeof(bf16));
                 if (encoded && encoded[0].rotated) rotate_vector(query, D);
             }
-#pragma omp parallel
+#pragma omp parallel num_threads(Team::mine().threads())
     {
         a.attend_splits();
         a.combine(y);
@@ -82,7 +83,7 @@ void attend_causally(const bf16* q, const bf16* k, const bf16* v, const bf16* si
                                {qs[1], qs[2]}, {ks[1], ks[2]}, {vs[1], vs[2]}, y + b * T * H * D};
     };
     const int64_t tasks = row(0).tasks();
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for num_threads(Team::mine().threads()) schedule(dynamic)
     for (int64_t i = 0; i < B * tasks; i++) row(i / tasks).run(i % tasks);
 }
 

@@ -7,7 +7,8 @@
 
 // y (M, N) = x (M, K) w^T + bias by all threads of a team. Each thread prepares x for the weight in its own `scratch`.
 inline void team_product(const Weight& w, const bf16* x, bf16* y, int64_t M, Scratch<char>& scratch) {
-    with_weight(w, [&](auto weight) { product(weight, rows_for(weight, x, M, scratch), w.bias, y, M); });
+    const TilesOf tiles(w);
+    product(*tiles, rows_for(*tiles, x, M, scratch), w.bias, y, M);
 }
 
 // x += factor * norm(y), for rows that each thread has a copy of
@@ -68,8 +69,12 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
     int64_t most = 0;
     for (int64_t l = 0; l < n_layers; l++) most = std::max(most, attention_of(layers[l]).scratch_size());
     float* attention_memory = attention_scratch.get(most);
-#pragma omp parallel
+    const double begun = seconds(CLOCK_MONOTONIC);
+    const int threads = Team::mine().threads_of_report();
+    double used = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : used)
     {
+        const double own_begun = processor_seconds();
         static thread_local Scratch<char> scratch;
         static thread_local Scratch<bf16> own_scratch, normed_scratch, post;
         bf16 *own = own_scratch.get(M * E), *normed = normed_scratch.get(M * E);
@@ -119,10 +124,8 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
             add_rows(own, out, layer.post_attention_norm, shape.attention_factor, M, shape, post);
 
             const bf16* mlp_input = norm(layer.norm_2);
-            with_weight(layer.gate, [&](auto gate) {
-                const decltype(gate) up(layer.up);
-                gated(gate, up, rows_for(gate, mlp_input, M, scratch), inner, M, int(shape.activation));
-            });
+            const TilesOf gate(layer.gate), up(layer.up);
+            gated(*gate, *up, rows_for(*gate, mlp_input, M, scratch), inner, M, int(shape.activation));
             team_product(layer.down, inner, out, M, scratch);
             add_rows(own, out, layer.post_mlp_norm, shape.mlp_factor, M, shape, post);
         }
@@ -132,5 +135,7 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
                 norm_row(own + m * E, shape.final_norm, x + m * E, E, shape.eps, shape.norm_offset);
             else
                 std::memcpy(x + m * E, own + m * E, E * sizeof(bf16));
+        used += processor_seconds() - own_begun;
     }
+    Team::mine().report(seconds(CLOCK_MONOTONIC) - begun, used);
 }

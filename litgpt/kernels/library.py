@@ -3,6 +3,7 @@
 Compiling takes a C++ compiler. Without one everything works as well, by torch's own operations, only slower.
 """
 
+import contextlib
 import ctypes
 import functools
 
@@ -25,6 +26,17 @@ _SIGNATURES = {
     "attend_rows_backward": [_POINTER] * 10 + [_COUNT] * 4 + [_POINTER] * 2 + [_FLOAT],
     "attend": [_POINTER] * 7 + [_COUNT] * 6 + [_POINTER] + [_FLOAT] * 2,
 }
+
+
+@functools.cache
+def compile_ahead() -> None:
+    """Compile the kernels beside other work, if they have to be: the sooner this is called, the less `library` waits."""
+    with contextlib.suppress(ValueError):  # which `library` raises
+        target = processor.instruction_set()
+        if target is not None:
+            from litgpt.kernels import build
+
+            build.compile_ahead(target)
 
 
 @functools.cache

@@ -7,7 +7,7 @@
 
 // Attention weights of n queries (B, H, n, D) on N keys (B, G, N, D). Query i of row b sees the first ends[b, g, i] keys.
 struct SeenWeights {
-    static constexpr int64_t KEYS = Blocked::TILE;
+    static constexpr int64_t KEYS = BLOCK_TILE;
 
     int64_t B, H, G, n, N, D;
     float scale, cap;
@@ -35,10 +35,10 @@ struct SeenWeights {
                 prepare_inputs(q + b * q_strides[0] + h * q_strides[1] + (i + m) * q_strides[2], D,
                                (char*)(queries + m * size), size * sizeof(Input));
             const int64_t end = *std::max_element(seen, seen + count), columns = (end + KEYS - 1) / KEYS * KEYS;
-            const Blocked blocks(keys, size, padded);
             for (int64_t j = 0; j < end; j += KEYS) {
                 float part[ROWS * KEYS];
-                compute_tile(blocks, j / KEYS, {(const char*)queries, size * int64_t(sizeof(Input))}, 0, count, part);
+                compute_block(keys + j / KEYS * size / 2 * KEYS, size, {(const char*)queries, size * int64_t(sizeof(Input))},
+                              count, part);
                 for (int m = 0; m < count; m++) {
                     float* row = scores + m * padded + j;
                     for (int64_t c = 0; c < KEYS; c++) row[c] = part[m * KEYS + c] * scale;
@@ -52,7 +52,7 @@ struct SeenWeights {
 
     // out (B, G, N): of the heads that share keys; `by_head` (B, H, N) is overwritten
     void of_groups(float* by_head, float* out) const {
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for num_threads(Team::mine().threads()) schedule(dynamic)
         for (int64_t i = 0; i < B * H; i++) of_head(i / H, i % H, by_head + i * N);
         for (int64_t i = 0; i < B * G; i++) {
             const float* own = by_head + i * (H / G) * N;

@@ -9,55 +9,6 @@
 
 constexpr int64_t BLOCK = 256;
 
-// Integers. Each tile is widened to bfloat16 once, and then multiplied with many rows.
-template <class W>
-struct Widened {
-    static constexpr int TILE = Blocked::TILE, PASS = Blocked::PASS;
-    W w;
-    int64_t K, N;
-    uint32_t* tile;
-    mutable int64_t current = -1;  // index of the tile
-
-    Widened(const Weight& x, Scratch<uint32_t>& scratch)
-        : w(x), K(x.K), N(x.N), tile(scratch.get(TILE * blocked().pairs())) {}
-
-    Blocked blocked() const { return Blocked(tile, K, TILE); }
-    int64_t row_bytes() const { return blocked().row_bytes(); }
-    void prepare(const bf16* x, char* row) const { blocked().prepare(x, row); }
-    const void* at(int64_t u) const { return w.row(u * TILE); }
-
-    template <int M>
-    void compute_tile(int64_t u, const char* x, int64_t stride, float* y, Prefetch) const {
-        if (current != u) widen_tile(u);
-        current = u;
-        blocked().template compute_tile<M>(0, x, stride, y, {nullptr, 0, 0});
-        for (int j = 0; j < TILE && W::HAS_FACTORS; j++)
-            for (int m = 0; m < M; m++) y[m * TILE + j] *= w.factor(std::min(u * TILE + j, N - 1));
-    }
-
-private:
-    NOT_INLINED void widen_tile(int64_t u) const {
-        for (int64_t i = 0; i < TILE; i += LANES)
-            for (int64_t p = 0; p < blocked().pairs(); p += LANES) {
-                Pairs part[LANES];
-                for (int64_t j = 0; j < LANES; j++)  // after the last output, it again
-                    part[j] = w.pairs(std::min(u * TILE + i + j, N - 1), 2 * p);
-                transpose(part);
-                for (int64_t j = 0; j < LANES; j++) store_pairs(tile + (p + j) * TILE + i, part[j]);
-            }
-    }
-};
-
-// Calls `f` with the weight as its own type, for many rows.
-template <class F>
-void with_weight_for_many(const Weight& w, Scratch<uint32_t>& scratch, F f) {
-    if (w.kind == 0) return f(Blocked(w));
-    if (w.kind == 1) return f(Widened<Int8>(w, scratch));
-    if (w.group == 32) return f(Widened<Int4<32>>(w, scratch));
-    if (w.group == 64) return f(Widened<Int4<64>>(w, scratch));
-    f(Widened<Int4<128>>(w, scratch));
-}
-
 struct Prefill {
     const Shape& shape;
     const Rope* ropes;
@@ -81,7 +32,7 @@ struct Prefill {
         int64_t most = 0;
         for (int64_t l = 0; l < n_layers; l++)
             for (const Weight* weight : {&layers[l].qkv, &layers[l].proj, &layers[l].gate, &layers[l].down})
-                most = std::max(most, stride_of_rows(Blocked(*weight)));  // the same for all kinds
+                most = std::max(most, (weight->K + 31) / 32 * 32 * int64_t(sizeof(Input)) + 64);
         prepared = prepared_scratch.get(BLOCK * most);
         static thread_local Scratch<char> ring_scratch;
         most = 0;
@@ -101,10 +52,8 @@ struct Prefill {
         for (int64_t m0 = 0; m0 < M; m0 += BLOCK) {
             const int64_t n = std::min(BLOCK, M - m0);
             const bf16* input = norm(layer.norm_1, x + m0 * E, n);
-            const auto multiply = [&](const auto& w) {
-                product(w, rows_of(w, input, n), layer.qkv.bias, qkv + m0 * heads * D, n);
-            };
-            with_weight_for_many(layer.qkv, scratch, multiply);
+            const TilesOf w(layer.qkv, &scratch);
+            product(*w, rows_of(*w, input, n), layer.qkv.bias, qkv + m0 * heads * D, n);
         }
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < M; m++) {
@@ -185,10 +134,9 @@ private:
         return normed;
     }
 
-    template <class W>
-    Rows rows_of(const W& w, const bf16* rows, int64_t n) {
-        const int64_t stride = stride_of_rows(w);
-        if (w.row_bytes() == 0) return {(const char*)rows, stride};
+    Rows rows_of(const Tiles& w, const bf16* rows, int64_t n) {
+        const int64_t stride = w.stride();
+        if (w.row_bytes == 0) return {(const char*)rows, stride};
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < n; m++) w.prepare(rows + m * w.K, prepared + m * stride);
         return {prepared, stride};
@@ -198,15 +146,13 @@ private:
     void add_product(const Weight& weight, const bf16* input, bf16* own, int64_t n, const bf16* post_norm, float factor,
                      Scratch<uint32_t>& scratch) {
         const int64_t E = shape.E;
-        const auto multiply = [&](const auto& w) {
-            product(w, rows_of(w, input, n), n, [&](int64_t m, int64_t first, int64_t size, const float* values) {
-                bf16 *target = out + m * E + first, *sum = own + m * E + first;
-                store_row(values, weight.bias ? weight.bias + first : nullptr, target, size);
-                if (!post_norm)
-                    for (int64_t j = 0; j < size; j++) sum[j] = add(sum[j], widen(target[j]), factor);
-            });
-        };
-        with_weight_for_many(weight, scratch, multiply);
+        const TilesOf w(weight, &scratch);
+        product(*w, rows_of(*w, input, n), n, [&](int64_t m, int64_t first, int64_t size, const float* values) {
+            bf16 *target = out + m * E + first, *sum = own + m * E + first;
+            store_row(values, weight.bias ? weight.bias + first : nullptr, target, size);
+            if (!post_norm)
+                for (int64_t j = 0; j < size; j++) sum[j] = add(sum[j], widen(target[j]), factor);
+        });
         if (!post_norm) return;
 #pragma omp for schedule(static)
         for (int64_t m = 0; m < n; m++) {
@@ -219,15 +165,8 @@ private:
     // inner = activation(input gate^T) * (input up^T)
     void gated_product(const Layer& layer, const bf16* input, int64_t n, Scratch<uint32_t>& scratch) {
         static thread_local Scratch<uint32_t> up_scratch;
-        const auto multiply = [&](const auto& gate) {
-            using W = std::decay_t<decltype(gate)>;
-            const Rows rows = rows_of(gate, input, n);
-            if constexpr (std::is_constructible_v<W, const Weight&>)
-                gated(gate, W(layer.up), rows, inner, n, int(shape.activation));
-            else
-                gated(gate, W(layer.up, up_scratch), rows, inner, n, int(shape.activation));
-        };
-        with_weight_for_many(layer.gate, scratch, multiply);
+        const TilesOf gate(layer.gate, &scratch), up(layer.up, &up_scratch);
+        gated(*gate, *up, rows_of(*gate, input, n), inner, n, int(shape.activation));
     }
 
     // Writes the tokens of a segment that stay to the cache, and the last queries that its policy asks for.
@@ -283,8 +222,12 @@ inline void run_prefill(const Shape& shape, const Layer* layers, int64_t n_layer
                      int64_t n_output_tokens) {
     Prefill prefill(shape, layers, n_layers, plans, ropes, x, scratch, B, T);
     const int64_t rows = output_tokens ? n_output_tokens : B * T;
-#pragma omp parallel
+    const double begun = seconds(CLOCK_MONOTONIC);
+    const int threads = Team::mine().threads_of_report();
+    double used = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : used)
     {
+        const double own_begun = processor_seconds();
         for (int64_t l = 0; l < n_layers; l++)
             prefill.run(layers[l], plans[layers[l].plan], l + 1 < n_layers ? nullptr : output_tokens, n_output_tokens);
 #pragma omp for schedule(static)
@@ -292,5 +235,7 @@ inline void run_prefill(const Shape& shape, const Layer* layers, int64_t n_layer
             bf16* row = x + m * shape.E;
             if (shape.final_norm) norm_row(row, shape.final_norm, row, shape.E, shape.eps, shape.norm_offset);
         }
+        used += processor_seconds() - own_begun;
     }
+    Team::mine().report(seconds(CLOCK_MONOTONIC) - begun, used);
 }

@@ -11,8 +11,6 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 
 @dataclass(frozen=True)
 class InstructionSet:
@@ -87,6 +85,8 @@ def instruction_set() -> InstructionSet | None:
 @functools.cache
 def torch_multiplies_bfloat16() -> bool:
     """Whether torch's matrix products on CPU compute in bfloat16, and packed weights are there for them."""
+    import torch  # here, since kernels are compiled while it is imported
+
     return (
         torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")

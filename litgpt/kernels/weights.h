@@ -8,10 +8,14 @@
 #pragma once
 
 #include "simd/simd.h"
+#include "team.h"
 
-constexpr int ROW_TILE = 32;  // outputs of a tile, where weights lie row by row
+constexpr int BLOCK_TILE = 64;  // outputs of a tile in oneDNN's order
 
-// A weight of any kind: bfloat16 in oneDNN's order, int8, or int4 with its group size
+enum WeightKind { BLOCKED = 0, INT8_ROWS = 1, INT4_PAIRS = 2, PLAIN_ROWS = 3 };
+
+// A weight: bfloat16 in oneDNN's order for such CPUs (blocks of 64 outputs, within them pairs of inputs, K padded to 32),
+// int8, int4 with its group size, or bfloat16 row by row
 struct Weight {
     int64_t kind, K, N, group;
     const void *w, *scale, *minimum;
@@ -24,10 +28,46 @@ struct Prefetch {
     int pass, passes;   // 0 passes: nothing to prefetch
 };
 
-// Bytes of a row of `size` inputs, of which K are there; 0 where rows are used as they are
-inline int64_t padded_row_bytes(int64_t size, int64_t K) {
-    return std::is_same_v<Input, bf16> && size == K ? 0 : size * int64_t(sizeof(Input));
-}
+// Rows prepared for a weight, with a stride in bytes
+struct Rows {
+    const char* start;
+    int64_t stride;
+};
+
+// A weight of any kind, by tiles of its outputs
+struct Tiles {
+    int64_t K, N;
+    int tile, pass;     // outputs of a tile, most rows of a pass
+    int64_t row_bytes;  // of prepared rows; 0: rows are used as they are
+
+    Tiles(int64_t K, int64_t N, int tile, int pass, int64_t row_bytes) : K(K), N(N), tile(tile), pass(pass), row_bytes(row_bytes) {}
+    virtual void prepare(const bf16* x, char* row) const = 0;
+    virtual const void* at(int64_t u) const = 0;  // the weights of tile u
+    // Outputs of tile u for some rows from row m on: y (rows, tile)
+    virtual void compute(int64_t u, const Rows& x, int64_t m, int rows, float* y, Prefetch ahead) const = 0;
+
+    int64_t n_tiles() const { return (N + tile - 1) / tile; }
+    int64_t stride() const { return row_bytes ? (row_bytes + 63) / 64 * 64 : K * int64_t(sizeof(bf16)); }
+
+    // What to prefetch in a pass over tile u
+    Prefetch next(int64_t u, int pass, int passes) const {
+        return {passes > 1 && u + 1 < n_tiles() ? at(u + 1) : nullptr, pass, passes};
+    }
+};
+
+// The tiles of a weight; with `scratch`, for many rows: tiles of integers are widened there to bfloat16, once for all rows.
+class TilesOf {
+    alignas(16) char place[sizeof(Tiles) + 80];
+    const Tiles* tiles;
+
+public:
+    explicit TilesOf(const Weight& w, Scratch<uint32_t>* scratch = nullptr);  // in products.cpp
+    TilesOf(const TilesOf&) = delete;
+    const Tiles& operator*() const { return *tiles; }
+};
+
+// One tile of 64 outputs in oneDNN's order, whose K is a multiple of 32: y (rows, 64). In products.cpp.
+void compute_block(const uint32_t* w, int64_t K, const Rows& x, int rows, float* y);
 
 NOT_INLINED inline void prepare_inputs(const bf16* x, int64_t K, char* row, int64_t bytes) {
     std::memset(row + K * sizeof(Input), 0, bytes - K * sizeof(Input));
@@ -37,258 +77,24 @@ NOT_INLINED inline void prepare_inputs(const bf16* x, int64_t K, char* row, int6
         for (int64_t k = 0; k < K; k++) ((float*)row)[k] = widen(x[k]);
 }
 
-// bfloat16 in oneDNN's order for such CPUs: blocks of 64 outputs, within them pairs of inputs, K padded to 32
-struct Blocked {
-    static constexpr int TILE = 64, PASS = ROWS;
-    const uint32_t* w;
-    int64_t K, N;
-
-    Blocked(const void* w, int64_t K, int64_t N) : w((const uint32_t*)w), K(K), N(N) {}
-    explicit Blocked(const Weight& x) : Blocked(x.w, x.K, x.N) {}
-
-    int64_t pairs() const { return (K + 31) / 32 * 16; }
-    int64_t row_bytes() const { return padded_row_bytes(pairs() * 2, K); }
-    void prepare(const bf16* x, char* row) const { prepare_inputs(x, K, row, row_bytes()); }
-    const void* at(int64_t u) const { return w + u * pairs() * TILE; }
-
-    template <int M>
-    NOT_INLINED void compute_tile(int64_t u, const char* x, int64_t stride, float* y, Prefetch ahead) const {
-        constexpr int V = output_vectors(M);
-        UNROLLED for (int j = 0; j < TILE; j += V * LANES) compute_columns<M, V>(u, j, x, stride, y, ahead);
-    }
-
-private:
-    // Outputs [j, j + V * LANES) of a tile
-    template <int M, int V>
-    void compute_columns(int64_t u, int j, const char* x, int64_t stride, float* y, Prefetch ahead) const {
-        const int64_t n = pairs();
-        const uint32_t* block = w + u * n * TILE + j;
-        Floats sums[M][V];
-        UNROLLED for (int m = 0; m < M; m++) UNROLLED for (int v = 0; v < V; v++) sums[m][v] = zeros();
-        int countdown = ahead.pass;
-        for (int64_t p = 0; p < n; p++, block += TILE) {
-            if (ahead.start && countdown-- == 0) {
-                prefetch((const uint32_t*)ahead.start + p * TILE + j, V * LANES * 4);
-                countdown = ahead.passes - 1;
-            }
-            add_pairs<M, V>(sums, block, x + 2 * p * int64_t(sizeof(Input)), stride);
-        }
-        UNROLLED for (int m = 0; m < M; m++) UNROLLED for (int v = 0; v < V; v++)
-            store(y + m * TILE + j + LANES * v, sums[m][v]);
-    }
-};
-
-// Weights that lie row by row. Four outputs are computed at a time; at the end the last one is repeated. A subclass has
-// SIZE bytes for each number, `numbers` (those of a row from k on) and `factor` (of a row).
-template <class W>
-struct ByRow {
-    static constexpr int TILE = ROW_TILE, PASS = ROWS;
-    static constexpr int PREFETCH_ROWS = 16;  // distance
-
-    const W& self() const { return *static_cast<const W*>(this); }
-    const char* row(int64_t n) const { return (const char*)self().w + n * self().weight_bytes(); }
-    const void* at(int64_t u) const { return row(u * TILE); }
-    int64_t weight_bytes() const { return self().K * W::SIZE; }
-    int64_t row_bytes() const { return padded_row_bytes(self().K, self().K); }
-    void prepare(const bf16* x, char* row) const { prepare_inputs(x, self().K, row, row_bytes()); }
-
-    template <int M>
-    NOT_INLINED void compute_tile(int64_t u, const char* x, int64_t stride, float* y, Prefetch ahead) const {
-        for (int64_t i = 0; i < TILE && u * TILE + i < self().N; i += 4) {
-            int64_t rows[4];
-            for (int r = 0; r < 4; r++) rows[r] = std::min(u * TILE + i + r, self().N - 1);
-            const char* next = ahead.passes ? row(u * TILE + i + PREFETCH_ROWS) : nullptr;
-            if (ahead.start && ahead.pass == 1) next = (const char*)ahead.start + i * self().weight_bytes();
-            self().template four_outputs<M>(rows, x, stride, y + i, next);
-        }
-    }
-
-    template <int M>
-    NOT_INLINED void four_outputs(const int64_t* n, const char* x, int64_t stride, float* y, const char* ahead) const {
-        const char* rows[4] = {row(n[0]), row(n[1]), row(n[2]), row(n[3])};
-        float totals[M][4];
-        if constexpr (outputs_by_row(M) == 4) {
-            Floats sums[M][4];
-            add_rows<M, 4>(rows, x, stride, ahead, sums);
-            UNROLLED for (int m = 0; m < M; m++)
-                store_sums(totals[m], sums[m][0], sums[m][1], sums[m][2], sums[m][3]);
-        } else {
-            Floats first[M][2], last[M][2];
-            add_rows<M, 2>(rows, x, stride, ahead, first);
-            add_rows<M, 2>(rows + 2, x, stride, nullptr, last);
-            UNROLLED for (int m = 0; m < M; m++)
-                store_sums(totals[m], first[m][0], first[m][1], last[m][0], last[m][1]);
-        }
-        for (int m = 0; m < M; m++)
-            for (int r = 0; r < 4; r++) y[m * TILE + r] = totals[m][r] * self().factor(n[r]);
-    }
-
-private:
-    // Products of R weights with M rows, as partial sums
-    template <int M, int R>
-    void add_rows(const char* const* rows, const char* x, int64_t stride, const char* ahead, Floats (&sums)[M][R]) const {
-        const int64_t K = self().K;
-        UNROLLED for (int m = 0; m < M; m++) UNROLLED for (int r = 0; r < R; r++) sums[m][r] = zeros();
-        const auto add = [&](int64_t k, int64_t n) {
-            Numbers weights[R];
-            UNROLLED for (int r = 0; r < R; r++) weights[r] = W::numbers(rows[r], k, n);
-            UNROLLED for (int m = 0; m < M; m++) {
-                const Numbers inputs = load_numbers((const Input*)(x + m * stride) + k, n);
-                UNROLLED for (int r = 0; r < R; r++) sums[m][r] = add_products(sums[m][r], weights[r], inputs);
-            }
-        };
-        int64_t k = 0;
-        for (; k + NUMBERS <= K; k += NUMBERS) {
-            if (ahead) prefetch(ahead + 4 * W::SIZE * k, 4 * W::SIZE * NUMBERS);
-            add(k, NUMBERS);
-        }
-        if (k < K) add(k, K - k);
-    }
-};
-
-// bfloat16 row by row
-struct Plain : ByRow<Plain> {
-    static constexpr int SIZE = 2;
-    const bf16* w;
-    int64_t K, N;
-
-    Plain(const bf16* w, int64_t K, int64_t N) : w(w), K(K), N(N) {}
-
-    float factor(int64_t) const { return 1.0f; }
-    static Numbers numbers(const char* row, int64_t k, int64_t n) { return load_numbers((const bf16*)row + k, n); }
-};
-
-// 8-bit integers row by row, and a factor for every row: bfloat16 holds the integers exactly
-struct Int8 : ByRow<Int8> {
-    static constexpr int SIZE = 1;
-    const int8_t* w;
-    const float* scale;
-    int64_t K, N;
-
-    Int8(const int8_t* w, const float* scale, int64_t K, int64_t N) : w(w), scale(scale), K(K), N(N) {}
-    explicit Int8(const Weight& x) : Int8((const int8_t*)x.w, (const float*)x.scale, x.K, x.N) {}
-
-    static constexpr bool HAS_FACTORS = true;
-    float factor(int64_t n) const { return scale[n]; }
-
-    // LANES pairs of integers of row n from column k on, in bfloat16; zeros after the last
-    Pairs pairs(int64_t n, int64_t k) const {
-        if (k + 2 * LANES <= K) return int8_pairs(w + n * K + k);
-        int8_t padded[2 * LANES] = {};
-        if (k < K) std::memcpy(padded, w + n * K + k, K - k);
-        return int8_pairs(padded);
-    }
-    static Numbers numbers(const char* row, int64_t k, int64_t n) { return load_numbers((const int8_t*)row + k, n); }
-};
-
-// Pairs of 4-bit integers row by row, even columns in the low halves, with a scale and a minimum (float16) for each
-// group of columns, of which K is a multiple
-template <int GROUP>
-struct Int4 : ByRow<Int4<GROUP>> {
-    static constexpr int TILE = ROW_TILE, PASS = INT4_ROWS;
-    const uint8_t* w;
-    const uint16_t *scale, *minimum;
-    int64_t K, N;
-
-    explicit Int4(const Weight& x)
-        : w((const uint8_t*)x.w),
-          scale((const uint16_t*)x.scale),
-          minimum((const uint16_t*)x.minimum),
-          K(x.K),
-          N(x.N) {}
-
-    int64_t groups() const { return K / GROUP; }
-    int64_t weight_bytes() const { return K / 2; }
-    int64_t row_bytes() const { return int4_row_bytes(K, groups()); }
-    void prepare(const bf16* x, char* row) const { prepare_int4<GROUP>(x, K, row); }
-
-    static constexpr bool HAS_FACTORS = false;
-    float factor(int64_t) const { return 1.0f; }
-
-    // LANES pairs of numbers of row n from column k on, in bfloat16; zeros after the last
-    Pairs pairs(int64_t n, int64_t k) const {
-        static_assert(GROUP % (2 * LANES) == 0);
-        if (k >= K) return load_pairs(std::array<uint32_t, LANES>{}.data());
-        const int64_t at = n * groups() + k / GROUP;
-        return nibble_pairs(w + (n * K + k) / 2, nibble_values(from_half(scale[at]), from_half(minimum[at])));
-    }
-
-    template <int M>
-    NOT_INLINED void four_outputs(const int64_t* n, const char* x, int64_t stride, float* y, const char* ahead) const {
-        const uint8_t* rows[4];
-        const uint16_t *scales[4], *minima[4];
-        UNROLLED for (int r = 0; r < 4; r++)
-            rows[r] = w + n[r] * (K / 2), scales[r] = scale + n[r] * groups(), minima[r] = minimum + n[r] * groups();
-        int4_products<GROUP, M>(rows, scales, minima, K, x, stride, y, TILE, ahead);
-    }
-};
-
-// Calls `f` with the weight as its own type.
-template <class F>
-void with_weight(const Weight& w, F f) {
-    if (w.kind == 0) return f(Blocked(w));
-    if (w.kind == 1) return f(Int8(w));
-    if (w.group == 32) return f(Int4<32>(w));
-    if (w.group == 64) return f(Int4<64>(w));
-    f(Int4<128>(w));
-}
-
-// Rows prepared for a weight, with a stride in bytes
-struct Rows {
-    const char* start;
-    int64_t stride;
-};
-
-template <class W>
-int64_t stride_of_rows(const W& w) {
-    return w.row_bytes() ? (w.row_bytes() + 63) / 64 * 64 : w.K * int64_t(sizeof(bf16));
-}
-
-template <class W>
-Rows rows_for(const W& w, const bf16* x, int64_t M, Scratch<char>& scratch) {
-    const int64_t stride = stride_of_rows(w);
-    if (w.row_bytes() == 0) return {(const char*)x, stride};
+inline Rows rows_for(const Tiles& w, const bf16* x, int64_t M, Scratch<char>& scratch) {
+    const int64_t stride = w.stride();
+    if (w.row_bytes == 0) return {(const char*)x, stride};
     char* start = scratch.get(M * stride);
     for (int64_t m = 0; m < M; m++) w.prepare(x + m * w.K, start + m * stride);
     return {start, stride};
 }
 
-// Outputs of tile u for up to PASS rows from row m on.
-template <class W>
-NOT_INLINED void compute_tile(const W& w, int64_t u, const Rows& x, int64_t m, int rows, float* y,
-                  Prefetch ahead = {nullptr, 0, 0}) {
-    const char* start = x.start + m * x.stride;
-    if (rows == 1) return w.template compute_tile<1>(u, start, x.stride, y, ahead);
-    if (rows == 2) return w.template compute_tile<2>(u, start, x.stride, y, ahead);
-    if (rows == 3) return w.template compute_tile<3>(u, start, x.stride, y, ahead);
-    if (rows == 4) return w.template compute_tile<4>(u, start, x.stride, y, ahead);
-    if constexpr (W::PASS >= 5)
-        if (rows == 5) return w.template compute_tile<5>(u, start, x.stride, y, ahead);
-    if constexpr (W::PASS >= 6)
-        if (rows == 6) return w.template compute_tile<6>(u, start, x.stride, y, ahead);
-}
-
-template <class W>
-int64_t n_tiles(const W& w) {
-    return (w.N + W::TILE - 1) / W::TILE;
-}
-
 // Calls f(u, m, rows, pass, passes) for all tiles u and passes over M rows, which have about the same size; called by
 // all threads of a team.
-template <class W, class F>
-void in_passes(const W& w, int64_t M, F f) {
-    const int64_t passes = (M + W::PASS - 1) / W::PASS;
+template <class F>
+void in_passes(const Tiles& w, int64_t M, F f) {
+    const int64_t passes = (M + w.pass - 1) / w.pass;
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < n_tiles(w) * passes; i++) {
+    for (int64_t i = 0; i < w.n_tiles() * passes; i++) {
         const int64_t pass = i % passes, m = M * pass / passes;
         f(i / passes, m, int(M * (pass + 1) / passes - m), int(pass), int(passes));
     }
-}
-
-// What to prefetch in a pass over tile u
-template <class W>
-Prefetch next_tile(const W& w, int64_t u, int pass, int passes) {
-    return {passes > 1 && u + 1 < n_tiles(w) ? w.at(u + 1) : nullptr, pass, passes};
 }
 
 // y (n,) = values + bias
@@ -300,31 +106,29 @@ NOT_INLINED inline void store_row(const float* values, const bf16* bias, bf16* y
 }
 
 // x (M, K) w^T, called by all threads of a team: f(m, first, size, values) gets outputs [first, first + size) of row m.
-template <class W, class F>
-void product(const W& w, const Rows& x, int64_t M, F f) {
-    constexpr int TILE = W::TILE;
+template <class F>
+void product(const Tiles& w, const Rows& x, int64_t M, F f) {
     in_passes(w, M, [&](int64_t u, int64_t m0, int rows, int pass, int passes) {
-        float values[ROWS * TILE];
-        compute_tile(w, u, x, m0, rows, values, next_tile(w, u, pass, passes));
-        const int64_t first = u * TILE, size = std::min<int64_t>(TILE, w.N - first);
-        for (int m = 0; m < rows; m++) f(m0 + m, first, size, values + m * TILE);
+        float values[ROWS * BLOCK_TILE];
+        w.compute(u, x, m0, rows, values, w.next(u, pass, passes));
+        const int64_t first = u * w.tile, size = std::min<int64_t>(w.tile, w.N - first);
+        for (int m = 0; m < rows; m++) f(m0 + m, first, size, values + m * w.tile);
     });
 }
 
 // y (M, N) = x (M, K) w^T + bias, called by all threads of a team
-template <class W>
-void product(const W& w, const Rows& x, const bf16* bias, bf16* y, int64_t M) {
+inline void product(const Tiles& w, const Rows& x, const bf16* bias, bf16* y, int64_t M) {
     product(w, x, M, [&](int64_t m, int64_t first, int64_t size, const float* values) {
         store_row(values, bias ? bias + first : nullptr, y + m * w.N + first, size);
     });
 }
 
-template <class W>
-void linear(const W& w, const bf16* x, const bf16* bias, bf16* y, int64_t M) {
+inline void linear(const Weight& weight, const bf16* x, bf16* y, int64_t M) {
     static thread_local Scratch<char> scratch;
-    const Rows rows = rows_for(w, x, M, scratch);
-#pragma omp parallel
-    product(w, rows, bias, y, M);
+    const TilesOf w(weight);
+    const Rows rows = rows_for(*w, x, M, scratch);
+#pragma omp parallel num_threads(Team::mine().threads())
+    product(*w, rows, weight.bias, y, M);
 }
 
 // y (n,) = activation(gates) * ups
@@ -339,15 +143,13 @@ NOT_INLINED inline void activate_row(const float* gates, const float* ups, bf16*
 }
 
 // inner (M, I) = activation(x gate^T) * (x up^T), called by all threads of a team
-template <class W>
-void gated(const W& gate, const W& up, const Rows& x, bf16* inner, int64_t M, int kind) {
-    constexpr int TILE = W::TILE;
+inline void gated(const Tiles& gate, const Tiles& up, const Rows& x, bf16* inner, int64_t M, int kind) {
     in_passes(gate, M, [&](int64_t u, int64_t m0, int rows, int pass, int passes) {
-        float gates[ROWS * TILE], ups[ROWS * TILE];
-        compute_tile(gate, u, x, m0, rows, gates, next_tile(gate, u, pass, passes));
-        compute_tile(up, u, x, m0, rows, ups, next_tile(up, u, pass, passes));
-        const int64_t first = u * TILE, size = std::min<int64_t>(TILE, gate.N - first);
+        float gates[ROWS * BLOCK_TILE], ups[ROWS * BLOCK_TILE];
+        gate.compute(u, x, m0, rows, gates, gate.next(u, pass, passes));
+        up.compute(u, x, m0, rows, ups, up.next(u, pass, passes));
+        const int64_t first = u * gate.tile, size = std::min<int64_t>(gate.tile, gate.N - first);
         for (int m = 0; m < rows; m++)
-            activate_row(gates + m * TILE, ups + m * TILE, inner + (m0 + m) * gate.N + first, size, kind);
+            activate_row(gates + m * gate.tile, ups + m * gate.tile, inner + (m0 + m) * gate.N + first, size, kind);
     });
 }

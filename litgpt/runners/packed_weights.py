@@ -190,18 +190,21 @@ def can_pack(weight: torch.Tensor) -> bool:
     )
 
 
-def pack_linears(model: nn.Module) -> None:
+def pack_linears(model: nn.Module, join: bool = True) -> None:
     """Pack the linear layers of `model` that support it, one at a time, so that only one weight is in memory twice.
 
     A layer that shares its weight with an embedding keeps it.
+
+    Args:
+        join: whether layers with the same input may become one.
     """
-    _pack(model, {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)})
+    _pack(model, {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}, join)
 
 
-def _pack(module: nn.Module, embeddings: set[int]) -> None:
+def _pack(module: nn.Module, embeddings: set[int], join: bool) -> None:
     for name, child in list(module.named_children()):
         gated = [getattr(child, layer, None) for layer in ("fc_1", "fc_2", "proj")] if hasattr(child, "gated") else []
-        if gated and all(_is_plain(layer) for layer in gated):
+        if join and gated and all(_is_plain(layer) for layer in gated):
             setattr(module, name, PackedGatedMLP(child))
         elif _is_plain(child):
             kind = SharedLinear if id(child.weight) in embeddings else PackedLinear
@@ -209,7 +212,7 @@ def _pack(module: nn.Module, embeddings: set[int]) -> None:
         elif isinstance(child, OpaqueLayer):
             child.pack()
         else:
-            _pack(child, embeddings)
+            _pack(child, embeddings, join)
 
 
 def _is_plain(module: nn.Module) -> bool:

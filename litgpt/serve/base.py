@@ -9,7 +9,8 @@ from types import FrameType
 
 import uvicorn
 
-from litgpt.engine.loading import make_ready
+from litgpt.checkpoint.finetuned import Finetuned
+from litgpt.engine.loading import lend_weights, make_ready
 from litgpt.engine.service import Service
 from litgpt.generate.options import command
 from litgpt.serve.app import App
@@ -47,12 +48,16 @@ class Server(uvicorn.Server):
         try:
             options = self.options
             device = None if options.accelerator == "auto" else _device(options.accelerator)
-            names = [options.checkpoint_dir, *([options.lora] if options.lora else [])]
-            models = {}
-            for checkpoint in names:
-                ready = make_ready(checkpoint, **options.loading(), device=device)
-                name = ready.checkpoint_dir.resolve().name
-                models[name] = ServedModel.of(name, ready, options)
+            loras = {name: Finetuned(folder, "lora") for name, folder in options.loras().items()}
+            ready = make_ready(options.checkpoint_dir, **options.loading(), device=device, join=not loras)
+            name = ready.checkpoint_dir.resolve().name
+            if name in loras:
+                raise ValueError(
+                    f"the model is called {name!r}: give its LoRA weights another name, --lora NAME=FOLDER"
+                )
+            readies = {name: ready} | {one: lend_weights(ready, finetuned) for one, finetuned in loras.items()}
+            room = options.prefix_cache * 1_000_000 // len(readies)
+            models = {name: ServedModel.of(name, one, options, room) for name, one in readies.items()}
             service = Service({name: (one.batch, one.ready.tokenizer) for name, one in models.items()})
             service.start()
             self.app.models, self.app.service = models, service

@@ -47,7 +47,8 @@ class Conversations:
     def __init__(self, tokenizer: Tokenizer, style: PromptStyle, evicts: bool = False) -> None:
         self.tokenizer, self.style, self.evicts = tokenizer, style, evicts
         self._template = getattr(style, "template", "")
-        self._transcripts: OrderedDict[str, list[int]] = OrderedDict()  # tokens by text
+        # by the text of a conversation with the end of its last turn: the length without that end, and the tokens till there
+        self._transcripts: OrderedDict[str, tuple[int, list[int]]] = OrderedDict()
         self._lock = threading.Lock()
 
     def prompt(self, messages: Messages, tools: Tools | None = None, **variables: Any) -> ChatPrompt:
@@ -62,11 +63,12 @@ class Conversations:
         text = self.style.render(messages, **variables)
         with self._lock:
             known = max((one for one in self._transcripts if text.startswith(one)), key=len, default=None)
-            begin = self._transcripts.get(known) if known else None
+            begin = None if known is None else self._transcripts[known]
         if begin is None:
             tokens = encode_prompt(self.tokenizer, self.style, messages, **variables)
         else:
-            tokens = torch.tensor([*begin, *self.tokenizer.encode(text[len(known) :], bos=False).tolist()])
+            n, drawn = begin
+            tokens = torch.tensor([*drawn, *self.tokenizer.encode(text[n:], bos=False).tolist()])
         checkpoints = self._checkpoints(tokens, messages, variables) if self.evicts else ()
         return ChatPrompt(text, tokens, checkpoints, messages, variables)
 
@@ -104,16 +106,18 @@ class Conversations:
             output: tokens of the answer.
             answer: the message that the client was given.
         """
-        texts = {prompt.text + self.tokenizer.decode(list(output))}
+        said = self.tokenizer.decode(list(output))
         (back,) = self._for_template(messages_of({"messages": [answer]}), None)
-        later, tail = self._sent_back(prompt, back), self._sent_back(prompt, {"role": "assistant", "content": "A"})
-        if later and tail.startswith("A") and later.endswith(tail[1:]):
-            texts.add(prompt.text + later.removesuffix(tail[1:]))
+        later, probe = self._sent_back(prompt, back), self._sent_back(prompt, {"role": "assistant", "content": "A"})
+        end = probe[1:] if probe.startswith("A") else ""
+        texts = {said} if said or end else set()
+        if later and probe and later.endswith(end):
+            texts.add(later.removesuffix(end))
         tokens = [*prompt.tokens.tolist(), *output]
         with self._lock:
             for text in texts:
-                self._transcripts[text] = tokens
-                self._transcripts.move_to_end(text)
+                self._transcripts[prompt.text + text + end] = len(prompt.text + text), tokens
+                self._transcripts.move_to_end(prompt.text + text + end)
             while len(self._transcripts) > MOST_TRANSCRIPTS:
                 self._transcripts.popitem(last=False)
 

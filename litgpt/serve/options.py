@@ -42,14 +42,35 @@ class ServeOptions(SamplingOptions, CacheOptions, CheckpointOptions):
         None, "How several devices share a model: not supported by this server."
     )
     accelerator: Literal["auto", "cuda", "cpu", "mps"] = option("auto", "auto, cuda, cpu or mps.")
-    lora: Path | None = option(None, "Folder of LoRA weights to serve beside the model, by the folder's name.")
+    lora: str | None = option(
+        None,
+        "Folders of LoRA weights, with commas between them, to serve beside the model, whose weights they share. Each has the "
+        "name of its folder, or with NAME=FOLDER another one.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.api_path.startswith("/"):
             raise ValueError(f"api_path must begin with /, got {self.api_path!r}")
+        self.loras()  # raises at once
         if self.devices > 1 or self.generate_strategy is not None:
             raise ValueError("this server runs a model on one device: leave devices and generate_strategy out")
+
+    def loras(self) -> dict[str, Path]:
+        """The folders of LoRA weights by their names; `ValueError` if two have the same."""
+        found: dict[str, Path] = {}
+        for text in (self.lora or "").split(","):
+            name, equals, folder = text.strip().rpartition("=")
+            if not folder:
+                continue
+            path = Path(folder)
+            if not equals:
+                whole = path.resolve()
+                name = whole.parent.name if whole.name == "final" else whole.name  # as fine-tuning calls it
+            if name in found:
+                raise ValueError(f"two folders of LoRA weights are called {name!r}: give one another name, NAME=FOLDER")
+            found[name] = path
+        return found
 
     @property
     def key(self) -> str | None:

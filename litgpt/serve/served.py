@@ -24,13 +24,14 @@ class ServedModel:
     conversations: Conversations
 
     @classmethod
-    def of(cls, name: str, ready: Ready, options: ServeOptions) -> "ServedModel":
+    def of(cls, name: str, ready: Ready, options: ServeOptions, prefix_bytes: int) -> "ServedModel":
+        """A model with a batch of its own; states of its rows take at most `prefix_bytes`."""
         options = options.as_trained(ready.trained_cache)
         model = ready.model
         options.assign_caches(model, options.batch_size)
         lease = CacheLease.take(model)
         takes_rows = model.caches.default or not model.caches.caches or model.caches.takes_rows_apart
-        prefixes = PrefixStore(options.prefix_cache * 1_000_000) if options.prefix_cache and takes_rows else None
+        prefixes = PrefixStore(prefix_bytes) if prefix_bytes and takes_rows else None
         length = None
         if not model.caches.caches or model.caches.default:
             length = min(model.max_seq_length, options.cache_length or DEFAULT_LENGTH)

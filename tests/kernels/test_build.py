@@ -7,6 +7,9 @@ import ctypes
 import os
 import re
 import subprocess
+import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,7 +54,7 @@ class Machine:
 
     @property
     def compilations(self) -> int:
-        return len(self.log.read_text().split()) // 2 if self.log.exists() else 0
+        return len(self.log.read_text().split()) // (len(build.UNITS) + 1) if self.log.exists() else 0
 
     @property
     def said(self) -> list[str]:
@@ -265,3 +268,38 @@ def test_a_full_disk_leaves_nothing_half_written(machine, monkeypatch):
     assert machine.kernels() is None
     assert len(machine.said) == 2
     assert [p for p in machine.folder.iterdir() if p.name != "lock"] == []
+
+
+def test_what_is_compiled_ahead_is_waited_for_and_loaded(machine):
+    machine.compiler(COPIES.replace("cat", "sleep 0.5; cat"))
+    build.compile_ahead(processor.instruction_set())
+    assert threading.active_count() > 1
+    while not machine.log.exists():
+        time.sleep(0.01)
+    assert machine.kernels() is not None
+    assert machine.compilations == 1
+    build.compile_ahead(processor.instruction_set())
+    assert machine.kernels() is not None
+    assert machine.compilations == 1
+
+
+def test_a_failure_ahead_is_told_once(machine):
+    machine.compiler(FAILING["fails"])
+    build.compile_ahead(processor.instruction_set())
+    while not list(machine.folder.glob("*.failed")):
+        time.sleep(0.01)
+    while threading.active_count() > 1 and not machine.caplog.messages:
+        time.sleep(0.01)
+    assert [message[:19] for message in machine.caplog.messages] == ["No compiled kernels"]
+    assert machine.kernels() is None
+    assert machine.said == []
+
+
+def test_a_command_that_fails_does_not_wait_for_the_compiler(machine):
+    machine.compiler(COPIES.replace("cat", "sleep 15; cat"))
+    started = time.monotonic()
+    command = [sys.executable, "-m", "litgpt", "generate", str(machine.path / "no model")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, env=os.environ)
+    assert done.returncode == 1
+    assert "no model" in done.stderr.splitlines()[-1]
+    assert time.monotonic() - started < 14

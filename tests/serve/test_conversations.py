@@ -48,6 +48,17 @@ def test_the_next_prompt_begins_with_the_tokens_of_the_last_answer(template, wri
     assert "look" not in rest
 
 
+def test_what_only_begins_like_an_answer_has_its_own_tokens():
+    """Here a token that is no text, and half a character."""
+    chats = conversations()
+    prompt = chats.prompt(ASK)
+    expected = prompt.tokens.tolist()
+    output = [4, *chats.tokenizer.encode("é").tolist()[:1]]
+    chats.note(prompt, output, {"role": "assistant", "content": chats.tokenizer.decode(output)})
+    chats.note(prompt, [4], {"role": "assistant", "content": ""})
+    assert chats.prompt(ASK).tokens.tolist() == expected
+
+
 def test_templates_describe_the_tools_themselves_if_they_can():
     assert conversations(WITH_CALLS).prompt(ASK, TOOLS).text.startswith('<|system|>[{"type": "function"')
     text = conversations().prompt(ASK, TOOLS).text

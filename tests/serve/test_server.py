@@ -12,6 +12,9 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from tiny import write_lora
+
+from litgpt.api import LLM
 
 from .conftest import serving
 
@@ -225,6 +228,8 @@ def test_tools_may_be_left_alone(client):
         ({"messages": HELLO, "temperature": "hot"}, "temperature"),
         ({"messages": HELLO, "max_tokens": 0}, "max_tokens"),
         ({"messages": HELLO, "n": 1000}, "n"),
+        ({"messages": HELLO, "logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"messages": HELLO, "logprobs": True, "top_logprobs": 999}, "top_logprobs"),
         ({"messages": HELLO, "stop": 3}, "stop"),
         ({"messages": HELLO, "model": 3}, "model"),
         ({"messages": HELLO, "stream": "yes"}, "stream"),
@@ -367,6 +372,23 @@ def test_keys_pages_of_others_and_litgpts_endpoint(checkpoint, llm):
         assert text == llm.generate("Hello", temperature=0)
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+def test_lora_weights_are_served_beside_the_model(checkpoint, llm, tmp_path):
+    write_lora(checkpoint, tmp_path / "kind" / "final")
+    write_lora(checkpoint, tmp_path / "other", seed=1)
+    expected = [llm.generate("Hello", max_new_tokens=12, temperature=0)]
+    for folder in (tmp_path / "kind" / "final", tmp_path / "other"):
+        expected.append(LLM.load(folder, precision="32-true").generate("Hello", max_new_tokens=12, temperature=0))
+    assert len(set(expected)) == 3
+    with serving(checkpoint, "--lora", f"{tmp_path / 'kind' / 'final'},second={tmp_path / 'other'}") as (server, _):
+        client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
+        names = [model.id for model in client.models.list()]
+        assert names == ["tiny", "kind", "second"]
+        with ThreadPoolExecutor(6) as pool:
+            answers = list(pool.map(lambda name: ask(client, model=name), names * 2))
+        assert [answer.choices[0].message.content for answer in answers] == expected * 2
+        assert [answer.model for answer in answers] == names * 2
 
 
 def test_predict_and_a_full_queue(checkpoint, llm):

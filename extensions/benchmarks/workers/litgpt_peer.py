@@ -5,7 +5,7 @@ from pathlib import Path
 
 import lightning
 import torch
-from timing import measure, peak_bytes, read_job, read_tokens, report
+from timing import measure, peak_bytes, read_job, read_tokens, report, torch_instructions
 
 from litgpt.config import Config
 from litgpt.generate.base import generate_fn
@@ -33,7 +33,8 @@ def main() -> None:
         for block in model.transformer.h:
             block.attn.kv_cache.reset_parameters()
 
-    report(measure(job, imported, torch.get_num_threads(), generate))
+    result = measure(job, imported, torch.get_num_threads(), generate)
+    report(result | {"note": torch_instructions(torch)})
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 
 import torch
-from timing import measure, peak_bytes, read_job, read_tokens, report
+from timing import measure, peak_bytes, read_job, read_tokens, report, torch_instructions
 
 from litgpt.engine.loading import make_ready
 from litgpt.generate.base import generate_fn
+from litgpt.kernels import processor
+from litgpt.kernels.library import library
 from litgpt.model import GPT
 from litgpt.runners.fused import FusedLayers
 
@@ -23,7 +25,7 @@ def main() -> None:
             yield int(token)
 
     result = measure(job, imported, torch.get_num_threads(), generate)
-    report(result | {"note": f"decoded {how_it_decodes(model)}"})
+    report(result | {"note": f"decoded {how_it_decodes(model)}; {instructions()}"})
 
 
 def how_it_decodes(model: GPT) -> str:
@@ -33,6 +35,12 @@ def how_it_decodes(model: GPT) -> str:
     if model.layer_runner is None:
         return "layer by layer"
     return f"by {torch._dynamo.utils.counters['stats']['unique_graphs']} compiled graph(s)"
+
+
+def instructions() -> str:
+    """The instruction sets of the kernels and of torch."""
+    kernels = "no kernels" if library() is None else f"kernels for {processor.instruction_set().name}"
+    return f"{kernels}, {torch_instructions(torch)}"
 
 
 if __name__ == "__main__":

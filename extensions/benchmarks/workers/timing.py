@@ -1,11 +1,13 @@
 """What all workers share: the job, the clock, the memory, the answer. Runs in every interpreter, so it imports the standard library only."""
 
 import json
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 
 def read_job() -> dict:
@@ -53,6 +55,12 @@ def measure(job: dict, imported: int, threads: int, generate: Callable[[], Itera
         "threads": threads,
         "answer": tokens,
     }
+
+
+def torch_instructions(torch: Any) -> str:
+    """The instruction set of torch's own operations, and the limit of those of oneDNN, if it has one."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return f"torch for {torch.backends.cpu.get_cpu_capability()}" + (f", oneDNN for {limit} at most" if limit else "")
 
 
 def report(result: dict) -> None:

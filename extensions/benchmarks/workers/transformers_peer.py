@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import torch
-from timing import measure, peak_bytes, read_job, read_tokens, report
+from timing import measure, peak_bytes, read_job, read_tokens, report, torch_instructions
 from transformers import AutoModelForCausalLM, DynamicCache
 
 
@@ -20,7 +20,8 @@ def main() -> None:
             tokens = logits[:, -1].argmax(-1, keepdim=True)
             yield int(tokens)
 
-    report(measure(job, imported, torch.get_num_threads(), generate))
+    result = measure(job, imported, torch.get_num_threads(), generate)
+    report(result | {"note": torch_instructions(torch)})
 
 
 if __name__ == "__main__":

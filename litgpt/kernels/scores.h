@@ -1,0 +1,28 @@
+// From products of queries with keys to weights of values.
+
+#pragma once
+
+#include "simd/simd.h"
+
+constexpr int SPLIT_KEYS = 64;        // keys of a KV split, which one thread processes
+constexpr bf16 HIDDEN = 0xff80;  // the bias of a key that a query does not see: minus infinity
+// Replaces scores s (n,) by exp(s - top), where `top` is the largest score. Returns their sum.
+NOT_INLINED inline float exponentiate(float* s, float* top, int64_t n) {
+    const float most = *top = largest(s, n);
+    return exponentiate_to(s, s, most == -INFINITY ? 0.0f : most, n);
+}
+
+inline float softcap(float score, float cap) {
+    return cap * (1.0f - 2.0f / (1.0f + exponential(std::min(2.0f * score / cap, 80.0f))));
+}
+
+// Replaces products s of a query with n <= SPLIT_KEYS keys by exp(score - top), and by 0 after the last.
+inline void weigh(float* s, const bf16* bias, int64_t n, float scale, float cap, float* top, float* total) {
+    for (int64_t j = 0; j < n; j++) s[j] *= scale;
+    if (cap > 0)
+        for (int64_t j = 0; j < n; j++) s[j] = softcap(s[j], cap);
+    if (bias)
+        for (int64_t j = 0; j < n; j++) s[j] += widen(bias[j]);
+    for (int64_t j = n; j < SPLIT_KEYS; j++) s[j] = -INFINITY;
+    *total = exponentiate(s, top, SPLIT_KEYS);
+}
