@@ -5,11 +5,14 @@ import torch
 from tiny import VOCABULARY, tiny_gpt
 
 from litgpt.__main__ import main
-from litgpt.checkpoint.load import load_model, save_litgpt
+from litgpt.checkpoint.load import load_model, quantize_meta, save_litgpt
+from litgpt.checkpoint.meta_model import meta_model
+from litgpt.config import Config
 from litgpt.engine.caches import prepare_caches
 from litgpt.engine.loading import choose_kv_caches
 from litgpt.kvcache import CacheSpec, memory
 from litgpt.planning import MemoryPlan, parse_bytes, plan_for
+from litgpt.runners.quantized_weights import Scheme
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def test_models_that_are_not_on_this_disk_are_known_by_name():
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("24GB", 24 * 10**9), ("16 GiB", 16 * 2**30), ("1.5m", 1_500_000), ("512", 512)]
+    ("text", "expected"), [("24GB", 24 * 10**9), ("16 GiB", 16 * 2**30), ("1.5m", 1_500_000), ("5120", 5120)]
 )
 def test_sizes_of_memory(text, expected):
     assert parse_bytes(text) == expected
@@ -78,6 +81,22 @@ def test_sizes_of_memory(text, expected):
 def test_other_texts_are_no_sizes(text):
     with pytest.raises(ValueError, match="is no size of memory"):
         parse_bytes(text)
+
+
+def test_a_few_bytes_are_no_memory():
+    with pytest.raises(ValueError, match="'24' is a size of 24 bytes: write it with its unit, as 24GB"):
+        parse_bytes("24")
+
+
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_layers_that_are_alike_are_weighed_once(quantize):
+    config = Config.from_name("DeepSeek-V3", n_layer=6, n_expert=8, n_expert_groups=4, n_topk_groups=2)
+    plan = MemoryPlan(config, CacheSpec(), torch.bfloat16, None if quantize is None else Scheme(quantize))
+    model = meta_model(config)
+    if quantize is not None:
+        quantize_meta(model, plan.scheme, torch.bfloat16, False)
+    buffers = sum(x.numel() * x.element_size() for x in model.buffers())
+    assert plan.weights == buffers + 2 * sum(x.numel() for x in model.parameters())
 
 
 def test_the_command_says_what_fits(checkpoint, capsys):

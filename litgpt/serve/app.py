@@ -257,6 +257,12 @@ class App:
     ) -> list[Generation]:
         """The answers to one prompt that a request asks for."""
         sampling, n = sampling_of(body, self.options.sampling()), choices_of(body)
+        n_tokens = served.ready.model.config.padded_vocab_size
+        for token in sampling.logit_bias or ():
+            if token >= n_tokens:
+                raise bad_request(f"logit_bias has the token {token}, but there are {n_tokens}", "logit_bias")
+        if (logprobs or 0) > n_tokens:
+            raise bad_request(f"there are only {n_tokens} tokens to give log-probabilities of", "top_logprobs")
         schema, param = schema_of(body), "response_format"
         if tools is not None and tools.forced:
             schema, param = tools.schema, "tool_choice"

@@ -228,6 +228,8 @@ def test_tools_may_be_left_alone(client):
         ({"messages": HELLO, "temperature": "hot"}, "temperature"),
         ({"messages": HELLO, "max_tokens": 0}, "max_tokens"),
         ({"messages": HELLO, "n": 1000}, "n"),
+        ({"messages": HELLO, "logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"messages": HELLO, "logprobs": True, "top_logprobs": 999}, "top_logprobs"),
         ({"messages": HELLO, "stop": 3}, "stop"),
         ({"messages": HELLO, "model": 3}, "model"),
         ({"messages": HELLO, "stream": "yes"}, "stream"),
