@@ -36,7 +36,13 @@ RESTRICTED = {
     "neon": InstructionSet("neon", ("-march=armv8-a",), ("asimd",)),
     "scalar": InstructionSet("scalar", ("-DLITGPT_SCALAR",)),
 }
-VECTORIZED = ("avx512bf16", "avx512", "avx2", "neonbf16", "neon")  # instruction sets that have headers of their own in simd/
+VECTORIZED = (
+    "avx512bf16",
+    "avx512",
+    "avx2",
+    "neonbf16",
+    "neon",
+)  # instruction sets that have headers of their own in simd/
 # names for the results of `-march=native`, the best first
 _NATIVE = {"avx512bf16": (*_AVX512, "avx512_bf16"), "avx512": _AVX512, "avx2": _AVX2}
 _NATIVE |= {"neonbf16": ("asimd", "bf16"), "neon": ("asimd",)}

@@ -1,6 +1,6 @@
 """The kernels in a program of their own (check.cpp): for ARM under emulation, and with the compiler's sanitizers.
 
-LITGPT_TEST_SANITIZERS=1 adds the sanitizers, which take a minute to compile.
+LITGPT_TEST_SANITIZERS=1 adds the sanitizers and ARM with bfloat16, which take minutes to compile.
 """
 
 import os
@@ -15,6 +15,7 @@ import pytest
 from litgpt.kernels import build, processor
 
 CROSS, EMULATOR = "aarch64-linux-gnu-g++", shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+slow = pytest.mark.skipif(os.environ.get("LITGPT_TEST_SANITIZERS") != "1", reason="LITGPT_TEST_SANITIZERS=1 is not set")
 CHECK = Path(__file__).with_name("check.cpp")
 
 
@@ -39,13 +40,13 @@ def assert_no_differences(command: list[object], **environment: str) -> None:
 
 
 @pytest.mark.skipif(not (EMULATOR and shutil.which(CROSS)), reason="no cross compiler and emulator for ARM")
-@pytest.mark.parametrize("machine", ["armv8-a", "armv8.2-a+bf16"])
+@pytest.mark.parametrize("machine", ["armv8-a", pytest.param("armv8.2-a+bf16", marks=slow)])
 def test_neon(tmp_path, machine):
     check = program(CROSS, tmp_path, [f"-march={machine}", "-O1", "-static"])
     assert_no_differences([EMULATOR, "-cpu", "max", check, 1, 6], OMP_NUM_THREADS="2")
 
 
-@pytest.mark.skipif(os.environ.get("LITGPT_TEST_SANITIZERS") != "1", reason="LITGPT_TEST_SANITIZERS=1 is not set")
+@slow
 @pytest.mark.skipif(platform.system() != "Linux", reason="no kernels")
 @pytest.mark.parametrize("name", ["auto", *processor.RESTRICTED])
 def test_sanitizers_find_nothing(tmp_path, monkeypatch, name):
