@@ -40,6 +40,7 @@ def assert_no_differences(command: list[object], **environment: str) -> None:
 
 
 @pytest.mark.skipif(not (EMULATOR and shutil.which(CROSS)), reason="no cross compiler and emulator for ARM")
+@pytest.mark.skipif("LITGPT_KERNELS" in os.environ, reason="the tests of another instruction set")
 @pytest.mark.parametrize("machine", ["armv8-a", pytest.param("armv8.2-a+bf16", marks=slow)])
 def test_neon(tmp_path, machine):
     check = program(CROSS, tmp_path, [f"-march={machine}", "-O1", "-static"])
