@@ -52,6 +52,8 @@ def library() -> ctypes.CDLL | None:
     target = processor.instruction_set()
     if target is None:
         return None
+    import torch  # noqa: F401  # whose OpenMP the kernels use
+
     from litgpt.kernels.build import kernels_for  # imports modules that only Linux has
 
     return kernels_for(target, _load)

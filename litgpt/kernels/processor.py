@@ -8,6 +8,7 @@ the best that the processor has.
 import functools
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,21 @@ def _about() -> list[str]:
     except OSError:
         return []
     return sorted({line for line in lines if line.startswith(("model name", "flags", "Features")) and ":" in line})
+
+
+def physical_cores() -> int | None:
+    """Cores of the processors that this process may use, each counted once however many threads it runs; None: unknown."""
+    try:
+        blocks = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")
+    except OSError:
+        return None
+    cpus = [dict(re.findall(r"^(\S[^\t:]*)\t*: ?(.*)$", block, re.MULTILINE)) for block in blocks]
+    cores = {
+        (cpu.get("physical id"), cpu["core id"])
+        for cpu in cpus
+        if "core id" in cpu and int(cpu["processor"]) in os.sched_getaffinity(0)
+    }
+    return len(cores) or None
 
 
 def instruction_set() -> InstructionSet | None:
