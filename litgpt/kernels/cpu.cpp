@@ -162,7 +162,7 @@ void next_token_losses(void* logits, const int64_t* targets, float* losses, int6
 // Whether the processor multiplies bfloat16 twice as fast as float. Then products of many rows are as fast here as in
 // libraries.
 int multiplies_fast() {
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
     return 1;
 #else
     return 0;

@@ -1,7 +1,7 @@
 """The abilities of this machine's processor, and torch's use of them. No other module asks.
 
 `LITGPT_KERNELS` restricts the kernels: `avx512` compiles and runs them without the instructions for bfloat16 and integer
-products, `avx2` as for a processor with AVX2 and no more, `scalar` as for any, `0` does without them; unset or `auto` means
+products, `avx2` as for a processor with AVX2 and no more, `neon` as for any 64-bit ARM, `scalar` as for any processor, `0` does without them; unset or `auto` means
 the best that the processor has.
 """
 
@@ -33,11 +33,19 @@ _AVX512 = ("avx512bw", "avx512vl", "avx512dq")
 RESTRICTED = {
     "avx512": InstructionSet("avx512", tuple(f"-m{name}" for name in _AVX2 + _AVX512), _AVX2 + _AVX512),
     "avx2": InstructionSet("avx2", tuple(f"-m{name}" for name in _AVX2), _AVX2),
+    "neon": InstructionSet("neon", ("-march=armv8-a",), ("asimd",)),
     "scalar": InstructionSet("scalar", ("-DLITGPT_SCALAR",)),
 }
-VECTORIZED = ("avx512bf16", "avx512", "avx2")  # instruction sets that have headers of their own in simd/
+VECTORIZED = (
+    "avx512bf16",
+    "avx512",
+    "avx2",
+    "neonbf16",
+    "neon",
+)  # instruction sets that have headers of their own in simd/
 # names for the results of `-march=native`, the best first
 _NATIVE = {"avx512bf16": (*_AVX512, "avx512_bf16"), "avx512": _AVX512, "avx2": _AVX2}
+_NATIVE |= {"neonbf16": ("asimd", "bf16"), "neon": ("asimd",)}
 
 
 @functools.cache

@@ -22,8 +22,18 @@ def test_kernels_can_be_restricted_or_left_out(monkeypatch):
     monkeypatch.setenv("LITGPT_KERNELS", "0")
     assert processor.instruction_set() is None
     monkeypatch.setenv("LITGPT_KERNELS", "avx3")
-    with pytest.raises(ValueError, match="LITGPT_KERNELS='avx3' is not one of auto, avx512, avx2, scalar, 0"):
+    with pytest.raises(ValueError, match="LITGPT_KERNELS='avx3' is not one of auto, avx512, avx2, neon, scalar, 0"):
         processor.instruction_set()
+
+
+def test_arm_processors_have_kernels_of_their_own(monkeypatch):
+    monkeypatch.setattr(processor.platform, "system", lambda: "Linux")
+    monkeypatch.delenv("LITGPT_KERNELS", raising=False)
+    for features, name in ((["asimd", "asimddp", "bf16"], "neonbf16"), (["asimd"], "neon")):
+        monkeypatch.setattr(processor, "features", lambda features=features: frozenset(features))
+        assert processor.instruction_set().name == name in processor.VECTORIZED
+    monkeypatch.setenv("LITGPT_KERNELS", "neon")
+    assert processor.instruction_set().flags == ("-march=armv8-a",)
 
 
 def test_what_the_processor_lacks_cannot_be_asked_for(monkeypatch):
