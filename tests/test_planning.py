@@ -34,7 +34,11 @@ def test_weights_are_foreseen_to_the_byte(checkpoint, dtype, quantize):
     assert plan.weights == allocated(load_model(checkpoint, dtype, quantize=quantize))
 
 
-@pytest.mark.parametrize("spec", [CacheSpec(), CacheSpec("lastrec", cache_length=40)])
+@pytest.mark.parametrize(
+    "spec",
+    [CacheSpec(), CacheSpec("lastrec", cache_length=40), CacheSpec("h2o", "int8", cache_length=40, budget="pyramid")]
+    + [CacheSpec("expected", "int4", cache_length=40), CacheSpec("dense", "kivi", cache_length=100, window=32)],
+)
 def test_caches_are_foreseen_to_the_byte(checkpoint, spec):
     model = load_model(checkpoint)
     plan = plan_for(checkpoint, spec, torch.float32)
@@ -105,6 +109,8 @@ def test_the_command_says_what_fits(checkpoint, capsys):
     said = capsys.readouterr().out
     assert "fits into 1 GB" in said
     assert said.splitlines()[-1] == f"litgpt generate {checkpoint} --prompt_chunksize 512"
+    assert main([*arguments, "--memory", "1GB", "--kv_cache", "dense-int8"]) == 0
+    assert "--kv_cache dense-int8 --cache_length 200 " in capsys.readouterr().out.splitlines()[-1]
     plan = plan_for(checkpoint, CacheSpec(), torch.float32)
     room = plan.total(1, 100)
     assert main([*arguments, "--precision", "32-true", "--memory", str(room)]) == 0
@@ -131,7 +137,7 @@ def test_caches_that_do_not_fit_are_refused_with_those_that_would(checkpoint, mo
     monkeypatch.setattr(memory, "STORAGES", ["default", "int8"])
     room = memory.size_in_bytes(CacheSpec("lastrec", cache_length=70), model.config, 2, 100, torch.float32)
     monkeypatch.setattr(memory, "available_bytes", lambda device: room)
-    fits = "what fits is (--kv_cache dense-int8 or )?--kv_cache lastrec --cache_length 64"
+    fits = "what fits is (--kv_cache dense-int8 --cache_length 100 or )?--kv_cache lastrec --cache_length 64"
     with pytest.raises(ValueError, match=rf"need \d+ kB, but \d+ kB are left on cpu: {fits}"):
         make(model)
     assert not model.kv_caches()

@@ -40,7 +40,7 @@ PAIRS = {  # by the names of the table: our cache with its arguments, and the pr
 KINDS = {"facts": "log-probability of answers", "text": "log-probability of the text that follows"}
 SIDES = {"this": "press_ours.py", "kvpress": "kvpress_peer.py"}
 FOLLOW = 160  # tokens that a text goes on for
-Z = 1.959964  # standard errors on either side of a mean that 95 % lie within
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # standard errors of 95 %, by degrees of freedom
 
 
 def main() -> int:
@@ -154,8 +154,11 @@ def markdown(result: dict) -> str:
 def difference(ours: list[float], theirs: list[float]) -> str:
     """The mean difference with half its 95 % interval."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    error = stdev(differences) / sqrt(len(differences)) if len(differences) > 1 else 0.0
-    return f"{fmean(differences):+.3f} ± {Z * error:.3f}"
+    free = len(differences) - 1
+    if free == 0:
+        return f"{differences[0]:+.3f}"
+    width = STUDENT[free - 1] if free <= len(STUDENT) else 1.96 + 2.4 / free
+    return f"{fmean(differences):+.3f} ± {width * stdev(differences) / sqrt(free + 1):.3f}"
 
 
 if __name__ == "__main__":

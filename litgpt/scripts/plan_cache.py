@@ -141,7 +141,10 @@ def _command(
     """The command to paste, or what would fit."""
     spec, left = plan.spec, memory - plan.weights - plan.workspace(rows)
     cache = [] if spec == CacheSpec() else ["--kv_cache", str(spec)]
-    cache += [] if spec.cache_length is None else ["--cache_length", str(spec.cache_length)]
+    slots = spec.cache_length
+    if slots is None and not spec.evicts and spec != CacheSpec() and length < plan.config.block_size:
+        slots = length  # else it is made for the model's whole context
+    cache += [] if slots is None else ["--cache_length", str(slots)]
     if left < plan.caches(rows, length):
         fitting = list(fitting_caches(plan.config, rows, length, plan.dtype, left)) if left > 0 else []
         if not fitting:
