@@ -252,7 +252,8 @@ class LoRALinear(LoRALayer, WrappedLinear):
         y = self.linear(x)
         if self.r == 0 or self.merged:
             return y
-        y = y + F.linear(F.linear(self.lora_dropout(x), self.lora_A), self.expanded_B()) * self.scaling
+        added = F.linear(F.linear(self.lora_dropout(x), self.lora_A), self.expanded_B())
+        y = torch.add(y, added, alpha=self.scaling)
         if not self.dora:
             return y
         scale = self.row_scale(self._norms()) if self.fixed_scale is None else self.fixed_scale

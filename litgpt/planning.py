@@ -2,11 +2,14 @@
 
 import re
 import time
+from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from litgpt.checkpoint.base import Checkpoint
 from litgpt.checkpoint.find import find_local
@@ -17,6 +20,7 @@ from litgpt.config import Config
 from litgpt.families import is_tied
 from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.memory import largest, size_in_bytes
+from litgpt.model import GPT
 from litgpt.runners.quantized_weights import Scheme
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -45,13 +49,17 @@ class MemoryPlan:
     @cached_property
     def weights(self) -> int:
         """Bytes of all parameters and buffers."""
-        model = meta_model(self.config)
+        model = self._first_layers()
         if self.scheme is not None:
             quantize_meta(model, self.scheme, self.dtype, self.tied)
         elif self.tied:
             model.lm_head.weight = model.transformer.wte.weight
-        quantized = sum(x.numel() * x.element_size() for x in model.buffers())
-        return quantized + sum(x.numel() * self.dtype.itemsize for x in model.parameters())
+
+        def size(module: nn.Module) -> int:
+            quantized = sum(x.numel() * x.element_size() for x in module.buffers())
+            return quantized + sum(x.numel() * self.dtype.itemsize for x in module.parameters())
+
+        return self._of_all_layers(model, size)
 
     def caches(self, rows: int, length: int) -> int:
         """Bytes of the caches of all layers for `rows` sequences of `length` tokens."""
@@ -94,10 +102,27 @@ class MemoryPlan:
         """Share of the weights that a token reads."""
         if not self.config.n_expert:
             return 1.0
-        numbers = {name: x.numel() for name, x in meta_model(self.config).named_parameters()}
-        experts = sum(n for name, n in numbers.items() if ".experts." in name)
-        unread = experts * (1 - self.config.n_expert_per_token / self.config.n_expert)
-        return 1 - unread / sum(numbers.values())
+        model = self._first_layers()
+        numbers, experts = (
+            self._of_all_layers(model, lambda module, part=part: _numbers(module, part)) for part in ("", ".experts.")
+        )
+        return 1 - experts * (1 - self.config.n_expert_per_token / self.config.n_expert) / numbers
+
+    def _first_layers(self) -> GPT:
+        """The model up to the first layer that all later ones are alike, without memory: hundreds of experts take seconds."""
+        config = copy(self.config)
+        config.n_layer = min(config.n_layer, 1 + (config.first_k_dense_replace or 0))
+        return meta_model(config)
+
+    def _of_all_layers(self, model: GPT, size: Callable[[nn.Module], int]) -> int:
+        """A size of the whole model, from that of its first layers."""
+        layers = model.transformer.h
+        return size(model) + (self.config.n_layer - len(layers)) * size(layers[-1])
+
+
+def _numbers(module: nn.Module, part: str) -> int:
+    """Numbers in the parameters whose name has that part."""
+    return sum(x.numel() for name, x in module.named_parameters() if part in name)
 
 
 def plan_for(
@@ -116,11 +141,13 @@ def plan_for(
     dtype = torch.bfloat16 if dtype is None else dtype
     path = find_local(model)
     if path is None:
-        name = str(model).rstrip("/").rpartition("/")[2]
+        name = Path(model).name
         try:
             config = Config.from_name(name)
         except ValueError as error:
-            raise ValueError(f"{error} (`litgpt download list` shows names)") from None
+            raise ValueError(
+                f"{str(model)!r} is neither a folder, nor a file, nor the name of a model: {error}"
+            ) from None
         return MemoryPlan(config, spec, dtype, scheme, is_tied(name), chunk)
     checkpoint: Checkpoint = open_checkpoint(path)
     if checkpoint.quantization is not None and scheme is not None:
@@ -137,7 +164,10 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT]I?)B?|B?)\s*", str(text).upper())
     if not found or not float(found[1]):
         raise ValueError(f"{text!r} is no size of memory: write it as 24GB, 16GiB or 512MB")
-    return int(float(found[1]) * _UNITS[found[2] or ""])
+    size = int(float(found[1]) * _UNITS[found[2] or ""])
+    if size < 1000:
+        raise ValueError(f"{text!r} is a size of {size} bytes: write it with its unit, as {found[1]}GB")
+    return size
 
 
 def measured_bandwidth() -> float:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from litgpt.config import Config
+from litgpt.kernels import training
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -116,6 +117,8 @@ def rotate(x: torch.Tensor, rope: Rope | None, interleave: bool = False) -> torc
     """
     if rope is None:
         return x
+    if not interleave and training.can_rotate(x, *rope):
+        return training.rotate(x, *rope)
     n = rope[0].shape[-1]
     head = x if n == x.shape[-1] else x[..., :n]
     if interleave:

@@ -264,14 +264,18 @@ def test_a_restriction_reaches_every_process_and_is_checked(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("output", "begun"),
     [
-        (b"The capital", True),
-        (b"Paris is", True),
-        (b"user What is the capital of France? assistant", False),
-        (b"What is the capital of France? The capital of France", True),
+        (b"The capital", (True, False)),
+        (b"L'\xc3\x89toile", (True, False)),
+        (b" \n", (False, False)),
+        (b"user What is the capital of France? assistant\n", (True, False)),
+        (b"user What is the capital of France? assistant\nL'", (True, True)),
+        (b"What is the capital of France? The capital of France", (True, True)),
     ],
 )
 def test_the_beginning_of_an_answer_is_known_however_it_begins(monkeypatch, output, begun) -> None:
-    assert bool(module("first_token", monkeypatch).ANSWER.search(output)) == begun
+    first_token = module("first_token", monkeypatch)
+    patterns = (first_token.ANSWER, first_token.ANSWER_AFTER_PROMPT)
+    assert tuple(bool(pattern.search(output)) for pattern in patterns) == begun
 
 
 @pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"quantize": "int4"}])

@@ -5,11 +5,14 @@ import torch
 from tiny import VOCABULARY, tiny_gpt
 
 from litgpt.__main__ import main
-from litgpt.checkpoint.load import load_model, save_litgpt
+from litgpt.checkpoint.load import load_model, quantize_meta, save_litgpt
+from litgpt.checkpoint.meta_model import meta_model
+from litgpt.config import Config
 from litgpt.engine.caches import prepare_caches
 from litgpt.engine.loading import choose_kv_caches
 from litgpt.kvcache import CacheSpec, memory
 from litgpt.planning import MemoryPlan, parse_bytes, plan_for
+from litgpt.runners.quantized_weights import Scheme
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,11 @@ def test_weights_are_foreseen_to_the_byte(checkpoint, dtype, quantize):
     assert plan.weights == allocated(load_model(checkpoint, dtype, quantize=quantize))
 
 
-@pytest.mark.parametrize("spec", [CacheSpec(), CacheSpec("lastrec", cache_length=40)])
+@pytest.mark.parametrize(
+    "spec",
+    [CacheSpec(), CacheSpec("lastrec", cache_length=40), CacheSpec("h2o", "int8", cache_length=40, budget="pyramid")]
+    + [CacheSpec("expected", "int4", cache_length=40), CacheSpec("dense", "kivi", cache_length=100, window=32)],
+)
 def test_caches_are_foreseen_to_the_byte(checkpoint, spec):
     model = load_model(checkpoint)
     plan = plan_for(checkpoint, spec, torch.float32)
@@ -68,7 +75,7 @@ def test_models_that_are_not_on_this_disk_are_known_by_name():
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"), [("24GB", 24 * 10**9), ("16 GiB", 16 * 2**30), ("1.5m", 1_500_000), ("512", 512)]
+    ("text", "expected"), [("24GB", 24 * 10**9), ("16 GiB", 16 * 2**30), ("1.5m", 1_500_000), ("5120", 5120)]
 )
 def test_sizes_of_memory(text, expected):
     assert parse_bytes(text) == expected
@@ -80,12 +87,30 @@ def test_other_texts_are_no_sizes(text):
         parse_bytes(text)
 
 
+def test_a_few_bytes_are_no_memory():
+    with pytest.raises(ValueError, match="'24' is a size of 24 bytes: write it with its unit, as 24GB"):
+        parse_bytes("24")
+
+
+@pytest.mark.parametrize("quantize", [None, "int4"])
+def test_layers_that_are_alike_are_weighed_once(quantize):
+    config = Config.from_name("DeepSeek-V3", n_layer=6, n_expert=8, n_expert_groups=4, n_topk_groups=2)
+    plan = MemoryPlan(config, CacheSpec(), torch.bfloat16, None if quantize is None else Scheme(quantize))
+    model = meta_model(config)
+    if quantize is not None:
+        quantize_meta(model, plan.scheme, torch.bfloat16, False)
+    buffers = sum(x.numel() * x.element_size() for x in model.buffers())
+    assert plan.weights == buffers + 2 * sum(x.numel() for x in model.parameters())
+
+
 def test_the_command_says_what_fits(checkpoint, capsys):
     arguments = ["plan_cache", str(checkpoint), "--bandwidth", "20", "--context", "200"]
     assert main([*arguments, "--memory", "1GB"]) == 0
     said = capsys.readouterr().out
     assert "fits into 1 GB" in said
     assert said.splitlines()[-1] == f"litgpt generate {checkpoint} --prompt_chunksize 512"
+    assert main([*arguments, "--memory", "1GB", "--kv_cache", "dense-int8"]) == 0
+    assert "--kv_cache dense-int8 --cache_length 200 " in capsys.readouterr().out.splitlines()[-1]
     plan = plan_for(checkpoint, CacheSpec(), torch.float32)
     room = plan.total(1, 100)
     assert main([*arguments, "--precision", "32-true", "--memory", str(room)]) == 0
@@ -112,7 +137,7 @@ def test_caches_that_do_not_fit_are_refused_with_those_that_would(checkpoint, mo
     monkeypatch.setattr(memory, "STORAGES", ["default", "int8"])
     room = memory.size_in_bytes(CacheSpec("lastrec", cache_length=70), model.config, 2, 100, torch.float32)
     monkeypatch.setattr(memory, "available_bytes", lambda device: room)
-    fits = "what fits is (--kv_cache dense-int8 or )?--kv_cache lastrec --cache_length 64"
+    fits = "what fits is (--kv_cache dense-int8 --cache_length 100 or )?--kv_cache lastrec --cache_length 64"
     with pytest.raises(ValueError, match=rf"need \d+ kB, but \d+ kB are left on cpu: {fits}"):
         make(model)
     assert not model.kv_caches()

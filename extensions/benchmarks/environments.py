@@ -124,16 +124,20 @@ class Launcher:
             | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
         )
 
-    def work(self, python: Path, worker: str, job: dict) -> dict:
-        """Runs a worker with a job and returns what it measured, the JSON in its last line.
+    def work(self, python: Path, worker: str, job: dict, shown: bool = False) -> dict:
+        """Runs a worker with a job and returns what it measured, the JSON in its last line. What it says meanwhile is `shown`.
 
         Raises `RuntimeError` with the end of its messages if it fails.
         """
         own = python == Path(sys.executable)
         command = [str(python), str(WORKERS / worker), json.dumps(job)]
-        done = subprocess.run(command, env=self.environment(own), cwd=self.work_dir, capture_output=True, text=True)
+        messages = None if shown else subprocess.PIPE
+        options = {"env": self.environment(own), "cwd": self.work_dir, "stdout": subprocess.PIPE, "text": True}
+        done = subprocess.run(command, stderr=messages, **options)
         if done.returncode != 0:
-            raise RuntimeError(f"{worker} failed in {python}:\n{last_lines(done.stderr)}")
+            raise RuntimeError(
+                f"{worker} failed in {python}" + (f":\n{last_lines(done.stderr)}" if done.stderr else "")
+            )
         return json.loads(done.stdout.strip().splitlines()[-1])
 
 

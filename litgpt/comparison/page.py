@@ -7,7 +7,7 @@ from typing import Any
 
 from litgpt.comparison.asking import INSIDE, OUTSIDE
 from litgpt.comparison.figure import Figure
-from litgpt.comparison.plot import N_COLOURS, Point, heat_map, marker, quality_over_bytes
+from litgpt.comparison.plot import N_COLOURS, WIDTH, Point, heat_map, marker, quality_over_bytes
 from litgpt.comparison.table import Column, Row, columns_by_task, columns_of, shown
 from litgpt.kvcache.memory import as_text
 from litgpt.tasks.ruler import RULER
@@ -136,6 +136,7 @@ figure {{ margin: 0; max-width: 100%; }}
 figure svg {{ max-width: 100%; height: auto; }}
 figcaption {{ font-size: 13px; max-width: 560px; }}
 text {{ font: 12px system-ui, sans-serif; fill: var(--ink); }}
+@media (max-width: 620px) {{ figure svg[width="{WIDTH}"] text {{ font-size: 15px; }} }}
 .tick {{ fill: var(--soft); }}
 .grid {{ stroke: var(--rule); }}
 .axis {{ stroke: var(--soft); }}

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -66,6 +67,13 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def default_threads() -> int | None:
+    """Threads for commands that are not told how many: one for every core, since two on one core share what products need.
+    None: as many as torch takes."""
+    cores = processor.physical_cores()
+    return None if "OMP_NUM_THREADS" in os.environ or cores is None else min(cores, torch.get_num_threads())
+
+
 def parse_precision(precision: str | None, device: torch.device) -> torch.dtype:
     """The dtype for `32-true`, `bf16-true` or `16-true` (`-true` may be left out).
 
@@ -89,6 +97,7 @@ def make_ready(
     compile: bool = False,
     device: torch.device | None = None,
     access_token: str | None = None,
+    threads: int | None = None,
     pack: bool = True,
     load: Callable[..., GPT] = load_model,
     join: bool = True,
@@ -102,10 +111,13 @@ def make_ready(
         compile: compile the decode step.
         device: default: the first GPU, else the CPU.
         access_token: for the Hugging Face hub.
+        threads: that compute on the CPU, in this process from now on. None: as many as before.
         pack: pack the weights for the CPU's kernels (`litgpt.runners.packed_weights`); the model cannot be trained then.
         load: makes the model, as `load_model`.
         join: whether layers with the same input may become one; not if `lend_weights` follows.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     device = default_device() if device is None else device
     if device.type == "cpu":
         compile_ahead()  # while weights are fetched

@@ -132,6 +132,7 @@ class Service:
     # -- the thread
 
     def _run(self) -> None:
+        torch.get_num_threads()  # which tells OpenMP in this thread, too, how many torch was told to have
         try:
             self._loop()
         finally:

@@ -9,7 +9,7 @@ from litgpt.checkpoint.find import find_checkpoint
 from litgpt.engine.loading import Quantization, make_ready
 from litgpt.eval.builtin import BUILT_IN, SUFFIXES, Evaluation
 from litgpt.eval.results import Results, merged, table, write_results
-from litgpt.generate.options import CacheOptions
+from litgpt.generate.options import CacheOptions, ModelOptions
 from litgpt.tasks.ruler import RULER
 
 AUTO_BATCH_SIZE = 16
@@ -40,6 +40,7 @@ def convert_and_evaluate(
     apply_chat_template: bool = False,
     system_instruction: str | None = None,
     fewshot_as_multiturn: bool = True,
+    threads: int | None = None,
 ) -> None:
     """Evaluate a model with the LM Evaluation Harness, or with tasks that need nothing else.
 
@@ -71,6 +72,7 @@ def convert_and_evaluate(
         apply_chat_template: Ask as in a chat, with the model's template.
         system_instruction: System prompt, for tasks of the harness.
         fewshot_as_multiturn: Whether examples are turns of a chat of their own, with the chat template.
+        threads: Threads that compute on the CPU. Default: $OMP_NUM_THREADS, or one for every core.
     """
     if tasks is None:
         print("\n".join([*BUILT_IN, *(_harness_tasks() if _has_harness() else [])]))
@@ -93,7 +95,9 @@ def convert_and_evaluate(
         _check_harness(others)
     path = find_checkpoint(checkpoint_dir, access_token)
     target = _target(path, out_dir, save_filepath)
-    ready = make_ready(path, _precision(dtype), quantize, device=None if device is None else torch.device(device))
+    own_device = None if device is None else torch.device(device)
+    loading = ModelOptions(threads=threads).loading()
+    ready = make_ready(path, _precision(dtype), quantize, device=own_device, threads=loading["threads"])
     options = options.as_trained(ready.trained_cache)
     evaluation = Evaluation(
         ready, options.cache_spec(), rows, length, limit, seed, text, apply_chat_template, options.prompt_chunksize

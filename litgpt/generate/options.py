@@ -11,7 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from litgpt.engine.drafting import Drafter, PromptLookup
-from litgpt.engine.loading import Quantization, choose_kv_caches
+from litgpt.engine.loading import Quantization, choose_kv_caches, default_threads
 from litgpt.engine.sampling import Sampling
 from litgpt.engine.session import Session
 from litgpt.kvcache import CacheSpec
@@ -21,6 +21,8 @@ from litgpt.model import GPT
 from litgpt.settings import described, fits, shown
 from litgpt.standard_streams import check_text
 
+THREADS_HELP = "Threads that compute on the CPU. Default: $OMP_NUM_THREADS, or one for every core."
+MOST_THREADS = 1024
 DEFAULT_PROMPT = "What food do llamas eat?"
 
 Kind = TypeVar("Kind", bound="Options")
@@ -55,10 +57,12 @@ class ModelOptions(Options):
     precision: str | None = option(None, "bf16-true, 16-true or 32-true. Default: the fastest on the device.")
     compile: bool = option(False, "Compile the decode step, which takes a while at first.")
     access_token: str | None = option(None, "Token for the Hugging Face hub, for models that need one.")
+    threads: int | None = option(None, THREADS_HELP, least=1, most=MOST_THREADS)
 
     def loading(self) -> dict[str, Any]:
         """These options, as arguments of `make_ready`."""
-        return {item.name: getattr(self, item.name) for item in fields(ModelOptions)}
+        own = {item.name: getattr(self, item.name) for item in fields(ModelOptions)}
+        return own | {"threads": self.threads or default_threads()}
 
 
 @dataclass(frozen=True, kw_only=True)

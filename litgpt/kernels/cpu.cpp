@@ -4,6 +4,7 @@
 #include "looks.h"
 #include "prefill.h"
 #include "row_attention.h"
+#include "training.h"
 
 extern "C" {
 
@@ -112,10 +113,56 @@ void attend_rows_backward(const float* q, const float* k, const float* v, const 
     RowAttention{q, k, v, strides, H, G, D, n_rows, ends, scale}.backward(y, dy, logs, dq, parts, dk, dv);
 }
 
+// Parts of a training step: see training.h. Numbers are float, or bfloat16 where `narrow` is not 0.
+void gate_values(const void* g, const void* x, void* y, int64_t n, int kind, int narrow) {
+    with_numbers(narrow, [&](auto number) {
+        using T = decltype(number);
+        gate((const T*)g, (const T*)x, (T*)y, n, kind);
+    });
+}
+
+void gate_values_backward(const void* g, const void* x, const void* dy, void* dg, void* dx, int64_t n, int kind, int narrow) {
+    with_numbers(narrow, [&](auto number) {
+        using T = decltype(number);
+        gate_backward((const T*)g, (const T*)x, (const T*)dy, (T*)dg, (T*)dx, n, kind);
+    });
+}
+
+void drop_values(const void* x, void* y, int64_t n, int64_t seed, double p, int narrow) {
+    with_numbers(narrow, [&](auto number) { drop((const decltype(number)*)x, (decltype(number)*)y, n, seed, p); });
+}
+
+void norm_values(const void* x, const void* w, void* y, int64_t rows, int64_t size, float eps, float offset, int narrow) {
+    with_numbers(narrow, [&](auto number) {
+        using T = decltype(number);
+        norm((const T*)x, (const T*)w, (T*)y, rows, size, eps, offset);
+    });
+}
+
+void norm_values_backward(const void* x, const void* w, const void* dy, void* dx, void* dw, float* factors, int64_t rows,
+                          int64_t size, float eps, float offset, int narrow) {
+    with_numbers(narrow, [&](auto number) {
+        using T = decltype(number);
+        norm_backward((const T*)x, (const T*)w, (const T*)dy, (T*)dx, (T*)dw, factors, rows, size, eps, offset);
+    });
+}
+
+void rotate_values(const void* x, const void* cos, const void* sin, void* y, int64_t T, int64_t H, int64_t D,
+                   int64_t token_stride, int64_t head_stride, int back, int narrow) {
+    with_numbers(narrow, [&](auto number) {
+        using N = decltype(number);
+        rotate((const N*)x, (const N*)cos, (const N*)sin, (N*)y, T, H, D, token_stride, head_stride, back);
+    });
+}
+
+void next_token_losses(void* logits, const int64_t* targets, float* losses, int64_t rows, int64_t V, float scale, int narrow) {
+    with_numbers(narrow, [&](auto number) { next_token_loss((decltype(number)*)logits, targets, losses, rows, V, scale); });
+}
+
 // Whether the processor multiplies bfloat16 twice as fast as float. Then products of many rows are as fast here as in
 // libraries.
 int multiplies_fast() {
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
     return 1;
 #else
     return 0;

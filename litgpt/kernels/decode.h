@@ -69,7 +69,7 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
     int64_t most = 0;
     for (int64_t l = 0; l < n_layers; l++) most = std::max(most, attention_of(layers[l]).scratch_size());
     float* attention_memory = attention_scratch.get(most);
-    const double begun = seconds(CLOCK_MONOTONIC);
+    const double begun = clock_seconds(CLOCK_MONOTONIC);
     const int threads = Team::mine().threads_of_report();
     double used = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : used)
@@ -137,5 +137,5 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
                 std::memcpy(x + m * E, own + m * E, E * sizeof(bf16));
         used += processor_seconds() - own_begun;
     }
-    Team::mine().report(seconds(CLOCK_MONOTONIC) - begun, used);
+    Team::mine().report(clock_seconds(CLOCK_MONOTONIC) - begun, used);
 }

@@ -1,55 +1,112 @@
 // Attention from a few queries over the encoded keys of a KV split. Compiled in splits.cpp only.
+//
+// Products are those of integers: codes, and queries or weights in 16 bits. Codes are widened in chunks of two vectors.
 
 #pragma once
 
 #include "attention.h"
 #include "encoded.h"
 
+constexpr int CHUNK = 2 * SHORTS;  // numbers
+
+// The codes of a chunk: numbers [d, d + CHUNK) of a vector of D in the order of `number_of`
+template <int KIND>
+inline void widen_codes(const char* codes, int64_t D, int64_t d, Shorts& first, Shorts& second) {
+    if constexpr (KIND == INT8) {
+        first = load_shorts((const int8_t*)codes + d), second = load_shorts((const int8_t*)codes + d + SHORTS);
+        return;
+    }
+    split_nibbles((const uint8_t*)codes + d / 2, first, second);
+    if constexpr (KIND == INT5) {
+        uint64_t fifth;  // bits of all numbers of the group
+        std::memcpy(&fifth, codes + D / 2 + d / GROUP * 8, 8);
+        const int64_t byte = d % GROUP / 2, at = byte / 16 * UNIT + byte % 16;
+        const auto bits = [&](int64_t from) {
+            const uint64_t next = SHORTS > 16 ? fifth >> (from + UNIT) % 64 << 16 : 0;
+            return uint32_t(SHORTS > 16 ? (fifth >> from & 0xffff) | next : fifth >> from);
+        };
+        first = add_fifth_bits(first, bits(at)), second = add_fifth_bits(second, bits(at + UNIT / 2));
+    }
+}
+
+// The number of a group whose code comes i-th
+template <int KIND>
+constexpr int number_of(int i) {
+    if (KIND == INT8) return i;
+    const int byte = i / CHUNK * SHORTS + i % SHORTS, half = i / SHORTS % 2;
+    return byte / 16 * int(UNIT) + byte % 16 + half * 16;
+}
+
+// x (64,) as integers of 16 bits: returns what 1 stands for
+inline float to_integers(const float* x, int16_t* y) {
+    Floats most = zeros();
+    for (int i = 0; i < GROUP; i += LANES) most = greater(most, greater(load(x + i), zeros() - load(x + i)));
+    const float largest_one = largest(most);
+    const Floats factor = all(largest_one > 0 ? 32767.0f / largest_one : 0.0f);
+    for (int i = 0; i < GROUP; i += LANES) store_rounded(y + i, load(x + i) * factor);
+    return largest_one / 32767.0f;
+}
+
+// Scales, and least numbers but in 8 bits, of numbers [d, d + 64) of SPLIT_KEYS vectors of which there are n; 0 after the last
+template <int KIND>
+inline void load_scales(const Vectors& v, int64_t d, int64_t n, float* scale, float* least) {
+    const int64_t stride = v.scale_strides[2];
+    if constexpr (KIND == INT8) {
+        for (int64_t j = 0; j < n; j++) scale[j] = widen(v.scales[j * stride]);
+        std::fill(scale + n, scale + SPLIT_KEYS, 0.0f);
+    } else {
+        for (int64_t j = 0; j < SPLIT_KEYS; j += LANES) {
+            const Pairs both = load_pairs(v.scales + j * stride + d / GROUP * 2, stride, n - j);
+            store(scale + j, firsts(both)), store(least + j, seconds(both));
+        }
+    }
+}
+
 // Products of R queries q (R, D) with n encoded keys: scores. As many codes `ahead` are prefetched.
 template <int R, int KIND>
 void multiply_encoded(const float* q, const Vectors& k, const Vectors& ahead, int64_t n, int64_t D,
                       float (*scores)[SPLIT_KEYS]) {
-#ifdef __AVX512BW__
-    if (D % GROUP == 0) {  // in integers: queries have 16 bits
+    if (D % GROUP == 0) {
         for (int r = 0; r < R; r++) std::fill(scores[r], scores[r] + SPLIT_KEYS, 0.0f);
         for (int64_t d = 0; d < D; d += GROUP) {
             const int64_t ahead_bytes = GROUP * ahead.strides[2] / D, ahead_at = d / GROUP * ahead_bytes;
-            __m512i queries[R][2];
+            int16_t queries[R][GROUP];
             float units[R], totals[R];
             for (int r = 0; r < R; r++) {
-                int16_t numbers[GROUP], ordered[GROUP];
+                int16_t numbers[GROUP];
                 units[r] = to_integers(q + r * D + d, numbers);
-                for (int i = 0; i < 4; i++)
-                    std::memcpy(ordered + 16 * i, numbers + 16 * block_of_codes<KIND>(i), 16 * sizeof(int16_t));
-                queries[r][0] = _mm512_loadu_si512(ordered), queries[r][1] = _mm512_loadu_si512(ordered + 32);
+                for (int i = 0; i < GROUP; i++) queries[r][i] = numbers[number_of<KIND>(i)];
                 totals[r] = 0;
                 for (int i = 0; i < GROUP; i++) totals[r] += q[r * D + d + i];
             }
             float scale[SPLIT_KEYS], least[SPLIT_KEYS] = {};
             load_scales<KIND>(k, d, n, scale, least);
-            for (int64_t j0 = 0; j0 < n; j0 += 16) {
-                __m512 sums[R][16];
-                for (int j = 0; j < 16; j++) {
-                    __m512i first, second;
+            for (int64_t j0 = 0; j0 < n; j0 += LANES) {
+                Floats sums[R][LANES];
+                for (int j = 0; j < LANES; j++) {
                     const int64_t slot = std::min(j0 + j, n - 1);  // after the last one, it again
                     prefetch(ahead.codes_of(slot) + ahead_at, ahead_bytes);
-                    widen_codes<KIND>(k.codes_of(slot), D, d, first, second);
-                    UNROLLED for (int r = 0; r < R; r++) {
-                        const __m512i own = add_integer_products(_mm512_setzero_si512(), first, queries[r][0]);
-                        sums[r][j] = _mm512_cvtepi32_ps(add_integer_products(own, second, queries[r][1]));
+                    Integers own[R];
+                    UNROLLED for (int r = 0; r < R; r++) own[r] = no_products();
+                    UNROLLED for (int i = 0; i < GROUP; i += CHUNK) {
+                        Shorts first, second;
+                        widen_codes<KIND>(k.codes_of(slot), D, d + i, first, second);
+                        UNROLLED for (int r = 0; r < R; r++) {
+                            own[r] = add_integer_products(own[r], first, load_shorts(queries[r] + i));
+                            own[r] = add_integer_products(own[r], second, load_shorts(queries[r] + i + SHORTS));
+                        }
                     }
+                    UNROLLED for (int r = 0; r < R; r++) sums[r][j] = to_floats(own[r]);
                 }
                 UNROLLED for (int r = 0; r < R; r++) {
-                    const __m512 products = _mm512_mul_ps(sums_of_all(sums[r]), _mm512_set1_ps(units[r]));
-                    const __m512 before = _mm512_fmadd_ps(_mm512_loadu_ps(least + j0), _mm512_set1_ps(totals[r]),
-                                                          _mm512_loadu_ps(scores[r] + j0));
-                    _mm512_storeu_ps(scores[r] + j0, _mm512_fmadd_ps(products, _mm512_loadu_ps(scale + j0), before));
+                    const Floats products = sums_of_all(sums[r]) * all(units[r]);
+                    const Floats before = multiply_add(load(least + j0), all(totals[r]), load(scores[r] + j0));
+                    store(scores[r] + j0, multiply_add(products, load(scale + j0), before));
                 }
             }
         }
         return;
     }
-#endif
     for (int64_t j = 0; j < n; j++) {
         float x[MAX_D];
         decode_codes<KIND>(k.codes_of(j), k.scales_of(j), D, x);
@@ -63,26 +120,11 @@ void multiply_encoded(const float* q, const Vectors& k, const Vectors& ahead, in
     }
 }
 
-#ifdef __AVX512BW__
-// Codes of numbers [d, d + 64) of two values of D numbers, in pairs of 16 bits, one of each
-template <int KIND>
-inline void pair_codes(const char* a, const char* b, int64_t D, int64_t d, __m512i* pairs) {
-    __m512i first[2], second[2];
-    widen_codes<KIND>(a, D, d, first[0], first[1]);
-    widen_codes<KIND>(b, D, d, second[0], second[1]);
-    for (int i = 0; i < 2; i++) {
-        pairs[2 * i] = _mm512_unpacklo_epi16(first[i], second[i]);
-        pairs[2 * i + 1] = _mm512_unpackhi_epi16(first[i], second[i]);
-    }
-}
-#endif
-
 // Sums of n encoded values, as the weights (0 after the last) of R queries say: out (R, D). As many codes `ahead` are
 // prefetched.
 template <int R, int KIND>
 void add_encoded(const float (*weights)[SPLIT_KEYS], const Vectors& v, const Vectors& ahead, int64_t n, int64_t D, float* out) {
-#ifdef __AVX512BW__
-    if (D % GROUP == 0) {  // in integers: weights have 16 bits
+    if (D % GROUP == 0) {
         for (int64_t d = 0; d < D; d += GROUP) {
             const int64_t ahead_bytes = GROUP * ahead.strides[2] / D, ahead_at = d / GROUP * ahead_bytes;
             float scale[SPLIT_KEYS] = {}, least[SPLIT_KEYS] = {};
@@ -95,33 +137,38 @@ void add_encoded(const float (*weights)[SPLIT_KEYS], const Vectors& v, const Vec
                 for (int j = 0; j < SPLIT_KEYS; j++) base += weights[r][j] * least[j];
                 units[r] = to_integers(scaled, numbers[r]), bases[r] = base;
             }
-            __m512i sums[R][4];
-            UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int i = 0; i < 4; i++) sums[r][i] = _mm512_setzero_si512();
-            for (int64_t j = 0; j < n; j += 2) {
-                __m512i pairs[4];
-                prefetch(ahead.codes_of(j) + ahead_at, ahead_bytes);
-                prefetch(ahead.codes_of(j + 1) + ahead_at, ahead_bytes);
-                pair_codes<KIND>(v.codes_of(j), v.codes_of(std::min(j + 1, n - 1)), D, d, pairs);
-                UNROLLED for (int r = 0; r < R; r++) {
-                    int32_t both;
-                    std::memcpy(&both, numbers[r] + j, 4);
-                    const __m512i weight = _mm512_set1_epi32(both);
-                    UNROLLED for (int i = 0; i < 4; i++) sums[r][i] = add_integer_products(sums[r][i], pairs[i], weight);
+            for (int i = 0; i < GROUP; i += CHUNK) {
+                Integers sums[R][4];
+                UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int p = 0; p < 4; p++) sums[r][p] = no_products();
+                for (int64_t j = 0; j < n; j += 2) {  // two values at a time
+                    const int64_t next = std::min(j + 1, n - 1);
+                    if (i == 0) {
+                        prefetch(ahead.codes_of(j) + ahead_at, ahead_bytes);
+                        prefetch(ahead.codes_of(next) + ahead_at, ahead_bytes);
+                    }
+                    Shorts a[2], b[2], pairs[4];
+                    widen_codes<KIND>(v.codes_of(j), D, d + i, a[0], a[1]);
+                    widen_codes<KIND>(v.codes_of(next), D, d + i, b[0], b[1]);
+                    pair_up(a[0], b[0], pairs[0], pairs[1]);
+                    pair_up(a[1], b[1], pairs[2], pairs[3]);
+                    UNROLLED for (int r = 0; r < R; r++) {
+                        int32_t both;
+                        std::memcpy(&both, numbers[r] + j, 4);
+                        const Shorts weight = all_pairs(both);
+                        UNROLLED for (int p = 0; p < 4; p++) sums[r][p] = add_integer_products(sums[r][p], pairs[p], weight);
+                    }
                 }
-            }
-            for (int r = 0; r < R; r++) {
-                const __m512i even = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-                const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(8));
-                UNROLLED for (int i = 0; i < 4; i++) {  // blocks of 16 codes; `unpack` has divided them by fours
-                    const __m512i codes = _mm512_permutex2var_epi32(sums[r][i / 2 * 2], i % 2 ? odd : even, sums[r][i / 2 * 2 + 1]);
-                    const __m512 values = _mm512_fmadd_ps(_mm512_cvtepi32_ps(codes), _mm512_set1_ps(units[r]), _mm512_set1_ps(bases[r]));
-                    _mm512_storeu_ps(out + r * D + d + 16 * block_of_codes<KIND>(i), values);
+                for (int r = 0; r < R; r++) {
+                    in_order(sums[r][0], sums[r][1]);
+                    in_order(sums[r][2], sums[r][3]);
+                    UNROLLED for (int p = 0; p < 4; p++)
+                        store(out + r * D + d + number_of<KIND>(i + p * LANES),
+                              multiply_add(to_floats(sums[r][p]), all(units[r]), all(bases[r])));
                 }
             }
         }
         return;
     }
-#endif
     std::fill(out, out + R * D, 0.0f);
     for (int64_t j = 0; j < n; j++) {
         float x[MAX_D];

@@ -24,6 +24,13 @@ _SIGNATURES = {
     "move_slots": [_POINTER] * 3 + [_COUNT] * 5,
     "attend_rows": [_POINTER] * 5 + [_COUNT] * 4 + [_POINTER] * 2 + [_FLOAT],
     "attend_rows_backward": [_POINTER] * 10 + [_COUNT] * 4 + [_POINTER] * 2 + [_FLOAT],
+    "gate_values": [_POINTER] * 3 + [_COUNT] + [ctypes.c_int] * 2,
+    "gate_values_backward": [_POINTER] * 5 + [_COUNT] + [ctypes.c_int] * 2,
+    "drop_values": [_POINTER] * 2 + [_COUNT] * 2 + [ctypes.c_double, ctypes.c_int],
+    "norm_values": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT] * 2 + [ctypes.c_int],
+    "norm_values_backward": [_POINTER] * 6 + [_COUNT] * 2 + [_FLOAT] * 2 + [ctypes.c_int],
+    "rotate_values": [_POINTER] * 4 + [_COUNT] * 5 + [ctypes.c_int] * 2,
+    "next_token_losses": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT, ctypes.c_int],
     "attend": [_POINTER] * 7 + [_COUNT] * 6 + [_POINTER] + [_FLOAT] * 2,
 }
 
@@ -45,6 +52,8 @@ def library() -> ctypes.CDLL | None:
     target = processor.instruction_set()
     if target is None:
         return None
+    import torch  # noqa: F401  # whose OpenMP the kernels use
+
     from litgpt.kernels.build import kernels_for  # imports modules that only Linux has
 
     return kernels_for(target, _load)

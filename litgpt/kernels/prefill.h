@@ -222,7 +222,7 @@ inline void run_prefill(const Shape& shape, const Layer* layers, int64_t n_layer
                      int64_t n_output_tokens) {
     Prefill prefill(shape, layers, n_layers, plans, ropes, x, scratch, B, T);
     const int64_t rows = output_tokens ? n_output_tokens : B * T;
-    const double begun = seconds(CLOCK_MONOTONIC);
+    const double begun = clock_seconds(CLOCK_MONOTONIC);
     const int threads = Team::mine().threads_of_report();
     double used = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : used)
@@ -237,5 +237,5 @@ inline void run_prefill(const Shape& shape, const Layer* layers, int64_t n_layer
         }
         used += processor_seconds() - own_begun;
     }
-    Team::mine().report(seconds(CLOCK_MONOTONIC) - begun, used);
+    Team::mine().report(clock_seconds(CLOCK_MONOTONIC) - begun, used);
 }

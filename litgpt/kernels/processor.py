@@ -1,13 +1,14 @@
 """The abilities of this machine's processor, and torch's use of them. No other module asks.
 
 `LITGPT_KERNELS` restricts the kernels: `avx512` compiles and runs them without the instructions for bfloat16 and integer
-products, `avx2` as for a processor with AVX2 and no more, `scalar` as for any, `0` does without them; unset or `auto` means
+products, `avx2` as for a processor with AVX2 and no more, `neon` as for any 64-bit ARM, `scalar` as for any processor, `0` does without them; unset or `auto` means
 the best that the processor has.
 """
 
 import functools
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,11 +33,19 @@ _AVX512 = ("avx512bw", "avx512vl", "avx512dq")
 RESTRICTED = {
     "avx512": InstructionSet("avx512", tuple(f"-m{name}" for name in _AVX2 + _AVX512), _AVX2 + _AVX512),
     "avx2": InstructionSet("avx2", tuple(f"-m{name}" for name in _AVX2), _AVX2),
+    "neon": InstructionSet("neon", ("-march=armv8-a",), ("asimd",)),
     "scalar": InstructionSet("scalar", ("-DLITGPT_SCALAR",)),
 }
-VECTORIZED = ("avx512bf16", "avx512", "avx2")  # instruction sets that have headers of their own in simd/
+VECTORIZED = (
+    "avx512bf16",
+    "avx512",
+    "avx2",
+    "neonbf16",
+    "neon",
+)  # instruction sets that have headers of their own in simd/
 # names for the results of `-march=native`, the best first
 _NATIVE = {"avx512bf16": (*_AVX512, "avx512_bf16"), "avx512": _AVX512, "avx2": _AVX2}
+_NATIVE |= {"neonbf16": ("asimd", "bf16"), "neon": ("asimd",)}
 
 
 @functools.cache
@@ -60,6 +69,21 @@ def _about() -> list[str]:
     except OSError:
         return []
     return sorted({line for line in lines if line.startswith(("model name", "flags", "Features")) and ":" in line})
+
+
+def physical_cores() -> int | None:
+    """Cores of the processors that this process may use, each counted once however many threads it runs; None: unknown."""
+    try:
+        blocks = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")
+    except OSError:
+        return None
+    cpus = [dict(re.findall(r"^(\S[^\t:]*)\t*: ?(.*)$", block, re.MULTILINE)) for block in blocks]
+    cores = {
+        (cpu.get("physical id"), cpu["core id"])
+        for cpu in cpus
+        if "core id" in cpu and int(cpu["processor"]) in os.sched_getaffinity(0)
+    }
+    return len(cores) or None
 
 
 def instruction_set() -> InstructionSet | None:

@@ -1,4 +1,4 @@
-"""Causal attention of rows that lie one after the other, in float32 on CPU, with gradients."""
+"""Causal attention of rows that lie one after the other, on CPU, with gradients: computed in float32."""
 
 import struct
 from collections.abc import Sequence
@@ -11,11 +11,12 @@ from litgpt.kernels.library import library
 
 
 def can_attend_rows(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether `attend_rows` is there for these: one batch row, float32 on CPU, gradients wanted."""
+    """Whether `attend_rows` is there for these: one batch row, float32 or bfloat16 on CPU, gradients wanted."""
     inputs = (query, keys, values)
     return (
         torch.is_grad_enabled()
-        and all(x.dtype == torch.float32 and x.device.type == "cpu" and x.stride(-1) == 1 for x in inputs)
+        and query.dtype in (torch.float32, torch.bfloat16)
+        and all(x.dtype == query.dtype and x.device.type == "cpu" and x.stride(-1) == 1 for x in inputs)
         and any(x.requires_grad for x in inputs)
         and query.shape[0] == 1
         and query.shape[-1] == values.shape[-1]
@@ -40,8 +41,10 @@ class _RowAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         _, H, N, D = query.shape
         values = values.contiguous()  # a view would keep queries and keys without RoPE for the backward pass
-        y, logs = query.new_empty(1, N, H * D), query.new_empty(H, N)
-        library().attend_rows(*_addresses(query, keys, values, y, logs), *_sizes(query, keys, values, sizes), scale)
+        inputs = [x.float() for x in (query, keys, values)]
+        y, logs = inputs[0].new_empty(1, N, H * D), inputs[0].new_empty(H, N)
+        library().attend_rows(*_addresses(*inputs, y, logs), *_sizes(*inputs, sizes), scale)
+        y = y.to(query.dtype)
         ctx.save_for_backward(query, keys, values, y, logs)
         ctx.sizes, ctx.scale = sizes, scale
         return y
@@ -49,8 +52,10 @@ class _RowAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, keys, values, y, logs = ctx.saved_tensors
-        d_y = d_y.contiguous()  # has a name: what only its address is kept of would be freed before it is read
+        dtype = d_y.dtype
+        # have names: what only its address is kept of would be freed before it is read
+        query, keys, values, y, logs = (x.float() for x in ctx.saved_tensors)
+        d_y = d_y.float().contiguous()
         _, H, N, D = query.shape
         G = keys.shape[1]
         d_query = query.new_empty(1, N, H, D)
@@ -61,7 +66,7 @@ class _RowAttention(torch.autograd.Function):
             *_sizes(query, keys, values, ctx.sizes),
             ctx.scale,
         )
-        return *(d.transpose(1, 2) for d in (d_query, d_keys, d_values)), None, None
+        return *(d.transpose(1, 2).to(dtype) for d in (d_query, d_keys, d_values)), None, None
 
 
 def _addresses(*tensors: torch.Tensor | None) -> list[int | None]:

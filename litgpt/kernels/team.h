@@ -9,22 +9,22 @@
 
 #include <algorithm>
 
-inline double seconds(clockid_t clock) {
+inline double clock_seconds(clockid_t clock) {
     timespec t;
     clock_gettime(clock, &t);
     return double(t.tv_sec) + 1e-9 * double(t.tv_nsec);
 }
 
-inline double processor_seconds() { return seconds(CLOCK_THREAD_CPUTIME_ID); }  // of this thread
+inline double processor_seconds() { return clock_seconds(CLOCK_THREAD_CPUTIME_ID); }  // of this thread
 
 class Team {
     static constexpr double WINDOW = 0.025;                        // seconds that are looked at together
-    static constexpr double LEAST_PAUSE = 0.25, MOST_PAUSE = 2.0;  // seconds until one more is tried
+    static constexpr double LEAST_PAUSE = 0.25, MOST_PAUSE = 0.5;  // seconds until one more is tried
     int most = 0, size = 0;
     bool is_trying = false;
     double elapsed = 0, used = 0, pause = LEAST_PAUSE, next = 0;
 
-    static double now() { return seconds(CLOCK_MONOTONIC); }
+    static double now() { return clock_seconds(CLOCK_MONOTONIC); }
 
 public:
     // The team of the calling thread, whose threads of OpenMP are its own as well

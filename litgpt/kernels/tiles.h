@@ -234,8 +234,12 @@ struct Widened {
         if (current != u) widen_tile(u);
         current = u;
         compute_tile(blocked(), 0, x, m0, rows, y, {nullptr, 0, 0});
-        for (int j = 0; j < TILE && W::HAS_FACTORS; j++)
-            for (int m = 0; m < rows; m++) y[m * TILE + j] *= w.factor(std::min(u * TILE + j, N - 1));
+        if constexpr (W::HAS_FACTORS) {
+            float factors[TILE];
+            for (int j = 0; j < TILE; j++) factors[j] = w.factor(std::min(u * TILE + j, N - 1));
+            for (int m = 0; m < rows; m++)
+                for (int j = 0; j < TILE; j++) y[m * TILE + j] *= factors[j];
+        }
     }
 
 private:

@@ -1,13 +1,13 @@
 """Dense caches whose storage encodes tokens many at a time: when it does, the host knows."""
 
-from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from litgpt.attention import Consecutive, DefaultKeysAndValues, KeysAndValues
 from litgpt.kvcache.baselines import DenseKVCache
-from litgpt.kvcache.plan import Part, Plan, Step
+from litgpt.kvcache.plan import Plan, Step, plan_by_length
 from litgpt.kvcache.storages.kivi import KiviStorage
 
 
@@ -43,25 +43,7 @@ class BlockKVCache(DenseKVCache):
         if static:
             raise ValueError("the storage kivi does not run in compiled code: leave out --compile, or use int8 or int4")
         lengths = self._check_call(input_pos, batch_size, T, rows)
-        chosen = range(len(lengths)) if rows is None else rows
-        packed = not isinstance(T, int)
-        sizes = list(T) if packed else [T] * len(chosen)
-        after, groups, end = list(lengths), defaultdict(list), 0
-        for i, (row, size) in enumerate(zip(chosen, sizes, strict=True)):
-            after[row] += size
-            groups[lengths[row], size].append((i, row, slice(end, end + size)))
-            end += size
-        parts = []
-        for (length, size), members in groups.items():
-            own = torch.tensor([row for _, row, _ in members], device=self.device)
-            steps = self._steps(length, size)
-            if packed:
-                parts.append(Part(steps, None, own, [span for _, _, span in members]))
-            elif len(groups) == 1:
-                parts.append(Part(steps, None, None if rows is None else own))
-            else:
-                parts.append(Part(steps, torch.tensor([i for i, _, _ in members], device=self.device), own))
-        return Plan(parts, lengths, tuple(after))
+        return plan_by_length(lengths, rows, T, self.device, lambda start, size: (self._steps(start, size), None))
 
     def _steps(self, start: int, T: int) -> list[Step]:
         """Steps for rows that hold `start` tokens, each of queries that see the same tokens in fewer bits."""
@@ -83,25 +65,16 @@ class BlockKVCache(DenseKVCache):
     def plan_key(self) -> tuple:
         return *super().plan_key(), "blocks", self.storage.window
 
-    def _run_step(
-        self,
-        step: Step,
-        rows: torch.Tensor | None,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sink_logits: torch.Tensor | None,
-        recording: bool,
-    ) -> torch.Tensor:
-        stop, T, tokens = step.read.stop, step.consecutive.T, step.queries
-        n = self.storage.sealed(stop - T)
-        if n > self.storage.sealed(stop - T - 1):
+    def _write(self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, *args: Any) -> None:
+        start = step.read.stop - step.consecutive.T
+        n = self.storage.sealed(start)
+        if n > self.storage.sealed(start - 1):
             self.storage.seal(n - self.storage.window, rows, len(key))
-        if recording:
-            self.storage.detach_writes()
-        self.storage.set(key[:, :, tokens], value[:, :, tokens], step.slots, rows)
-        seen = self.storage.tokens(n, stop, len(key), rows)
-        return self.mha.attend_consecutive(query[:, :, tokens], seen, step.consecutive, sink_logits=sink_logits)[0]
+        super()._write(step, rows, key, *args)
+
+    def _keys_values(self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, *args: Any) -> KeysAndValues:
+        n = self.storage.sealed(step.read.stop - step.consecutive.T)
+        return self.storage.tokens(n, step.read.stop, len(key), rows)
 
     # -- going back
 

@@ -65,13 +65,15 @@ def for_length(spec: CacheSpec, length: int) -> CacheSpec:
 
 
 def fitting_caches(config: Config, rows: int, length: int, dtype: torch.dtype, available: int) -> Iterator[str]:
-    """Caches in `available` bytes, as options of a command: dense ones, those of the most bits first, then one that evicts."""
+    """Caches in `available` bytes, as options of a command: dense ones, those of the most bits first, then one that evicts. Only the
+    default one grows with its sequence, others are made for as many tokens as the options say."""
     sizes = []
     for storage in STORAGES:
         with suppress(ValueError):  # not for this model
             spec = CacheSpec("dense", storage)
             if not spec.storage_class.on_host:
-                sizes.append((size_in_bytes(spec, config, rows, length, dtype), str(spec)))
+                slots = f" --cache_length {length}" if spec != CacheSpec() and length < config.block_size else ""
+                sizes.append((size_in_bytes(spec, config, rows, length, dtype), f"{spec}{slots}"))
     yield from (name for size, name in sorted(sizes, reverse=True) if size <= available)
     slots = largest(lambda n: size_in_bytes(_evicting(n), config, rows, length, dtype) <= available, config.block_size)
     if slots >= 64:

@@ -6,7 +6,7 @@ outside the layers; every layer with the same policy, window and history runs th
 
 import itertools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -146,23 +146,46 @@ def plan_call(
     """
     chosen = range(len(lengths)) if rows is None else rows
     before = [lengths[row] for row in chosen]
-    packed = not isinstance(T, int)
-    sizes = list(T) if packed else [T] * len(before)
-    after = list(lengths)
-    for row, size in zip(chosen, sizes, strict=True):
-        after[row] += size
-    row_index = None if rows is None else torch.tensor(list(rows), device=device)
     if T == 1 and (static or len(set(before)) > 1):
+        after = list(lengths)
+        for row in chosen:
+            after[row] += 1
+        row_index = None if rows is None else torch.tensor(list(rows), device=device)
         parts = [Part([_decode_step(policy, window, before, dtype, device, static)], rows=row_index)]
         return Plan(parts, tuple(lengths), tuple(after))
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for i, key in enumerate(zip(before, sizes, strict=True)):
-        groups[key].append(i)
+    return plan_by_length(
+        lengths,
+        rows,
+        T,
+        device,
+        lambda start, size: (
+            _uniform_steps(policy, window, start, size, dtype, device),
+            _ring(policy, window, start, size, device),
+        ),
+    )
+
+
+def plan_by_length(
+    lengths: Sequence[int],
+    rows: Sequence[int] | None,
+    T: int | Sequence[int],
+    device: torch.device,
+    plan_part: Callable[[int, int], tuple[list[Step], Ring | None]],
+) -> Plan:
+    """Plan a call of which `plan_part(start, size)` plans what rows do that hold `start` tokens and get `size` new ones. Other
+    arguments as for `plan_call`."""
+    chosen = range(len(lengths)) if rows is None else rows
+    packed = not isinstance(T, int)
+    sizes = list(T) if packed else [T] * len(chosen)
+    after, groups = list(lengths), defaultdict(list)
+    for i, (row, size) in enumerate(zip(chosen, sizes, strict=True)):
+        after[row] += size
+        groups[lengths[row], size].append(i)
+    row_index = None if rows is None else torch.tensor(list(rows), device=device)
     ends = list(itertools.accumulate(sizes))
     parts = []
     for (length, size), members in groups.items():
-        steps = _uniform_steps(policy, window, length, size, dtype, device)
-        ring = _ring(policy, window, length, size, device)
+        steps, ring = plan_part(length, size)
         if packed:
             spans = [slice(ends[i] - size, ends[i]) for i in members]
             own = torch.tensor([chosen[i] for i in members], device=device)

@@ -27,6 +27,7 @@ POLICY_ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "h2o-orig": ("h2o", {}),
     "h2o-vlen": ("h2o", {"value_norm": True}),
     "qh2o-vlen": ("qh2o", {"value_norm": True}),
+    "smart-lastrec": ("lastrec", {"n_sink": 4}),
 }
 """Names of LitGPT's pull request 2061 and the library that goes on from it, with what they are here."""
 STORAGE_ALIASES = {
@@ -341,7 +342,7 @@ def _split(text: str) -> tuple[str, str]:
     parts = text.split("-")
     for count in range(len(parts), 0, -1):
         policy, storage = "-".join(parts[:count]), "-".join(parts[count:]) or "default"
-        known = policy in POLICIES or policy in POLICY_ALIASES or ":" in policy
+        known = policy in POLICIES or policy in POLICY_ALIASES or policy.partition(":")[2].isidentifier()
         if known and (storage in STORAGES or storage in STORAGE_ALIASES):
             return policy, storage
     policy, _, storage = text.partition("-")

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from litgpt.api import LLM
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.comparison.grid import make_grid, parse_numbers, parse_tasks
@@ -9,6 +11,7 @@ from litgpt.comparison.records import Records
 from litgpt.comparison.report import print_json, print_table, write_files
 from litgpt.comparison.run import Comparison
 from litgpt.comparison.table import rows_of
+from litgpt.generate.options import ModelOptions
 from litgpt.tasks.document import read_document
 from litgpt.waiting import report_progress, tell, waiting
 
@@ -27,6 +30,7 @@ def compare_caches(
     quantize: str | None = None,
     precision: str | None = None,
     json: bool = False,
+    threads: int | None = None,
 ) -> None:
     """Compare key-value caches on a model: quality, bytes, speed and peak memory of each at every budget.
 
@@ -47,11 +51,15 @@ def compare_caches(
         quantize: Quantise the weights: int8 or int4.
         precision: bf16-true, 16-true or 32-true. Default: the fastest on the device.
         json: Print a JSON object for every row instead of the table.
+        threads: Threads that compute on the CPU. Default: $OMP_NUM_THREADS, or one for every core.
     """
     names, shares = parse_tasks(tasks), parse_numbers("budgets", budgets, float)
     lengths, document = parse_numbers("length", length, int), read_document(text)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: name a folder")
+    count = ModelOptions(threads=threads).loading()["threads"]
+    if count is not None:
+        torch.set_num_threads(count)
     llm = LLM.load(find_checkpoint(checkpoint_dir), precision=precision, quantize=quantize)
     cells = make_grid(llm.model, caches, shares, lengths)
     with waiting("Making samples"):

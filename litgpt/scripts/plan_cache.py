@@ -115,13 +115,14 @@ def _table(plan: MemoryPlan, rows: int, length: int, memory: int, bandwidth: flo
     per_token, left = plan.bytes_per_token(length), memory - total
     longest, most_rows = plan.longest(rows, memory), plan.most_rows(length, memory)
     limit = " (the model's context)" if longest == config.block_size else ""
+    limit = f"{longest:,} tokens{limit}" if not plan.spec.evicts or not limit else "any number of tokens"
     lines = {
         "weights": f"{as_text(weights)} in {kind}",
         "caches": f"{as_text(caches)}, {as_text(per_token)} a further token of a sequence",
         "workspace": f"about {as_text(workspace)}, for prefill calls of {min(plan.chunk, length):,} tokens",
         "together": f"{as_text(total)}: "
         + (f"fits into {as_text(memory)}" if left >= 0 else f"{as_text(-left)} more than {as_text(memory)}"),
-        "longest": f"{longest:,} tokens{limit} for {_sequences(rows)}" if longest else "not one token fits",
+        "longest": f"{limit} for {_sequences(rows)}" if longest else "not one token fits",
         "most": f"{_sequences(most_rows)} of {length:,} tokens at a time",
         "speed": f"at most {plan.tokens_per_second(rows, length, bandwidth):,.1f} tokens/s with full caches, by "
         f"{bandwidth / 1e9:.1f} GB/s ({source})",
@@ -140,7 +141,10 @@ def _command(
     """The command to paste, or what would fit."""
     spec, left = plan.spec, memory - plan.weights - plan.workspace(rows)
     cache = [] if spec == CacheSpec() else ["--kv_cache", str(spec)]
-    cache += [] if spec.cache_length is None else ["--cache_length", str(spec.cache_length)]
+    slots = spec.cache_length
+    if slots is None and not spec.evicts and spec != CacheSpec() and length < plan.config.block_size:
+        slots = length  # else it is made for the model's whole context
+    cache += [] if slots is None else ["--cache_length", str(slots)]
     if left < plan.caches(rows, length):
         fitting = list(fitting_caches(plan.config, rows, length, plan.dtype, left)) if left > 0 else []
         if not fitting:

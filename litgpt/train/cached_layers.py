@@ -41,6 +41,10 @@ def check_trainable(spec: CacheSpec) -> None:
             f"{spec.policy} cannot be trained through: it reads a text a second time, with all layers, before tokens go; "
             "train through another policy, such as h2o or snapkv"
         )
+    if spec.storage_class.blocks:
+        raise ValueError(
+            f"{spec} cannot be trained through: tokens in 2 bits have no gradients; use another storage, such as int4"
+        )
 
 
 class CachedLayers:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from litgpt.kernels.training import next_token_losses
+
 IGNORE_INDEX = -100
 LOGITS_BYTES = 16 << 20  # float32 logits that exist at a time
 ADDED_LOGITS_BYTES = 32 << 20  # with a trained head, each chunk of which adds to a gradient as large as its weight
@@ -40,19 +42,15 @@ class _HeadLoss(torch.autograd.Function):
             x = hidden[places[part]].requires_grad_(d_hidden is not None)
             with torch.enable_grad():
                 logits = head(x)
-            scores, targets = logits.detach().to(form), labels[part, None]
-            shifted = torch.logsumexp(scores, dim=-1, keepdim=True)
-            if teacher is None:
-                total += (shifted - scores.gather(1, targets)).sum()
-                d_logits = torch.sub(scores, shifted, out=scores).exp_()
-                d_logits.scatter_add_(1, targets, d_logits.new_full(targets.shape, -1.0))
-            else:  # the divergence of the teacher's distribution from this one
-                wanted = torch.log_softmax(teacher(places[part]).to(form), dim=-1)
-                logs = torch.sub(scores, shifted, out=scores)
-                total += F.kl_div(logs, wanted, reduction="sum", log_target=True)
-                d_logits = logs.exp_().sub_(wanted.exp_())
-            if scale is not None:
-                d_logits *= scale
+            d_logits, factor = logits.detach(), 1.0 if scale is None else scale
+            losses = next_token_losses(d_logits, labels[part], factor) if teacher is None else None
+            if losses is not None:
+                total += losses.sum()
+            else:
+                targets = labels[part, None] if teacher is None else teacher(places[part])
+                loss, d_logits = _loss_of(d_logits.to(form), targets, teacher is not None)
+                total += loss
+                d_logits *= factor
             inputs = [x] * (d_hidden is not None) + list(params)
             found = list(torch.autograd.grad(logits, inputs, d_logits.to(logits.dtype)))
             if d_hidden is not None:
@@ -76,6 +74,23 @@ class _HeadLoss(torch.autograd.Function):
             ctx.tied.append(d_params[0])
             d_params[0] = None
         return d_hidden, None, None, None, None, None, None, None, *d_params
+
+
+def _loss_of(scores: torch.Tensor, targets: torch.Tensor, soft: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss of logits (n, V), and its gradients in their place.
+
+    Args:
+        targets: labels (n, 1), or with `soft` a teacher's logits: then the loss is its distribution's divergence from this one.
+    """
+    shifted = torch.logsumexp(scores, dim=-1, keepdim=True)
+    if not soft:
+        loss = (shifted - scores.gather(1, targets)).sum()
+        d_scores = torch.sub(scores, shifted, out=scores).exp_()
+        return loss, d_scores.scatter_add_(1, targets, d_scores.new_full(targets.shape, -1.0))
+    wanted = torch.log_softmax(targets.to(scores.dtype), dim=-1)
+    logs = torch.sub(scores, shifted, out=scores)
+    loss = F.kl_div(logs, wanted, reduction="sum", log_target=True)
+    return loss, logs.exp_().sub_(wanted.exp_())
 
 
 class TiedEmbedding(torch.autograd.Function):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from litgpt.kernels import training
 from litgpt.model import GPT, LLaMAMLP, RMSNorm
 from litgpt.train.cached_layers import CachedLayers
 from litgpt.train.kept_gradients import KeptGradients
@@ -44,7 +45,11 @@ class TrainingModel(nn.Module):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         for module in gpt.modules():
             if isinstance(module, LLaMAMLP):
-                module.gated = partial(recomputed, module.gated)
+                module.gated = partial(recomputed, partial(training.gated, module.activation, module.gated))
+            elif type(module) is RMSNorm and "forward" not in vars(module):
+                module.forward = partial(training.norm, module)
+            elif type(module) is nn.Dropout:
+                module.forward = partial(training.dropout, module)
             elif type(module) is nn.Linear and onednn_is_faster():
                 module.forward = partial(linear, module)
 
@@ -55,7 +60,7 @@ class TrainingModel(nn.Module):
         if self.cached_layers is not None:
             return
         for module in self.gpt.modules():
-            if isinstance(module, RMSNorm) and module.weight.requires_grad and "forward" not in vars(module):
+            if type(module) is RMSNorm and module.weight.requires_grad:
                 module.forward = partial(recomputed, module.forward, params=(module.weight,))
             elif type(module) is nn.Linear and module.weight.requires_grad:
                 module.forward = partial(linear, module)

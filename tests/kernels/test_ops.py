@@ -1,11 +1,14 @@
 """Kernels against the same sums in float64."""
 
 import itertools
+import os
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from litgpt.attention import DefaultKeysAndValues, position_bias, scaled_dot_product_attention
 from litgpt.kernels import ops, processor
@@ -226,3 +229,42 @@ def test_weights_that_queries_give_are_float32(B, H, G, D, n, N, cap, sunk, larg
     assert ops.can_see_weights(query, keys, sinks)
     found = ops.see_weights(query, keys, ends, sinks, 0.2, cap, largest)
     torch.testing.assert_close(found.double(), weights.amax(2) if largest else weights.sum(2), atol=1e-6, rtol=1e-5)
+
+
+EXAMPLES = int(os.environ.get("LITGPT_TEST_EXAMPLES", "15"))  # 1000 for a thorough run
+thorough = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@thorough
+@given(
+    M=st.integers(1, 16),
+    K=st.integers(1, 300) | st.integers(1, 12).map(lambda k: 32 * k),
+    N=st.integers(1, 200),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_products_of_any_shape(M, K, N, seed):
+    torch.manual_seed(seed)
+    x, weight, bias = rows(M, K), rows(N, K), rows(N)
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    blocked = ops.blocked(weight)
+    assert_rounded(ops.linear_plain(x, weight, bias), expected)
+    assert_rounded(ops.linear_blocked(x, blocked.data_ptr(), bias, N), expected)
+    integers, scale = quantize_int8(weight.float())
+    assert_rounded(ops.linear_int8(x, integers, scale), x.double() @ dequantize_int8(integers, scale, torch.float64).T)
+    for group in (size for size in (128, 64, 32) if K % size == 0):
+        form = quantize_int4(weight.float(), group)
+        assert_rounded(ops.linear_int4(x, *form), x.double() @ dequantize_int4(*form, torch.float64).T)
+
+
+@thorough
+@given(
+    *(st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(1, 256)),
+    *(st.integers(1, 16), st.integers(1, 200), st.integers(0, 2**32 - 1)),
+)
+def test_attention_of_any_shape(B, G, share, D, T, N, seed):
+    torch.manual_seed(seed)
+    query, keys, values = rows(B, G * share, T, D), rows(B, G, N, D), rows(B, G, N, D)
+    found = ops.attend(query, keys, values, None, None, D**-0.5, 0.0)
+    repeated = [x.double().repeat_interleave(share, 1) for x in (keys, values)]
+    expected = F.scaled_dot_product_attention(query.double(), *repeated)
+    torch.testing.assert_close(found.transpose(1, 2).double(), expected, atol=0.01, rtol=0.01)

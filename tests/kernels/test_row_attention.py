@@ -1,4 +1,4 @@
-"""Attention of rows in float32, with gradients, against attention written out in float64."""
+"""Attention of rows, with gradients, against attention written out in float64."""
 
 import math
 
@@ -43,6 +43,18 @@ def test_outputs_and_gradients_are_exact(H, G, D, sizes):
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=3e-5)
     (own,), (exact,) = torch.autograd.grad(y, qkv, d_y), torch.autograd.grad(expected, qkv, d_y.double())
     torch.testing.assert_close(own, exact, rtol=1e-4, atol=2e-5)
+
+
+def test_bfloat16_is_rounded_only_in_what_comes_in_and_out():
+    torch.manual_seed(0)
+    qkv = torch.randn(1, 80, 15 * 64).bfloat16().requires_grad_()
+    exact, d_y = qkv.detach().double().requires_grad_(), torch.randn(1, 80, 9 * 64).bfloat16()
+    y = attend_rows(*parts_of(qkv, 9, 3, 64), [50, 30], 0.125)
+    expected = written_out(*parts_of(exact, 9, 3, 64), [50, 30], 0.125)
+    (own,), (wanted,) = torch.autograd.grad(y, qkv, d_y), torch.autograd.grad(expected, exact, d_y.double())
+    assert y.dtype == own.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(own.double(), wanted, rtol=2**-7, atol=2e-2)
 
 
 def test_large_scores_stay_finite():

@@ -260,6 +260,7 @@ def expected(row, g, reference, future=512):
             rotation @ (queries.T @ queries / len(queries) - queries.mean(0).outer(queries.mean(0))) @ rotation.T
         )
         logits = keys @ mean * reference.scale + ((keys @ covariance) * keys).sum(-1) * reference.scale**2 / 2
+        logits[torch.tensor(row.kept[g]) < reference.sinks] = -torch.inf
         total = total + logits.softmax(-1)
     return total / row.group_size * values.norm(dim=-1)
 

@@ -100,6 +100,7 @@ def test_every_policy_and_storage_can_be_named(name):
         ("h2o-orig-default", CacheSpec("h2o")),
         ("lastrec-bnb-quantized4", CacheSpec("lastrec", "int4")),
         ("dense-bnb-quantized8", CacheSpec("dense", "int8")),
+        ("smart-lastrec-torch-quantized8", CacheSpec("lastrec", "int8", n_sink=4)),
     ],
 )
 def test_names_that_others_have_for_caches_mean_those_here(name, expected):
@@ -206,6 +207,7 @@ def test_a_policy_of_a_module_in_the_current_folder_is_one_file(tmp_path, monkey
         assert type(cache) is PositionalKVCache
         assert (cache.policy.n_sink, cache.policy.reach) == (3, 7)
         assert CacheSpec.parse(str(asked), 10, head=0.3) == asked
+        assert CacheSpec.parse("my_policies:Halves-int8", 10, head=0.3).storage == "int8"
         assert CacheSpec.parse("halves", 10, head=0.3).create(CONFIG, 1)[0].policy == cache.policy
         with pytest.raises(ValueError, match="no argument 'tail': its arguments are head"):
             CacheSpec("halves", tail=3)

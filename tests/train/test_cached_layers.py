@@ -234,6 +234,11 @@ def test_an_unknown_place_for_inputs_is_refused(place):
         CachedLayers(make(), CacheSpec(), 4, place)
 
 
+def test_tokens_in_two_bits_are_refused_before_anything_runs():
+    with pytest.raises(ValueError, match="dense-kivi cannot be trained through: tokens in 2 bits have no gradients"):
+        CachedLayers(make(), CacheSpec("dense", "kivi"), 4)
+
+
 def test_a_policy_that_reads_texts_twice_is_refused():
     with pytest.raises(ValueError, match="kvzip cannot be trained through: it reads a text a second time"):
         CachedLayers(make(), CacheSpec("kvzip", cache_length=8), 4)

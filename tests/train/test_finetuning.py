@@ -470,7 +470,7 @@ def test_pretraining_takes_model_and_tokenizer_by_name(checkpoint_dir, tmp_path,
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_cache_that_keeps_all_changes_no_training(checkpoint_dir, tmp_path, json_path, method):
-    options = {"lora_dropout": 0.0} if method == "lora" else {}
+    options = {"train": replace(TRAIN, max_steps=2)} | ({"lora_dropout": 0.0} if method == "lora" else {})
     plain = run(method, checkpoint_dir, tmp_path / "plain", json_path, **options)
     cached = run(method, checkpoint_dir, tmp_path / "c", json_path, kv_cache="dense", prompt_chunksize=7, **options)
     options |= {"cache_length": 8, "prompt_chunksize": 4}

@@ -7,10 +7,11 @@ from random import Random
 from timing import read_job, report
 
 from litgpt.api import LLM
+from litgpt.kvcache.memory import largest
 from litgpt.prompt_frame import PromptFrame
 from litgpt.tasks.document import lines_of, read_document
 from litgpt.tasks.ruler import ask_number, number_line
-from litgpt.tasks.sample import Prompt, Sample, insert, longest_prompt
+from litgpt.tasks.sample import Prompt, Sample, insert
 from litgpt.tasks.words import draw_words, number
 
 INTRO = "The text below gives some words secret numbers. Remember them; they will be asked for."
@@ -33,7 +34,8 @@ def main() -> None:
             lines, where = insert(lines, list(map(number_line, keys, values)), places)
             return Sample(INTRO, tuple(lines), tuple(map(ask_number, keys, values, where)))
 
-        prompt: Prompt = longest_prompt(make, frame, job["length"], "facts")
+        lines = largest(lambda n, make=make: len(Prompt(make(n), frame).context) <= job["length"], job["length"])
+        prompt = Prompt(make(lines), frame)
         queries = [[prompt.question(j), prompt.right(j)] for j in range(job["facts"])]
         samples.append({"kind": "facts", "context": prompt.context, "queries": queries})
         start = 4 * i * job["length"] % (len(document) - job["length"] - job["follow"])

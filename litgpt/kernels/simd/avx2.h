@@ -173,6 +173,8 @@ constexpr int SHORTS = 16;
 
 inline Integers no_products() { return _mm256_setzero_si256(); }
 inline Shorts load_shorts(const int16_t* x) { return _mm256_loadu_si256((const __m256i*)x); }
+inline Shorts load_shorts(const int8_t* x) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)x)); }
+inline Shorts all_pairs(int32_t pair) { return _mm256_set1_epi32(pair); }
 inline Floats to_floats(Integers x) { return _mm256_cvtepi32_ps(x); }
 
 // sum + a b: each of the sums gets two products
@@ -189,6 +191,39 @@ inline void split_nibbles(const uint8_t* x, Shorts& low, Shorts& high) {
     const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)x));
     low = _mm256_and_si256(bytes, _mm256_set1_epi16(15)), high = _mm256_srli_epi16(bytes, 4);
 }
+
+// x, and 16 more where there is a bit
+inline Shorts add_fifth_bits(Shorts x, uint32_t bits) {
+    const __m256i own = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
+    const __m256i there = _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(int16_t(bits)), own), own);
+    return _mm256_or_si256(x, _mm256_and_si256(there, _mm256_set1_epi16(16)));
+}
+
+// Pairs of a number of a and one of b; `in_order` puts sums of their products in the order of the numbers.
+inline void pair_up(Shorts a, Shorts b, Shorts& first, Shorts& second) {
+    first = _mm256_unpacklo_epi16(a, b), second = _mm256_unpackhi_epi16(a, b);
+}
+
+inline void in_order(Integers& first, Integers& second) {
+    const __m256i before = first;
+    first = _mm256_permute2x128_si256(before, second, 0x20), second = _mm256_permute2x128_si256(before, second, 0x31);
+}
+
+inline void store_rounded(int16_t* y, Floats x) {
+    const __m256i integers = _mm256_cvtps_epi32(x);
+    const __m128i low = _mm256_castsi256_si128(integers), high = _mm256_extracti128_si256(integers, 1);
+    _mm_storeu_si128((__m128i*)y, _mm_packs_epi32(low, high));
+}
+
+// LANES pairs of numbers in bfloat16, `stride` numbers apart, of which there are n; zeros after the last
+inline Pairs load_pairs(const bf16* x, int64_t stride, int64_t n) {
+    int32_t pairs[LANES] = {};
+    for (int64_t i = 0; i < LANES && i < n; i++) std::memcpy(pairs + i, x + i * stride, 4);
+    return _mm256_loadu_si256((const __m256i*)pairs);
+}
+
+inline Floats firsts(Pairs x) { return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16)); }
+inline Floats seconds(Pairs x) { return _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(int(0xffff0000)))); }
 
 // LANES numbers in float16, of which there are n; zeros after the last
 inline Floats load_halves(const uint16_t* x, int64_t n) {

@@ -171,11 +171,59 @@ inline void transpose(Pairs* a) {
     for (int i = 0; i < 16; i++) a[i] = b[i];
 }
 
-// sum + a b for 32 integers of 16 bits: each of the 16 sums gets two products
-inline __m512i add_integer_products(__m512i sum, __m512i a, __m512i b) {
+// Integers of 16 bits, and sums of their products in 32 bits
+using Shorts = __m512i;
+using Integers = __m512i;
+constexpr int SHORTS = 32;
+
+inline Integers no_products() { return _mm512_setzero_si512(); }
+inline Shorts load_shorts(const int16_t* x) { return _mm512_loadu_si512(x); }
+inline Shorts load_shorts(const int8_t* x) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)x)); }
+inline Shorts all_pairs(int32_t pair) { return _mm512_set1_epi32(pair); }
+inline Floats to_floats(Integers x) { return _mm512_cvtepi32_ps(x); }
+
+// sum + a b: each of the sums gets two products
+inline Integers add_integer_products(Integers sum, Shorts a, Shorts b) {
 #ifdef __AVX512VNNI__
     return _mm512_dpwssd_epi32(sum, a, b);
 #else
     return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
 #endif
 }
+
+// The low and the high halves of SHORTS bytes
+inline void split_nibbles(const uint8_t* x, Shorts& low, Shorts& high) {
+    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)x));
+    low = _mm512_and_si512(bytes, _mm512_set1_epi16(15)), high = _mm512_srli_epi16(bytes, 4);
+}
+
+// x, and 16 more where there is a bit
+inline Shorts add_fifth_bits(Shorts x, uint32_t bits) {
+    return _mm512_or_si512(x, _mm512_maskz_set1_epi16(bits, 16));
+}
+
+// Pairs of a number of a and one of b; `in_order` puts sums of their products in the order of the numbers.
+inline void pair_up(Shorts a, Shorts b, Shorts& first, Shorts& second) {
+    first = _mm512_unpacklo_epi16(a, b), second = _mm512_unpackhi_epi16(a, b);
+}
+
+inline void in_order(Integers& first, Integers& second) {
+    const __m512i even = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(8)), before = first;
+    first = _mm512_permutex2var_epi32(before, even, second), second = _mm512_permutex2var_epi32(before, odd, second);
+}
+
+inline void store_rounded(int16_t* y, Floats x) {
+    _mm256_storeu_si256((__m256i*)y, _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(x)));
+}
+
+// LANES pairs of numbers in bfloat16, `stride` numbers apart, of which there are n; zeros after the last
+inline Pairs load_pairs(const bf16* x, int64_t stride, int64_t n) {
+    const __mmask16 there = n >= LANES ? 0xffff : n > 0 ? __mmask16((1 << n) - 1) : 0;
+    const __m512i count = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i index = _mm512_mullo_epi32(count, _mm512_set1_epi32(int(stride)));
+    return _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, index, x, 2);
+}
+
+inline Floats firsts(Pairs x) { return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16)); }
+inline Floats seconds(Pairs x) { return _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(int(0xffff0000)))); }

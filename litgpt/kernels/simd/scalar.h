@@ -121,6 +121,14 @@ constexpr int SHORTS = 8;
 
 inline Integers no_products() { return Integers{}; }
 inline Shorts load_shorts(const int16_t* x) { return vector_at<Shorts>(x); }
+
+inline Shorts load_shorts(const int8_t* x) {
+    Shorts y;
+    for (int i = 0; i < SHORTS; i++) y[i] = x[i];
+    return y;
+}
+
+inline Shorts all_pairs(int32_t pair) { return vector_at<Shorts>(std::array<int32_t, 4>{pair, pair, pair, pair}.data()); }
 inline Floats to_floats(Integers x) { return __builtin_convertvector(x, Floats); }
 
 // sum + a b: each of the sums gets two products
@@ -133,6 +141,34 @@ inline Integers add_integer_products(Integers sum, Shorts a, Shorts b) {
 inline void split_nibbles(const uint8_t* x, Shorts& low, Shorts& high) {
     for (int i = 0; i < SHORTS; i++) low[i] = x[i] & 15, high[i] = x[i] >> 4;
 }
+
+// x, and 16 more where there is a bit
+inline Shorts add_fifth_bits(Shorts x, uint32_t bits) {
+    for (int i = 0; i < SHORTS; i++) x[i] = int16_t(x[i] | (bits >> i & 1) << 4);
+    return x;
+}
+
+// Pairs of a number of a and one of b; `in_order` puts sums of their products in the order of the numbers.
+inline void pair_up(Shorts a, Shorts b, Shorts& first, Shorts& second) {
+    first = Shorts{a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]};
+    second = Shorts{a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
+}
+
+inline void in_order(Integers&, Integers&) {}
+
+inline void store_rounded(int16_t* y, Floats x) {
+    for (int i = 0; i < LANES; i++) y[i] = int16_t(std::nearbyint(x[i]));
+}
+
+// LANES pairs of numbers in bfloat16, `stride` numbers apart, of which there are n; zeros after the last
+inline Pairs load_pairs(const bf16* x, int64_t stride, int64_t n) {
+    Pairs y = {};
+    for (int64_t i = 0; i < LANES && i < n; i++) y[i] = uint32_t(x[i * stride]) | uint32_t(x[i * stride + 1]) << 16;
+    return y;
+}
+
+inline Floats firsts(Pairs x) { return (Floats)(x << 16); }
+inline Floats seconds(Pairs x) { return (Floats)(x & 0xffff0000u); }
 
 // LANES numbers in float16, of which there are n; zeros after the last
 inline Floats load_halves(const uint16_t* x, int64_t n) {

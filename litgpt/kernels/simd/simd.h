@@ -10,7 +10,11 @@
 #include "../numbers.h"
 
 // For loops over arrays of vectors: GCC keeps those in registers only where all indices are constants.
+#ifdef __clang__
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#else
 #define UNROLLED _Pragma("GCC unroll 16")
+#endif
 
 #if defined(LITGPT_SCALAR)
 #include "scalar.h"
@@ -19,6 +23,8 @@
 #include "avx512_nibbles.h"
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "avx2.h"
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#include "neon.h"
 #else
 #include "scalar.h"
 #endif

@@ -52,4 +52,5 @@ class ExpectedAttentionPolicy(ScorePolicy):
         mean, covariance = tokens.over_group(mean), tokens.over_group(covariance)
         logits = (keys @ mean[..., None]).squeeze(-1) * scale
         logits = logits + ((keys @ covariance) * keys).sum(-1) * scale**2 / 2
+        logits = logits.masked_fill((tokens.positions < self.n_sink)[:, :, None], -torch.inf)  # which stay anyway
         return logits.softmax(-1).mean(2) * tokens.values.norm(dim=-1)

@@ -1,0 +1,161 @@
+"""Parts of a training step on a CPU by a kernel each, in float32 and bfloat16; other tensors go to torch."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from litgpt.kernels import ops
+from litgpt.kernels.library import library
+
+GATES = ("silu", "gelu-tanh")  # activations that are a product with a sigmoid
+
+
+def _is_ours(*tensors: torch.Tensor) -> bool:
+    first = tensors[0]
+    return (
+        first.dtype in (torch.float32, torch.bfloat16)
+        and all(x.dtype == first.dtype and x.device.type == "cpu" and x.is_contiguous() for x in tensors)
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+def _narrow(x: torch.Tensor) -> int:
+    return int(x.dtype == torch.bfloat16)
+
+
+class _Gated(torch.autograd.Function):
+    """Activation of a gate times x; only these two are kept."""
+
+    @staticmethod
+    def forward(ctx, gate: torch.Tensor, x: torch.Tensor, kind: int) -> torch.Tensor:
+        ctx.save_for_backward(gate, x)
+        ctx.kind, y = kind, torch.empty_like(x)
+        library().gate_values(gate.data_ptr(), x.data_ptr(), y.data_ptr(), x.numel(), kind, _narrow(x))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, x = ctx.saved_tensors
+        d_y = d_y.contiguous()
+        d_gate, d_x = torch.empty_like(gate), torch.empty_like(x)
+        addresses = (of.data_ptr() for of in (gate, x, d_y, d_gate, d_x))
+        library().gate_values_backward(*addresses, x.numel(), ctx.kind, _narrow(x))
+        return d_gate, d_x, None
+
+
+def gated(
+    activation: str, plain: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], gate: torch.Tensor, x: torch.Tensor
+) -> torch.Tensor:
+    """What `plain` gives for a gate and x, if that is one of `GATES` times x."""
+    if activation not in GATES or not _is_ours(gate, x):
+        return plain(gate, x)
+    return _Gated.apply(gate, x, ops.ACTIVATIONS[activation])
+
+
+class _Dropped(torch.autograd.Function):
+    """Dropout whose mask is made from a seed, in both passes, and never kept."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+        ctx.p, ctx.seed, y = p, seed, torch.empty_like(x)
+        library().drop_values(x.data_ptr(), y.data_ptr(), x.numel(), seed, p, _narrow(x))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _Dropped.forward(ctx, d_y.contiguous(), ctx.p, ctx.seed), None, None
+
+
+def dropout(layer: nn.Dropout, x: torch.Tensor) -> torch.Tensor:
+    """What a layer of dropout gives."""
+    if not layer.training or not 0 < layer.p < 1 or layer.inplace or not _is_ours(x):
+        return F.dropout(x, layer.p, layer.training, layer.inplace)
+    return _Dropped.apply(x, layer.p, int(torch.randint(2**62, ())))
+
+
+def next_token_losses(logits: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor | None:
+    """Cross-entropies (n,) of logits (n, V), which become their gradients times `scale`; None if there is no kernel."""
+    if not _is_ours(logits) or logits.shape[1] % 16:
+        return None
+    n, V = logits.shape
+    losses, labels = logits.new_empty(n, dtype=torch.float32), labels.contiguous()
+    library().next_token_losses(*(of.data_ptr() for of in (logits, labels, losses)), n, V, scale, _narrow(logits))
+    torch.autograd.graph.increment_version(logits)  # what has kept them would find other numbers
+    return losses
+
+
+class _Normed(torch.autograd.Function):
+    """Root-mean-square norm over the last dimension; only x is kept."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.numbers, y, size = (eps, offset), torch.empty_like(x), len(weight)
+        addresses = (of.data_ptr() for of in (x, weight, y))
+        library().norm_values(*addresses, x.numel() // size, size, eps, offset, _narrow(x))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        d_y, d_x = d_y.contiguous(), torch.empty_like(x)
+        d_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        size = len(weight)
+        factors = x.new_empty(x.numel() // size, dtype=torch.float32)
+        addresses = (None if of is None else of.data_ptr() for of in (x, weight, d_y, d_x, d_weight, factors))
+        library().norm_values_backward(*addresses, len(factors), size, *ctx.numbers, _narrow(x))
+        return d_x, d_weight, None, None
+
+
+def norm(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What an `RMSNorm` gives."""
+    weight = layer.weight
+    if not torch.is_grad_enabled() or not _is_ours(x, weight) or len(weight) % 16 or not x.numel():
+        return type(layer).forward(layer, x)
+    return _Normed.apply(x, weight, layer.eps, float(layer.add_unit_offset))
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        d_y = d_y if d_y.stride(-1) == 1 else d_y.contiguous()
+        return _rotated(d_y, *ctx.saved_tensors, True), None, None
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
+    _, heads, T, D = x.shape
+    y = x.new_empty(1, T, heads, D)
+    addresses = (of.data_ptr() for of in (x, cos, sin, y))
+    library().rotate_values(*addresses, T, heads, D, x.stride(2), x.stride(1), int(back), _narrow(x))
+    return y.transpose(1, 2)
+
+
+def can_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether `rotate` is there for heads x (B, heads, T, D) that want gradients."""
+    return (
+        x.requires_grad
+        and len(x) == 1
+        and x.stride(-1) == 1
+        and cos.shape[-1] == x.shape[-1]
+        and x.shape[-1] % 32 == 0
+        and _is_ours(cos, sin)
+        and x.dtype == cos.dtype
+    )
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE of whole heads (1, heads, T, D) by cosines and signed sines (1, 1, T, D), as `litgpt.rope` has them."""
+    return _Rotated.apply(x, cos, sin)

@@ -1,0 +1,237 @@
+// The kernels' functions against sums in double, on shapes drawn at random: `check SEED COUNT`. For processors under emulation,
+// and for compilers' sanitizers, where Python is not. Prints what differs; the exit status says whether anything does.
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+
+#include "attention.h"
+#include "weights.h"
+
+extern "C" {
+void linear_blocked(const bf16*, const uint32_t*, const bf16*, bf16*, int64_t, int64_t, int64_t);
+void linear_plain(const bf16*, const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t);
+void linear_int8(const bf16*, const int8_t*, const float*, const bf16*, bf16*, int64_t, int64_t, int64_t);
+void linear_int4(const bf16*, const uint8_t*, const uint16_t*, const uint16_t*, const bf16*, bf16*, int64_t, int64_t, int64_t,
+                 int64_t);
+void rms_norm(const bf16*, const bf16*, bf16*, int64_t, int64_t, float, float);
+void attend(const bf16*, const bf16*, const bf16*, const Vectors*, const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t,
+            int64_t, int64_t, int64_t, const int64_t*, float, float);
+void attend_causally(const bf16*, const bf16*, const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t, int64_t, int64_t,
+                     int64_t, int64_t, const int64_t*, float, float);
+void attend_rows(const float*, const float*, const float*, float*, float*, int64_t, int64_t, int64_t, int64_t, const int64_t*,
+                 const int64_t*, float);
+}
+
+using Numbers64 = std::vector<double>;
+
+static std::mt19937 source;
+static int failures = 0;
+
+static int64_t draw(int64_t least, int64_t most) { return std::uniform_int_distribution<int64_t>(least, most)(source); }
+static float normal() { return std::normal_distribution<float>()(source); }
+
+static std::vector<bf16> numbers(int64_t n) {
+    std::vector<bf16> x(n);
+    for (auto& value : x) value = narrow(normal());
+    return x;
+}
+
+static uint16_t half(float x) {  // of a normal number, cut off
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return uint16_t((bits >> 16 & 0x8000) | ((bits & 0x7fffffff) - (112u << 23)) >> 13);
+}
+
+// `tolerance` of the largest number, besides the rounding of each
+static void compare(const char* what, const std::vector<bf16>& found, const Numbers64& expected, double tolerance) {
+    double most = 0, worst = 0;
+    for (double x : expected) most = std::max(most, std::fabs(x));
+    for (size_t i = 0; i < found.size(); i++) {
+        const double error = std::fabs(double(widen(found[i])) - expected[i]) - std::fabs(expected[i]) / 256;
+        worst = std::isfinite(error) ? std::max(worst, error) : INFINITY;
+    }
+    if (worst > tolerance * most) failures++, std::printf("%s: differs by %g of at most %g\n", what, worst, most);
+}
+
+static void check_products() {
+    const int64_t M = draw(1, 9), N = draw(1, 150), K = 32 * draw(1, 12) - 8 * draw(0, 3), whole = K / 32 * 32;
+    const auto x = numbers(M * K), w = numbers(N * K), bias = numbers(N);
+    const bf16* added = draw(0, 1) ? bias.data() : nullptr;
+    std::vector<bf16> y(M * N);
+    const auto expected = [&](int64_t inputs, auto weight, const bf16* bias) {
+        Numbers64 sums(M * N);
+        for (int64_t m = 0; m < M; m++)
+            for (int64_t n = 0; n < N; n++) {
+                double sum = bias ? widen(bias[n]) : 0;
+                for (int64_t k = 0; k < inputs; k++) sum += double(widen(x[m * inputs + k])) * weight(n, k);
+                sums[m * N + n] = sum;
+            }
+        return sums;
+    };
+    const auto plain = [&](int64_t n, int64_t k) { return double(widen(w[n * K + k])); };
+    linear_plain(x.data(), w.data(), added, y.data(), M, K, N);
+    compare("linear_plain", y, expected(K, plain, added), 1e-4);
+
+    const int64_t pairs = (K + 31) / 32 * 16, blocks = (N + 63) / 64;
+    std::vector<uint32_t> blocked(blocks * pairs * 64);
+    for (int64_t n = 0; n < N; n++)
+        for (int64_t k = 0; k < K; k++)
+            blocked[(n / 64 * pairs + k / 2) * 64 + n % 64] |= uint32_t(w[n * K + k]) << 16 * (k % 2);
+    linear_blocked(x.data(), blocked.data(), added, y.data(), M, K, N);
+    compare("linear_blocked", y, expected(K, plain, added), 1e-4);
+
+    std::vector<int8_t> integers(N * K);
+    std::vector<float> scale(N);
+    for (auto& i : integers) i = int8_t(draw(-127, 127));
+    for (auto& s : scale) s = 0.01f * std::fabs(normal());
+    const auto in_8_bits = [&](int64_t n, int64_t k) { return double(integers[n * K + k]) * scale[n]; };
+    linear_int8(x.data(), integers.data(), scale.data(), added, y.data(), M, K, N);
+    compare("linear_int8", y, expected(K, in_8_bits, added), 1e-4);
+
+    const int64_t group = whole % 128 == 0 ? 128 : whole % 64 == 0 ? 64 : 32, groups = whole / group;
+    if (!whole) return;
+    std::vector<uint8_t> nibbles(N * whole / 2);
+    std::vector<uint16_t> scales(N * groups), minima(N * groups);
+    for (auto& i : nibbles) i = uint8_t(draw(0, 255));
+    for (auto& s : scales) s = half(0.05f + 0.1f * std::fabs(normal()));
+    for (auto& s : minima) s = half(-0.5f - std::fabs(normal()));
+    const auto in_4_bits = [&](int64_t n, int64_t k) {
+        const int64_t at = n * groups + k / group;
+        const int i = nibbles[(n * whole + k) / 2] >> k % 2 * 4 & 15;
+        return double(from_half(scales[at])) * i + from_half(minima[at]);
+    };
+    const Weight int4{INT4_PAIRS, whole, N, group, nibbles.data(), scales.data(), minima.data(), added};
+    linear_int4(x.data(), nibbles.data(), scales.data(), minima.data(), added, y.data(), M, whole, N, group);
+    compare("linear_int4", y, expected(whole, in_4_bits, added), 2e-4);
+
+    // tiles for many rows: widened to bfloat16 first
+    const Weight int8{INT8_ROWS, K, N, 0, integers.data(), scale.data(), nullptr, added};
+    for (const Weight* weight : {&int8, &int4}) {
+        Scratch<uint32_t> room;
+        Scratch<char> prepared;
+        const TilesOf tiles(*weight, &room);
+        product(*tiles, rows_for(*tiles, x.data(), M, prepared), added, y.data(), M);
+        const auto value = [&](int64_t n, int64_t k) { return weight == &int8 ? in_8_bits(n, k) : in_4_bits(n, k); };
+        compare("widened tiles", y, expected(weight->K, value, added), 4e-3);
+    }
+}
+
+// Attention of one row (T queries, each of which sees keys [first(t), last(t))): y (T, H, D)
+template <class Key, class Value, class First, class Last>
+static Numbers64 attention(const std::vector<bf16>& q, int64_t H, int64_t G, int64_t T, int64_t D, float scale, float cap,
+                           Key key, Value value, First first, Last last) {
+    Numbers64 y(T * H * D);
+    for (int64_t h = 0; h < H; h++)
+        for (int64_t t = 0; t < T; t++) {
+            double total = 0, most = -INFINITY;
+            Numbers64 scores;
+            for (int64_t n = first(t); n < last(t); n++) {
+                double s = 0;
+                for (int64_t d = 0; d < D; d++) s += double(widen(q[(h * T + t) * D + d])) * key(h / (H / G), n, d);
+                s *= scale;
+                if (cap > 0) s = cap * std::tanh(s / cap);
+                scores.push_back(s), most = std::max(most, s);
+            }
+            for (auto& s : scores) total += s = std::exp(s - most);
+            for (int64_t n = first(t); n < last(t); n++)
+                for (int64_t d = 0; d < D; d++)
+                    y[(t * H + h) * D + d] += scores[n - first(t)] / total * value(h / (H / G), n, d);
+        }
+    return y;
+}
+
+static void check_attention() {
+    const int64_t G = draw(1, 3), H = G * draw(1, 5), D = std::array<int64_t, 6>{64, 24, 80, 128, 32, 256}[draw(0, 5)];
+    const int64_t N = draw(1, 150), T = std::min<int64_t>(N, draw(1, 6));
+    const float scale = 1.0f / std::sqrt(float(D)), cap = draw(0, 1) ? 5.0f : 0.0f;
+    const auto q = numbers(H * T * D), k = numbers(G * N * D), v = numbers(G * N * D);
+    std::vector<bf16> bias(T * N), y(T * H * D);
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t n = 0; n < N; n++) bias[t * N + n] = n <= N - T + t ? 0 : 0xff80;
+    const int64_t strides[] = {0, T * D, D, 0, N * D, D, 0, N * D, D, 0, N};
+    const auto key = [&](int64_t g, int64_t n, int64_t d) { return double(widen(k[(g * N + n) * D + d])); };
+    const auto value = [&](int64_t g, int64_t n, int64_t d) { return double(widen(v[(g * N + n) * D + d])); };
+    const auto last = [&](int64_t t) { return N - T + t + 1; };
+    const auto all_from_0 = [](int64_t) { return int64_t(0); };
+    const auto expected = attention(q, H, G, T, D, scale, cap, key, value, all_from_0, last);
+    attend(q.data(), k.data(), v.data(), nullptr, bias.data(), nullptr, y.data(), 1, H, G, T, N, D, strides, scale, cap);
+    compare("attend", y, expected, 4e-3);
+    const int64_t window = draw(1, N);
+    attend_causally(q.data(), k.data(), v.data(), nullptr, y.data(), 1, H, G, T, N, D, window, strides, scale, cap);
+    const auto first = [&](int64_t t) { return std::max<int64_t>(0, last(t) - window); };
+    compare("attend_causally", y, attention(q, H, G, T, D, scale, cap, key, value, first, last), 8e-3);
+
+    for (int64_t kind : {INT8, INT4, INT5}) {
+        const int64_t bits = kind == INT8 ? 8 : kind == INT4 ? 4 : 5, size = kind == INT8 ? D : padded(D) * bits / 8;
+        const int64_t scales = kind == INT8 ? 1 : 2 * ((D + GROUP - 1) / GROUP);
+        std::vector<char> codes[2];
+        std::vector<bf16> scale_of[2], decoded[2];
+        Vectors encoded[2];
+        for (int i = 0; i < 2; i++) {
+            codes[i].resize(G * N * size), scale_of[i].resize(G * N * scales), decoded[i].resize(G * N * D);
+            encoded[i] = {codes[i].data(), scale_of[i].data(), kind, 0, {0, N * size, size}, {0, N * scales, scales}};
+            for (int64_t slot = 0; slot < G * N; slot++) {
+                const Vectors own = encoded[i].at(0, slot / N, slot % N);
+                encode(own, (i ? v : k).data() + slot * D, D);
+                decode(own, D, decoded[i].data() + slot * D);
+            }
+        }
+        const auto part = [&](int i) {
+            return [&, i](int64_t g, int64_t n, int64_t d) { return double(widen(decoded[i][(g * N + n) * D + d])); };
+        };
+        attend(q.data(), nullptr, nullptr, encoded, bias.data(), nullptr, y.data(), 1, H, G, T, N, D, strides, scale, cap);
+        const auto coded = attention(q, H, G, T, D, scale, cap, part(0), part(1), all_from_0, last);
+        compare(kind == INT8 ? "attend int8" : kind == INT4 ? "attend int4" : "attend int5", y, coded, 1e-2);
+    }
+}
+
+static void check_rows() {
+    const int64_t G = draw(1, 2), H = G * draw(1, 3), D = 16 * draw(1, 5), a = draw(1, 40), N = a + draw(1, 40);
+    const int64_t ends[] = {a, N}, strides[] = {H * D, D, G * D, D, G * D, D};
+    std::vector<float> q(N * H * D), k(N * G * D), v(N * G * D), y(N * H * D), logs(H * N);
+    for (auto* x : {&q, &k, &v})
+        for (auto& value : *x) value = normal();
+    attend_rows(q.data(), k.data(), v.data(), y.data(), logs.data(), H, G, D, 2, ends, strides, 0.2f);
+    double worst = 0;
+    for (int64_t h = 0; h < H; h++)
+        for (int64_t t = 0; t < N; t++) {
+            const int64_t begin = t < a ? 0 : a, g = h / (H / G);
+            Numbers64 weights;
+            double total = 0;
+            for (int64_t n = begin; n <= t; n++) {
+                double s = 0;
+                for (int64_t d = 0; d < D; d++) s += double(q[(t * H + h) * D + d]) * k[(n * G + g) * D + d];
+                weights.push_back(std::exp(0.2f * s)), total += weights.back();
+            }
+            for (int64_t d = 0; d < D; d++) {
+                double sum = 0;
+                for (int64_t n = begin; n <= t; n++) sum += weights[n - begin] / total * v[(n * G + g) * D + d];
+                worst = std::max(worst, std::fabs(sum - y[(t * H + h) * D + d]));
+            }
+        }
+    if (!(worst < 1e-5)) failures++, std::printf("attend_rows: differs by %g\n", worst);
+}
+
+static void check_norm() {
+    const int64_t rows = draw(1, 5), size = draw(1, 200);
+    const auto x = numbers(rows * size), weight = numbers(size);
+    std::vector<bf16> y(rows * size);
+    Numbers64 expected;
+    rms_norm(x.data(), weight.data(), y.data(), rows, size, 1e-5f, 1.0f);
+    for (int64_t r = 0; r < rows; r++) {
+        double sum = 0;
+        for (int64_t i = 0; i < size; i++) sum += double(widen(x[r * size + i])) * widen(x[r * size + i]);
+        for (int64_t i = 0; i < size; i++)
+            expected.push_back(widen(x[r * size + i]) / std::sqrt(sum / double(size) + 1e-5) * (widen(weight[i]) + 1.0));
+    }
+    compare("rms_norm", y, expected, 1e-5);
+}
+
+int main(int count, char** arguments) {
+    source.seed(count > 1 ? unsigned(std::atoi(arguments[1])) : 0);
+    for (int i = 0; i < (count > 2 ? std::atoi(arguments[2]) : 10); i++)
+        check_products(), check_attention(), check_rows(), check_norm();
+    std::printf("%d differences\n", failures);
+    return failures != 0;
+}
