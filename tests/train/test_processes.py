@@ -29,13 +29,11 @@ def run(checkpoint_dir, out_dir, json_path, *options):
 
 def test_losses_and_weights_are_those_of_one_process_also_after_a_stop(checkpoint_dir, tmp_path, json_path):
     losses, weights = run(checkpoint_dir, tmp_path / "one", json_path)
-    for strategy in ("ddp", "fsdp"):
-        options = ("--devices", "2", "--strategy", strategy)
-        found_losses, found = run(checkpoint_dir, tmp_path / strategy, json_path, *options)
-        assert found_losses == losses
-        for name in weights:
-            torch.testing.assert_close(found[name], weights[name], rtol=1e-4, atol=1e-5)
-    (tmp_path / strategy).rename(tmp_path / "two")  # both write the same files: one is resumed
+    options = ("--devices", "2", "--strategy", "fsdp")  # the script below has ddp
+    found_losses, found = run(checkpoint_dir, tmp_path / "two", json_path, *options)
+    assert found_losses == losses
+    for name in weights:
+        torch.testing.assert_close(found[name], weights[name], rtol=1e-4, atol=1e-5)
     for folder in ("final", "step-000004"):
         shutil.rmtree(tmp_path / "two" / folder)
     resumed_losses, resumed = run(checkpoint_dir, tmp_path / "two", json_path, *options, "--resume", "true")
