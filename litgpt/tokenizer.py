@@ -21,8 +21,6 @@ from litgpt.standard_streams import check_text, is_text
 if TYPE_CHECKING:
     import tokenizers
 
-# Words whose tokens the library remembers, each up to 10 kB. Its own 10,000 take 100 MB where a text counts as one word.
-KEPT_WORDS = 1000
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Their slow implementations in `transformers` prepend BOS unless `add_bos_token` says otherwise.
 _BOS_BY_DEFAULT = ("Llama", "CodeLlama", "Gemma")
@@ -314,9 +312,11 @@ class _HuggingFace(_Backend):
     def __init__(self, processor: "tokenizers.Tokenizer") -> None:
         processor.no_truncation()
         processor.no_padding()
+        # The library remembers the tokens of 10,000 words in every thread, up to 100 MB each where a whole text counts as a word.
+        # Without, a text of 465,000 characters takes 0.33 instead of 0.28 s.
         resize = getattr(processor.model, "_resize_cache", None)
         if resize is not None:
-            resize(KEPT_WORDS)
+            resize(0)
         self.processor = processor
         self.vocab_size = processor.get_vocab_size(with_added_tokens=False)
         self.n_tokens = processor.get_vocab_size()

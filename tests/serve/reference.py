@@ -39,6 +39,12 @@ class Reference:
             found: a text for each answer.
             whole: False: their beginnings.
         """
+        with self.lock:
+            gaps = [self.answer(path, body, i).gap(text, whole) for i, text in enumerate(found)]
+        return None if None in gaps else max(gaps)
+
+    def answer(self, path: str, body: dict, index: int) -> "ReferenceAnswer":
+        """One of the answers to a request."""
         if path == "/v1/completions":
             prompt = self.tokenizer.encode(body["prompt"])
         else:
@@ -46,15 +52,11 @@ class Reference:
         names = ("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty")
         settings = {name: body[name] for name in names if name in body}
         count = min(body.get("max_new_tokens") or body["max_tokens"], self.context - len(prompt))
-        gaps = []
-        for i, text in enumerate(found):
-            answer = _Answer(self, prompt, count, Sampling(**settings, seed=body["seed"] + i), body.get("stop", ()))
-            with self.lock:
-                gaps.append(answer.gap(text, whole))
-        return None if None in gaps else max(gaps)
+        sampling = Sampling(**settings, seed=body["seed"] + index)
+        return ReferenceAnswer(self, prompt, count, sampling, body.get("stop", ()))
 
 
-class _Answer:
+class ReferenceAnswer:
     """One answer of a model, and those that it would give if some draws had gone the other way."""
 
     def __init__(self, reference: Reference, prompt: torch.Tensor, count: int, sampling: Sampling, stop: Tokens[str]):

@@ -13,7 +13,6 @@ import random
 import re
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -28,12 +27,12 @@ from tiny import VOCABULARY, tiny_gpt, tiny_tokenizer
 from litgpt.api import LLM, Preprocessor
 from litgpt.prompts import ChatTemplate
 
-from serve.conftest import serving  # isort: skip
+from serve.conftest import launch, serving  # isort: skip
 from serve.reference import Reference  # isort: skip
 
 CLIENTS = 12
 CONTEXT = 512  # tokens
-TEXTS = 500  # different ones: the tokenizers library keeps the tokens of up to 10,000 words, here of whole texts
+TEXTS = 500  # different ones; some are asked about again
 BEGINNINGS = ("", "You are a llama. " * 3, "You are a llama. " * 3 + "You like grass. ", "Hello", "é" * 60)
 BAD = (
     b"",
@@ -184,7 +183,7 @@ def main() -> int:
         llm = tiny_llm()
         llm.save(Path(folder) / "tiny")
         options = ("--batch_size", 4, "--max_queue", 200, "--prefix_cache", 5, "--timeout", 600)
-        with serving(Path(folder) / "tiny", *options) as (address, process):
+        with serving(Path(folder) / "tiny", *options, start=launch) as (address, process):
             stress = Stress(address, process.pid, llm, args.leave)
             started = time.monotonic()
             stress.run(min(args.requests, 300), args.seconds / 5)  # until memory for caches and kept states is taken
