@@ -1,7 +1,7 @@
 """All layers on CPU in one kernel call: for small models PyTorch's overhead is as large as the arithmetic.
 
 `FusedLayers` computes the outputs of `GPT.run_layers` from the same weights, caches and plans; unsupported calls are left to
-`run_layers`. Decode and prefill steps have separate kernels.
+`run_layers`. Decode and prefill steps have separate kernels; models in float32 have those of decode steps only.
 """
 
 import ctypes
