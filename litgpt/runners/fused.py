@@ -76,7 +76,11 @@ def fuse_layers(model: GPT) -> bool:
 
     `model.layer_runner = None` undoes it, and is required before layers or their weights are replaced.
     """
-    layers = [_layer(block, model.dtype) for block in model.transformer.h] if ops.available() and _is_supported(model) else [None]
+    layers = (
+        [_layer(block, model.dtype) for block in model.transformer.h]
+        if ops.available() and _is_supported(model)
+        else [None]
+    )
     if None in layers:
         return False
     fused = FusedLayers(model, layers)
