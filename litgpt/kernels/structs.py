@@ -6,7 +6,7 @@ import torch
 
 _POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
-BLOCKED, INT8, INT4 = range(3)  # kinds of weights
+BLOCKED, INT8, INT4, PLAIN = range(4)  # kinds of weights
 
 
 class Weight(ctypes.Structure):

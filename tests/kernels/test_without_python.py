@@ -22,7 +22,7 @@ CHECK = Path(__file__).with_name("check.cpp")
 def program(compiler: str, folder: Path, flags: list[str]) -> Path:
     """The compiled program; all units at once."""
     common = [*build.FLAGS.split(), f"-I{build.SOURCES}", *flags]
-    sources = [*(build.SOURCES / f"{unit}.cpp" for unit in build.UNITS), CHECK]
+    sources = [*(build.SOURCES / f"{unit}.cpp" for unit in build.KERNELS.units), CHECK]
 
     def run(*arguments: object) -> None:
         done = subprocess.run([compiler, *common, *map(str, arguments)], capture_output=True, text=True)
