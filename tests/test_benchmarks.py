@@ -652,7 +652,8 @@ def test_finished_adaptations_are_not_repeated_and_stopped_training_goes_on_as_i
         state = torch.load(tmp_path / "pieces" / "trained-cached-lastrec-1.pt", weights_only=True)
         assert len(state["losses"]) == i + 1
     pieces = run("pieces", "--ways", "cached")
-    assert pieces[0]["losses"] == whole[2]["losses"] and pieces[0]["figures"] == whole[2]["figures"]
+    assert pieces[0]["losses"] == whole[2]["losses"]
+    assert pieces[0]["figures"] == whole[2]["figures"]
     (tmp_path / "pieces" / "runs.jsonl").open("a").write('{"way": "cut o')
     monkeypatch.setattr(adapting, "measure", lambda *_: pytest.fail("it was measured already"))
     assert run("pieces", "--ways", "cached") == pieces
@@ -675,5 +676,7 @@ def test_what_is_won_back_is_a_share_of_what_the_cache_costs_with_an_interval_ov
     text = table.markdown(runs)
     # 95 % of three values: 4.30 standard errors of 0.25 / sqrt(3)
     assert "| h2o: log-probability | -4.00 | -3.00 ± 0.00 | -2.00 ± 1.24 |  | 50% ± 62% |  |" in text
-    assert "Means of 3 seeds" in text and "| h2o: perplexity | 2.72 | 2.72 ± 0.00 | 2.72 ± 0.00 |  |  |  |" in text
-    assert table.plot(runs).count("<rect") == 4 + 2 * 3 and "-2.00" in table.plot(runs)
+    assert "Means of 3 seeds" in text
+    assert "| h2o: perplexity | 2.72 | 2.72 ± 0.00 | 2.72 ± 0.00 |  |  |  |" in text
+    assert table.plot(runs).count("<rect") == 4 + 2 * 3
+    assert "-2.00" in table.plot(runs)
