@@ -16,7 +16,8 @@ def run(checkpoint_dir, out_dir, json_path, *options):
     arguments = f"""finetune_full {checkpoint_dir} --out_dir {out_dir} --data JSON --data.json_path {json_path}
         --data.val_split_fraction 0.2 --train.max_steps 4 --train.global_batch_size 4 --train.micro_batch_size 1
         --train.lr_warmup_steps 1 --train.save_interval 2 --eval.max_iters 2 --eval.interval 2 --precision 32-true
-        --optimizer.lr 0.01 --optimizer.eps 0.001 --eval.max_new_tokens 2"""  # Adam's own eps magnifies rounding
+        --optimizer.lr 0.01 --optimizer.eps 0.001 --eval.max_new_tokens 2
+        --kv_cache lastrec --cache_length 24 --prompt_chunksize 16"""  # Adam's own eps magnifies rounding
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "litgpt", *arguments.split(), *options]
     done = subprocess.run(command, env=environment, capture_output=True, timeout=280)
@@ -54,16 +55,26 @@ if __name__ == "__main__":
     metrics = finetune(llm, json_path, "full", devices=int(devices), strategy="ddp", **options)
     answer = llm.generate("Say one", max_new_tokens=8, temperature=0.0)
     print(f"RESULT {metrics['train_loss']:.4f} {answer!r} END")
+    if int(devices) > 1:
+        import divided_layers  # of this folder: the group of processes is there already
+
+        divided_layers.main()
+        print("DIVIDED LAYERS END")
 """
 
 
-def test_a_script_tunes_an_llm_in_two_processes(checkpoint_dir, tmp_path, json_path, monkeypatch, capsys):
+def test_a_script_tunes_an_llm_in_two_processes_which_train_through_caches_as_one(
+    checkpoint_dir, tmp_path, json_path, monkeypatch, capsys
+):
     (tmp_path / "script.py").write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "train")))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     command = [sys.executable, tmp_path / "script.py", checkpoint_dir, json_path, "2"]
     done = subprocess.run(command, env=environment, capture_output=True, timeout=280)
     assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
-    found = re.findall("RESULT .*? END", done.stdout.decode(errors="replace"))
+    output = done.stdout.decode(errors="replace")
+    assert output.count("DIVIDED LAYERS END") == 2, output
+    found = re.findall("RESULT .*? END", output)
     monkeypatch.setattr(sys, "argv", ["script.py", str(checkpoint_dir), str(json_path), "1"])
     capsys.readouterr()
     exec(compile(SCRIPT, "script.py", "exec"), {"__name__": "__main__"})
