@@ -195,13 +195,21 @@ class QuantizedLinear(OpaqueLayer):
         """Quantise `values` (n, K) as the rows of the weight from `row` on."""
         if values.is_meta:
             return
-        for name, rows in self.quantized(values.to(self.weight.device)).items():
-            getattr(self, name)[row : row + len(values)] = rows
+        for part in self.quantized_parts(
+            values.to(self.weight.device)
+        ):  # each is gone before the next, or the heap gets holes
+            for name, rows in part.items():
+                getattr(self, name)[row : row + len(rows)] = rows
+            row += len(rows)
 
     def quantized(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """The buffers' values for rows (n, K) of a weight."""
-        parts = [self.quantized_part(part) for part in values.split(max(1, PIECE // self.in_features))]
+        parts = list(self.quantized_parts(values))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def quantized_parts(self, values: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+        """`quantized` for some rows after the other."""
+        return map(self.quantized_part, values.split(max(1, PIECE // self.in_features)))
 
     def quantized_part(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """`quantized` for few enough rows that float32 copies are small."""

@@ -145,12 +145,12 @@ from litgpt.checkpoint.open import open_checkpoint
 from litgpt.runners.quantized_weights import QuantizedLinear, Scheme
 path, out, mode = sys.argv[1:]
 samples = []
-quantized_part = QuantizedLinear.quantized
-def quantized(layer, values):
-    parts = quantized_part(layer, values)
-    samples.append(memory())
-    return parts
-QuantizedLinear.quantized = quantized
+quantized_parts = QuantizedLinear.quantized_parts
+def sampled(layer, values):
+    for part in quantized_parts(layer, values):
+        yield part
+        samples.append(memory())
+QuantizedLinear.quantized_parts = sampled
 checkpoint = open_checkpoint(path)
 checkpoint.config, checkpoint.tied
 before, held = memory(), 0
