@@ -154,7 +154,7 @@ class _Shard:
             raise FileNotFoundError(f"{str(self.path)!r} is not a file")
         refuse_lfs_pointer(self.path)
         size = self.path.stat().st_size
-        self._file = open(self.path, "rb")  # for as long as there are tensors
+        self._file = open(self.path, "rb")  # noqa: SIM115 - for as long as there are tensors
         magic = self._file.read(4)
         if magic != b"GGUF":
             raise self._error(f"is not a GGUF file: it begins with {magic!r}")
