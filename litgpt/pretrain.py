@@ -115,7 +115,10 @@ def _train(
         gpt = load_model(start, compute_dtype(precision_of(fabric)), fabric.device)
     tie(gpt, False, options.train.tie_embeddings)
     fabric.print(f"Total parameters: {sum(p.numel() for p in gpt.parameters()):,}")
-    return Run(fabric, gpt, METHODS["full"], options, loaders, write_side_files).run(resume_path)
+    metrics = Run(fabric, gpt, METHODS["full"], options, loaders, write_side_files).run(resume_path)
+    if tokenizer is not None:
+        fabric.print(f"Chat with the result: litgpt chat {options.out_dir / 'final'}")
+    return metrics
 
 
 @torch.no_grad()

@@ -129,10 +129,9 @@ class Options:
         found = [folder.name for folder in step_folders(self.out_dir)]
         found += ["final"] if (self.out_dir / "final").exists() else []
         if path is None and found:
-            raise ValueError(
-                f"{self.out_dir} holds a run already ({found[-1]}): give another --out_dir, or --resume auto to "
-                "continue it"
-            )
+            how = "" if self.resume else ", or --resume auto to continue it"
+            known = ", and no checkpoint of this method to resume from" if self.resume else " of a run already"
+            raise ValueError(f"{self.out_dir} holds {found[-1]}{known}: give another --out_dir{how}")
         return path
 
     def describe(self, **changed: Any) -> None:

@@ -136,8 +136,8 @@ class Run:
         if train.lr_warmup_fraction:
             warmup = round(train.lr_warmup_fraction * max_steps)
         if warmup >= max_steps:
+            fabric.print(f"The run has {max_steps} steps: warming up for {max_steps // 10} instead of {warmup}")
             warmup = max_steps // 10
-            fabric.print(f"lr_warmup_steps is not less than the {max_steps} steps of the run: warming up for {warmup}")
         scheduler = cosine_schedule(optimizer, warmup, max_steps, train.min_lr)
         self.loop = loop = Loop(
             fabric,

@@ -187,14 +187,16 @@ def test_what_cannot_work_is_refused_before_anything_is_written(options, message
 def test_a_folder_that_holds_a_run_is_not_overwritten(checkpoint_dir, tmp_path, json_path):
     out = tmp_path / "out"
     run("lora", checkpoint_dir, out, json_path)
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="holds final of a run already: .* or --resume auto"):
         run("lora", checkpoint_dir, out, json_path)
+    with pytest.raises(ValueError, match="holds final, and no checkpoint of this method to resume from"):
+        run("full", checkpoint_dir, out, json_path, resume="auto")
     with pytest.raises(FileNotFoundError, match=r"step-\*/lit_model.pth"):
         run("full", checkpoint_dir, out, json_path, resume=True)
 
 
 def test_both_warm_ups_are_refused():
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="both"):
         TrainArgs(lr_warmup_steps=3, lr_warmup_fraction=0.1)
 
 
