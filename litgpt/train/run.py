@@ -275,14 +275,12 @@ class Run:
 
     def show_example(self) -> None:
         """Show what the model says to a validation sample."""
-        if is_divided(self.gpt):
-            return
-        dataset = getattr(getattr(self.loop.val_loader, "dataset", None), "examples", None)
-        if not dataset:
+        dataset = getattr(self.loop.val_loader, "dataset", None)
+        if is_divided(self.gpt) or not hasattr(dataset, "example"):
             return
         which, before = self.options.eval.evaluate_example, random_state()
         index = 0 if which == "first" else torch.randint(len(dataset), ()).item() if which == "random" else int(which)
-        prompt, ids = dataset[index % len(dataset)]
+        prompt, ids = dataset.example(index % len(dataset))
         show_answer(self.fabric, self.gpt, self.tokenizer, prompt, ids, self.options.eval.max_new_tokens)
         set_random_state(before)
 
