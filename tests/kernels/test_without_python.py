@@ -75,7 +75,9 @@ def test_clang_with_the_flags_for_macos(tmp_path, openmp):
 
 
 @slow
-@pytest.mark.skipif(not (EMULATOR and shutil.which(CROSS) and shutil.which("clang++")), reason="no clang, or no emulator")
+@pytest.mark.skipif(
+    not (EMULATOR and shutil.which(CROSS) and shutil.which("clang++")), reason="no clang, or no emulator"
+)
 @pytest.mark.parametrize("machine", ["armv8-a", "armv8.4-a+bf16"])
 def test_clang_for_arm(tmp_path, machine):
     kind = replace(toolchain.MACOS, flags=tuple(x for x in toolchain.MACOS.flags if x not in ("-Xclang", "-fopenmp")))
