@@ -395,12 +395,12 @@ class App:
         most = number(body, "max_tokens", 16, least=1)
         logprobs = number(body, "logprobs", least=0)
         echo = flag(body, "echo")
-        if echo and logprobs is not None:
-            raise bad_request("echo together with logprobs is not supported", "echo")
         generations, texts = [], []
         for prompt in _prompts(body.get("prompt")):
             tokens = await asyncio.to_thread(_encode, served, prompt)
             own = self._generations(served, tokens, body, most, logprobs=logprobs)
+            for one in own:
+                one.logprobs_of_prompt = echo and logprobs is not None
             generations += own
             texts += [served.ready.tokenizer.decode(tokens.tolist()) if echo else ""] * len(own)
         answers = Answers(served, generations, "text_completion", self.options.timeout, texts)

@@ -120,6 +120,21 @@ def test_logprobs_have_the_documented_shape(client):
     assert len(answer.logprobs.tokens) == len(answer.logprobs.token_logprobs) == len(answer.logprobs.text_offset) == 5
 
 
+def test_echo_has_the_logprobs_of_the_prompt(client, llm):
+    tokens = llm.tokenizer.encode("Hello, llama")
+    asked = {"prompt": [tokens.tolist(), tokens.tolist()[:5]], "echo": True, "logprobs": 2, "max_tokens": 1, **GREEDY}
+    for _ in range(2):  # the second time the prompts are kept
+        for choice, prompt in zip(client.completions.create(**asked).choices, (tokens, tokens[:5]), strict=True):
+            found, expected = choice.logprobs, llm.model(prompt[None])[0].log_softmax(-1)
+            own = expected[:-1].gather(1, prompt[1:, None])[:, 0].tolist()
+            assert found.token_logprobs[:-1] == [None, *(pytest.approx(one, abs=1e-4) for one in own)]
+            assert "".join(found.tokens[:-1]) == choice.text[: len(prompt)] == llm.tokenizer.decode(prompt)
+            assert found.text_offset == list(range(len(prompt) + 1))
+            assert found.top_logprobs[0] is None
+            for top, row in zip(found.top_logprobs[1:], expected, strict=True):
+                assert max(top.values()) == pytest.approx(row.max().item(), abs=1e-4)
+
+
 def test_both_names_of_the_limit_and_none(client):
     assert ask(client, max_completion_tokens=3, max_tokens=None).usage.completion_tokens == 3
     usage = ask(client, max_tokens=None).usage
