@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import re
-import shutil
 import stat
 import subprocess
 import sys
@@ -23,16 +22,12 @@ from pathlib import Path
 
 from litgpt.kernels import processor
 from litgpt.kernels.processor import InstructionSet
+from litgpt.kernels.toolchain import toolchain
 from litgpt.waiting import waiting
 
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
-# sums may be reordered, for vectors of them; infinities and NaN keep their meaning
-FLAGS = (
-    "-std=c++17 -O2 -ftree-vectorize -fvect-cost-model=dynamic -fPIC -fopenmp -fno-math-errno -fno-trapping-math "
-    "-fassociative-math -fno-signed-zeros"
-)
 TIMEOUT = 300  # seconds
 COMPILING = "Compiling kernels for this processor, once, which takes some seconds"
 
@@ -61,7 +56,7 @@ def kernels_for(
 ) -> ctypes.CDLL | None:
     """A library of kernels, compiled if it is not there yet, which is announced. None, after one line of explanation, if that
     is impossible."""
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
+    compiler = toolchain().compiler()
     names = Names.of(target, compiler, what)
     for path in folders():
         try:
@@ -96,8 +91,8 @@ class Names:
     @classmethod
     def of(cls, target: InstructionSet, compiler: str | None, what: Library = KERNELS) -> "Names":
         source = b"".join(path.read_bytes() for path in sorted((*SOURCES.glob("*.cpp"), *SOURCES.rglob("*.h"))))
-        flags = (*FLAGS.split(), *target.flags, *what.flags)
-        settings = " ".join((*flags, processor.fingerprint()))
+        flags = (*target.flags, *what.flags)
+        settings = " ".join((*toolchain().flags, *flags, processor.fingerprint()))
         start = f"{what.name}-{target.name}-{_digest(source, settings.encode())}"
         if compiler is None:
             return cls(what.units, flags, start, None)
@@ -142,7 +137,7 @@ class PrivateFolder:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             _check_owner(os.fstat(fd), "chmod go-w makes it fit")
-            if os.fstatvfs(fd).f_flag & os.ST_NOEXEC:
+            if os.fstatvfs(fd).f_flag & getattr(os, "ST_NOEXEC", 0):
                 raise OSError("its file system is mounted with noexec")
             yield cls(path, fd)
         finally:
@@ -219,7 +214,8 @@ def _load_compiled(folder: PrivateFolder, names: Names, load: Load) -> ctypes.CD
             with open(fd, "rb", closefd=False) as file:
                 content = file.read()
             if _digest(content) == digest:
-                return load(f"/proc/self/fd/{fd}")
+                itself = f"/proc/self/fd/{fd}"  # not on macOS
+                return load(itself if os.path.exists(itself) else str(folder.path / name))
         folder.remove(name)
     return None
 
@@ -239,7 +235,7 @@ def _compile_and_load(
                 folder.remove(name)
         try:
             if compiler is None:
-                raise CompilationError(f"there is no compiler {os.environ.get('CXX') or 'g++'!r}")
+                raise CompilationError(toolchain().missing())
             with _announced(COMPILING) if announce else contextlib.nullcontext():
                 content = _compile(compiler, names)
             folder.write(names.library(content), content)
@@ -277,13 +273,12 @@ def _compile(compiler: str, names: Names) -> bytes:
     """The content of the library. All units are compiled at once."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
         units = {Path(temporary, f"{unit}.o"): SOURCES / f"{unit}.cpp" for unit in names.units}
-        steps = ([*names.flags, "-c", str(source), "-o", str(unit)] for unit, source in units.items())
+        steps = (toolchain().compile_unit(names.flags, source, unit) for unit, source in units.items())
         running = [_start(compiler, step) for step in steps]
         for process in running:
             _finish(compiler, process)
         linked = Path(temporary, "kernels.so")
-        # not linked with OpenMP: the threads are to be those of torch, whose library is loaded before
-        _finish(compiler, _start(compiler, ["-shared", *map(str, units), "-o", str(linked)]))
+        _finish(compiler, _start(compiler, toolchain().link_units(units, linked)))
         if not linked.is_file():
             raise CompilationError(f"{compiler} makes no library")
         return linked.read_bytes()

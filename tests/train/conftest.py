@@ -1,15 +1,12 @@
 """A tiny checkpoint and a few samples to train on."""
 
 import json
-import os
-import shutil
 
 import pytest
 import torch
 from tiny import tiny_gpt, tiny_tokenizer
 
 from litgpt.checkpoint.load import save_litgpt
-from litgpt.kernels.build import folders
 
 
 @pytest.fixture(scope="session")
@@ -45,19 +42,5 @@ def json_path(tmp_path, samples):
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """Encoded samples go into a folder of the test's own; kernels are those that are compiled already, also for processes that
-    a test starts."""
-    compiled = folders()[0]
-    if compiled.is_dir():
-        shutil.copytree(compiled, tmp_path / "cache" / "litgpt" / "kernels", copy_function=linked)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def linked(path, other):
-    try:
-        os.link(path, other)
-    except FileNotFoundError:  # removed meanwhile
-        pass
-    except OSError:  # of another file system
-        shutil.copy2(path, other)
+def _own_cache(own_cache):
+    pass
