@@ -13,7 +13,8 @@ from lightning import Fabric
 from litgpt.args import TrainArgs
 from litgpt.checkpoint.base import CONFIG_NAME, WEIGHTS_NAME
 from litgpt.config import Config
-from litgpt.data.tokens import TokenRows
+from litgpt.data.lit_data import StreamModule
+from litgpt.data.tokens import TextModule
 from litgpt.engine import Engine, Sampling, Sequence, decode, prepare_caches
 from litgpt.errors import is_out_of_memory
 from litgpt.kvcache import CacheSpec
@@ -112,7 +113,7 @@ class Run:
         optimizer = fabric.setup_optimizers(self.optimizer)
         train_loader, val_loader = self.loaders
         accumulation = train.gradient_accumulation_iters(fabric.world_size) * fabric.world_size
-        sizes = _steps_per_epoch(train_loader, accumulation), _tokens_per_step(train_loader, accumulation)
+        sizes = _steps_per_epoch(train_loader, accumulation), self._tokens_per_step(train_loader, accumulation)
         max_steps = steps_of_run(*sizes, train.epochs, train.max_steps, train.max_tokens)
         warmup = train.lr_warmup_steps or 0
         if train.lr_warmup_fraction:
@@ -148,9 +149,21 @@ class Run:
         self.save_final()
         return metrics
 
+    @property
+    def _limit(self) -> int:
+        return self.options.train.max_seq_length or self.gpt.config.block_size
+
+    def _tokens_per_step(self, loader: Any, accumulation: int) -> int | None:
+        """Tokens of a step on average, where that is known."""
+        if lengths := getattr(loader.dataset, "lengths", None):
+            return round(sum(lengths) / len(loader) * accumulation)
+        if isinstance(self.options.data, TextModule | StreamModule):  # all rows have as many tokens
+            return accumulation * loader.batch_size * self._limit
+        return None
+
     def _longest(self) -> int:
         """Tokens of the longest sample that a row of a batch may have."""
-        limit = self.options.train.max_seq_length or self.gpt.config.block_size
+        limit = self._limit
         lengths = getattr(getattr(self.loaders[0], "dataset", None), "lengths", None)
         return min(limit, max(lengths)) if lengths and not self.options.train.pack else limit
 
@@ -314,11 +327,3 @@ def _steps_per_epoch(loader: Any, accumulation: int) -> int | None:
         return -(-len(loader) // accumulation)
     except TypeError:
         return None
-
-
-def _tokens_per_step(loader: Any, accumulation: int) -> int | None:
-    """Tokens of a step if all rows have the same length, as rows of a text have (None: they differ)."""
-    rows = getattr(loader, "dataset", None)
-    if not isinstance(rows, TokenRows):
-        return None
-    return accumulation * loader.batch_size * rows.seq_length

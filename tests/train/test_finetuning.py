@@ -113,6 +113,15 @@ def test_every_counted_token_weighs_the_same_however_a_step_is_cut(
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("limit", "steps"), [({"max_time": 1e-9}, 1), ({"max_tokens": 2000}, 2)])
+def test_time_and_tokens_are_limits_too(limit, steps, checkpoint_dir, tmp_path, json_path, capsys):
+    run(
+        "lora", checkpoint_dir, tmp_path / "out", json_path, replace(TRAIN, max_steps=None, save_interval=None, **limit)
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if "(step)" in line]
+    assert len(lines) == steps
+
+
 def test_the_merged_model_is_the_tuned_one(checkpoint_dir, tmp_path, json_path):
     weights = run("lora", checkpoint_dir, tmp_path / "out", json_path, lora_mlp=True, lora_head=True)
     base, merged = load_model(checkpoint_dir).state_dict(), load_model(tmp_path / "out" / "final").state_dict()
@@ -473,8 +482,8 @@ def test_a_cache_that_keeps_all_changes_no_training(checkpoint_dir, tmp_path, js
         {"lora_dropout": 0.0} if method == "lora" else {}
     )
     plain = run(method, checkpoint_dir, tmp_path / "plain", json_path, **options)
-    cached = run(method, checkpoint_dir, tmp_path / "c", json_path, kv_cache="dense", prompt_chunksize=7, **options)
-    options |= {"cache_length": 8, "prompt_chunksize": 4}
+    cached = run(method, checkpoint_dir, tmp_path / "c", json_path, kv_cache="dense", prompt_chunksize=29, **options)
+    options |= {"cache_length": 24, "prompt_chunksize": 16}
     evicting = run(method, checkpoint_dir, tmp_path / "e", json_path, kv_cache="lastrec", **options)
     for name, weight in plain.items():
         torch.testing.assert_close(cached[name], weight, rtol=1e-3, atol=1e-5)
