@@ -450,6 +450,11 @@ def JSONData(folder, samples):
         ("--data JSON --data.json_pth {}", "--data JSON has no option --data.json_pth"),
         ("--data.json_path {}", "--data.json_path belongs to a --data that is not given: one of Alpaca"),
         ("--train.max_steps many", "--train.max_steps cannot be 'many', it takes int or null"),
+        (
+            "--train.keep_inputs moon",
+            "--train.keep_inputs cannot be 'moon', it takes 'device' or 'cpu' or 'disk' or int",
+        ),
+        ("--train.teacher it", "--train.teacher cannot be 'it', it takes 'dense' or null"),
         ("--data Alpaca --data.val_split_fraction much", "--data.val_split_fraction cannot be 'much'"),
     ],
 )
