@@ -68,53 +68,15 @@ inline Floats sums_of_all(Floats* v) {
     return _mm256_set_m128(sums_of_4(v[4], v[5], v[6], v[7]), sums_of_4(v[0], v[1], v[2], v[3]));
 }
 
-// Rows of inputs are widened to float.
-using Input = float;
-using Numbers = __m256;
-constexpr int NUMBERS = 8;
-
-inline Numbers load_numbers(const float* x) { return _mm256_loadu_ps(x); }
-inline Numbers load_numbers(const bf16* x) { return load(x); }
-
-inline Numbers load_numbers(const int8_t* x) {
+inline Floats load_numbers(const int8_t* x) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)x)));
 }
-
-// As they are, the first n numbers, and zeros
-template <class T>
-inline Numbers load_numbers(const T* x, int64_t n) {
-    if (n >= NUMBERS) return load_numbers(x);
-    T padded[NUMBERS] = {};
-    std::memcpy(padded, x, n * sizeof(T));
-    return load_numbers(padded);
-}
-
-// sum + a b
-inline Floats add_products(Floats sum, Numbers a, Numbers b) { return _mm256_fmadd_ps(a, b, sum); }
 
 // Most rows that share one pass over weights, vectors of outputs that are summed at a time for M of them, and outputs
 // where weights lie row by row: as many sums as there are registers, with room for weights and inputs
 constexpr int ROWS = 5;
 constexpr int output_vectors(int M) { return M == 1 ? 8 : M <= 3 ? 4 : 2; }
 constexpr int outputs_by_row(int M) { return M <= 2 ? 4 : 2; }
-
-// Adds to sums, of M rows and V vectors of outputs, the products of a pair of inputs x, by `stride` bytes, with w.
-template <int M, int V>
-inline void add_pairs(Floats (&sums)[M][V], const uint32_t* w, const char* x, int64_t stride) {
-    Floats weights[V];
-    const auto add = [&](int i) {
-        UNROLLED for (int m = 0; m < M; m++) {
-            const Floats input = _mm256_broadcast_ss((const float*)(x + m * stride) + i);
-            UNROLLED for (int v = 0; v < V; v++) sums[m][v] = _mm256_fmadd_ps(input, weights[v], sums[m][v]);
-        }
-    };
-    const auto pairs = [&](int v) { return _mm256_loadu_si256((const __m256i*)(w + LANES * v)); };
-    UNROLLED for (int v = 0; v < V; v++) weights[v] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs(v), 16));
-    add(0);
-    const __m256i high = _mm256_set1_epi32(int(0xffff0000));
-    UNROLLED for (int v = 0; v < V; v++) weights[v] = _mm256_castsi256_ps(_mm256_and_si256(pairs(v), high));
-    add(1);
-}
 
 // LANES pairs of numbers in bfloat16
 using Pairs = __m256i;

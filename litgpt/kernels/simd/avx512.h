@@ -84,20 +84,7 @@ using Pairs = __m512i;
 inline Pairs load_pairs(const uint32_t* x) { return _mm512_loadu_si512(x); }
 inline void store_pairs(uint32_t* y, Pairs x) { _mm512_storeu_si512(y, x); }
 
-#ifdef LITGPT_FLOAT32
-// Rows of inputs are float.
-using Input = float;
-using Numbers = __m512;
-constexpr int NUMBERS = 16;
-
-inline Numbers load_numbers(const float* x) { return load(x); }
-inline Numbers load_numbers(const float* x, int64_t n) {
-    return _mm512_maskz_loadu_ps(n >= 16 ? 0xffff : __mmask16((1 << n) - 1), x);
-}
-
-// sum + a b
-inline Floats add_products(Floats sum, Numbers a, Numbers b) { return _mm512_fmadd_ps(a, b, sum); }
-#else
+#ifdef ROWS_IN_BF16
 // Rows of inputs stay in bfloat16.
 using Input = bf16;
 using Numbers = __m512i;

@@ -51,7 +51,7 @@ inline uint16x8_t as_bf16(int16x8_t x) {  // integers that bfloat16 holds exactl
     return vcombine_u16(half(vget_low_s16(x)), half(vget_high_s16(x)));
 }
 
-#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && !defined(LITGPT_FLOAT32)
+#ifdef ROWS_IN_BF16
 // Rows of inputs stay in bfloat16.
 using Input = bf16;
 using Numbers = uint16x8_t;
@@ -64,44 +64,10 @@ inline Numbers load_numbers(const int8_t* x) { return as_bf16(vmovl_s8(vld1_s8(x
 inline Floats add_products(Floats sum, Numbers a, Numbers b) {
     return vbfdotq_f32(sum, vreinterpretq_bf16_u16(a), vreinterpretq_bf16_u16(b));
 }
-#else
-// Rows of inputs are widened to float.
-using Input = float;
-using Numbers = float32x4_t;
-constexpr int NUMBERS = 4;
-
-inline Numbers load_numbers(const float* x) { return load(x); }
-inline Numbers load_numbers(const bf16* x) { return load(x); }
-
-inline Numbers load_numbers(const int8_t* x) {
-    int32_t four;
-    std::memcpy(&four, x, 4);
-    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
-}
-
-// sum + a b
-inline Floats add_products(Floats sum, Numbers a, Numbers b) { return vfmaq_f32(sum, a, b); }
-#endif
-
-// As they are, the first n numbers, and zeros
-template <class T>
-inline Numbers load_numbers(const T* x, int64_t n) {
-    if (n >= NUMBERS) return load_numbers(x);
-    T padded[NUMBERS] = {};
-    std::memcpy(padded, x, n * sizeof(T));
-    return load_numbers(padded);
-}
-
-// Most rows that share one pass over weights, vectors of outputs that are summed at a time for M of them, and outputs
-// where weights lie row by row: as many sums as there are registers, with room for weights and inputs
-constexpr int ROWS = 6;
-constexpr int output_vectors(int M) { return M <= 2 ? 8 : 4; }
-constexpr int outputs_by_row(int) { return 4; }
 
 // Adds to sums, of M rows and V vectors of outputs, the products of a pair of inputs x, by `stride` bytes, with w.
 template <int M, int V>
 inline void add_pairs(Floats (&sums)[M][V], const uint32_t* w, const char* x, int64_t stride) {
-#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && !defined(LITGPT_FLOAT32)
     Numbers weights[V];
     UNROLLED for (int v = 0; v < V; v++) weights[v] = vreinterpretq_u16_u32(vld1q_u32(w + LANES * v));
     UNROLLED for (int m = 0; m < M; m++) {
@@ -110,18 +76,20 @@ inline void add_pairs(Floats (&sums)[M][V], const uint32_t* w, const char* x, in
         const Numbers inputs = vreinterpretq_u16_u32(vdupq_n_u32(pair));
         UNROLLED for (int v = 0; v < V; v++) sums[m][v] = add_products(sums[m][v], weights[v], inputs);
     }
-#else
-    UNROLLED for (int v = 0; v < V; v++) {
-        const uint32x4_t pairs = vld1q_u32(w + LANES * v);
-        const Floats even = vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16));
-        const Floats odd = vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff0000u)));
-        UNROLLED for (int m = 0; m < M; m++) {
-            const float* inputs = (const float*)(x + m * stride);
-            sums[m][v] = vfmaq_n_f32(vfmaq_n_f32(sums[m][v], even, inputs[0]), odd, inputs[1]);
-        }
-    }
-#endif
 }
+#else
+inline Floats load_numbers(const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+}
+#endif
+
+// Most rows that share one pass over weights, vectors of outputs that are summed at a time for M of them, and outputs
+// where weights lie row by row: as many sums as there are registers, with room for weights and inputs
+constexpr int ROWS = 6;
+constexpr int output_vectors(int M) { return M <= 2 ? 8 : 4; }
+constexpr int outputs_by_row(int) { return 4; }
 
 // LANES pairs of numbers in bfloat16
 using Pairs = uint32x4_t;

@@ -40,45 +40,13 @@ inline void store_4(float* y, Floats x) { store(y, x); }
 // The sum of the elements of each of LANES vectors
 inline Floats sums_of_all(Floats* v) { return sums_of_4(v[0], v[1], v[2], v[3]); }
 
-// Rows of inputs are widened to float.
-using Input = float;
-using Numbers = Floats;
-constexpr int NUMBERS = 4;
-
-inline Numbers load_numbers(const float* x) { return load(x); }
-inline Numbers load_numbers(const bf16* x) { return load(x); }
-inline Numbers load_numbers(const int8_t* x) { return Floats{float(x[0]), float(x[1]), float(x[2]), float(x[3])}; }
-
-// As they are, the first n numbers, and zeros
-template <class T>
-inline Numbers load_numbers(const T* x, int64_t n) {
-    if (n >= NUMBERS) return load_numbers(x);
-    T padded[NUMBERS] = {};
-    std::memcpy(padded, x, n * sizeof(T));
-    return load_numbers(padded);
-}
-
-// sum + a b
-inline Floats add_products(Floats sum, Numbers a, Numbers b) { return a * b + sum; }
+inline Floats load_numbers(const int8_t* x) { return Floats{float(x[0]), float(x[1]), float(x[2]), float(x[3])}; }
 
 // Most rows that share one pass over weights, vectors of outputs that are summed at a time for M of them, and outputs
 // where weights lie row by row: as many sums as there are registers, with room for weights and inputs
 constexpr int ROWS = 5;
 constexpr int output_vectors(int M) { return M == 1 ? 8 : M <= 3 ? 4 : 2; }
 constexpr int outputs_by_row(int M) { return M <= 2 ? 4 : 2; }
-
-// Adds to sums, of M rows and V vectors of outputs, the products of a pair of inputs x, by `stride` bytes, with w.
-template <int M, int V>
-inline void add_pairs(Floats (&sums)[M][V], const uint32_t* w, const char* x, int64_t stride) {
-    for (int v = 0; v < V; v++) {
-        const Pairs pairs = vector_at<Pairs>(w + LANES * v), even = pairs << 16, odd = pairs & 0xffff0000u;
-        for (int m = 0; m < M; m++) {
-            const float* inputs = (const float*)(x + m * stride);
-            sums[m][v] += (Floats)even * inputs[0];
-            sums[m][v] += (Floats)odd * inputs[1];
-        }
-    }
-}
 
 // LANES pairs of numbers in bfloat16
 inline Pairs load_pairs(const uint32_t* x) { return vector_at<Pairs>(x); }
