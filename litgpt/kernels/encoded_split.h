@@ -111,7 +111,6 @@ template <int R, int KIND>
 void multiply_encoded(const float* q, const Vectors& k, const Vectors& ahead, int64_t n, int64_t D,
                       float (*scores)[SPLIT_KEYS]) {
     if (D % GROUP == 0) {
-        for (int r = 0; r < R; r++) std::fill(scores[r], scores[r] + SPLIT_KEYS, 0.0f);
         for (int64_t d = 0; d < D; d += GROUP) {
             const int64_t ahead_bytes = GROUP * ahead.strides[2] / D, ahead_at = d / GROUP * ahead_bytes;
             Factors factors[R];
@@ -120,15 +119,19 @@ void multiply_encoded(const float* q, const Vectors& k, const Vectors& ahead, in
             float scale[SPLIT_KEYS], least[SPLIT_KEYS];
             load_scales<KIND>(k, d, n, scale, least);
             for (int64_t j0 = 0; j0 < n; j0 += LANES) {
-                asm volatile("" : : "r"(factors) : "memory");  // else GCC copies all factors to the stack, LANES times each
+#ifdef LITGPT_BYTE_PRODUCTS
+                asm volatile("" : : "r"(factors) : "memory");  // else GCC keeps LANES copies of each factor in memory
+#endif
+                const char* keys[LANES];
+                UNROLLED for (int j = 0; j < LANES; j++) {
+                    const int64_t slot = std::min(j0 + j, n - 1);  // after the last one, it again
+                    prefetch(ahead.codes_of(slot) + ahead_at, ahead_bytes);
+                    keys[j] = k.codes_of(slot);
+                }
                 QuadSums sums[R];
-                for (int i = 0; i < GROUP; i += CHUNK) {
+                UNROLLED for (int i = 0; i < GROUP; i += CHUNK) {
                     Quads quads[LANES];
-                    UNROLLED for (int j = 0; j < LANES; j++) {
-                        const int64_t slot = std::min(j0 + j, n - 1);  // after the last one, it again
-                        if (i == 0) prefetch(ahead.codes_of(slot) + ahead_at, ahead_bytes);
-                        quads[j] = load_codes<KIND>(k.codes_of(slot), D, d + i);
-                    }
+                    UNROLLED for (int j = 0; j < LANES; j++) quads[j] = load_codes<KIND>(keys[j], D, d + i);
                     transpose(quads);
                     UNROLLED for (int j = 0; j < LANES; j++) {
                         const Multiplied codes = multiplied(quads[j]);
@@ -137,8 +140,9 @@ void multiply_encoded(const float* q, const Vectors& k, const Vectors& ahead, in
                 }
                 UNROLLED for (int r = 0; r < R; r++) {
                     const Floats products = sums[r].floats() * all(units[r]);
-                    const Floats before = multiply_add(load(least + j0), all(totals[r]), load(scores[r] + j0));
-                    store(scores[r] + j0, multiply_add(products, load(scale + j0), before));
+                    const Floats before = d ? load(scores[r] + j0) : zeros();
+                    const Floats base = multiply_add(load(least + j0), all(totals[r]), before);
+                    store(scores[r] + j0, multiply_add(products, load(scale + j0), base));
                 }
             }
         }

@@ -169,8 +169,10 @@ INLINED void transpose(Pairs* a) {
 // Integers of 16 bits, and sums of their products in 32 bits
 using Shorts = __m256i;
 using Integers = __m256i;
+constexpr int SHORTS = 16;
 
 inline Integers no_products() { return _mm256_setzero_si256(); }
+inline Shorts load_shorts(const int16_t* x) { return _mm256_loadu_si256((const __m256i*)x); }
 inline Shorts all_pairs(int32_t pair) { return _mm256_set1_epi32(pair); }
 inline Floats to_floats(Integers x) { return _mm256_cvtepi32_ps(x); }
 
@@ -179,8 +181,14 @@ inline Integers add_integer_products(Integers sum, Shorts a, Shorts b) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
 }
 
+// The low and the high halves of SHORTS bytes
+inline void split_nibbles(const uint8_t* x, Shorts& low, Shorts& high) {
+    const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)x));
+    low = _mm256_and_si256(bytes, _mm256_set1_epi16(15)), high = _mm256_srli_epi16(bytes, 4);
+}
+
 // LANES quads of integers of 8 bits, which have no signs
-using Quads = __m256i;
+using Quads = Pairs;
 constexpr int QUAD_SUMS = 8;  // that there are registers for
 
 inline Quads load_quads(const int8_t* x) {  // each number and 128

@@ -185,7 +185,7 @@ inline Integers add_integer_products(Integers sum, Shorts a, Shorts b) {
 }
 
 // LANES quads of integers of 8 bits, which have no signs
-using Quads = __m512i;
+using Quads = Pairs;
 constexpr int QUAD_SUMS = 12;  // that there are registers for
 
 inline Quads load_quads(const int8_t* x) {  // each number and 128

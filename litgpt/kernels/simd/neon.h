@@ -162,8 +162,10 @@ INLINED void transpose(Pairs* a) {
 // Integers of 16 bits, and sums of their products in 32 bits. A pair is what is 4 apart.
 using Shorts = int16x8_t;
 using Integers = int32x4_t;
+constexpr int SHORTS = 8;
 
 inline Integers no_products() { return vdupq_n_s32(0); }
+inline Shorts load_shorts(const int16_t* x) { return vld1q_s16(x); }
 inline Shorts all_pairs(int32_t pair) { return vcombine_s16(vdup_n_s16(int16_t(pair)), vdup_n_s16(int16_t(pair >> 16))); }
 inline Floats to_floats(Integers x) { return vcvtq_f32_s32(x); }
 
@@ -172,8 +174,15 @@ inline Integers add_integer_products(Integers sum, Shorts a, Shorts b) {
     return vmlal_high_s16(vmlal_s16(sum, vget_low_s16(a), vget_low_s16(b)), a, b);
 }
 
+// The low and the high halves of SHORTS bytes
+inline void split_nibbles(const uint8_t* x, Shorts& low, Shorts& high) {
+    const uint8x8_t bytes = vld1_u8(x);
+    low = vreinterpretq_s16_u16(vmovl_u8(vand_u8(bytes, vdup_n_u8(15))));
+    high = vreinterpretq_s16_u16(vmovl_u8(vshr_n_u8(bytes, 4)));
+}
+
 // LANES quads of integers of 8 bits, which have no signs
-using Quads = uint32x4_t;
+using Quads = Pairs;
 constexpr int QUAD_SUMS = 16;  // that there are registers for
 
 inline Quads load_quads(const int8_t* x) {  // each number and 128

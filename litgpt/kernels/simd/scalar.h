@@ -117,8 +117,10 @@ INLINED void transpose(Pairs* a) {
 
 // Integers of 16 bits, and sums of their products in 32 bits
 typedef int16_t Shorts __attribute__((vector_size(16)));
+constexpr int SHORTS = 8;
 
 inline Integers no_products() { return Integers{}; }
+inline Shorts load_shorts(const int16_t* x) { return vector_at<Shorts>(x); }
 inline Shorts all_pairs(int32_t pair) { return vector_at<Shorts>(std::array<int32_t, 4>{pair, pair, pair, pair}.data()); }
 inline Floats to_floats(Integers x) { return __builtin_convertvector(x, Floats); }
 
@@ -126,6 +128,11 @@ inline Floats to_floats(Integers x) { return __builtin_convertvector(x, Floats);
 inline Integers add_integer_products(Integers sum, Shorts a, Shorts b) {
     for (int i = 0; i < LANES; i++) sum[i] += int32_t(a[2 * i]) * b[2 * i] + int32_t(a[2 * i + 1]) * b[2 * i + 1];
     return sum;
+}
+
+// The low and the high halves of SHORTS bytes
+inline void split_nibbles(const uint8_t* x, Shorts& low, Shorts& high) {
+    for (int i = 0; i < SHORTS; i++) low[i] = x[i] & 15, high[i] = x[i] >> 4;
 }
 
 // LANES quads of integers of 8 bits, which have no signs
