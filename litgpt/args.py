@@ -59,7 +59,8 @@ class TrainArgs:
     def __post_init__(self) -> None:
         if self.lr_warmup_fraction and self.lr_warmup_steps:
             raise ValueError(
-                f"give lr_warmup_steps={self.lr_warmup_steps} or lr_warmup_fraction={self.lr_warmup_fraction}, not both"
+                f"Can't provide both `--train.lr_warmup_fraction` ({self.lr_warmup_fraction}) and "
+                f"`--train.lr_warmup_steps` ({self.lr_warmup_steps}): set one of them to 0"
             )
         if self.lr_warmup_fraction and not 0 <= self.lr_warmup_fraction <= 1:
             raise ValueError(f"lr_warmup_fraction must be between 0 and 1, got {self.lr_warmup_fraction}")

@@ -312,6 +312,11 @@ class _HuggingFace(_Backend):
     def __init__(self, processor: "tokenizers.Tokenizer") -> None:
         processor.no_truncation()
         processor.no_padding()
+        # The library remembers the tokens of 10,000 words in every thread, up to 100 MB each where a whole text counts as a word.
+        # Without, a text of 465,000 characters takes 0.33 instead of 0.28 s.
+        resize = getattr(processor.model, "_resize_cache", None)
+        if resize is not None:
+            resize(0)
         self.processor = processor
         self.vocab_size = processor.get_vocab_size(with_added_tokens=False)
         self.n_tokens = processor.get_vocab_size()

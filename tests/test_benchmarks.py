@@ -623,3 +623,60 @@ def test_the_shares_of_a_training_step_are_named_by_kind_of_work(monkeypatch: py
     shares = shares_of(step)
     assert set(shares) == {"products", "attention", "optimizer", "head and loss", "rest"}
     assert sum(shares.values()) == pytest.approx(1)
+
+
+def test_finished_adaptations_are_not_repeated_and_stopped_training_goes_on_as_if_it_had_not_been(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapting = module("adapting_to_caches", monkeypatch)
+    prose = "".join(f"Line {i} says that {i * i % 97} are left.\n" for i in range(200))
+    (tmp_path / "prose.txt").write_text(prose)
+
+    def run(folder: str, *more: str) -> list[dict]:
+        numbers = (
+            "--length 500 --train_length 480 --cache_length 16 --chunk 128 --steps 3 --samples 1 --precision 32-true"
+        )
+        command = f"x {tiny_folder / 'litgpt'} --out {tmp_path / folder} --text {tmp_path / 'prose.txt'} {numbers}"
+        monkeypatch.setattr(sys, "argv", [*command.split(), "--caches", "lastrec", "--seeds", "1", *more])
+        adapting.main()
+        return adapting.read_runs(tmp_path / folder / "runs.jsonl")
+
+    whole = run("whole", "--ways", "before,cached")
+    assert [(x["way"], x["cache"]) for x in whole] == [
+        ("before", "dense"),
+        ("before", "lastrec"),
+        ("cached", "lastrec"),
+    ]
+    for i in range(3):  # each stops after a step
+        assert run("pieces", "--ways", "cached", "--minutes", "0") == []
+        state = torch.load(tmp_path / "pieces" / "trained-cached-lastrec-1.pt", weights_only=True)
+        assert len(state["losses"]) == i + 1
+    pieces = run("pieces", "--ways", "cached")
+    assert pieces[0]["losses"] == whole[2]["losses"]
+    assert pieces[0]["figures"] == whole[2]["figures"]
+    (tmp_path / "pieces" / "runs.jsonl").open("a").write('{"way": "cut o')
+    monkeypatch.setattr(adapting, "measure", lambda *_: pytest.fail("it was measured already"))
+    assert run("pieces", "--ways", "cached") == pieces
+    with pytest.raises(SystemExit, match=r"other settings \(steps\)"):
+        run("pieces", "--steps", "4")
+
+
+def test_what_is_won_back_is_a_share_of_what_the_cache_costs_with_an_interval_over_seeds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = module("adapting_table", monkeypatch)
+
+    def run(way: str, cache: str, seed: int, logprob: float) -> dict:
+        return {"way": way, "cache": cache, "seed": seed, "figures": {"loss": 1.0, "logprob": logprob, "score": 0.5}}
+
+    runs = [run("before", "h2o", 0, -4.0), run("before", "dense", 0, -2.0)]
+    for seed, back in enumerate((0.25, 0.5, 0.75)):
+        runs += [run("plain", "dense", seed, -1.0), run("plain", "h2o", seed, -3.0)]
+        runs += [run("cached", "h2o", seed, -3.0 + 2 * back)]
+    text = table.markdown(runs)
+    # 95 % of three values: 4.30 standard errors of 0.25 / sqrt(3)
+    assert "| h2o: log-probability | -4.00 | -3.00 ± 0.00 | -2.00 ± 1.24 |  | 50% ± 62% |  |" in text
+    assert "Means of 3 seeds" in text
+    assert "| h2o: perplexity | 2.72 | 2.72 ± 0.00 | 2.72 ± 0.00 |  |  |  |" in text
+    assert table.plot(runs).count("<rect") == 4 + 2 * 3
+    assert "-2.00" in table.plot(runs)

@@ -1,5 +1,7 @@
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -462,3 +464,19 @@ def test_a_panic_of_the_library_is_a_refusal_too(tmp_path):
     path.write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer that can be read"):
         Tokenizer(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_texts_are_not_remembered():
+    """Here texts without spaces, each of which counts as a word."""
+
+    def memory():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    tokenizer = Tokenizer.from_tokenizers(
+        Processor(models.BPE({chr(i): i for i in range(128)}, [])), bos_id=None, eos_id=0, use_bos=False
+    )
+    before = memory()
+    for i in range(4000):
+        tokenizer.encode(f"{i:0250}")
+    assert memory() - before < 8e6  # it would be 40 MB

@@ -9,9 +9,8 @@ import argparse
 import json
 import sys
 from importlib.metadata import version
-from math import sqrt
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 from environments import (
     Launcher,
@@ -22,6 +21,7 @@ from environments import (
     public_version,
     run_script,
 )
+from intervals import half_width
 from layouts import ensure_layouts
 from results import row
 
@@ -40,7 +40,6 @@ PAIRS = {  # by the names of the table: our cache with its arguments, and the pr
 KINDS = {"facts": "log-probability of answers", "text": "log-probability of the text that follows"}
 SIDES = {"this": "press_ours.py", "kvpress": "kvpress_peer.py"}
 FOLLOW = 160  # tokens that a text goes on for
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # standard errors of 95 %, by degrees of freedom
 
 
 def main() -> int:
@@ -154,11 +153,9 @@ def markdown(result: dict) -> str:
 def difference(ours: list[float], theirs: list[float]) -> str:
     """The mean difference with half its 95 % interval."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    free = len(differences) - 1
-    if free == 0:
+    if len(differences) == 1:
         return f"{differences[0]:+.3f}"
-    width = STUDENT[free - 1] if free <= len(STUDENT) else 1.96 + 2.4 / free
-    return f"{fmean(differences):+.3f} ± {width * stdev(differences) / sqrt(free + 1):.3f}"
+    return f"{fmean(differences):+.3f} ± {half_width(differences):.3f}"
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ _DTYPES = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
-_REMAP_BYTES = 128_000_000
+_REMAP_BYTES = 32_000_000  # or a 32nd of the file, since it takes some milliseconds
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -49,15 +49,15 @@ SIDE_FILES = (
 def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of a safetensors or a `torch.save` file; the tensors are views of the file.
 
-    The file is mapped again about every hundred megabytes, so that the pages read before leave memory. Raises
-    `FileNotFoundError`, or `ValueError` for a damaged file and for one that holds more than tensors.
+    The file is mapped again now and then, so that the pages read before leave memory. Raises `FileNotFoundError`, or
+    `ValueError` for a damaged file and for one that holds more than tensors.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     names, get_tensor = _open_mapped(path)
-    read = 0
+    read, most = 0, max(_REMAP_BYTES, path.stat().st_size // 32)
     for name in names:
-        if read > _REMAP_BYTES:
+        if read > most:
             _, get_tensor = _open_mapped(path)
             read = 0
         tensor = get_tensor(name)

@@ -15,6 +15,7 @@ from litgpt.config import Config
 from litgpt.tokenizer import Tokenizer
 
 _OUTER = {"token_embd": "transformer.wte", "output_norm": "transformer.ln_f", "output": "lm_head"}
+_EMBEDDINGS = ("token_embd.weight", "output.weight")
 _BLOCK = {
     "attn_norm": "norm_1",
     "attn_qkv": "attn.qkv",
@@ -67,8 +68,12 @@ class GGUFCheckpoint(Checkpoint):
 
     def row_shards(self, meta: bool = False) -> Iterator[RowShard]:
         for name in self._file.tensors:
-            if name not in ROPE_TENSORS:  # these are part of the config
-                yield from self._place(name, self._file.read(name, meta))
+            if name in ROPE_TENSORS:  # these are part of the config
+                continue
+            # embeddings are the largest
+            pieces = self._file.pieces(name, meta) if name in _EMBEDDINGS else [(0, self._file.read(name, meta))]
+            for row, value in pieces:
+                yield from self._place(name, row, value)
 
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
@@ -87,8 +92,8 @@ class GGUFCheckpoint(Checkpoint):
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
 
-    def _place(self, name: str, value: torch.Tensor) -> Iterator[RowShard]:
-        """The row shards that the tensor `name` holds."""
+    def _place(self, name: str, row: int, value: torch.Tensor) -> Iterator[RowShard]:
+        """The row shards that the tensor `name` holds, whose rows from `row` on are `value`."""
         match = _NAME.fullmatch(name)
         block, module, kind = match.groups() if match else (None, name, "")
         if module.endswith("_norm") and self._architecture.norm_offset:
@@ -106,9 +111,9 @@ class GGUFCheckpoint(Checkpoint):
             for ours, half in zip(("fc_1", "fc_2"), value.chunk(2), strict=True):
                 yield f"{prefix}mlp.{ours}.{kind}", 0, half
         elif target := (_BLOCK if prefix else _OUTER).get(module):
-            yield f"{prefix}{target}.{kind}", 0, value
+            yield f"{prefix}{target}.{kind}", row, value
             if self.tied and module == "token_embd":
-                yield HEAD, 0, value
+                yield HEAD, row, value
         else:
             raise ValueError(f"{self.path}: the GGUF tensor {name!r} is not known for this architecture")
 

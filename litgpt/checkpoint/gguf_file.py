@@ -1,4 +1,4 @@
-"""The GGUF container: metadata and tensors of a memory-mapped file, or of all the shards of a split one.
+"""The GGUF container: metadata and tensors of a file, or of all the shards of a split one.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Parsed here because the `gguf` package's reader takes
 seconds for the vocabularies in the metadata; quantised blocks are decoded by that package.
@@ -9,9 +9,10 @@ import mmap
 import re
 import struct
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -24,18 +25,32 @@ _VERSIONS = (2, 3)
 _SCALARS = dict(enumerate(["B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d"]))
 _STRING, _ARRAY = 8, 9
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+PIECE = 2**22  # numbers that are dequantised at a time, where rows may come in pieces
 _SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """The place of a tensor: `shape` in torch's order, `offset` in bytes from the start of `data`."""
+    """The place of a tensor: `shape` in torch's order, `offset` in bytes from the start of the file."""
 
     shape: tuple[int, ...]
     kind: str
     offset: int
     nbytes: int
-    data: mmap.mmap = field(repr=False, compare=False)
+    file: BinaryIO = field(repr=False, compare=False)
+
+    def rows(self, first: int, count: int) -> "GGUFTensor":
+        """Some of its rows."""
+        row = self.nbytes // self.shape[0]
+        return replace(self, shape=(count, *self.shape[1:]), offset=self.offset + first * row, nbytes=count * row)
+
+    def bytes(self) -> np.ndarray:
+        """Its bytes, mapped into memory for as long as they are used, and not as a part of the whole file, whose pages would stay."""
+        start = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        size = self.offset - start + self.nbytes
+        # copy-on-write, since torch expects writable buffers
+        data = mmap.mmap(self.file.fileno(), size, access=mmap.ACCESS_COPY, offset=start)
+        return np.frombuffer(data, dtype=np.uint8, count=self.nbytes, offset=self.offset - start)
 
 
 class GGUFFile:
@@ -79,20 +94,28 @@ class GGUFFile:
             numbers[tensor.kind] += math.prod(tensor.shape)
         return _PLAIN.get(max(numbers, key=numbers.__getitem__, default=""), torch.bfloat16)
 
+    def pieces(self, name: str, meta: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
+        """As `read`, in pieces of consecutive rows with the first row's number, so that little is dequantised at a time."""
+        tensor = self.tensors[name]
+        n, size = tensor.shape[0], math.prod(tensor.shape[1:])
+        rows = n if tensor.kind in _PLAIN else max(1, PIECE // max(1, size))
+        for first in range(0, n, max(1, rows)):
+            yield first, self._read(name, tensor.rows(first, min(rows, n - first)), meta)
+
     def read(self, name: str, meta: bool = False) -> torch.Tensor:
         """A view of the file for F32, F16 and BF16, else the tensor dequantised to float32; with `meta` without values."""
-        tensor = self.tensors[name]
+        return self._read(name, self.tensors[name], meta)
+
+    def _read(self, name: str, tensor: GGUFTensor, meta: bool) -> torch.Tensor:
         if meta:
             return torch.empty(tensor.shape, dtype=_PLAIN.get(tensor.kind, torch.float32), device="meta")
         if (dtype := _PLAIN.get(tensor.kind)) is not None:
-            count = math.prod(tensor.shape)
-            return torch.frombuffer(tensor.data, dtype=dtype, count=count, offset=tensor.offset).view(tensor.shape)
+            return torch.from_numpy(tensor.bytes()).view(dtype).view(tensor.shape)
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        raw = np.frombuffer(tensor.data, dtype=np.uint8, count=tensor.nbytes, offset=tensor.offset)
         try:
-            values = dequantize(raw.reshape(*tensor.shape[:-1], -1), GGMLQuantizationType[tensor.kind])
+            values = dequantize(tensor.bytes().reshape(*tensor.shape[:-1], -1), GGMLQuantizationType[tensor.kind])
         except NotImplementedError:
             raise ValueError(f"{self.path} stores {name!r} as {tensor.kind}, which cannot be dequantised") from None
         return torch.from_numpy(values)
@@ -131,12 +154,11 @@ class _Shard:
             raise FileNotFoundError(f"{str(self.path)!r} is not a file")
         refuse_lfs_pointer(self.path)
         size = self.path.stat().st_size
-        with open(self.path, "rb") as file:
-            magic = file.read(4)
-            if magic != b"GGUF":
-                raise self._error(f"is not a GGUF file: it begins with {magic!r}")
-            # copy-on-write, since torch expects writable buffers
-            self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._file = open(self.path, "rb")  # noqa: SIM115 - for as long as there are tensors
+        magic = self._file.read(4)
+        if magic != b"GGUF":
+            raise self._error(f"is not a GGUF file: it begins with {magic!r}")
+        self._data = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         self._at = 4
         try:
             version = self._scalar("I")
@@ -152,6 +174,7 @@ class _Shard:
             infos = [self._tensor_info() for _ in range(n_tensors)]
         except (struct.error, UnicodeDecodeError, OverflowError, RecursionError, MemoryError):
             raise self._error(f"is truncated or damaged: its header does not end within its {size} bytes") from None
+        self._data.close()
         alignment = self.metadata.get("general.alignment", 32)
         if alignment not in (2**i for i in range(20)):
             raise self._error(f"is damaged: general.alignment = {alignment!r} is no power of two")
@@ -210,4 +233,4 @@ class _Shard:
         block, nbytes = GGML_QUANT_SIZES[kind]
         if not shape or shape[-1] % block:
             raise self._error(f"is damaged: {name!r} of shape {shape} is no multiple of {kind.name} blocks")
-        return GGUFTensor(shape, kind.name, begin + offset, math.prod(shape) // block * nbytes, self._data)
+        return GGUFTensor(shape, kind.name, begin + offset, math.prod(shape) // block * nbytes, self._file)

@@ -111,25 +111,12 @@ class SFTDataset(Dataset):
             "token_counts": {"raw": raw, "raw_plus_prompt_template": len(ids)},
         }
 
-    @property
-    def examples(self) -> "Sequence[tuple[str, Tensor]]":
-        """For every sample, the text of its prompt, and the prompt's tokens."""
-        return _Examples(self)
-
-
-class _Examples(Sequence):
-    def __init__(self, dataset: SFTDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[str, Tensor]:
-        dataset = self.dataset
-        sample = dataset.sample(getattr(dataset.encodings, "source", range(len(dataset)))[index])
+    def example(self, index: int) -> tuple[str, Tensor]:
+        """What a sample asks, and the tokens of its prompt."""
+        sample = self.sample(getattr(self.encodings, "source", range(len(self)))[index])
         prompt, _ = prompt_of(sample)
-        text = render_prompt(sample, dataset.prompt_style)
-        ids = dataset.tokenizer.encode(text, bos=bos_of(text, dataset.tokenizer, dataset.prompt_style))
+        text = render_prompt(sample, self.prompt_style)
+        ids = self.tokenizer.encode(text, bos=bos_of(text, self.tokenizer, self.prompt_style))
         return prompt if isinstance(prompt, str) else prompt[-1]["content"], ids
 
 

@@ -24,8 +24,7 @@ class Deita(SFTModule):
 
     def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
         parts = load_hub_dataset(self.repo_id, split=["train_sft", "test_sft"], cache_dir=self.download_dir)
-        train, test = (format_dataset(part, self.include_multiturn_conversations) for part in parts)
-        return train, test
+        return tuple(format_dataset(parts[i], self.include_multiturn_conversations) for i in (0, 1))
 
 
 def format_dataset(

@@ -1,5 +1,6 @@
 """Files that data modules fetch."""
 
+import os
 import tarfile
 import urllib.error
 import urllib.request
@@ -20,11 +21,15 @@ def download_if_missing(file_path: Path, file_url: str) -> None:
     """
     if file_path.exists():
         return
-    file_path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with urllib.request.urlopen(file_url, timeout=TIMEOUT) as answer, replacing(file_path) as temporary:
+        with urllib.request.urlopen(file_url, timeout=TIMEOUT) as answer:
             size = int(answer.headers.get("Content-Length") or 0)
-            with waiting(f"Fetching {file_path.name}", log=True), open(temporary, "wb") as target:
+            file_path.parent.mkdir(parents=True, exist_ok=True)
+            with (
+                waiting(f"Fetching {file_path.name}", log=True),
+                replacing(file_path) as temporary,
+                open(temporary, "wb") as target,
+            ):
                 while chunk := answer.read(1 << 20):
                     target.write(chunk)
                     report_progress(target.tell(), size)
@@ -53,11 +58,23 @@ def load_hub_dataset(repo_id: str, **kwargs: Any) -> Any:
         OSError: if the data cannot be fetched.
     """
     try:
-        from datasets import load_dataset
+        import datasets
     except ModuleNotFoundError:
         raise ValueError(f"the data set {repo_id} needs the package datasets: pip install 'litgpt[datasets]'") from None
+    if not (answers := hub_answers()):
+        datasets.config.HF_HUB_OFFLINE = True  # else it retries for half a minute before it takes what is there
     try:
-        return load_dataset(repo_id, **kwargs)
+        return datasets.load_dataset(repo_id, **kwargs)
     except Exception as error:  # the package has no common class for its errors, and lets those of others through
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200] if answers else "it does not answer"
         raise OSError(f"the data set {repo_id} could not be fetched from the Hugging Face hub: {reason}") from None
+
+
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub, or what `HF_ENDPOINT` names in its place, can be reached."""
+    address = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT).close()
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)  # an answer, too
+    return True

@@ -54,7 +54,8 @@ class JSON(SFTModule):
         """Training and validation samples."""
         if self.json_path.is_file():
             return self.split(read_samples(self.json_path))
-        return read_samples(self.find_split("train")), read_samples(self.find_split("val"))
+        train, val = self.find_split("train"), self.find_split("val")  # both, before one is read
+        return read_samples(train), read_samples(val)
 
     def find_split(self, split_name: str) -> Path:
         """The file of a split in the folder.

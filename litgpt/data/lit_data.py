@@ -27,7 +27,7 @@ class StreamModule(DataModule):
     """A data module of optimised folders or streams. Subclasses have the fields `seed` and `num_workers`."""
 
     batch_size = 1
-    seq_length = 2049
+    seq_length = 2048
 
     def connect(
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = 2048

@@ -1,5 +1,6 @@
 """Answers: generated sequences as text, with their log-probabilities."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,20 @@ from litgpt.tokenizer import Tokenizer
 class TokenLogprob:
     """A token and the natural logarithm of its probability at its place in a text.
 
-    The probability is the model's own, before penalties, temperature and so on. `top` are the likeliest tokens there.
+    The probability is the model's own, before penalties, temperature and so on (None: there is none, in front of all others).
+    `top` are the likeliest tokens there.
     """
 
     token: str
     id: int
-    logprob: float
+    logprob: float | None
     top: tuple["TokenLogprob", ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, token: int, logprob: float | None, top: Mapping[int, float]) -> "TokenLogprob":
+        """An entry, with the likeliest tokens as {token: log-probability}."""
+        text = tokenizer.token_bytes(token).decode(errors="replace") or tokenizer.id_to_token(token) or ""
+        return cls(text, token, logprob, tuple(cls.of(tokenizer, *pair, {}) for pair in top.items()))
 
 
 @dataclass(frozen=True)
@@ -42,14 +50,10 @@ class Answer:
     def of(cls, sequence: Sequence, tokenizer: Tokenizer) -> "Answer":
         """The answer to a finished sequence."""
 
-        def spell(token: int, logprob: float, top: dict[int, float]) -> TokenLogprob:
-            text = tokenizer.token_bytes(token).decode(errors="replace") or tokenizer.id_to_token(token) or ""
-            return TokenLogprob(text, token, logprob, tuple(spell(*pair, {}) for pair in top.items()))
-
         logprobs = None
         if sequence.logprobs is not None:
             drawn = zip(sequence.output, sequence.token_logprobs, sequence.top_logprobs, strict=False)
-            logprobs = [spell(*entry) for entry in drawn]
+            logprobs = [TokenLogprob.of(tokenizer, *entry) for entry in drawn]
         text = tokenizer.decode(sequence.output)
         return cls(text, sequence.output, sequence.finish_reason, len(sequence.prompt), logprobs)
 

@@ -99,7 +99,8 @@ class ContinuousBatch:
         while self.waiting and len(joining) < free and self.engine.can_join(self.waiting[0], joining):
             joining.append(self.waiting.popleft())
         if joining:
-            self.engine.add(joining, chunked=bool(self.engine.active) or self.engine.prefixes is not None)
+            notes = any(sequence.logprobs_of_prompt for sequence in joining)
+            self.engine.add(joining, chunked=bool(self.engine.active) or self.engine.prefixes is not None or notes)
         return self.engine.step()
 
     def run(self) -> None:

@@ -17,7 +17,7 @@ from litgpt.engine.drawing import draw
 from litgpt.engine.prefill import ChunkedPrefill, prefill
 from litgpt.engine.prefixes import KeptPrefix, PrefixStore
 from litgpt.engine.sampling import check_tokens
-from litgpt.engine.second_reading import check_alone
+from litgpt.engine.second_reading import check_alone, is_read_twice
 from litgpt.engine.sequence import Sequence
 from litgpt.engine.verification import verify
 from litgpt.model import GPT
@@ -103,6 +103,8 @@ class Engine:
             raise ValueError(f"the caches have {n_cached} tokens of no sequence while others are active")
         if n_cached and chunked:
             raise ValueError("prompts that are in the caches in part cannot be added chunk by chunk")
+        if not chunked and any(sequence.logprobs_of_prompt for sequence in sequences):
+            raise ValueError("log-probabilities of a prompt are noted chunk by chunk only")
         check_caches(self.model, len(active) + len(sequences), 1)
         if not n_cached:
             longest = max(sequence.prompt_length for sequence in sequences)
@@ -151,7 +153,8 @@ class Engine:
         if self.prefixes is None:
             return
         firsts = {id(sequence.prompt): sequence for sequence in reversed(sequences)}  # that share a prompt
-        for sequence in firsts.values():
+        noting = {id(sequence.prompt) for sequence in sequences if sequence.logprobs_of_prompt}
+        for sequence in [one for prompt, one in firsts.items() if prompt not in noting]:
             if found := self.prefixes.find(sequence.tokens, self._long_rope):
                 kept, n = found
                 self.model.caches.load_state_of_row(self._rows.sequences.index(sequence), kept.states, n)
@@ -213,6 +216,8 @@ class Engine:
         vocabulary = self.model.config.padded_vocab_size
         for sequence in sequences:
             check_vocabulary(sequence.tokens, vocabulary)
+            if sequence.logprobs_of_prompt and is_read_twice(self.model, sequence.prompt_length):
+                raise ValueError("log-probabilities of a prompt that is read twice are not noted: use another cache")
             for token in sequence.sampling.logit_bias or ():
                 if token >= vocabulary:
                     raise ValueError(f"logit_bias for token {token}, but there are {vocabulary}")

@@ -1,6 +1,7 @@
 """Prefill of prompts, in as few calls as possible or chunk by chunk beside sequences that are decoded."""
 
 from collections import abc, defaultdict
+from itertools import accumulate
 
 import torch
 
@@ -171,13 +172,16 @@ class ChunkedPrefill:
         """
         chunks = self._chunks()
         places = [rows.index(group[0]) for group, _ in chunks]
+        notes = any(one.logprobs_of_prompt for group, _ in chunks for one in group)
         logits = self.model(
             torch.cat([tokens for _, tokens in chunks])[None],
             max(group[0].n_prefilled for group, _ in chunks),
-            last_token_only=True,
+            skip_lm_head=notes,
+            last_token_only=not notes,
             rows=places,
             row_sizes=[len(tokens) for _, tokens in chunks],
-        )[:, -1]
+        )
+        logits = self._note_prompts(chunks, logits[0]) if notes else logits[:, -1]
         copies, done, logits_of = list(range(len(rows))), [], []
         self.at_checkpoint = []
         for at, (group, tokens) in enumerate(chunks):
@@ -196,6 +200,19 @@ class ChunkedPrefill:
         if len(done) > len(set(logits_of)):
             self.model.caches.reorder(copies)
         return done, logits[logits_of]
+
+    def _note_prompts(self, chunks: abc.Sequence[tuple[list[Sequence], torch.Tensor]], x: torch.Tensor) -> torch.Tensor:
+        """Give sequences the log-probabilities of their prompts' tokens, from the model's output (n, E) for chunks. Logits (B, V)
+        of the chunks' last tokens."""
+        ends = list(accumulate(len(tokens) for _, tokens in chunks))
+        for (group, tokens), end in zip(chunks, ends, strict=True):
+            is_last = group[0].n_prefilled + len(tokens) == group[0].prompt_length
+            for at in range(end - len(tokens), end - is_last, CHUNK_TOKENS):
+                if noting := [one for one in group if one.logprobs_of_prompt]:
+                    logits = self.model.logits(x[at : min(at + CHUNK_TOKENS, end - is_last)])
+                    for one in noting:
+                        one.note_prompt(logits)
+        return self.model.logits(x[[end - 1 for end in ends]])
 
     def _chunks(self) -> list[tuple[list[Sequence], torch.Tensor]]:
         """The groups of the next step, and the tokens of each."""

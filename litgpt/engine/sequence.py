@@ -1,6 +1,7 @@
 """One sequence that is generated: its prompt, its sampling, and its tokens so far."""
 
 import copy
+import math
 import random
 from collections import abc
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,8 @@ class Sequence:
         include_eos: whether the stop sequence is part of the output.
         logprobs: None, or the number of likeliest tokens to report with the log-probability of each drawn one. These are the
             model's own, before penalties, temperature and so on.
+        logprobs_of_prompt: whether those of the prompt's tokens, but the first, are reported too. Its prefill is then not shortened
+            by kept prefixes.
         checkpoints: numbers of first tokens of the prompt, such as those of the system prompt, at which an engine with a
             `PrefixStore` keeps the state of caches that cannot be rewound to them later.
         wants_state: whether the engine sets `state`.
@@ -40,6 +43,7 @@ class Sequence:
         finish_reason: "stop" (a stop sequence), "length" (`max_new_tokens`), "cancelled", or None: not finished.
         token_logprobs: log-probabilities of the drawn tokens, if requested.
         top_logprobs: {token: log-probability} of the likeliest tokens at each place, if requested.
+        prompt_logprobs, prompt_top_logprobs: the same for the prompt.
 
     Raises:
         ValueError: for an empty prompt, or numbers out of range.
@@ -51,6 +55,7 @@ class Sequence:
     stop_tokens: abc.Sequence[abc.Sequence[int]] = ()
     include_eos: bool = False
     logprobs: int | None = None
+    logprobs_of_prompt: bool = False
     checkpoints: tuple[int, ...] = ()
     wants_state: bool = False
     tokens: list[int] = field(init=False)
@@ -63,6 +68,8 @@ class Sequence:
     finish_reason: Literal["stop", "length", "cancelled"] | None = field(default=None, init=False)
     token_logprobs: list[float] = field(default_factory=list, init=False)
     top_logprobs: list[dict[int, float]] = field(default_factory=list, init=False)
+    prompt_logprobs: list[float] = field(default_factory=list, init=False)
+    prompt_top_logprobs: list[dict[int, float]] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         if self.prompt.ndim != 1 or not len(self.prompt):
@@ -70,6 +77,8 @@ class Sequence:
         self.max_new_tokens = whole_number("max_new_tokens", self.max_new_tokens, 1)
         if self.logprobs is not None:
             self.logprobs = whole_number("logprobs", self.logprobs, 0, "None: none")
+        elif self.logprobs_of_prompt:
+            raise ValueError("logprobs_of_prompt needs logprobs, the number of likeliest tokens to report")
         self.tokens = self.prompt.tolist()
         self.prompt_length = len(self.tokens)
         self._stops = StopMatcher(self.stop_tokens, self.include_eos)
@@ -125,7 +134,9 @@ class Sequence:
         """Append a token drawn from the model's `logits` (V,), which may finish the sequence. Returns the tokens that are now
         known to be output."""
         if self.logprobs is not None:
-            self._note_logprobs(token, logits)
+            drawn, top = self._logprobs(logits[None], [token])
+            self.token_logprobs += drawn
+            self.top_logprobs += top
         self.tokens.append(token)
         output = self._stops.push(token)
         if self._stops.stopped:
@@ -136,10 +147,17 @@ class Sequence:
         self.n_output += len(output)
         return output
 
-    def _note_logprobs(self, token: int, logits: torch.Tensor) -> None:
+    def note_prompt(self, logits: torch.Tensor) -> None:
+        """Note the log-probabilities of the next tokens of the prompt, from the model's logits (n, V)."""
+        n = 1 + len(self.prompt_logprobs)
+        found, top = self._logprobs(logits, self.tokens[n : n + len(logits)])
+        self.prompt_logprobs += found
+        self.prompt_top_logprobs += top
+
+    def _logprobs(self, logits: torch.Tensor, tokens: abc.Sequence[int]) -> tuple[list[float], list[dict[int, float]]]:
+        """The log-probabilities of tokens, and of the likeliest ones in their places, from logits (n, V)."""
         logprobs = logits.float().log_softmax(dim=-1)
-        values, tokens = logprobs.topk(self.logprobs)
-        drawn = logprobs[token].item()
-        check_finite(drawn == drawn)  # a logits processor may have put something else in place of NaN
-        self.token_logprobs.append(drawn)
-        self.top_logprobs.append(dict(zip(tokens.tolist(), values.tolist(), strict=True)))
+        values, likeliest = logprobs.topk(self.logprobs)
+        found = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+        check_finite(not any(map(math.isnan, found)))  # a logits processor may have put something else in place of NaN
+        return found, [dict(zip(*pair, strict=True)) for pair in zip(likeliest.tolist(), values.tolist(), strict=True)]

@@ -25,7 +25,7 @@ class Generation:
     Args:
         model: name of the model.
         prompt: tokens.
-        max_new_tokens, sampling, stop_tokens, logprobs, checkpoints, wants_state: as for `Sequence`.
+        max_new_tokens, sampling, stop_tokens, logprobs, checkpoints, wants_state, logprobs_of_prompt: as for `Sequence`.
         stops: texts that end the answer.
         deliver: called by the engine's thread with the generation and a piece of text, whenever there is one, and once at the
             end, when `finish_reason` is set. It must not block.
@@ -45,6 +45,7 @@ class Generation:
     logprobs: int | None = None
     checkpoints: tuple[int, ...] = ()
     wants_state: bool = False
+    logprobs_of_prompt: bool = False
     deliver: Callable[["Generation", str], None] = lambda generation, text: None
     finish_reason: str | None = field(default=None, init=False)
     error: str | None = field(default=None, init=False)
@@ -169,6 +170,7 @@ class Service:
                 generation.sampling,
                 generation.stop_tokens,
                 logprobs=generation.logprobs,
+                logprobs_of_prompt=generation.logprobs_of_prompt,
                 checkpoints=generation.checkpoints,
                 wants_state=generation.wants_state,
             )

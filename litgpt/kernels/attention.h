@@ -15,12 +15,12 @@
 // exponentials, and `out` the weighted sums of values. The keys at `ahead` are prefetched. In splits.cpp.
 struct SplitQueries {
     int count;
-    const bf16* q;
-    const bf16* bias[4];
+    const Real* q;
+    const Real* bias[4];
     int64_t n, D;
     float scale, cap, *top, *total, *out;
 
-    void attend(const bf16* k, const bf16* v, const bf16* ahead, int64_t k_stride, int64_t v_stride) const;
+    void attend(const Real* k, const Real* v, const Real* ahead, int64_t k_stride, int64_t v_stride) const;
     void attend(const Vectors& k, const Vectors& v, const Vectors& ahead) const;
 };
 
@@ -33,12 +33,12 @@ struct KvSplits {
     std::vector<Split> all;
     std::vector<int64_t> first;  // index of the first split of each row's group; and the end
 
-    void find(int64_t B, int64_t G, int64_t T, int64_t N, const bf16* bias, const int64_t* bias_strides) {
+    void find(int64_t B, int64_t G, int64_t T, int64_t N, const Real* bias, const int64_t* bias_strides) {
         all.clear(), first.assign(1, 0);
         for (int64_t b = 0; b < B; b++) {
             std::vector<int64_t> seen;
             for (int64_t n0 = 0; n0 < N; n0 += SPLIT_KEYS) {
-                const bf16* own = bias ? bias + b * bias_strides[0] + n0 : nullptr;
+                const Real* own = bias ? bias + b * bias_strides[0] + n0 : nullptr;
                 if (is_seen(own, bias_strides[1], T, std::min<int64_t>(SPLIT_KEYS, N - n0))) seen.push_back(n0);
             }
             for (int64_t g = 0; g < G; g++) {
@@ -49,9 +49,9 @@ struct KvSplits {
     }
 
 private:
-    static bool is_seen(const bf16* bias, int64_t stride, int64_t T, int64_t n) {
+    static bool is_seen(const Real* bias, int64_t stride, int64_t T, int64_t n) {
         for (int64_t t = 0; bias && t < T; t++)
-            if (!std::all_of(bias + t * stride, bias + t * stride + n, [](bf16 x) { return x == HIDDEN; })) return true;
+            if (!std::all_of(bias + t * stride, bias + t * stride + n, [](Real x) { return x == HIDDEN; })) return true;
         return !bias;
     }
 };
@@ -60,26 +60,26 @@ private:
 struct Attention {
     int64_t B, H, G, T, N, D;
     float scale, cap;
-    const bf16 *k, *v;
+    const Real *k, *v;
     int64_t k_strides[3], v_strides[3];  // of rows, heads, slots
-    const bf16* bias;
+    const Real* bias;
     int64_t bias_strides[2];  // of rows, queries
-    const bf16* sinks;
+    const Real* sinks;
     const KvSplits* splits;
     const int64_t* rows;          // rows of keys and values that the queries attend to (B,); null: the first B
     const Vectors* encoded;       // keys and values in fewer bits, in place of k and v; null: none
     float *sums, *tops, *totals;  // of each split, by the queries that share it
-    bf16* queries;                // (B, H, T, D)
+    Real* queries;                // (B, H, T, D)
 
     int64_t shared() const { return H / G * T; }  // queries that attend to the same keys
     int64_t results() const { return int64_t(splits->all.size()) * shared(); }
-    int64_t scratch_size() const { return results() * (D + 2) + (B * H * T * D + 1) / 2; }
+    int64_t scratch_size() const { return results() * (D + 2) + (B * H * T * D * int64_t(sizeof(Real)) + 3) / 4; }
 
     void use_scratch(float* scratch) {
         sums = scratch;
         tops = sums + results() * D;
         totals = tops + results();
-        queries = (bf16*)(totals + results());
+        queries = (Real*)(totals + results());
     }
 
     void attend_splits() const {
@@ -88,7 +88,7 @@ struct Attention {
     }
 
     // The first key or value of a split
-    const bf16* start(const KvSplits::Split& p, const bf16* x, const int64_t* strides) const {
+    const Real* start(const KvSplits::Split& p, const Real* x, const int64_t* strides) const {
         return x + (rows ? rows[p.b] : p.b) * strides[0] + p.g * strides[1] + p.n0 * strides[2];
     }
 
@@ -107,15 +107,17 @@ struct Attention {
                              cap, tops + at, totals + at, sums + at * D};
             for (int c = 0; bias && c < own.count; c++)
                 own.bias[c] = bias + p.b * bias_strides[0] + (r + c) % T * bias_strides[1] + p.n0;
-            if (encoded)
-                own.attend(start(p, encoded[0]), start(p, encoded[1]), start(next, encoded[0]));
-            else
-                own.attend(start(p, k, k_strides), start(p, v, v_strides), start(next, k, k_strides), k_strides[2],
-                           v_strides[2]);
+            if constexpr (std::is_same_v<Real, bf16>)  // caches of models in float have no codes
+                if (encoded) {
+                    own.attend(start(p, encoded[0]), start(p, encoded[1]), start(next, encoded[0]));
+                    continue;
+                }
+            own.attend(start(p, k, k_strides), start(p, v, v_strides), start(next, k, k_strides), k_strides[2],
+                       v_strides[2]);
         }
     }
 
-    void combine(bf16* y) const {  // (B, T, H, D)
+    void combine(Real* y) const {  // (B, T, H, D)
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < B * H * T; row++) {
             const int64_t group = row / shared(), r = row % shared(), b = group / G, h = row / T % H, t = row % T;
@@ -131,7 +133,7 @@ struct Attention {
                 for (int64_t d = 0; d < D; d++) out[d] += factor * sums[at * D + d];
             }
             if (encoded && encoded[1].rotated) rotate_vector(out, D);
-            for (int64_t d = 0; d < D; d++) y[((b * T + t) * H + h) * D + d] = narrow(out[d] / total);
+            for (int64_t d = 0; d < D; d++) y[((b * T + t) * H + h) * D + d] = as_real(out[d] / total);
         }
     }
 };

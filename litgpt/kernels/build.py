@@ -11,7 +11,6 @@ import hashlib
 import logging
 import os
 import re
-import shutil
 import stat
 import subprocess
 import sys
@@ -23,19 +22,27 @@ from pathlib import Path
 
 from litgpt.kernels import processor
 from litgpt.kernels.processor import InstructionSet
+from litgpt.kernels.toolchain import toolchain
 from litgpt.waiting import waiting
 
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
-UNITS = ("cpu", "splits", "products")  # the longest first
-# sums may be reordered, for vectors of them; infinities and NaN keep their meaning
-FLAGS = (
-    "-std=c++17 -O2 -ftree-vectorize -fvect-cost-model=dynamic -fPIC -fopenmp -fno-math-errno -fno-trapping-math "
-    "-fassociative-math -fno-signed-zeros"
-)
 TIMEOUT = 300  # seconds
 COMPILING = "Compiling kernels for this processor, once, which takes some seconds"
+
+
+@dataclass(frozen=True)
+class Library:
+    """What is compiled as one: the start of its file names, its units, the longest first, and flags of its own."""
+
+    name: str
+    units: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+
+
+KERNELS = Library("kernels", ("cpu", "splits", "products"))
+FLOAT32 = Library("float32", ("float32",), ("-DLITGPT_FLOAT32",))  # all layers of models in float32
 
 Load = Callable[[str], ctypes.CDLL]  # from a path; `OSError` or `AttributeError` where that is no library of ours
 
@@ -44,11 +51,13 @@ class CompilationError(RuntimeError):
     """The compiler fails, or its output is no library."""
 
 
-def kernels_for(target: InstructionSet, load: Load, announce: bool = True) -> ctypes.CDLL | None:
-    """The library of kernels, compiled if it is not there yet, which is announced. None, after one line of explanation, if that
+def kernels_for(
+    target: InstructionSet, load: Load, announce: bool = True, what: Library = KERNELS
+) -> ctypes.CDLL | None:
+    """A library of kernels, compiled if it is not there yet, which is announced. None, after one line of explanation, if that
     is impossible."""
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
-    names = Names.of(target, compiler)
+    compiler = toolchain().compiler()
+    names = Names.of(target, compiler, what)
     for path in folders():
         try:
             with PrivateFolder.open(path) as folder:
@@ -74,20 +83,22 @@ def folders() -> list[Path]:
 class Names:
     """File names for this source, processor and compiler."""
 
-    target: InstructionSet
+    units: tuple[str, ...]
+    flags: tuple[str, ...]  # of the target and the library
     start: str
     compiler: str | None  # a part of the name; None: any
 
     @classmethod
-    def of(cls, target: InstructionSet, compiler: str | None) -> "Names":
+    def of(cls, target: InstructionSet, compiler: str | None, what: Library = KERNELS) -> "Names":
         source = b"".join(path.read_bytes() for path in sorted((*SOURCES.glob("*.cpp"), *SOURCES.rglob("*.h"))))
-        settings = " ".join((FLAGS, *target.flags, processor.fingerprint()))
-        start = f"kernels-{target.name}-{_digest(source, settings.encode())}"
+        flags = (*target.flags, *what.flags)
+        settings = " ".join((*toolchain().flags, *flags, processor.fingerprint()))
+        start = f"{what.name}-{target.name}-{_digest(source, settings.encode())}"
         if compiler is None:
-            return cls(target, start, None)
+            return cls(what.units, flags, start, None)
         path = os.path.realpath(compiler)
         about = os.stat(path)
-        return cls(target, start, _digest(f"{path} {about.st_size} {about.st_mtime_ns}".encode())[:8])
+        return cls(what.units, flags, start, _digest(f"{path} {about.st_size} {about.st_mtime_ns}".encode())[:8])
 
     def digest_in(self, name: str) -> str | None:
         """The digest in the file name of a library; None if the name is not one of these."""
@@ -126,7 +137,7 @@ class PrivateFolder:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             _check_owner(os.fstat(fd), "chmod go-w makes it fit")
-            if os.fstatvfs(fd).f_flag & os.ST_NOEXEC:
+            if os.fstatvfs(fd).f_flag & getattr(os, "ST_NOEXEC", 0):
                 raise OSError("its file system is mounted with noexec")
             yield cls(path, fd)
         finally:
@@ -203,7 +214,8 @@ def _load_compiled(folder: PrivateFolder, names: Names, load: Load) -> ctypes.CD
             with open(fd, "rb", closefd=False) as file:
                 content = file.read()
             if _digest(content) == digest:
-                return load(f"/proc/self/fd/{fd}")
+                itself = f"/proc/self/fd/{fd}"  # not on macOS
+                return load(itself if os.path.exists(itself) else str(folder.path / name))
         folder.remove(name)
     return None
 
@@ -223,9 +235,9 @@ def _compile_and_load(
                 folder.remove(name)
         try:
             if compiler is None:
-                raise CompilationError(f"there is no compiler {os.environ.get('CXX') or 'g++'!r}")
+                raise CompilationError(toolchain().missing())
             with _announced(COMPILING) if announce else contextlib.nullcontext():
-                content = _compile(compiler, names.target)
+                content = _compile(compiler, names)
             folder.write(names.library(content), content)
             library = _load_compiled(folder, names, load)
             if library is None:
@@ -257,17 +269,16 @@ def _announced(message: str) -> Iterator[None]:
         yield
 
 
-def _compile(compiler: str, target: InstructionSet) -> bytes:
+def _compile(compiler: str, names: Names) -> bytes:
     """The content of the library. All units are compiled at once."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        units = {Path(temporary, f"{unit}.o"): SOURCES / f"{unit}.cpp" for unit in UNITS}
-        steps = ([*FLAGS.split(), *target.flags, "-c", str(source), "-o", str(unit)] for unit, source in units.items())
+        units = {Path(temporary, f"{unit}.o"): SOURCES / f"{unit}.cpp" for unit in names.units}
+        steps = (toolchain().compile_unit(names.flags, source, unit) for unit, source in units.items())
         running = [_start(compiler, step) for step in steps]
         for process in running:
             _finish(compiler, process)
         linked = Path(temporary, "kernels.so")
-        # not linked with OpenMP: the threads are to be those of torch, whose library is loaded before
-        _finish(compiler, _start(compiler, ["-shared", *map(str, units), "-o", str(linked)]))
+        _finish(compiler, _start(compiler, toolchain().link_units(units, linked)))
         if not linked.is_file():
             raise CompilationError(f"{compiler} makes no library")
         return linked.read_bytes()

@@ -5,18 +5,24 @@
 #include "attention.h"
 #include "layers.h"
 
-// y (M, N) = x (M, K) w^T + bias by all threads of a team. Each thread prepares x for the weight in its own `scratch`.
-inline void team_product(const Weight& w, const bf16* x, bf16* y, int64_t M, Scratch<char>& scratch) {
+// y (M, N) = x (M, K) w^T + bias, and what small matrices add, by all threads of a team. Each thread prepares x for the weight in
+// its own `scratch`.
+inline void team_product(const Weight& w, const Real* x, Real* y, int64_t M, Scratch<char>& scratch,
+                         Scratch<float>& low_scratch) {
     const TilesOf tiles(w);
-    product(*tiles, rows_for(*tiles, x, M, scratch), w.bias, y, M);
+    const LowRank low(w, x, M, low_scratch);
+    product(*tiles, rows_for(*tiles, x, M, scratch), M, [&](int64_t m, int64_t first, int64_t size, float* values) {
+        low.add(m, first, size, values);
+        store_row(values, w.bias ? w.bias + first : nullptr, y + m * w.N + first, size);
+    });
 }
 
 // x += factor * norm(y), for rows that each thread has a copy of
-inline void add_rows(bf16* x, const bf16* y, const bf16* norm, float factor, int64_t M, const Shape& shape,
-                     Scratch<bf16>& scratch) {
+inline void add_rows(Real* x, const Real* y, const Real* norm, float factor, int64_t M, const Shape& shape,
+                     Scratch<Real>& scratch) {
     const int64_t E = shape.E;
     if (norm) {
-        bf16* normed = scratch.get(M * E);
+        Real* normed = scratch.get(M * E);
         for (int64_t m = 0; m < M; m++) norm_row(y + m * E, norm, normed + m * E, E, shape.eps, shape.norm_offset);
         y = normed;
     }
@@ -26,11 +32,11 @@ inline void add_rows(bf16* x, const bf16* y, const bf16* norm, float factor, int
 // x (B, T, E) through all layers and the final norm, in place. Threads synchronise only where one needs the results of
 // another; norms and other small results are computed by each thread for itself.
 inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers, const StepPlan* plans,
-                       const Rope* ropes, bf16* x, int64_t B, int64_t T) {
+                       const Rope* ropes, Real* x, int64_t B, int64_t T) {
     const int64_t E = shape.E, H = shape.H, G = shape.G, D = shape.D, M = B * T, heads = H + 2 * G;
-    static thread_local Scratch<bf16> shared;
+    static thread_local Scratch<Real> shared;
     static thread_local Scratch<float> attention_scratch;
-    bf16 *qkv = shared.get(M * (heads * D + H * D + E + shape.I)), *attended = qkv + M * heads * D,
+    Real *qkv = shared.get(M * (heads * D + H * D + E + shape.I)), *attended = qkv + M * heads * D,
          *out = attended + M * H * D, *inner = out + M * E;
     int64_t n_plans = 0;
     for (int64_t l = 0; l < n_layers; l++) n_plans = std::max(n_plans, layers[l].plan + 1);
@@ -76,18 +82,19 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
     {
         const double own_begun = processor_seconds();
         static thread_local Scratch<char> scratch;
-        static thread_local Scratch<bf16> own_scratch, normed_scratch, post;
-        bf16 *own = own_scratch.get(M * E), *normed = normed_scratch.get(M * E);
-        std::memcpy(own, x, M * E * sizeof(bf16));
+        static thread_local Scratch<Real> own_scratch, normed_scratch, post;
+        static thread_local Scratch<float> low_scratch, low_scratch_of_up;
+        Real *own = own_scratch.get(M * E), *normed = normed_scratch.get(M * E);
+        std::memcpy(own, x, M * E * sizeof(Real));
         for (int64_t l = 0; l < n_layers; l++) {
             const Layer& layer = layers[l];
             const StepPlan& plan = plans[layer.plan];
-            const auto norm = [&](const bf16* weight) {
+            const auto norm = [&](const Real* weight) {
                 for (int64_t m = 0; weight && m < M; m++)
                     norm_row(own + m * E, weight, normed + m * E, E, shape.eps, shape.norm_offset);
                 return weight ? normed : own;
             };
-            team_product(layer.qkv, norm(layer.norm_1), qkv, M, scratch);
+            team_product(layer.qkv, norm(layer.norm_1), qkv, M, scratch, low_scratch);
 
             if (shape.norm_all_heads && layer.norm_q) {
 #pragma omp for schedule(static)
@@ -98,7 +105,7 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < M * heads; i++) {
                 const int64_t m = i / heads, h = i % heads, b = m / T, t = m % T;
-                bf16* head = qkv + i * D;
+                Real* head = qkv + i * D;
                 if (h < H + G) finish_head(shape, layer, ropes, head, h, b, t);
                 const Vectors* own = layer.encoded;
                 const int64_t row = plan.rows ? plan.rows[b] : b;
@@ -107,26 +114,27 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
                     if (j >= 0)
                         keep_query(layer, head, row, h, plan.query_slots[plan.query_slots_by_row ? b * n + j : j], D);
                     if (own[0].rotated) rotate_vector(head, D);
-                    std::memcpy(attention.queries + ((b * H + h) * T + t) * D, head, D * sizeof(bf16));
+                    std::memcpy(attention.queries + ((b * H + h) * T + t) * D, head, D * sizeof(Real));
                 } else {
                     const int64_t g = (h - H) % G, slot = plan.slots[plan.slots_by_row ? m : t];
-                    bf16* buffer = h < H + G ? layer.keys : layer.values;
+                    Real* buffer = h < H + G ? layer.keys : layer.values;
                     if (own[0].kind)
                         encode(own[h >= H + G].at(row, g, slot), head, D);
                     else
                         std::memcpy(buffer + row * layer.row_stride + g * layer.head_stride + slot * D, head,
-                                D * sizeof(bf16));
+                                D * sizeof(Real));
                 }
             }
             attention.attend_splits();
             attention.combine(attended);
-            team_product(layer.proj, attended, out, M, scratch);
+            team_product(layer.proj, attended, out, M, scratch, low_scratch);
             add_rows(own, out, layer.post_attention_norm, shape.attention_factor, M, shape, post);
 
-            const bf16* mlp_input = norm(layer.norm_2);
+            const Real* mlp_input = norm(layer.norm_2);
             const TilesOf gate(layer.gate), up(layer.up);
-            gated(*gate, *up, rows_for(*gate, mlp_input, M, scratch), inner, M, int(shape.activation));
-            team_product(layer.down, inner, out, M, scratch);
+            const LowRank low_gate(layer.gate, mlp_input, M, low_scratch), low_up(layer.up, mlp_input, M, low_scratch_of_up);
+            gated(*gate, *up, rows_for(*gate, mlp_input, M, scratch), inner, M, int(shape.activation), &low_gate, &low_up);
+            team_product(layer.down, inner, out, M, scratch, low_scratch);
             add_rows(own, out, layer.post_mlp_norm, shape.mlp_factor, M, shape, post);
         }
 #pragma omp for schedule(static)
@@ -134,7 +142,7 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
             if (shape.final_norm)
                 norm_row(own + m * E, shape.final_norm, x + m * E, E, shape.eps, shape.norm_offset);
             else
-                std::memcpy(x + m * E, own + m * E, E * sizeof(bf16));
+                std::memcpy(x + m * E, own + m * E, E * sizeof(Real));
         used += processor_seconds() - own_begun;
     }
     Team::mine().report(clock_seconds(CLOCK_MONOTONIC) - begun, used);

@@ -84,7 +84,8 @@ inline void encode_groups(const float* x, int64_t D, int bits, uint8_t* codes, b
 }
 
 // Encodes a head's vector x (D,) to where `v` points.
-NOT_INLINED inline void encode(const Vectors& v, const bf16* x, int64_t D) {
+template <class T>
+NOT_INLINED void encode(const Vectors& v, const T* x, int64_t D) {
     float y[MAX_D];
     for (int64_t i = 0; i < D; i++) y[i] = widen(x[i]);
     if (v.rotated) rotate_vector(y, D);

@@ -8,14 +8,14 @@
 struct Shape {
     int64_t E, H, G, D, I, rope_n, interleave, activation, norm_all_heads;
     float eps, norm_offset, scale, cap, attention_factor, mlp_factor;
-    const bf16* final_norm;  // after the last layer; null: none
+    const Real* final_norm;  // after the last layer; null: none
 };
 
 struct Layer {
-    const bf16 *norm_1, *norm_q, *norm_k, *post_attention_norm, *norm_2, *post_mlp_norm, *sinks;
-    bf16 *keys, *values;
+    const Real *norm_1, *norm_q, *norm_k, *post_attention_norm, *norm_2, *post_mlp_norm, *sinks;
+    Real *keys, *values;
     int64_t row_stride, head_stride;  // of keys and values; slots lie one after the other
-    bf16* queries;                    // of the last tokens (row, head, slot, D), kept for the cache's policy; null: none
+    Real* queries;                    // of the last tokens (row, head, slot, D), kept for the cache's policy; null: none
     int64_t query_row_stride, query_head_stride;
     int64_t rope, plan;               // indices of RoPE tables and plans of the call; rope -1: none
     Weight qkv, proj, gate, up, down;
@@ -43,33 +43,33 @@ struct StepPlan {
     int64_t slots_by_row, first, N;
     const int64_t* query_slots;  // (n,) or, if `query_slots_by_row`, (B, n): where the queries of the last n tokens are kept
     int64_t query_slots_by_row, n_queries;
-    const bf16* bias;
+    const Real* bias;
     int64_t bias_strides[2];
     const Segment* segments;
     int64_t n_segments;
 };
 
 struct Rope {
-    const bf16 *cos, *sin;  // (T, n) with a stride between rows of the batch, sines with their signs
+    const Real *cos, *sin;  // (T, n) with a stride between rows of the batch, sines with their signs
     int64_t row_stride;
 };
 
 // Keeps the query of head h in a slot of a row of the cache.
-inline void keep_query(const Layer& layer, const bf16* query, int64_t row, int64_t h, int64_t slot, int64_t D) {
+inline void keep_query(const Layer& layer, const Real* query, int64_t row, int64_t h, int64_t slot, int64_t D) {
     std::memcpy(layer.queries + row * layer.query_row_stride + h * layer.query_head_stride + slot * D, query,
-                D * sizeof(bf16));
+                D * sizeof(Real));
 }
 
-NOT_INLINED inline void norm_row(const bf16* x, const bf16* weight, bf16* y, int64_t size, float eps, float offset) {
+NOT_INLINED inline void norm_row(const Real* x, const Real* weight, Real* y, int64_t size, float eps, float offset) {
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < size; i++) sum += widen(x[i]) * widen(x[i]);
     const float factor = 1.0f / std::sqrt(sum / float(size) + eps);
-    for (int64_t i = 0; i < size; i++) y[i] = narrow(widen(x[i]) * factor * (widen(weight[i]) + offset));
+    for (int64_t i = 0; i < size; i++) y[i] = as_real(widen(x[i]) * factor * (widen(weight[i]) + offset));
 }
 
 // RoPE for one head in place. Pairs are (i, i + n / 2), or neighbours with `interleave`; the output has halves.
-NOT_INLINED inline void rotate(bf16* head, const bf16* cos, const bf16* sin, int64_t n, bool interleave) {
+NOT_INLINED inline void rotate(Real* head, const Real* cos, const Real* sin, int64_t n, bool interleave) {
     float x[MAX_D], y[MAX_D];
     const int64_t half = n / 2;
     if (interleave)
@@ -77,16 +77,16 @@ NOT_INLINED inline void rotate(bf16* head, const bf16* cos, const bf16* sin, int
     else
         for (int64_t i = 0; i < n; i++) x[i] = widen(head[i]);
     for (int64_t i = 0; i < half; i++) {
-        y[i] = widen(narrow(x[i] * widen(cos[i]))) + x[i + half] * widen(sin[i]);
-        y[i + half] = widen(narrow(x[i + half] * widen(cos[i + half]))) + x[i] * widen(sin[i + half]);
+        y[i] = widen(as_real(x[i] * widen(cos[i]))) + x[i + half] * widen(sin[i]);
+        y[i + half] = widen(as_real(x[i + half] * widen(cos[i + half]))) + x[i] * widen(sin[i + half]);
     }
-    for (int64_t i = 0; i < n; i++) head[i] = narrow(y[i]);
+    for (int64_t i = 0; i < n; i++) head[i] = as_real(y[i]);
 }
 
 // Norm and RoPE of head h of the queries and keys of a token, in row b and at t of the call
-NOT_INLINED inline void finish_head(const Shape& shape, const Layer& layer, const Rope* ropes, bf16* head, int64_t h, int64_t b,
+NOT_INLINED inline void finish_head(const Shape& shape, const Layer& layer, const Rope* ropes, Real* head, int64_t h, int64_t b,
                         int64_t t) {
-    const bf16* weight = h < shape.H ? layer.norm_q : layer.norm_k;
+    const Real* weight = h < shape.H ? layer.norm_q : layer.norm_k;
     if (weight && !shape.norm_all_heads) norm_row(head, weight, head, shape.D, shape.eps, shape.norm_offset);
     if (layer.rope < 0) return;
     const Rope& rope = ropes[layer.rope];
@@ -95,14 +95,14 @@ NOT_INLINED inline void finish_head(const Shape& shape, const Layer& layer, cons
 }
 
 // Norm over all heads of the queries and keys of a token, in models that have it
-inline void norm_heads(const Shape& shape, const Layer& layer, bf16* qkv) {
+inline void norm_heads(const Shape& shape, const Layer& layer, Real* qkv) {
     if (!shape.norm_all_heads || !layer.norm_q) return;
-    bf16* keys = qkv + shape.H * shape.D;
+    Real* keys = qkv + shape.H * shape.D;
     norm_row(qkv, layer.norm_q, qkv, shape.H * shape.D, shape.eps, shape.norm_offset);
     norm_row(keys, layer.norm_k, keys, shape.G * shape.D, shape.eps, shape.norm_offset);
 }
 
 // x + factor * y, rounded as two operations
-inline bf16 add(bf16 x, float y, float factor) {
-    return narrow(widen(x) + (factor == 1.0f ? y : widen(narrow(y * factor))));
+inline Real add(Real x, float y, float factor) {
+    return as_real(widen(x) + (factor == 1.0f ? y : widen(as_real(y * factor))));
 }

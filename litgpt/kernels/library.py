@@ -6,6 +6,7 @@ Compiling takes a C++ compiler. Without one everything works as well, by torch's
 import contextlib
 import ctypes
 import functools
+from collections.abc import Iterable
 
 from litgpt.kernels import processor
 
@@ -49,19 +50,29 @@ def compile_ahead() -> None:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels; None where they are impossible or disabled (`litgpt.kernels.processor`)."""
+    return _library("KERNELS", tuple(_SIGNATURES))
+
+
+@functools.cache
+def float32_library() -> ctypes.CDLL | None:
+    """`run_layers` for models in float32; None as for `library`."""
+    return library() and _library("FLOAT32", ("run_layers",))
+
+
+def _library(which: str, functions: tuple[str, ...]) -> ctypes.CDLL | None:
     target = processor.instruction_set()
     if target is None:
         return None
     import torch  # noqa: F401  # whose OpenMP the kernels use
 
-    from litgpt.kernels.build import kernels_for  # imports modules that only Linux has
+    from litgpt.kernels import build  # imports modules that only Linux has
 
-    return kernels_for(target, _load)
+    return build.kernels_for(target, functools.partial(_load, functions=functions), what=getattr(build, which))
 
 
-def _load(path: str) -> ctypes.CDLL:
+def _load(path: str, functions: Iterable[str] = tuple(_SIGNATURES)) -> ctypes.CDLL:
     loaded = ctypes.CDLL(path)
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(loaded, name)
+    for name in functions:
+        function, arguments = getattr(loaded, name), _SIGNATURES[name]
         function.argtypes, function.restype = arguments, ctypes.c_int if name == "multiplies_fast" else None
     return loaded

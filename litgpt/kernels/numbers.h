@@ -80,6 +80,18 @@ inline float exponential(float x) {  // relative error below 3e-7; 0 for what fl
     return x < -87.0f ? 0.0f : p * scale;
 }
 
+// Numbers of activations, norms, biases and caches in memory: bfloat16, or float in the library for models in float32
+#ifdef LITGPT_FLOAT32
+using Real = float;
+constexpr Real MINUS_INFINITY = -INFINITY;
+inline Real as_real(float x) { return x; }
+#else
+using Real = bf16;
+constexpr Real MINUS_INFINITY = 0xff80;
+inline Real as_real(float x) { return narrow(x); }
+#endif
+inline float widen(float x) { return x; }
+
 // Asks for memory that is read soon, so that it arrives while something else is computed.
 inline void prefetch(const void* start, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)start + i, 0, 2);

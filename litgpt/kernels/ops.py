@@ -62,8 +62,10 @@ def blocked(weight: torch.Tensor) -> torch.Tensor:
     """A weight (N, K) as `linear_blocked` reads it, which is oneDNN's way too: blocks of TILE outputs, in them pairs of
     inputs, padded with zeros: (blocks, pairs, TILE, 2)."""
     N, K = weight.shape
-    padded = weight.new_zeros(-(-N // TILE) * TILE, packed_inputs(K))
-    padded[:N, :K] = weight
+    padded = weight
+    if N % TILE or K != packed_inputs(K):
+        padded = weight.new_zeros(-(-N // TILE) * TILE, packed_inputs(K))
+        padded[:N, :K] = weight
     return padded.view(-1, TILE, padded.shape[1] // 2, 2).transpose(1, 2).contiguous()
 
 

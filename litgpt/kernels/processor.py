@@ -9,6 +9,7 @@ import functools
 import os
 import platform
 import re
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ RESTRICTED = {
     "neon": InstructionSet("neon", ("-march=armv8-a",), ("asimd",)),
     "scalar": InstructionSet("scalar", ("-DLITGPT_SCALAR",)),
 }
+_CPUS = Path("/sys/devices/system/cpu")
 VECTORIZED = (
     "avx512bf16",
     "avx512",
@@ -45,12 +47,13 @@ VECTORIZED = (
 )  # instruction sets that have headers of their own in simd/
 # names for the results of `-march=native`, the best first
 _NATIVE = {"avx512bf16": (*_AVX512, "avx512_bf16"), "avx512": _AVX512, "avx2": _AVX2}
+_APPLE = {"neonbf16": ("-march=armv8.4-a+bf16",), "neon": ("-mcpu=apple-m1",)}  # its compiler knows no native one
 _NATIVE |= {"neonbf16": ("asimd", "bf16"), "neon": ("asimd",)}
 
 
 @functools.cache
 def features() -> frozenset[str]:
-    """Features of the processor, by Linux's names; empty on other systems."""
+    """Features of the processor, by Linux's names; empty on other systems than Linux and macOS."""
     return frozenset(
         word for line in _about() if not line.startswith("model name") for word in line.split(":")[1].split()
     )
@@ -64,6 +67,8 @@ def fingerprint() -> str:
 
 @functools.cache
 def _about() -> list[str]:
+    if platform.system() == "Darwin":
+        return _about_mac(_sysctl())
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
@@ -71,19 +76,36 @@ def _about() -> list[str]:
     return sorted({line for line in lines if line.startswith(("model name", "flags", "Features")) and ":" in line})
 
 
-def physical_cores() -> int | None:
-    """Cores of the processors that this process may use, each counted once however many threads it runs; None: unknown."""
+def _sysctl() -> dict[str, str]:
+    """What macOS says about the processor."""
     try:
-        blocks = Path("/proc/cpuinfo").read_text(errors="replace").split("\n\n")
+        done = subprocess.run(["sysctl", "machdep.cpu", "hw"], capture_output=True, text=True)
     except OSError:
+        return {}
+    return dict(re.findall(r"^([\w.]+): (.*)$", done.stdout, re.MULTILINE))
+
+
+def _about_mac(values: dict[str, str]) -> list[str]:
+    """As the lines of /proc/cpuinfo."""
+    words = [
+        word for key in ("features", "leaf7_features") for word in values.get(f"machdep.cpu.{key}", "").lower().split()
+    ]
+    names = {"neon": "asimd", "AdvSIMD": "asimd", "arm.FEAT_DotProd": "asimddp", "arm.FEAT_BF16": "bf16"}
+    words += [name for key, name in names.items() if values.get(f"hw.optional.{key}") == "1"]
+    return [f"flags: {' '.join(sorted(set(words)))}", f"model name: {values.get('machdep.cpu.brand_string', '')}"]
+
+
+def physical_cores() -> int | None:
+    """Cores of the processors that this process may use, each counted once however many threads it runs (on Apple silicon the
+    fast ones); None: unknown."""
+    if platform.system() == "Darwin":
+        values = _sysctl()
+        return int(values.get("hw.perflevel0.physicalcpu") or values.get("hw.physicalcpu") or 0) or None
+    try:
+        cpus = [_CPUS / f"cpu{number}" for number in os.sched_getaffinity(0)]
+        return len({(cpu / "topology" / "thread_siblings_list").read_text() for cpu in cpus})
+    except (OSError, AttributeError):
         return None
-    cpus = [dict(re.findall(r"^(\S[^\t:]*)\t*: ?(.*)$", block, re.MULTILINE)) for block in blocks]
-    cores = {
-        (cpu.get("physical id"), cpu["core id"])
-        for cpu in cpus
-        if "core id" in cpu and int(cpu["processor"]) in os.sched_getaffinity(0)
-    }
-    return len(cores) or None
 
 
 def instruction_set() -> InstructionSet | None:
@@ -95,11 +117,13 @@ def instruction_set() -> InstructionSet | None:
     choice = os.environ.get("LITGPT_KERNELS") or "auto"
     if choice not in ("auto", "0", *RESTRICTED):
         raise ValueError(f"LITGPT_KERNELS={choice!r} is not one of auto, {', '.join(RESTRICTED)}, 0")
-    if choice == "0" or platform.system() != "Linux":
+    if choice == "0" or platform.system() not in ("Linux", "Darwin"):
         return None
     if choice == "auto":
         known = (name for name, needed in _NATIVE.items() if features().issuperset(needed))
-        return InstructionSet(next(known, platform.machine()), ("-march=native",))
+        name = next(known, platform.machine())
+        own = _APPLE if platform.system() == "Darwin" else {}  # Intel's have other names
+        return InstructionSet(name, own.get(name, ("-march=native",)))
     chosen = RESTRICTED[choice]
     if missing := [name for name in chosen.features if name not in features()]:
         raise ValueError(f"LITGPT_KERNELS={choice}: this processor has no {', '.join(missing)}")

@@ -5,7 +5,7 @@
 #include "simd/simd.h"
 
 constexpr int SPLIT_KEYS = 64;        // keys of a KV split, which one thread processes
-constexpr bf16 HIDDEN = 0xff80;  // the bias of a key that a query does not see: minus infinity
+constexpr Real HIDDEN = MINUS_INFINITY;  // the bias of a key that a query does not see: minus infinity
 // Replaces scores s (n,) by exp(s - top), where `top` is the largest score. Returns their sum.
 NOT_INLINED inline float exponentiate(float* s, float* top, int64_t n) {
     const float most = *top = largest(s, n);
@@ -17,7 +17,7 @@ inline float softcap(float score, float cap) {
 }
 
 // Replaces products s of a query with n <= SPLIT_KEYS keys by exp(score - top), and by 0 after the last.
-inline void weigh(float* s, const bf16* bias, int64_t n, float scale, float cap, float* top, float* total) {
+inline void weigh(float* s, const Real* bias, int64_t n, float scale, float cap, float* top, float* total) {
     for (int64_t j = 0; j < SPLIT_KEYS; j += LANES) store(s + j, load(s + j) * all(scale));
     if (cap > 0)
         for (int64_t j = 0; j < n; j++) s[j] = softcap(s[j], cap);

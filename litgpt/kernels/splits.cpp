@@ -3,14 +3,6 @@
 #include "encoded_split.h"
 #include "split.h"
 
-void SplitQueries::attend(const bf16* k, const bf16* v, const bf16* ahead, int64_t k_stride, int64_t v_stride) const {
-    const auto run = count == 1   ? attend_rows<1>
-                     : count == 2 ? attend_rows<2>
-                     : count == 3 ? attend_rows<3>
-                                  : attend_rows<4>;
-    run(*this, k, v, ahead, k_stride, v_stride);
-}
-
 void SplitQueries::attend(const Vectors& k, const Vectors& v, const Vectors& ahead) const {
     const auto run = count == 1   ? attend_encoded<1>
                      : count == 2 ? attend_encoded<2>

@@ -6,13 +6,15 @@ import torch
 
 _POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
-BLOCKED, INT8, INT4 = range(3)  # kinds of weights
+BLOCKED, INT8, INT4, PLAIN = range(4)  # kinds of weights
 
 
 class Weight(ctypes.Structure):
     _fields_ = [
         *((name, _COUNT) for name in ("kind", "K", "N", "group")),
         *((name, _POINTER) for name in ("w", "scale", "minimum", "bias")),
+        ("rank", _COUNT),
+        *((name, _POINTER) for name in ("a", "b")),
     ]
 
 

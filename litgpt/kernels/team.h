@@ -4,10 +4,15 @@
 
 #pragma once
 
-#include <omp.h>
 #include <time.h>
 
 #include <algorithm>
+
+#ifdef _OPENMP
+extern "C" int omp_get_max_threads();  // declared here, since Apple's compiler lacks OpenMP's header
+#else
+inline int omp_get_max_threads() { return 1; }
+#endif
 
 inline double clock_seconds(clockid_t clock) {
     timespec t;

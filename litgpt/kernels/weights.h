@@ -19,7 +19,42 @@ enum WeightKind { BLOCKED = 0, INT8_ROWS = 1, INT4_PAIRS = 2, PLAIN_ROWS = 3 };
 struct Weight {
     int64_t kind, K, N, group;
     const void *w, *scale, *minimum;
-    const bf16* bias;
+    const Real* bias;
+    // Decode steps add (x a^T) b, two small matrices (rank, K) and (rank, N); rank 0: there are none
+    int64_t rank;
+    const Real* a;
+    const float* b;
+};
+
+// What the small matrices of a weight add to its outputs; each thread has all of x a^T (M, rank) for itself
+class LowRank {
+    const Weight& w;
+    const float* inner = nullptr;
+
+public:
+    LowRank(const Weight& w, const Real* x, int64_t M, Scratch<float>& scratch) : w(w) {
+        if (!w.rank) return;
+        float* sums = scratch.get(M * w.rank);
+        for (int64_t i = 0; i < M * w.rank; i++) sums[i] = dot(x + i / w.rank * w.K, w.a + i % w.rank * w.K, w.K);
+        inner = sums;
+    }
+
+    // to outputs [first, first + size) of row m
+    void add(int64_t m, int64_t first, int64_t size, float* values) const {
+        for (int64_t r = 0; r < w.rank; r++) {
+            const float factor = inner[m * w.rank + r], *row = w.b + r * w.N + first;
+#pragma omp simd
+            for (int64_t j = 0; j < size; j++) values[j] += factor * row[j];
+        }
+    }
+
+private:
+    NOT_INLINED static float dot(const Real* x, const Real* y, int64_t n) {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < n; i++) sum += widen(x[i]) * widen(y[i]);
+        return sum;
+    }
 };
 
 // The weights of the next tile, which are prefetched while this one is computed: a share in each of its `passes`.
@@ -41,13 +76,13 @@ struct Tiles {
     int64_t row_bytes;  // of prepared rows; 0: rows are used as they are
 
     Tiles(int64_t K, int64_t N, int tile, int pass, int64_t row_bytes) : K(K), N(N), tile(tile), pass(pass), row_bytes(row_bytes) {}
-    virtual void prepare(const bf16* x, char* row) const = 0;
+    virtual void prepare(const Real* x, char* row) const = 0;
     virtual const void* at(int64_t u) const = 0;  // the weights of tile u
     // Outputs of tile u for some rows from row m on: y (rows, tile)
     virtual void compute(int64_t u, const Rows& x, int64_t m, int rows, float* y, Prefetch ahead) const = 0;
 
     int64_t n_tiles() const { return (N + tile - 1) / tile; }
-    int64_t stride() const { return row_bytes ? (row_bytes + 63) / 64 * 64 : K * int64_t(sizeof(bf16)); }
+    int64_t stride() const { return row_bytes ? (row_bytes + 63) / 64 * 64 : K * int64_t(sizeof(Real)); }
 
     // What to prefetch in a pass over tile u
     Prefetch next(int64_t u, int pass, int passes) const {
@@ -69,15 +104,15 @@ public:
 // One tile of 64 outputs in oneDNN's order, whose K is a multiple of 32: y (rows, 64). In products.cpp.
 void compute_block(const uint32_t* w, int64_t K, const Rows& x, int rows, float* y);
 
-NOT_INLINED inline void prepare_inputs(const bf16* x, int64_t K, char* row, int64_t bytes) {
+NOT_INLINED inline void prepare_inputs(const Real* x, int64_t K, char* row, int64_t bytes) {
     std::memset(row + K * sizeof(Input), 0, bytes - K * sizeof(Input));
-    if constexpr (std::is_same_v<Input, bf16>)
-        std::memcpy(row, x, K * sizeof(bf16));
+    if constexpr (std::is_same_v<Input, Real>)
+        std::memcpy(row, x, K * sizeof(Real));
     else
         for (int64_t k = 0; k < K; k++) ((float*)row)[k] = widen(x[k]);
 }
 
-inline Rows rows_for(const Tiles& w, const bf16* x, int64_t M, Scratch<char>& scratch) {
+inline Rows rows_for(const Tiles& w, const Real* x, int64_t M, Scratch<char>& scratch) {
     const int64_t stride = w.stride();
     if (w.row_bytes == 0) return {(const char*)x, stride};
     char* start = scratch.get(M * stride);
@@ -98,11 +133,11 @@ void in_passes(const Tiles& w, int64_t M, F f) {
 }
 
 // y (n,) = values + bias
-NOT_INLINED inline void store_row(const float* values, const bf16* bias, bf16* y, int64_t n) {
+NOT_INLINED inline void store_row(const float* values, const Real* bias, Real* y, int64_t n) {
     if (bias)
-        for (int64_t j = 0; j < n; j++) y[j] = narrow(values[j] + widen(bias[j]));
+        for (int64_t j = 0; j < n; j++) y[j] = as_real(values[j] + widen(bias[j]));
     else
-        for (int64_t j = 0; j < n; j++) y[j] = narrow(values[j]);
+        for (int64_t j = 0; j < n; j++) y[j] = as_real(values[j]);
 }
 
 // x (M, K) w^T, called by all threads of a team: f(m, first, size, values) gets outputs [first, first + size) of row m.
@@ -117,13 +152,13 @@ void product(const Tiles& w, const Rows& x, int64_t M, F f) {
 }
 
 // y (M, N) = x (M, K) w^T + bias, called by all threads of a team
-inline void product(const Tiles& w, const Rows& x, const bf16* bias, bf16* y, int64_t M) {
+inline void product(const Tiles& w, const Rows& x, const Real* bias, Real* y, int64_t M) {
     product(w, x, M, [&](int64_t m, int64_t first, int64_t size, const float* values) {
         store_row(values, bias ? bias + first : nullptr, y + m * w.N + first, size);
     });
 }
 
-inline void linear(const Weight& weight, const bf16* x, bf16* y, int64_t M) {
+inline void linear(const Weight& weight, const Real* x, Real* y, int64_t M) {
     static thread_local Scratch<char> scratch;
     const TilesOf w(weight);
     const Rows rows = rows_for(*w, x, M, scratch);
@@ -132,24 +167,28 @@ inline void linear(const Weight& weight, const bf16* x, bf16* y, int64_t M) {
 }
 
 // y (n,) = activation(gates) * ups
-NOT_INLINED inline void activate_row(const float* gates, const float* ups, bf16* y, int64_t n, int kind) {
+NOT_INLINED inline void activate_row(const float* gates, const float* ups, Real* y, int64_t n, int kind) {
     const auto all = [&](auto activation) {
 #pragma omp simd
-        for (int64_t j = 0; j < n; j++) y[j] = narrow(activation(gates[j]) * ups[j]);
+        for (int64_t j = 0; j < n; j++) y[j] = as_real(activation(gates[j]) * ups[j]);
     };
     if (kind == SILU) all([](float x) { return activate(x, SILU); });
     if (kind == GELU) all([](float x) { return activate(x, GELU); });
     if (kind == GELU_TANH) all([](float x) { return activate(x, GELU_TANH); });
 }
 
-// inner (M, I) = activation(x gate^T) * (x up^T), called by all threads of a team
-inline void gated(const Tiles& gate, const Tiles& up, const Rows& x, bf16* inner, int64_t M, int kind) {
+// inner (M, I) = activation(x gate^T) * (x up^T), called by all threads of a team, with what `low_gate` and `low_up` add
+inline void gated(const Tiles& gate, const Tiles& up, const Rows& x, Real* inner, int64_t M, int kind,
+                  const LowRank* low_gate = nullptr, const LowRank* low_up = nullptr) {
     in_passes(gate, M, [&](int64_t u, int64_t m0, int rows, int pass, int passes) {
         float gates[ROWS * BLOCK_TILE], ups[ROWS * BLOCK_TILE];
         gate.compute(u, x, m0, rows, gates, gate.next(u, pass, passes));
         up.compute(u, x, m0, rows, ups, up.next(u, pass, passes));
         const int64_t first = u * gate.tile, size = std::min<int64_t>(gate.tile, gate.N - first);
-        for (int m = 0; m < rows; m++)
+        for (int m = 0; m < rows; m++) {
+            if (low_gate) low_gate->add(m0 + m, first, size, gates + m * gate.tile);
+            if (low_up) low_up->add(m0 + m, first, size, ups + m * gate.tile);
             activate_row(gates + m * gate.tile, ups + m * gate.tile, inner + (m0 + m) * gate.N + first, size, kind);
+        }
     });
 }

@@ -1,7 +1,7 @@
 """All layers on CPU in one kernel call: for small models PyTorch's overhead is as large as the arithmetic.
 
 `FusedLayers` computes the outputs of `GPT.run_layers` from the same weights, caches and plans; unsupported calls are left to
-`run_layers`. Decode and prefill steps have separate kernels.
+`run_layers`. Decode and prefill steps have separate kernels; models in float32 have those of decode steps only.
 """
 
 import ctypes
@@ -15,17 +15,18 @@ from torch import nn
 from litgpt.attention import attention_scale
 from litgpt.config import Config
 from litgpt.kernels import ops
-from litgpt.kernels.library import library
-from litgpt.kernels.structs import Layer, Rope, Segment, Shape, StepPlan, Vectors, Weight, address
+from litgpt.kernels.library import float32_library, library
+from litgpt.kernels.structs import PLAIN, Layer, Rope, Segment, Shape, StepPlan, Vectors, Weight, address
 from litgpt.kvcache import KVCache
 from litgpt.kvcache.plan import Part, Plan
 from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.model import GPT, Block, CausalSelfAttention, GemmaMLP, LLaMAMLP, Multiply, RMSNorm
 from litgpt.rope import Rope as RopeRows
-from litgpt.runners.opaque_weights import OpaqueLayer
+from litgpt.runners.opaque_weights import LowRankLayer, OpaqueLayer
 from litgpt.runners.packed_weights import PackedGatedMLP
 from litgpt.runners.watch import ModuleWatch
 
+WEIGHTS = ("qkv", "proj", "gate", "up", "down")
 KEPT_SCRATCH = 8 << 20  # most numbers of intermediate results that are kept from call to call
 
 # Every field of `Config` is in one of these tables; a new field must have its default.
@@ -76,7 +77,11 @@ def fuse_layers(model: GPT) -> bool:
 
     `model.layer_runner = None` undoes it, and is required before layers or their weights are replaced.
     """
-    layers = [_layer(block) for block in model.transformer.h] if ops.available() and _is_supported(model) else [None]
+    layers = (
+        [_layer(block, model.dtype) for block in model.transformer.h]
+        if ops.available() and _is_supported(model)
+        else [None]
+    )
     if None in layers:
         return False
     fused = FusedLayers(model, layers)
@@ -94,8 +99,13 @@ class FusedLayers:
     def __init__(self, model: GPT, layers: list[Layer]) -> None:
         config, first = model.config, model.transformer.h[0]
         self.model = weakref.ref(model)  # which has this runner
+        self.dtype = model.dtype
+        self.kernels = float32_library() if self.dtype == torch.float32 else library()
         self.blocks = list(model.transformer.h)
         self.layers = (Layer * len(layers))(*layers)
+        self.has_low_rank = any(
+            getattr(layer, name).rank for layer in layers for name in WEIGHTS
+        )  # in decode steps only
         self.shape = Shape(
             *(config.n_embd, config.n_head, config.n_query_groups, config.head_size, layers[0].gate.N),
             *(config.rope_n_elem, config.rope_interleave, _activation(first.mlp)),
@@ -128,10 +138,10 @@ class FusedLayers:
             return None
         different = list({id(plan): plan for plan in plans}.values())
         if B * T <= ops.MAX_ROWS and all(
-            _set_decode_plan(*pair, T) for pair in zip(self.plans, different, strict=False)
+            _set_decode_plan(*pair, T, self.dtype) for pair in zip(self.plans, different, strict=False)
         ):
             pass
-        elif ops.multiplies_fast():
+        elif self.dtype == torch.bfloat16 and ops.multiplies_fast() and not self.has_low_rank:
             segments = [_segments(plan, B, T) for plan in different]
             if None in segments or not self._can_look(plans):
                 return None
@@ -154,7 +164,7 @@ class FusedLayers:
         first, last = 0, len(self.layers) - 1
         for stop in looks if last in looks else [*looks, last]:
             final = stop == last
-            library().run_layers(
+            self.kernels.run_layers(
                 ctypes.byref(self.shape if final else self.inner_shape),
                 *(
                     ctypes.byref(self.layers[first]),
@@ -217,7 +227,7 @@ class FusedLayers:
             places = [_place(cache) for cache in caches]
             if places == self.places:
                 return True
-        if not all(map(_is_supported_cache, caches)):
+        if not all(_is_supported_cache(cache, self.dtype) for cache in caches):
             return False
         self.caches = list(map(weakref.ref, caches))  # without keeping their memory
         self.places = list(map(_place, caches))
@@ -235,7 +245,7 @@ def _place(cache: PlannedKVCache) -> tuple[int, int, int | None]:
     return keys.data_ptr(), values.data_ptr(), address(cache.kept_queries())
 
 
-def _set_decode_plan(target: StepPlan, plan: Plan, T: int) -> bool:
+def _set_decode_plan(target: StepPlan, plan: Plan, T: int, dtype: torch.dtype) -> bool:
     """Copy a plan for a few tokens to `target`; False unless it stores all, then attends to a range of slots."""
     part = plan.parts[0]
     step = part.steps[0]
@@ -261,7 +271,7 @@ def _set_decode_plan(target: StepPlan, plan: Plan, T: int) -> bool:
     target.query_slots, target.n_queries = address(queries), 0 if queries is None else queries.shape[-1]
     target.query_slots_by_row = queries is not None and queries.ndim > 1
     if bias is not None:
-        if bias.dtype != torch.bfloat16 or bias.stride(-1) != 1 or (bias.ndim == 4 and bias.shape[1] != 1):
+        if bias.dtype != dtype or bias.stride(-1) != 1 or (bias.ndim == 4 and bias.shape[1] != 1):
             return False
         target.bias_strides[0] = bias.stride(0) if bias.ndim == 4 and len(bias) > 1 else 0
         target.bias_strides[1] = bias.stride(-2) if bias.shape[-2] > 1 else 0
@@ -312,17 +322,18 @@ def _segments(plan: Plan, B: int, T: int) -> "ctypes.Array[Segment] | None":
     return (Segment * len(found))(*found)
 
 
-def _is_supported_cache(cache: KVCache | None) -> bool:
+def _is_supported_cache(cache: KVCache | None, dtype: torch.dtype) -> bool:
     return (
         isinstance(cache, PlannedKVCache)
         and type(cache).run is PlannedKVCache.run
-        and cache.dtype == torch.bfloat16
+        and cache.dtype == dtype
         and cache.storage.kernel_view() is not None
+        and (dtype == torch.bfloat16 or cache.storage.kernel_codes() is None)
         and cache.mha.is_plain()
     )
 
 
-def _layer(block: nn.Module) -> Layer | None:
+def _layer(block: nn.Module, dtype: torch.dtype) -> Layer | None:
     """The constant arguments of a layer; None if it is not supported."""
     if type(block) is not Block or type(block.attn) is not CausalSelfAttention:
         return None
@@ -335,7 +346,7 @@ def _layer(block: nn.Module) -> Layer | None:
         "norm_2": block.norm_2,
         "post_mlp_norm": block.post_mlp_norm,
     }
-    weights = {"qkv": _weight(attn.qkv), "proj": _weight(attn.proj), **_mlp_weights(mlp)}
+    weights = {"qkv": _weight(attn.qkv, dtype), "proj": _weight(attn.proj, dtype), **_mlp_weights(mlp, dtype)}
     kinds = (RMSNorm, nn.Identity, Multiply, type(None))
     if None in weights.values() or not weights or not all(type(norm) in kinds for norm in norms.values()):
         return None
@@ -351,11 +362,11 @@ def _layer(block: nn.Module) -> Layer | None:
     )
 
 
-def _mlp_weights(mlp: nn.Module) -> dict[str, Weight | None]:
+def _mlp_weights(mlp: nn.Module, dtype: torch.dtype) -> dict[str, Weight | None]:
     if type(mlp) is PackedGatedMLP:
         return mlp.kernel_weights() or {"gate": None}
     if type(mlp) in (LLaMAMLP, GemmaMLP):
-        return {"gate": _weight(mlp.fc_1), "up": _weight(mlp.fc_2), "down": _weight(mlp.proj)}
+        return {"gate": _weight(mlp.fc_1, dtype), "up": _weight(mlp.fc_2, dtype), "down": _weight(mlp.proj, dtype)}
     return {"gate": None}
 
 
@@ -363,15 +374,27 @@ def _activation(mlp: nn.Module) -> int:
     return mlp.activation if type(mlp) is PackedGatedMLP else ops.ACTIVATIONS[mlp.activation]
 
 
-def _weight(linear: nn.Module) -> Weight | None:
-    return linear.kernel_weight() if isinstance(linear, OpaqueLayer) else None
+def _weight(linear: nn.Module, dtype: torch.dtype) -> Weight | None:
+    if isinstance(linear, LowRankLayer):
+        weight, found = _weight(linear.linear, dtype), linear.low_rank()
+        if weight is None or found is None or found[0].dtype != dtype:
+            return None
+        a, b = found
+        weight.rank, weight.a, weight.b = len(a), address(a), address(b)
+        return weight
+    if dtype != torch.float32:
+        return linear.kernel_weight() if isinstance(linear, OpaqueLayer) else None
+    if type(linear) is not nn.Linear or linear.weight.dtype != dtype or not linear.weight.is_contiguous():
+        return None
+    N, K = linear.weight.shape
+    return Weight(kind=PLAIN, K=K, N=N, w=address(linear.weight), bias=address(linear.bias))
 
 
 def _is_supported(model: GPT) -> bool:
     config, wte = model.config, model.transformer.wte
     return (
         wte.weight.device.type == "cpu"
-        and model.dtype == torch.bfloat16
+        and (model.dtype == torch.bfloat16 or (model.dtype == torch.float32 and float32_library() is not None))
         and knows_config(config)
         and config.head_size <= ops.MAX_HEAD_SIZE
         and config.rope_n_elem <= config.head_size

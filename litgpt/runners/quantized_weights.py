@@ -6,7 +6,8 @@ rounding of the data type. Its state dict is the quantised form:
 - int8: `weight` (N, K) int8 and `scale` (N,) float32; row n of the weight is `weight[n] * scale[n]`.
 - int4: `weight` (N, K / 2) uint8, whose low halves are the even columns and whose high halves are the odd ones, with
   `scale` and `minimum` (N, K / group_size) float16; column k of row n is `bits * scale[n, g] + minimum[n, g]` with
-  `g = k // group_size`. GGUF's Q4_1 blocks have this form and are kept unchanged in groups of 32.
+  `g = k // group_size`. GGUF's Q4_0 and Q4_1 blocks have this form and are kept unchanged in groups of 32 (a scale may be
+  negative).
 
 Letters: N outputs and K inputs of a layer.
 """
@@ -88,6 +89,8 @@ def quantize_int4(values: torch.Tensor, group_size: int = 32) -> tuple[torch.Ten
     low, high = groups.aminmax(dim=2)
     fit = _Fit(groups, (high - low) / 15, low)
     if _have_few_values(groups):
+        most = torch.where(high > -low, high, low)
+        fit.try_out(most / -8, most)  # as in GGUF's Q4_0, where the number of the largest size is -8 times the scale
         for steps in range(14, 0, -1):
             fit.try_out((high - low) / steps, low)
     else:
@@ -107,7 +110,7 @@ class _Fit:
 
     def bits(self, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
         """The nearest integers, as floats."""
-        steps = scale.float().clamp(min=1e-30).unsqueeze(2)
+        steps = scale.float().masked_fill(scale == 0, 1e-30).unsqueeze(2)
         return (self.groups - minimum.float().unsqueeze(2)).div_(steps).round_().clamp_(0, 15)
 
     def _error(self, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
@@ -192,13 +195,21 @@ class QuantizedLinear(OpaqueLayer):
         """Quantise `values` (n, K) as the rows of the weight from `row` on."""
         if values.is_meta:
             return
-        for name, rows in self.quantized(values.to(self.weight.device)).items():
-            getattr(self, name)[row : row + len(values)] = rows
+        for part in self.quantized_parts(
+            values.to(self.weight.device)
+        ):  # each is gone before the next, or the heap gets holes
+            for name, rows in part.items():
+                getattr(self, name)[row : row + len(rows)] = rows
+            row += len(rows)
 
     def quantized(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """The buffers' values for rows (n, K) of a weight."""
-        parts = [self.quantized_part(part) for part in values.split(max(1, PIECE // self.in_features))]
+        parts = list(self.quantized_parts(values))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def quantized_parts(self, values: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
+        """`quantized` for some rows after the other."""
+        return map(self.quantized_part, values.split(max(1, PIECE // self.in_features)))
 
     def quantized_part(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
         """`quantized` for few enough rows that float32 copies are small."""

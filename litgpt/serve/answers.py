@@ -119,9 +119,15 @@ class Answers:
     def logprobs(self, generation: Generation, text: str) -> dict[str, Any] | None:
         if generation.logprobs is None:
             return None
-        entries = Answer.of(generation.sequence, self.served.ready.tokenizer).logprobs or []
+        sequence, tokenizer = generation.sequence, self.served.ready.tokenizer
+        entries = Answer.of(sequence, tokenizer).logprobs or []
         if self.kind.startswith("chat"):
             return {"content": [{**_entry(one), "top_logprobs": [_entry(x) for x in one.top]} for one in entries]}
+        if generation.logprobs_of_prompt:
+            prompt = zip(
+                sequence.tokens, [None, *sequence.prompt_logprobs], [{}, *sequence.prompt_top_logprobs], strict=False
+            )
+            entries = [TokenLogprob.of(tokenizer, *entry) for entry in prompt] + entries
         offsets, at = [], len(text) - sum(len(one.token) for one in entries)
         for one in entries:
             offsets.append(max(0, at))
@@ -129,7 +135,7 @@ class Answers:
         return {
             "tokens": [one.token for one in entries],
             "token_logprobs": [one.logprob for one in entries],
-            "top_logprobs": [{other.token: other.logprob for other in one.top} for one in entries],
+            "top_logprobs": [None if one.logprob is None else _by_text(one.top) for one in entries],
             "text_offset": offsets,
         }
 
@@ -180,7 +186,7 @@ class Answers:
                 if last:
                     generation = self.generations[index]
                     end = choice(index, "", "tool_calls" if calls else generation.finish_reason)
-                    end["logprobs"] = self.logprobs(generation, "")
+                    end["logprobs"] = self.logprobs(generation, self.echo[index] + texts[index])
                     yield event([end])
             await self.at_end()
             if include_usage:
@@ -200,6 +206,14 @@ def _event(value: dict[str, Any]) -> bytes:
 
 def _entry(one: TokenLogprob) -> dict[str, Any]:
     return {"token": one.token, "logprob": one.logprob, "bytes": list(one.token.encode())}
+
+
+def _by_text(top: tuple[TokenLogprob, ...]) -> dict[str, float]:
+    """Log-probabilities by text: of tokens with the same one, the likeliest counts."""
+    found: dict[str, float] = {}
+    for one in top:
+        found.setdefault(one.token, one.logprob)
+    return found
 
 
 def _failure(generation: Generation) -> ApiError:

@@ -301,7 +301,7 @@ class App:
         if schema is not None:
             sampling = replace(sampling, processors=(follow_schema(served.ready.tokenizer, schema, param),))
         self._check_room(served, prompt)
-        left = served.room - len(prompt)
+        left = served.room - (0 if served.limit is None else len(prompt))
         most = left if most is None else most if served.limit is None else min(most, left)
         return [
             Generation(
@@ -318,7 +318,7 @@ class App:
         ]
 
     def _check_room(self, served: ServedModel, prompt: torch.Tensor) -> None:
-        if len(prompt) >= served.room:
+        if served.limit is not None and len(prompt) >= served.room:
             raise bad_request(
                 f"the prompt has {len(prompt):,} tokens, which leaves no room for an answer in the {served.room:,} of the context",
                 "messages",
@@ -395,12 +395,12 @@ class App:
         most = number(body, "max_tokens", 16, least=1)
         logprobs = number(body, "logprobs", least=0)
         echo = flag(body, "echo")
-        if echo and logprobs is not None:
-            raise bad_request("echo together with logprobs is not supported", "echo")
         generations, texts = [], []
         for prompt in _prompts(body.get("prompt")):
             tokens = await asyncio.to_thread(_encode, served, prompt)
             own = self._generations(served, tokens, body, most, logprobs=logprobs)
+            for one in own:
+                one.logprobs_of_prompt = echo and logprobs is not None
             generations += own
             texts += [served.ready.tokenizer.decode(tokens.tolist()) if echo else ""] * len(own)
         answers = Answers(served, generations, "text_completion", self.options.timeout, texts)

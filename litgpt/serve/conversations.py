@@ -17,6 +17,7 @@ from litgpt.tokenizer import Tokenizer
 Messages = list[dict[str, Any]]
 MOST_TRANSCRIPTS = 256
 LEAST_CHECKPOINT = 16  # tokens
+_PROBE = "\ue000"  # a character for private use
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,27 +118,27 @@ class Conversations:
         """
         said = self.tokenizer.decode(list(output))
         (back,) = self._for_template(messages_of({"messages": [answer]}), None)
-        later, probe = self._sent_back(prompt, back), self._sent_back(prompt, {"role": "assistant", "content": "A"})
-        end = probe[1:] if probe.startswith("A") else ""
-        texts = {said} if said or end else set()
+        later, probe = self._sent_back(prompt, back), self._sent_back(prompt, {"role": "assistant", "content": _PROBE})
+        end = probe.rpartition(_PROBE)[2] if _PROBE in probe else ""
+        texts = {prompt.text + said + end} if said or end else set()
         if later and probe and later.endswith(end):
-            texts.add(later.removesuffix(end))
+            texts.add(later)
         tokens = [*prompt.tokens.tolist(), *output]
         with self._lock:
             for text in texts:
-                self._transcripts[prompt.text + text + end] = len(prompt.text + text), tokens
-                self._transcripts.move_to_end(prompt.text + text + end)
+                self._transcripts[text] = len(text) - len(end), tokens
+                self._transcripts.move_to_end(text)
             while len(self._transcripts) > MOST_TRANSCRIPTS:
                 self._transcripts.popitem(last=False)
 
     def _sent_back(self, prompt: ChatPrompt, answer: dict[str, Any]) -> str:
-        """What the chat template appends to a prompt for an answer ("": it writes the prompt otherwise then)."""
+        """The conversation with an answer, as the chat template writes it ("": it takes no such answer). Templates of models that
+        reason may write neither the reasoning nor the tag that opened it."""
         variables = {**prompt.variables, "add_generation_prompt": False}
         try:
-            text = self.style.render([*prompt.messages, answer], **variables)
+            return self.style.render([*prompt.messages, answer], **variables)
         except (ValueError, TypeError):
             return ""
-        return text.removeprefix(prompt.text) if text.startswith(prompt.text) else ""
 
 
 def _n_common(a: torch.Tensor, b: torch.Tensor) -> int:

@@ -56,5 +56,5 @@ class ServedModel:
 
     @property
     def room(self) -> int:
-        """Most tokens of a prompt and its answer where the client sets no limit."""
+        """Most tokens of a prompt and its answer; where there is no limit, of an answer for which the client sets none."""
         return self.ready.model.max_seq_length if self.limit is None else self.limit

@@ -10,14 +10,15 @@ alone, and what flows into them is added to the gradients of the tokens that the
 Letters: B rows, N tokens of all rows one after the other, E embedding size, G key/value heads, D head size, n slots in use.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from litgpt.kvcache import CacheSpec
@@ -84,10 +85,10 @@ class CachedLayers:
             return self._whole(idx.reshape(1, -1), sizes).view(B, T, -1)
         sweep = _Sweep(self, idx.reshape(1, -1), sizes)
         x, n = self.gpt.embed(sweep.idx), len(self.gpt.transformer.h)
+        if self.every > 1 and any(isinstance(block, FSDPModule) for block in self.gpt.transformer.h):
+            raise ValueError("keep_inputs must be a place where layers are divided among processes, not a number")
         for first in range(0, n, self.every):
-            group = range(first, min(first + self.every, n))
-            params = [[p for p in self.gpt.transformer.h[i].parameters() if p.requires_grad] for i in group]
-            x = _LayerGroup.apply(x, sweep, group, [len(of) for of in params], *sum(params, []))
+            x = sweep.run_group(range(first, min(first + self.every, n)), x)
         return x.view(B, T, -1)
 
     def _nothing_to_cut(self, sizes: list[int]) -> bool:
@@ -134,10 +135,25 @@ class _Sweep:
             for chunk in self.chunks
         ]
 
+    def run_group(self, group: range, x: torch.Tensor) -> torch.Tensor:
+        """Outputs (1, N, E) of layers for all tokens. A layer that is divided among processes is called once, with all chunks:
+        its weights are gathered once in each pass, and its gradients added up among the processes once."""
+        blocks = [self.gpt.transformer.h[i] for i in group]
+
+        def run(x: torch.Tensor) -> torch.Tensor:
+            params = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
+            return _LayerGroup.apply(x, self, group, [len(of) for of in params], *sum(params, []))
+
+        if not isinstance(blocks[0], FSDPModule):
+            return run(x)
+        with _forward_of(blocks[0], run):
+            return blocks[0](x)
+
     def run(self, block: nn.Module, index: int, x: torch.Tensor, cache: nn.Module, seed: int | None) -> torch.Tensor:
         """Outputs of a layer for the inputs of chunk `index`, with what stands for its cache."""
+        forward = partial(Block.forward, block) if isinstance(block, FSDPModule) else block
         with _cache_of(block, cache), _seeded(seed, index):
-            return block(x, self.ropes[index], _NO_PLAN, self.idx[:, self.chunks[index].tokens])
+            return forward(x, self.ropes[index], _NO_PLAN, self.idx[:, self.chunks[index].tokens])
 
     def make_cache(self, block_idx: int) -> PlannedKVCache:
         """An empty cache for a layer."""
@@ -269,6 +285,10 @@ def _backward(
             if d_param is not None:
                 d_params[i] = d_param if d_params[i] is None else d_params[i].add_(d_param)
     cache.storage.detach_graph()
+    if isinstance(block, FSDPModule):  # every process has to have gradients of the same parameters
+        return [
+            torch.zeros_like(p) if d_param is None else d_param for p, d_param in zip(params, d_params, strict=True)
+        ]
     return d_params
 
 
@@ -328,6 +348,16 @@ def _cache_of(block: nn.Module, cache: nn.Module) -> Iterator[None]:
         yield
     finally:
         block.attn.kv_cache = before
+
+
+@contextmanager
+def _forward_of(block: nn.Module, forward: Callable) -> Iterator[None]:
+    """Let a layer run by another function, between its hooks."""
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
 
 
 @contextmanager

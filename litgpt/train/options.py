@@ -92,10 +92,16 @@ class Options:
                 check_trainable(spec)
             except ValueError as error:
                 raise UsageError(f"--kv_cache: {error}") from None
-        if spec is not None and self.strategy == "fsdp":
-            raise ValueError(
-                "--kv_cache: layers that are divided among devices (fsdp) cannot be trained through caches"
-            )
+        if spec is not None and self.strategy == "fsdp" and parse_devices(self.devices) * self.num_nodes > 1:
+            if self.train.teacher is not None:
+                raise ValueError(
+                    "--train.teacher needs a copy of what is trained, which fsdp divides among devices: use --strategy ddp"
+                )
+            if isinstance(self.train.keep_inputs, int) and self.train.keep_inputs > 1:
+                raise ValueError(
+                    f"--train.keep_inputs {self.train.keep_inputs}: with --strategy fsdp inputs of all layers are kept: "
+                    "device, cpu or disk"
+                )
         for name, default in (("teacher", None), ("keep_inputs", "device")):
             if getattr(self.train, name) != default and self.kv_cache is None:
                 raise ValueError(f"--train.{name} is for training through a key-value cache: name it with --kv_cache")
@@ -129,10 +135,9 @@ class Options:
         found = [folder.name for folder in step_folders(self.out_dir)]
         found += ["final"] if (self.out_dir / "final").exists() else []
         if path is None and found:
-            raise ValueError(
-                f"{self.out_dir} holds a run already ({found[-1]}): give another --out_dir, or --resume auto to "
-                "continue it"
-            )
+            how = "" if self.resume else ", or --resume auto to continue it"
+            known = ", and no checkpoint of this method to resume from" if self.resume else " of a run already"
+            raise ValueError(f"{self.out_dir} holds {found[-1]}{known}: give another --out_dir{how}")
         return path
 
     def describe(self, **changed: Any) -> None:

@@ -104,13 +104,14 @@ def litgpt_copy(checkpoint, path):
     return path
 
 
-def test_a_gguf_files_own_integers_are_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_a_gguf_files_own_integers_are_kept(tmp_path, monkeypatch, kind):
     for module in (test_gguf, test_gguf.tiny_models):
         monkeypatch.setattr(module, "CASES", {**module.CASES})
     model_type, values = test_gguf.tiny_models.CASES["llama"]
     test_gguf.tiny_models.CASES["llama"] = (model_type, values | {"intermediate_size": 64, "vocab_size": 96})
     model = test_gguf.random_model("llama")
-    file = test_gguf.write_gguf(tmp_path / "tiny.gguf", "llama", model, GGMLQuantizationType.Q4_1)
+    file = test_gguf.write_gguf(tmp_path / "tiny.gguf", "llama", model, GGMLQuantizationType[kind])
     exact = load_model(open_checkpoint(file), torch.float32)
     quantised = load_model(open_checkpoint(file), torch.float32, quantize="int4")
     for name, layer in quantised.named_modules():
@@ -144,12 +145,12 @@ from litgpt.checkpoint.open import open_checkpoint
 from litgpt.runners.quantized_weights import QuantizedLinear, Scheme
 path, out, mode = sys.argv[1:]
 samples = []
-quantized_part = QuantizedLinear.quantized
-def quantized(layer, values):
-    parts = quantized_part(layer, values)
-    samples.append(memory())
-    return parts
-QuantizedLinear.quantized = quantized
+quantized_parts = QuantizedLinear.quantized_parts
+def sampled(layer, values):
+    for part in quantized_parts(layer, values):
+        yield part
+        samples.append(memory())
+QuantizedLinear.quantized_parts = sampled
 checkpoint = open_checkpoint(path)
 checkpoint.config, checkpoint.tied
 before, held = memory(), 0

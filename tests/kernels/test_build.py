@@ -54,7 +54,7 @@ class Machine:
 
     @property
     def compilations(self) -> int:
-        return len(self.log.read_text().split()) // (len(build.UNITS) + 1) if self.log.exists() else 0
+        return len(self.log.read_text().split()) // (len(build.KERNELS.units) + 1) if self.log.exists() else 0
 
     @property
     def said(self) -> list[str]:

@@ -25,11 +25,11 @@ def rows(*shape):
     return torch.randn(*shape).to(torch.bfloat16)
 
 
-def assert_rounded(found, expected):
+def assert_rounded(found, expected, of_largest=2**-14):
     """`found` is `expected`, computed in float32 and rounded to bfloat16."""
     assert found.dtype == torch.bfloat16
     error = (found.double() - expected).abs()
-    assert (error <= expected.abs() * 2**-8 + expected.abs().max() * 2**-14).all()
+    assert (error <= expected.abs() * 2**-8 + expected.abs().max() * of_largest).all()
 
 
 @pytest.mark.parametrize(("M", "K", "N"), SHAPES)
@@ -253,7 +253,8 @@ def test_products_of_any_shape(M, K, N, seed):
     assert_rounded(ops.linear_int8(x, integers, scale), x.double() @ dequantize_int8(integers, scale, torch.float64).T)
     for group in (size for size in (128, 64, 32) if K % size == 0):
         form = quantize_int4(weight.float(), group)
-        assert_rounded(ops.linear_int4(x, *form), x.double() @ dequantize_int4(*form, torch.float64).T)
+        expected = x.double() @ dequantize_int4(*form, torch.float64).T
+        assert_rounded(ops.linear_int4(x, *form), expected, of_largest=2**-13)  # with AVX2 rows are in 16 bits
 
 
 @thorough

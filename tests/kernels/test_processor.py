@@ -6,6 +6,7 @@ import pytest
 
 from litgpt.kernels import processor
 from litgpt.kernels.library import library
+from litgpt.kernels.toolchain import toolchain
 
 
 def test_kernels_can_be_restricted_or_left_out(monkeypatch):
@@ -45,18 +46,72 @@ def test_what_the_processor_lacks_cannot_be_asked_for(monkeypatch):
 
 
 def test_other_systems_have_no_kernels(monkeypatch):
-    monkeypatch.setattr(processor.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(processor.platform, "system", lambda: "Windows")
     monkeypatch.delenv("LITGPT_KERNELS", raising=False)
     assert processor.instruction_set() is None
 
 
-def test_cores_count_once_however_many_threads_they_run(monkeypatch):
-    blocks = [f"processor\t: {i}\nphysical id\t: 0\ncore id\t\t: {i % 4}\nflags\t\t: avx2" for i in range(8)]
-    monkeypatch.setattr(processor.Path, "read_text", lambda *args, **kwargs: "\n\n".join(blocks) + "\n\n")
+M1 = """hw.optional.neon: 1
+hw.optional.arm.FEAT_DotProd: 1
+hw.optional.arm.FEAT_BF16: 0
+hw.physicalcpu: 8
+hw.perflevel0.physicalcpu: 4
+machdep.cpu.brand_string: Apple M1
+"""
+INTEL = """hw.physicalcpu: 6
+machdep.cpu.brand_string: Intel(R) Core(TM) i7-9750H CPU @ 2.60GHz
+machdep.cpu.features: FPU SSE4.2 F16C FMA AVX1.0
+machdep.cpu.leaf7_features: AVX2 BMI2
+"""
+MACS = {
+    "M1": (M1, "neon", ("-mcpu=apple-m1",), 4),
+    "M2": (M1.replace("BF16: 0", "BF16: 1"), "neonbf16", ("-march=armv8.4-a+bf16",), 4),
+    "Intel": (INTEL, "avx2", ("-march=native",), 6),
+}
+
+
+@pytest.mark.parametrize(("says", "name", "flags", "cores"), MACS.values(), ids=MACS)
+def test_on_macos_the_processor_is_asked_by_sysctl(monkeypatch, tmp_path, says, name, flags, cores):
+    command = tmp_path / "sysctl"
+    command.write_text(f"#!/bin/sh\ncat <<'END'\n{says}END\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(processor.platform, "system", lambda: "Darwin")
+    monkeypatch.delenv("LITGPT_KERNELS", raising=False)
+    for function in (processor.features, processor.fingerprint, processor._about):
+        monkeypatch.setattr(processor, function.__name__, function.__wrapped__)
+    assert (processor.instruction_set().name, processor.instruction_set().flags) == (name, flags)
+    assert processor.physical_cores() == cores
+    assert says.split("brand_string: ")[1].splitlines()[0] in processor.fingerprint()
+
+
+def test_on_macos_units_are_compiled_for_the_openmp_of_torch(monkeypatch, tmp_path):
+    monkeypatch.setattr(processor.platform, "system", lambda: "Darwin")
+    found = toolchain()
+    flags = found.compile_unit(["-mcpu=apple-m1"], tmp_path / "x.cpp", tmp_path / "x.o")
+    assert flags[-5:] == ["-mcpu=apple-m1", "-c", str(tmp_path / "x.cpp"), "-o", str(tmp_path / "x.o")]
+    assert flags[flags.index("-fopenmp") - 1] == "-Xclang"
+    assert not any("cost-model" in flag for flag in flags)
+    assert "-Wl,-undefined,dynamic_lookup" in found.link_units([tmp_path / "x.o"], tmp_path / "x.so")
+    monkeypatch.delenv("CXX", raising=False)
+    for status, compiler in ((2, None), (0, str(tmp_path / "clang++"))):
+        for name, code in (("xcode-select", status), ("clang++", 0)):
+            (tmp_path / name).write_text(f"#!/bin/sh\nexit {code}\n")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+        assert found.compiler() == compiler
+    assert found.missing() == "there is no compiler 'clang++' (xcode-select --install installs it)"
+
+
+def test_cores_count_once_however_many_threads_they_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(processor, "_CPUS", tmp_path)
     monkeypatch.setattr(processor.os, "sched_getaffinity", lambda pid: {0, 1, 4, 5, 6})
-    assert processor.physical_cores() == 3
-    monkeypatch.setattr(processor.Path, "read_text", lambda *args, **kwargs: "processor\t: 0\nBogoMIPS\t: 50\n")
     assert processor.physical_cores() is None
+    for number in range(8):
+        folder = tmp_path / f"cpu{number}" / "topology"
+        folder.mkdir(parents=True)
+        (folder / "thread_siblings_list").write_text(f"{number % 4},{number % 4 + 4}\n")
+    assert processor.physical_cores() == 3
 
 
 def test_commands_take_one_thread_for_a_core_unless_they_are_told_otherwise():

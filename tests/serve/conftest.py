@@ -1,6 +1,7 @@
 """A real server process with a tiny model."""
 
 import contextlib
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from tiny import VOCABULARY, tiny_gpt, tiny_tokenizer
 
+from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
 from litgpt.prompts import ChatTemplate
 
@@ -23,22 +25,56 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
+def launch(arguments):
+    """A process of `litgpt`, as users start it."""
+    return subprocess.Popen([sys.executable, "-m", "litgpt", *arguments], env={**os.environ, "LITGPT_KERNELS": "0"})
+
+
+class Forked:
+    """A process of `litgpt` that begins where all is imported, with the methods of `subprocess.Popen`.
+
+    Args:
+        arguments: of the command.
+        run: is called with them.
+    """
+
+    def __init__(self, arguments, run=main):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, "litgpt.serve.base"])
+        self._process = context.Process(target=_run, args=(run, arguments))
+        self._process.start()
+        self.pid, self.kill = self._process.pid, self._process.kill
+
+    def poll(self):
+        return self._process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def wait(self, timeout=None):
+        self._process.join(timeout)
+        return self._process.exitcode
+
+
+def _run(run, arguments):
+    os.environ["LITGPT_KERNELS"] = "0"
+    sys.exit(run(arguments))
+
+
 @contextlib.contextmanager
-def serving(folder, *options, wait="/health", program=("-m", "litgpt")):
+def serving(folder, *options, wait="/health", start=Forked):
     """The address of a server, and its process."""
     port = free_port()
-    command = [sys.executable, *program, "serve", str(folder), "--port", str(port), "--precision", "32-true"]
-    environment = {**os.environ, "LITGPT_KERNELS": "0"}
-    process = subprocess.Popen([*command, *map(str, options)], env=environment)
+    process = start(["serve", str(folder), "--port", str(port), "--precision", "32-true", *map(str, options)])
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(600):
+        for _ in range(3000):
             assert process.poll() is None, "the server has ended"
             try:
                 urllib.request.urlopen(address + wait, timeout=5)
                 break
             except (urllib.error.URLError, OSError):
-                time.sleep(0.1)
+                time.sleep(0.02)
         yield address, process
     finally:
         if process.poll() is None:
@@ -63,7 +99,7 @@ def checkpoint(tiny_llm, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(checkpoint):
-    with serving(checkpoint, "--batch_size", 3, "--max_queue", 200) as (address, _):
+    with serving(checkpoint, "--batch_size", 3, "--max_queue", 200, start=launch) as (address, _):
         yield address
 
 

@@ -19,6 +19,10 @@ WITH_CALLS = (
     "{{ c.function.arguments | tojson }}}</tool_call>{% endfor %}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+REASONING = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] | trim }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+)
 ASK = [{"role": "system", "content": "Be kind to llamas."}, {"role": "user", "content": "Where is it?"}]
 
 
@@ -26,9 +30,10 @@ def conversations(template=CHAT_TEMPLATE, **settings):
     return Conversations(tiny_tokenizer(), ChatTemplate(template, eos_token="<|end|>"), **settings)
 
 
-@pytest.mark.parametrize("template", [CHAT_TEMPLATE, WITH_CALLS])
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, WITH_CALLS, REASONING])
 @pytest.mark.parametrize(
-    "written", [" It is here. ", '<tool_call>{"name":"look",  "arguments":{"at":  1}}</tool_call>', "Hm. "]
+    "written",
+    [" It is here. ", '<tool_call>{"name":"look",  "arguments":{"at":  1}}</tool_call>', "Not far.</think> Here.", ""],
 )
 def test_the_next_prompt_begins_with_the_tokens_of_the_last_answer(template, written):
     chats = conversations(template)

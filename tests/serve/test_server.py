@@ -3,49 +3,23 @@
 import asyncio
 import json
 import shutil
-import signal
-import socket
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from tiny import write_lora
 
-from litgpt.api import LLM
+from litgpt.serve.app import App
+from litgpt.serve.base import Server
+from litgpt.serve.options import ServeOptions
 
-from .conftest import serving
+from .asking import GREEDY, HELLO, ask, call, joined, stream_socket, until
 
 openai = pytest.importorskip("openai", reason="pip install '.[test]'")
-HELLO = [{"role": "user", "content": "Hello"}]
-GREEDY = {"model": "tiny", "temperature": 0}
 
 
 @pytest.fixture(scope="module")
 def client(server):
     return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0)
-
-
-def call(url, body=None, method=None, headers=None, data=None):
-    """Status, headers and body of a plain request."""
-    data = json.dumps(body).encode() if body is not None else data
-    request = urllib.request.Request(url, data, headers or {}, method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return response.status, response.headers, response.read()
-    except urllib.error.HTTPError as error:
-        return error.code, error.headers, error.read()
-
-
-def ask(client, text="Hello", **settings):
-    messages = [{"role": "user", "content": text}]
-    return client.chat.completions.create(messages=messages, **{**GREEDY, "max_tokens": 12, **settings})
-
-
-def joined(chunks):
-    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 
 def test_chat_equals_generate(client, llm, server):
@@ -69,6 +43,10 @@ def test_streams_have_one_id_one_role_and_an_end(client, server):
     assert [chunk.choices[0].delta.role for chunk in chunks] == ["assistant"] + [None] * (len(chunks) - 1)
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
     assert not chunks[-1].choices[0].delta.content
+    end = joined(chunks)[6:9]
+    with client.chat.completions.stream(messages=HELLO, stop=end, max_tokens=12, **GREEDY) as events:
+        final = events.until_done().get_final_completion().choices[0].message
+    assert (final.role, final.content) == ("assistant", joined(chunks).partition(end)[0])
     body = {**GREEDY, "messages": HELLO, "max_tokens": 4, "stream": True}
     _, headers, text = call(f"{server}/v1/chat/completions", body)
     assert headers["content-type"].startswith("text/event-stream")
@@ -92,9 +70,10 @@ def test_stop_strings_end_the_answer_and_are_not_in_it(client, stream):
     stop = whole[10:13]
     for given in (stop, ["never there", stop]):
         answer = ask(client, max_tokens=40, stop=given, stream=stream)
-        text = joined(answer) if stream else answer.choices[0].message.content
+        answer = list(answer) if stream else answer
+        text, last = (joined(answer), answer[-1]) if stream else (answer.choices[0].message.content, answer)
         assert text == whole[: whole.index(stop)]
-    assert ask(client, max_tokens=40, stop=stop).choices[0].finish_reason == "stop"
+        assert last.choices[0].finish_reason == "stop"
 
 
 def test_pieces_of_characters_are_not_sent(client):
@@ -104,6 +83,20 @@ def test_pieces_of_characters_are_not_sent(client):
             chunk.choices[0].delta.content or "" for chunk in ask(client, stream=True, **settings) if chunk.choices
         ]
         assert "".join(pieces) == ask(client, **settings).choices[0].message.content
+
+
+def test_characters_of_several_tokens_come_whole(client):
+    pytest.importorskip("llguidance")
+    said = '"é🦙漢字🏴‍☠️"'
+    settings = {"response_format": {"type": "json_schema", "json_schema": {"schema": {"const": said[1:-1]}}}}
+    n_bytes = len(said.encode())
+    for n in (3, 5, 11, n_bytes + 1):  # the first ones end within a character
+        pieces = [chunk.choices[0].delta.content or "" for chunk in ask(client, stream=True, max_tokens=n, **settings)]
+        assert all(len(piece.rstrip("\ufffd")) <= 1 for piece in pieces)
+        assert "\ufffd" not in "".join(pieces[:-2])
+        assert "".join(pieces) == ask(client, max_tokens=n, **settings).choices[0].message.content
+        assert said.startswith("".join(pieces).rstrip("\ufffd"))
+    assert "".join(pieces) == said
 
 
 def test_n_answers_with_a_seed_are_repeatable(client, llm):
@@ -125,6 +118,21 @@ def test_logprobs_have_the_documented_shape(client):
     assert all(len(entry.top_logprobs) == 2 and entry.logprob <= 0 for entry in content)
     answer = client.completions.create(prompt="Hello", logprobs=3, max_tokens=5, **GREEDY).choices[0]
     assert len(answer.logprobs.tokens) == len(answer.logprobs.token_logprobs) == len(answer.logprobs.text_offset) == 5
+
+
+def test_echo_has_the_logprobs_of_the_prompt(client, llm):
+    tokens = llm.tokenizer.encode("Hello, llama")
+    asked = {"prompt": [tokens.tolist(), tokens.tolist()[:5]], "echo": True, "logprobs": 2, "max_tokens": 1, **GREEDY}
+    for _ in range(2):  # the second time the prompts are kept
+        for choice, prompt in zip(client.completions.create(**asked).choices, (tokens, tokens[:5]), strict=True):
+            found, expected = choice.logprobs, llm.model(prompt[None])[0].log_softmax(-1)
+            own = expected[:-1].gather(1, prompt[1:, None])[:, 0].tolist()
+            assert found.token_logprobs[:-1] == [None, *(pytest.approx(one, abs=1e-4) for one in own)]
+            assert "".join(found.tokens[:-1]) == choice.text[: len(prompt)] == llm.tokenizer.decode(prompt)
+            assert found.text_offset == list(range(len(prompt) + 1))
+            assert found.top_logprobs[0] is None
+            for top, row in zip(found.top_logprobs[1:], expected, strict=True):
+                assert max(top.values()) == pytest.approx(row.max().item(), abs=1e-4)
 
 
 def test_both_names_of_the_limit_and_none(client):
@@ -252,11 +260,18 @@ def test_a_prompt_too_long_has_its_own_code(client):
 
 def test_paths_methods_and_bodies(server):
     chat = f"{server}/v1/chat/completions"
-    assert call(f"{server}/nowhere")[0] == 404
-    assert call(chat, method="GET")[0] == 405
+    for url, method, status in (
+        (f"{server}/nowhere", "GET", 404),
+        (chat, "GET", 405),
+        (f"{server}/v1/models", "PUT", 405),
+    ):
+        found, _, text = call(url, method=method)
+        assert (found, list(json.loads(text)["error"])) == (status, ["message", "type", "param", "code"])
     assert call(chat, data=b"{")[0] == call(chat, data=b"[1]")[0] == call(chat, data=b"[" * 100_000)[0] == 400
     assert call(f"{server}/v1/states")[0] == call(f"{server}/v1/states/a", {"prompt": "a"}, method="PUT")[0] == 501
-    assert call(f"{server}/v1/embeddings", {"input": "x"})[0] == 501
+    for name in ("embeddings", "responses"):
+        status, _, text = call(f"{server}/v1/{name}", {"input": "x"})
+        assert (status, "is not supported" in json.loads(text)["error"]["message"]) == (501, True)
     assert call(chat, data=b"x" * 17_000_000)[0] == 413
     status, _, text = call(f"{server}/health")
     assert (status, text) == (200, b"ok")
@@ -340,98 +355,42 @@ def test_metrics_and_the_view_of_the_caches(server, client):
     assert view["prefixes"]["bytes"] > 0
 
 
+def runs_nothing(server):
+    return "litgpt_requests_running 0" in call(f"{server}/metrics")[2].decode()
+
+
 def test_a_client_that_leaves_frees_its_row(server, client):
-    body = json.dumps({**GREEDY, "messages": HELLO, "max_tokens": 480, "stream": True}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     for _ in range(6):
-        with socket.create_connection(("127.0.0.1", int(server.rsplit(":", 1)[1]))) as connection:
-            connection.sendall(head + body)
+        with stream_socket(server, {**GREEDY, "messages": HELLO, "max_tokens": 480}) as connection:
             connection.recv(200)
-    until = time.monotonic() + 5
-    while "litgpt_requests_running 0" not in call(f"{server}/metrics")[2].decode() and time.monotonic() < until:
-        time.sleep(0.05)
-    assert "litgpt_requests_running 0" in call(f"{server}/metrics")[2].decode()
+    until(lambda: runs_nothing(server))
     assert ask(client).choices
 
 
-def test_keys_pages_of_others_and_litgpts_endpoint(checkpoint, llm):
-    options = "--api_key", "secret", "--cors", "http://page", "--strict_model", "--temperature", 0, "--stream"
-    with serving(checkpoint, *options) as (server, process):
-        models = f"{server}/v1/models"
-        assert call(models)[0] == call(models, headers={"X-API-Key": "wrong"})[0] == 401
-        key = {"Authorization": "Bearer secret"}
-        assert call(models, headers=key)[0] == call(models, headers={"X-API-Key": "secret"})[0] == 200
-        status, headers, _ = call(models, method="OPTIONS", headers={"Origin": "http://page"})
-        assert (status, headers["access-control-allow-origin"]) == (204, "http://page")
-        assert call(models, headers={**key, "Origin": "http://other"})[0] == 403
-        body = {"messages": HELLO, "model": "another"}
-        assert json.loads(call(f"{server}/v1/chat/completions", body, headers=key)[2])["error"]["code"] == (
-            "model_not_found"
-        )
-        _, _, lines = call(f"{server}/predict", {"prompt": "Hello"}, headers=key)
-        text = "".join(json.loads(line)["output"] for line in lines.splitlines())
-        assert text == llm.generate("Hello", temperature=0)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+def test_nobody_waits_for_a_client_that_does_not_read(checkpoint):
+    """In this process, so that there are no buffers in between."""
+    options = ServeOptions(checkpoint_dir=str(checkpoint), precision="32-true")
+    app, sent = App(options), []
+    Server(app, options).load()
+    body = json.dumps({**GREEDY, "messages": HELLO, "max_tokens": 100, "stream": True}).encode()
 
+    async def run():
+        asked, read = asyncio.Queue(), asyncio.Event()
+        asked.put_nowait({"type": "http.request", "body": body})
 
-def test_lora_weights_are_served_beside_the_model(checkpoint, llm, tmp_path):
-    write_lora(checkpoint, tmp_path / "kind" / "final")
-    write_lora(checkpoint, tmp_path / "other", seed=1)
-    expected = [llm.generate("Hello", max_new_tokens=12, temperature=0)]
-    for folder in (tmp_path / "kind" / "final", tmp_path / "other"):
-        expected.append(LLM.load(folder, precision="32-true").generate("Hello", max_new_tokens=12, temperature=0))
-    assert len(set(expected)) == 3
-    with serving(checkpoint, "--lora", f"{tmp_path / 'kind' / 'final'},second={tmp_path / 'other'}") as (server, _):
-        client = openai.OpenAI(base_url=f"{server}/v1", api_key="none")
-        names = [model.id for model in client.models.list()]
-        assert names == ["tiny", "kind", "second"]
-        with ThreadPoolExecutor(6) as pool:
-            answers = list(pool.map(lambda name: ask(client, model=name), names * 2))
-        assert [answer.choices[0].message.content for answer in answers] == expected * 2
-        assert [answer.model for answer in answers] == names * 2
+        async def send(message):
+            sent.append(message.get("body", b""))
+            if len(sent) > 3:
+                await read.wait()
 
+        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+        answering = asyncio.create_task(app(scope, asked.get, send))
+        while len(sent) < 4 or app.service.unfinished:
+            await asyncio.sleep(0.01)
+        assert len(sent) == 4
+        read.set()
+        await answering
 
-def test_states_are_saved_by_name_and_outlive_the_server(checkpoint, tmp_path):
-    kind = "--kv_cache", "h2o", "--cache_length", 100, "--prefix_cache", 0, "--state_dir", tmp_path / "states"
-    system = [{"role": "system", "content": "Be kind to llamas. " * 4}]
-    asked = {**GREEDY, "messages": [*system, *HELLO], "max_tokens": 9}
-
-    def answer(server):
-        found = json.loads(call(f"{server}/v1/chat/completions", asked)[2])
-        return found["usage"]["prompt_tokens_details"]["cached_tokens"], found["choices"][0]["message"]["content"]
-
-    with serving(checkpoint, *kind) as (server, _):
-        assert answer(server)[0] == 0
-        status, _, text = call(f"{server}/v1/states/llamas", {"messages": system}, method="PUT")
-        saved = json.loads(text)
-        assert (status, saved["id"]) == (200, "llamas")
-        assert (
-            saved["tokens"] == len(system[0]["content"]) + 3
-        )  # of bytes; with the system's, its end's and the user's token
-        cached, text = answer(server)
-        assert cached == saved["tokens"]
-        for name in ("..%2Fout", "a/../b", ".hidden", "x" * 65, "%00"):
-            assert call(f"{server}/v1/states/{name}", {"messages": system}, method="PUT")[0] == 400
-        assert call(f"{server}/v1/states/a", {"prompt": 3}, method="PUT")[0] == 400
-        assert call(f"{server}/v1/states/none", method="DELETE")[0] == 404
-    assert [path.name for path in tmp_path.rglob("*.state")] == ["llamas.state"]
-    with serving(checkpoint, *kind) as (server, _):
-        assert json.loads(call(f"{server}/v1/states")[2])["data"] == [saved]
-        assert answer(server) == (cached, text)
-        assert call(f"{server}/v1/states/llamas", method="DELETE")[0] == 200
-        assert answer(server)[0] == 0
-    assert list(tmp_path.rglob("*.state")) == []
-
-
-def test_predict_and_a_full_queue(checkpoint, llm):
-    options = "--batch_size", 1, "--max_queue", 1, "--temperature", 0, "--max_new_tokens", 400
-    with serving(checkpoint, *options) as (server, process):
-        with ThreadPoolExecutor(6) as pool:
-            found = list(pool.map(lambda _: call(f"{server}/predict", {"prompt": "Hello"}), range(6)))
-        refused = [headers for status, headers, _ in found if status == 429]
-        assert refused
-        assert all(headers["retry-after"] for headers in refused)
-        expected = llm.generate("Hello", temperature=0, max_new_tokens=400)
-        assert {json.loads(text)["output"] for status, _, text in found if status == 200} == {expected}
-        assert call(f"{server}/predict", {"text": "Hello"})[0] == 400
+    asyncio.run(asyncio.wait_for(run(), 20))
+    app.service.close()
+    assert b"".join(sent).endswith(b"data: [DONE]\n\n")

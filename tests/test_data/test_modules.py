@@ -4,7 +4,7 @@ import json
 import sys
 import tarfile
 from dataclasses import fields
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from tiny import tiny_tokenizer
@@ -26,6 +26,8 @@ from litgpt.data import (
     lima,
 )
 from litgpt.prompts import PromptStyle
+
+hub_answers = download.hub_answers
 
 SFT = {"mask_prompt": False, "ignore_index": -100, "seed": 42, "num_workers": 4}
 FIELDS = {
@@ -113,7 +115,8 @@ def hub(monkeypatch):
         found = content[repo_id]
         return found if split is None else [found[name] for name in split]
 
-    package.load_dataset = load_dataset
+    package.load_dataset, package.config = load_dataset, SimpleNamespace(HF_HUB_OFFLINE=False)
+    monkeypatch.setattr(download, "hub_answers", lambda: True)
     monkeypatch.setitem(sys.modules, "datasets", package)
     return content
 
@@ -157,6 +160,11 @@ def test_what_the_hub_does_not_give_is_one_line(hub, monkeypatch):
     ) as error:
         ready(Alpaca2k())
     assert "\n" not in str(error.value)
+    monkeypatch.setattr(download, "hub_answers", hub_answers)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(OSError, match="could not be fetched from the Hugging Face hub: it does not answer"):
+        ready(Alpaca2k())
+    assert sys.modules["datasets"].config.HF_HUB_OFFLINE  # else it retries for half a minute
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(ValueError, match="set HF_TOKEN"):
         LIMA()

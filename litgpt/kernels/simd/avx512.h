@@ -72,6 +72,32 @@ inline Floats sums_of_all(Floats* v) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x88), _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
 }
 
+// Most rows that share one pass over weights, vectors of outputs that are summed at a time for M of them, and outputs
+// where weights lie row by row: as many sums as there are registers, with room for weights and inputs
+constexpr int ROWS = 6;
+constexpr int output_vectors(int) { return 4; }
+constexpr int outputs_by_row(int) { return 4; }
+
+// LANES pairs of numbers in bfloat16
+using Pairs = __m512i;
+
+inline Pairs load_pairs(const uint32_t* x) { return _mm512_loadu_si512(x); }
+inline void store_pairs(uint32_t* y, Pairs x) { _mm512_storeu_si512(y, x); }
+
+#ifdef LITGPT_FLOAT32
+// Rows of inputs are float.
+using Input = float;
+using Numbers = __m512;
+constexpr int NUMBERS = 16;
+
+inline Numbers load_numbers(const float* x) { return load(x); }
+inline Numbers load_numbers(const float* x, int64_t n) {
+    return _mm512_maskz_loadu_ps(n >= 16 ? 0xffff : __mmask16((1 << n) - 1), x);
+}
+
+// sum + a b
+inline Floats add_products(Floats sum, Numbers a, Numbers b) { return _mm512_fmadd_ps(a, b, sum); }
+#else
 // Rows of inputs stay in bfloat16.
 using Input = bf16;
 using Numbers = __m512i;
@@ -102,12 +128,6 @@ inline Floats add_products(Floats sum, Numbers a, Numbers b) {
 #endif
 }
 
-// Most rows that share one pass over weights, vectors of outputs that are summed at a time for M of them, and outputs
-// where weights lie row by row: as many sums as there are registers, with room for weights and inputs
-constexpr int ROWS = 6;
-constexpr int output_vectors(int) { return 4; }
-constexpr int outputs_by_row(int) { return 4; }
-
 // Adds to sums, of M rows and V vectors of outputs, the products of a pair of inputs x, by `stride` bytes, with w.
 template <int M, int V>
 inline void add_pairs(Floats (&sums)[M][V], const uint32_t* w, const char* x, int64_t stride) {
@@ -120,15 +140,10 @@ inline void add_pairs(Floats (&sums)[M][V], const uint32_t* w, const char* x, in
     }
 }
 
-// LANES pairs of numbers in bfloat16
-using Pairs = __m512i;
-
-inline Pairs load_pairs(const uint32_t* x) { return _mm512_loadu_si512(x); }
-inline void store_pairs(uint32_t* y, Pairs x) { _mm512_storeu_si512(y, x); }
-
 inline Pairs int8_pairs(const int8_t* x) {
     return load_numbers(x, 32);
 }
+#endif
 
 // What to look up pairs of 4-bit integers in: the values scale * i + minimum
 using NibbleValues = __m512i;

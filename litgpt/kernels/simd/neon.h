@@ -51,7 +51,7 @@ inline uint16x8_t as_bf16(int16x8_t x) {  // integers that bfloat16 holds exactl
     return vcombine_u16(half(vget_low_s16(x)), half(vget_high_s16(x)));
 }
 
-#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && !defined(LITGPT_FLOAT32)
 // Rows of inputs stay in bfloat16.
 using Input = bf16;
 using Numbers = uint16x8_t;
@@ -101,7 +101,7 @@ constexpr int outputs_by_row(int) { return 4; }
 // Adds to sums, of M rows and V vectors of outputs, the products of a pair of inputs x, by `stride` bytes, with w.
 template <int M, int V>
 inline void add_pairs(Floats (&sums)[M][V], const uint32_t* w, const char* x, int64_t stride) {
-#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && !defined(LITGPT_FLOAT32)
     Numbers weights[V];
     UNROLLED for (int v = 0; v < V; v++) weights[v] = vreinterpretq_u16_u32(vld1q_u32(w + LANES * v));
     UNROLLED for (int m = 0; m < M; m++) {

@@ -20,7 +20,9 @@
 #include "scalar.h"
 #elif defined(__AVX512BW__)
 #include "avx512.h"
+#ifndef LITGPT_FLOAT32
 #include "avx512_nibbles.h"
+#endif
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "avx2.h"
 #elif defined(__aarch64__) && defined(__ARM_NEON)
