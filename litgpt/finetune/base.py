@@ -201,9 +201,7 @@ def get_dataloaders(
     fabric: Fabric, data: DataModule, tokenizer: Tokenizer, train: TrainArgs
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of training and validation batches; `fit` moves batches to their device."""
-    limit = Config(block_size=train.max_seq_length or 2**31 - 1)
-    loaders = connect(fabric, data, tokenizer, train, limit)
-    return loaders
+    return connect(fabric, data, tokenizer, train, Config(block_size=train.max_seq_length or 2**31 - 1))
 
 
 def get_longest_seq_length(data: Sequence[dict[str, Any]]) -> tuple[int, int]:
