@@ -19,7 +19,7 @@ from litgpt.config import Config as BaseConfig
 from litgpt.model import GPT as BaseModel
 from litgpt.model import Block as Block
 from litgpt.model import CausalSelfAttention as BaseCausalSelfAttention
-from litgpt.runners.opaque_weights import OpaqueLayer
+from litgpt.runners.opaque_weights import LowRankLayer, OpaqueLayer
 from litgpt.settings import fits
 
 # Makes the replacement of a layer from its role (qkv, projection, mlp or head), inputs, outputs and itself
@@ -118,7 +118,7 @@ class LoRALayer(nn.Module):
         self.merged = False
 
 
-class LoRALinear(LoRALayer, WrappedLinear):
+class LoRALinear(LoRALayer, WrappedLinear, LowRankLayer):
     """A linear layer with LoRA matrices: W x + s B A dropout(x), with DoRA scaled row by row.
 
     Args:
@@ -224,6 +224,17 @@ class LoRALinear(LoRALayer, WrappedLinear):
     def expanded_B(self, B: torch.Tensor | None = None) -> torch.Tensor:
         """B (default: `lora_B`) expanded so that `expanded_B() @ lora_A` has the weight's shape."""
         return self.lora_B if B is None else B
+
+    @torch.no_grad()
+    def low_rank(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        if self.dora or self.merged:
+            return None
+        if self.r == 0:
+            self._small = (self.linear.weight.new_empty(0, 0), None)
+        else:
+            scaled = self.expanded_B().to(torch.float32) * self.scaling
+            self._small = (self.lora_A.detach().contiguous(), scaled.T.contiguous())
+        return self._small
 
     def get_lora_AB(self) -> torch.Tensor:
         """The product of the matrices that is added to the weight, (O, E)."""

@@ -3,7 +3,7 @@
 import math
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning import Fabric
@@ -154,39 +154,20 @@ def get_lr(learning_rate: float, it: int, warmup_iters: int, max_iters: int, min
 # -- what scripts that were written for LitGPT import
 
 
-def main(
-    fabric: Fabric,
-    devices: int,
-    seed: int,
-    initial_checkpoint_dir: Path | None,
-    resume: bool | Literal["auto"] | Path,
-    config: Config,
-    data: DataModule,
-    out_dir: Path,
-    tokenizer_dir: Path | None,
-    tokenizer: Tokenizer | None,
-    train: TrainArgs,
-    eval: EvalArgs,
-    optimizer: str | dict,
-    num_nodes: int = 1,
-) -> None:
-    """Train in a process that `fabric` launched."""
-    validate_args(train, eval, initial_checkpoint_dir, resume)
-    options = PretrainOptions(
-        model_name=config.name,
-        out_dir=out_dir,
-        devices=devices,
-        num_nodes=num_nodes,
-        resume=resume,
-        data=data,
-        train=train,
-        eval=eval,
-        optimizer=optimizer,
-        seed=seed,
-    )
+_MAIN = """devices seed initial_checkpoint_dir resume config data out_dir tokenizer_dir tokenizer train eval optimizer
+    num_nodes"""
+
+
+def main(fabric: Fabric, *args: Any, **kwargs: Any) -> None:
+    """Train in a process that `fabric` launched; the arguments are options, a `config`, and a `tokenizer` or None."""
+    given = dict(zip(_MAIN.split(), args, strict=False)) | kwargs
+    config, tokenizer = given.pop("config"), given.pop("tokenizer")
+    options = PretrainOptions(model_name=config.name, **given)
+    validate_args(options.train, options.eval, options.initial_checkpoint_dir, options.resume)
     options.check()
     options.describe()
-    start = None if initial_checkpoint_dir is None else open_checkpoint(find_checkpoint(initial_checkpoint_dir))
+    folder = options.initial_checkpoint_dir
+    start = None if folder is None else open_checkpoint(find_checkpoint(folder))
     _train(fabric, config, tokenizer, options, start, options.resume_path(""))
 
 

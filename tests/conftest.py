@@ -1,6 +1,7 @@
 """Shared fixtures: where the real weights of `real_model` tests come from."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -16,6 +17,25 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # torch finds graphs ag
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(1234)
+
+
+@pytest.fixture(scope="session")
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for the user's cache, with the kernels that are compiled already: processes that tests start take those."""
+    from litgpt.kernels.build import folders  # imports modules that only Linux has
+
+    home, kernels = tmp_path_factory.mktemp("cache"), folders()[0]
+    if kernels.is_dir():
+        shutil.copytree(kernels, home / "litgpt" / "kernels")
+    return home
+
+
+@pytest.fixture
+def own_cache(cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder of encoded samples, in the place of the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache_home))
+    shutil.rmtree(cache_home / "litgpt" / "samples", ignore_errors=True)
+    return cache_home / "litgpt" / "samples"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

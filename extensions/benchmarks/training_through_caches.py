@@ -45,6 +45,8 @@ def main() -> None:
                     work["layers"] = args.layers
                     results.append(work | run_worker(args.checkpoint, work))
                     print(row(results[-1]), flush=True)
+    for line in flatness(results):
+        print(line)
     if args.out is not None:
         args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
@@ -63,7 +65,25 @@ def row(result: dict) -> str:
         return f"{name}  {result['failed']}"
     speed, expected = result["length"] / result["seconds"], result.get("expected")
     ratio = f"  {result['peak'] / expected:.2f}x of {expected / 1e6:.0f} MB" if expected else ""
-    return f"{name}  {result['seconds']:7.2f} s  {speed:6.0f} tokens/s  {result['peak'] / 1e6:7.0f} MB{ratio}"
+    beyond = f"  beyond the model's context of {result['context']:,} tokens" * (result["length"] > result["context"])
+    return f"{name}  {result['seconds']:7.2f} s  {speed:6.0f} tokens/s  {result['peak'] / 1e6:7.0f} MB{ratio}{beyond}"
+
+
+def flatness(results: list[dict]) -> list[str]:
+    """For every system that was measured at several lengths, its speeds and how far apart they are: medians of the rounds."""
+    speeds: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for result in results:
+        if "failed" not in result:
+            of_system = speeds.setdefault((result["system"], result["keep_inputs"]), {})
+            of_system.setdefault(result["length"], []).append(result["length"] / result["seconds"])
+    lines = []
+    for (system, keep), by_length in speeds.items():
+        if len(by_length) > 1:
+            found = {length: median(of) for length, of in by_length.items()}
+            shown = ", ".join(f"{speed:.0f} at {length:,}" for length, speed in found.items())
+            spread = max(found.values()) / min(found.values()) - 1
+            lines.append(f"{system} {keep}: tokens/s {shown}: the fastest is {spread:.0%} above the slowest")
+    return lines
 
 
 def measure(checkpoint: str, system: str, length: int, steps: int, keep_inputs: str, layers: int | None) -> dict:
@@ -84,7 +104,8 @@ def measure(checkpoint: str, system: str, length: int, steps: int, keep_inputs: 
     if layers is not None:
         del model.transformer.h[layers:]
         config.n_layer = layers
-    config.block_size = max(length, config.block_size)  # beyond the model's context: same rotations, any positions
+    context = config.block_size
+    config.block_size = max(length, context)  # beyond the model's context: same rotations, any positions
     add_lora(model, LoRAConfig.extending(model.config, lora_r=8, lora_alpha=16, lora_query=True, lora_value=True))
     mark_only_lora_as_trainable(model)
     model.float().train()
@@ -105,7 +126,7 @@ def measure(checkpoint: str, system: str, length: int, steps: int, keep_inputs: 
         began = time.perf_counter()
         (training(idx[:, :-1].contiguous(), idx[:, 1:].contiguous()) / length).backward()
         seconds.append(time.perf_counter() - began)
-    result = {"seconds": median(seconds[1:] or seconds), "peak": peak.stop() - before}
+    result = {"seconds": median(seconds[1:] or seconds), "peak": peak.stop() - before, "context": context}
     if system == "lastrec" and keep_inputs == "device":
         config = model.config
         of_tokens = 4 * length * (config.n_layer * config.n_embd + 4 * config.n_query_groups * config.head_size)

@@ -24,15 +24,16 @@ IGNORE_INDEX = -100
 class DataModule(LightningDataModule):
     """Gives batches. A command calls `connect`, `prepare_data`, `setup`, and then asks for the loaders."""
 
-    @abstractmethod
+    tokenizer = None
+    batch_size = 1
+    max_seq_length = -1
+
     def connect(
-        self,
-        tokenizer: Tokenizer | None = None,
-        batch_size: int = 1,
-        max_seq_length: int | None = None,
-        **kwargs: Any,
+        self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
     ) -> None:
-        """Take what the run decides: the tokenizer, samples of a batch, and tokens that a sample is cut to (None: no limit)."""
+        """Take what the run decides: the tokenizer, samples of a batch, and tokens that a sample is cut to (None: the class's)."""
+        self.tokenizer, self.batch_size = tokenizer, batch_size
+        self.max_seq_length = type(self).max_seq_length if max_seq_length is None else max_seq_length
 
     def setup(self, stage: str = "") -> None:
         """Read the data. `stage` is Lightning's, and not needed."""
@@ -111,25 +112,12 @@ class SFTDataset(Dataset):
             "token_counts": {"raw": raw, "raw_plus_prompt_template": len(ids)},
         }
 
-    @property
-    def examples(self) -> "Sequence[tuple[str, Tensor]]":
-        """For every sample, the text of its prompt, and the prompt's tokens."""
-        return _Examples(self)
-
-
-class _Examples(Sequence):
-    def __init__(self, dataset: SFTDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[str, Tensor]:
-        dataset = self.dataset
-        sample = dataset.sample(getattr(dataset.encodings, "source", range(len(dataset)))[index])
+    def example(self, index: int) -> tuple[str, Tensor]:
+        """What a sample asks, and the tokens of its prompt."""
+        sample = self.sample(getattr(self.encodings, "source", range(len(self)))[index])
         prompt, _ = prompt_of(sample)
-        text = render_prompt(sample, dataset.prompt_style)
-        ids = dataset.tokenizer.encode(text, bos=bos_of(text, dataset.tokenizer, dataset.prompt_style))
+        text = render_prompt(sample, self.prompt_style)
+        ids = self.tokenizer.encode(text, bos=bos_of(text, self.tokenizer, self.prompt_style))
         return prompt if isinstance(prompt, str) else prompt[-1]["content"], ids
 
 
@@ -177,9 +165,6 @@ class SFTModule(DataModule):
     num_workers: int = 4
 
     pack = False  # fill rows with several samples: `train.pack`
-    tokenizer = None
-    batch_size = 1
-    max_seq_length = -1
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -189,12 +174,6 @@ class SFTModule(DataModule):
     @abstractmethod
     def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
         """Those for training, and those for validation."""
-
-    def connect(
-        self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
-    ) -> None:
-        self.tokenizer, self.batch_size = tokenizer, batch_size
-        self.max_seq_length = -1 if max_seq_length is None else max_seq_length
 
     def setup(self, stage: str = "") -> None:
         self.train_dataset, self.test_dataset = (

@@ -62,9 +62,7 @@ def load_hub_dataset(repo_id: str, **kwargs: Any) -> Any:
     except ModuleNotFoundError:
         raise ValueError(f"the data set {repo_id} needs the package datasets: pip install 'litgpt[datasets]'") from None
     if not (answers := hub_answers()):
-        datasets.config.HF_HUB_OFFLINE = (
-            True  # what was fetched before is taken; without this it retries for half a minute
-        )
+        datasets.config.HF_HUB_OFFLINE = True  # else it retries for half a minute before it takes what is there
     try:
         return datasets.load_dataset(repo_id, **kwargs)
     except Exception as error:  # the package has no common class for its errors, and lets those of others through

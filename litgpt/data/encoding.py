@@ -61,10 +61,8 @@ def prompt_of(sample: Sample) -> tuple[str | list[dict[str, str]], dict[str, Any
         messages = [dict(message) for message in sample["messages"]]
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         return messages[:last], {"tools": sample["tools"]} if sample.get("tools") else {}
-    rest = {
-        k: v for k, v in sample.items() if k not in ("instruction", "output", "prompt", "messages") and v is not None
-    }
-    return sample["instruction"], rest
+    known = ("instruction", "output", "prompt", "messages")
+    return sample["instruction"], {k: v for k, v in sample.items() if k not in known and v is not None}
 
 
 def render_prompt(sample: Sample, style: PromptStyle) -> str:
@@ -113,8 +111,7 @@ def parts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[P
     if isinstance(style, ChatTemplate):
         more = {"tools": sample["tools"]} if sample.get("tools") else {}
         return [_rendered(messages[: answers[-1] + 1], learned, tokenizer, style, more)]
-    parts: list[Part] = []
-    done = ""
+    parts, done = [], ""
     for i in learned:
         before = style.render(messages[:i])
         if not before.startswith(done):
@@ -284,7 +281,9 @@ class EncodedSamples(Sequence[Encoded]):
             for sample in samples:
                 digest.update(json.dumps(sample, sort_keys=True, default=str).encode())
             path = cache_dir() / f"{digest.hexdigest()[:32]}.safetensors"
-        arrays = None if path is None else _read(path)
+        arrays = None
+        with suppress(SafetensorError, OSError):  # not there, or not whole
+            arrays = path and load_file(path)
         if arrays is None:
             with waiting(f"Encoding {name}", log=True):
                 arrays = _encode(samples, tokenizer, style, max_seq_length, mask_prompt)
@@ -307,13 +306,6 @@ class EncodedSamples(Sequence[Encoded]):
 def cache_dir() -> Path:
     """Where encoded samples are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "litgpt" / "samples"
-
-
-def _read(path: Path) -> dict[str, np.ndarray] | None:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError):  # not there, or not whole
-        return None
 
 
 def _encode(

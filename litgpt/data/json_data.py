@@ -83,11 +83,10 @@ def read_samples(path: Path) -> list[Sample]:
     Raises:
         ValueError: naming the line or number of a sample that is none, and its field.
     """
-    text = _read_text(path)
     if path.suffix == ".jsonl":
         values = load_jsonl(path)
     else:
-        values = _parse(path, text, None)
+        values = _parse(path, _read_text(path), None)
         if not isinstance(values, list):
             raise ValueError(f"{path} must hold a list of samples, got {type(values).__name__}")
         values = {f"sample {i}": value for i, value in enumerate(values)}

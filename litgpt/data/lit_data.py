@@ -7,7 +7,6 @@ from typing import Any
 from torch.utils.data import DataLoader
 
 from litgpt.data.base import DataModule
-from litgpt.tokenizer import Tokenizer
 
 
 def litdata() -> Any:
@@ -26,13 +25,11 @@ def litdata() -> Any:
 class StreamModule(DataModule):
     """A data module of optimised folders or streams. Subclasses have the fields `seed` and `num_workers`."""
 
-    batch_size = 1
-    seq_length = 2048
+    max_seq_length = seq_length = 2048
 
-    def connect(
-        self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = 2048
-    ) -> None:
-        self.batch_size, self.seq_length = batch_size, max_seq_length + 1  # the token after the last is needed too
+    def connect(self, *args: Any, **kwargs: Any) -> None:
+        super().connect(*args, **kwargs)
+        self.seq_length = self.max_seq_length + 1  # the token after the last is needed too
 
     def rows(self, input_dir: str, shuffle: bool) -> Any:
         """Rows of `seq_length` tokens of a folder, or of a stream (s3://...)."""

@@ -38,18 +38,14 @@ class TextFiles(TextModule):
 
     def tokens(self) -> tuple[np.ndarray, np.ndarray]:
         train = _files(self.train_data_path)
-        if self.val_data_path is not None:
-            val = _files(self.val_data_path)
-        elif len(train) > 1:
+        val = [] if self.val_data_path is None else _files(self.val_data_path)
+        if not val and len(train) > 1:
             val, train = train[:1], train[1:]
-        else:
-            tokens = encode_files(train, self.out_path_train, self.tokenizer, _document)
-            held_back = max(self.max_seq_length + 1, round(HELD_BACK * len(tokens)))
-            return tokens[:-held_back], tokens[-held_back:]
-        return (
-            encode_files(train, self.out_path_train, self.tokenizer, _document),
-            encode_files(val, self.out_path_val, self.tokenizer, _document),
-        )
+        tokens = encode_files(train, self.out_path_train, self.tokenizer, _document)
+        if val:
+            return tokens, encode_files(val, self.out_path_val, self.tokenizer, _document)
+        held_back = max(self.max_seq_length + 1, round(HELD_BACK * len(tokens)))
+        return tokens[:-held_back], tokens[-held_back:]
 
 
 def _files(path: Path) -> list[Path]:

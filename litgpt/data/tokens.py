@@ -5,6 +5,7 @@ import json
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -54,18 +55,11 @@ class TextModule(DataModule):
     """A data module of texts whose tokens are kept in files. Subclasses have the field `seed`, which decides the order, and say
     where the `tokens` come from."""
 
-    tokenizer = None
-    batch_size = 1
     max_seq_length = 2048
 
     @abstractmethod
     def tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (n,) for training, and those for validation."""
-
-    def connect(
-        self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = 2048
-    ) -> None:
-        self.tokenizer, self.batch_size, self.max_seq_length = tokenizer, batch_size, max_seq_length
 
     def prepare_data(self) -> None:
         self.setup()
@@ -125,12 +119,10 @@ def encode_files(
 
 
 def _writable(folder: Path) -> Path:
-    try:
+    with suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return folder
-    except OSError:
-        pass
     cache_dir().mkdir(parents=True, exist_ok=True)
     return cache_dir()
 

@@ -165,6 +165,7 @@ def lend_weights(ready: Ready, finetuned: Finetuned) -> Ready:
     tuned.clear_kv_caches(assigned=True)
     finetuned.add_to(tuned, config)
     style = finetuned.prompt_style() or ready.prompt_style
+    fuse_layers(tuned)
     return replace(ready, model=tuned.requires_grad_(False), prompt_style=style, trained_in=finetuned.path.parent)
 
 

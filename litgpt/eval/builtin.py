@@ -78,8 +78,11 @@ class Evaluation:
     def _perplexity(self, path: Path | None) -> TaskResult:
         """Of a text in windows, each token being predicted from those before it in its window."""
         tokenizer, scorer = self.ready.tokenizer, Scorer(self.ready.model, self.spec, self.prompt_chunksize)
-        length = min(self.length, scorer.max_length)
-        windows = windows_of(tokenizer.encode(read_document(path)).tolist(), length, self._most(SAMPLES))
+        tokens = tokenizer.encode(read_document(path)).tolist()
+        if len(tokens) < 2:
+            raise ValueError(f"{path} has too few tokens for a perplexity: {len(tokens)}")
+        length = min(self.length, scorer.max_length, len(tokens))
+        windows = windows_of(tokens, length, self._most(SAMPLES))
         requests = [Request(tuple(window[:1]), tuple(window[1:])) for window in windows]
         with waiting("Scoring", log=True):
             scores = scorer.score(requests, report_progress)

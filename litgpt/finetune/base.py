@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning import Fabric
@@ -17,7 +17,6 @@ from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.config import Config
 from litgpt.data import DataModule
-from litgpt.generate.base import generate
 from litgpt.model import GPT
 from litgpt.prompts import encode_prompt
 from litgpt.tokenizer import Tokenizer
@@ -28,7 +27,7 @@ from litgpt.train.methods import METHODS
 from litgpt.train.model import TrainingModel
 from litgpt.train.options import FinetuneOptions, LoRAOptions, command, require_end
 from litgpt.train.report import Reporter
-from litgpt.train.run import connect
+from litgpt.train.run import connect, show_answer
 from litgpt.train.schedule import cosine_schedule, steps_of_run
 from litgpt.train.setting import divide_parameters
 from litgpt.utils import copy_config_files, select_sft_generate_example
@@ -71,39 +70,18 @@ def _setup(method: str) -> Callable[..., None]:
 setups = {method: _setup(method) for method in METHODS}
 
 
-def main(
-    method: str,
-    fabric: Fabric,
-    devices: int,
-    seed: int,
-    config: Config,
-    data: DataModule,
-    checkpoint_dir: Path,
-    out_dir: Path,
-    train: TrainArgs,
-    eval: EvalArgs,
-    optimizer: str | dict,
-    num_nodes: int = 1,
-    precision: str | None = None,
-    resume: bool | Literal["auto"] | Path = False,
-) -> None:
-    """Fine-tune in a process that `fabric` launched; `config` has the fields of the method."""
-    options = FinetuneOptions(
-        checkpoint_dir=checkpoint_dir,
-        out_dir=out_dir,
-        precision=precision,
-        devices=devices,
-        num_nodes=num_nodes,
-        resume=resume,
-        data=data,
-        train=train,
-        eval=eval,
-        optimizer=optimizer,
-        seed=seed,
-    )
+_MAIN = "devices seed config data checkpoint_dir out_dir train eval optimizer num_nodes precision"
+_MAINS = {"full": _MAIN.replace("seed", "resume seed"), "adapter_v2": _MAIN.replace("data", "data resume")}
+
+
+def main(method: str, fabric: Fabric, *args: Any, **kwargs: Any) -> None:
+    """Fine-tune in a process that `fabric` launched; the arguments are options, and `config` with the fields of the method."""
+    given = dict(zip(_MAINS.get(method, _MAIN).split(), args, strict=False)) | kwargs
+    config = given.pop("config")
+    options = FinetuneOptions(**given)
     options.check()
     options.describe(**(config.lora_options() if hasattr(config, "lora_options") else {}))
-    way, checkpoint = METHODS[method], open_checkpoint(find_checkpoint(checkpoint_dir))
+    way, checkpoint = METHODS[method], open_checkpoint(find_checkpoint(options.checkpoint_dir))
     tune(fabric, way, checkpoint, config, options, options.resume_path(way.suffix))
 
 
@@ -172,18 +150,11 @@ def train_loop(
 
 
 def fit_state(
-    fabric: Fabric,
-    state: dict[str, Any],
-    train_dataloader: DataLoader,
-    val_dataloader: DataLoader | None,
-    devices: int,
-    resume: bool | Literal["auto"] | Path,
-    *args: Any,
-    **kwargs: Any,
+    fabric: Fabric, state: dict, train_loader: DataLoader, val_loader: DataLoader, devices: int, resume: Any, *args: Any
 ) -> dict[str, torch.Tensor]:
-    """`fit` of the full method, which has model, optimizer and scheduler in one mapping."""
+    """`fit` of the full method, which has model, optimizer and scheduler in one mapping. `setup` resumes runs."""
     parts = (state[name] for name in ("model", "optimizer", "scheduler"))
-    return fit("full", fabric, *parts, train_dataloader, val_dataloader, devices, *args, **kwargs)
+    return fit("full", fabric, *parts, train_loader, val_loader, devices, *args)
 
 
 def unwrapped(model: nn.Module) -> GPT:
@@ -215,17 +186,8 @@ def validate(
 def generate_example(fabric: Fabric, model: nn.Module, tokenizer: Tokenizer, eval: EvalArgs, data: DataModule) -> None:
     """Print the instruction of a sample, and what the model says to it."""
     gpt, instruction = unwrapped(model), select_sft_generate_example(eval, data)
-    fabric.print(instruction)
-    ids = encode_prompt(tokenizer, data.prompt_style, instruction).to(fabric.device)
-    length = min(len(ids) + (eval.max_new_tokens or 0), gpt.max_seq_length)
-    if length > len(ids):
-        was_training = gpt.training
-        gpt.eval()
-        with torch.no_grad():
-            out = generate(gpt, ids, length, temperature=0.8, eos_id=tokenizer.eos_id)
-        gpt.clear_kv_caches()
-        gpt.train(was_training)
-        fabric.print(f"{tokenizer.decode(out)}\n")
+    ids = encode_prompt(tokenizer, data.prompt_style, instruction)
+    show_answer(fabric, gpt, tokenizer, instruction, ids, eval.max_new_tokens or 0)
 
 
 def get_lr_scheduler(
@@ -239,9 +201,7 @@ def get_dataloaders(
     fabric: Fabric, data: DataModule, tokenizer: Tokenizer, train: TrainArgs
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of training and validation batches; `fit` moves batches to their device."""
-    limit = Config(block_size=train.max_seq_length or 2**31 - 1)
-    loaders = connect(fabric, data, tokenizer, train, limit)
-    return loaders
+    return connect(fabric, data, tokenizer, train, Config(block_size=train.max_seq_length or 2**31 - 1))
 
 
 def get_longest_seq_length(data: Sequence[dict[str, Any]]) -> tuple[int, int]:

@@ -5,10 +5,16 @@
 #include "attention.h"
 #include "layers.h"
 
-// y (M, N) = x (M, K) w^T + bias by all threads of a team. Each thread prepares x for the weight in its own `scratch`.
-inline void team_product(const Weight& w, const Real* x, Real* y, int64_t M, Scratch<char>& scratch) {
+// y (M, N) = x (M, K) w^T + bias, and what small matrices add, by all threads of a team. Each thread prepares x for the weight in
+// its own `scratch`.
+inline void team_product(const Weight& w, const Real* x, Real* y, int64_t M, Scratch<char>& scratch,
+                         Scratch<float>& low_scratch) {
     const TilesOf tiles(w);
-    product(*tiles, rows_for(*tiles, x, M, scratch), w.bias, y, M);
+    const LowRank low(w, x, M, low_scratch);
+    product(*tiles, rows_for(*tiles, x, M, scratch), M, [&](int64_t m, int64_t first, int64_t size, float* values) {
+        low.add(m, first, size, values);
+        store_row(values, w.bias ? w.bias + first : nullptr, y + m * w.N + first, size);
+    });
 }
 
 // x += factor * norm(y), for rows that each thread has a copy of
@@ -77,6 +83,7 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
         const double own_begun = processor_seconds();
         static thread_local Scratch<char> scratch;
         static thread_local Scratch<Real> own_scratch, normed_scratch, post;
+        static thread_local Scratch<float> low_scratch, low_scratch_of_up;
         Real *own = own_scratch.get(M * E), *normed = normed_scratch.get(M * E);
         std::memcpy(own, x, M * E * sizeof(Real));
         for (int64_t l = 0; l < n_layers; l++) {
@@ -87,7 +94,7 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
                     norm_row(own + m * E, weight, normed + m * E, E, shape.eps, shape.norm_offset);
                 return weight ? normed : own;
             };
-            team_product(layer.qkv, norm(layer.norm_1), qkv, M, scratch);
+            team_product(layer.qkv, norm(layer.norm_1), qkv, M, scratch, low_scratch);
 
             if (shape.norm_all_heads && layer.norm_q) {
 #pragma omp for schedule(static)
@@ -120,13 +127,14 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
             }
             attention.attend_splits();
             attention.combine(attended);
-            team_product(layer.proj, attended, out, M, scratch);
+            team_product(layer.proj, attended, out, M, scratch, low_scratch);
             add_rows(own, out, layer.post_attention_norm, shape.attention_factor, M, shape, post);
 
             const Real* mlp_input = norm(layer.norm_2);
             const TilesOf gate(layer.gate), up(layer.up);
-            gated(*gate, *up, rows_for(*gate, mlp_input, M, scratch), inner, M, int(shape.activation));
-            team_product(layer.down, inner, out, M, scratch);
+            const LowRank low_gate(layer.gate, mlp_input, M, low_scratch), low_up(layer.up, mlp_input, M, low_scratch_of_up);
+            gated(*gate, *up, rows_for(*gate, mlp_input, M, scratch), inner, M, int(shape.activation), &low_gate, &low_up);
+            team_product(layer.down, inner, out, M, scratch, low_scratch);
             add_rows(own, out, layer.post_mlp_norm, shape.mlp_factor, M, shape, post);
         }
 #pragma omp for schedule(static)

@@ -13,6 +13,8 @@ class Weight(ctypes.Structure):
     _fields_ = [
         *((name, _COUNT) for name in ("kind", "K", "N", "group")),
         *((name, _POINTER) for name in ("w", "scale", "minimum", "bias")),
+        ("rank", _COUNT),
+        *((name, _POINTER) for name in ("a", "b")),
     ]
 
 

@@ -20,6 +20,41 @@ struct Weight {
     int64_t kind, K, N, group;
     const void *w, *scale, *minimum;
     const Real* bias;
+    // Decode steps add (x a^T) b, two small matrices (rank, K) and (rank, N); rank 0: there are none
+    int64_t rank;
+    const Real* a;
+    const float* b;
+};
+
+// What the small matrices of a weight add to its outputs; each thread has all of x a^T (M, rank) for itself
+class LowRank {
+    const Weight& w;
+    const float* inner = nullptr;
+
+public:
+    LowRank(const Weight& w, const Real* x, int64_t M, Scratch<float>& scratch) : w(w) {
+        if (!w.rank) return;
+        float* sums = scratch.get(M * w.rank);
+        for (int64_t i = 0; i < M * w.rank; i++) sums[i] = dot(x + i / w.rank * w.K, w.a + i % w.rank * w.K, w.K);
+        inner = sums;
+    }
+
+    // to outputs [first, first + size) of row m
+    void add(int64_t m, int64_t first, int64_t size, float* values) const {
+        for (int64_t r = 0; r < w.rank; r++) {
+            const float factor = inner[m * w.rank + r], *row = w.b + r * w.N + first;
+#pragma omp simd
+            for (int64_t j = 0; j < size; j++) values[j] += factor * row[j];
+        }
+    }
+
+private:
+    NOT_INLINED static float dot(const Real* x, const Real* y, int64_t n) {
+        float sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < n; i++) sum += widen(x[i]) * widen(y[i]);
+        return sum;
+    }
 };
 
 // The weights of the next tile, which are prefetched while this one is computed: a share in each of its `passes`.
@@ -142,14 +177,18 @@ NOT_INLINED inline void activate_row(const float* gates, const float* ups, Real*
     if (kind == GELU_TANH) all([](float x) { return activate(x, GELU_TANH); });
 }
 
-// inner (M, I) = activation(x gate^T) * (x up^T), called by all threads of a team
-inline void gated(const Tiles& gate, const Tiles& up, const Rows& x, Real* inner, int64_t M, int kind) {
+// inner (M, I) = activation(x gate^T) * (x up^T), called by all threads of a team, with what `low_gate` and `low_up` add
+inline void gated(const Tiles& gate, const Tiles& up, const Rows& x, Real* inner, int64_t M, int kind,
+                  const LowRank* low_gate = nullptr, const LowRank* low_up = nullptr) {
     in_passes(gate, M, [&](int64_t u, int64_t m0, int rows, int pass, int passes) {
         float gates[ROWS * BLOCK_TILE], ups[ROWS * BLOCK_TILE];
         gate.compute(u, x, m0, rows, gates, gate.next(u, pass, passes));
         up.compute(u, x, m0, rows, ups, up.next(u, pass, passes));
         const int64_t first = u * gate.tile, size = std::min<int64_t>(gate.tile, gate.N - first);
-        for (int m = 0; m < rows; m++)
+        for (int m = 0; m < rows; m++) {
+            if (low_gate) low_gate->add(m0 + m, first, size, gates + m * gate.tile);
+            if (low_up) low_up->add(m0 + m, first, size, ups + m * gate.tile);
             activate_row(gates + m * gate.tile, ups + m * gate.tile, inner + (m0 + m) * gate.N + first, size, kind);
+        }
     });
 }

@@ -22,10 +22,11 @@ from litgpt.kvcache.plan import Part, Plan
 from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.model import GPT, Block, CausalSelfAttention, GemmaMLP, LLaMAMLP, Multiply, RMSNorm
 from litgpt.rope import Rope as RopeRows
-from litgpt.runners.opaque_weights import OpaqueLayer
+from litgpt.runners.opaque_weights import LowRankLayer, OpaqueLayer
 from litgpt.runners.packed_weights import PackedGatedMLP
 from litgpt.runners.watch import ModuleWatch
 
+WEIGHTS = ("qkv", "proj", "gate", "up", "down")
 KEPT_SCRATCH = 8 << 20  # most numbers of intermediate results that are kept from call to call
 
 # Every field of `Config` is in one of these tables; a new field must have its default.
@@ -102,6 +103,9 @@ class FusedLayers:
         self.kernels = float32_library() if self.dtype == torch.float32 else library()
         self.blocks = list(model.transformer.h)
         self.layers = (Layer * len(layers))(*layers)
+        self.has_low_rank = any(
+            getattr(layer, name).rank for layer in layers for name in WEIGHTS
+        )  # in decode steps only
         self.shape = Shape(
             *(config.n_embd, config.n_head, config.n_query_groups, config.head_size, layers[0].gate.N),
             *(config.rope_n_elem, config.rope_interleave, _activation(first.mlp)),
@@ -137,7 +141,7 @@ class FusedLayers:
             _set_decode_plan(*pair, T, self.dtype) for pair in zip(self.plans, different, strict=False)
         ):
             pass
-        elif self.dtype == torch.bfloat16 and ops.multiplies_fast():
+        elif self.dtype == torch.bfloat16 and ops.multiplies_fast() and not self.has_low_rank:
             segments = [_segments(plan, B, T) for plan in different]
             if None in segments or not self._can_look(plans):
                 return None
@@ -371,6 +375,13 @@ def _activation(mlp: nn.Module) -> int:
 
 
 def _weight(linear: nn.Module, dtype: torch.dtype) -> Weight | None:
+    if isinstance(linear, LowRankLayer):
+        weight, found = _weight(linear.linear, dtype), linear.low_rank()
+        if weight is None or found is None or found[0].dtype != dtype:
+            return None
+        a, b = found
+        weight.rank, weight.a, weight.b = len(a), address(a), address(b)
+        return weight
     if dtype != torch.float32:
         return linear.kernel_weight() if isinstance(linear, OpaqueLayer) else None
     if type(linear) is not nn.Linear or linear.weight.dtype != dtype or not linear.weight.is_contiguous():

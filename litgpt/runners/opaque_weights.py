@@ -57,6 +57,17 @@ class OpaqueLayer(nn.Module, ABC):
         return self
 
 
+class LowRankLayer(nn.Module):
+    """Interface of layers that add a product with two small matrices to the output of another, `linear`."""
+
+    linear: nn.Module
+
+    def low_rank(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """A (r, in_features), and B (r, out_features) in float32, with which (x A') B is added, as they are now; they stay in
+        memory as long as the layer. None: something else is added."""
+        return None
+
+
 # In compiled graphs, which cannot hold opaque tensors, a layer is an integer key that is looked up at run time
 _layers: "weakref.WeakValueDictionary[int, OpaqueLayer]" = weakref.WeakValueDictionary()
 _next_key = itertools.count()

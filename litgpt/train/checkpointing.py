@@ -34,7 +34,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     for abandoned in folder.parent.glob(f".{folder.name}.*.tmp"):
         shutil.rmtree(abandoned, ignore_errors=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary, old = (folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{kind}.tmp") for kind in ("new", "old"))
     temporary.mkdir()
     try:
         yield temporary
@@ -43,14 +43,11 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             os.fsync(descriptor)
             os.close(descriptor)
         if folder.exists():
-            old = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
             folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
+        temporary.rename(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for rest in (temporary, old):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def step_folders(out_dir: Path) -> list[Path]:
@@ -65,24 +62,20 @@ def find_resume_path(resume: bool | Literal["auto"] | Path, out_dir: Path, suffi
     Args:
         resume: False; True: the last checkpoint in `out_dir`, which has to be there; "auto": the last one, if there is
             one; or the file, or its folder.
-        out_dir: of the run.
         suffix: of the file's name after `lit_model.pth`: ".lora", ".adapter", ...
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
     """
-    if resume is False or resume is None:
+    if not resume:
         return None
     name = WEIGHTS_NAME + suffix
     if resume is True or resume == "auto":
-        for folder in reversed(step_folders(out_dir)):
-            if (folder / name).is_file():
-                return folder / name
-        if resume == "auto":
-            return None
-        raise FileNotFoundError(f"--resume: {out_dir} holds no checkpoint (step-*/{name}) to resume from")
-    path = Path(resume)
-    path = path / name if path.is_dir() else path
+        found = [folder / name for folder in step_folders(out_dir) if (folder / name).is_file()]
+        if not found and resume is True:
+            raise FileNotFoundError(f"--resume: {out_dir} holds no checkpoint (step-*/{name}) to resume from")
+        return found[-1] if found else None
+    path = Path(resume) / name if Path(resume).is_dir() else Path(resume)
     if not path.is_file():
         raise FileNotFoundError(f"--resume: {path} does not exist")
     return path

@@ -3,7 +3,6 @@
 import gc
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +44,7 @@ def finetune_command(method: str, options: FinetuneOptions) -> dict[str, float]:
         raise ValueError(f"{checkpoint.path} is quantised: full fine-tuning needs plain weights; use finetune_lora")
     resume = options.resume_path(way.suffix)
     fabric = make_fabric(options, f"finetune-{checkpoint.config.name}", checkpoint.config, resume is not None)
-    config = checkpoint.config
-    if isinstance(options, LoRAOptions):
-        own = {f.name: getattr(options, f.name) for f in fields(LoRAOptions) if f.name.startswith("lora_")}
-        config = way.config.extending(config, **own)
-    else:
-        config = way.config.extending(config)
+    config = way.config.extending(checkpoint.config, **_own_options(way, options))
     options.describe(precision=precision_of(fabric), **_lora_options(config))
     return fabric.launch(tune, way, checkpoint, config, options, resume)
 
@@ -157,7 +151,7 @@ def finetune(
             unwrap_lora(gpt)
         elif method == "lora":
             finish_lora(gpt)
-        if method == "full" or (method == "lora" and gpt.quantization is None):
+        if way.trains_all or (method == "lora" and gpt.quantization is None):
             gpt.config = base
         gpt.to(dtype).requires_grad_(gpt.quantization is None).eval()
     llm.prompt_style = getattr(chosen.data, "prompt_style", None) or llm.prompt_style
@@ -181,14 +175,12 @@ def _options(
     """Options, and the configuration with what the method adds, from keywords."""
     kind = LoRAOptions if way.name == "lora" else FinetuneOptions
     chosen = kind(checkpoint_dir=llm.checkpoint_dir, out_dir=out_dir, data=_data_module(data, llm, keywords))
-    own = {f.name for f in fields(way.config)} - {f.name for f in fields(Config)}
-    settings = {f.name: getattr(chosen, f.name) for f in fields(chosen) if f.name in own}
-    groups = [chosen, chosen.train, chosen.eval]
+    settings = _own_options(way, chosen)
     for name, value in keywords.items():
-        group = next((group for group in groups if hasattr(group, name) and name not in own), None)
+        group = next((group for group in (chosen, chosen.train, chosen.eval) if hasattr(group, name)), None)
         if name == "learning_rate":
             chosen.optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": value}}
-        elif name in own:
+        elif name in way.fields:
             settings[name] = value
         elif group is None:
             raise ValueError(f"option {name!r} is not known to fine-tuning by {way.name}")
@@ -197,6 +189,11 @@ def _options(
     chosen.train.__post_init__()
     chosen.eval.__post_init__()
     return chosen, way.config.extending(llm.model.config, **settings)
+
+
+def _own_options(way: Method, options: FinetuneOptions) -> dict[str, Any]:
+    """Those options that are fields of the configuration which the method has."""
+    return {name: getattr(options, name) for name in way.fields if hasattr(options, name)}
 
 
 def _describe(options: FinetuneOptions, llm: "LLM", config: Config, precision: str) -> None:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,44 +52,27 @@ class Position:
     worse: int = 0
 
 
+@dataclass
 class Loop:
-    """Trains a model on batches until a limit is reached.
+    """Trains a model on batches, as `litgpt.train.batches` has them, until a limit is reached."""
 
-    Args:
-        fabric: launched.
-        model: a `TrainingModel`, set up by `fabric`.
-        optimizer: set up by `fabric`.
-        scheduler: advanced after every optimizer step.
-        train_loader, val_loader: give batches as `litgpt.train.batches` has them; `val_loader` may be None.
-        train, eval: options.
-        max_steps: optimizer steps of the run.
-        save: called as `save(loop)` when a checkpoint is due; every process calls it.
-        show_example: called after a validation (None: not).
-        report: says how it goes.
-    """
+    fabric: Fabric  # launched, and has set up the next two
+    model: nn.Module  # a `TrainingModel`
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler  # advanced after every optimizer step
+    train_loader: DataLoader
+    val_loader: DataLoader | None
+    train: TrainArgs
+    eval: EvalArgs
+    max_steps: int  # optimizer steps of the run
+    save: Callable[["Loop"], None]  # called in every process when a checkpoint is due
+    show_example: Callable[[], None] | None  # called after a validation
+    report: Reporter
 
-    def __init__(
-        self,
-        fabric: Fabric,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scheduler: torch.optim.lr_scheduler.LRScheduler,
-        train_loader: DataLoader,
-        val_loader: DataLoader | None,
-        train: TrainArgs,
-        eval: EvalArgs,
-        max_steps: int,
-        save: Callable[["Loop"], Path | None],
-        show_example: Callable[[], None] | None,
-        report: Reporter,
-    ) -> None:
-        self.fabric, self.model, self.optimizer, self.scheduler = fabric, model, optimizer, scheduler
-        self.train_loader, self.val_loader = train_loader, val_loader
-        self.train, self.eval, self.max_steps = train, eval, max_steps
-        self.save, self.show_example, self.report = save, show_example, report
+    def __post_init__(self) -> None:
         self.position = Position()
         self._order: dict[str, Any] = {}  # random states that the order of this epoch's batches came from
-        self.accumulation = train.gradient_accumulation_iters(fabric.world_size)
+        self.accumulation = self.train.gradient_accumulation_iters(self.fabric.world_size)
 
     # -- state
 
@@ -133,6 +115,7 @@ class Loop:
             position.step_count >= self.max_steps
             or (train.epochs is not None and position.epoch >= train.epochs)
             or (train.max_time is not None and position.seconds >= train.max_time)
+            or (train.max_tokens is not None and position.tokens >= train.max_tokens)
             or (train.early_stopping is not None and position.worse >= train.early_stopping)
         )
 
@@ -140,22 +123,18 @@ class Loop:
         """The batches that are left of this epoch."""
         if hasattr(self.train_loader, "current_epoch"):  # litdata's, which counts up from it, and shuffles by it
             self.train_loader.current_epoch = self.position.epoch
-        generator = self.train_loader.generator
-        sampler = getattr(self.train_loader.sampler, "generator", None)
-        if self.position.batches:  # in the middle of an epoch: draw the same order again
-            now = torch.get_rng_state()
-            torch.set_rng_state(self._order["torch"])
-            for source, name in ((generator, "loader"), (sampler, "sampler")):
-                if source is not None:
-                    source.set_state(self._order[name])
-            batches = iter(self.train_loader)
-            torch.set_rng_state(now)
-            return islice(batches, self.position.batches, None)
-        self._order = {"torch": torch.get_rng_state()}
-        for source, name in ((generator, "loader"), (sampler, "sampler")):
-            if source is not None:
-                self._order[name] = source.get_state()
-        return iter(self.train_loader)
+        loader = self.train_loader
+        own = {"loader": loader.generator, "sampler": getattr(loader.sampler, "generator", None)}
+        sources = {"torch": torch.default_generator} | {name: g for name, g in own.items() if g is not None}
+        if not self.position.batches:
+            self._order = {name: source.get_state() for name, source in sources.items()}
+            return iter(loader)
+        now = torch.get_rng_state()  # in the middle of an epoch: draw the same order again
+        for name, source in sources.items():
+            source.set_state(self._order[name])
+        batches = iter(loader)
+        torch.set_rng_state(now)
+        return islice(batches, self.position.batches, None)
 
     def _step(self, window: list[Any]) -> None:
         """One optimizer step on a window: gradients of the mean loss of its counted tokens."""
@@ -167,12 +146,10 @@ class Loop:
         total = sum(counts)
         window_loss = 0.0
         for i in range(iterations):
-            began = time.perf_counter()
-            last = i == iterations - 1
-            if i < len(own):
-                ids, labels, sizes = rows[own[i]]
-            else:  # more processes than batches are left: go along, for what all have to do together
-                ids, labels, sizes = rows[0][0], torch.full_like(rows[0][1], IGNORE_INDEX), rows[0][2]
+            began, last = time.perf_counter(), i == iterations - 1
+            ids, labels, sizes = rows[own[i] if i < len(own) else 0]
+            if i >= len(own):  # more processes than batches are left: go along, for what all have to do together
+                labels = torch.full_like(labels, IGNORE_INDEX)
             with fabric.no_backward_sync(self.model, enabled=not last):
                 scale = fabric.world_size / max(total, 1)
                 loss = self.model(fabric.to_device(ids), fabric.to_device(labels), row_sizes=sizes, scale=scale)
@@ -228,7 +205,6 @@ class Loop:
         else:
             position.worse += 1
 
-    @torch.no_grad()
     def validate(self, max_iters: int | None = None) -> float:
         """Mean loss of the counted tokens of the validation batches, `max_iters` (default: as the options say) at most."""
         return validate(self.fabric, self.model, self.val_loader, max_iters or self.eval.max_iters)
@@ -241,9 +217,7 @@ def validate(fabric: Fabric, model: nn.Module, loader: DataLoader, max_iters: in
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)
     batches = list(islice(loader, max_iters))
-    rounds = math.ceil(len(batches) / fabric.world_size)
-    for i in range(rounds):
-        at = i * fabric.world_size + fabric.global_rank
+    for at in range(fabric.global_rank, len(batches) + fabric.global_rank, fabric.world_size):  # equally often in all
         ids, labels, sizes = as_rows(batches[min(at, len(batches) - 1)])
         loss = model(fabric.to_device(ids), fabric.to_device(labels), row_sizes=sizes)
         if at < len(batches):

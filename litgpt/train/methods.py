@@ -1,7 +1,7 @@
 """The ways to fine-tune: what each adds to a model, what it trains, and what it saves."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from litgpt import adapter, adapter_v2, lora
@@ -31,6 +31,11 @@ class Method:
     def trains_all(self) -> bool:
         """Whether all weights of the model are trained."""
         return not self.suffix
+
+    @property
+    def fields(self) -> set[str]:
+        """Fields of the configuration that a plain one lacks."""
+        return {f.name for f in fields(self.config)} - {f.name for f in fields(Config)}
 
     def prepare(self, model: GPT, config: Config) -> None:
         """Add what is trained to `model`, in place, and freeze the rest."""

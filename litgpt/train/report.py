@@ -59,34 +59,20 @@ class Reporter:
             f"{' (step)' if is_step else ''} | {speed:.0f} tok/s, {peak_memory(self.fabric.device):.2f} GB"
             + ("" if left is None else f" remaining time: {timedelta(seconds=int(left))}")
         )
-        self.fabric.log_dict(
-            {
-                "loss": mean,
-                "iter": position.iter_num,
-                "step": position.step_count,
-                "epoch": position.epoch,
-                "iter_time": seconds,
-                "tokens": position.tokens,
-                "total_tokens": position.tokens,
-                "learning_rate": loop.scheduler.get_last_lr()[0],
-            },
-            step=position.iter_num,
-        )
+        numbers = {"iter": position.iter_num, "step": position.step_count, "epoch": position.epoch}
+        numbers |= {"tokens": position.tokens, "total_tokens": position.tokens, "iter_time": seconds}
+        numbers |= {"loss": mean, "learning_rate": loop.scheduler.get_last_lr()[0]}
+        self.fabric.log_dict(numbers, step=position.iter_num)
 
-    def validation(self, loop: "Loop", loss: float, seconds: float) -> None:
-        position, self.val_loss = loop.position, loss
+    def validation(self, loop: "Loop", loss: float, seconds: float | None = None) -> None:
+        """After a validation that took `seconds`, or after that of the end (None)."""
+        position, self.val_loss, perplexity = loop.position, loss, math.exp(min(loss, 700.0))
         self.val_curve.append((position.step_count, loss))
-        self.fabric.print(f"iter {position.iter_num}: val loss {loss:.4f}, val time: {seconds * 1000:.2f} ms")
-        self.log_validation(loss, position.iter_num)
-
-    def log_validation(self, loss: float, step: int) -> None:
-        self.fabric.log_dict({"val_loss": loss, "val_ppl": math.exp(min(loss, 700.0))}, step=step)
-
-    def final_validation(self, loop: "Loop", loss: float) -> None:
-        self.val_loss = loss
-        self.val_curve.append((loop.position.step_count, loss))
-        self.fabric.print(f"Final evaluation | val loss: {loss:.3f} | val ppl: {math.exp(min(loss, 700.0)):.3f}")
-        self.log_validation(loss, loop.position.iter_num)
+        if seconds is None:
+            self.fabric.print(f"Final evaluation | val loss: {loss:.3f} | val ppl: {perplexity:.3f}")
+        else:
+            self.fabric.print(f"iter {position.iter_num}: val loss {loss:.4f}, val time: {seconds * 1000:.2f} ms")
+        self.fabric.log_dict({"val_loss": loss, "val_ppl": perplexity}, step=position.iter_num)
 
     def summary(self, metrics: dict[str, float]) -> None:
         """Print the counts and speed of a run."""
@@ -111,19 +97,15 @@ class Reporter:
 
 def curve_svg(curves: dict[str, list[tuple[int, float]]], width: int = 720, height: int = 400) -> str:
     """A picture of curves, each a list of points (step, loss)."""
-    points = [point for curve in curves.values() for point in curve if math.isfinite(point[1])]
-    if not points:
-        points = [(0, 0.0), (1, 1.0)]
+    points = [point for curve in curves.values() for point in curve if math.isfinite(point[1])] or [(0, 0.0)]
     low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
     low_y, high_y = min(y for _, y in points), max(y for _, y in points)
     high_x, high_y = max(high_x, low_x + 1), max(high_y, low_y + 1e-3)
     left, top, right, bottom = 60, 20, width - 20, height - 45
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return (
-            left + (x - low_x) / (high_x - low_x) * (right - left),
-            bottom - (y - low_y) / (high_y - low_y) * (bottom - top),
-        )
+        across, up = (x - low_x) / (high_x - low_x), (y - low_y) / (high_y - low_y)
+        return left + across * (right - left), bottom - up * (bottom - top)
 
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
@@ -141,8 +123,7 @@ def curve_svg(curves: dict[str, list[tuple[int, float]]], width: int = 720, heig
         path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in curve if math.isfinite(y))
         lines.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>')
         if len(curve) < 60:
-            lines += [
-                f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{color}"/>' for a, b in (place(*p) for p in curve)
-            ]
+            places = (place(*point) for point in curve)
+            lines += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{color}"/>' for x, y in places]
         lines.append(f'<text x="{right - 90}" y="{top + 16 * (i + 1)}" fill="{color}">{name} loss</text>')
     return "\n".join([*lines, "</svg>", ""])

@@ -1,6 +1,7 @@
 """A training run: a model, data and options go in, a trained model in a folder that every other command takes comes out."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from lightning import Fabric
 from litgpt.args import TrainArgs
 from litgpt.checkpoint.base import CONFIG_NAME, WEIGHTS_NAME
 from litgpt.config import Config
-from litgpt.data.tokens import TokenRows
+from litgpt.data.lit_data import StreamModule
+from litgpt.data.tokens import TextModule
 from litgpt.engine import Engine, Sampling, Sequence, decode, prepare_caches
 from litgpt.errors import is_out_of_memory
 from litgpt.kvcache import CacheSpec
@@ -60,11 +62,10 @@ def connect(
         raise ValueError(
             f"train.max_seq_length={train.max_seq_length} is more than the model's context of {config.block_size} tokens"
         )
-    packable = hasattr(data, "pack")
-    if train.pack and not packable:
-        raise ValueError(f"train.pack: {type(data).__name__} gives batches of its own, which cannot be packed")
-    if packable:
+    if hasattr(data, "pack"):
         data.pack = train.pack
+    elif train.pack:
+        raise ValueError(f"train.pack: {type(data).__name__} gives batches of its own, which cannot be packed")
     limit = train.max_seq_length or config.block_size
     data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=limit)
     with fabric.rank_zero_first():
@@ -73,33 +74,20 @@ def connect(
     return data.train_dataloader(), data.val_dataloader()
 
 
+@dataclass
 class Run:
-    """A run: a model that is prepared for its method, data, and where it all goes.
+    """A run: a model that is prepared for its method, data, and where it all goes."""
 
-    Args:
-        fabric: launched.
-        gpt: with the modules of `method` in place, weights on the device.
-        method: how it is trained.
-        options: of the run, with its data module, connected.
-        loaders: of training and validation batches.
-        write_side_files: writes what belongs to a checkpoint besides weights into a folder.
-        tokenizer: of the model (None: no examples are shown).
-    """
+    fabric: Fabric  # launched
+    gpt: GPT  # with the modules of `method` in place, weights on the device
+    method: Method
+    options: Options  # with the data module, connected
+    loaders: tuple[Any, Any]  # of training and validation batches
+    write_side_files: Callable[[Path], None]  # into the folder of a checkpoint: what belongs there besides weights
+    tokenizer: Tokenizer | None = None  # without it, no examples are shown
 
-    def __init__(
-        self,
-        fabric: Fabric,
-        gpt: GPT,
-        method: Method,
-        options: Options,
-        loaders: tuple[Any, Any],
-        write_side_files: Callable[[Path], None],
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
-        self.fabric, self.gpt, self.method = fabric, gpt, method
-        self.loaders, self.options, self.tokenizer = loaders, options, tokenizer
-        self.write_side_files = write_side_files
-        self.report = Reporter(fabric, options.train.log_interval)
+    def __post_init__(self) -> None:
+        self.report = Reporter(self.fabric, self.options.train.log_interval)
 
     def run(self, resume: Path | None = None) -> dict[str, float]:
         """Train, validate, save. Returns metrics: losses, steps, tokens, seconds, tokens per second."""
@@ -125,13 +113,8 @@ class Run:
         optimizer = fabric.setup_optimizers(self.optimizer)
         train_loader, val_loader = self.loaders
         accumulation = train.gradient_accumulation_iters(fabric.world_size) * fabric.world_size
-        max_steps = steps_of_run(
-            _steps_per_epoch(train_loader, accumulation),
-            _tokens_per_step(train_loader, accumulation),
-            train.epochs,
-            train.max_steps,
-            train.max_tokens,
-        )
+        sizes = _steps_per_epoch(train_loader, accumulation), self._tokens_per_step(train_loader, accumulation)
+        max_steps = steps_of_run(*sizes, train.epochs, train.max_steps, train.max_tokens)
         warmup = train.lr_warmup_steps or 0
         if train.lr_warmup_fraction:
             warmup = round(train.lr_warmup_fraction * max_steps)
@@ -139,20 +122,9 @@ class Run:
             fabric.print(f"The run has {max_steps} steps: warming up for {max_steps // 10} instead of {warmup}")
             warmup = max_steps // 10
         scheduler = cosine_schedule(optimizer, warmup, max_steps, train.min_lr)
-        self.loop = loop = Loop(
-            fabric,
-            model,
-            optimizer,
-            scheduler,
-            train_loader,
-            val_loader,
-            train,
-            options.eval,
-            max_steps,
-            self.save_step,
-            self.show_example if options.eval.max_new_tokens and self.tokenizer is not None else None,
-            self.report,
-        )
+        show = self.show_example if options.eval.max_new_tokens and self.tokenizer is not None else None
+        parts = (model, optimizer, scheduler, train_loader, val_loader, train, options.eval, max_steps)
+        self.loop = loop = Loop(fabric, *parts, self.save_step, show, self.report)
         if resume is not None:
             fabric.print(f"Resuming training from {resume}")
             self.load(resume)
@@ -170,17 +142,28 @@ class Run:
                 raise RuntimeError(self._does_not_fit(spec, None)) from error
             raise
         if val_loader is not None and options.eval.final_validation:
-            loss = loop.validate()
-            loop.note_validation(loss)
-            self.report.final_validation(loop, loss)
+            loop.note_validation(loss := loop.validate())
+            self.report.validation(loop, loss)
         metrics = self._metrics(position)
         self.report.summary(metrics)
         self.save_final()
         return metrics
 
+    @property
+    def _limit(self) -> int:
+        return self.options.train.max_seq_length or self.gpt.config.block_size
+
+    def _tokens_per_step(self, loader: Any, accumulation: int) -> int | None:
+        """Tokens of a step on average, where that is known."""
+        if lengths := getattr(loader.dataset, "lengths", None):
+            return round(sum(lengths) / len(loader) * accumulation)
+        if isinstance(self.options.data, TextModule | StreamModule):  # all rows have as many tokens
+            return accumulation * loader.batch_size * self._limit
+        return None
+
     def _longest(self) -> int:
         """Tokens of the longest sample that a row of a batch may have."""
-        limit = self.options.train.max_seq_length or self.gpt.config.block_size
+        limit = self._limit
         lengths = getattr(getattr(self.loaders[0], "dataset", None), "lengths", None)
         return min(limit, max(lengths)) if lengths and not self.options.train.pack else limit
 
@@ -222,10 +205,10 @@ class Run:
 
     # -- checkpoints
 
-    def save_step(self, loop: Loop) -> Path | None:
+    def save_step(self, loop: Loop) -> None:
         """Write a checkpoint to resume from, and remove old ones as `train.keep_last` says."""
         if self.options.out_dir is None:
-            return None
+            return
         position = loop.position
         random = [random_state()]
         if self.fabric.world_size > 1:
@@ -241,11 +224,9 @@ class Run:
             "method": self.method.name,
             "model_name": self.gpt.config.name,
         }
-        folder = self.options.out_dir / self._step_name(position.step_count)
-        self._write(folder, state)
+        self._write(self.options.out_dir / self._step_name(position.step_count), state)
         if self.fabric.is_global_zero:
             remove_old(self.options.out_dir, self.options.train.keep_last, self._step_name(position.best_step))
-        return folder
 
     def _step_name(self, step: int) -> str:
         return f"step-{step:0{self.options.step_digits}d}"
@@ -270,21 +251,16 @@ class Run:
             try:
                 with replacing_folder(folder) as temporary:
                     torch.save({"model": weights, **state}, temporary / (WEIGHTS_NAME + self.method.suffix))
-                    self._write_description(temporary)
+                    text = yaml.safe_dump(self.options.hyperparameters, sort_keys=False, allow_unicode=True)
+                    (temporary / "hyperparameters.yaml").write_text(text, encoding="utf-8")
+                    self.write_side_files(temporary)
+                    if (style := getattr(self.options.data, "prompt_style", None)) is not None:
+                        save_prompt_style(style, temporary)
             except (OSError, RuntimeError) as error:
                 last = step_folders(folder.parent)
                 kept = f"; the last complete checkpoint is {last[-1]}" if last else ""
                 raise OSError(f"{folder} could not be written: {error}{kept}") from None
         self.fabric.barrier()
-
-    def _write_description(self, folder: Path) -> None:
-        """Write all that belongs to a checkpoint besides weights."""
-        hyperparameters = yaml.safe_dump(self.options.hyperparameters, sort_keys=False, allow_unicode=True)
-        (folder / "hyperparameters.yaml").write_text(hyperparameters, encoding="utf-8")
-        self.write_side_files(folder)
-        style = getattr(self.options.data, "prompt_style", None)
-        if style is not None:
-            save_prompt_style(style, folder)
 
     def load(self, path: Path) -> None:
         """Resume from a step checkpoint.
@@ -312,27 +288,32 @@ class Run:
 
     def show_example(self) -> None:
         """Show what the model says to a validation sample."""
-        if is_divided(self.gpt):
+        dataset = getattr(self.loop.val_loader, "dataset", None)
+        if is_divided(self.gpt) or not hasattr(dataset, "example"):
             return
-        dataset = getattr(getattr(self.loop.val_loader, "dataset", None), "examples", None)
-        if not dataset:
-            return
-        which = self.options.eval.evaluate_example
+        which, before = self.options.eval.evaluate_example, random_state()
         index = 0 if which == "first" else torch.randint(len(dataset), ()).item() if which == "random" else int(which)
-        prompt, ids = dataset[index % len(dataset)]
-        before, was_training = random_state(), self.gpt.training
-        self.gpt.eval()
-        self.fabric.print(prompt)
-        room = min(self.options.eval.max_new_tokens, self.gpt.max_seq_length - len(ids))
-        if room > 0:
-            answer = Sequence(ids.to(self.fabric.device), room, Sampling(0.8), [[i] for i in self.tokenizer.eos_ids])
-            prepare_caches(self.gpt, 1, answer.max_length)
-            for _ in decode(Engine(self.gpt), [answer]):
-                pass
-            self.fabric.print(f"{self.tokenizer.decode(answer.output)}\n")
-        self.gpt.clear_kv_caches()
-        self.gpt.train(was_training)
+        prompt, ids = dataset.example(index % len(dataset))
+        show_answer(self.fabric, self.gpt, self.tokenizer, prompt, ids, self.options.eval.max_new_tokens)
         set_random_state(before)
+
+
+def show_answer(
+    fabric: Fabric, gpt: GPT, tokenizer: Tokenizer, prompt: str, ids: torch.Tensor, max_new_tokens: int
+) -> None:
+    """Print `prompt`, whose tokens are `ids` (T,), and what the model says to it."""
+    was_training = gpt.training
+    gpt.eval()
+    fabric.print(prompt)
+    room = min(max_new_tokens, gpt.max_seq_length - len(ids))
+    if room > 0:
+        answer = Sequence(ids.to(fabric.device), room, Sampling(0.8), [[i] for i in tokenizer.eos_ids])
+        prepare_caches(gpt, 1, answer.max_length)
+        for _ in decode(Engine(gpt), [answer]):
+            pass
+        fabric.print(f"{tokenizer.decode(answer.output)}\n")
+    gpt.clear_kv_caches()
+    gpt.train(was_training)
 
 
 def write_config(config: Config, folder: Path) -> None:
@@ -346,11 +327,3 @@ def _steps_per_epoch(loader: Any, accumulation: int) -> int | None:
         return -(-len(loader) // accumulation)
     except TypeError:
         return None
-
-
-def _tokens_per_step(loader: Any, accumulation: int) -> int | None:
-    """Tokens of a step if all rows have the same length, as rows of a text have (None: they differ)."""
-    rows = getattr(loader, "dataset", None)
-    if not isinstance(rows, TokenRows):
-        return None
-    return accumulation * loader.batch_size * rows.seq_length

@@ -39,7 +39,7 @@ def steps_of_run(
 
     Args:
         steps_per_epoch: optimizer steps that the data makes (None: unknown, a stream).
-        tokens_per_step: tokens of a step, over all devices (None: unknown).
+        tokens_per_step: tokens of a step on average, over all devices (None: unknown).
         epochs, max_steps, max_tokens: limits (None: none).
 
     Raises:

@@ -14,6 +14,7 @@ from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from litgpt.args import LogArgs
 from litgpt.config import Config
 from litgpt.model import GPT, Block
 from litgpt.prompt_style import PromptStyle
@@ -43,14 +44,15 @@ def default_precision() -> str:
 
 
 def make_logger(
-    name: str, out_dir: Path, run_name: str, log_interval: int, log: Any = None, resume: bool = False
+    name: str, out_dir: Path, run_name: str, log_interval: int, log: LogArgs | None = None, resume: bool = False
 ) -> Any:
     """A logger of Lightning: csv, tensorboard, wandb or mlflow.
 
     Raises:
         ValueError: if there is no such logger, or the package that it needs is not installed (without tensorboard: csv).
     """
-    project = getattr(log, "project", None) or run_name
+    log = log or LogArgs()
+    project = log.project or run_name
     try:
         if name == "tensorboard":
             from lightning.fabric.loggers import TensorBoardLogger
@@ -58,10 +60,8 @@ def make_logger(
             try:
                 return TensorBoardLogger(out_dir / "logs", name="tensorboard")
             except ModuleNotFoundError:  # the default of `pretrain`: no reason to stop
-                logging.getLogger("litgpt").warning(
-                    "tensorboard is not installed (pip install tensorboard): logging to csv"
-                )
-                name = "csv"
+                name, words = "csv", "tensorboard is not installed (pip install tensorboard): logging to csv"
+                logging.getLogger("litgpt").warning(words)
         if name == "csv":
             from lightning.fabric.loggers import CSVLogger
 
@@ -69,12 +69,11 @@ def make_logger(
         if name == "wandb":
             from lightning.pytorch.loggers import WandbLogger
 
-            options = {"name": getattr(log, "run", None), "group": getattr(log, "group", None)}
-            return WandbLogger(project=project, resume=resume, **options)
+            return WandbLogger(project=project, resume=resume, name=log.run, group=log.group)
         if name == "mlflow":
             from lightning.pytorch.loggers import MLFlowLogger
 
-            return MLFlowLogger(experiment_name=project, run_name=getattr(log, "run", None))
+            return MLFlowLogger(experiment_name=project, run_name=log.run)
     except ModuleNotFoundError as error:
         raise ValueError(f"logger {name!r} needs a package that is not installed: {error}") from None
     raise ValueError(f"logger_name {name!r} is not one of csv, tensorboard, wandb, mlflow")
@@ -108,12 +107,8 @@ def make_fabric(options: Any, run_name: str, config: Config, resumed: bool) -> F
         raise ValueError(f"strategy {strategy!r} is not one of auto, ddp, fsdp")
     several = devices * num_nodes > 1
     if several and strategy == "fsdp":
-        chosen = ModelParallelStrategy(
-            divide_parameters,
-            data_parallel_size=devices * num_nodes,
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-        )
+        sizes = {"data_parallel_size": devices * num_nodes, "tensor_parallel_size": 1}
+        chosen = ModelParallelStrategy(divide_parameters, **sizes, save_distributed_checkpoint=False)
     elif several:
         chosen = DDPStrategy(find_unused_parameters=bool(config.n_expert), broadcast_buffers=False)
     else:
@@ -135,11 +130,8 @@ def compute_dtype(precision: str) -> torch.dtype:
 
 def number_of_parameters(model: GPT, trained: bool) -> int:
     """Trained, or frozen, parameters; a quantised weight counts as the numbers it represents."""
-    quantised = 0
-    if not trained:
-        layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
-        quantised = sum(layer.in_features * layer.out_features for layer in layers)
-    return quantised + num_parameters(model, trained)
+    quantised = [] if trained else [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    return sum(layer.in_features * layer.out_features for layer in quantised) + num_parameters(model, trained)
 
 
 def plain(value: Any) -> Any:

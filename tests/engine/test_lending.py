@@ -39,6 +39,8 @@ def test_the_tuned_models_are_those_that_are_loaded_alone_and_the_base_stays(fol
     for seed in (0, 1):
         finetuned = Finetuned(folders / f"lora{seed}", "lora")
         tuned = lend_weights(ready, finetuned)
+        if ops.available() and quantize is None:
+            assert tuned.model.layer_runner is not None
         merged = make_ready(folders / f"lora{seed}", "32-true").model(tokens)
         difference = (tuned.model(tokens) - merged).abs().mean() / merged.abs().mean()
         assert difference < (1e-5 if precision == "32-true" and quantize is None else 0.1)

@@ -51,6 +51,11 @@ def test_perplexity_is_that_of_a_full_pass_and_the_table_shows_it(evaluate, chec
     table = capsys.readouterr().out
     assert "|Tasks|Version|Filter|n-shot|Metric" in table
     assert f"{expected:.4f}"[:5] in table
+    config = evaluate(str(tmp_path / "story.txt"), length=2000)["configs"]["story"]
+    assert config["length"] == len(tokens)  # all of a text that is shorter
+    (tmp_path / "empty.txt").write_text("A")
+    with pytest.raises(ValueError, match="too few tokens"):
+        evaluate(str(tmp_path / "empty.txt"))
 
 
 def test_questions_of_files(evaluate, checkpoint, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from tiny import create_kv_caches, tiny_gpt
 from torch import nn
 
+from litgpt import lora
 from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention
 from litgpt.config import Config
 from litgpt.engine.loading import slow_down_decode, speed_up_decode
@@ -138,6 +139,31 @@ def test_models_in_float32(family):
         assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
         assert torch.equal(found.argmax(-1), expected.argmax(-1))
         assert done == [False, *(True for _ in calls[1:])]
+
+
+@pytest.mark.parametrize("family", ["llama", "qkv bias", "gemma"])
+@pytest.mark.parametrize("parts", [("query", "value"), ("key", "projection", "mlp")])
+def test_few_tokens_with_lora_matrices(family, parts):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.06)):
+        model = bf16_gpt(**FAMILIES[family]).to(dtype)
+        speed_up_decode(model, join=False)
+        model.layer_runner = None
+        flags = {f"lora_{part}": True for part in parts} | {"lora_r": 3, "lora_alpha": 2}
+        config = {field.name: getattr(model.config, field.name) for field in dataclasses.fields(model.config)}
+        lora.add_lora(model, lora.Config(**config, **flags))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter, std=0.2)
+        calls = [5, 1, 1, 4, 1]
+        expected = run(model.requires_grad_(False), calls, 3)
+        assert fuse_layers(model)
+        done = count(model)
+        found = run(model, calls, 3)
+        assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+        assert done == [False, *(True for _ in calls[1:])]
+    model = bf16_gpt(**FAMILIES[family]).float()
+    lora.add_lora(model, lora.Config(**config, **flags, lora_dora=True))
+    assert not fuse_layers(model)
 
 
 def test_what_is_not_all_in_float32_is_left_to_the_layers():

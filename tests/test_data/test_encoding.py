@@ -135,8 +135,7 @@ def test_a_template_that_rewrites_answers_gives_a_sample_for_each():
     learned = [[text_of(tokenizer, row.ids[span]) for span in spans(row.counted)] for row in rows]
     assert learned[1:] == [["<think>Who is it?</think>\nFine.<|im_end|>"], ["I said: fine.<|im_end|>"]]
     assert "Who is it?" not in text_of(tokenizer, rows[2].ids)
-    assert dataset.examples[2][0] == TALK[2]["content"]
-    assert len(list(dataset.examples)) == 3
+    assert dataset.example(2)[0] == TALK[2]["content"]
 
 
 def test_an_opening_of_answers_that_the_template_leaves_out_afterwards_is_not_learned():

@@ -73,7 +73,12 @@ def test_a_stop_after_the_first_epoch_changes_nothing(kind, folder, tmp_path):
             out_dir=out,
             data=kind(folder, num_workers=0),
             train=TrainArgs(
-                save_interval=1, global_batch_size=40, micro_batch_size=20, max_steps=8, max_seq_length=16, max_norm=1.0
+                save_interval=1,
+                global_batch_size=40,
+                micro_batch_size=20,
+                max_tokens=8 * 40 * 16,
+                max_seq_length=16,
+                max_norm=1.0,
             ),
             eval=EvalArgs(interval=100, max_iters=1),
             precision="32-true",

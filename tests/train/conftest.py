@@ -42,5 +42,5 @@ def json_path(tmp_path, samples):
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def _own_cache(own_cache):
+    pass

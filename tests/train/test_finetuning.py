@@ -36,14 +36,14 @@ SIDE_FILES = {
 }
 
 
-def run(method, checkpoint_dir, out_dir, json_path, train=TRAIN, **options):
+def run(method, checkpoint_dir, out_dir, json_path, train=TRAIN, eval=EVAL, **options):
     data = JSON(json_path, val_split_fraction=0.2)
     SETUPS[method](
         checkpoint_dir,
         out_dir=out_dir,
         data=data,
         train=train,
-        eval=EVAL,
+        eval=eval,
         optimizer=RATE,
         precision="32-true",
         **options,
@@ -54,8 +54,7 @@ def run(method, checkpoint_dir, out_dir, json_path, train=TRAIN, **options):
 @pytest.mark.parametrize("method", SETUPS)
 def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(method, checkpoint_dir, tmp_path, json_path, capsys):
     expected = run(method, checkpoint_dir, tmp_path / "whole", json_path)
-    half = tmp_path / "half"
-    run(method, checkpoint_dir, half, json_path)
+    half = shutil.copytree(tmp_path / "whole", tmp_path / "half")
     for folder in ("final", "step-000006", "step-000004"):  # as a run killed after step 2 or 3 leaves it
         shutil.rmtree(half / folder)
     capsys.readouterr()
@@ -93,9 +92,8 @@ def test_what_a_run_writes_and_says(method, checkpoint_dir, tmp_path, json_path,
 
 
 def test_training_learns(checkpoint_dir, tmp_path, json_path, capsys):
-    run(
-        "full", checkpoint_dir, tmp_path / "out", json_path, replace(TRAIN, max_steps=40, epochs=50, save_interval=None)
-    )
+    train = replace(TRAIN, max_steps=40, epochs=50, save_interval=None)
+    run("full", checkpoint_dir, tmp_path / "out", json_path, train, EvalArgs(interval=50, max_iters=1))
     lines = [line for line in capsys.readouterr().out.splitlines() if "(step)" in line]
     losses = [float(line.split("loss train: ")[1].split(",")[0]) for line in lines]
     assert losses[-1] < 0.6 * losses[0]
@@ -113,6 +111,15 @@ def test_every_counted_token_weighs_the_same_however_a_step_is_cut(
     found = run("full", checkpoint_dir, tmp_path / "cut", json_path, cut)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("limit", "steps"), [({"max_time": 1e-9}, 1), ({"max_tokens": 2000}, 2)])
+def test_time_and_tokens_are_limits_too(limit, steps, checkpoint_dir, tmp_path, json_path, capsys):
+    run(
+        "lora", checkpoint_dir, tmp_path / "out", json_path, replace(TRAIN, max_steps=None, save_interval=None, **limit)
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if "(step)" in line]
+    assert len(lines) == steps
 
 
 def test_the_merged_model_is_the_tuned_one(checkpoint_dir, tmp_path, json_path):
@@ -193,6 +200,12 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(checkpoint_dir, tmp_path, 
         run("full", checkpoint_dir, out, json_path, resume="auto")
     with pytest.raises(FileNotFoundError, match=r"step-\*/lit_model.pth"):
         run("full", checkpoint_dir, out, json_path, resume=True)
+    with pytest.raises(ValueError, match="holds weights only; give the file of a step-"):
+        run("lora", checkpoint_dir, tmp_path / "other", json_path, resume=out / "final")
+    file = out / "step-000006" / "lit_model.pth.lora"
+    torch.save(torch.load(file) | {"model_name": "other"}, file)
+    with pytest.raises(ValueError, match="is of model_name='other', this run of 'tiny'"):
+        run("lora", checkpoint_dir, out, json_path, resume="auto")
 
 
 def test_both_warm_ups_are_refused():
@@ -317,10 +330,8 @@ def llm(checkpoint_dir):
 def test_an_llm_that_learned_one_answer_gives_it_at_once(method, options, checkpoint_dir):
     llm = LLM.load(checkpoint_dir, distribute=None, quantize=options.pop("quantize", None))
     before = llm.generate("Who?", temperature=0.0)
-    metrics = finetune(
-        llm, ANSWER, method, max_steps=100, epochs=100, global_batch_size=1, lr_warmup_steps=0, **options
-    )
-    assert metrics["steps"] == 100
+    metrics = finetune(llm, ANSWER, method, max_steps=40, epochs=100, global_batch_size=1, lr_warmup_steps=0, **options)
+    assert metrics["steps"] == 40
     assert metrics["train_loss"] < 2
     assert before != "Me, always." == llm.generate("Who?", temperature=0.0)
 
@@ -472,10 +483,13 @@ def test_pretraining_takes_model_and_tokenizer_by_name(checkpoint_dir, tmp_path,
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_cache_that_keeps_all_changes_no_training(checkpoint_dir, tmp_path, json_path, method):
-    options = {"train": replace(TRAIN, max_steps=2)} | ({"lora_dropout": 0.0} if method == "lora" else {})
+    options = {"train": replace(TRAIN, max_steps=2, global_batch_size=2, save_interval=None)}
+    options |= {"eval": EvalArgs(max_iters=1, final_validation=False)} | (
+        {"lora_dropout": 0.0} if method == "lora" else {}
+    )
     plain = run(method, checkpoint_dir, tmp_path / "plain", json_path, **options)
-    cached = run(method, checkpoint_dir, tmp_path / "c", json_path, kv_cache="dense", prompt_chunksize=7, **options)
-    options |= {"cache_length": 8, "prompt_chunksize": 4}
+    cached = run(method, checkpoint_dir, tmp_path / "c", json_path, kv_cache="dense", prompt_chunksize=29, **options)
+    options |= {"cache_length": 24, "prompt_chunksize": 16}
     evicting = run(method, checkpoint_dir, tmp_path / "e", json_path, kv_cache="lastrec", **options)
     for name, weight in plain.items():
         torch.testing.assert_close(cached[name], weight, rtol=1e-3, atol=1e-5)

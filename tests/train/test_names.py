@@ -69,10 +69,10 @@ def test_a_script_that_calls_the_parts_of_lora(fabric, data, checkpoint_dir, tmp
 def test_main_of_a_method(module, suffix, config, fabric, data, checkpoint_dir, tmp_path):
     kind = {".lora": lora.Config, ".adapter": adapter.Config}.get(suffix)
     base = open_checkpoint(checkpoint_dir).config
-    arguments = {"devices": 1, "seed": 1, "config": kind.extending(base, **config) if kind else base, "data": data}
-    module.main(
-        fabric, **arguments, checkpoint_dir=checkpoint_dir, out_dir=tmp_path, train=TRAIN, eval=EVAL, optimizer="AdamW"
-    )
+    devices_and_seed = (1, False, 1) if module is finetune_full else (1, 1)  # in LitGPT's order
+    rest = {"out_dir": tmp_path, "train": TRAIN, "eval": EVAL, "optimizer": "AdamW"}
+    config = kind.extending(base, **config) if kind else base
+    module.main(fabric, *devices_and_seed, config, data, checkpoint_dir, **rest)
     assert (tmp_path / "final" / f"lit_model.pth{suffix}").is_file()
     if suffix == ".lora":
         load_finetuned(

@@ -117,7 +117,7 @@ inline Pairs nibble_pairs(const uint8_t* x, NibbleValues values) {  // low halve
 }
 
 // Exchanges rows and columns of LANES vectors of pairs.
-inline void transpose(Pairs* a) {
+INLINED void transpose(Pairs* a) {
     const auto wide = [](uint32x4_t x) { return vreinterpretq_u64_u32(x); };
     const uint32x4_t b0 = vtrn1q_u32(a[0], a[1]), b1 = vtrn2q_u32(a[0], a[1]);
     const uint32x4_t b2 = vtrn1q_u32(a[2], a[3]), b3 = vtrn2q_u32(a[2], a[3]);
@@ -134,7 +134,6 @@ constexpr int SHORTS = 8;
 
 inline Integers no_products() { return vdupq_n_s32(0); }
 inline Shorts load_shorts(const int16_t* x) { return vld1q_s16(x); }
-inline Shorts load_shorts(const int8_t* x) { return vmovl_s8(vld1_s8(x)); }
 inline Shorts all_pairs(int32_t pair) { return vcombine_s16(vdup_n_s16(int16_t(pair)), vdup_n_s16(int16_t(pair >> 16))); }
 inline Floats to_floats(Integers x) { return vcvtq_f32_s32(x); }
 
@@ -150,19 +149,47 @@ inline void split_nibbles(const uint8_t* x, Shorts& low, Shorts& high) {
     high = vreinterpretq_s16_u16(vmovl_u8(vshr_n_u8(bytes, 4)));
 }
 
+// LANES quads of integers of 8 bits, which have no signs
+using Quads = Pairs;
+constexpr int QUAD_SUMS = 16;  // that there are registers for
+
+inline Quads load_quads(const int8_t* x) {  // each number and 128
+    return vreinterpretq_u32_u8(veorq_u8(vreinterpretq_u8_s8(vld1q_s8(x)), vdupq_n_u8(128)));
+}
+
+// Numbers [d, d + 4 LANES) of a vector in 4 bits
+inline Quads load_nibbles(const uint8_t* x, int64_t d) {
+    const uint8x16_t bytes = vld1q_u8(x + d / 32 * 16);
+    return vreinterpretq_u32_u8(d % 32 ? vshrq_n_u8(bytes, 4) : vandq_u8(bytes, vdupq_n_u8(15)));
+}
+
 // x, and 16 more where there is a bit
-inline Shorts add_fifth_bits(Shorts x, uint32_t bits) {
-    const uint16x8_t own = {1, 2, 4, 8, 16, 32, 64, 128};
-    const uint16x8_t there = vandq_u16(vtstq_u16(vdupq_n_u16(uint16_t(bits)), own), vdupq_n_u16(16));
-    return vorrq_s16(x, vreinterpretq_s16_u16(there));
+inline Quads add_fifth_bits(Quads x, const void* bits) {
+    const uint8_t* own = (const uint8_t*)bits;
+    const uint8x16_t bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    const uint8x16_t there = vtstq_u8(vcombine_u8(vdup_n_u8(own[0]), vdup_n_u8(own[1])), bit);
+    return vorrq_u32(x, vreinterpretq_u32_u8(vandq_u8(there, vdupq_n_u8(16))));
 }
 
-// Pairs of a number of a and one of b; `in_order` puts sums of their products in the order of the numbers.
-inline void pair_up(Shorts a, Shorts b, Shorts& first, Shorts& second) {
-    first = vcombine_s16(vget_low_s16(a), vget_low_s16(b)), second = vcombine_s16(vget_high_s16(a), vget_high_s16(b));
+inline Shorts four_apart(uint16x8_t x) { return vreinterpretq_s16_u16(vuzp1q_u16(x, vextq_u16(x, x, 1))); }
+inline Shorts even_numbers(Quads x) { return four_apart(vandq_u16(vreinterpretq_u16_u32(x), vdupq_n_u16(255))); }
+inline Shorts odd_numbers(Quads x) { return four_apart(vshrq_n_u16(vreinterpretq_u16_u32(x), 8)); }
+
+// The lower or the upper halves of 4 vectors, as two vectors of quads of a number of each; `store_in_order` puts sums of products
+// of all four in the order of the numbers.
+template <bool UPPER>
+inline void interleave(const Quads* x, Quads& first, Quads& second) {
+    const auto bytes = [&](int i) { return vreinterpretq_u8_u32(x[i]); };
+    const auto zip = [](uint8x16_t a, uint8x16_t b) {
+        return vreinterpretq_u16_u8(UPPER ? vzip2q_u8(a, b) : vzip1q_u8(a, b));
+    };
+    const uint16x8_t a = zip(bytes(0), bytes(1)), b = zip(bytes(2), bytes(3));
+    first = vreinterpretq_u32_u16(vzip1q_u16(a, b)), second = vreinterpretq_u32_u16(vzip2q_u16(a, b));
 }
 
-inline void in_order(Integers&, Integers&) {}
+inline void store_in_order(float* y, Floats a, Floats b, Floats c, Floats d) {
+    store(y, a), store(y + 4, b), store(y + 8, c), store(y + 12, d);
+}
 
 inline void store_rounded(int16_t* y, Floats x) { vst1_s16(y, vqmovn_s32(vcvtnq_s32_f32(x))); }
 

@@ -75,7 +75,7 @@ inline Pairs nibble_pairs(const uint8_t* x, NibbleValues values) {  // low halve
 }
 
 // Exchanges rows and columns of LANES vectors of pairs.
-inline void transpose(Pairs* a) {
+INLINED void transpose(Pairs* a) {
     for (int i = 0; i < LANES; i++)
         for (int j = 0; j < i; j++) {
             const uint32_t before = a[i][j];
@@ -89,13 +89,6 @@ constexpr int SHORTS = 8;
 
 inline Integers no_products() { return Integers{}; }
 inline Shorts load_shorts(const int16_t* x) { return vector_at<Shorts>(x); }
-
-inline Shorts load_shorts(const int8_t* x) {
-    Shorts y;
-    for (int i = 0; i < SHORTS; i++) y[i] = x[i];
-    return y;
-}
-
 inline Shorts all_pairs(int32_t pair) { return vector_at<Shorts>(std::array<int32_t, 4>{pair, pair, pair, pair}.data()); }
 inline Floats to_floats(Integers x) { return __builtin_convertvector(x, Floats); }
 
@@ -110,19 +103,40 @@ inline void split_nibbles(const uint8_t* x, Shorts& low, Shorts& high) {
     for (int i = 0; i < SHORTS; i++) low[i] = x[i] & 15, high[i] = x[i] >> 4;
 }
 
+// LANES quads of integers of 8 bits, which have no signs
+using Quads = Pairs;
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+constexpr int QUAD_SUMS = 8;  // that there are registers for
+
+inline Quads load_quads(const int8_t* x) { return vector_at<Quads>(x) ^ 0x80808080u; }  // each number and 128
+
+// Numbers [d, d + 4 LANES) of a vector in 4 bits
+inline Quads load_nibbles(const uint8_t* x, int64_t d) {
+    return vector_at<Quads>(x + d / 32 * 16) >> (d % 32 ? 4 : 0) & 0x0f0f0f0fu;
+}
+
 // x, and 16 more where there is a bit
-inline Shorts add_fifth_bits(Shorts x, uint32_t bits) {
-    for (int i = 0; i < SHORTS; i++) x[i] = int16_t(x[i] | (bits >> i & 1) << 4);
-    return x;
+inline Quads add_fifth_bits(Quads x, const void* bits) {
+    Bytes y = (Bytes)x;
+    for (int i = 0; i < 4 * LANES; i++) y[i] = uint8_t(y[i] | (((const uint8_t*)bits)[i / 8] >> i % 8 & 1) << 4);
+    return (Quads)y;
 }
 
-// Pairs of a number of a and one of b; `in_order` puts sums of their products in the order of the numbers.
-inline void pair_up(Shorts a, Shorts b, Shorts& first, Shorts& second) {
-    first = Shorts{a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]};
-    second = Shorts{a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
+inline Shorts even_numbers(Quads x) { return (Shorts)(x & 0x00ff00ffu); }
+inline Shorts odd_numbers(Quads x) { return (Shorts)(x >> 8 & 0x00ff00ffu); }
+
+// The lower or the upper halves of 4 vectors, as two vectors of quads of a number of each; `store_in_order` puts sums of products
+// of all four in the order of the numbers.
+template <bool UPPER>
+inline void interleave(const Quads* x, Quads& first, Quads& second) {
+    Bytes y[2];
+    for (int i = 0; i < 32; i++) y[i / 16][i % 16] = ((Bytes)x[i % 4])[(UPPER ? 8 : 0) + i / 4];
+    first = (Quads)y[0], second = (Quads)y[1];
 }
 
-inline void in_order(Integers&, Integers&) {}
+inline void store_in_order(float* y, Floats a, Floats b, Floats c, Floats d) {
+    store(y, a), store(y + 4, b), store(y + 8, c), store(y + 12, d);
+}
 
 inline void store_rounded(int16_t* y, Floats x) {
     for (int i = 0; i < LANES; i++) y[i] = int16_t(std::nearbyint(x[i]));
