@@ -1,59 +1,103 @@
 // Attention from a few queries over the encoded keys of a KV split. Compiled in splits.cpp only.
 //
-// Products are those of integers: codes, and queries or weights in 16 bits. Codes are widened in chunks of two vectors.
+// Products are those of integers: codes in 8 bits, four at a time, and queries or weights in 15 bits. Keys are transposed, so that
+// each of LANES sums is a score.
 
 #pragma once
 
 #include "attention.h"
 #include "encoded.h"
 
-constexpr int CHUNK = 2 * SHORTS;  // numbers
+constexpr int QUADS = GROUP / 4;
+constexpr int CHUNK = 4 * LANES;  // numbers of a vector `Quads`
 
-// The codes of a chunk: numbers [d, d + CHUNK) of a vector of D in the order of `number_of`
+// Numbers [d, d + CHUNK) of a vector of D: codes without signs
 template <int KIND>
-inline void widen_codes(const char* codes, int64_t D, int64_t d, Shorts& first, Shorts& second) {
-    if constexpr (KIND == INT8) {
-        first = load_shorts((const int8_t*)codes + d), second = load_shorts((const int8_t*)codes + d + SHORTS);
-        return;
+inline Quads load_codes(const char* codes, int64_t D, int64_t d) {
+    if constexpr (KIND == INT8) return load_quads((const int8_t*)codes + d);
+    const Quads low = load_nibbles((const uint8_t*)codes, d);
+    if constexpr (KIND == INT5) return add_fifth_bits(low, codes + D / 2 + d / 8);
+    return low;
+}
+
+// 64 integers of up to 14 bits and a sign, as what quads are multiplied with
+struct Factors {
+    static constexpr float LARGEST = 16319;  // 127 * 128 + 63
+    int32_t first[QUADS], second[QUADS];
+
+    // x (64,), divided by the largest of them; returns what 1 stands for, and the sum of the integers
+    NOT_INLINED float set(const float* x, float* total) {
+        Floats most = zeros();
+        for (int i = 0; i < GROUP; i += LANES) most = greater(most, greater(load(x + i), zeros() - load(x + i)));
+        const float largest_one = largest(most);
+        const Floats factor = all(largest_one > 0 ? LARGEST / largest_one : 0.0f);
+        int16_t y[GROUP];
+        for (int i = 0; i < GROUP; i += LANES) store_rounded(y + i, load(x + i) * factor);
+        int32_t sum = 0;
+        for (int i = 0; i < GROUP; i++) sum += y[i];
+        *total = float(sum);
+#ifdef LITGPT_BYTE_PRODUCTS
+        int8_t *high = (int8_t*)first, *low = (int8_t*)second;
+        for (int i = 0; i < GROUP; i++) {
+            const int16_t upper = int16_t((y[i] + 64) >> 7);
+            high[i] = int8_t(upper), low[i] = int8_t(y[i] - (upper << 7));
+        }
+#else
+        int16_t *even = (int16_t*)first, *odd = (int16_t*)second;
+        for (int i = 0; i < GROUP / 2; i++) even[i] = y[2 * i], odd[i] = y[2 * i + 1];
+#endif
+        return largest_one / LARGEST;
     }
-    split_nibbles((const uint8_t*)codes + d / 2, first, second);
-    if constexpr (KIND == INT5) {
-        uint64_t fifth;  // bits of all numbers of the group
-        std::memcpy(&fifth, codes + D / 2 + d / GROUP * 8, 8);
-        const int64_t byte = d % GROUP / 2, at = byte / 16 * UNIT + byte % 16;
-        const auto bits = [&](int64_t from) {
-            const uint64_t next = SHORTS > 16 ? fifth >> (from + UNIT) % 64 << 16 : 0;
-            return uint32_t(SHORTS > 16 ? (fifth >> from & 0xffff) | next : fifth >> from);
-        };
-        first = add_fifth_bits(first, bits(at)), second = add_fifth_bits(second, bits(at + UNIT / 2));
-    }
-}
+};
 
-// The number of a group whose code comes i-th
-template <int KIND>
-constexpr int number_of(int i) {
-    if (KIND == INT8) return i;
-    const int byte = i / CHUNK * SHORTS + i % SHORTS, half = i / SHORTS % 2;
-    return byte / 16 * int(UNIT) + byte % 16 + half * 16;
-}
+#ifdef LITGPT_BYTE_PRODUCTS
+// Sums of products of quads with factors
+struct QuadSums {
+    Integers high = no_products(), low = no_products();
 
-// x (64,) as integers of 16 bits: returns what 1 stands for
-inline float to_integers(const float* x, int16_t* y) {
-    Floats most = zeros();
-    for (int i = 0; i < GROUP; i += LANES) most = greater(most, greater(load(x + i), zeros() - load(x + i)));
-    const float largest_one = largest(most);
-    const Floats factor = all(largest_one > 0 ? 32767.0f / largest_one : 0.0f);
-    for (int i = 0; i < GROUP; i += LANES) store_rounded(y + i, load(x + i) * factor);
-    return largest_one / 32767.0f;
-}
+    Floats floats() const { return to_floats(sum_of(shifted_left(high, 7), low)); }
+};
 
-// Scales, and least numbers but in 8 bits, of numbers [d, d + 64) of SPLIT_KEYS vectors of which there are n; 0 after the last
+using Multiplied = Quads;
+
+inline Multiplied multiplied(Quads x) { return x; }
+
+inline void add_quad_products(QuadSums& sums, Multiplied x, const Factors& factors, int i) {
+    sums.high = add_byte_products(sums.high, x, factors.first[i]);
+    sums.low = add_byte_products(sums.low, x, factors.second[i]);
+}
+#else
+struct QuadSums {
+    Integers all = no_products();
+
+    Floats floats() const { return to_floats(all); }
+};
+
+struct Multiplied {
+    Shorts even, odd;
+};
+
+inline Multiplied multiplied(Quads x) { return {even_numbers(x), odd_numbers(x)}; }
+
+inline void add_quad_products(QuadSums& sums, const Multiplied& x, const Factors& factors, int i) {
+    sums.all = add_integer_products(sums.all, x.even, all_pairs(factors.first[i]));
+    sums.all = add_integer_products(sums.all, x.odd, all_pairs(factors.second[i]));
+}
+#endif
+
+// Scales of numbers [d, d + 64) of SPLIT_KEYS vectors of which there are n, and what the code 0 stands for; 0 after the last
 template <int KIND>
 inline void load_scales(const Vectors& v, int64_t d, int64_t n, float* scale, float* least) {
     const int64_t stride = v.scale_strides[2];
     if constexpr (KIND == INT8) {
-        for (int64_t j = 0; j < n; j++) scale[j] = widen(v.scales[j * stride]);
-        std::fill(scale + n, scale + SPLIT_KEYS, 0.0f);
+        bf16 own[SPLIT_KEYS] = {};
+        if (stride == 1)
+            std::memcpy(own, v.scales, n * sizeof(bf16));
+        else
+            for (int64_t j = 0; j < n; j++) own[j] = v.scales[j * stride];
+        for (int64_t j = 0; j < SPLIT_KEYS; j += LANES) {
+            store(scale + j, load(own + j)), store(least + j, load(own + j) * all(-128.0f));
+        }
     } else {
         for (int64_t j = 0; j < SPLIT_KEYS; j += LANES) {
             const Pairs both = load_pairs(v.scales + j * stride + d / GROUP * 2, stride, n - j);
@@ -67,41 +111,38 @@ template <int R, int KIND>
 void multiply_encoded(const float* q, const Vectors& k, const Vectors& ahead, int64_t n, int64_t D,
                       float (*scores)[SPLIT_KEYS]) {
     if (D % GROUP == 0) {
-        for (int r = 0; r < R; r++) std::fill(scores[r], scores[r] + SPLIT_KEYS, 0.0f);
         for (int64_t d = 0; d < D; d += GROUP) {
             const int64_t ahead_bytes = GROUP * ahead.strides[2] / D, ahead_at = d / GROUP * ahead_bytes;
-            int16_t queries[R][GROUP];
+            Factors factors[R];
             float units[R], totals[R];
-            for (int r = 0; r < R; r++) {
-                int16_t numbers[GROUP];
-                units[r] = to_integers(q + r * D + d, numbers);
-                for (int i = 0; i < GROUP; i++) queries[r][i] = numbers[number_of<KIND>(i)];
-                totals[r] = 0;
-                for (int i = 0; i < GROUP; i++) totals[r] += q[r * D + d + i];
-            }
-            float scale[SPLIT_KEYS], least[SPLIT_KEYS] = {};
+            for (int r = 0; r < R; r++) units[r] = factors[r].set(q + r * D + d, totals + r), totals[r] *= units[r];
+            float scale[SPLIT_KEYS], least[SPLIT_KEYS];
             load_scales<KIND>(k, d, n, scale, least);
             for (int64_t j0 = 0; j0 < n; j0 += LANES) {
-                Floats sums[R][LANES];
-                for (int j = 0; j < LANES; j++) {
+#ifdef LITGPT_BYTE_PRODUCTS
+                asm volatile("" : : "r"(factors) : "memory");  // else GCC keeps LANES copies of each factor in memory
+#endif
+                const char* keys[LANES];
+                UNROLLED for (int j = 0; j < LANES; j++) {
                     const int64_t slot = std::min(j0 + j, n - 1);  // after the last one, it again
                     prefetch(ahead.codes_of(slot) + ahead_at, ahead_bytes);
-                    Integers own[R];
-                    UNROLLED for (int r = 0; r < R; r++) own[r] = no_products();
-                    UNROLLED for (int i = 0; i < GROUP; i += CHUNK) {
-                        Shorts first, second;
-                        widen_codes<KIND>(k.codes_of(slot), D, d + i, first, second);
-                        UNROLLED for (int r = 0; r < R; r++) {
-                            own[r] = add_integer_products(own[r], first, load_shorts(queries[r] + i));
-                            own[r] = add_integer_products(own[r], second, load_shorts(queries[r] + i + SHORTS));
-                        }
+                    keys[j] = k.codes_of(slot);
+                }
+                QuadSums sums[R];
+                UNROLLED for (int i = 0; i < GROUP; i += CHUNK) {
+                    Quads quads[LANES];
+                    UNROLLED for (int j = 0; j < LANES; j++) quads[j] = load_codes<KIND>(keys[j], D, d + i);
+                    transpose(quads);
+                    UNROLLED for (int j = 0; j < LANES; j++) {
+                        const Multiplied codes = multiplied(quads[j]);
+                        UNROLLED for (int r = 0; r < R; r++) add_quad_products(sums[r], codes, factors[r], i / 4 + j);
                     }
-                    UNROLLED for (int r = 0; r < R; r++) sums[r][j] = to_floats(own[r]);
                 }
                 UNROLLED for (int r = 0; r < R; r++) {
-                    const Floats products = sums_of_all(sums[r]) * all(units[r]);
-                    const Floats before = multiply_add(load(least + j0), all(totals[r]), load(scores[r] + j0));
-                    store(scores[r] + j0, multiply_add(products, load(scale + j0), before));
+                    const Floats products = sums[r].floats() * all(units[r]);
+                    const Floats before = d ? load(scores[r] + j0) : zeros();
+                    const Floats base = multiply_add(load(least + j0), all(totals[r]), before);
+                    store(scores[r] + j0, multiply_add(products, load(scale + j0), base));
                 }
             }
         }
@@ -120,6 +161,28 @@ void multiply_encoded(const float* q, const Vectors& k, const Vectors& ahead, in
     }
 }
 
+// Sums of numbers [d, d + CHUNK) of n values times factors, out of order; vectors from FIRST
+template <int R, int KIND, int FIRST, int COUNT>
+inline void add_part(const Factors* factors, const Vectors& v, const Vectors& ahead, int64_t ahead_at, int64_t ahead_bytes,
+                     int64_t n, int64_t D, int64_t d, Floats (*out)[4]) {
+    QuadSums sums[R][COUNT];
+    for (int64_t j = 0; j < n; j += 4) {  // four values at a time
+        Quads values[4], quads[4];
+        UNROLLED for (int i = 0; i < 4; i++) {
+            const int64_t slot = std::min(j + i, n - 1);
+            if (FIRST == 0) prefetch(ahead.codes_of(slot) + ahead_at, ahead_bytes);
+            values[i] = load_codes<KIND>(v.codes_of(slot), D, d);
+        }
+        if (FIRST == 0) interleave<false>(values, quads[0], quads[1]);
+        if (FIRST + COUNT == 4) interleave<true>(values, quads[2], quads[3]);
+        Multiplied codes[COUNT];
+        UNROLLED for (int p = 0; p < COUNT; p++) codes[p] = multiplied(quads[FIRST + p]);
+        UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int p = 0; p < COUNT; p++)
+            add_quad_products(sums[r][p], codes[p], factors[r], int(j / 4));
+    }
+    UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int p = 0; p < COUNT; p++) out[r][FIRST + p] = sums[r][p].floats();
+}
+
 // Sums of n encoded values, as the weights (0 after the last) of R queries say: out (R, D). As many codes `ahead` are
 // prefetched.
 template <int R, int KIND>
@@ -127,43 +190,33 @@ void add_encoded(const float (*weights)[SPLIT_KEYS], const Vectors& v, const Vec
     if (D % GROUP == 0) {
         for (int64_t d = 0; d < D; d += GROUP) {
             const int64_t ahead_bytes = GROUP * ahead.strides[2] / D, ahead_at = d / GROUP * ahead_bytes;
-            float scale[SPLIT_KEYS] = {}, least[SPLIT_KEYS] = {};
+            float scale[SPLIT_KEYS], least[SPLIT_KEYS] = {};
             load_scales<KIND>(v, d, n, scale, least);
-            int16_t numbers[R][SPLIT_KEYS];
+            Factors factors[R];
             float units[R], bases[R];
             for (int r = 0; r < R; r++) {
-                float scaled[SPLIT_KEYS], base = 0;
-                for (int j = 0; j < SPLIT_KEYS; j++) scaled[j] = weights[r][j] * scale[j];
-                for (int j = 0; j < SPLIT_KEYS; j++) base += weights[r][j] * least[j];
-                units[r] = to_integers(scaled, numbers[r]), bases[r] = base;
+                float scaled[SPLIT_KEYS], total;
+                Floats base = zeros();
+                for (int j = 0; j < SPLIT_KEYS; j += LANES) {
+                    const Floats weight = load(weights[r] + j);
+                    store(scaled + j, weight * load(scale + j));
+                    base = multiply_add(weight, load(least + j), base);
+                }
+                units[r] = factors[r].set(scaled, &total);
+                bases[r] = KIND == INT8 ? -128.0f * total * units[r] : sum(base);  // of the rounded weights
             }
             for (int i = 0; i < GROUP; i += CHUNK) {
-                Integers sums[R][4];
-                UNROLLED for (int r = 0; r < R; r++) UNROLLED for (int p = 0; p < 4; p++) sums[r][p] = no_products();
-                for (int64_t j = 0; j < n; j += 2) {  // two values at a time
-                    const int64_t next = std::min(j + 1, n - 1);
-                    if (i == 0) {
-                        prefetch(ahead.codes_of(j) + ahead_at, ahead_bytes);
-                        prefetch(ahead.codes_of(next) + ahead_at, ahead_bytes);
-                    }
-                    Shorts a[2], b[2], pairs[4];
-                    widen_codes<KIND>(v.codes_of(j), D, d + i, a[0], a[1]);
-                    widen_codes<KIND>(v.codes_of(next), D, d + i, b[0], b[1]);
-                    pair_up(a[0], b[0], pairs[0], pairs[1]);
-                    pair_up(a[1], b[1], pairs[2], pairs[3]);
-                    UNROLLED for (int r = 0; r < R; r++) {
-                        int32_t both;
-                        std::memcpy(&both, numbers[r] + j, 4);
-                        const Shorts weight = all_pairs(both);
-                        UNROLLED for (int p = 0; p < 4; p++) sums[r][p] = add_integer_products(sums[r][p], pairs[p], weight);
-                    }
+                Floats sums[R][4];
+                const int64_t bytes = i == 0 ? ahead_bytes : 0;
+                if constexpr (4 * R <= QUAD_SUMS) {
+                    add_part<R, KIND, 0, 4>(factors, v, ahead, ahead_at, bytes, n, D, d + i, sums);
+                } else {
+                    add_part<R, KIND, 0, 2>(factors, v, ahead, ahead_at, bytes, n, D, d + i, sums);
+                    add_part<R, KIND, 2, 2>(factors, v, ahead, ahead_at, 0, n, D, d + i, sums);
                 }
                 for (int r = 0; r < R; r++) {
-                    in_order(sums[r][0], sums[r][1]);
-                    in_order(sums[r][2], sums[r][3]);
-                    UNROLLED for (int p = 0; p < 4; p++)
-                        store(out + r * D + d + number_of<KIND>(i + p * LANES),
-                              multiply_add(to_floats(sums[r][p]), all(units[r]), all(bases[r])));
+                    UNROLLED for (int p = 0; p < 4; p++) sums[r][p] = multiply_add(sums[r][p], all(units[r]), all(bases[r]));
+                    store_in_order(out + r * D + d + i, sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
                 }
             }
         }
@@ -186,7 +239,9 @@ void add_encoded(const float (*weights)[SPLIT_KEYS], const Vectors& v, const Vec
 template <int R>
 void attend_encoded(const SplitQueries& x, const Vectors& k, const Vectors& v, const Vectors& next_k) {
     float scores[R][SPLIT_KEYS], queries[R * MAX_D];
-    for (int64_t i = 0; i < R * x.D; i++) queries[i] = widen(x.q[i]);
+    int64_t at = 0;
+    for (; at + LANES <= R * x.D; at += LANES) store(queries + at, load(x.q + at));
+    for (; at < R * x.D; at++) queries[at] = widen(x.q[at]);
     prefetch(v.scales, x.n * v.scale_strides[2] * int64_t(sizeof(bf16)));
     with_kind(k, [&](auto kind) { multiply_encoded<R, decltype(kind)::value>(queries, k, v, x.n, x.D, scores); });
     for (int r = 0; r < R; r++) weigh(scores[r], x.bias[r], x.n, x.scale, x.cap, x.top + r, x.total + r);

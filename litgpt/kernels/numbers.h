@@ -13,6 +13,8 @@
 
 // For large functions that are called from several places: compiled once, and in the same way for all.
 #define NOT_INLINED __attribute__((noinline))
+// For functions over arrays of vectors, which stay in registers only where they are inlined
+#define INLINED inline __attribute__((always_inline))
 
 using bf16 = uint16_t;
 

@@ -18,7 +18,7 @@ inline float softcap(float score, float cap) {
 
 // Replaces products s of a query with n <= SPLIT_KEYS keys by exp(score - top), and by 0 after the last.
 inline void weigh(float* s, const Real* bias, int64_t n, float scale, float cap, float* top, float* total) {
-    for (int64_t j = 0; j < n; j++) s[j] *= scale;
+    for (int64_t j = 0; j < SPLIT_KEYS; j += LANES) store(s + j, load(s + j) * all(scale));
     if (cap > 0)
         for (int64_t j = 0; j < n; j++) s[j] = softcap(s[j], cap);
     if (bias)

@@ -215,7 +215,10 @@ def test_tools_that_have_to_be_called_are(client, choice):
             pass
         final = events.get_final_completion().choices[0]
     assert (final.finish_reason, final.message.role) == ("tool_calls", "assistant")
-    assert final.message.tool_calls[0].function.arguments == call.function.arguments
+    found = final.message.tool_calls[0]
+    assert (found.index, found.function.name, found.function.arguments) == (0, "look", call.function.arguments)
+    assert found.id.startswith("call_")
+    assert found.id.count("call_") == 1
 
 
 def test_tools_may_be_left_alone(client):

@@ -15,7 +15,7 @@ def test_random_requests_get_their_own_answers_and_leave_nothing(checkpoint):
         stress = Stress(address, process.pid, tiny_llm(), leave=0.3)
         stress.run(24, 0)
         before = stress.resources()
-        stress.run(48, 0, first_seed=24)
+        stress.run(24, 0, first_seed=48)
         after = stress.resources()
     assert not stress.problems
     assert len(stress.ties) < 3

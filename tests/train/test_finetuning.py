@@ -200,6 +200,12 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(checkpoint_dir, tmp_path, 
         run("full", checkpoint_dir, out, json_path, resume="auto")
     with pytest.raises(FileNotFoundError, match=r"step-\*/lit_model.pth"):
         run("full", checkpoint_dir, out, json_path, resume=True)
+    with pytest.raises(ValueError, match="holds weights only; give the file of a step-"):
+        run("lora", checkpoint_dir, tmp_path / "other", json_path, resume=out / "final")
+    file = out / "step-000006" / "lit_model.pth.lora"
+    torch.save(torch.load(file) | {"model_name": "other"}, file)
+    with pytest.raises(ValueError, match="is of model_name='other', this run of 'tiny'"):
+        run("lora", checkpoint_dir, out, json_path, resume="auto")
 
 
 def test_both_warm_ups_are_refused():

@@ -68,53 +68,15 @@ inline Floats sums_of_all(Floats* v) {
     return _mm256_set_m128(sums_of_4(v[4], v[5], v[6], v[7]), sums_of_4(v[0], v[1], v[2], v[3]));
 }
 
-// Rows of inputs are widened to float.
-using Input = float;
-using Numbers = __m256;
-constexpr int NUMBERS = 8;
-
-inline Numbers load_numbers(const float* x) { return _mm256_loadu_ps(x); }
-inline Numbers load_numbers(const bf16* x) { return load(x); }
-
-inline Numbers load_numbers(const int8_t* x) {
+inline Floats load_numbers(const int8_t* x) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)x)));
 }
-
-// As they are, the first n numbers, and zeros
-template <class T>
-inline Numbers load_numbers(const T* x, int64_t n) {
-    if (n >= NUMBERS) return load_numbers(x);
-    T padded[NUMBERS] = {};
-    std::memcpy(padded, x, n * sizeof(T));
-    return load_numbers(padded);
-}
-
-// sum + a b
-inline Floats add_products(Floats sum, Numbers a, Numbers b) { return _mm256_fmadd_ps(a, b, sum); }
 
 // Most rows that share one pass over weights, vectors of outputs that are summed at a time for M of them, and outputs
 // where weights lie row by row: as many sums as there are registers, with room for weights and inputs
 constexpr int ROWS = 5;
 constexpr int output_vectors(int M) { return M == 1 ? 8 : M <= 3 ? 4 : 2; }
 constexpr int outputs_by_row(int M) { return M <= 2 ? 4 : 2; }
-
-// Adds to sums, of M rows and V vectors of outputs, the products of a pair of inputs x, by `stride` bytes, with w.
-template <int M, int V>
-inline void add_pairs(Floats (&sums)[M][V], const uint32_t* w, const char* x, int64_t stride) {
-    Floats weights[V];
-    const auto add = [&](int i) {
-        UNROLLED for (int m = 0; m < M; m++) {
-            const Floats input = _mm256_broadcast_ss((const float*)(x + m * stride) + i);
-            UNROLLED for (int v = 0; v < V; v++) sums[m][v] = _mm256_fmadd_ps(input, weights[v], sums[m][v]);
-        }
-    };
-    const auto pairs = [&](int v) { return _mm256_loadu_si256((const __m256i*)(w + LANES * v)); };
-    UNROLLED for (int v = 0; v < V; v++) weights[v] = _mm256_castsi256_ps(_mm256_slli_epi32(pairs(v), 16));
-    add(0);
-    const __m256i high = _mm256_set1_epi32(int(0xffff0000));
-    UNROLLED for (int v = 0; v < V; v++) weights[v] = _mm256_castsi256_ps(_mm256_and_si256(pairs(v), high));
-    add(1);
-}
 
 // LANES pairs of numbers in bfloat16
 using Pairs = __m256i;
@@ -149,18 +111,18 @@ inline Pairs nibble_pairs(const uint8_t* x, NibbleValues values) {  // low halve
 }
 
 // Exchanges rows and columns of LANES vectors of pairs.
-inline void transpose(Pairs* a) {
+INLINED void transpose(Pairs* a) {
     __m256i b[8], c[8];
-    for (int i = 0; i < 8; i += 2) {
+    UNROLLED for (int i = 0; i < 8; i += 2) {
         b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
         b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
     }
-    for (int i = 0; i < 8; i += 4)
-        for (int j = 0; j < 2; j++) {
+    UNROLLED for (int i = 0; i < 8; i += 4)
+        UNROLLED for (int j = 0; j < 2; j++) {
             c[i + 2 * j] = _mm256_unpacklo_epi64(b[i + j], b[i + j + 2]);
             c[i + 2 * j + 1] = _mm256_unpackhi_epi64(b[i + j], b[i + j + 2]);
         }
-    for (int i = 0; i < 4; i++) {
+    UNROLLED for (int i = 0; i < 4; i++) {
         a[i] = _mm256_permute2x128_si256(c[i], c[4 + i], 0x20);
         a[4 + i] = _mm256_permute2x128_si256(c[i], c[4 + i], 0x31);
     }
@@ -173,17 +135,12 @@ constexpr int SHORTS = 16;
 
 inline Integers no_products() { return _mm256_setzero_si256(); }
 inline Shorts load_shorts(const int16_t* x) { return _mm256_loadu_si256((const __m256i*)x); }
-inline Shorts load_shorts(const int8_t* x) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)x)); }
 inline Shorts all_pairs(int32_t pair) { return _mm256_set1_epi32(pair); }
 inline Floats to_floats(Integers x) { return _mm256_cvtepi32_ps(x); }
 
 // sum + a b: each of the sums gets two products
 inline Integers add_integer_products(Integers sum, Shorts a, Shorts b) {
-#ifdef __AVXVNNI__
-    return _mm256_dpwssd_avx_epi32(sum, a, b);
-#else
     return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
-#endif
 }
 
 // The low and the high halves of SHORTS bytes
@@ -192,21 +149,56 @@ inline void split_nibbles(const uint8_t* x, Shorts& low, Shorts& high) {
     low = _mm256_and_si256(bytes, _mm256_set1_epi16(15)), high = _mm256_srli_epi16(bytes, 4);
 }
 
-// x, and 16 more where there is a bit
-inline Shorts add_fifth_bits(Shorts x, uint32_t bits) {
-    const __m256i own = _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
-    const __m256i there = _mm256_cmpeq_epi16(_mm256_and_si256(_mm256_set1_epi16(int16_t(bits)), own), own);
-    return _mm256_or_si256(x, _mm256_and_si256(there, _mm256_set1_epi16(16)));
+// LANES quads of integers of 8 bits, which have no signs
+using Quads = Pairs;
+constexpr int QUAD_SUMS = 8;  // that there are registers for
+
+inline Quads load_quads(const int8_t* x) {  // each number and 128
+    return _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)x), _mm256_set1_epi8(-128));
 }
 
-// Pairs of a number of a and one of b; `in_order` puts sums of their products in the order of the numbers.
-inline void pair_up(Shorts a, Shorts b, Shorts& first, Shorts& second) {
+// Numbers [d, d + 4 LANES) of a vector in 4 bits
+inline Quads load_nibbles(const uint8_t* x, int64_t d) {
+    const __m128i bytes = _mm_loadu_si128((const __m128i*)(x + d / 2));
+    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes), _mm256_set1_epi8(15));
+}
+
+// x, and 16 more where there is a bit
+inline Quads add_fifth_bits(Quads x, const void* bits) {
+    int32_t own;
+    std::memcpy(&own, bits, 4);
+    const __m256i bytes = _mm256_shuffle_epi8(
+        _mm256_set1_epi32(own), _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303));
+    const __m256i bit = _mm256_set1_epi64x(int64_t(0x8040201008040201));
+    const __m256i there = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+    return _mm256_or_si256(x, _mm256_and_si256(there, _mm256_set1_epi8(16)));
+}
+
+inline Shorts even_numbers(Quads x) { return _mm256_and_si256(x, _mm256_set1_epi16(255)); }
+inline Shorts odd_numbers(Quads x) { return _mm256_srli_epi16(x, 8); }
+
+#ifdef __AVXVNNI__
+#define LITGPT_BYTE_PRODUCTS
+// sum + a b, where b has signs: each of the sums gets four products
+inline Integers add_byte_products(Integers sum, Quads a, int32_t b) {
+    return _mm256_dpbusd_avx_epi32(sum, a, _mm256_set1_epi32(b));
+}
+inline Integers shifted_left(Integers x, int bits) { return _mm256_slli_epi32(x, bits); }
+inline Integers sum_of(Integers a, Integers b) { return _mm256_add_epi32(a, b); }
+#endif
+
+// The lower or the upper halves of 128 bits of 4 vectors, as two vectors of quads of a number of each; `store_in_order` puts sums
+// of products of all four in the order of the numbers.
+template <bool UPPER>
+inline void interleave(const Quads* x, Quads& first, Quads& second) {
+    const __m256i a = UPPER ? _mm256_unpackhi_epi8(x[0], x[1]) : _mm256_unpacklo_epi8(x[0], x[1]);
+    const __m256i b = UPPER ? _mm256_unpackhi_epi8(x[2], x[3]) : _mm256_unpacklo_epi8(x[2], x[3]);
     first = _mm256_unpacklo_epi16(a, b), second = _mm256_unpackhi_epi16(a, b);
 }
 
-inline void in_order(Integers& first, Integers& second) {
-    const __m256i before = first;
-    first = _mm256_permute2x128_si256(before, second, 0x20), second = _mm256_permute2x128_si256(before, second, 0x31);
+inline void store_in_order(float* y, Floats a, Floats b, Floats c, Floats d) {
+    store(y, _mm256_permute2f128_ps(a, b, 0x20)), store(y + 8, _mm256_permute2f128_ps(c, d, 0x20));
+    store(y + 16, _mm256_permute2f128_ps(a, b, 0x31)), store(y + 24, _mm256_permute2f128_ps(c, d, 0x31));
 }
 
 inline void store_rounded(int16_t* y, Floats x) {

@@ -84,20 +84,7 @@ using Pairs = __m512i;
 inline Pairs load_pairs(const uint32_t* x) { return _mm512_loadu_si512(x); }
 inline void store_pairs(uint32_t* y, Pairs x) { _mm512_storeu_si512(y, x); }
 
-#ifdef LITGPT_FLOAT32
-// Rows of inputs are float.
-using Input = float;
-using Numbers = __m512;
-constexpr int NUMBERS = 16;
-
-inline Numbers load_numbers(const float* x) { return load(x); }
-inline Numbers load_numbers(const float* x, int64_t n) {
-    return _mm512_maskz_loadu_ps(n >= 16 ? 0xffff : __mmask16((1 << n) - 1), x);
-}
-
-// sum + a b
-inline Floats add_products(Floats sum, Numbers a, Numbers b) { return _mm512_fmadd_ps(a, b, sum); }
-#else
+#ifdef ROWS_IN_BF16
 // Rows of inputs stay in bfloat16.
 using Input = bf16;
 using Numbers = __m512i;
@@ -161,19 +148,19 @@ inline Pairs nibble_pairs(const uint8_t* x, NibbleValues values) {  // low halve
 }
 
 // Exchanges rows and columns of LANES vectors of pairs.
-inline void transpose(Pairs* a) {
+INLINED void transpose(Pairs* a) {
     __m512i b[16];
-    for (int i = 0; i < 16; i += 2) {
+    UNROLLED for (int i = 0; i < 16; i += 2) {
         b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
         b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
     }
-    for (int i = 0; i < 16; i += 4)
-        for (int j = 0; j < 2; j++) {
+    UNROLLED for (int i = 0; i < 16; i += 4)
+        UNROLLED for (int j = 0; j < 2; j++) {
             a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
             a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
         }
     // a[4 i + c] has, in its quarter q, column 4 q + c of rows 4 i to 4 i + 3
-    for (int c = 0; c < 4; c++) {
+    UNROLLED for (int c = 0; c < 4; c++) {
         const __m512i low_0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88),
                       high_0 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
         const __m512i low_1 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
@@ -183,49 +170,72 @@ inline void transpose(Pairs* a) {
         b[8 + c] = _mm512_shuffle_i32x4(low_0, low_1, 0xdd);
         b[12 + c] = _mm512_shuffle_i32x4(high_0, high_1, 0xdd);
     }
-    for (int i = 0; i < 16; i++) a[i] = b[i];
+    UNROLLED for (int i = 0; i < 16; i++) a[i] = b[i];
 }
 
 // Integers of 16 bits, and sums of their products in 32 bits
 using Shorts = __m512i;
 using Integers = __m512i;
-constexpr int SHORTS = 32;
 
 inline Integers no_products() { return _mm512_setzero_si512(); }
-inline Shorts load_shorts(const int16_t* x) { return _mm512_loadu_si512(x); }
-inline Shorts load_shorts(const int8_t* x) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)x)); }
 inline Shorts all_pairs(int32_t pair) { return _mm512_set1_epi32(pair); }
 inline Floats to_floats(Integers x) { return _mm512_cvtepi32_ps(x); }
 
 // sum + a b: each of the sums gets two products
 inline Integers add_integer_products(Integers sum, Shorts a, Shorts b) {
-#ifdef __AVX512VNNI__
-    return _mm512_dpwssd_epi32(sum, a, b);
-#else
     return _mm512_add_epi32(sum, _mm512_madd_epi16(a, b));
-#endif
 }
 
-// The low and the high halves of SHORTS bytes
-inline void split_nibbles(const uint8_t* x, Shorts& low, Shorts& high) {
-    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)x));
-    low = _mm512_and_si512(bytes, _mm512_set1_epi16(15)), high = _mm512_srli_epi16(bytes, 4);
+// LANES quads of integers of 8 bits, which have no signs
+using Quads = Pairs;
+constexpr int QUAD_SUMS = 12;  // that there are registers for
+
+inline Quads load_quads(const int8_t* x) {  // each number and 128
+    return _mm512_xor_si512(_mm512_loadu_si512(x), _mm512_set1_epi8(-128));
+}
+
+// Numbers [d, d + 4 LANES) of a vector in 4 bits
+inline Quads load_nibbles(const uint8_t* x, int64_t d) {
+    const __m512i bytes = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(x + d / 2)));
+    const __m512i twice = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3), bytes);
+    const __m512i halves = _mm512_srlv_epi64(twice, _mm512_setr_epi64(0, 0, 4, 4, 0, 0, 4, 4));
+    return _mm512_and_si512(halves, _mm512_set1_epi8(15));
 }
 
 // x, and 16 more where there is a bit
-inline Shorts add_fifth_bits(Shorts x, uint32_t bits) {
-    return _mm512_or_si512(x, _mm512_maskz_set1_epi16(bits, 16));
+inline Quads add_fifth_bits(Quads x, const void* bits) {
+    uint64_t there;
+    std::memcpy(&there, bits, 8);
+    return _mm512_or_si512(x, _mm512_maskz_set1_epi8(there, 16));
 }
 
-// Pairs of a number of a and one of b; `in_order` puts sums of their products in the order of the numbers.
-inline void pair_up(Shorts a, Shorts b, Shorts& first, Shorts& second) {
+inline Shorts even_numbers(Quads x) { return _mm512_and_si512(x, _mm512_set1_epi16(255)); }
+inline Shorts odd_numbers(Quads x) { return _mm512_srli_epi16(x, 8); }
+
+#ifdef __AVX512VNNI__
+#define LITGPT_BYTE_PRODUCTS
+// sum + a b, where b has signs: each of the sums gets four products
+inline Integers add_byte_products(Integers sum, Quads a, int32_t b) {
+    return _mm512_dpbusd_epi32(sum, a, _mm512_set1_epi32(b));
+}
+inline Integers shifted_left(Integers x, int bits) { return _mm512_slli_epi32(x, bits); }
+inline Integers sum_of(Integers a, Integers b) { return _mm512_add_epi32(a, b); }
+#endif
+
+// The lower or the upper halves of 128 bits of 4 vectors, as two vectors of quads of a number of each; `store_in_order` puts sums
+// of products of all four in the order of the numbers.
+template <bool UPPER>
+inline void interleave(const Quads* x, Quads& first, Quads& second) {
+    const __m512i a = UPPER ? _mm512_unpackhi_epi8(x[0], x[1]) : _mm512_unpacklo_epi8(x[0], x[1]);
+    const __m512i b = UPPER ? _mm512_unpackhi_epi8(x[2], x[3]) : _mm512_unpacklo_epi8(x[2], x[3]);
     first = _mm512_unpacklo_epi16(a, b), second = _mm512_unpackhi_epi16(a, b);
 }
 
-inline void in_order(Integers& first, Integers& second) {
-    const __m512i even = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(8)), before = first;
-    first = _mm512_permutex2var_epi32(before, even, second), second = _mm512_permutex2var_epi32(before, odd, second);
+inline void store_in_order(float* y, Floats a, Floats b, Floats c, Floats d) {
+    const Floats low = _mm512_shuffle_f32x4(a, b, 0x44), high = _mm512_shuffle_f32x4(a, b, 0xee);
+    const Floats low_2 = _mm512_shuffle_f32x4(c, d, 0x44), high_2 = _mm512_shuffle_f32x4(c, d, 0xee);
+    store(y, _mm512_shuffle_f32x4(low, low_2, 0x88)), store(y + 16, _mm512_shuffle_f32x4(low, low_2, 0xdd));
+    store(y + 32, _mm512_shuffle_f32x4(high, high_2, 0x88)), store(y + 48, _mm512_shuffle_f32x4(high, high_2, 0xdd));
 }
 
 inline void store_rounded(int16_t* y, Floats x) {

@@ -51,7 +51,7 @@ inline uint16x8_t as_bf16(int16x8_t x) {  // integers that bfloat16 holds exactl
     return vcombine_u16(half(vget_low_s16(x)), half(vget_high_s16(x)));
 }
 
-#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && !defined(LITGPT_FLOAT32)
+#ifdef ROWS_IN_BF16
 // Rows of inputs stay in bfloat16.
 using Input = bf16;
 using Numbers = uint16x8_t;
@@ -64,44 +64,10 @@ inline Numbers load_numbers(const int8_t* x) { return as_bf16(vmovl_s8(vld1_s8(x
 inline Floats add_products(Floats sum, Numbers a, Numbers b) {
     return vbfdotq_f32(sum, vreinterpretq_bf16_u16(a), vreinterpretq_bf16_u16(b));
 }
-#else
-// Rows of inputs are widened to float.
-using Input = float;
-using Numbers = float32x4_t;
-constexpr int NUMBERS = 4;
-
-inline Numbers load_numbers(const float* x) { return load(x); }
-inline Numbers load_numbers(const bf16* x) { return load(x); }
-
-inline Numbers load_numbers(const int8_t* x) {
-    int32_t four;
-    std::memcpy(&four, x, 4);
-    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
-}
-
-// sum + a b
-inline Floats add_products(Floats sum, Numbers a, Numbers b) { return vfmaq_f32(sum, a, b); }
-#endif
-
-// As they are, the first n numbers, and zeros
-template <class T>
-inline Numbers load_numbers(const T* x, int64_t n) {
-    if (n >= NUMBERS) return load_numbers(x);
-    T padded[NUMBERS] = {};
-    std::memcpy(padded, x, n * sizeof(T));
-    return load_numbers(padded);
-}
-
-// Most rows that share one pass over weights, vectors of outputs that are summed at a time for M of them, and outputs
-// where weights lie row by row: as many sums as there are registers, with room for weights and inputs
-constexpr int ROWS = 6;
-constexpr int output_vectors(int M) { return M <= 2 ? 8 : 4; }
-constexpr int outputs_by_row(int) { return 4; }
 
 // Adds to sums, of M rows and V vectors of outputs, the products of a pair of inputs x, by `stride` bytes, with w.
 template <int M, int V>
 inline void add_pairs(Floats (&sums)[M][V], const uint32_t* w, const char* x, int64_t stride) {
-#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC) && !defined(LITGPT_FLOAT32)
     Numbers weights[V];
     UNROLLED for (int v = 0; v < V; v++) weights[v] = vreinterpretq_u16_u32(vld1q_u32(w + LANES * v));
     UNROLLED for (int m = 0; m < M; m++) {
@@ -110,18 +76,20 @@ inline void add_pairs(Floats (&sums)[M][V], const uint32_t* w, const char* x, in
         const Numbers inputs = vreinterpretq_u16_u32(vdupq_n_u32(pair));
         UNROLLED for (int v = 0; v < V; v++) sums[m][v] = add_products(sums[m][v], weights[v], inputs);
     }
-#else
-    UNROLLED for (int v = 0; v < V; v++) {
-        const uint32x4_t pairs = vld1q_u32(w + LANES * v);
-        const Floats even = vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16));
-        const Floats odd = vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xffff0000u)));
-        UNROLLED for (int m = 0; m < M; m++) {
-            const float* inputs = (const float*)(x + m * stride);
-            sums[m][v] = vfmaq_n_f32(vfmaq_n_f32(sums[m][v], even, inputs[0]), odd, inputs[1]);
-        }
-    }
-#endif
 }
+#else
+inline Floats load_numbers(const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+}
+#endif
+
+// Most rows that share one pass over weights, vectors of outputs that are summed at a time for M of them, and outputs
+// where weights lie row by row: as many sums as there are registers, with room for weights and inputs
+constexpr int ROWS = 6;
+constexpr int output_vectors(int M) { return M <= 2 ? 8 : 4; }
+constexpr int outputs_by_row(int) { return 4; }
 
 // LANES pairs of numbers in bfloat16
 using Pairs = uint32x4_t;
@@ -149,7 +117,7 @@ inline Pairs nibble_pairs(const uint8_t* x, NibbleValues values) {  // low halve
 }
 
 // Exchanges rows and columns of LANES vectors of pairs.
-inline void transpose(Pairs* a) {
+INLINED void transpose(Pairs* a) {
     const auto wide = [](uint32x4_t x) { return vreinterpretq_u64_u32(x); };
     const uint32x4_t b0 = vtrn1q_u32(a[0], a[1]), b1 = vtrn2q_u32(a[0], a[1]);
     const uint32x4_t b2 = vtrn1q_u32(a[2], a[3]), b3 = vtrn2q_u32(a[2], a[3]);
@@ -166,7 +134,6 @@ constexpr int SHORTS = 8;
 
 inline Integers no_products() { return vdupq_n_s32(0); }
 inline Shorts load_shorts(const int16_t* x) { return vld1q_s16(x); }
-inline Shorts load_shorts(const int8_t* x) { return vmovl_s8(vld1_s8(x)); }
 inline Shorts all_pairs(int32_t pair) { return vcombine_s16(vdup_n_s16(int16_t(pair)), vdup_n_s16(int16_t(pair >> 16))); }
 inline Floats to_floats(Integers x) { return vcvtq_f32_s32(x); }
 
@@ -182,19 +149,47 @@ inline void split_nibbles(const uint8_t* x, Shorts& low, Shorts& high) {
     high = vreinterpretq_s16_u16(vmovl_u8(vshr_n_u8(bytes, 4)));
 }
 
+// LANES quads of integers of 8 bits, which have no signs
+using Quads = Pairs;
+constexpr int QUAD_SUMS = 16;  // that there are registers for
+
+inline Quads load_quads(const int8_t* x) {  // each number and 128
+    return vreinterpretq_u32_u8(veorq_u8(vreinterpretq_u8_s8(vld1q_s8(x)), vdupq_n_u8(128)));
+}
+
+// Numbers [d, d + 4 LANES) of a vector in 4 bits
+inline Quads load_nibbles(const uint8_t* x, int64_t d) {
+    const uint8x16_t bytes = vld1q_u8(x + d / 32 * 16);
+    return vreinterpretq_u32_u8(d % 32 ? vshrq_n_u8(bytes, 4) : vandq_u8(bytes, vdupq_n_u8(15)));
+}
+
 // x, and 16 more where there is a bit
-inline Shorts add_fifth_bits(Shorts x, uint32_t bits) {
-    const uint16x8_t own = {1, 2, 4, 8, 16, 32, 64, 128};
-    const uint16x8_t there = vandq_u16(vtstq_u16(vdupq_n_u16(uint16_t(bits)), own), vdupq_n_u16(16));
-    return vorrq_s16(x, vreinterpretq_s16_u16(there));
+inline Quads add_fifth_bits(Quads x, const void* bits) {
+    const uint8_t* own = (const uint8_t*)bits;
+    const uint8x16_t bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    const uint8x16_t there = vtstq_u8(vcombine_u8(vdup_n_u8(own[0]), vdup_n_u8(own[1])), bit);
+    return vorrq_u32(x, vreinterpretq_u32_u8(vandq_u8(there, vdupq_n_u8(16))));
 }
 
-// Pairs of a number of a and one of b; `in_order` puts sums of their products in the order of the numbers.
-inline void pair_up(Shorts a, Shorts b, Shorts& first, Shorts& second) {
-    first = vcombine_s16(vget_low_s16(a), vget_low_s16(b)), second = vcombine_s16(vget_high_s16(a), vget_high_s16(b));
+inline Shorts four_apart(uint16x8_t x) { return vreinterpretq_s16_u16(vuzp1q_u16(x, vextq_u16(x, x, 1))); }
+inline Shorts even_numbers(Quads x) { return four_apart(vandq_u16(vreinterpretq_u16_u32(x), vdupq_n_u16(255))); }
+inline Shorts odd_numbers(Quads x) { return four_apart(vshrq_n_u16(vreinterpretq_u16_u32(x), 8)); }
+
+// The lower or the upper halves of 4 vectors, as two vectors of quads of a number of each; `store_in_order` puts sums of products
+// of all four in the order of the numbers.
+template <bool UPPER>
+inline void interleave(const Quads* x, Quads& first, Quads& second) {
+    const auto bytes = [&](int i) { return vreinterpretq_u8_u32(x[i]); };
+    const auto zip = [](uint8x16_t a, uint8x16_t b) {
+        return vreinterpretq_u16_u8(UPPER ? vzip2q_u8(a, b) : vzip1q_u8(a, b));
+    };
+    const uint16x8_t a = zip(bytes(0), bytes(1)), b = zip(bytes(2), bytes(3));
+    first = vreinterpretq_u32_u16(vzip1q_u16(a, b)), second = vreinterpretq_u32_u16(vzip2q_u16(a, b));
 }
 
-inline void in_order(Integers&, Integers&) {}
+inline void store_in_order(float* y, Floats a, Floats b, Floats c, Floats d) {
+    store(y, a), store(y + 4, b), store(y + 8, c), store(y + 12, d);
+}
 
 inline void store_rounded(int16_t* y, Floats x) { vst1_s16(y, vqmovn_s32(vcvtnq_s32_f32(x))); }
 

@@ -40,45 +40,13 @@ inline void store_4(float* y, Floats x) { store(y, x); }
 // The sum of the elements of each of LANES vectors
 inline Floats sums_of_all(Floats* v) { return sums_of_4(v[0], v[1], v[2], v[3]); }
 
-// Rows of inputs are widened to float.
-using Input = float;
-using Numbers = Floats;
-constexpr int NUMBERS = 4;
-
-inline Numbers load_numbers(const float* x) { return load(x); }
-inline Numbers load_numbers(const bf16* x) { return load(x); }
-inline Numbers load_numbers(const int8_t* x) { return Floats{float(x[0]), float(x[1]), float(x[2]), float(x[3])}; }
-
-// As they are, the first n numbers, and zeros
-template <class T>
-inline Numbers load_numbers(const T* x, int64_t n) {
-    if (n >= NUMBERS) return load_numbers(x);
-    T padded[NUMBERS] = {};
-    std::memcpy(padded, x, n * sizeof(T));
-    return load_numbers(padded);
-}
-
-// sum + a b
-inline Floats add_products(Floats sum, Numbers a, Numbers b) { return a * b + sum; }
+inline Floats load_numbers(const int8_t* x) { return Floats{float(x[0]), float(x[1]), float(x[2]), float(x[3])}; }
 
 // Most rows that share one pass over weights, vectors of outputs that are summed at a time for M of them, and outputs
 // where weights lie row by row: as many sums as there are registers, with room for weights and inputs
 constexpr int ROWS = 5;
 constexpr int output_vectors(int M) { return M == 1 ? 8 : M <= 3 ? 4 : 2; }
 constexpr int outputs_by_row(int M) { return M <= 2 ? 4 : 2; }
-
-// Adds to sums, of M rows and V vectors of outputs, the products of a pair of inputs x, by `stride` bytes, with w.
-template <int M, int V>
-inline void add_pairs(Floats (&sums)[M][V], const uint32_t* w, const char* x, int64_t stride) {
-    for (int v = 0; v < V; v++) {
-        const Pairs pairs = vector_at<Pairs>(w + LANES * v), even = pairs << 16, odd = pairs & 0xffff0000u;
-        for (int m = 0; m < M; m++) {
-            const float* inputs = (const float*)(x + m * stride);
-            sums[m][v] += (Floats)even * inputs[0];
-            sums[m][v] += (Floats)odd * inputs[1];
-        }
-    }
-}
 
 // LANES pairs of numbers in bfloat16
 inline Pairs load_pairs(const uint32_t* x) { return vector_at<Pairs>(x); }
@@ -107,7 +75,7 @@ inline Pairs nibble_pairs(const uint8_t* x, NibbleValues values) {  // low halve
 }
 
 // Exchanges rows and columns of LANES vectors of pairs.
-inline void transpose(Pairs* a) {
+INLINED void transpose(Pairs* a) {
     for (int i = 0; i < LANES; i++)
         for (int j = 0; j < i; j++) {
             const uint32_t before = a[i][j];
@@ -121,13 +89,6 @@ constexpr int SHORTS = 8;
 
 inline Integers no_products() { return Integers{}; }
 inline Shorts load_shorts(const int16_t* x) { return vector_at<Shorts>(x); }
-
-inline Shorts load_shorts(const int8_t* x) {
-    Shorts y;
-    for (int i = 0; i < SHORTS; i++) y[i] = x[i];
-    return y;
-}
-
 inline Shorts all_pairs(int32_t pair) { return vector_at<Shorts>(std::array<int32_t, 4>{pair, pair, pair, pair}.data()); }
 inline Floats to_floats(Integers x) { return __builtin_convertvector(x, Floats); }
 
@@ -142,19 +103,40 @@ inline void split_nibbles(const uint8_t* x, Shorts& low, Shorts& high) {
     for (int i = 0; i < SHORTS; i++) low[i] = x[i] & 15, high[i] = x[i] >> 4;
 }
 
+// LANES quads of integers of 8 bits, which have no signs
+using Quads = Pairs;
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+constexpr int QUAD_SUMS = 8;  // that there are registers for
+
+inline Quads load_quads(const int8_t* x) { return vector_at<Quads>(x) ^ 0x80808080u; }  // each number and 128
+
+// Numbers [d, d + 4 LANES) of a vector in 4 bits
+inline Quads load_nibbles(const uint8_t* x, int64_t d) {
+    return vector_at<Quads>(x + d / 32 * 16) >> (d % 32 ? 4 : 0) & 0x0f0f0f0fu;
+}
+
 // x, and 16 more where there is a bit
-inline Shorts add_fifth_bits(Shorts x, uint32_t bits) {
-    for (int i = 0; i < SHORTS; i++) x[i] = int16_t(x[i] | (bits >> i & 1) << 4);
-    return x;
+inline Quads add_fifth_bits(Quads x, const void* bits) {
+    Bytes y = (Bytes)x;
+    for (int i = 0; i < 4 * LANES; i++) y[i] = uint8_t(y[i] | (((const uint8_t*)bits)[i / 8] >> i % 8 & 1) << 4);
+    return (Quads)y;
 }
 
-// Pairs of a number of a and one of b; `in_order` puts sums of their products in the order of the numbers.
-inline void pair_up(Shorts a, Shorts b, Shorts& first, Shorts& second) {
-    first = Shorts{a[0], b[0], a[1], b[1], a[2], b[2], a[3], b[3]};
-    second = Shorts{a[4], b[4], a[5], b[5], a[6], b[6], a[7], b[7]};
+inline Shorts even_numbers(Quads x) { return (Shorts)(x & 0x00ff00ffu); }
+inline Shorts odd_numbers(Quads x) { return (Shorts)(x >> 8 & 0x00ff00ffu); }
+
+// The lower or the upper halves of 4 vectors, as two vectors of quads of a number of each; `store_in_order` puts sums of products
+// of all four in the order of the numbers.
+template <bool UPPER>
+inline void interleave(const Quads* x, Quads& first, Quads& second) {
+    Bytes y[2];
+    for (int i = 0; i < 32; i++) y[i / 16][i % 16] = ((Bytes)x[i % 4])[(UPPER ? 8 : 0) + i / 4];
+    first = (Quads)y[0], second = (Quads)y[1];
 }
 
-inline void in_order(Integers&, Integers&) {}
+inline void store_in_order(float* y, Floats a, Floats b, Floats c, Floats d) {
+    store(y, a), store(y + 4, b), store(y + 8, c), store(y + 12, d);
+}
 
 inline void store_rounded(int16_t* y, Floats x) {
     for (int i = 0; i < LANES; i++) y[i] = int16_t(std::nearbyint(x[i]));

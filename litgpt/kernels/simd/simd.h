@@ -16,13 +16,15 @@
 #define UNROLLED _Pragma("GCC unroll 16")
 #endif
 
+#if !defined(LITGPT_SCALAR) && !defined(LITGPT_FLOAT32) && \
+    (defined(__AVX512BW__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC))
+#define ROWS_IN_BF16  // rows of inputs stay in bfloat16
+#endif
+
 #if defined(LITGPT_SCALAR)
 #include "scalar.h"
 #elif defined(__AVX512BW__)
 #include "avx512.h"
-#ifndef LITGPT_FLOAT32
-#include "avx512_nibbles.h"
-#endif
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include "avx2.h"
 #elif defined(__aarch64__) && defined(__ARM_NEON)
@@ -31,7 +33,22 @@
 #include "scalar.h"
 #endif
 
-#ifndef __AVX512BW__
+#ifndef ROWS_IN_BF16
+#include "float_rows.h"
+#endif
+
+// As they are, the first n numbers, and zeros
+template <class T>
+inline Numbers load_numbers(const T* x, int64_t n) {
+    if (n >= NUMBERS) return load_numbers(x);
+    T padded[NUMBERS] = {};
+    std::memcpy(padded, x, n * sizeof(T));
+    return load_numbers(padded);
+}
+
+#if defined(__AVX512BW__) && defined(ROWS_IN_BF16)
+#include "avx512_nibbles.h"
+#elif !defined(LITGPT_FLOAT32)  // which has no integers
 #include "nibbles.h"
 #endif
 
