@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
 from litgpt.errors import UsageError, debugging, describe
 from litgpt.kernels.library import compile_ahead
@@ -359,9 +359,21 @@ def _explain(message: str, parameters: Mapping[str, inspect.Parameter], config_f
         expected = re.sub(r"Literal\[(.*)\]", r"one of \1", expected)
         return f"--{match[1]} cannot be {match[2]!r}, it takes {expected}"
     if match := re.match(r'Parser key "([\w.]+)": .*(?:Got|Given) value: (.*)', message):
-        expected = " or ".join(re.findall(r"Expected an? <class '(\w+)'>", message)).replace("NoneType", "null")
-        return f"--{match[1]} cannot be {match[2]!r}, it takes {expected or 'another kind of value'}"
+        expected = [*_words(match[1], parameters), *re.findall(r"Expected an? <class '(\w+)'>", message)]
+        shown = " or ".join(expected).replace("NoneType", "null")
+        return f"--{match[1]} cannot be {match[2]!r}, it takes {shown or 'another kind of value'}"
     return re.sub(r'^Parser key "([\w.]+)":', r"--\1:", message)
+
+
+def _words(key: str, parameters: Mapping[str, inspect.Parameter]) -> list[str]:
+    """The words that an option of a group, such as `train.teacher`, takes."""
+    name, _, field = key.partition(".")
+    kind = parameters[name].annotation if name in parameters else None
+    if not is_dataclass(kind):
+        return []
+    annotation = get_type_hints(kind).get(field)
+    kinds = (annotation, *get_args(annotation))
+    return [repr(word) for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
 
 
 def _explain_object(key: str, kind: type, value: str, message: str) -> str:

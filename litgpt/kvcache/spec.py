@@ -318,6 +318,8 @@ def _check_pair(policy: type[Policy], name: str, storage: type[Storage]) -> None
 
 
 def _import(name: str) -> Any:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise ImportError(f"{name!r} is not the name of a module")
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -90,6 +90,8 @@ class Options:
         if spec is not None:
             try:
                 check_trainable(spec)
+                if spec.cache_length is not None:
+                    spec.make_policy(spec.cache_length)
             except ValueError as error:
                 raise UsageError(f"--kv_cache: {error}") from None
         if spec is not None and self.strategy == "fsdp" and parse_devices(self.devices) * self.num_nodes > 1:

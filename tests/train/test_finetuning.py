@@ -456,6 +456,11 @@ def JSONData(folder, samples):
         ("--data JSON --data.json_pth {}", "--data JSON has no option --data.json_pth"),
         ("--data.json_path {}", "--data.json_path belongs to a --data that is not given: one of Alpaca"),
         ("--train.max_steps many", "--train.max_steps cannot be 'many', it takes int or null"),
+        (
+            "--train.keep_inputs moon",
+            "--train.keep_inputs cannot be 'moon', it takes 'device' or 'cpu' or 'disk' or int",
+        ),
+        ("--train.teacher it", "--train.teacher cannot be 'it', it takes 'dense' or null"),
         ("--data Alpaca --data.val_split_fraction much", "--data.val_split_fraction cannot be 'much'"),
     ],
 )
@@ -512,9 +517,23 @@ def test_what_is_trained_through_a_cache_is_served_with_it(checkpoint_dir, tmp_p
     assert "trained with" not in capsys.readouterr().err
 
 
-def test_a_cache_that_needs_a_second_reading_is_refused_before_work(tmp_path, capsys):
-    arguments = ["finetune_lora", "no_such_checkpoint", "--out_dir", str(tmp_path / "out"), "--kv_cache", "kvzip-int8"]
-    assert main(arguments) == 2
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--kv_cache kvzip-int8", "--kv_cache: kvzip cannot be trained through: it reads a text a second time"),
+        ("--kv_cache h2o --cache_length 0", "--kv_cache: cache_length must be at least 1, got 0"),
+        (
+            "--kv_cache h2o --cache_length 8 --kv_cache_args.tail 8",
+            "--kv_cache: tail must be in 1..7 with cache_length=8",
+        ),
+        ("--kv_cache ./mine.py:Mine", "'./mine.py' is not the name of a module"),
+        ("--kv_cache h2o --train.teacher dense --devices 2 --strategy fsdp", "fsdp divides among devices"),
+        ("--kv_cache h2o --train.keep_inputs 2 --devices 2 --strategy fsdp", "device, cpu or disk"),
+    ],
+)
+def test_a_cache_that_cannot_be_trained_through_is_refused_before_work(tmp_path, capsys, options, message):
+    arguments = ["finetune_lora", "no_such_checkpoint", "--out_dir", str(tmp_path / "out"), *options.split()]
+    assert main(arguments) in (1, 2)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
-    assert "--kv_cache: kvzip cannot be trained through: it reads a text a second time" in lines[0]
+    assert message in lines[0]
