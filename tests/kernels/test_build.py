@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -199,6 +200,14 @@ def test_with_no_folder_there_are_no_kernels_and_a_line_for_each_says_why(machin
     machine.monkeypatch.setattr(build.tempfile, "tempdir", str(machine.made))
     assert machine.kernels() is None
     assert len(machine.said) == 2
+
+
+def test_a_folder_from_which_nothing_may_be_executed_is_not_used(machine, monkeypatch):
+    flags = iter([build.os.ST_NOEXEC, 0])
+    monkeypatch.setattr(build.os, "fstatvfs", lambda fd: SimpleNamespace(f_flag=next(flags)))
+    assert machine.kernels() is not None
+    assert [message.split(": ")[1] for message in machine.said] == ["its file system is mounted with noexec"]
+    assert machine.libraries() == []
 
 
 FAILING = {
