@@ -279,6 +279,8 @@ def compactor(row, g, reference):
     kept = torch.tensor(row.kept[g])
     attention = torch.tensor([seen[p] for p in row.kept[g]]).double() * row.values[g, kept].double().norm(dim=-1)
     keys = turned(row.keys[g, kept].double(), -kept)
+    directions = torch.randn(keys.shape[-1], 48, generator=torch.Generator().manual_seed(0)).double()
+    keys = (keys - keys.mean(0)) @ directions
     products = keys.T @ keys
     inverse = (products + 1e-4 * products.diagonal().mean() * torch.eye(len(products), dtype=torch.float64)).inverse()
     leverage = (keys @ inverse * keys).sum(-1)

@@ -1,5 +1,6 @@
 """Keep tokens that their neighbours attend to, and those whose keys no others replace (arXiv:2507.08143)."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -10,15 +11,16 @@ from litgpt.kvcache.policies.score import ScorePolicy
 from litgpt.kvcache.tokens import CachedTokens
 
 CHUNK = 256  # tokens that attend to each other
+DIRECTIONS = 48  # in all those of a large head, every key has some of its own
 
 
 @register_policy("compactor")
 @dataclass(frozen=True)
 class CompactorPolicy(ScorePolicy):
     """Attention that is not causal, within chunks of a prompt or the tail, times the norm of the value; and the leverage of the key
-    before RoPE among all keys ("Compactor: Calibrated Query-Agnostic KV Cache Compression with Approximate Leverage Scores",
-    here with exact ones). Both as standard scores. Independent of a question. Needs all queries, keys, values, and a number for
-    every token; costs little, but works best with a long prompt in one call or a long tail.
+    before RoPE among all keys, in some random directions ("Compactor: Calibrated Query-Agnostic KV Cache Compression with
+    Approximate Leverage Scores"). Both as standard scores. Independent of a question. Needs all queries, keys, values, and a
+    number for every token; costs little, but works best with a long prompt in one call or a long tail.
 
     Args:
         leverage: weight of the leverage.
@@ -30,22 +32,27 @@ class CompactorPolicy(ScorePolicy):
     unrotates = True
 
     def observe(self, tokens: CachedTokens) -> None:
-        queries, n = tokens.over_group(tokens.queries), tokens.queries.shape[2]
-        own = tokens.keys[:, :, None, tokens.shape[2] - n :]  # of the same tokens
-        for start in range(0, n, CHUNK):
+        queries, first = tokens.over_group(tokens.queries), tokens.shape[2] - tokens.queries.shape[2]
+        for start in range(first, tokens.shape[2], CHUNK):
             chunk = slice(start, start + CHUNK)
-            scores = queries[:, :, :, chunk] @ own[:, :, :, chunk].mT * tokens.mha.scale
+            own = queries[:, :, :, start - first : start - first + CHUNK]
+            scores = own @ tokens.keys[:, :, None, chunk].mT * tokens.mha.scale
             seen = do_softcapping(scores, tokens.mha.softcapping).softmax(-1).sum((2, 3))
-            first = tokens.shape[2] - n + start
-            tokens.slot_state[0, :, :, first : first + seen.shape[-1]] = seen
+            tokens.slot_state[0, :, :, chunk] = seen
 
     def scores(self, tokens: CachedTokens) -> torch.Tensor:
         keys = tokens.unrotated_keys
+        keys = (keys - keys.mean(-2, keepdim=True)) @ _directions(keys.shape[-1], keys.device)
         products = keys.mT @ keys
         ridge = 1e-4 * products.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
         root, _ = torch.linalg.cholesky_ex(products + ridge * torch.eye(keys.shape[-1], device=keys.device))
         leverage = (keys.mT * torch.cholesky_solve(keys.mT, root)).sum(-2)
         return _standard(tokens.slot_state[0] * tokens.values.norm(dim=-1)) + self.leverage * _standard(leverage)
+
+
+@functools.lru_cache(8)
+def _directions(size: int, device: torch.device) -> torch.Tensor:
+    return torch.randn(size, DIRECTIONS, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _standard(x: torch.Tensor) -> torch.Tensor:
