@@ -40,7 +40,7 @@ struct Factors {
         int8_t *high = (int8_t*)first, *low = (int8_t*)second;
         for (int i = 0; i < GROUP; i++) {
             const int16_t upper = int16_t((y[i] + 64) >> 7);
-            high[i] = int8_t(upper), low[i] = int8_t(y[i] - (upper << 7));
+            high[i] = int8_t(upper), low[i] = int8_t(y[i] - upper * 128);
         }
 #else
         int16_t *even = (int16_t*)first, *odd = (int16_t*)second;
