@@ -67,10 +67,12 @@ def kernels_for(
     return None
 
 
-def compile_ahead(target: InstructionSet) -> None:
+def compile_ahead(target: InstructionSet) -> threading.Thread:
     """Compile the kernels in another thread, unless they are there; `kernels_for` waits for it, and loads them."""
     compiled = object()
-    threading.Thread(target=kernels_for, args=(target, lambda path: compiled, False), daemon=True).start()
+    thread = threading.Thread(target=kernels_for, args=(target, lambda path: compiled, False), daemon=True)
+    thread.start()
+    return thread
 
 
 def folders() -> list[Path]:
@@ -180,14 +182,14 @@ class PrivateFolder:
         os.fsync(self.fd)
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """A lock that one process has at a time, where the file system has locks."""
+    def lock(self, announce: bool) -> Iterator[None]:
+        """A lock that one thread has at a time, where the file system has locks. Waiting for it is announced."""
         fd = self.open_file("lock", os.O_RDWR | os.O_CREAT)
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                with _announced(COMPILING):
+                with _announced(COMPILING) if announce else contextlib.nullcontext():
                     fcntl.flock(fd, fcntl.LOCK_EX)
             except OSError:
                 pass
@@ -226,7 +228,7 @@ def _compile_and_load(
     """The library, compiled now, unless that failed before."""
     if _is_known_to_fail(folder, names):
         return None
-    with folder.lock():
+    with folder.lock(announce):
         found = _load_compiled(folder, names, load)  # made by another process meanwhile
         if found is not None or _is_known_to_fail(folder, names):
             return found

@@ -281,24 +281,21 @@ def test_a_full_disk_leaves_nothing_half_written(machine, monkeypatch):
 
 def test_what_is_compiled_ahead_is_waited_for_and_loaded(machine):
     machine.compiler(COPIES.replace("cat", "sleep 0.5; cat"))
-    build.compile_ahead(processor.instruction_set())
-    assert threading.active_count() > 1
+    ahead = build.compile_ahead(processor.instruction_set())
+    assert ahead.is_alive()
     while not machine.log.exists():
         time.sleep(0.01)
     assert machine.kernels() is not None
     assert machine.compilations == 1
-    build.compile_ahead(processor.instruction_set())
+    ahead.join()
+    build.compile_ahead(processor.instruction_set()).join()
     assert machine.kernels() is not None
     assert machine.compilations == 1
 
 
 def test_a_failure_ahead_is_told_once(machine):
     machine.compiler(FAILING["fails"])
-    build.compile_ahead(processor.instruction_set())
-    while not list(machine.folder.glob("*.failed")):
-        time.sleep(0.01)
-    while threading.active_count() > 1 and not machine.caplog.messages:
-        time.sleep(0.01)
+    build.compile_ahead(processor.instruction_set()).join()
     assert [message[:19] for message in machine.caplog.messages] == ["No compiled kernels"]
     assert machine.kernels() is None
     assert machine.said == []
