@@ -71,9 +71,11 @@ def make_logger(
 
             return WandbLogger(project=project, resume=resume, name=log.run, group=log.group)
         if name == "mlflow":
+            import mlflow
             from lightning.pytorch.loggers import MLFlowLogger
 
-            return MLFlowLogger(experiment_name=project, run_name=log.run)
+            # MLflow's own default, since Lightning's is a folder of files, which MLflow 3 refuses
+            return MLFlowLogger(experiment_name=project, run_name=log.run, tracking_uri=mlflow.get_tracking_uri())
     except ModuleNotFoundError as error:
         raise ValueError(f"logger {name!r} needs a package that is not installed: {error}") from None
     raise ValueError(f"logger_name {name!r} is not one of csv, tensorboard, wandb, mlflow")
