@@ -9,6 +9,7 @@ import torch
 import torch.distributed
 import yaml
 from lightning import Fabric
+from lightning.fabric.loggers import CSVLogger
 
 from litgpt.args import TrainArgs
 from litgpt.checkpoint.base import CONFIG_NAME, WEIGHTS_NAME
@@ -92,6 +93,16 @@ class Run:
 
     def run(self, resume: Path | None = None) -> dict[str, float]:
         """Train, validate, save. Returns metrics: losses, steps, tokens, seconds, tokens per second."""
+        status = "failed"
+        try:
+            metrics = self._run(resume)
+            status = "success"
+        finally:
+            for logger in self.fabric.loggers:
+                logger.finalize(status)
+        return metrics
+
+    def _run(self, resume: Path | None) -> dict[str, float]:
         fabric, options, train = self.fabric, self.options, self.options.train
         fabric.print(f"Number of trainable parameters: {number_of_parameters(self.gpt, True):,}")
         if not self.method.trains_all:
@@ -136,6 +147,9 @@ class Run:
             else:
                 fabric.print("Verifying settings ...")
                 loop.validate(VERIFIED_BATCHES)
+        for logger in fabric.loggers:
+            if not isinstance(logger, CSVLogger):  # which has no place for settings
+                logger.log_hyperparams(options.hyperparameters)
         try:
             position = loop.run()
         except (RuntimeError, MemoryError) as error:

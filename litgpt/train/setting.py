@@ -54,7 +54,10 @@ def make_logger(
         if name == "wandb":
             return WandbLogger(project=project, resume=resume, name=log.run, group=log.group)
         if name == "mlflow":
-            return MLFlowLogger(experiment_name=project, run_name=log.run)
+            import mlflow
+
+            # MLflow's own default, since Lightning's is a folder of files, which MLflow 3 refuses
+            return MLFlowLogger(experiment_name=project, run_name=log.run, tracking_uri=mlflow.get_tracking_uri())
         if name == "tensorboard":
             return loggers.TensorBoardLogger(out_dir / "logs", name="tensorboard")
     except ModuleNotFoundError as error:
