@@ -38,7 +38,7 @@ class JSON(SFTModule):
             )
         if not is_folder and self.val_split_fraction is None:
             self.val_split_fraction = DEFAULT_FRACTION
-            warnings.warn(f"val_split_fraction is not given: {DEFAULT_FRACTION} of the samples validate", stacklevel=2)
+            warnings.warn(f"val_split_fraction is not given: {DEFAULT_FRACTION} of the samples validate", stacklevel=3)
         if self.val_split_fraction is not None and not 0 <= self.val_split_fraction < 1:
             raise ValueError(f"val_split_fraction must be at least 0 and below 1, got {self.val_split_fraction}")
 
