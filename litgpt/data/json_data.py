@@ -38,7 +38,7 @@ class JSON(SFTModule):
             )
         if not is_folder and self.val_split_fraction is None:
             self.val_split_fraction = DEFAULT_FRACTION
-            warnings.warn(f"val_split_fraction is not given: {DEFAULT_FRACTION} of the samples validate", stacklevel=2)
+            warnings.warn(f"val_split_fraction is not given: {DEFAULT_FRACTION} of the samples validate", stacklevel=3)
 
     def samples(self) -> Splits:
         train, val = self.get_splits()
