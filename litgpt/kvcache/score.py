@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from litgpt.attention import DefaultKeysAndValues, KeysAndValues
+from litgpt.attention import KeysAndValues
 from litgpt.config import Config
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.plan import Part, Plan, Step
