@@ -25,8 +25,8 @@ from litgpt.train.finetuning import tie
 from litgpt.train.methods import METHODS
 from litgpt.train.options import PretrainOptions, command
 from litgpt.train.run import Run, connect, write_config
-from litgpt.train.schedule import cosine_schedule
-from litgpt.train.setting import compute_dtype, make_fabric, precision_of
+from litgpt.train.schedule import cosine_schedule, learning_rate_factor
+from litgpt.train.setting import make_fabric, precision_of, weights_dtype
 from litgpt.utils import copy_config_files
 
 
@@ -51,7 +51,7 @@ def _pretrain(options: PretrainOptions) -> None:
         tokenizer = _open_tokenizer(options.tokenizer_dir)
     resume = options.resume_path("")
     fabric = make_fabric(options, f"pretrain-{config.name}", config, resume is not None)
-    options.describe(precision=precision_of(fabric))
+    options.describe(precision_of(fabric), config)
     fabric.launch(_train, config, tokenizer, options, start, resume)
 
 
@@ -99,12 +99,6 @@ def _train(
     resume_path: Path | None,
 ) -> dict[str, float]:
     """What every process does. Returns metrics: see `Run.run`."""
-
-    def write_side_files(folder: Path) -> None:
-        write_config(config, folder)
-        if tokenizer is not None:
-            tokenizer.save(folder)
-
     fabric.seed_everything(options.seed)
     loaders = connect(fabric, options.data, tokenizer, options.train, config)
     if start is None:
@@ -112,10 +106,11 @@ def _train(
             gpt = GPT(config)
         initialize_weights(fabric, gpt, config.n_layer, config.n_embd)
     else:
-        gpt = load_model(start, compute_dtype(precision_of(fabric)), fabric.device)
+        gpt = load_model(start, weights_dtype(fabric), fabric.device)
     tie(gpt, False, options.train.tie_embeddings)
     fabric.print(f"Total parameters: {sum(p.numel() for p in gpt.parameters()):,}")
-    metrics = Run(fabric, gpt, METHODS["full"], options, loaders, write_side_files).run(resume_path)
+    save_tokenizer = None if tokenizer is None else tokenizer.save
+    metrics = Run(fabric, gpt, config, METHODS["full"], options, loaders, save_tokenizer).run(resume_path)
     if tokenizer is not None:
         fabric.print(f"Chat with the result: litgpt chat {options.out_dir / 'final'}")
     return metrics
@@ -145,10 +140,7 @@ def get_lr(learning_rate: float, it: int, warmup_iters: int, max_iters: int, min
     """The learning rate of iteration `it`: linear warm-up from 0, then a cosine to `min_lr`."""
     if it < warmup_iters:
         return learning_rate * it / warmup_iters
-    if it > max_iters:
-        return min_lr
-    progress = (it - warmup_iters) / max(1, max_iters - warmup_iters)
-    return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+    return learning_rate * learning_rate_factor(it, warmup_iters, max_iters, min_lr / learning_rate)
 
 
 # -- what scripts that were written for LitGPT import
@@ -165,7 +157,7 @@ def main(fabric: Fabric, *args: Any, **kwargs: Any) -> None:
     options = PretrainOptions(model_name=config.name, **given)
     validate_args(options.train, options.eval, options.initial_checkpoint_dir, options.resume)
     options.check()
-    options.describe()
+    options.describe(precision_of(fabric), config)
     folder = options.initial_checkpoint_dir
     start = None if folder is None else open_checkpoint(find_checkpoint(folder))
     _train(fabric, config, tokenizer, options, start, options.resume_path(""))

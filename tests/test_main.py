@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -396,3 +397,9 @@ def test_the_help_of_kv_cache_names_all_policies_and_storages(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert f"Policies: {', '.join(POLICIES)}, or module:Class for a class of yours." in text
     assert f"Storages: {', '.join(STORAGES)}." in text
+
+
+def test_a_warning_of_a_command_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    assert main(["--version"]) == 0
+    assert warnings.formatwarning("beware", UserWarning, "<string>", 10) == "litgpt: warning: beware\n"

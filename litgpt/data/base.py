@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from litgpt.chat_template import ChatTemplate
-from litgpt.data.encoding import Encoded, EncodedSamples, Sample, bos_of, encode_sample, prompt_of, render_prompt
+from litgpt.data.encoding import Encoded, EncodedSamples, Sample, Splits, encode_sample, example_of
 from litgpt.prompt_style import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.batches import PackedBatchSampler
-
-IGNORE_INDEX = -100
+from litgpt.train.loss import IGNORE_INDEX
 
 
 class DataModule(LightningDataModule):
@@ -114,11 +113,8 @@ class SFTDataset(Dataset):
 
     def example(self, index: int) -> tuple[str, Tensor]:
         """What a sample asks, and the tokens of its prompt."""
-        sample = self.sample(getattr(self.encodings, "source", range(len(self)))[index])
-        prompt, _ = prompt_of(sample)
-        text = render_prompt(sample, self.prompt_style)
-        ids = self.tokenizer.encode(text, bos=bos_of(text, self.tokenizer, self.prompt_style))
-        return prompt if isinstance(prompt, str) else prompt[-1]["content"], ids
+        source = getattr(self.encodings, "source", range(len(self)))
+        return example_of(self.sample(source[index]), self.tokenizer, self.prompt_style)
 
 
 def get_sft_collate_fn(
@@ -151,7 +147,7 @@ class SFTModule(DataModule):
     Attributes:
         mask_prompt: learn responses only, not instructions.
         val_split_fraction: part of the samples that validate.
-        prompt_style: renders instructions.
+        prompt_style: renders instructions (None: the model's own).
         ignore_index: label of tokens that are not learned.
         seed: of the split and of the order.
         num_workers: accepted for scripts written for LitGPT; samples are encoded once, and need no workers.
@@ -170,12 +166,16 @@ class SFTModule(DataModule):
         super().__init__()
         if isinstance(self.prompt_style, str):
             self.prompt_style = PromptStyle.from_name(self.prompt_style)
+        if self.val_split_fraction is not None and not 0 <= self.val_split_fraction < 1:
+            raise ValueError(f"val_split_fraction must be at least 0 and below 1, got {self.val_split_fraction}")
 
     @abstractmethod
-    def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
-        """Those for training, and those for validation."""
+    def samples(self) -> Splits:
+        """Where they come from."""
 
     def setup(self, stage: str = "") -> None:
+        if self.prompt_style is None:
+            self.prompt_style = self.own_style()
         self.train_dataset, self.test_dataset = (
             SFTDataset(
                 samples, self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt, self.ignore_index

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -20,6 +21,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.waiting import report_progress, waiting
 
 Sample = Mapping[str, Any]
+Splits = tuple[Sequence[Sample], Sequence[Sample]]  # for training, and for validation
 ROLES = ("system", "developer", "user", "assistant", "tool")
 VERSION = 3  # of the cache's files
 GROUP = 512  # samples that are encoded at a time, by all cores
@@ -58,11 +60,19 @@ class RewrittenAnswerError(ValueError):
 def prompt_of(sample: Sample) -> tuple[str | list[dict[str, str]], dict[str, Any]]:
     """What is said before the (last) response, and further arguments of the prompt style."""
     if "messages" in sample:
-        messages = [dict(message) for message in sample["messages"]]
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        return messages[:last], {"tools": sample["tools"]} if sample.get("tools") else {}
+        messages, answers, more = _conversation(sample)
+        return messages[: answers[-1]], more
     known = ("instruction", "output", "prompt", "messages")
     return sample["instruction"], {k: v for k, v in sample.items() if k not in known and v is not None}
+
+
+def _conversation(sample: Sample) -> tuple[list[dict[str, Any]], list[int], dict[str, Any]]:
+    """Messages, which of them are answers, and further arguments of the prompt style."""
+    messages = [dict(message) for message in sample["messages"]]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise ValueError("no message is the assistant's: there is nothing to learn")
+    return messages, answers, {"tools": sample["tools"]} if sample.get("tools") else {}
 
 
 def render_prompt(sample: Sample, style: PromptStyle) -> str:
@@ -81,6 +91,14 @@ def bos_of(text: str, tokenizer: Tokenizer, style: PromptStyle) -> bool | None:
     """Whether a BOS token goes before a rendered text: not (False) if it is written there, else as the tokenizer has it."""
     bos_token = getattr(tokenizer, "bos_token", None)
     return False if isinstance(style, ChatTemplate) or (bos_token and text.startswith(bos_token)) else None
+
+
+def example_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> tuple[str, torch.Tensor]:
+    """What a sample asks, and the tokens (T,) of its prompt."""
+    prompt, _ = prompt_of(sample)
+    text = render_prompt(sample, style)
+    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    return asked, tokenizer.encode(text, bos=bos_of(text, tokenizer, style))
 
 
 def encode_sample(
@@ -103,13 +121,9 @@ def parts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[P
     if "messages" not in sample:
         prompt = render_prompt(sample, style)
         return [Part(prompt, bos_of(prompt, tokenizer, style)), Part(sample["output"], eos=True, counted=True)]
-    messages = [dict(message) for message in sample["messages"]]
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
-        raise ValueError("no message is the assistant's: there is nothing to learn")
+    messages, answers, more = _conversation(sample)
     learned = answers[-1:] if sample.get("learn") == "last" else answers
     if isinstance(style, ChatTemplate):
-        more = {"tools": sample["tools"]} if sample.get("tools") else {}
         return [_rendered(messages[: answers[-1] + 1], learned, tokenizer, style, more)]
     parts, done = [], ""
     for i in learned:
@@ -339,7 +353,6 @@ def _texts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[
     try:
         return [parts_of(sample, tokenizer, style)]
     except RewrittenAnswerError:
-        messages = sample["messages"]
-        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
-        samples = ({**sample, "messages": messages[:end], "learn": "last"} for end in ends)
+        messages, answers, _ = _conversation(sample)
+        samples = ({**sample, "messages": messages[: i + 1], "learn": "last"} for i in answers)
         return [parts_of(part, tokenizer, style) for part in samples]

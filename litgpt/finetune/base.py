@@ -29,7 +29,7 @@ from litgpt.train.options import FinetuneOptions, LoRAOptions, command, require_
 from litgpt.train.report import Reporter
 from litgpt.train.run import connect, show_answer
 from litgpt.train.schedule import cosine_schedule, steps_of_run
-from litgpt.train.setting import divide_parameters
+from litgpt.train.setting import divide_parameters, precision_of
 from litgpt.utils import copy_config_files, select_sft_generate_example
 
 __all__ = [
@@ -80,7 +80,7 @@ def main(method: str, fabric: Fabric, *args: Any, **kwargs: Any) -> None:
     config = given.pop("config")
     options = FinetuneOptions(**given)
     options.check()
-    options.describe(**(config.lora_options() if hasattr(config, "lora_options") else {}))
+    options.describe(precision_of(fabric), config)
     way, checkpoint = METHODS[method], open_checkpoint(find_checkpoint(options.checkpoint_dir))
     tune(fabric, way, checkpoint, config, options, options.resume_path(way.suffix))
 

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,8 +19,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
-
-from litgpt.checkpoint.base import WEIGHTS_NAME
 
 STEP_FOLDER = re.compile(r"step-(\d+)")
 
@@ -54,31 +52,6 @@ def step_folders(out_dir: Path) -> list[Path]:
     """The step checkpoints of a run, oldest first."""
     found = [(int(match[1]), path) for path in out_dir.glob("step-*") if (match := STEP_FOLDER.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
-
-
-def find_resume_path(resume: bool | Literal["auto"] | Path, out_dir: Path, suffix: str = "") -> Path | None:
-    """The file that a run resumes from (None: it starts from the beginning).
-
-    Args:
-        resume: False; True: the last checkpoint in `out_dir`, which has to be there; "auto": the last one, if there is
-            one; or the file, or its folder.
-        suffix: of the file's name after `lit_model.pth`: ".lora", ".adapter", ...
-
-    Raises:
-        FileNotFoundError: if there is no such checkpoint.
-    """
-    if not resume:
-        return None
-    name = WEIGHTS_NAME + suffix
-    if resume is True or resume == "auto":
-        found = [folder / name for folder in step_folders(out_dir) if (folder / name).is_file()]
-        if not found and resume is True:
-            raise FileNotFoundError(f"--resume: {out_dir} holds no checkpoint (step-*/{name}) to resume from")
-        return found[-1] if found else None
-    path = Path(resume) / name if Path(resume).is_dir() else Path(resume)
-    if not path.is_file():
-        raise FileNotFoundError(f"--resume: {path} does not exist")
-    return path
 
 
 def remove_old(out_dir: Path, keep_last: int | None, best: str | None) -> None:

@@ -77,14 +77,12 @@ class Loop:
     # -- state
 
     def state(self) -> dict[str, Any]:
-        """What a later `load_state` needs to resume exactly from here, next to weights, optimizer and scheduler."""
-        return {"position": asdict(self.position), "order": self._order, "random": random_state()}
+        """What a later `load_state` needs to resume exactly from here, next to weights, optimizer, scheduler and random states."""
+        return {"position": asdict(self.position), "order": self._order}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Resume from where `state` was taken, with the same data and options."""
-        self.position = Position(**state["position"])
-        self._order = state["order"]
-        set_random_state(state["random"])
+        self.position, self._order = Position(**state["position"]), state["order"]
 
     # -- training
 
@@ -189,17 +187,17 @@ class Loop:
         if self.val_loader is not None and position.step_count % self.eval.interval == 0:
             began = time.perf_counter()
             loss = self.validate()
-            self.note_validation(loss)
-            self.report.validation(self, loss, time.perf_counter() - began)
+            self.note_validation(loss, time.perf_counter() - began)
             if self.show_example is not None:
                 self.show_example()
             self.fabric.barrier()
         if train.save_interval is not None and position.step_count % train.save_interval == 0:
             self.save(self)
 
-    def note_validation(self, loss: float) -> None:
-        """Take a validation's loss into account for the best checkpoint and for early stopping."""
+    def note_validation(self, loss: float, seconds: float | None = None) -> None:
+        """Report the loss of a validation that took `seconds` (None: that of the end), and note whether it is the best."""
         position = self.position
+        self.report.validation(self, loss, seconds)
         if loss < position.best_loss:
             position.best_loss, position.best_step, position.worse = loss, position.step_count, 0
         else:

@@ -37,6 +37,11 @@ class Method:
         """Fields of the configuration that a plain one lacks."""
         return {f.name for f in fields(self.config)} - {f.name for f in fields(Config)}
 
+    def extend(self, config: Config, options: Any, **more: Any) -> Config:
+        """`config` with these fields as `options` and `more` say."""
+        own = {name: getattr(options, name) for name in self.fields if hasattr(options, name)}
+        return self.config.extending(config, **own, **more)
+
     def prepare(self, model: GPT, config: Config) -> None:
         """Add what is trained to `model`, in place, and freeze the rest."""
         self.add(model, config)

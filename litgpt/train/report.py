@@ -64,8 +64,8 @@ class Reporter:
         numbers |= {"loss": mean, "learning_rate": loop.scheduler.get_last_lr()[0]}
         self.fabric.log_dict(numbers, step=position.iter_num)
 
-    def validation(self, loop: "Loop", loss: float, seconds: float | None = None) -> None:
-        """After a validation that took `seconds`, or after that of the end (None)."""
+    def validation(self, loop: "Loop", loss: float, seconds: float | None) -> None:
+        """After a validation: see `Loop.note_validation`."""
         position, self.val_loss, perplexity = loop.position, loss, math.exp(min(loss, 700.0))
         self.val_curve.append((position.step_count, loss))
         if seconds is None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed
 import yaml
 from lightning import Fabric
+from lightning.fabric.loggers import CSVLogger
 
 from litgpt.args import TrainArgs
 from litgpt.checkpoint.base import CONFIG_NAME, WEIGHTS_NAME
@@ -70,7 +71,7 @@ def connect(
     data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=limit)
     with fabric.rank_zero_first():
         data.prepare_data()
-    data.setup()
+        data.setup()
     return data.train_dataloader(), data.val_dataloader()
 
 
@@ -80,10 +81,11 @@ class Run:
 
     fabric: Fabric  # launched
     gpt: GPT  # with the modules of `method` in place, weights on the device
+    config: Config  # without what the method adds
     method: Method
     options: Options  # with the data module, connected
     loaders: tuple[Any, Any]  # of training and validation batches
-    write_side_files: Callable[[Path], None]  # into the folder of a checkpoint: what belongs there besides weights
+    save_tokenizer: Callable[[Path], None] | None  # and what else belongs into the folder of a checkpoint
     tokenizer: Tokenizer | None = None  # without it, no examples are shown
 
     def __post_init__(self) -> None:
@@ -91,6 +93,16 @@ class Run:
 
     def run(self, resume: Path | None = None) -> dict[str, float]:
         """Train, validate, save. Returns metrics: losses, steps, tokens, seconds, tokens per second."""
+        status = "failed"
+        try:
+            metrics = self._run(resume)
+            status = "success"
+        finally:
+            for logger in self.fabric.loggers:
+                logger.finalize(status)
+        return metrics
+
+    def _run(self, resume: Path | None) -> dict[str, float]:
         fabric, options, train = self.fabric, self.options, self.options.train
         fabric.print(f"Number of trainable parameters: {number_of_parameters(self.gpt, True):,}")
         if not self.method.trains_all:
@@ -104,7 +116,7 @@ class Run:
         model = fabric.setup_module(self.model)
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
-            raise ValueError(f"{self.method.name} trains nothing in {self.gpt.config.name}: check its options")
+            raise ValueError(f"{self.method.name} trains nothing in {self.config.name}: check its options")
         self.optimizer = make_optimizer(options.optimizer, trained)
         if fabric.world_size == 1 and fabric.device.type == "cpu":
             self.model.keep_gradients()
@@ -135,6 +147,9 @@ class Run:
             else:
                 fabric.print("Verifying settings ...")
                 loop.validate(VERIFIED_BATCHES)
+        for logger in fabric.loggers:
+            if not isinstance(logger, CSVLogger):  # which has no place for settings
+                logger.log_hyperparams(options.hyperparameters)
         try:
             position = loop.run()
         except (RuntimeError, MemoryError) as error:
@@ -142,8 +157,7 @@ class Run:
                 raise RuntimeError(self._does_not_fit(spec, None)) from error
             raise
         if val_loader is not None and options.eval.final_validation:
-            loop.note_validation(loss := loop.validate())
-            self.report.validation(loop, loss)
+            loop.note_validation(loop.validate())
         metrics = self._metrics(position)
         self.report.summary(metrics)
         self.save_final()
@@ -222,7 +236,7 @@ class Run:
             "loop": loop.state(),
             "random": random,
             "method": self.method.name,
-            "model_name": self.gpt.config.name,
+            "model_name": self.config.name,
         }
         self._write(self.options.out_dir / self._step_name(position.step_count), state)
         if self.fabric.is_global_zero:
@@ -253,7 +267,9 @@ class Run:
                     torch.save({"model": weights, **state}, temporary / (WEIGHTS_NAME + self.method.suffix))
                     text = yaml.safe_dump(self.options.hyperparameters, sort_keys=False, allow_unicode=True)
                     (temporary / "hyperparameters.yaml").write_text(text, encoding="utf-8")
-                    self.write_side_files(temporary)
+                    write_config(self.config, temporary)
+                    if self.save_tokenizer is not None:
+                        self.save_tokenizer(temporary)
                     if (style := getattr(self.options.data, "prompt_style", None)) is not None:
                         save_prompt_style(style, temporary)
             except (OSError, RuntimeError) as error:
@@ -271,7 +287,7 @@ class Run:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if "loop" not in state:
             raise ValueError(f"--resume: {path} holds weights only; give the file of a step-* folder")
-        for name, own in (("method", self.method.name), ("model_name", self.gpt.config.name)):
+        for name, own in (("method", self.method.name), ("model_name", self.config.name)):
             if state[name] != own:
                 raise ValueError(f"--resume: {path} is of {name}={state[name]!r}, this run of {own!r}")
         try:
@@ -282,7 +298,8 @@ class Run:
         self.loop.scheduler.load_state_dict(state["scheduler"])
         random = state["random"]
         own = random[self.fabric.global_rank if len(random) == self.fabric.world_size else 0]
-        self.loop.load_state({**state["loop"], "random": own})
+        self.loop.load_state(state["loop"])
+        set_random_state(own)
 
     # -- examples
 
