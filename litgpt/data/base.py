@@ -110,7 +110,7 @@ def get_sft_collate_fn(
 
 
 def _sft_collate_fn(
-    samples: list[dict[str, Any]], max_seq_length: int = -1, pad_id: int = 0, ignore_index: int = IGNORE_INDEX
+    samples: list[dict[str, Any]], max_seq_length: int, pad_id: int, ignore_index: int
 ) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     for key, filler in (("input_ids", pad_id), ("labels", ignore_index)):

@@ -99,9 +99,7 @@ def encode_sample(
 
     An instruction and its response are encoded apart, and the response ends with the end token. A conversation is encoded
     as the checkpoint's chat template renders it; the loss counts the assistant's messages, each with its end token.
-
-    Raises:
-        ValueError: if the style cannot render the sample, or renders answers differently when more messages follow.
+    `ValueError` if the style cannot render the sample, or renders answers differently when more messages follow.
     """
     parts = parts_of(sample, tokenizer, style)
     return _assemble(parts, _encode_parts(parts, tokenizer), max_seq_length, mask_prompt)
@@ -270,12 +268,10 @@ class EncodedSamples(Sequence[Encoded]):
         mask_prompt: bool,
         name: str,
     ) -> "EncodedSamples":
-        """Encode samples, or take them from the cache, whose files are named by all that decides what is in them.
+        """Encode samples, or take them from the cache, whose files are named by all that decides what is in them. What a tokenizer
+        without a `fingerprint` encodes, or a style that is not of this package and may change at any time, is not cached.
 
-        A tokenizer without a `fingerprint`, or a style that is not of this package and may change at any time, is not cached.
-
-        Raises:
-            ValueError: if there is no sample, one cannot be rendered, or the loss counts no token of any.
+        `ValueError` if there is no sample, one cannot be rendered, or the loss counts no token of any.
         """
         if not samples:
             raise ValueError(f"{name}: there are no samples")
