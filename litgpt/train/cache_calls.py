@@ -132,23 +132,11 @@ class Serving(StandIn):
 class Again(StandIn):
     """Repeats the calls of a chunk, with a cache that is refilled before each of them.
 
-    Args:
-        cache: any contents are lost.
-        chunk, plans, calls: as they were in the forward pass.
-        stored: keys and values (B, G, n, D) that the first call found.
-        n_tokens: N.
+    `stored` are the keys and values (B, G, n, D) that the first call found, `n_tokens` is N.
     """
 
-    def __init__(
-        self,
-        cache: PlannedKVCache,
-        chunk: Chunk,
-        plans: Plans,
-        calls: list[Call],
-        stored: list[torch.Tensor],
-        n_tokens: int,
-    ) -> None:
-        super().__init__(cache, chunk, plans)
+    def __init__(self, *parts: Any, calls: list[Call], stored: list[torch.Tensor], n_tokens: int) -> None:
+        super().__init__(*parts)
         self.calls, self.stored, self.n_tokens = calls, stored, n_tokens
 
     def _prepared(

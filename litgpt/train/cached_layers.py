@@ -125,12 +125,9 @@ class _Sweep:
     @cached_property
     def ropes(self) -> list[list[Rope]]:
         """Rotations of every chunk's tokens."""
-        return [
-            self.gpt.rope_rows(chunk.starts, chunk.sizes, self._long)
-            if self.packed
-            else self.gpt.rope_rows(chunk.starts[0], chunk.sizes[0], self._long)
-            for chunk in self.chunks
-        ]
+        if self.packed:
+            return [self.gpt.rope_rows(chunk.starts, chunk.sizes, self._long) for chunk in self.chunks]
+        return [self.gpt.rope_rows(chunk.starts[0], chunk.sizes[0], self._long) for chunk in self.chunks]
 
     def run_group(self, group: range, x: torch.Tensor) -> torch.Tensor:
         """Outputs (1, N, E) of layers for all tokens. A layer that is divided among processes is called once, with all chunks:
@@ -265,8 +262,8 @@ def _backward(
     for index in reversed(range(len(sweep.chunks))):
         chunk, calls = sweep.chunks[index], log.calls(index)
         stored = [_gathered(of_all, calls[0].places).requires_grad_() for of_all in (keys, values)]
-        own, again = inputs.rows(chunk.spans)[None].detach(), Again(cache, chunk, sweep, calls, stored, d.shape[1])
-        own.requires_grad_()
+        own = inputs.rows(chunk.spans)[None].detach().requires_grad_()
+        again = Again(cache, chunk, sweep, calls=calls, stored=stored, n_tokens=d.shape[1])
         with torch.enable_grad(), torch.autocast(**autocast), _without_outputs(block):
             y = sweep.run(block, index, own, again, seed)
         outputs, gradients = [y], [d[:, chunk.tokens]]
