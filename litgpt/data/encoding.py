@@ -48,7 +48,11 @@ class Part(NamedTuple):
 
 
 class RewrittenAnswerError(ValueError):
-    """A template renders an answer differently when more messages follow."""
+    def __init__(self) -> None:
+        super().__init__(
+            "the prompt style renders an answer differently when more messages follow: split the conversation into samples "
+            "that end with the answer to be learned"
+        )
 
 
 def _conversation(sample: Sample) -> tuple[list[dict[str, Any]], list[int], dict[str, Any]]:
@@ -118,7 +122,7 @@ def parts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[P
     for i in learned:
         before = style.render(messages[:i])
         if not before.startswith(done):
-            raise RewrittenAnswerError(_REWRITTEN)
+            raise RewrittenAnswerError
         context = before[len(done) :]
         if done and tokenizer.eos_id is not None:
             context = context.removeprefix(tokenizer.eos_token)
@@ -126,12 +130,6 @@ def parts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[P
         parts += [Part(context, bos), Part(messages[i]["content"], eos=True, counted=True)]
         done = before + messages[i]["content"]
     return parts
-
-
-_REWRITTEN = (
-    "the prompt style renders an answer differently when more messages follow: split the conversation into samples that end "
-    "with the answer to be learned"
-)
 
 
 def _rendered(
@@ -164,7 +162,7 @@ def _rendered(
         after = [at + len(token) for token in end_texts if (at := through.find(token, said)) >= 0]
         end = min(after, default=len(through.rstrip()))
         if through[:end] != text[:end]:
-            raise RewrittenAnswerError(_REWRITTEN)
+            raise RewrittenAnswerError
         cuts += [start, end]
     return Part(text, counted=cuts)
 

@@ -86,10 +86,7 @@ class TrainingModel(nn.Module):
         gpt, heads, logits = self.gpt, [self.gpt.lm_head], self.gpt.logits
         head, embedding = gpt.lm_head, gpt.transformer.wte
         kept, tied = self.kept_gradients, None
-        own: dict[nn.Module, Callable] = {}
-        if kept is not None and scale is not None:
-            adding = {head: kept.linear, embedding: kept.embedding}  # to gradients
-            own = {module: partial(way, module.weight) for module, way in adding.items() if kept.adds(module)}
+        own: dict[nn.Module, Callable] = kept.adding(head, embedding) if kept is not None and scale is not None else {}
         is_tied = getattr(head, "weight", None) is embedding.weight and embedding.weight.requires_grad
         if is_tied and embedding not in own and torch.is_grad_enabled():
             tied = []
