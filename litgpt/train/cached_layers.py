@@ -54,7 +54,7 @@ class CachedLayers:
 
     Args:
         gpt: the model.
-        spec: the caches. They have to be planned ones, as all that this package registers are.
+        spec: the caches: planned ones, as all that this package registers are; `ValueError` if `check_trainable` refuses them.
         chunk: tokens of a row that enter the caches together.
         keep_inputs: where the inputs of layers stay until the backward pass: device (with the model), cpu, or disk (in
             temporary files); or a number k: on the device those of every k-th layer, and the others run again.
