@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # torch finds graphs again that it compiled for another one
     os.environ.setdefault(
         "TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"torchinductor-{capability}-{os.getuid()}"))
     )
+
+# the same examples in every run, however slow it is
+settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -20,6 +21,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.waiting import report_progress, waiting
 
 Sample = Mapping[str, Any]
+Splits = tuple[Sequence[Sample], Sequence[Sample]]  # for training, and for validation
 ROLES = ("system", "developer", "user", "assistant", "tool")
 VERSION = 3  # of the cache's files
 GROUP = 512  # samples that are encoded at a time, by all cores
@@ -28,17 +30,11 @@ _logger = logging.getLogger("litgpt")
 
 
 class Encoded(NamedTuple):
-    """A sample as tokens.
+    """A sample as tokens."""
 
-    Attributes:
-        ids: (T,) tokens.
-        counted: (T,) whether the loss counts the token.
-        raw: tokens of the texts alone, without those of the prompt style.
-    """
-
-    ids: np.ndarray
-    counted: np.ndarray
-    raw: int
+    ids: np.ndarray  # (T,)
+    counted: np.ndarray  # (T,) whether the loss counts the token
+    raw: int  # tokens of the texts alone, without those of the prompt style
 
 
 class Part(NamedTuple):
@@ -55,32 +51,45 @@ class RewrittenAnswerError(ValueError):
     """A template renders an answer differently when more messages follow."""
 
 
-def prompt_of(sample: Sample) -> tuple[str | list[dict[str, str]], dict[str, Any]]:
-    """What is said before the (last) response, and further arguments of the prompt style."""
+def _conversation(sample: Sample) -> tuple[list[dict[str, Any]], list[int], dict[str, Any]]:
+    """Messages, which of them are answers, and further arguments of the prompt style."""
+    messages = [dict(message) for message in sample["messages"]]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise ValueError("no message is the assistant's: there is nothing to learn")
+    return messages, answers, {"tools": sample["tools"]} if sample.get("tools") else {}
+
+
+def render_prompt(sample: Sample, style: PromptStyle) -> tuple[str, str]:
+    """What a sample asks, and its text up to the (last) response. An `input` that the style has no place for follows the
+    instruction."""
     if "messages" in sample:
-        messages = [dict(message) for message in sample["messages"]]
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        return messages[:last], {"tools": sample["tools"]} if sample.get("tools") else {}
-    known = ("instruction", "output", "prompt", "messages")
-    return sample["instruction"], {k: v for k, v in sample.items() if k not in known and v is not None}
-
-
-def render_prompt(sample: Sample, style: PromptStyle) -> str:
-    """The text of a sample up to its (last) response. An `input` that the style has no place for follows the instruction."""
-    prompt, more = prompt_of(sample)
-    if isinstance(prompt, str) and isinstance(style, ChatTemplate):
-        more = {name: value for name, value in more.items() if name in ("input", "sys_prompt")}
-    text = style.render(prompt, **more)
-    about = more.get("input", "") if isinstance(prompt, str) else ""
+        messages, answers, more = _conversation(sample)
+        before = messages[: answers[-1]]
+        return before[-1]["content"], style.render(before, **more)
+    asked, about = sample["instruction"], sample.get("input") or ""
+    names = (
+        ("input", "sys_prompt")
+        if isinstance(style, ChatTemplate)
+        else sample.keys() - {"instruction", "output", "prompt"}
+    )
+    more = {name: sample[name] for name in names if sample.get(name) is not None}
+    text = style.render(asked, **more)
     if about.strip() and about.strip() not in text:
-        text = style.render(f"{prompt}\n\n{about}", **more)
-    return text
+        text = style.render(f"{asked}\n\n{about}", **more)
+    return asked, text
 
 
 def bos_of(text: str, tokenizer: Tokenizer, style: PromptStyle) -> bool | None:
     """Whether a BOS token goes before a rendered text: not (False) if it is written there, else as the tokenizer has it."""
     bos_token = getattr(tokenizer, "bos_token", None)
     return False if isinstance(style, ChatTemplate) or (bos_token and text.startswith(bos_token)) else None
+
+
+def example_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> tuple[str, torch.Tensor]:
+    """What a sample asks, and the tokens (T,) of its prompt."""
+    asked, text = render_prompt(sample, style)
+    return asked, tokenizer.encode(text, bos=bos_of(text, tokenizer, style))
 
 
 def encode_sample(
@@ -101,15 +110,11 @@ def encode_sample(
 def parts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[Part]:
     """The texts of a sample."""
     if "messages" not in sample:
-        prompt = render_prompt(sample, style)
+        _, prompt = render_prompt(sample, style)
         return [Part(prompt, bos_of(prompt, tokenizer, style)), Part(sample["output"], eos=True, counted=True)]
-    messages = [dict(message) for message in sample["messages"]]
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
-        raise ValueError("no message is the assistant's: there is nothing to learn")
+    messages, answers, more = _conversation(sample)
     learned = answers[-1:] if sample.get("learn") == "last" else answers
     if isinstance(style, ChatTemplate):
-        more = {"tools": sample["tools"]} if sample.get("tools") else {}
         return [_rendered(messages[: answers[-1] + 1], learned, tokenizer, style, more)]
     parts, done = [], ""
     for i in learned:
@@ -339,7 +344,6 @@ def _texts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[
     try:
         return [parts_of(sample, tokenizer, style)]
     except RewrittenAnswerError:
-        messages = sample["messages"]
-        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
-        samples = ({**sample, "messages": messages[:end], "learn": "last"} for end in ends)
+        messages, answers, _ = _conversation(sample)
+        samples = ({**sample, "messages": messages[: i + 1], "learn": "last"} for i in answers)
         return [parts_of(part, tokenizer, style) for part in samples]

@@ -15,17 +15,20 @@ struct Prefill {
     bf16* x;  // (M, E)
     int64_t T, M, heads;
     bf16 *qkv, *attended;        // M rows
+    bf16* coded;                 // M rows as `qkv`, of layers with encoded caches: rotated, and keys and values are rounded
     bf16 *normed, *out, *inner;  // BLOCK rows
     char* prepared;              // BLOCK rows, prepared for a weight
     char* ring_memory;           // of a layer's rings
 
-    // `scratch` has M (2 H + 2 G) D numbers: queries, keys, values and the output of attention.
+    // `scratch` has M (2 H + 2 G) D numbers: queries, keys, values and the output of attention. Where caches are encoded, M (H + 2
+    // G) D more.
     Prefill(const Shape& shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes,
             bf16* x, bf16* scratch, int64_t B, int64_t T)
         : shape(shape), ropes(ropes), x(x), T(T), M(B * T), heads(shape.H + 2 * shape.G), qkv(scratch) {
         static thread_local Scratch<bf16> block_scratch;
         static thread_local Scratch<char> prepared_scratch;
         attended = qkv + M * heads * shape.D;
+        coded = attended + M * shape.H * shape.D;
         normed = block_scratch.get(BLOCK * (2 * shape.E + shape.I));
         out = normed + BLOCK * shape.E;
         inner = out + BLOCK * shape.E;
@@ -76,10 +79,11 @@ struct Prefill {
         for (int64_t s = 0; s < plan.n_segments; s++) store(layer, plan.segments[s]);
 #pragma omp barrier
         const Vectors* encoded = layer.encoded[0].kind ? layer.encoded : nullptr;
-        if (encoded) {  // from here on, all is as it is encoded: rotated, and what is attended to is rounded
+        if (encoded) {
 #pragma omp for schedule(static)
             for (int64_t m = 0; m < M; m++) {
-                bf16* token = qkv + m * heads * D;
+                bf16* token = coded + m * heads * D;
+                std::memcpy(token, qkv + m * heads * D, heads * D * sizeof(bf16));
                 for (int64_t h = 0; encoded[0].rotated && h < H; h++) rotate_vector(token + h * D, D);
                 for (int64_t g = 0; g < 2 * G; g++) round_to_codes(encoded[g / G], token + (H + g) * D, D);
             }
@@ -193,7 +197,7 @@ private:
 
     CausalAttention attention(const Layer& layer, const Segment& segment, const Ring* ring) {
         const int64_t H = shape.H, G = shape.G, D = shape.D, width = heads * D;
-        const bf16* tokens = qkv + segment.first * width;
+        const bf16* tokens = (layer.encoded[0].kind ? coded : qkv) + segment.first * width;
         CausalAttention a{H, G, segment.T, segment.N, D, segment.window, shape.scale, shape.cap, tokens, nullptr, nullptr,
                           layer.sinks, {D, width}, {}, {}, attended + segment.first * H * D};
         if (ring) {

@@ -117,7 +117,6 @@ class FusedLayers:
         self.inner_shape = Shape.from_buffer_copy(self.shape)  # of layers that others follow
         self.inner_shape.final_norm = None
         self.plans = (StepPlan * len(layers))()
-        self.scratch_size = 2 * (config.n_head + config.n_query_groups) * config.head_size  # for a token of a prefill
         self.scratch: torch.Tensor | None = None
         self.caches: list[weakref.ref[KVCache]] = []  # `layers` point to their buffers
         self.places: list[tuple[int, int, int | None]] = []
@@ -143,7 +142,7 @@ class FusedLayers:
             pass
         elif self.dtype == torch.bfloat16 and ops.multiplies_fast() and not self.has_low_rank:
             segments = [_segments(plan, B, T) for plan in different]
-            if None in segments or not self._can_look(plans):
+            if None in segments:
                 return None
             for target, own in zip(self.plans, segments, strict=False):
                 target.segments, target.n_segments = ctypes.addressof(own), len(own)
@@ -158,7 +157,7 @@ class FusedLayers:
         )
         x, scratch, rows = model.embed(idx).contiguous(), None, None
         if self.plans[0].n_segments:
-            scratch = self._scratch(B * T * self.scratch_size, x)
+            scratch = self._scratch(B * T * self._scratch_of_token(), x)
             rows = None if output_tokens is None else (ctypes.c_int64 * len(output_tokens))(*output_tokens)
         looks = [i for i, plan in enumerate(plans) if _is_looked_at(plan)] if self.plans[0].n_segments else []
         first, last = 0, len(self.layers) - 1
@@ -177,12 +176,17 @@ class FusedLayers:
                 *(B, T, rows if final else None, 0 if rows is None or not final else len(rows)),
             )
             if stop in looks:
-                self._look(plans[stop], model, stop, scratch, T)
+                self._look(plans[stop], model, stop, scratch, B, T)
             first = stop + 1
         if output_tokens is None:
             return x
         x = x.view(-1, x.shape[-1])
         return (x[output_tokens] if rows is None else x[: len(rows)])[:, None]
+
+    def _scratch_of_token(self) -> int:
+        """Numbers that the kernels for a prefill need for each token."""
+        H, G, D = self.shape.H, self.shape.G, self.shape.D
+        return (2 * (H + G) + (H + 2 * G) * any(layer.encoded[0].kind for layer in self.layers)) * D
 
     def _scratch(self, size: int, like: torch.Tensor) -> torch.Tensor:
         """Memory for intermediate results: the same in every call, unless it is large. The holes that it would leave in the heap
@@ -195,24 +199,14 @@ class FusedLayers:
                 self.scratch = like.new_empty(size)
         return self.scratch[:size]
 
-    def _can_look(self, plans: list[Plan]) -> bool:
-        """Whether caches that look at a prompt can do so after its layer: from what the kernels leave of it."""
-        return all(
-            not layer.encoded[0].kind or not (layer.encoded[0].rotated or part.steps[0].write is None)
-            for layer, plan in zip(self.layers, plans, strict=True)
-            if _is_looked_at(plan)
-            for part in plan.parts
-            if part.steps[0].prompt
-        )
-
-    def _look(self, plan: Plan, model: GPT, block_idx: int, scratch: torch.Tensor, T: int) -> None:
+    def _look(self, plan: Plan, model: GPT, block_idx: int, scratch: torch.Tensor, B: int, T: int) -> None:
         """Let the cache of a layer look at the prompts that the layer has just run, of T tokens in each row of the call."""
         cache, sinks = model.kv_caches()[block_idx], model.transformer.h[block_idx].attn.sinks
-        H, G = self.shape.H, self.shape.G
-        tokens = scratch[: len(scratch) // (2 * (H + G)) * (H + 2 * G)].view(-1, H + 2 * G, self.shape.D)
+        H, G, D = self.shape.H, self.shape.G, self.shape.D
+        tokens = scratch[: B * T * (H + 2 * G) * D].view(-1, H + 2 * G, D)
         for part in (part for part in plan.parts if part.steps[0].prompt):
             size = part.steps[0].queries.stop
-            rows = [tokens[start : start + size] for _, start in _places(part, len(tokens) // T, T)]
+            rows = [tokens[start : start + size] for _, start in _places(part, B, T)]
             stacked = rows[0][None] if len(rows) == 1 else torch.stack(rows)
             cache.look_at_prompt(part, *stacked.transpose(1, 2).split((H, G, G), dim=1), sinks)
 

@@ -24,12 +24,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 class Reporter:
-    """Prints and logs how a run goes, on the first process only.
-
-    Args:
-        fabric: prints and logs.
-        log_interval: iterations between progress lines.
-    """
+    """Prints and logs how a run goes, on the first process only."""
 
     def __init__(self, fabric: Fabric, log_interval: int) -> None:
         self.fabric, self.log_interval = fabric, log_interval
@@ -64,8 +59,8 @@ class Reporter:
         numbers |= {"loss": mean, "learning_rate": loop.scheduler.get_last_lr()[0]}
         self.fabric.log_dict(numbers, step=position.iter_num)
 
-    def validation(self, loop: "Loop", loss: float, seconds: float | None = None) -> None:
-        """After a validation that took `seconds`, or after that of the end (None)."""
+    def validation(self, loop: "Loop", loss: float, seconds: float | None) -> None:
+        """After a validation: see `Loop.note_validation`."""
         position, self.val_loss, perplexity = loop.position, loss, math.exp(min(loss, 700.0))
         self.val_curve.append((position.step_count, loss))
         if seconds is None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import StaticShapes, create_kv_caches, tiny_gpt
 
@@ -68,7 +68,7 @@ def continuation(name, prompt, count, stops=(), sees=lambda p, j: j >= 0):
 tokens = st.lists(st.integers(0, 23), min_size=1, max_size=20)
 stops = st.lists(st.lists(st.integers(0, 23), min_size=1, max_size=2), max_size=3)
 sequences = st.lists(st.tuples(tokens, st.integers(1, 7), stops, st.integers(0, 5)), min_size=1, max_size=5)
-thorough = settings(max_examples=RUNS, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+thorough = settings(max_examples=RUNS)
 
 
 @pytest.mark.timeout(600)

@@ -304,7 +304,7 @@ def test_policies_look_at_prompts_between_layers(name, prompts):
         assert (one == other).float().mean() > (
             0.5 if "int" in name else 0.8
         )  # what is nearly as good depends on roundings
-    assert done == [max(prompts) <= 40 if "int8" in name else "int" not in name]
+    assert done == [True]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
