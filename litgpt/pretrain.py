@@ -22,7 +22,9 @@ from litgpt.model import GPT, CausalSelfAttention
 from litgpt.moe import GroupedTopkRouter
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.finetuning import tie
+from litgpt.train.loop import Loop
 from litgpt.train.methods import METHODS
+from litgpt.train.model import TrainingModel
 from litgpt.train.options import PretrainOptions, command
 from litgpt.train.run import Run, connect, write_config
 from litgpt.train.schedule import cosine_schedule, learning_rate_factor
@@ -72,17 +74,14 @@ setup = command(
     {
         "out_dir": Path("out/pretrain"),
         "train": TrainArgs(
-            save_interval=1000,
-            log_interval=1,
             global_batch_size=512,
-            micro_batch_size=4,
             max_tokens=int(3e12),
             max_norm=1.0,
             min_lr=4e-5,
             lr_warmup_steps=2000,
             tie_embeddings=False,
         ),
-        "eval": EvalArgs(interval=1000, max_iters=100),
+        "eval": EvalArgs(interval=1000),
         "devices": "auto",
         "logger_name": "tensorboard",
         "seed": 42,
@@ -122,12 +121,10 @@ def initialize_weights(fabric: Any, model: GPT, n_layer: int, n_embd: int) -> No
     in the layers that write to the residual stream, so that its size does not grow with the depth."""
     usual, residual = math.sqrt(2.0 / (5.0 * n_embd)), 1.0 / math.sqrt(n_embd) / n_layer
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding | GroupedTopkRouter):
             nn.init.normal_(module.weight, std=usual)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, GroupedTopkRouter):
-            nn.init.normal_(module.weight, std=usual)
     for block in model.transformer.h:
         if isinstance(block.attn, CausalSelfAttention):
             nn.init.normal_(block.attn.proj.weight, std=residual)
@@ -182,11 +179,12 @@ def fit(
         steps = max(1, (train.max_tokens or 0) // (train.global_batch_size * (rows.shape[1] - 1)))
     schedule = cosine_schedule(state["optimizer"], min(train.lr_warmup_steps or 0, steps // 10), steps, train.min_lr)
 
-    def save(folder: Path) -> None:
-        save_checkpoint(fabric, state, tokenizer_dir, folder / WEIGHTS_NAME)
+    def save(step: int) -> None:
+        save_checkpoint(fabric, state, tokenizer_dir, Path(out_dir) / f"step-{step:08d}" / WEIGHTS_NAME)
 
-    loaders = (train_dataloader, val_dataloader)
-    base.train_loop(fabric, state["model"], state["optimizer"], schedule, loaders, out_dir, train, eval, steps, save, 8)
+    training = fabric.setup_module(TrainingModel(base.unwrapped(state["model"]), train.activation_checkpointing))
+    parts = (training, state["optimizer"], schedule, train_dataloader, val_dataloader)
+    Loop(fabric, *parts, train, eval, steps, save, None).run()
 
 
 def validate(
@@ -213,10 +211,6 @@ def get_dataloaders(
 
 
 def validate_args(train: TrainArgs, eval: EvalArgs, initial_checkpoint_dir: Path | None, resume: Any) -> None:
-    """Refuse what does not go together.
-
-    Raises:
-        ValueError: naming it.
-    """
+    """Raise `ValueError` for what does not go together."""
     if initial_checkpoint_dir is not None and resume:
         raise ValueError("initial_checkpoint_dir starts a new run, resume continues one: give one of the two")

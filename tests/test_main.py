@@ -2,7 +2,6 @@ import inspect
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 import warnings
@@ -129,14 +128,11 @@ def test_no_command_prints_help_and_fails(litgpt):
     assert litgpt() == (2, litgpt("--help")[1], "")
 
 
-def test_help_imports_little_and_takes_little_time():
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_help_imports_little():
     code = "import sys; from litgpt.__main__ import main; main(['--help']); print(*sys.modules)"
-    result = process("-c", code)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    loaded = set(result.stdout.splitlines()[-1].split())
+    loaded = set(process("-c", code).stdout.splitlines()[-1].split())
     assert not loaded & {"torch", "jsonargparse", "yaml", "jinja2", "tokenizers", "rich", "importlib.metadata"}
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    assert len(loaded) < 300
 
 
 def test_generating_does_not_import_compilers():

@@ -41,33 +41,21 @@ class DataModule(LightningDataModule):
         return f"{type(self).__name__}()"
 
 
+@dataclass(eq=False, repr=False)
 class SFTDataset(Dataset):
-    """Samples of instructions and responses as tokens. Each is encoded on its first use, or by `encode_all`.
+    """Samples of instructions and responses as tokens. Each is encoded on its first use, or by `encode_all`."""
 
-    Args:
-        data: mappings with `instruction`, `output` and perhaps `input`; or with `messages`, a conversation.
-        tokenizer: encodes.
-        prompt_style: renders instructions; conversations need one that takes messages.
-        max_seq_length: samples are cut to that many tokens (-1: not).
-        mask_prompt: count the loss on responses only.
-        ignore_index: label of tokens that are not counted.
-        transform: applied to every sample first.
-    """
+    data: Sequence[Mapping[str, Any]]  # `instruction`, `output` and perhaps `input`; or `messages`, a conversation
+    tokenizer: Tokenizer
+    prompt_style: str | PromptStyle  # renders instructions; conversations need one that takes messages
+    max_seq_length: int = -1  # samples are cut to that many tokens (-1: not)
+    mask_prompt: bool = True  # count the loss on responses only
+    ignore_index: int = IGNORE_INDEX  # label of tokens that are not counted
+    transform: Callable[[Any], Any] | None = None  # applied to every sample first
 
-    def __init__(
-        self,
-        data: Sequence[Mapping[str, Any]],
-        tokenizer: Tokenizer,
-        prompt_style: str | PromptStyle,
-        max_seq_length: int = -1,
-        mask_prompt: bool = True,
-        ignore_index: int = IGNORE_INDEX,
-        transform: Callable[[Any], Any] | None = None,
-    ) -> None:
-        self.data, self.tokenizer = data, tokenizer
-        self.prompt_style = PromptStyle.from_name(prompt_style) if isinstance(prompt_style, str) else prompt_style
-        self.max_seq_length, self.mask_prompt, self.ignore_index = max_seq_length, mask_prompt, ignore_index
-        self.transform = transform
+    def __post_init__(self) -> None:
+        if isinstance(self.prompt_style, str):
+            self.prompt_style = PromptStyle.from_name(self.prompt_style)
         self.encodings: EncodedSamples | dict[int, Encoded] = {}
 
     def __len__(self) -> int:
@@ -78,11 +66,7 @@ class SFTDataset(Dataset):
         return self.data[index] if self.transform is None else self.transform(self.data[index])
 
     def encode_all(self, name: str) -> None:
-        """Encode all samples, with a progress bar, or take them from the cache on disk if they are there.
-
-        Raises:
-            ValueError: if no sample has a token that the loss counts.
-        """
+        """Encode all samples, or take them from the cache on disk: see `EncodedSamples.of`."""
         samples = [self.sample(index) for index in range(len(self.data))]
         self.encodings = EncodedSamples.of(
             samples, self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt, name

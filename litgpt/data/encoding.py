@@ -30,17 +30,11 @@ _logger = logging.getLogger("litgpt")
 
 
 class Encoded(NamedTuple):
-    """A sample as tokens.
+    """A sample as tokens."""
 
-    Attributes:
-        ids: (T,) tokens.
-        counted: (T,) whether the loss counts the token.
-        raw: tokens of the texts alone, without those of the prompt style.
-    """
-
-    ids: np.ndarray
-    counted: np.ndarray
-    raw: int
+    ids: np.ndarray  # (T,)
+    counted: np.ndarray  # (T,) whether the loss counts the token
+    raw: int  # tokens of the texts alone, without those of the prompt style
 
 
 class Part(NamedTuple):
@@ -57,15 +51,6 @@ class RewrittenAnswerError(ValueError):
     """A template renders an answer differently when more messages follow."""
 
 
-def prompt_of(sample: Sample) -> tuple[str | list[dict[str, str]], dict[str, Any]]:
-    """What is said before the (last) response, and further arguments of the prompt style."""
-    if "messages" in sample:
-        messages, answers, more = _conversation(sample)
-        return messages[: answers[-1]], more
-    known = ("instruction", "output", "prompt", "messages")
-    return sample["instruction"], {k: v for k, v in sample.items() if k not in known and v is not None}
-
-
 def _conversation(sample: Sample) -> tuple[list[dict[str, Any]], list[int], dict[str, Any]]:
     """Messages, which of them are answers, and further arguments of the prompt style."""
     messages = [dict(message) for message in sample["messages"]]
@@ -75,16 +60,24 @@ def _conversation(sample: Sample) -> tuple[list[dict[str, Any]], list[int], dict
     return messages, answers, {"tools": sample["tools"]} if sample.get("tools") else {}
 
 
-def render_prompt(sample: Sample, style: PromptStyle) -> str:
-    """The text of a sample up to its (last) response. An `input` that the style has no place for follows the instruction."""
-    prompt, more = prompt_of(sample)
-    if isinstance(prompt, str) and isinstance(style, ChatTemplate):
-        more = {name: value for name, value in more.items() if name in ("input", "sys_prompt")}
-    text = style.render(prompt, **more)
-    about = more.get("input", "") if isinstance(prompt, str) else ""
+def render_prompt(sample: Sample, style: PromptStyle) -> tuple[str, str]:
+    """What a sample asks, and its text up to the (last) response. An `input` that the style has no place for follows the
+    instruction."""
+    if "messages" in sample:
+        messages, answers, more = _conversation(sample)
+        before = messages[: answers[-1]]
+        return before[-1]["content"], style.render(before, **more)
+    asked, about = sample["instruction"], sample.get("input") or ""
+    names = (
+        ("input", "sys_prompt")
+        if isinstance(style, ChatTemplate)
+        else sample.keys() - {"instruction", "output", "prompt"}
+    )
+    more = {name: sample[name] for name in names if sample.get(name) is not None}
+    text = style.render(asked, **more)
     if about.strip() and about.strip() not in text:
-        text = style.render(f"{prompt}\n\n{about}", **more)
-    return text
+        text = style.render(f"{asked}\n\n{about}", **more)
+    return asked, text
 
 
 def bos_of(text: str, tokenizer: Tokenizer, style: PromptStyle) -> bool | None:
@@ -95,9 +88,7 @@ def bos_of(text: str, tokenizer: Tokenizer, style: PromptStyle) -> bool | None:
 
 def example_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> tuple[str, torch.Tensor]:
     """What a sample asks, and the tokens (T,) of its prompt."""
-    prompt, _ = prompt_of(sample)
-    text = render_prompt(sample, style)
-    asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    asked, text = render_prompt(sample, style)
     return asked, tokenizer.encode(text, bos=bos_of(text, tokenizer, style))
 
 
@@ -119,7 +110,7 @@ def encode_sample(
 def parts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[Part]:
     """The texts of a sample."""
     if "messages" not in sample:
-        prompt = render_prompt(sample, style)
+        _, prompt = render_prompt(sample, style)
         return [Part(prompt, bos_of(prompt, tokenizer, style)), Part(sample["output"], eos=True, counted=True)]
     messages, answers, more = _conversation(sample)
     learned = answers[-1:] if sample.get("learn") == "last" else answers

@@ -56,11 +56,7 @@ class JSON(SFTModule):
         return read_samples(train), read_samples(val)
 
     def find_split(self, split_name: str) -> Path:
-        """The file of a split in the folder.
-
-        Raises:
-            FileNotFoundError: if there is none.
-        """
+        """The file of a split in the folder; `FileNotFoundError` if there is none."""
         for suffix in (".json", ".jsonl"):
             if (file := self.json_path / f"{split_name}{suffix}").is_file():
                 return file
@@ -76,11 +72,7 @@ class FileSample(dict):
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """The samples of a file, conversations as `messages`.
-
-    Raises:
-        ValueError: naming the line or number of a sample that is none, and its field.
-    """
+    """The samples of a file, conversations as `messages`; `ValueError` with the place and field of what is no sample."""
     found = []
     for place, value in read_values(path).items():
         sample = _as_messages(value)

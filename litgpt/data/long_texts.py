@@ -66,11 +66,7 @@ class LongTexts(SFTModule):
 
 
 def parts_of_record(record: Any) -> tuple[str, str, str]:
-    """Text, question (perhaps empty: it is in the text) and answer of a record.
-
-    Raises:
-        ValueError: if it has another form.
-    """
+    """Text, question (perhaps empty: it is in the text) and answer of a record; `ValueError` if it has another form."""
     if not isinstance(record, Mapping):
         raise ValueError(f"a record is a mapping, got {type(record).__name__}")
     if "outputs" in record:

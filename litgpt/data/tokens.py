@@ -40,11 +40,7 @@ class TokenRows(Dataset):
         return torch.from_numpy(self.tokens[begin : begin + self.seq_length + 1].astype(np.int64))
 
     def loader(self, batch_size: int, seed: int, shuffle: bool) -> DataLoader:
-        """Batches (B, seq_length + 1), in an order that `seed` decides.
-
-        Raises:
-            ValueError: if the text is shorter than a row.
-        """
+        """Batches (B, seq_length + 1), in an order that `seed` decides; `ValueError` if the text is shorter than a row."""
         if not len(self):
             raise ValueError(f"{len(self.tokens)} tokens are less than one row of {self.seq_length + 1}: use more text")
         generator = torch.Generator().manual_seed(seed)

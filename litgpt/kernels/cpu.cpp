@@ -63,11 +63,10 @@ void attend(const bf16* q, const bf16* k, const bf16* v, const Vectors* encoded,
     a.use_scratch(scratch.get(a.scratch_size()));
     for (int64_t b = 0; b < B; b++)
         for (int64_t h = 0; h < H; h++)
-            for (int64_t t = 0; t < T; t++)
-            {
-                bf16* query = a.queries + ((b * H + h) * T + t) * D;
+            for (int64_t t = 0; t < T; t++) {
+                bf16 query[MAX_D];
                 std::memcpy(query, q + b * qs[0] + h * qs[1] + t * qs[2], D * sizeof(bf16));
-                if (encoded && encoded[0].rotated) rotate_vector(query, D);
+                a.set_query((b * H + h) * T + t, query);
             }
 #pragma omp parallel num_threads(Team::mine().threads())
     {

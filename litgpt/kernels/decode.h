@@ -115,8 +115,7 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
                     const int64_t n = plan.n_queries, j = t - (T - n);
                     if (j >= 0)
                         keep_query(layer, head, row, h, plan.query_slots[plan.query_slots_by_row ? b * n + j : j], D);
-                    if (own[0].rotated) rotate_vector(head, D);
-                    std::memcpy(attention.queries + ((b * H + h) * T + t) * D, head, D * sizeof(Real));
+                    attention.set_query((b * H + h) * T + t, head);
                 } else {
                     const int64_t g = (h - H) % G, slot = plan.slots[plan.slots_by_row ? m : t];
                     Real* buffer = h < H + G ? layer.keys : layer.values;

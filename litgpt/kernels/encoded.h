@@ -11,6 +11,8 @@ constexpr int64_t UNIT = 32;   // numbers of a vector whose codes lie together
 enum Encoding { PLAIN = 0, INT8 = 1, INT4 = 2, INT5 = 3, TWO_BITS = 4 };
 
 inline int64_t padded(int64_t D) { return (D + UNIT - 1) / UNIT * UNIT; }
+inline int64_t code_bytes(int64_t kind, int64_t D) { return kind == INT8 ? D : padded(D) * (kind == INT5 ? 5 : 4) / 8; }
+inline int64_t scale_count(int64_t kind, int64_t D) { return kind == INT8 ? 1 : 2 * ((D + GROUP - 1) / GROUP); }
 
 // Encoded keys, or values, of all rows, heads and slots
 struct Vectors {

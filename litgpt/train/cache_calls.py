@@ -63,13 +63,7 @@ class Plans(Protocol):
 
 
 class StandIn(nn.Module):
-    """Stands for a cache during a chunk: calls the cache with one part of its tokens after the other.
-
-    Args:
-        cache: of the layer.
-        chunk: the tokens.
-        plans: of the pass.
-    """
+    """Stands for a layer's cache during a chunk: calls the cache with one part of its tokens after the other."""
 
     def __init__(self, cache: PlannedKVCache, chunk: Chunk, plans: Plans) -> None:
         super().__init__()

@@ -65,12 +65,11 @@ class CachedLayers:
     def __init__(self, gpt: GPT, spec: CacheSpec, chunk: int, keep_inputs: str | int = "device") -> None:
         if chunk < 1:
             raise ValueError(f"a chunk needs at least one token, got {chunk}")
-        every = keep_inputs if isinstance(keep_inputs, int) else 1
-        if every < 1 or (every == 1 and keep_inputs not in (*PLACES, 1)):
+        self.every, self.place = (keep_inputs, "device") if isinstance(keep_inputs, int) else (1, keep_inputs)
+        if self.every < 1 or self.place not in PLACES:
             raise ValueError(f"keep_inputs must be {', '.join(PLACES)} or a number of layers, got {keep_inputs!r}")
         check_trainable(spec)
         self.gpt, self.spec, self.chunk, self.keep_inputs = gpt, spec, chunk, keep_inputs
-        self.every, self.place = every, "device" if isinstance(keep_inputs, int) else keep_inputs
         self.cache_length = spec.length_for(gpt.config)
 
     def __call__(self, idx: torch.Tensor, row_sizes: Sequence[int] | None = None) -> torch.Tensor:
@@ -263,7 +262,8 @@ def _backward(
     with torch.autocast(**autocast):
         keys, values = _keys_and_values(sweep, block, inputs, seed)
     d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
-    d_params: list[torch.Tensor | None] = [None] * len(params)
+    divided = isinstance(block, FSDPModule)  # every process has to have gradients of the same parameters
+    d_params: list[torch.Tensor | None] = [torch.zeros_like(p) if divided else None for p in params]
     for index in reversed(range(len(sweep.chunks))):
         chunk, calls = sweep.chunks[index], log.calls(index)
         stored = [_gathered(of_all, calls[0].places).requires_grad_() for of_all in (keys, values)]
@@ -285,10 +285,6 @@ def _backward(
             if d_param is not None:
                 d_params[i] = d_param if d_params[i] is None else d_params[i].add_(d_param)
     cache.storage.detach_graph()
-    if isinstance(block, FSDPModule):  # every process has to have gradients of the same parameters
-        return [
-            torch.zeros_like(p) if d_param is None else d_param for p, d_param in zip(params, d_params, strict=True)
-        ]
     return d_params
 
 

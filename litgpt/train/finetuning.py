@@ -60,7 +60,7 @@ def tune(
     way.prepare(gpt, config)
     run = Run(fabric, gpt, checkpoint.config, way, options, loaders, checkpoint.copy_side_files, tokenizer)
     metrics = run.run(resume)
-    if fabric.is_global_zero and options.out_dir is not None:
+    if fabric.is_global_zero:
         final = options.out_dir / "final"
         if way.name == "lora":
             del gpt, run
@@ -184,7 +184,7 @@ def _describe(options: FinetuneOptions, llm: "LLM", config: Config, precision: s
     """Note the hyperparameters of a run from Python: those of the command that repeats it."""
     changed: dict[str, Any] = {"resume": None}
     folder, how = llm.checkpoint_dir, llm.model.quantization
-    if how is not None and not (folder is not None and (Path(folder) / QUANTIZED_NAME).is_file()):
+    if how is not None and (folder is None or not (Path(folder) / QUANTIZED_NAME).is_file()):
         changed["quantize"] = how.mode
     if isinstance(data := options.data, Samples):
         names = ("mask_prompt", "val_split_fraction", "prompt_style", "seed")

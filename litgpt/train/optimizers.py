@@ -13,10 +13,7 @@ def resolve_optimizer(optimizer: str | Mapping[str, Any]) -> tuple[type[torch.op
 
     Args:
         optimizer: a class of `torch.optim` ("AdamW"), an import path ("bitsandbytes.optim.AdamW8bit"), or a mapping with
-            `class_path` and perhaps `init_args`, both of these kinds.
-
-    Raises:
-        ValueError: if there is no such class, or it does not take these arguments.
+            `class_path` and perhaps `init_args`. `ValueError` if there is no such class, or it does not take these arguments.
     """
     if isinstance(optimizer, Mapping):
         path, arguments = optimizer.get("class_path"), dict(optimizer.get("init_args") or {})

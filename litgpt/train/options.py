@@ -20,15 +20,7 @@ from litgpt.train.optimizers import resolve_optimizer
 from litgpt.train.setting import LoggerName, Strategy, parse_devices, plain
 
 Quantization = Literal["int8", "int4", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training"]
-FINETUNING = TrainArgs(
-    save_interval=1000,
-    log_interval=1,
-    global_batch_size=16,
-    micro_batch_size=1,
-    lr_warmup_steps=100,
-    epochs=5,
-    max_seq_length=None,
-)
+FINETUNING = TrainArgs(global_batch_size=16, micro_batch_size=1, epochs=5)
 
 
 def option(default: Any, help: str) -> Any:
@@ -40,7 +32,9 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass(kw_only=True)
 class Options:
-    """Options of all training runs. `step_digits`: digits of the step number in the names of checkpoints."""
+    """Options of all training runs."""
+
+    step_digits = 6  # of the step number in the names of checkpoints
 
     out_dir: Path = option(None, "Where checkpoints and logs go.")  # None, from Python only: nowhere
     precision: str | None = option(
@@ -60,7 +54,7 @@ class Options:
         "(pretraining), or another module of `litgpt.data`. Default: Alpaca, or TinyLlama.",
     )
     train: TrainArgs = option(FINETUNING, "How to train.")
-    eval: EvalArgs = option(EvalArgs(interval=100, max_new_tokens=100, max_iters=100), "How to validate.")
+    eval: EvalArgs = option(EvalArgs(interval=100, max_new_tokens=100), "How to validate.")
     log: LogArgs = option(LogArgs(), "Settings of loggers that need an account.")
     optimizer: str | dict = option(
         "AdamW", "A class of `torch.optim` or an import path; `--optimizer.init_args.lr 1e-4` sets its arguments."
@@ -75,7 +69,6 @@ class Options:
     cache_length: int | None = option(None, "Tokens that it holds. Default: as in `litgpt generate`.")
     kv_cache_args: dict[str, Any] | None = option(None, "Its further arguments, such as --kv_cache_args.n_sink 4.")
     prompt_chunksize: int = option(512, "Tokens of a sequence that enter it together.")
-    step_digits: int = 6
     hyperparameters: dict[str, Any] = field(default_factory=dict)  # of the command that repeats the run
 
     def __post_init__(self) -> None:
@@ -124,11 +117,7 @@ class Options:
             )
 
     def cache_spec(self) -> CacheSpec | None:
-        """The cache to train through, if any.
-
-        Raises:
-            ValueError: if it does not exist, or there are arguments for it and no cache.
-        """
+        """The cache to train through, if any; `ValueError` if it does not exist, or there are arguments for it and no cache."""
         if self.kv_cache is not None:
             return CacheSpec.parse(self.kv_cache, self.cache_length, **(self.kv_cache_args or {}))
         if self.cache_length is not None or self.kv_cache_args:
@@ -166,7 +155,7 @@ class Options:
 
     def describe(self, precision: str, config: Config, **changed: Any) -> None:
         """Set `hyperparameters`: these options, those of LoRA as `config` has them, and some `changed` (None: left out)."""
-        hidden = {"access_token", "step_digits", "hyperparameters", "lora_all", "lora_rslora", "lora_dora"}
+        hidden = {"access_token", "hyperparameters", "lora_all", "lora_rslora", "lora_dora"}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         lora = config.lora_options() if hasattr(config, "lora_options") else {}
         values |= {"precision": precision, **lora, **changed}
@@ -210,6 +199,8 @@ class LoRAOptions(FinetuneOptions):
 class PretrainOptions(Options):
     """Options of pretraining."""
 
+    step_digits = 8
+
     model_name: str = option(
         MISSING,
         "The architecture: the name of a model, or a folder with a `model_config.yaml`. `list` shows the names.",
@@ -226,7 +217,6 @@ class PretrainOptions(Options):
     precision: Literal["bf16-true", "bf16-mixed", "32-true", "16-mixed"] | None = option(
         None, "32-true, bf16-true, bf16-mixed or 16-mixed. Default: what is fast on the device."
     )
-    step_digits: int = 8
 
 
 def require_end(train: TrainArgs) -> None:

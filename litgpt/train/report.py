@@ -24,12 +24,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 class Reporter:
-    """Prints and logs how a run goes, on the first process only.
-
-    Args:
-        fabric: prints and logs.
-        log_interval: iterations between progress lines.
-    """
+    """Prints and logs how a run goes, on the first process only."""
 
     def __init__(self, fabric: Fabric, log_interval: int) -> None:
         self.fabric, self.log_interval = fabric, log_interval

@@ -41,11 +41,7 @@ def parse_devices(devices: int | str) -> int:
 def make_logger(
     name: str, out_dir: Path, run_name: str, log_interval: int, log: LogArgs | None = None, resume: bool = False
 ) -> Any:
-    """A logger of Lightning: csv, tensorboard, wandb or mlflow.
-
-    Raises:
-        ValueError: if there is no such logger, or the package that it needs is not installed (without tensorboard: csv).
-    """
+    """A logger of Lightning; `ValueError` if there is none of that name, or its package is missing (without tensorboard: csv)."""
     if name not in get_args(LoggerName):
         raise ValueError(f"logger_name {name!r} is not one of {', '.join(get_args(LoggerName))}")
     log = log or LogArgs()
@@ -78,11 +74,8 @@ def divide_parameters(model: nn.Module, device_mesh: Any) -> nn.Module:
 
 
 def make_fabric(options: Any, run_name: str, config: Config, resumed: bool) -> Fabric:
-    """A `Fabric` with the devices, the precision and the logger that `options` (`litgpt.train.options`) say, not launched yet.
-
-    Raises:
-        ValueError: for a strategy or precision that is not known.
-    """
+    """A `Fabric` with the devices, the precision and the logger that `options` (`litgpt.train.options`) say, not launched yet;
+    `ValueError` for a strategy or precision that is not known."""
     loggers = []
     if options.out_dir is not None:
         interval = options.train.log_interval
