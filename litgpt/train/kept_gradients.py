@@ -3,7 +3,7 @@
 Activations leave holes where gradients were put between them, and then the next step's need new memory.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -35,24 +35,17 @@ class KeptGradients:
             p.grad = self._places[p].zero_()
         return p.grad
 
-    def adds(self, module: nn.Module) -> bool:
-        """Whether `linear` or `embedding` can stand for `module`."""
-        return (
-            type(module) in (nn.Linear, nn.Embedding)
-            and module.weight in self._places
-            and module.weight.dtype in (torch.float32, torch.float64)
-            and getattr(module, "bias", None) is None
-            and torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-        )
-
-    def linear(self, weight: nn.Parameter, x: torch.Tensor) -> torch.Tensor:
-        """A linear layer of inputs (N, E), which adds to its weight's gradient."""
-        return _AddingLinear.apply(x, weight, self)
-
-    def embedding(self, weight: nn.Parameter, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of an embedding, which add to its weight's gradient."""
-        return _AddingEmbedding.apply(ids, weight, self)
+    def adding(self, *modules: nn.Module) -> dict[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
+        """Functions that can stand for some of these modules, and add to the gradients of their weights."""
+        if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return {}
+        kinds = {nn.Linear: _AddingLinear, nn.Embedding: _AddingEmbedding}
+        plain = (module for module in modules if type(module) in kinds and getattr(module, "bias", None) is None)
+        return {
+            module: partial(kinds[type(module)].apply, self, module.weight)
+            for module in plain
+            if module.weight in self._places and module.weight.dtype in (torch.float32, torch.float64)
+        }
 
 
 def _move_gradient(place: torch.Tensor, p: nn.Parameter) -> None:
@@ -61,8 +54,10 @@ def _move_gradient(place: torch.Tensor, p: nn.Parameter) -> None:
 
 
 class _AddingLinear(torch.autograd.Function):
+    """A linear layer of inputs (N, E)."""
+
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: nn.Parameter, kept: KeptGradients) -> torch.Tensor:
+    def forward(ctx, kept: KeptGradients, weight: nn.Parameter, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.kept = weight, kept
         return product(x, weight)
@@ -71,12 +66,12 @@ class _AddingLinear(torch.autograd.Function):
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         ctx.kept.of(ctx.weight).addmm_(d_y.T, x)
-        return product(d_y, ctx.weight.T) if ctx.needs_input_grad[0] else None, None, None
+        return None, None, product(d_y, ctx.weight.T) if ctx.needs_input_grad[2] else None
 
 
 class _AddingEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, ids: torch.Tensor, weight: nn.Parameter, kept: KeptGradients) -> torch.Tensor:
+    def forward(ctx, kept: KeptGradients, weight: nn.Parameter, ids: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(ids)
         ctx.weight, ctx.kept = weight, kept
         return F.embedding(ids, weight)

@@ -1,7 +1,6 @@
 """A model with its loss: what is trained, as one module, so that wrappers for several devices see a whole forward pass."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -15,6 +14,7 @@ from litgpt.train.kept_gradients import KeptGradients
 from litgpt.train.loss import TiedEmbedding, loss_sum
 from litgpt.train.products import linear, onednn_is_faster
 from litgpt.train.recomputed import recomputed
+from litgpt.train.replaced_forward import replaced_forward
 from litgpt.train.teacher import Teacher
 
 
@@ -86,17 +86,12 @@ class TrainingModel(nn.Module):
         gpt, heads, logits = self.gpt, [self.gpt.lm_head], self.gpt.logits
         head, embedding = gpt.lm_head, gpt.transformer.wte
         kept, tied = self.kept_gradients, None
-        own: dict[nn.Module, Callable] = {}  # ways for modules to add to their gradients
-        if kept is not None and scale is not None:
-            if kept.adds(head):
-                own[head] = partial(kept.linear, head.weight)
-            if kept.adds(embedding):
-                own[embedding] = partial(kept.embedding, embedding.weight)
+        own: dict[nn.Module, Callable] = kept.adding(head, embedding) if kept is not None and scale is not None else {}
         is_tied = getattr(head, "weight", None) is embedding.weight and embedding.weight.requires_grad
         if is_tied and embedding not in own and torch.is_grad_enabled():
             tied = []
             own = {embedding: lambda ids: TiedEmbedding.apply(ids, embedding.weight, tied)}
-        with _forward_of(own):
+        with replaced_forward(own):
             if self.cached_layers is None:
                 hidden = gpt(input_ids, skip_lm_head=True, row_sizes=row_sizes)
             else:
@@ -105,21 +100,6 @@ class TrainingModel(nn.Module):
             params = [p for module in heads if module not in own for p in module.parameters() if p.requires_grad]
             scale = scale if head in own else None
             return loss_sum(hidden, labels, logits, params, gpt.config.padded_vocab_size, tied, teacher, scale)
-
-
-@contextmanager
-def _forward_of(own: dict[nn.Module, Callable]) -> Iterator[None]:
-    """Let modules run by functions of their own."""
-    before = {module: vars(module).get("forward") for module in own}
-    for module, function in own.items():
-        module.forward = function
-    try:
-        yield
-    finally:
-        for module, function in before.items():
-            del module.forward
-            if function is not None:
-                module.forward = function
 
 
 def restore_forward(gpt: GPT) -> None:

@@ -5,8 +5,8 @@ torch multiplies float32 matrices on CPUs by MKL where it was built with it, whi
 oneDNN, which torch also brings, uses it on all that have it: there, products take about half the time.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cache
 
 import torch
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from litgpt.kernels import processor
-from litgpt.train.recomputed import linear_of
+from litgpt.train.recomputed import Function, again
+from litgpt.train.replaced_forward import replaced_forward
 
 
 @cache
@@ -45,16 +46,43 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _gradients(ctx, d_y)
+        return _gradients(d_y, *ctx.saved_tensors, ctx.needs_input_grad)
 
 
-def _gradients(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+class _LinearOf(torch.autograd.Function):
+    """A linear layer of what a function gives, of which only the function's inputs are kept."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        function: Function,
+        params: Sequence[nn.Parameter],
+        *inputs: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.function, ctx.params = function, params
+        ctx.save_for_backward(weight, *inputs[len(params) :])
+        return product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, *inputs = ctx.saved_tensors
+        y, wanted = again(ctx.function, ctx.params, inputs)
+        x = y.detach().reshape(-1, y.shape[-1])
+        d_x, *d_own = _gradients(d_y, x, weight, (True, *ctx.needs_input_grad[1:3]))
+        return None, *d_own, None, None, *torch.autograd.grad(y, wanted, d_x.view_as(y))
+
+
+def _gradients(
+    d_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: Sequence[bool]
+) -> tuple[torch.Tensor | None, ...]:
+    """Of the inputs, the weight and the bias of a linear layer, where they are wanted."""
     return (
-        product(d_y, weight.T) if wants_x else None,
-        product(d_y.T, x.T) if wants_weight else None,
-        d_y.sum(0) if wants_bias else None,
+        product(d_y, weight.T) if wanted[0] else None,
+        product(d_y.T, x.T) if wanted[1] else None,
+        d_y.sum(0) if wanted[2] else None,
     )
 
 
@@ -64,13 +92,16 @@ def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     plain = x.dtype == weight.dtype and x.device.type == weight.device.type == "cpu" and x.numel()
     if not plain or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    y = linear_of(product, layer, x)
-    if y is None:
-        y = _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)
+    rows, made_by = x.reshape(-1, x.shape[-1]), getattr(x, "made_by", None)
+    if made_by is not None and weight.requires_grad:
+        function, params, inputs = made_by
+        y = _LinearOf.apply(rows.detach(), weight, bias, function, params, *params, *inputs)
+    else:
+        y = _Linear.apply(rows, weight, bias)
     return y.view(*x.shape[:-1], -1)
 
 
-class _GradientsOnly(torch.autograd.Function):
+class _GradientsOnly(_Linear):
     """A linear layer whose outputs are not needed any more, only its gradients: it gives zeros."""
 
     @staticmethod
@@ -78,24 +109,12 @@ class _GradientsOnly(torch.autograd.Function):
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
         return x.new_zeros(1).expand(len(x), len(weight))
 
-    @staticmethod
-    def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _gradients(ctx, d_y)
 
-
-@contextmanager
-def gradients_only(layer: nn.Linear) -> Iterator[None]:
+def gradients_only(layer: nn.Linear) -> AbstractContextManager[None]:
     """Let `layer` give zeros in place of its outputs, with their gradients, for graphs that only a backward pass reads."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         y = _GradientsOnly.apply(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias)
         return y.view(*x.shape[:-1], -1)
 
-    before = vars(layer).get("forward")
-    layer.forward = forward
-    try:
-        yield
-    finally:
-        del layer.forward
-        if before is not None:
-            layer.forward = before
+    return replaced_forward({layer: forward})
