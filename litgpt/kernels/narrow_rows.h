@@ -147,8 +147,7 @@ private:
     // T rows of D numbers as they are multiplied
     Rows as_rows(const bf16* x, int64_t stride, Room& room) const {
         const int64_t S = size(D);
-        if constexpr (std::is_same_v<Input, bf16>)
-            if (S == D) return rows_at(x, stride);
+        if (std::is_same_v<Input, bf16> && S == D) return {(const char*)x, stride * int64_t(sizeof(bf16))};
         Input* rows = room.inputs(padded(T, 2) * S);
         for (int64_t t = 0; t < T; t++) prepare_inputs(x + t * stride, D, (char*)(rows + t * S), S * sizeof(Input));
         return rows_at(rows, S);

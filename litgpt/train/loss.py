@@ -57,6 +57,7 @@ class _HeadLoss(torch.autograd.Function):
                 d_hidden[places[part]] = found.pop(0)
             for i, gradient in enumerate(found):
                 d_params[i] = gradient if d_params[i] is None else d_params[i].add_(gradient)
+            del logits, d_logits  # before there are the next ones
         ctx.saved, ctx.tied, ctx.scale = (d_hidden, *d_params), tied, scale
         return total
 

@@ -15,7 +15,9 @@ def drawn(rows, columns, turned):
     return x.bfloat16()
 
 
-@pytest.mark.parametrize(("M", "K", "N"), [(1, 32, 64), (7, 33, 65), (100, 17, 1), (2100, 70, 66), (5, 1, 3), (50, 96, 200)])
+@pytest.mark.parametrize(
+    ("M", "K", "N"), [(1, 32, 64), (7, 33, 65), (100, 17, 1), (2100, 70, 66), (5, 1, 3), (50, 96, 200)]
+)
 @pytest.mark.parametrize("turned", [(False, False), (False, True), (True, False), (True, True)])
 def test_products_are_exact(M, K, N, turned):
     torch.manual_seed(0)
