@@ -8,6 +8,7 @@ import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
@@ -107,6 +108,8 @@ def main(args: Sequence[str] | None = None) -> int:
     `LITGPT_DEBUG=1` shows the traceback of an error instead of one line.
     """
     prepare_standard_streams()
+    if not debugging():  # where a warning comes from says nothing to whoever runs a command
+        warnings.formatwarning = lambda message, *args, **kwargs: f"litgpt: warning: {message}\n"
     try:
         try:
             return _run(list(sys.argv[1:] if args is None else args))

@@ -22,11 +22,13 @@ from litgpt.model import GPT, CausalSelfAttention
 from litgpt.moe import GroupedTopkRouter
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.finetuning import tie
+from litgpt.train.loop import Loop
 from litgpt.train.methods import METHODS
+from litgpt.train.model import TrainingModel
 from litgpt.train.options import PretrainOptions, command
 from litgpt.train.run import Run, connect, write_config
-from litgpt.train.schedule import cosine_schedule
-from litgpt.train.setting import compute_dtype, make_fabric, precision_of
+from litgpt.train.schedule import cosine_schedule, learning_rate_factor
+from litgpt.train.setting import make_fabric, precision_of, weights_dtype
 from litgpt.utils import copy_config_files
 
 
@@ -51,7 +53,7 @@ def _pretrain(options: PretrainOptions) -> None:
         tokenizer = _open_tokenizer(options.tokenizer_dir)
     resume = options.resume_path("")
     fabric = make_fabric(options, f"pretrain-{config.name}", config, resume is not None)
-    options.describe(precision=precision_of(fabric))
+    options.describe(precision_of(fabric), config)
     fabric.launch(_train, config, tokenizer, options, start, resume)
 
 
@@ -72,17 +74,14 @@ setup = command(
     {
         "out_dir": Path("out/pretrain"),
         "train": TrainArgs(
-            save_interval=1000,
-            log_interval=1,
             global_batch_size=512,
-            micro_batch_size=4,
             max_tokens=int(3e12),
             max_norm=1.0,
             min_lr=4e-5,
             lr_warmup_steps=2000,
             tie_embeddings=False,
         ),
-        "eval": EvalArgs(interval=1000, max_iters=100),
+        "eval": EvalArgs(interval=1000),
         "devices": "auto",
         "logger_name": "tensorboard",
         "seed": 42,
@@ -99,12 +98,6 @@ def _train(
     resume_path: Path | None,
 ) -> dict[str, float]:
     """What every process does. Returns metrics: see `Run.run`."""
-
-    def write_side_files(folder: Path) -> None:
-        write_config(config, folder)
-        if tokenizer is not None:
-            tokenizer.save(folder)
-
     fabric.seed_everything(options.seed)
     loaders = connect(fabric, options.data, tokenizer, options.train, config)
     if start is None:
@@ -112,10 +105,11 @@ def _train(
             gpt = GPT(config)
         initialize_weights(fabric, gpt, config.n_layer, config.n_embd)
     else:
-        gpt = load_model(start, compute_dtype(precision_of(fabric)), fabric.device)
+        gpt = load_model(start, weights_dtype(fabric), fabric.device)
     tie(gpt, False, options.train.tie_embeddings)
     fabric.print(f"Total parameters: {sum(p.numel() for p in gpt.parameters()):,}")
-    metrics = Run(fabric, gpt, METHODS["full"], options, loaders, write_side_files).run(resume_path)
+    save_tokenizer = None if tokenizer is None else tokenizer.save
+    metrics = Run(fabric, gpt, config, METHODS["full"], options, loaders, save_tokenizer).run(resume_path)
     if tokenizer is not None:
         fabric.print(f"Chat with the result: litgpt chat {options.out_dir / 'final'}")
     return metrics
@@ -127,12 +121,10 @@ def initialize_weights(fabric: Any, model: GPT, n_layer: int, n_embd: int) -> No
     in the layers that write to the residual stream, so that its size does not grow with the depth."""
     usual, residual = math.sqrt(2.0 / (5.0 * n_embd)), 1.0 / math.sqrt(n_embd) / n_layer
     for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding | GroupedTopkRouter):
             nn.init.normal_(module.weight, std=usual)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-        elif isinstance(module, GroupedTopkRouter):
-            nn.init.normal_(module.weight, std=usual)
     for block in model.transformer.h:
         if isinstance(block.attn, CausalSelfAttention):
             nn.init.normal_(block.attn.proj.weight, std=residual)
@@ -145,10 +137,7 @@ def get_lr(learning_rate: float, it: int, warmup_iters: int, max_iters: int, min
     """The learning rate of iteration `it`: linear warm-up from 0, then a cosine to `min_lr`."""
     if it < warmup_iters:
         return learning_rate * it / warmup_iters
-    if it > max_iters:
-        return min_lr
-    progress = (it - warmup_iters) / max(1, max_iters - warmup_iters)
-    return min_lr + 0.5 * (1.0 + math.cos(math.pi * progress)) * (learning_rate - min_lr)
+    return learning_rate * learning_rate_factor(it, warmup_iters, max_iters, min_lr / learning_rate)
 
 
 # -- what scripts that were written for LitGPT import
@@ -165,7 +154,7 @@ def main(fabric: Fabric, *args: Any, **kwargs: Any) -> None:
     options = PretrainOptions(model_name=config.name, **given)
     validate_args(options.train, options.eval, options.initial_checkpoint_dir, options.resume)
     options.check()
-    options.describe()
+    options.describe(precision_of(fabric), config)
     folder = options.initial_checkpoint_dir
     start = None if folder is None else open_checkpoint(find_checkpoint(folder))
     _train(fabric, config, tokenizer, options, start, options.resume_path(""))
@@ -190,11 +179,12 @@ def fit(
         steps = max(1, (train.max_tokens or 0) // (train.global_batch_size * (rows.shape[1] - 1)))
     schedule = cosine_schedule(state["optimizer"], min(train.lr_warmup_steps or 0, steps // 10), steps, train.min_lr)
 
-    def save(folder: Path) -> None:
-        save_checkpoint(fabric, state, tokenizer_dir, folder / WEIGHTS_NAME)
+    def save(step: int) -> None:
+        save_checkpoint(fabric, state, tokenizer_dir, Path(out_dir) / f"step-{step:08d}" / WEIGHTS_NAME)
 
-    loaders = (train_dataloader, val_dataloader)
-    base.train_loop(fabric, state["model"], state["optimizer"], schedule, loaders, out_dir, train, eval, steps, save, 8)
+    training = fabric.setup_module(TrainingModel(base.unwrapped(state["model"]), train.activation_checkpointing))
+    parts = (training, state["optimizer"], schedule, train_dataloader, val_dataloader)
+    Loop(fabric, *parts, train, eval, steps, save, None).run()
 
 
 def validate(
@@ -221,10 +211,6 @@ def get_dataloaders(
 
 
 def validate_args(train: TrainArgs, eval: EvalArgs, initial_checkpoint_dir: Path | None, resume: Any) -> None:
-    """Refuse what does not go together.
-
-    Raises:
-        ValueError: naming it.
-    """
+    """Raise `ValueError` for what does not go together."""
     if initial_checkpoint_dir is not None and resume:
         raise ValueError("initial_checkpoint_dir starts a new run, resume continues one: give one of the two")

@@ -2,9 +2,9 @@ import inspect
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -128,14 +128,11 @@ def test_no_command_prints_help_and_fails(litgpt):
     assert litgpt() == (2, litgpt("--help")[1], "")
 
 
-def test_help_imports_little_and_takes_little_time():
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_help_imports_little():
     code = "import sys; from litgpt.__main__ import main; main(['--help']); print(*sys.modules)"
-    result = process("-c", code)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    loaded = set(result.stdout.splitlines()[-1].split())
+    loaded = set(process("-c", code).stdout.splitlines()[-1].split())
     assert not loaded & {"torch", "jsonargparse", "yaml", "jinja2", "tokenizers", "rich", "importlib.metadata"}
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    assert len(loaded) < 300
 
 
 def test_generating_does_not_import_compilers():
@@ -400,3 +397,9 @@ def test_the_help_of_kv_cache_names_all_policies_and_storages(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert f"Policies: {', '.join(POLICIES)}, or module:Class for a class of yours." in text
     assert f"Storages: {', '.join(STORAGES)}." in text
+
+
+def test_a_warning_of_a_command_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    assert main(["--version"]) == 0
+    assert warnings.formatwarning("beware", UserWarning, "<string>", 10) == "litgpt: warning: beware\n"

@@ -210,7 +210,7 @@ def test_places_of_tokens_are_ends_in_the_text(kind, tmp_path):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_stream_of_tokens_gives_the_text_of_all(tokenizer, data):
     last = len(tokenizer.encode("")) + tokenizer.vocab_size + 5  # a few ids beyond the vocabulary
     ids = data.draw(st.lists(st.integers(0, last), max_size=30))
@@ -221,7 +221,7 @@ def test_any_stream_of_tokens_gives_the_text_of_all(tokenizer, data):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_bytes_that_are_no_text_stream_as_they_are_decoded(tokenizer, data):
     """Byte tokens, spaces, the ends of characters and ordinary tokens in any order, cut anywhere."""
     count = tokenizer.processor.get_vocab_size() if tokenizer.backend == "huggingface" else tokenizer.vocab_size
@@ -249,7 +249,7 @@ def test_bytes_that_are_no_text_stream_as_they_are_decoded(tokenizer, data):
 
 
 @given(text=st.text(max_size=40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_text_survives_encoding_and_streaming(folder, tokenizer, text):
     ids = tokenizer.encode(text)
     decoded = tokenizer.decode(ids)
@@ -476,7 +476,9 @@ def test_texts_are_not_remembered():
     tokenizer = Tokenizer.from_tokenizers(
         Processor(models.BPE({chr(i): i for i in range(128)}, [])), bos_id=None, eos_id=0, use_bos=False
     )
-    before = memory()
-    for i in range(4000):
+    for i in range(400):
         tokenizer.encode(f"{i:0250}")
-    assert memory() - before < 8e6  # it would be 40 MB
+    before = memory()
+    for i in range(400, 4400):
+        tokenizer.encode(f"{i:0250}")
+    assert memory() - before < 20e6  # it would be 40 MB

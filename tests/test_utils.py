@@ -293,8 +293,8 @@ def test_a_process_ends_with_those_that_it_started():
     assert parent.stdout.readline().strip() == b"1"
     (child,) = psutil.Process(parent.pid).children()
     kill_process_tree(parent.pid)
-    assert parent.wait(10) != 0
-    child.wait(10)
+    assert parent.wait(100) != 0
+    child.wait(100)
     kill_process_tree(parent.pid)
 
 

@@ -1,12 +1,14 @@
 import io
 import os
 import pty
+import re
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
+from until import until
 
 from litgpt import waiting as module
 from litgpt.waiting import report_progress, tell, waiting
@@ -27,18 +29,18 @@ def terminal(request, monkeypatch):
 def test_a_bar_shows_how_far_the_innermost_block_is(terminal):
     with waiting("Outer"), waiting("Loading tiny", log=True):
         report_progress(3, 4)
-        time.sleep(0.2)
+        until(lambda: "Loading tiny" in terminal.getvalue())
     err = terminal.getvalue()
     if terminal.isatty():
-        assert "Loading tiny [##################------] 75% (0 s)" in err
+        assert re.search(r"Loading tiny \[##################------\] 75% \(\d+ s\)", err)
         assert err.endswith("\r\x1b[K")  # nothing stays
     else:
         assert err == "Loading tiny ...\n"
 
 
 def test_what_is_over_soon_needs_no_word(terminal, monkeypatch):
-    monkeypatch.setattr(module, "SHOWN_AFTER", 5)
-    monkeypatch.setattr(module, "LOGGED_AFTER", 5)
+    monkeypatch.setattr(module, "SHOWN_AFTER", 100)
+    monkeypatch.setattr(module, "LOGGED_AFTER", 100)
     with waiting("Loading", log=True):
         report_progress(1, 0)
     report_progress(1, 2)
@@ -47,8 +49,9 @@ def test_what_is_over_soon_needs_no_word(terminal, monkeypatch):
 
 def test_lines_that_are_told_stay(terminal):
     with waiting("Loading", log=True):
+        until(lambda: "Loading" in terminal.getvalue())
         tell("one")
-    assert terminal.getvalue().endswith("one\n")
+    assert ("\r\x1b[Kone\n" if terminal.isatty() else "\none\n") in terminal.getvalue()
 
 
 def test_the_end_of_a_block_is_reached_after_an_error(terminal):
@@ -61,21 +64,30 @@ def test_the_end_of_a_block_is_reached_after_an_error(terminal):
 
 def test_waits_are_told_at_a_terminal_and_leave_nothing():
     code = (
-        "import time; from litgpt.waiting import waiting, tell\n"
+        "from litgpt.waiting import waiting, tell\n"
         "with waiting('Outside'):\n"
-        "    time.sleep(0.5)\n"
-        "    with waiting(lambda: 'Inside ' + 'x' * 200): time.sleep(0.6)\n"
-        "    tell('a line'); time.sleep(0.3)\n"
+        "    input()\n"
+        "    with waiting(lambda: 'Inside ' + 'x' * 200): input()\n"
+        "    tell('a line')\n"
     )
     terminal, other = pty.openpty()
-    subprocess.run([sys.executable, "-c", code], stderr=other, check=True)
-    os.close(other)
-    shown = os.read(terminal, 65536).decode()
+    shown = ""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=other, text=True) as process:
+        os.close(other)
+        for seen in ("Outside", "Inside"):
+            while f"{seen} " not in shown:
+                shown += os.read(terminal, 65536).decode()
+            process.stdin.write("\n")
+            process.stdin.flush()
+        with suppress(OSError):  # that nobody writes any more
+            while more := os.read(terminal, 65536):
+                shown += more.decode()
     os.close(terminal)
-    assert "| Outside (0 s)" in shown
+    assert process.returncode == 0
+    assert re.search(r"\r\| Outside \(\d+ s\)", shown)
     assert "Inside xxx" in shown
-    assert max(len(frame) for frame in shown.replace("\x1b[K", "").split("\r")) < 100
     assert "\r\x1b[Ka line\r\n" in shown
     assert shown.endswith("\r\x1b[K")
-    silent = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, check=True)
+    assert max(len(frame) for frame in shown.replace("\x1b[K", "").split("\r")) < 100
+    silent = subprocess.run([sys.executable, "-c", code], input=b"\n\n", stderr=subprocess.PIPE, check=True)
     assert silent.stderr == b"a line\n"

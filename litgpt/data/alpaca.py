@@ -1,12 +1,11 @@
 """Alpaca: 52,000 instructions written by a language model, cleaned."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from litgpt.data.base import SFTModule
 from litgpt.data.download import download_if_missing
-from litgpt.data.encoding import Sample
+from litgpt.data.encoding import Splits
 from litgpt.data.json_data import read_samples
 
 _URL = "https://raw.githubusercontent.com/tloen/alpaca-lora/main/alpaca_data_cleaned_archive.json"
@@ -24,5 +23,5 @@ class Alpaca(SFTModule):
     def prepare_data(self) -> None:
         download_if_missing(Path(self.download_dir) / self.file_name, self.file_url)
 
-    def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    def samples(self) -> Splits:
         return self.split(read_samples(Path(self.download_dir) / self.file_name))

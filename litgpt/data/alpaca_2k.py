@@ -1,12 +1,11 @@
 """Two thousand samples of Alpaca."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from litgpt.data.alpaca import Alpaca
 from litgpt.data.download import load_hub_dataset
-from litgpt.data.encoding import Sample
+from litgpt.data.encoding import Splits
 
 
 @dataclass(kw_only=True)
@@ -21,7 +20,7 @@ class Alpaca2k(Alpaca):
     def prepare_data(self) -> None:
         self.samples()
 
-    def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    def samples(self) -> Splits:
         data = load_hub_dataset(self.repo_id, cache_dir=self.download_dir)["train"]
         parts = data.train_test_split(test_size=self.val_split_fraction, seed=self.seed)
         return parts["train"], parts["test"]

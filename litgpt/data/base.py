@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from litgpt.chat_template import ChatTemplate
-from litgpt.data.encoding import Encoded, EncodedSamples, Sample, bos_of, encode_sample, prompt_of, render_prompt
+from litgpt.data.encoding import Encoded, EncodedSamples, Sample, Splits, encode_sample, example_of
 from litgpt.prompt_style import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.batches import PackedBatchSampler
-
-IGNORE_INDEX = -100
+from litgpt.train.loss import IGNORE_INDEX
 
 
 class DataModule(LightningDataModule):
@@ -42,33 +41,21 @@ class DataModule(LightningDataModule):
         return f"{type(self).__name__}()"
 
 
+@dataclass(eq=False, repr=False)
 class SFTDataset(Dataset):
-    """Samples of instructions and responses as tokens. Each is encoded on its first use, or by `encode_all`.
+    """Samples of instructions and responses as tokens. Each is encoded on its first use, or by `encode_all`."""
 
-    Args:
-        data: mappings with `instruction`, `output` and perhaps `input`; or with `messages`, a conversation.
-        tokenizer: encodes.
-        prompt_style: renders instructions; conversations need one that takes messages.
-        max_seq_length: samples are cut to that many tokens (-1: not).
-        mask_prompt: count the loss on responses only.
-        ignore_index: label of tokens that are not counted.
-        transform: applied to every sample first.
-    """
+    data: Sequence[Mapping[str, Any]]  # `instruction`, `output` and perhaps `input`; or `messages`, a conversation
+    tokenizer: Tokenizer
+    prompt_style: str | PromptStyle  # renders instructions; conversations need one that takes messages
+    max_seq_length: int = -1  # samples are cut to that many tokens (-1: not)
+    mask_prompt: bool = True  # count the loss on responses only
+    ignore_index: int = IGNORE_INDEX  # label of tokens that are not counted
+    transform: Callable[[Any], Any] | None = None  # applied to every sample first
 
-    def __init__(
-        self,
-        data: Sequence[Mapping[str, Any]],
-        tokenizer: Tokenizer,
-        prompt_style: str | PromptStyle,
-        max_seq_length: int = -1,
-        mask_prompt: bool = True,
-        ignore_index: int = IGNORE_INDEX,
-        transform: Callable[[Any], Any] | None = None,
-    ) -> None:
-        self.data, self.tokenizer = data, tokenizer
-        self.prompt_style = PromptStyle.from_name(prompt_style) if isinstance(prompt_style, str) else prompt_style
-        self.max_seq_length, self.mask_prompt, self.ignore_index = max_seq_length, mask_prompt, ignore_index
-        self.transform = transform
+    def __post_init__(self) -> None:
+        if isinstance(self.prompt_style, str):
+            self.prompt_style = PromptStyle.from_name(self.prompt_style)
         self.encodings: EncodedSamples | dict[int, Encoded] = {}
 
     def __len__(self) -> int:
@@ -79,11 +66,7 @@ class SFTDataset(Dataset):
         return self.data[index] if self.transform is None else self.transform(self.data[index])
 
     def encode_all(self, name: str) -> None:
-        """Encode all samples, with a progress bar, or take them from the cache on disk if they are there.
-
-        Raises:
-            ValueError: if no sample has a token that the loss counts.
-        """
+        """Encode all samples, or take them from the cache on disk: see `EncodedSamples.of`."""
         samples = [self.sample(index) for index in range(len(self.data))]
         self.encodings = EncodedSamples.of(
             samples, self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt, name
@@ -114,11 +97,8 @@ class SFTDataset(Dataset):
 
     def example(self, index: int) -> tuple[str, Tensor]:
         """What a sample asks, and the tokens of its prompt."""
-        sample = self.sample(getattr(self.encodings, "source", range(len(self)))[index])
-        prompt, _ = prompt_of(sample)
-        text = render_prompt(sample, self.prompt_style)
-        ids = self.tokenizer.encode(text, bos=bos_of(text, self.tokenizer, self.prompt_style))
-        return prompt if isinstance(prompt, str) else prompt[-1]["content"], ids
+        source = getattr(self.encodings, "source", range(len(self)))
+        return example_of(self.sample(source[index]), self.tokenizer, self.prompt_style)
 
 
 def get_sft_collate_fn(
@@ -130,17 +110,15 @@ def get_sft_collate_fn(
 
 
 def _sft_collate_fn(
-    samples: list[dict[str, Any]], max_seq_length: int = -1, pad_id: int = 0, ignore_index: int = IGNORE_INDEX
+    samples: list[dict[str, Any]], max_seq_length: int, pad_id: int, ignore_index: int
 ) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     for key, filler in (("input_ids", pad_id), ("labels", ignore_index)):
         rows = torch.nn.utils.rnn.pad_sequence([s[key] for s in samples], batch_first=True, padding_value=filler)
         batch[key] = rows[:, :max_seq_length] if max_seq_length > 0 else rows
     if "token_counts" in samples[0]:
-        names = samples[0]["token_counts"]
-        batch["token_counts"] = {
-            name: torch.tensor([s["token_counts"][name] for s in samples], dtype=torch.int64)[:, None] for name in names
-        }
+        counts = default_collate([sample["token_counts"] for sample in samples])
+        batch["token_counts"] = {name: of_samples[:, None] for name, of_samples in counts.items()}
     return batch
 
 
@@ -151,7 +129,7 @@ class SFTModule(DataModule):
     Attributes:
         mask_prompt: learn responses only, not instructions.
         val_split_fraction: part of the samples that validate.
-        prompt_style: renders instructions.
+        prompt_style: renders instructions (None: the model's own).
         ignore_index: label of tokens that are not learned.
         seed: of the split and of the order.
         num_workers: accepted for scripts written for LitGPT; samples are encoded once, and need no workers.
@@ -170,18 +148,19 @@ class SFTModule(DataModule):
         super().__init__()
         if isinstance(self.prompt_style, str):
             self.prompt_style = PromptStyle.from_name(self.prompt_style)
+        if self.val_split_fraction is not None and not 0 <= self.val_split_fraction < 1:
+            raise ValueError(f"val_split_fraction must be at least 0 and below 1, got {self.val_split_fraction}")
 
     @abstractmethod
-    def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
-        """Those for training, and those for validation."""
+    def samples(self) -> Splits:
+        """Where they come from."""
 
     def setup(self, stage: str = "") -> None:
-        self.train_dataset, self.test_dataset = (
-            SFTDataset(
-                samples, self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt, self.ignore_index
-            )
-            for samples in self.samples()
-        )
+        if self.prompt_style is None:
+            self.prompt_style = self.own_style()
+        train, test = self.samples()  # which may choose style and mask
+        settings = (self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt, self.ignore_index)
+        self.train_dataset, self.test_dataset = SFTDataset(train, *settings), SFTDataset(test, *settings)
 
     def own_style(self) -> PromptStyle:
         """The checkpoint's chat template; Alpaca's style where it has none."""

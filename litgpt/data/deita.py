@@ -1,13 +1,13 @@
 """Deita: 10,000 conversations chosen for their quality (arXiv:2312.15685)."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from litgpt.data.base import SFTModule, has_own_split, samples_of_turns
 from litgpt.data.download import load_hub_dataset
-from litgpt.data.encoding import Sample
+from litgpt.data.encoding import Splits
 
 
 @dataclass(kw_only=True)
@@ -19,10 +19,7 @@ class Deita(SFTModule):
     download_dir: Path = Path("./data/deita")
     repo_id: str = "HuggingFaceH4/deita-10k-v0-sft"
 
-    def prepare_data(self) -> None:
-        self.samples()
-
-    def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    def samples(self) -> Splits:
         parts = load_hub_dataset(self.repo_id, split=["train_sft", "test_sft"], cache_dir=self.download_dir)
         return tuple(format_dataset(parts[i], self.include_multiturn_conversations) for i in (0, 1))
 

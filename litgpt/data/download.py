@@ -14,11 +14,7 @@ TIMEOUT = 10  # seconds without an answer
 
 
 def download_if_missing(file_path: Path, file_url: str) -> None:
-    """Fetch a file, unless it is there. What is written is complete or not there.
-
-    Raises:
-        OSError: if it cannot be fetched.
-    """
+    """Fetch a file, unless it is there; `OSError` if it cannot be fetched. What is written is complete or not there."""
     if file_path.exists():
         return
     try:
@@ -51,12 +47,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def load_hub_dataset(repo_id: str, **kwargs: Any) -> Any:
-    """`datasets.load_dataset`, with what goes wrong said in a line.
-
-    Raises:
-        ValueError: if the package `datasets` is not installed.
-        OSError: if the data cannot be fetched.
-    """
+    """`datasets.load_dataset`; `ValueError` without the package `datasets`, `OSError` if the data cannot be fetched, in a line."""
     try:
         import datasets
     except ModuleNotFoundError:

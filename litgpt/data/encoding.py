@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -20,6 +21,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.waiting import report_progress, waiting
 
 Sample = Mapping[str, Any]
+Splits = tuple[Sequence[Sample], Sequence[Sample]]  # for training, and for validation
 ROLES = ("system", "developer", "user", "assistant", "tool")
 VERSION = 3  # of the cache's files
 GROUP = 512  # samples that are encoded at a time, by all cores
@@ -28,17 +30,11 @@ _logger = logging.getLogger("litgpt")
 
 
 class Encoded(NamedTuple):
-    """A sample as tokens.
+    """A sample as tokens."""
 
-    Attributes:
-        ids: (T,) tokens.
-        counted: (T,) whether the loss counts the token.
-        raw: tokens of the texts alone, without those of the prompt style.
-    """
-
-    ids: np.ndarray
-    counted: np.ndarray
-    raw: int
+    ids: np.ndarray  # (T,)
+    counted: np.ndarray  # (T,) whether the loss counts the token
+    raw: int  # tokens of the texts alone, without those of the prompt style
 
 
 class Part(NamedTuple):
@@ -52,35 +48,52 @@ class Part(NamedTuple):
 
 
 class RewrittenAnswerError(ValueError):
-    """A template renders an answer differently when more messages follow."""
+    def __init__(self) -> None:
+        super().__init__(
+            "the prompt style renders an answer differently when more messages follow: split the conversation into samples "
+            "that end with the answer to be learned"
+        )
 
 
-def prompt_of(sample: Sample) -> tuple[str | list[dict[str, str]], dict[str, Any]]:
-    """What is said before the (last) response, and further arguments of the prompt style."""
+def _conversation(sample: Sample) -> tuple[list[dict[str, Any]], list[int], dict[str, Any]]:
+    """Messages, which of them are answers, and further arguments of the prompt style."""
+    messages = [dict(message) for message in sample["messages"]]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not answers:
+        raise ValueError("no message is the assistant's: there is nothing to learn")
+    return messages, answers, {"tools": sample["tools"]} if sample.get("tools") else {}
+
+
+def render_prompt(sample: Sample, style: PromptStyle) -> tuple[str, str]:
+    """What a sample asks, and its text up to the (last) response. An `input` that the style has no place for follows the
+    instruction."""
     if "messages" in sample:
-        messages = [dict(message) for message in sample["messages"]]
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        return messages[:last], {"tools": sample["tools"]} if sample.get("tools") else {}
-    known = ("instruction", "output", "prompt", "messages")
-    return sample["instruction"], {k: v for k, v in sample.items() if k not in known and v is not None}
-
-
-def render_prompt(sample: Sample, style: PromptStyle) -> str:
-    """The text of a sample up to its (last) response. An `input` that the style has no place for follows the instruction."""
-    prompt, more = prompt_of(sample)
-    if isinstance(prompt, str) and isinstance(style, ChatTemplate):
-        more = {name: value for name, value in more.items() if name in ("input", "sys_prompt")}
-    text = style.render(prompt, **more)
-    about = more.get("input", "") if isinstance(prompt, str) else ""
+        messages, answers, more = _conversation(sample)
+        before = messages[: answers[-1]]
+        return before[-1]["content"], style.render(before, **more)
+    asked, about = sample["instruction"], sample.get("input") or ""
+    names = (
+        ("input", "sys_prompt")
+        if isinstance(style, ChatTemplate)
+        else sample.keys() - {"instruction", "output", "prompt"}
+    )
+    more = {name: sample[name] for name in names if sample.get(name) is not None}
+    text = style.render(asked, **more)
     if about.strip() and about.strip() not in text:
-        text = style.render(f"{prompt}\n\n{about}", **more)
-    return text
+        text = style.render(f"{asked}\n\n{about}", **more)
+    return asked, text
 
 
 def bos_of(text: str, tokenizer: Tokenizer, style: PromptStyle) -> bool | None:
     """Whether a BOS token goes before a rendered text: not (False) if it is written there, else as the tokenizer has it."""
     bos_token = getattr(tokenizer, "bos_token", None)
     return False if isinstance(style, ChatTemplate) or (bos_token and text.startswith(bos_token)) else None
+
+
+def example_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> tuple[str, torch.Tensor]:
+    """What a sample asks, and the tokens (T,) of its prompt."""
+    asked, text = render_prompt(sample, style)
+    return asked, tokenizer.encode(text, bos=bos_of(text, tokenizer, style))
 
 
 def encode_sample(
@@ -90,9 +103,7 @@ def encode_sample(
 
     An instruction and its response are encoded apart, and the response ends with the end token. A conversation is encoded
     as the checkpoint's chat template renders it; the loss counts the assistant's messages, each with its end token.
-
-    Raises:
-        ValueError: if the style cannot render the sample, or renders answers differently when more messages follow.
+    `ValueError` if the style cannot render the sample, or renders answers differently when more messages follow.
     """
     parts = parts_of(sample, tokenizer, style)
     return _assemble(parts, _encode_parts(parts, tokenizer), max_seq_length, mask_prompt)
@@ -101,21 +112,17 @@ def encode_sample(
 def parts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[Part]:
     """The texts of a sample."""
     if "messages" not in sample:
-        prompt = render_prompt(sample, style)
+        _, prompt = render_prompt(sample, style)
         return [Part(prompt, bos_of(prompt, tokenizer, style)), Part(sample["output"], eos=True, counted=True)]
-    messages = [dict(message) for message in sample["messages"]]
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if not answers:
-        raise ValueError("no message is the assistant's: there is nothing to learn")
+    messages, answers, more = _conversation(sample)
     learned = answers[-1:] if sample.get("learn") == "last" else answers
     if isinstance(style, ChatTemplate):
-        more = {"tools": sample["tools"]} if sample.get("tools") else {}
         return [_rendered(messages[: answers[-1] + 1], learned, tokenizer, style, more)]
     parts, done = [], ""
     for i in learned:
         before = style.render(messages[:i])
         if not before.startswith(done):
-            raise RewrittenAnswerError(_REWRITTEN)
+            raise RewrittenAnswerError
         context = before[len(done) :]
         if done and tokenizer.eos_id is not None:
             context = context.removeprefix(tokenizer.eos_token)
@@ -123,12 +130,6 @@ def parts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[P
         parts += [Part(context, bos), Part(messages[i]["content"], eos=True, counted=True)]
         done = before + messages[i]["content"]
     return parts
-
-
-_REWRITTEN = (
-    "the prompt style renders an answer differently when more messages follow: split the conversation into samples that end "
-    "with the answer to be learned"
-)
 
 
 def _rendered(
@@ -161,7 +162,7 @@ def _rendered(
         after = [at + len(token) for token in end_texts if (at := through.find(token, said)) >= 0]
         end = min(after, default=len(through.rstrip()))
         if through[:end] != text[:end]:
-            raise RewrittenAnswerError(_REWRITTEN)
+            raise RewrittenAnswerError
         cuts += [start, end]
     return Part(text, counted=cuts)
 
@@ -265,12 +266,10 @@ class EncodedSamples(Sequence[Encoded]):
         mask_prompt: bool,
         name: str,
     ) -> "EncodedSamples":
-        """Encode samples, or take them from the cache, whose files are named by all that decides what is in them.
+        """Encode samples, or take them from the cache, whose files are named by all that decides what is in them. What a tokenizer
+        without a `fingerprint` encodes, or a style that is not of this package and may change at any time, is not cached.
 
-        A tokenizer without a `fingerprint`, or a style that is not of this package and may change at any time, is not cached.
-
-        Raises:
-            ValueError: if there is no sample, one cannot be rendered, or the loss counts no token of any.
+        `ValueError` if there is no sample, one cannot be rendered, or the loss counts no token of any.
         """
         if not samples:
             raise ValueError(f"{name}: there are no samples")
@@ -339,7 +338,6 @@ def _texts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[
     try:
         return [parts_of(sample, tokenizer, style)]
     except RewrittenAnswerError:
-        messages = sample["messages"]
-        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "assistant"]
-        samples = ({**sample, "messages": messages[:end], "learn": "last"} for end in ends)
+        messages, answers, _ = _conversation(sample)
+        samples = ({**sample, "messages": messages[: i + 1], "learn": "last"} for i in answers)
         return [parts_of(part, tokenizer, style) for part in samples]

@@ -1,13 +1,12 @@
 """FLAN: many tasks, written as instructions (arXiv:2109.01652)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from litgpt.data.base import SFTModule, has_own_split
 from litgpt.data.download import download_if_missing
-from litgpt.data.encoding import Sample
-from litgpt.data.json_data import load_jsonl
+from litgpt.data.encoding import Splits
+from litgpt.data.json_data import read_values
 from litgpt.prompt_style import PromptStyle
 
 _URL = "https://huggingface.co/datasets/Muennighoff/flan/resolve/main"
@@ -50,12 +49,12 @@ class FLAN(SFTModule):
             for file in self._files(split):
                 download_if_missing(file, f"{self.url}/{split}/{file.name}")
 
-    def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    def samples(self) -> Splits:
         train, test = (
             [
                 {"instruction": row["inputs"], "output": row["targets"]}
                 for file in self._files(split)
-                for row in load_jsonl(file).values()
+                for row in read_values(file).values()
             ]
             for split in ("train", "test")
         )

@@ -2,13 +2,13 @@
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from litgpt.data.base import SFTModule
-from litgpt.data.encoding import Sample, sample_problem
+from litgpt.data.encoding import Sample, Splits, sample_problem
 from litgpt.prompt_style import PromptStyle
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
@@ -38,11 +38,9 @@ class JSON(SFTModule):
             )
         if not is_folder and self.val_split_fraction is None:
             self.val_split_fraction = DEFAULT_FRACTION
-            warnings.warn(f"val_split_fraction is not given: {DEFAULT_FRACTION} of the samples validate", stacklevel=2)
-        if self.val_split_fraction is not None and not 0 <= self.val_split_fraction < 1:
-            raise ValueError(f"val_split_fraction must be at least 0 and below 1, got {self.val_split_fraction}")
+            warnings.warn(f"val_split_fraction is not given: {DEFAULT_FRACTION} of the samples validate", stacklevel=3)
 
-    def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    def samples(self) -> Splits:
         train, val = self.get_splits()
         if any("messages" in sample for sample in [*train, *val]):
             self.mask_prompt = True
@@ -50,7 +48,7 @@ class JSON(SFTModule):
                 self.prompt_style = self.own_style()
         return train, val
 
-    def get_splits(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    def get_splits(self) -> Splits:
         """Training and validation samples."""
         if self.json_path.is_file():
             return self.split(read_samples(self.json_path))
@@ -58,11 +56,7 @@ class JSON(SFTModule):
         return read_samples(train), read_samples(val)
 
     def find_split(self, split_name: str) -> Path:
-        """The file of a split in the folder.
-
-        Raises:
-            FileNotFoundError: if there is none.
-        """
+        """The file of a split in the folder; `FileNotFoundError` if there is none."""
         for suffix in (".json", ".jsonl"):
             if (file := self.json_path / f"{split_name}{suffix}").is_file():
                 return file
@@ -78,20 +72,9 @@ class FileSample(dict):
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """The samples of a file, conversations as `messages`.
-
-    Raises:
-        ValueError: naming the line or number of a sample that is none, and its field.
-    """
-    if path.suffix == ".jsonl":
-        values = load_jsonl(path)
-    else:
-        values = _parse(path, _read_text(path), None)
-        if not isinstance(values, list):
-            raise ValueError(f"{path} must hold a list of samples, got {type(values).__name__}")
-        values = {f"sample {i}": value for i, value in enumerate(values)}
+    """The samples of a file, conversations as `messages`; `ValueError` with the place and field of what is no sample."""
     found = []
-    for place, value in values.items():
+    for place, value in read_values(path).items():
         sample = _as_messages(value)
         if problem := sample_problem(sample):
             raise ValueError(f"{path}, {place}: {problem}")
@@ -102,10 +85,16 @@ def read_samples(path: Path) -> list[Sample]:
     return found
 
 
-def load_jsonl(path: Path) -> dict[str, Any]:
-    """The values of a JSONL file, by their line: "line 1". Only line feeds end lines, as JSON has it."""
-    lines = enumerate(_read_text(path).split("\n"), 1)
-    return {f"line {i}": _parse(path, line, f"line {i}") for i, line in lines if line.strip()}
+def read_values(path: Path) -> dict[str, Any]:
+    """The values in a JSON file, a list, by "sample 0" and so on; or in a JSONL file, by "line 1". Only line feeds end lines."""
+    text = _read_text(path)
+    if path.suffix == ".jsonl":
+        lines = enumerate(text.split("\n"), 1)
+        return {f"line {i}": _parse(path, line, f"line {i}") for i, line in lines if line.strip()}
+    values = _parse(path, text, None)
+    if not isinstance(values, list):
+        raise ValueError(f"{path} must hold a list of samples, got {type(values).__name__}")
+    return {f"sample {i}": value for i, value in enumerate(values)}
 
 
 def _read_text(path: Path) -> str:

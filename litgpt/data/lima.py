@@ -1,13 +1,13 @@
 """LIMA: 1,000 careful answers (arXiv:2305.11206)."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from litgpt.data.base import SFTModule, samples_of_turns
 from litgpt.data.download import load_hub_dataset
-from litgpt.data.encoding import Sample
+from litgpt.data.encoding import Splits
 
 
 @dataclass(kw_only=True)
@@ -24,10 +24,7 @@ class LIMA(SFTModule):
         if self.access_token is None:
             raise ValueError("LIMA needs an access token of the Hugging Face hub: set HF_TOKEN, or --data.access_token")
 
-    def prepare_data(self) -> None:
-        self.samples()
-
-    def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    def samples(self) -> Splits:
         data = load_hub_dataset(self.repo_id, token=self.access_token)["train"]
         return self.split(format_dataset(data, self.include_multiturn_conversations))
 

@@ -10,11 +10,7 @@ from litgpt.data.base import DataModule
 
 
 def litdata() -> Any:
-    """The package `litdata`'s streaming module.
-
-    Raises:
-        ValueError: if it is not installed.
-    """
+    """The package `litdata`'s streaming module; `ValueError` if it is not installed."""
     try:
         from litdata import streaming
     except ModuleNotFoundError:

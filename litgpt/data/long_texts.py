@@ -1,14 +1,13 @@
 """Questions about long texts from files: those of LongBench v2 (arXiv:2412.15204) and HELMET (arXiv:2410.02694)."""
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from litgpt.data.base import SFTModule
-from litgpt.data.encoding import Sample
-from litgpt.data.json_data import load_jsonl
+from litgpt.data.encoding import Sample, Splits
+from litgpt.data.json_data import read_values
 from litgpt.prompt_frame import PromptFrame
 from litgpt.prompt_style import PromptStyle
 
@@ -44,17 +43,13 @@ class LongTexts(SFTModule):
         self.path = Path(self.path)
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path} does not exist: `path` is a JSON or JSONL file, or a folder of some")
-        if self.val_split_fraction is not None and not 0 <= self.val_split_fraction < 1:
-            raise ValueError(f"val_split_fraction must be at least 0 and below 1, got {self.val_split_fraction}")
 
-    def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
-        if self.prompt_style is None:
-            self.prompt_style = self.own_style()
+    def samples(self) -> Splits:
         frame = PromptFrame(self.tokenizer, self.prompt_style)
         length = self.max_seq_length if self.length is None else self.length
         found = []
         for file in self._files():
-            for place, record in _records(file).items():
+            for place, record in read_values(file).items():
                 try:
                     found.append(_fitting(*parts_of_record(record), frame, length))
                 except ValueError as error:
@@ -70,25 +65,8 @@ class LongTexts(SFTModule):
         return files
 
 
-def _records(file: Path) -> dict[str, Any]:
-    """The records of a file by their places."""
-    if file.suffix == ".jsonl":
-        return load_jsonl(file)
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(values, list):
-        raise ValueError(f"{file} must hold a list of records, got {type(values).__name__}")
-    return {f"record {i}": value for i, value in enumerate(values)}
-
-
 def parts_of_record(record: Any) -> tuple[str, str, str]:
-    """Text, question (perhaps empty: it is in the text) and answer of a record.
-
-    Raises:
-        ValueError: if it has another form.
-    """
+    """Text, question (perhaps empty: it is in the text) and answer of a record; `ValueError` if it has another form."""
     if not isinstance(record, Mapping):
         raise ValueError(f"a record is a mapping, got {type(record).__name__}")
     if "outputs" in record:

@@ -1,13 +1,12 @@
 """LongForm: long texts, with instructions that a model found for them (arXiv:2304.08460)."""
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from litgpt.data.base import SFTModule, has_own_split
 from litgpt.data.download import download_if_missing
-from litgpt.data.encoding import Sample
+from litgpt.data.encoding import Splits
+from litgpt.data.json_data import read_values
 from litgpt.prompt_style import PromptStyle
 
 _URL = "https://raw.githubusercontent.com/akoksal/LongForm/main/dataset"
@@ -25,9 +24,10 @@ class LongForm(SFTModule):
         for name in ("train.json", "val.json"):
             download_if_missing(Path(self.download_dir) / name, f"{_URL}/{name}")
 
-    def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
-        texts = ((Path(self.download_dir) / name).read_text(encoding="utf-8") for name in ("train.json", "val.json"))
+    def samples(self) -> Splits:
+        files = (Path(self.download_dir) / name for name in ("train.json", "val.json"))
         train, val = (
-            [{"instruction": row["input"], "output": row["output"]} for row in json.loads(text)] for text in texts
+            [{"instruction": row["input"], "output": row["output"]} for row in read_values(file).values()]
+            for file in files
         )
         return train, val

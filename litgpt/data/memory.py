@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from litgpt.data.base import SFTModule
-from litgpt.data.encoding import Sample, sample_problem
+from litgpt.data.encoding import Sample, Splits, sample_problem
 from litgpt.prompt_style import PromptStyle
 
 
@@ -17,10 +17,8 @@ class Samples(SFTModule):
     mask_prompt: bool = field(default=True, kw_only=True)
     prompt_style: str | PromptStyle | None = field(default=None, kw_only=True)
 
-    def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+    def samples(self) -> Splits:
         for i, sample in enumerate(self.given):
             if problem := sample_problem(sample):
                 raise ValueError(f"sample {i}: {problem}")
-        if self.prompt_style is None:
-            self.prompt_style = self.own_style()
         return self.split(self.given)

@@ -7,7 +7,7 @@ from pathlib import Path
 from random import Random
 
 from litgpt.data.base import SFTModule, has_own_split
-from litgpt.data.encoding import Sample
+from litgpt.data.encoding import Sample, Splits
 from litgpt.prompt_frame import PromptFrame
 from litgpt.prompt_style import PromptStyle
 from litgpt.tasks.document import lines_of, read_document
@@ -55,9 +55,7 @@ class Retrieval(SFTModule):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
 
-    def samples(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
-        if self.prompt_style is None:
-            self.prompt_style = self.own_style()
+    def samples(self) -> Splits:
         length = self.max_seq_length if self.length is None else self.length
         if length < 0:
             raise ValueError("nothing says how long the samples are: give length")

@@ -40,11 +40,7 @@ class TokenRows(Dataset):
         return torch.from_numpy(self.tokens[begin : begin + self.seq_length + 1].astype(np.int64))
 
     def loader(self, batch_size: int, seed: int, shuffle: bool) -> DataLoader:
-        """Batches (B, seq_length + 1), in an order that `seed` decides.
-
-        Raises:
-            ValueError: if the text is shorter than a row.
-        """
+        """Batches (B, seq_length + 1), in an order that `seed` decides; `ValueError` if the text is shorter than a row."""
         if not len(self):
             raise ValueError(f"{len(self.tokens)} tokens are less than one row of {self.seq_length + 1}: use more text")
         generator = torch.Generator().manual_seed(seed)
@@ -89,17 +85,14 @@ def encode_files(
     documents: Callable[[Path], Iterable[str]],
     eos: bool = False,
 ) -> np.ndarray:
-    """The tokens of all documents in some files, one after the other, each after a BOS token where the tokenizer has one.
+    """The tokens (n,) of all documents in some files, one after the other, each after a BOS token where the tokenizer has one.
 
-    They are kept in `folder` (or, where that cannot be written, in the user's cache), and taken from there as long as neither
-    the files nor the tokenizer change.
+    They are kept in `folder` (or, where that cannot be written, in the user's cache), and mapped into memory from there as long
+    as neither the files nor the tokenizer change.
 
     Args:
         documents: the documents in a file.
         eos: put an end token after each document; in any case where the tokenizer has no BOS token.
-
-    Returns:
-        Tokens (n,), mapped into memory.
     """
     name = f"tokens-{files_digest(files, tokenizer, eos)}.bin"
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 15 else np.uint32  # added tokens come on top

@@ -26,6 +26,7 @@ from litgpt.prompt_style import PromptStyle
 from litgpt.prompts import all_stop_tokens
 from litgpt.runners.compiled import compile_decode
 from litgpt.runners.fused import fuse_layers
+from litgpt.runners.huge_pages import use_huge_pages
 from litgpt.runners.opaque_weights import OpaqueLayer
 from litgpt.runners.packed_weights import pack_linears, unpack_linears
 from litgpt.runners.quantized_weights import Scheme
@@ -170,9 +171,10 @@ def lend_weights(ready: Ready, finetuned: Finetuned) -> Ready:
 
 
 def speed_up_decode(model: GPT, compile: bool = False, join: bool = True) -> None:
-    """Make the model fast: packed weights and, where supported, all layers in one kernel call; otherwise, with `compile`,
-    decode steps by a compiled graph. `join`: see `pack_linears`."""
+    """Make the model fast: packed weights in huge pages and, where supported, all layers in one kernel call; otherwise, with
+    `compile`, decode steps by a compiled graph. `join`: see `pack_linears`."""
     pack_linears(model, join)
+    use_huge_pages(model)
     if not fuse_layers(model) and compile:
         compile_decode(model)
 

@@ -26,10 +26,9 @@ from litgpt.train.finetuning import finetune_command, tune
 from litgpt.train.methods import METHODS
 from litgpt.train.model import TrainingModel
 from litgpt.train.options import FinetuneOptions, LoRAOptions, command, require_end
-from litgpt.train.report import Reporter
 from litgpt.train.run import connect, show_answer
 from litgpt.train.schedule import cosine_schedule, steps_of_run
-from litgpt.train.setting import divide_parameters
+from litgpt.train.setting import divide_parameters, precision_of
 from litgpt.utils import copy_config_files, select_sft_generate_example
 
 __all__ = [
@@ -41,6 +40,8 @@ __all__ = [
     "validate",
     "validate_args",
 ]
+
+get_lr_scheduler = cosine_schedule  # by default to 0
 
 _SUMMARIES = {
     "full": "Fine-tune all weights of a model.",
@@ -59,15 +60,14 @@ _NAMES = {
 }
 
 
-def _setup(method: str) -> Callable[..., None]:
+def functions_of(method: str) -> tuple[Callable[..., Any], ...]:
+    """What the script of a method offers: `setup`, `main`, `fit`, and how it saves."""
     defaults: dict[str, Any] = {"out_dir": Path("out/finetune") / method.replace("_", "-")}
     if method == "full":
-        defaults["eval"] = EvalArgs(interval=600, max_new_tokens=100, max_iters=100)
+        defaults["eval"] = EvalArgs(interval=600, max_new_tokens=100)
     kind = LoRAOptions if method == "lora" else FinetuneOptions
-    return command(kind, partial(finetune_command, method), _SUMMARIES[method], _NAMES[method], defaults)
-
-
-setups = {method: _setup(method) for method in METHODS}
+    setup = command(kind, partial(finetune_command, method), _SUMMARIES[method], _NAMES[method], defaults)
+    return setup, *(partial(function, method) for function in (main, fit, save_trained))
 
 
 _MAIN = "devices seed config data checkpoint_dir out_dir train eval optimizer num_nodes precision"
@@ -80,7 +80,7 @@ def main(method: str, fabric: Fabric, *args: Any, **kwargs: Any) -> None:
     config = given.pop("config")
     options = FinetuneOptions(**given)
     options.check()
-    options.describe(**(config.lora_options() if hasattr(config, "lora_options") else {}))
+    options.describe(precision_of(fabric), config)
     way, checkpoint = METHODS[method], open_checkpoint(find_checkpoint(options.checkpoint_dir))
     tune(fabric, way, checkpoint, config, options, options.resume_path(way.suffix))
 
@@ -101,14 +101,11 @@ def fit(
     data: DataModule,
     num_nodes: int = 1,
 ) -> dict[str, torch.Tensor]:
-    """Train a model that is set up, with checkpoints of what the method trains.
-
-    Returns:
-        The tokens that went through the model, by the names that LitGPT gives them.
-    """
+    """Train a model that is set up, with checkpoints of what the method trains. Returns counts of tokens by LitGPT's names."""
     gpt, way = unwrapped(model), METHODS[method]
 
-    def save(folder: Path) -> None:
+    def save(step: int) -> None:
+        folder = Path(out_dir) / f"step-{step:06d}"
         save_trained(method, fabric, gpt, folder / f"{WEIGHTS_NAME}{way.suffix}")
         if fabric.is_global_zero:
             copy_config_files(checkpoint_dir, folder)
@@ -116,37 +113,13 @@ def fit(
     accumulation = train.gradient_accumulation_iters(devices, num_nodes)
     per_epoch = -(-len(train_dataloader) // (accumulation * fabric.world_size))
     steps = steps_of_run(per_epoch, None, train.epochs, train.max_steps, train.max_tokens)
-    loaders = (train_dataloader, val_dataloader)
     show = (lambda: generate_example(fabric, gpt, data.tokenizer, eval, data)) if eval.max_new_tokens else None
-    position = train_loop(fabric, gpt, optimizer, scheduler, loaders, out_dir, train, eval, steps, save, 6, show)
-    names = ("raw_tokens", "raw_tokens_plus_prompt_template", "raw_tokens_plus_prompt_template_and_padding")
-    counts = (position.counted, position.tokens, position.tokens)
-    return {name: torch.tensor([count], device=fabric.device) for name, count in zip(names, counts, strict=True)}
-
-
-def train_loop(
-    fabric: Fabric,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
-    loaders: tuple[DataLoader, DataLoader | None],
-    out_dir: Path,
-    train: TrainArgs,
-    eval: EvalArgs,
-    steps: int,
-    save: Callable[[Path], None],
-    step_digits: int,
-    show_example: Callable[[], None] | None = None,
-) -> loop.Position:
-    """Run the loop on parts that `fabric` has set up; `save` writes a checkpoint into a folder."""
-    training = fabric.setup_module(TrainingModel(unwrapped(model), train.activation_checkpointing))
-    report = Reporter(fabric, train.log_interval)
-
-    def save_step(state: loop.Loop) -> None:
-        save(Path(out_dir) / f"step-{state.position.step_count:0{step_digits}d}")
-
-    parts = (training, optimizer, scheduler, *loaders, train, eval, steps, save_step, show_example, report)
-    return loop.Loop(fabric, *parts).run()
+    training = fabric.setup_module(TrainingModel(gpt, train.activation_checkpointing))
+    loaders = (train_dataloader, val_dataloader)
+    position = loop.Loop(fabric, training, optimizer, scheduler, *loaders, train, eval, steps, save, show).run()
+    counted, tokens = (torch.tensor([n], device=fabric.device) for n in (position.counted, position.tokens))
+    names = ("raw_tokens_plus_prompt_template", "raw_tokens_plus_prompt_template_and_padding")
+    return {"raw_tokens": counted, **dict.fromkeys(names, tokens)}
 
 
 def fit_state(
@@ -167,7 +140,7 @@ def unwrapped(model: nn.Module) -> GPT:
 def save_trained(method: str, fabric: Fabric, model: nn.Module, file_path: Path) -> None:
     """Write what a method trains. All processes call it."""
     fabric.print(f"Saving weights to {str(file_path)!r}")
-    weights = full_tensors(unwrapped(model).state_dict().items(), METHODS[method].is_trained)
+    weights = full_tensors(unwrapped(model), METHODS[method].is_trained)
     if fabric.is_global_zero:
         Path(file_path).parent.mkdir(parents=True, exist_ok=True)
         torch.save({"model": weights}, file_path)
@@ -188,13 +161,6 @@ def generate_example(fabric: Fabric, model: nn.Module, tokenizer: Tokenizer, eva
     gpt, instruction = unwrapped(model), select_sft_generate_example(eval, data)
     ids = encode_prompt(tokenizer, data.prompt_style, instruction)
     show_answer(fabric, gpt, tokenizer, instruction, ids, eval.max_new_tokens or 0)
-
-
-def get_lr_scheduler(
-    optimizer: torch.optim.Optimizer, warmup_steps: int, max_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """Linear warm-up, then a cosine to 0."""
-    return cosine_schedule(optimizer, warmup_steps, max_steps, 0.0)
 
 
 def get_dataloaders(
@@ -219,9 +185,5 @@ def parallelize_fn(model: nn.Module, device_mesh: Any, activation_checkpointing:
 
 
 def validate_args(train: TrainArgs, eval: EvalArgs) -> None:
-    """Refuse options that leave open how long to train.
-
-    Raises:
-        ValueError: if neither epochs, nor steps, nor tokens are limited.
-    """
+    """Raise `ValueError` if options leave open how long to train."""
     require_end(train)

@@ -8,6 +8,7 @@
 // differently in every place.
 #pragma once
 
+#include "factors.h"
 #include "layers.h"
 #include "scores.h"
 
@@ -16,6 +17,7 @@
 struct SplitQueries {
     int count;
     const Real* q;
+    const QueryFactors* factors;  // (count, D / GROUP), of encoded keys
     const Real* bias[4];
     int64_t n, D;
     float scale, cap, *top, *total, *out;
@@ -68,18 +70,32 @@ struct Attention {
     const KvSplits* splits;
     const int64_t* rows;          // rows of keys and values that the queries attend to (B,); null: the first B
     const Vectors* encoded;       // keys and values in fewer bits, in place of k and v; null: none
+    const int64_t* sealed;        // only so many of the first keys of each row are encoded (B,); null: all
+    int64_t newest;               // where not all are: the others are in k and v, that at p in slot p % newest
     float *sums, *tops, *totals;  // of each split, by the queries that share it
     Real* queries;                // (B, H, T, D)
+    QueryFactors* factors;        // of queries to encoded keys, if GROUP divides D
 
     int64_t shared() const { return H / G * T; }  // queries that attend to the same keys
     int64_t results() const { return int64_t(splits->all.size()) * shared(); }
-    int64_t scratch_size() const { return results() * (D + 2) + (B * H * T * D * int64_t(sizeof(Real)) + 3) / 4; }
+    int64_t n_factors() const { return encoded && D % GROUP == 0 ? D / GROUP : 0; }  // of a query
+    int64_t scratch_size() const {
+        return results() * (D + 2) + B * H * T * (D + n_factors() * int64_t(sizeof(QueryFactors) / sizeof(float)));
+    }
 
     void use_scratch(float* scratch) {
         sums = scratch;
         tops = sums + results() * D;
         totals = tops + results();
-        queries = (Real*)(totals + results());
+        factors = (QueryFactors*)(totals + results());
+        queries = (Real*)(factors + B * H * T * n_factors());
+    }
+
+    // Query i of (B, H, T), which is lost
+    void set_query(int64_t i, Real* query) const {
+        if (encoded && encoded[0].rotated) rotate_vector(query, D);
+        std::memcpy(queries + i * D, query, D * sizeof(Real));
+        if (n_factors()) set_factors(query, D, factors + i * n_factors());
     }
 
     void attend_splits() const {
@@ -87,9 +103,12 @@ struct Attention {
         for (int64_t i = 0; i < int64_t(splits->all.size()); i++) attend_split(i);
     }
 
+    bool is_encoded(const KvSplits::Split& p) const { return encoded && (!sealed || p.n0 < sealed[p.b]); }
+
     // The first key or value of a split
     const Real* start(const KvSplits::Split& p, const Real* x, const int64_t* strides) const {
-        return x + (rows ? rows[p.b] : p.b) * strides[0] + p.g * strides[1] + p.n0 * strides[2];
+        const int64_t slot = sealed ? p.n0 % newest : p.n0;
+        return x + (rows ? rows[p.b] : p.b) * strides[0] + p.g * strides[1] + slot * strides[2];
     }
 
     Vectors start(const KvSplits::Split& p, const Vectors& x) const {
@@ -103,16 +122,19 @@ struct Attention {
         const int64_t n = std::min<int64_t>(SPLIT_KEYS, N - p.n0), group = p.b * G + p.g;
         for (int64_t r = 0; r < shared(); r += 4) {
             const int64_t at = i * shared() + r;
-            SplitQueries own{int(std::min<int64_t>(4, shared() - r)), queries + (group * shared() + r) * D, {}, n, D, scale,
-                             cap, tops + at, totals + at, sums + at * D};
+            const int64_t first = group * shared() + r;
+            SplitQueries own{int(std::min<int64_t>(4, shared() - r)), queries + first * D, factors + first * n_factors(), {}, n,
+                             D, scale, cap, tops + at, totals + at, sums + at * D};
             for (int c = 0; bias && c < own.count; c++)
                 own.bias[c] = bias + p.b * bias_strides[0] + (r + c) % T * bias_strides[1] + p.n0;
+            const bool coded = is_encoded(p);
+            const KvSplits::Split& ahead = is_encoded(next) == coded ? next : p;
             if constexpr (std::is_same_v<Real, bf16>)  // caches of models in float have no codes
-                if (encoded) {
-                    own.attend(start(p, encoded[0]), start(p, encoded[1]), start(next, encoded[0]));
+                if (coded) {
+                    own.attend(start(p, encoded[0]), start(p, encoded[1]), start(ahead, encoded[0]));
                     continue;
                 }
-            own.attend(start(p, k, k_strides), start(p, v, v_strides), start(next, k, k_strides), k_strides[2],
+            own.attend(start(p, k, k_strides), start(p, v, v_strides), start(ahead, k, k_strides), k_strides[2],
                        v_strides[2]);
         }
     }

@@ -15,17 +15,20 @@ struct Prefill {
     bf16* x;  // (M, E)
     int64_t T, M, heads;
     bf16 *qkv, *attended;        // M rows
+    bf16* coded;                 // M rows as `qkv`, of layers with encoded caches: rotated, and keys and values are rounded
     bf16 *normed, *out, *inner;  // BLOCK rows
     char* prepared;              // BLOCK rows, prepared for a weight
     char* ring_memory;           // of a layer's rings
 
-    // `scratch` has M (2 H + 2 G) D numbers: queries, keys, values and the output of attention.
+    // `scratch` has M (2 H + 2 G) D numbers: queries, keys, values and the output of attention. Where caches are encoded, M (H + 2
+    // G) D more.
     Prefill(const Shape& shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes,
             bf16* x, bf16* scratch, int64_t B, int64_t T)
         : shape(shape), ropes(ropes), x(x), T(T), M(B * T), heads(shape.H + 2 * shape.G), qkv(scratch) {
         static thread_local Scratch<bf16> block_scratch;
         static thread_local Scratch<char> prepared_scratch;
         attended = qkv + M * heads * shape.D;
+        coded = attended + M * shape.H * shape.D;
         normed = block_scratch.get(BLOCK * (2 * shape.E + shape.I));
         out = normed + BLOCK * shape.E;
         inner = out + BLOCK * shape.E;
@@ -73,13 +76,15 @@ struct Prefill {
         if (!rings.empty()) {
 #pragma omp barrier
         }
-        for (int64_t s = 0; s < plan.n_segments; s++) store(layer, plan.segments[s]);
+        const bool in_two_bits = layer.encoded[0].kind == TWO_BITS;
+        for (int64_t s = 0; s < plan.n_segments; s++) in_two_bits ? seal(layer, plan.segments[s]) : store(layer, plan.segments[s]);
 #pragma omp barrier
-        const Vectors* encoded = layer.encoded[0].kind ? layer.encoded : nullptr;
-        if (encoded) {  // from here on, all is as it is encoded: rotated, and what is attended to is rounded
+        const Vectors* encoded = layer.encoded[0].by_vector() ? layer.encoded : nullptr;
+        if (encoded) {
 #pragma omp for schedule(static)
             for (int64_t m = 0; m < M; m++) {
-                bf16* token = qkv + m * heads * D;
+                bf16* token = coded + m * heads * D;
+                std::memcpy(token, qkv + m * heads * D, heads * D * sizeof(bf16));
                 for (int64_t h = 0; encoded[0].rotated && h < H; h++) rotate_vector(token + h * D, D);
                 for (int64_t g = 0; g < 2 * G; g++) round_to_codes(encoded[g / G], token + (H + g) * D, D);
             }
@@ -97,6 +102,7 @@ struct Prefill {
             const int64_t s = std::upper_bound(ends.begin(), ends.end(), i) - ends.begin();
             attentions[s].run(i - (s ? ends[s - 1] : 0));
         }
+        for (int64_t s = 0; in_two_bits && s < plan.n_segments; s++) store(layer, plan.segments[s]);
         if (encoded && encoded[1].rotated) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < M * H; i++) rotate_vector(attended + i * D, D);
@@ -169,6 +175,28 @@ private:
         gated(*gate, *up, rows_of(*gate, input, n), inner, n, int(shape.activation));
     }
 
+    // The key, or value, of a row's token at position p, which is not encoded or comes to be
+    const bf16* newest(const Layer& layer, const Segment& s, int side, int64_t g, int64_t p) const {
+        if (p < s.begin)
+            return (side ? layer.values : layer.keys) + s.row * layer.row_stride + g * layer.head_stride + p % s.newest * shape.D;
+        return qkv + ((s.first + p - (s.N - s.T)) * heads + shape.H + side * shape.G + g) * shape.D;
+    }
+
+    // Encodes blocks of tokens in 2 bits.
+    void seal(const Layer& layer, const Segment& s) {
+        for (int side = 0; side < 2; side++) {
+            const Vectors& target = layer.encoded[side];
+            const int64_t G = shape.G, blocks = (s.sealed - s.seal_from) / target.unit;
+#pragma omp for schedule(static) nowait
+            for (int64_t i = 0; i < blocks * G; i++) {
+                const int64_t g = i % G, start = s.seal_from + i / G * target.unit;
+                const auto token = [&](int64_t j) { return newest(layer, s, side, g, start + j); };
+                const Vectors block = target.at(s.row, g, start);
+                side ? encode_values(block, shape.D, token) : encode_keys(block, shape.D, token);
+            }
+        }
+    }
+
     // Writes the tokens of a segment that stay to the cache, and the last queries that its policy asks for.
     void store(const Layer& layer, const Segment& segment) {
         const int64_t H = shape.H, G = shape.G, D = shape.D;
@@ -181,9 +209,9 @@ private:
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < segment.n_kept; i++) {
             const bf16* token = qkv + (segment.first + (segment.kept ? segment.kept[i] : i)) * heads * D;
-            for (int64_t g = 0; g < 2 * G && layer.encoded[0].kind; g++)
+            for (int64_t g = 0; g < 2 * G && layer.encoded[0].by_vector(); g++)
                 encode(layer.encoded[g / G].at(segment.row, g % G, segment.slots[i]), token + (H + g) * D, D);
-            for (int64_t g = 0; g < G && !layer.encoded[0].kind; g++) {
+            for (int64_t g = 0; g < G && !layer.encoded[0].by_vector(); g++) {
                 const int64_t at = segment.row * layer.row_stride + g * layer.head_stride + segment.slots[i] * D;
                 std::memcpy(layer.keys + at, token + (H + g) * D, D * sizeof(bf16));
                 std::memcpy(layer.values + at, token + (H + G + g) * D, D * sizeof(bf16));
@@ -193,7 +221,7 @@ private:
 
     CausalAttention attention(const Layer& layer, const Segment& segment, const Ring* ring) {
         const int64_t H = shape.H, G = shape.G, D = shape.D, width = heads * D;
-        const bf16* tokens = qkv + segment.first * width;
+        const bf16* tokens = (layer.encoded[0].by_vector() ? coded : qkv) + segment.first * width;
         CausalAttention a{H, G, segment.T, segment.N, D, segment.window, shape.scale, shape.cap, tokens, nullptr, nullptr,
                           layer.sinks, {D, width}, {}, {}, attended + segment.first * H * D};
         if (ring) {
@@ -201,6 +229,15 @@ private:
             for (int i = 0; i < 2 && layer.encoded[0].kind; i++) a.encoded[i] = ring->copy[i];
             a.k = (const bf16*)ring->copy[0].codes, a.v = (const bf16*)ring->copy[1].codes;
             for (auto strides : {a.k_strides, a.v_strides}) strides[0] = segment.N * D, strides[1] = D;
+        } else if (segment.newest) {
+            const int64_t at = segment.row * layer.row_stride;
+            for (int i = 0; i < 2; i++) {
+                a.encoded[i] = layer.encoded[i].at(segment.row, 0, 0);
+                a.new_keys[i] = tokens + (H + i * G) * D;
+            }
+            a.k = layer.keys + at, a.v = layer.values + at;
+            for (auto strides : {a.k_strides, a.v_strides}) strides[0] = layer.head_stride, strides[1] = D;
+            a.sealed = segment.sealed, a.begin = segment.begin, a.newest = segment.newest;
         } else if (segment.N && layer.encoded[0].kind) {
             for (int i = 0; i < 2; i++) a.encoded[i] = layer.encoded[i].at(segment.row, 0, segment.key);
         } else if (segment.N) {

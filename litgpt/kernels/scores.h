@@ -4,7 +4,7 @@
 
 #include "simd/simd.h"
 
-constexpr int SPLIT_KEYS = 64;        // keys of a KV split, which one thread processes
+constexpr int SPLIT_KEYS = 128;       // keys of a KV split, which one thread processes
 constexpr Real HIDDEN = MINUS_INFINITY;  // the bias of a key that a query does not see: minus infinity
 // Replaces scores s (n,) by exp(s - top), where `top` is the largest score. Returns their sum.
 NOT_INLINED inline float exponentiate(float* s, float* top, int64_t n) {

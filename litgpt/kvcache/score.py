@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from litgpt.attention import DefaultKeysAndValues, KeysAndValues
+from litgpt.attention import KeysAndValues
 from litgpt.config import Config
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.plan import Part, Plan, Step
@@ -211,12 +211,12 @@ class ScoreKVCache(PlannedKVCache):
         value: torch.Tensor,
         sink_logits: torch.Tensor | None,
     ) -> None:
-        """What `run` does once a prompt has attended, for a part of a plan that was run otherwise: it stored what the plan says.
-        Keys and values are as they would be stored."""
-        step, T = part.steps[0], key.shape[2]
-        stored = DefaultKeysAndValues(key, value)
-        if step.write is not None:
-            stored = self.storage.get(len(key), slice(0, T), part.rows)
+        """What `run` does once a prompt has attended, for a part of a plan that was run otherwise: it stored what the plan says."""
+        step = part.steps[0]
+        if step.write is None:
+            stored = self.storage.as_stored(key, value)
+        else:
+            stored = self.storage.get(len(key), slice(0, key.shape[2]), part.rows)
         self._look_at_prompt(step, part.rows, stored, query, key, value, sink_logits, False)
 
     def _look_at_prompt(

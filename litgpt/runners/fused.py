@@ -117,7 +117,6 @@ class FusedLayers:
         self.inner_shape = Shape.from_buffer_copy(self.shape)  # of layers that others follow
         self.inner_shape.final_norm = None
         self.plans = (StepPlan * len(layers))()
-        self.scratch_size = 2 * (config.n_head + config.n_query_groups) * config.head_size  # for a token of a prefill
         self.scratch: torch.Tensor | None = None
         self.caches: list[weakref.ref[KVCache]] = []  # `layers` point to their buffers
         self.places: list[tuple[int, int, int | None]] = []
@@ -138,12 +137,12 @@ class FusedLayers:
             return None
         different = list({id(plan): plan for plan in plans}.values())
         if B * T <= ops.MAX_ROWS and all(
-            _set_decode_plan(*pair, T, self.dtype) for pair in zip(self.plans, different, strict=False)
+            _set_decode_plan(*pair, B, T, self.dtype) for pair in zip(self.plans, different, strict=False)
         ):
             pass
         elif self.dtype == torch.bfloat16 and ops.multiplies_fast() and not self.has_low_rank:
             segments = [_segments(plan, B, T) for plan in different]
-            if None in segments or not self._can_look(plans):
+            if None in segments:
                 return None
             for target, own in zip(self.plans, segments, strict=False):
                 target.segments, target.n_segments = ctypes.addressof(own), len(own)
@@ -158,7 +157,7 @@ class FusedLayers:
         )
         x, scratch, rows = model.embed(idx).contiguous(), None, None
         if self.plans[0].n_segments:
-            scratch = self._scratch(B * T * self.scratch_size, x)
+            scratch = self._scratch(B * T * self._scratch_of_token(), x)
             rows = None if output_tokens is None else (ctypes.c_int64 * len(output_tokens))(*output_tokens)
         looks = [i for i, plan in enumerate(plans) if _is_looked_at(plan)] if self.plans[0].n_segments else []
         first, last = 0, len(self.layers) - 1
@@ -177,12 +176,17 @@ class FusedLayers:
                 *(B, T, rows if final else None, 0 if rows is None or not final else len(rows)),
             )
             if stop in looks:
-                self._look(plans[stop], model, stop, scratch, T)
+                self._look(plans[stop], model, stop, scratch, B, T)
             first = stop + 1
         if output_tokens is None:
             return x
         x = x.view(-1, x.shape[-1])
         return (x[output_tokens] if rows is None else x[: len(rows)])[:, None]
+
+    def _scratch_of_token(self) -> int:
+        """Numbers that the kernels for a prefill need for each token."""
+        H, G, D = self.shape.H, self.shape.G, self.shape.D
+        return (2 * (H + G) + (H + 2 * G) * any(layer.encoded[0].kind for layer in self.layers)) * D
 
     def _scratch(self, size: int, like: torch.Tensor) -> torch.Tensor:
         """Memory for intermediate results: the same in every call, unless it is large. The holes that it would leave in the heap
@@ -195,24 +199,14 @@ class FusedLayers:
                 self.scratch = like.new_empty(size)
         return self.scratch[:size]
 
-    def _can_look(self, plans: list[Plan]) -> bool:
-        """Whether caches that look at a prompt can do so after its layer: from what the kernels leave of it."""
-        return all(
-            not layer.encoded[0].kind or not (layer.encoded[0].rotated or part.steps[0].write is None)
-            for layer, plan in zip(self.layers, plans, strict=True)
-            if _is_looked_at(plan)
-            for part in plan.parts
-            if part.steps[0].prompt
-        )
-
-    def _look(self, plan: Plan, model: GPT, block_idx: int, scratch: torch.Tensor, T: int) -> None:
+    def _look(self, plan: Plan, model: GPT, block_idx: int, scratch: torch.Tensor, B: int, T: int) -> None:
         """Let the cache of a layer look at the prompts that the layer has just run, of T tokens in each row of the call."""
         cache, sinks = model.kv_caches()[block_idx], model.transformer.h[block_idx].attn.sinks
-        H, G = self.shape.H, self.shape.G
-        tokens = scratch[: len(scratch) // (2 * (H + G)) * (H + 2 * G)].view(-1, H + 2 * G, self.shape.D)
+        H, G, D = self.shape.H, self.shape.G, self.shape.D
+        tokens = scratch[: B * T * (H + 2 * G) * D].view(-1, H + 2 * G, D)
         for part in (part for part in plan.parts if part.steps[0].prompt):
             size = part.steps[0].queries.stop
-            rows = [tokens[start : start + size] for _, start in _places(part, len(tokens) // T, T)]
+            rows = [tokens[start : start + size] for _, start in _places(part, B, T)]
             stacked = rows[0][None] if len(rows) == 1 else torch.stack(rows)
             cache.look_at_prompt(part, *stacked.transpose(1, 2).split((H, G, G), dim=1), sinks)
 
@@ -245,13 +239,12 @@ def _place(cache: PlannedKVCache) -> tuple[int, int, int | None]:
     return keys.data_ptr(), values.data_ptr(), address(cache.kept_queries())
 
 
-def _set_decode_plan(target: StepPlan, plan: Plan, T: int, dtype: torch.dtype) -> bool:
+def _set_decode_plan(target: StepPlan, plan: Plan, B: int, T: int, dtype: torch.dtype) -> bool:
     """Copy a plan for a few tokens to `target`; False unless it stores all, then attends to a range of slots."""
-    part = plan.parts[0]
+    parts = plan.parts if plan.together is None else [plan.together]
+    part = parts[0]
     step = part.steps[0]
-    simple = (
-        len(plan.parts) == len(part.steps) == 1 and part.spans is None and part.chunk_rows is None and not step.prompt
-    )
+    simple = len(parts) == len(part.steps) == 1 and part.spans is None and part.chunk_rows is None and not step.prompt
     whole = slice(0, T)
     if not (simple and step.write_first and step.new is None and step.write == whole == step.queries):
         return False
@@ -267,6 +260,9 @@ def _set_decode_plan(target: StepPlan, plan: Plan, T: int, dtype: torch.dtype) -
     target.slots, target.slots_by_row = step.slots.data_ptr(), step.slots.ndim > 1
     target.first, target.N = (0, bias.shape[-1]) if read is None else (read.start, read.stop - read.start)
     target.bias, target.n_segments = address(bias), 0
+    target.sealed, target.newest = None, 0
+    if step.sealed is not None:
+        target.sealed, target.newest = address(step.sealed.by_row(B)), step.sealed.slots
     queries = step.query_slots
     target.query_slots, target.n_queries = address(queries), 0 if queries is None else queries.shape[-1]
     target.query_slots_by_row = queries is not None and queries.ndim > 1
@@ -295,6 +291,9 @@ def _segments(plan: Plan, B: int, T: int) -> "ctypes.Array[Segment] | None":
     found = []
     for part in plan.parts:
         step, ring = part.steps[0], part.ring
+        if step.sealed is not None:
+            found += [segment for row, start in _places(part, B, T) for segment in _sealing_segments(part, row, start)]
+            continue
         if ring is not None:
             size, write, slots = part.steps[-1].queries.stop, ring.write, ring.slots
             keys = 0, len(ring.old) + size, ring.seen
@@ -320,6 +319,18 @@ def _segments(plan: Plan, B: int, T: int) -> "ctypes.Array[Segment] | None":
                 )
             )
     return (Segment * len(found))(*found)
+
+
+def _sealing_segments(part: Part, row: int, start: int) -> list[Segment]:
+    """Those of a row of the cache whose tokens begin at `start` in the call, where the storage encodes many tokens at a time."""
+    found, begin, before = [], part.steps[0].read.stop - part.steps[0].consecutive.T, part.steps[0].sealed.counts[0]
+    for step in part.steps:
+        T, N, sealed = step.consecutive.T, step.read.stop, step.sealed
+        kept = (None, None, 0) if sealed.kept is None else (*map(address, sealed.kept), len(sealed.kept[0]))
+        place = start + step.queries.start, T, row, 0, N, N
+        found.append(Segment(*place, *kept, None, 0, None, 0, 0, sealed.counts[0], before, begin, sealed.slots))
+        before = sealed.counts[0]
+    return found
 
 
 def _is_supported_cache(cache: KVCache | None, dtype: torch.dtype) -> bool:

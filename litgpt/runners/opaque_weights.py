@@ -49,6 +49,10 @@ class OpaqueLayer(nn.Module, ABC):
         """The weight for `litgpt.kernels`, without a copy; None if they do not support it."""
         return None
 
+    def packed_ranges(self) -> list[tuple[int, int]]:
+        """Addresses of weights that are no parameters or buffers: of each the first, and the one after the last."""
+        return []
+
     def pack(self) -> None:
         """Reorder the weight for its kernel."""
 

@@ -24,6 +24,7 @@ class KernelLayout:
         self.N, self.K = weight.shape
         self.packed = ops.blocked(weight)
         self.address: int | None = self.packed.data_ptr()  # None: our kernels do not support the order
+        self.range = self.address, self.address + self.packed.nbytes
 
     def plain(self) -> torch.Tensor:
         """The weight (N, K), a copy."""
@@ -40,7 +41,9 @@ class OneDnnLayout(KernelLayout):
     def __init__(self, weight: torch.Tensor) -> None:
         self.N, self.K = weight.shape
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_HINT)
-        self.address = torch.ops.mkldnn.data_ptr(self.packed) if ops.reads_packed_weights() else None
+        start = torch.ops.mkldnn.data_ptr(self.packed)
+        self.address = start if ops.reads_packed_weights() else None
+        self.range = start, start + torch.ops.mkldnn._nbytes(self.packed)
 
     def plain(self) -> torch.Tensor:
         return self.packed.to_dense()
@@ -93,6 +96,9 @@ class PackedLinear(OpaqueLayer):
     def weight_samples(self) -> dict[str, torch.Tensor]:
         return {"weight": self.samples[0]}
 
+    def packed_ranges(self) -> list[tuple[int, int]]:
+        return [self.layout.range]
+
     def kernel_weight(self) -> Weight | None:
         at = self.layout.address
         size = {"kind": BLOCKED, "K": self.in_features, "N": self.out_features}
@@ -143,6 +149,9 @@ class PackedGatedMLP(OpaqueLayer):
     def weight_samples(self) -> dict[str, torch.Tensor]:
         layers = zip(("fc_1", "fc_2", "proj"), self.first.samples + self.proj.samples, strict=True)
         return {f"{name}.weight": values for name, values in layers}
+
+    def packed_ranges(self) -> list[tuple[int, int]]:
+        return self.first.packed_ranges()
 
     @property
     def first(self) -> "PackedLinear":

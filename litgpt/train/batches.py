@@ -16,13 +16,12 @@ from torch.utils.data import BatchSampler
 
 from litgpt.train.loss import IGNORE_INDEX
 
+FlatBatch = tuple[torch.Tensor, torch.Tensor, list[int]]
 
-def as_rows(batch: Any) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """The rows of a batch one after the other, without padding.
 
-    Returns:
-        Tokens (1, N); labels (1, N), each the token that follows or -100; and the tokens of each row.
-    """
+def as_rows(batch: Any) -> FlatBatch:
+    """The rows of a batch one after the other, without padding: tokens (1, N); labels (1, N), each the token that follows or
+    -100; and the number of tokens in each row."""
     if isinstance(batch, torch.Tensor):
         B, T = batch.shape
         return batch[:, :-1].reshape(1, -1), batch[:, 1:].reshape(1, -1), [T - 1] * B
@@ -37,11 +36,6 @@ def as_rows(batch: Any) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
     return ids[used][None], following[used][None], lengths.tolist()
 
 
-def counted_tokens(batch: Any) -> int:
-    """Tokens of a batch that the loss counts."""
-    return int((as_rows(batch)[1] != IGNORE_INDEX).sum())
-
-
 def windows(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
     """Groups of `size` batches, one group for each optimizer step; the last group may be smaller."""
     iterator = iter(batches)
@@ -50,16 +44,10 @@ def windows(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 
 class PackedBatchSampler(BatchSampler):
-    """Batches of `rows` rows of `capacity` tokens, filled with whole samples.
+    """Batches of `rows` rows of at most `capacity` tokens, filled with whole samples, which have `lengths`.
 
     Which samples share a row is decided once, by best fit in the order of falling lengths, so that every epoch has the same
-    number of batches. The order of the rows is new in every epoch if there is a `generator`.
-
-    Args:
-        lengths: tokens of every sample, none more than `capacity`.
-        capacity: tokens of a row.
-        rows: rows of a batch.
-        generator: of the order (None: longest samples first).
+    number of batches. `generator` draws the order of the rows, anew in every epoch (None: longest samples first).
     """
 
     def __init__(

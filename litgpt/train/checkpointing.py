@@ -5,10 +5,10 @@ import random
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,10 +19,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
-
-from litgpt.checkpoint.base import WEIGHTS_NAME
-
-STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
 @contextmanager
@@ -52,50 +48,27 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 def step_folders(out_dir: Path) -> list[Path]:
     """The step checkpoints of a run, oldest first."""
-    found = [(int(match[1]), path) for path in out_dir.glob("step-*") if (match := STEP_FOLDER.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    found = [path for path in out_dir.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=step_of)
 
 
-def find_resume_path(resume: bool | Literal["auto"] | Path, out_dir: Path, suffix: str = "") -> Path | None:
-    """The file that a run resumes from (None: it starts from the beginning).
-
-    Args:
-        resume: False; True: the last checkpoint in `out_dir`, which has to be there; "auto": the last one, if there is
-            one; or the file, or its folder.
-        suffix: of the file's name after `lit_model.pth`: ".lora", ".adapter", ...
-
-    Raises:
-        FileNotFoundError: if there is no such checkpoint.
-    """
-    if not resume:
-        return None
-    name = WEIGHTS_NAME + suffix
-    if resume is True or resume == "auto":
-        found = [folder / name for folder in step_folders(out_dir) if (folder / name).is_file()]
-        if not found and resume is True:
-            raise FileNotFoundError(f"--resume: {out_dir} holds no checkpoint (step-*/{name}) to resume from")
-        return found[-1] if found else None
-    path = Path(resume) / name if Path(resume).is_dir() else Path(resume)
-    if not path.is_file():
-        raise FileNotFoundError(f"--resume: {path} does not exist")
-    return path
+def step_of(folder: Path) -> int:
+    """The optimizer step of a step checkpoint."""
+    return int(folder.name.removeprefix("step-"))
 
 
-def remove_old(out_dir: Path, keep_last: int | None, best: str | None) -> None:
-    """Remove all but the last `keep_last` step checkpoints (None: keep all) and the one called `best`."""
+def remove_old(out_dir: Path, keep_last: int | None, best_step: int) -> None:
+    """Remove all but the last `keep_last` step checkpoints (None: keep all) and that of the best step."""
     if keep_last is not None:
         for folder in step_folders(out_dir)[:-keep_last]:
-            if folder.name != best:
+            if step_of(folder) != best_step:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def full_tensors(
-    parameters: Iterable[tuple[str, torch.Tensor]], keep: Callable[[str, torch.Tensor], bool] = lambda name, x: True
-) -> dict[str, torch.Tensor]:
-    """Parameters by name, gathered from all processes where they are divided. All processes have to call it."""
-    return {
-        name: (x.full_tensor() if hasattr(x, "full_tensor") else x).detach() for name, x in parameters if keep(name, x)
-    }
+def full_tensors(model: nn.Module, keep: Callable[[str, torch.Tensor], bool]) -> dict[str, torch.Tensor]:
+    """Weights by name, gathered from all processes where they are divided. All processes have to call it."""
+    kept = ((name, x) for name, x in model.state_dict().items() if keep(name, x))
+    return {name: (x.full_tensor() if hasattr(x, "full_tensor") else x).detach() for name, x in kept}
 
 
 def is_divided(model: nn.Module) -> bool:
@@ -111,11 +84,8 @@ def _divide_again(model: nn.Module) -> None:
 
 
 def load_parameters(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Give `model` some of its parameters, whole; each process takes its part where they are divided.
-
-    Raises:
-        ValueError: if the model has no such parameter, or of another shape.
-    """
+    """Give `model` some of its parameters, whole; each process takes its part where they are divided. `ValueError` if the model
+    has no such parameter, or of another shape."""
     own = model.state_dict()
     for name, value in weights.items():
         if name not in own or own[name].shape != value.shape:
@@ -138,11 +108,7 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load what `optimizer_state` returned.
-
-    Raises:
-        ValueError: if it is of a run whose parameters were divided and this one's are not, or the other way round.
-    """
+    """Load what `optimizer_state` returned; `ValueError` if parameters were divided and are not now, or the other way round."""
     divided = is_divided(model)
     if divided != any(isinstance(key, str) for key in state["state"]):
         raise ValueError("its parameters were divided otherwise (strategy): resume with the strategy of the first run")
@@ -164,7 +130,6 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: Mapping[str, Any]) -> None:
     """Load what `random_state` returned."""
     torch.set_rng_state(state["torch"])
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
+    random.setstate(state["python"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -16,14 +16,13 @@ from litgpt.checkpoint.open import open_checkpoint, open_lora
 from litgpt.config import Config
 from litgpt.data import JSON, Alpaca, DataModule
 from litgpt.data.memory import Samples
-from litgpt.lora import Config as LoRAConfig
 from litgpt.lora import finish_lora, merge_lora_weights, unwrap_lora
 from litgpt.model import GPT
 from litgpt.train.methods import METHODS, Method
 from litgpt.train.model import restore_forward
 from litgpt.train.options import FinetuneOptions, LoRAOptions
-from litgpt.train.run import Run, connect, write_config
-from litgpt.train.setting import compute_dtype, make_fabric, parse_devices, precision_of
+from litgpt.train.run import Run, connect
+from litgpt.train.setting import make_fabric, precision_of, weights_dtype
 
 if TYPE_CHECKING:
     from litgpt.api import LLM
@@ -37,15 +36,13 @@ def finetune_command(method: str, options: FinetuneOptions) -> dict[str, float]:
     if options.data is None:
         options.data = Alpaca()
     options.check()
-    if options.quantize is not None and way.trains_all:
-        raise ValueError(f"quantize={options.quantize!r}: full fine-tuning needs plain weights; use finetune_lora")
     checkpoint = open_checkpoint(find_checkpoint(options.checkpoint_dir, options.access_token))
     if checkpoint.quantization is not None and way.trains_all:
         raise ValueError(f"{checkpoint.path} is quantised: full fine-tuning needs plain weights; use finetune_lora")
     resume = options.resume_path(way.suffix)
     fabric = make_fabric(options, f"finetune-{checkpoint.config.name}", checkpoint.config, resume is not None)
-    config = way.config.extending(checkpoint.config, **_own_options(way, options))
-    options.describe(precision=precision_of(fabric), **_lora_options(config))
+    config = way.extend(checkpoint.config, options)
+    options.describe(precision_of(fabric), config)
     return fabric.launch(tune, way, checkpoint, config, options, resume)
 
 
@@ -53,22 +50,18 @@ def tune(
     fabric: Fabric, way: Method, checkpoint: Checkpoint, config: Config, options: FinetuneOptions, resume: Path | None
 ) -> dict[str, float]:
     """Fine-tune a checkpoint's model in the processes of `fabric`: see `finetune_command`. `config` has what `way` adds."""
-
-    def write_side_files(folder: Path) -> None:
-        write_config(checkpoint.config, folder)
-        checkpoint.copy_side_files(folder)
-
     fabric.seed_everything(options.seed)
     tokenizer = checkpoint.tokenizer()
     loaders = connect(fabric, options.data, tokenizer, options.train, checkpoint.config)
-    gpt = load_model(checkpoint, compute_dtype(precision_of(fabric)), fabric.device, quantize=options.quantize)
+    gpt = load_model(checkpoint, weights_dtype(fabric), fabric.device, quantize=options.quantize)
     tie(gpt, checkpoint.tied, options.train.tie_embeddings)
     way.prepare(gpt, config)
-    metrics = Run(fabric, gpt, way, options, loaders, write_side_files, tokenizer).run(resume)
-    if fabric.is_global_zero and options.out_dir is not None:
+    run = Run(fabric, gpt, checkpoint.config, way, options, loaders, checkpoint.copy_side_files, tokenizer)
+    metrics = run.run(resume)
+    if fabric.is_global_zero:
         final = options.out_dir / "final"
         if way.name == "lora":
-            del gpt
+            del gpt, run
             gc.collect()  # the run's objects refer to one another; their memory goes to the merged weights
             save_litgpt(open_lora(final), final)
         if way.name in ("lora", "full"):
@@ -118,7 +111,7 @@ def finetune(
         raise ValueError("full fine-tuning needs plain weights: load the model without quantize, or use lora")
     chosen, config = _options(way, llm, data, out_dir, options)
     chosen.check()
-    if chosen.strategy == "fsdp" and parse_devices(chosen.devices) * chosen.num_nodes > 1:
+    if chosen.divides_weights:
         raise ValueError(
             "strategy='fsdp' leaves the weights divided, and no LLM to generate with: use 'ddp', or a command"
         )
@@ -130,15 +123,10 @@ def finetune(
     loaders = connect(fabric, chosen.data, tokenizer, chosen.train, base)
     gpt = llm.prepare_for_training()
     dtype = gpt.dtype
-
-    def write_side_files(folder: Path) -> None:
-        write_config(base, folder)
-        tokenizer.save(folder)
-
     try:
-        gpt.to(compute_dtype(precision_of(fabric)))
+        gpt.to(weights_dtype(fabric))
         way.prepare(gpt, config)
-        run = Run(fabric, gpt, way, chosen, loaders, write_side_files, tokenizer)
+        run = Run(fabric, gpt, base, way, chosen, loaders, tokenizer.save, tokenizer)
         if fabric.is_global_zero and chosen.out_dir is not None and isinstance(chosen.data, Samples):
             chosen.out_dir.mkdir(parents=True, exist_ok=True)
             text = json.dumps(list(chosen.data.given), ensure_ascii=False, indent=1)
@@ -149,10 +137,9 @@ def finetune(
         if method == "lora" and gpt.quantization is None:
             merge_lora_weights(gpt)
             unwrap_lora(gpt)
+            gpt.config = base
         elif method == "lora":
             finish_lora(gpt)
-        if way.trains_all or (method == "lora" and gpt.quantization is None):
-            gpt.config = base
         gpt.to(dtype).requires_grad_(gpt.quantization is None).eval()
     llm.prompt_style = getattr(chosen.data, "prompt_style", None) or llm.prompt_style
     return metrics
@@ -175,32 +162,27 @@ def _options(
     """Options, and the configuration with what the method adds, from keywords."""
     kind = LoRAOptions if way.name == "lora" else FinetuneOptions
     chosen = kind(checkpoint_dir=llm.checkpoint_dir, out_dir=out_dir, data=_data_module(data, llm, keywords))
-    settings = _own_options(way, chosen)
+    further = {}
     for name, value in keywords.items():
         group = next((group for group in (chosen, chosen.train, chosen.eval) if hasattr(group, name)), None)
         if name == "learning_rate":
             chosen.optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": value}}
-        elif name in way.fields:
-            settings[name] = value
-        elif group is None:
-            raise ValueError(f"option {name!r} is not known to fine-tuning by {way.name}")
-        else:
+        elif group is not None:
             setattr(group, name, value)
+        elif name in way.fields:
+            further[name] = value
+        else:
+            raise ValueError(f"option {name!r} is not known to fine-tuning by {way.name}")
     chosen.train.__post_init__()
     chosen.eval.__post_init__()
-    return chosen, way.config.extending(llm.model.config, **settings)
-
-
-def _own_options(way: Method, options: FinetuneOptions) -> dict[str, Any]:
-    """Those options that are fields of the configuration which the method has."""
-    return {name: getattr(options, name) for name in way.fields if hasattr(options, name)}
+    return chosen, way.extend(llm.model.config, chosen, **further)
 
 
 def _describe(options: FinetuneOptions, llm: "LLM", config: Config, precision: str) -> None:
     """Note the hyperparameters of a run from Python: those of the command that repeats it."""
-    changed = {"precision": precision, "resume": None, **_lora_options(config)}
+    changed: dict[str, Any] = {"resume": None}
     folder, how = llm.checkpoint_dir, llm.model.quantization
-    if how is not None and not (folder is not None and (Path(folder) / QUANTIZED_NAME).is_file()):
+    if how is not None and (folder is None or not (Path(folder) / QUANTIZED_NAME).is_file()):
         changed["quantize"] = how.mode
     if isinstance(data := options.data, Samples):
         names = ("mask_prompt", "val_split_fraction", "prompt_style", "seed")
@@ -208,12 +190,7 @@ def _describe(options: FinetuneOptions, llm: "LLM", config: Config, precision: s
         if options.out_dir is not None:
             arguments["json_path"] = options.out_dir / SAMPLES_NAME
         changed["data"] = {"class_path": "litgpt.data.JSON", "init_args": arguments}
-    options.describe(**changed)
-
-
-def _lora_options(config: Config) -> dict[str, Any]:
-    unset = {"lora_all": None, "lora_rslora": None, "lora_dora": None}
-    return unset | config.lora_options() if isinstance(config, LoRAConfig) else {}
+    options.describe(precision, config, **changed)
 
 
 def tie(gpt: GPT, tied: bool, tie_embeddings: bool | None) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from litgpt.args import EvalArgs, TrainArgs
-from litgpt.train.batches import as_rows, windows
+from litgpt.train.batches import FlatBatch, as_rows, windows
 from litgpt.train.checkpointing import random_state, set_random_state
 from litgpt.train.loss import IGNORE_INDEX
 from litgpt.train.report import Reporter
@@ -26,30 +26,18 @@ from litgpt.train.report import Reporter
 
 @dataclass
 class Position:
-    """How far a run is.
-
-    Attributes:
-        epoch: from 0 on.
-        batches: micro-batches of the epoch processed so far, over all processes.
-        iter_num, step_count: iterations of a process, and optimizer steps, so far.
-        tokens: tokens processed so far, over all processes.
-        counted: tokens that the loss has counted so far.
-        seconds: of training so far.
-        best_loss: lowest validation loss.
-        best_step: the step with that loss.
-        worse: consecutive validations without a lower loss.
-    """
+    """How far a run is."""
 
     epoch: int = 0
-    batches: int = 0
-    iter_num: int = 0
-    step_count: int = 0
-    tokens: int = 0
-    counted: int = 0
-    seconds: float = 0.0
-    best_loss: float = math.inf
+    batches: int = 0  # micro-batches of the epoch, over all processes
+    iter_num: int = 0  # iterations of a process
+    step_count: int = 0  # optimizer steps
+    tokens: int = 0  # over all processes
+    counted: int = 0  # tokens that the loss has counted
+    seconds: float = 0.0  # of training
+    best_loss: float = math.inf  # of a validation
     best_step: int = 0
-    worse: int = 0
+    worse: int = 0  # consecutive validations without a lower loss
 
 
 @dataclass
@@ -65,26 +53,23 @@ class Loop:
     train: TrainArgs
     eval: EvalArgs
     max_steps: int  # optimizer steps of the run
-    save: Callable[["Loop"], None]  # called in every process when a checkpoint is due
+    save: Callable[[int], None]  # called in every process when a checkpoint of a step is due
     show_example: Callable[[], None] | None  # called after a validation
-    report: Reporter
 
     def __post_init__(self) -> None:
-        self.position = Position()
+        self.position, self.report = Position(), Reporter(self.fabric, self.train.log_interval)
         self._order: dict[str, Any] = {}  # random states that the order of this epoch's batches came from
         self.accumulation = self.train.gradient_accumulation_iters(self.fabric.world_size)
 
     # -- state
 
     def state(self) -> dict[str, Any]:
-        """What a later `load_state` needs to resume exactly from here, next to weights, optimizer and scheduler."""
-        return {"position": asdict(self.position), "order": self._order, "random": random_state()}
+        """What a later `load_state` needs to resume exactly from here, next to weights, optimizer, schedule and random states."""
+        return {"position": asdict(self.position), "order": self._order}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Resume from where `state` was taken, with the same data and options."""
-        self.position = Position(**state["position"])
-        self._order = state["order"]
-        set_random_state(state["random"])
+        self.position, self._order = Position(**state["position"]), state["order"]
 
     # -- training
 
@@ -94,7 +79,6 @@ class Loop:
         self.model.train()
         self.report.begin(self)
         while not self._finished:
-            at_start = position.batches
             for window in windows(self._epoch(), self.accumulation * self.fabric.world_size):
                 self._step(window)
                 position.batches += len(window)
@@ -103,7 +87,7 @@ class Loop:
                 if self._finished:
                     break
             else:
-                if position.batches == at_start == 0:
+                if not position.batches:
                     raise ValueError("the training data gives no batches")
                 position.epoch, position.batches = position.epoch + 1, 0
         return position
@@ -140,26 +124,19 @@ class Loop:
         """One optimizer step on a window: gradients of the mean loss of its counted tokens."""
         fabric, position = self.fabric, self.position
         rows = [as_rows(batch) for batch in window]
-        counts = [int((labels != IGNORE_INDEX).sum()) for _, labels, _ in rows]
-        own = range(fabric.global_rank, len(rows), fabric.world_size)
-        iterations = math.ceil(len(rows) / fabric.world_size)
-        total = sum(counts)
-        window_loss = 0.0
-        for i in range(iterations):
-            began, last = time.perf_counter(), i == iterations - 1
-            ids, labels, sizes = rows[own[i] if i < len(own) else 0]
-            if i >= len(own):  # more processes than batches are left: go along, for what all have to do together
-                labels = torch.full_like(labels, IGNORE_INDEX)
+        own = _own_rows(fabric, rows)
+        total, window_loss, seen = sum(_counted(labels) for _, labels, _ in rows), 0.0, 0
+        for i, (ids, labels, sizes) in enumerate(own):
+            began, last = time.perf_counter(), i == len(own) - 1
             with fabric.no_backward_sync(self.model, enabled=not last):
                 scale = fabric.world_size / max(total, 1)
                 loss = self.model(fabric.to_device(ids), fabric.to_device(labels), row_sizes=sizes, scale=scale)
                 fabric.backward(loss * scale)
             position.iter_num += 1
-            if i < len(own):
-                window_loss += self._checked(loss.item())
+            window_loss += self._checked(loss.item())
+            seen += _counted(labels)
             done = rows[i * fabric.world_size : (i + 1) * fabric.world_size]
             position.tokens += sum(ids.shape[1] for ids, _, _ in done)
-            seen = sum(counts[j] for j in own[: i + 1])
             if last:
                 self._update(total)
                 window_loss, seen = float(fabric.all_reduce(torch.tensor(window_loss), reduce_op="sum")), total
@@ -189,17 +166,17 @@ class Loop:
         if self.val_loader is not None and position.step_count % self.eval.interval == 0:
             began = time.perf_counter()
             loss = self.validate()
-            self.note_validation(loss)
-            self.report.validation(self, loss, time.perf_counter() - began)
+            self.note_validation(loss, time.perf_counter() - began)
             if self.show_example is not None:
                 self.show_example()
             self.fabric.barrier()
         if train.save_interval is not None and position.step_count % train.save_interval == 0:
-            self.save(self)
+            self.save(position.step_count)
 
-    def note_validation(self, loss: float) -> None:
-        """Take a validation's loss into account for the best checkpoint and for early stopping."""
+    def note_validation(self, loss: float, seconds: float | None = None) -> None:
+        """Report the loss of a validation that took `seconds` (None: that of the end), and note whether it is the best."""
         position = self.position
+        self.report.validation(self, loss, seconds)
         if loss < position.best_loss:
             position.best_loss, position.best_step, position.worse = loss, position.step_count, 0
         else:
@@ -215,14 +192,26 @@ def validate(fabric: Fabric, model: nn.Module, loader: DataLoader, max_iters: in
     """Mean loss of the counted tokens of a loader's batches (NaN if there are none); random states stay as they are."""
     before, was_training = random_state(), model.training
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64)
-    batches = list(islice(loader, max_iters))
-    for at in range(fabric.global_rank, len(batches) + fabric.global_rank, fabric.world_size):  # equally often in all
-        ids, labels, sizes = as_rows(batches[min(at, len(batches) - 1)])
+    total = torch.zeros(2, dtype=torch.float64)  # loss, and counted tokens
+    for ids, labels, sizes in _own_rows(fabric, [as_rows(batch) for batch in islice(loader, max_iters)]):
         loss = model(fabric.to_device(ids), fabric.to_device(labels), row_sizes=sizes)
-        if at < len(batches):
-            total += torch.tensor([loss.item(), float((labels != IGNORE_INDEX).sum())], dtype=torch.float64)
+        total += torch.tensor([loss.item(), _counted(labels)], dtype=torch.float64)
     model.train(was_training)
     set_random_state(before)
     loss, counted = fabric.all_reduce(total, reduce_op="sum").tolist()
     return loss / counted if counted else math.nan
+
+
+def _counted(labels: torch.Tensor) -> int:
+    """Tokens that the loss counts."""
+    return int((labels != IGNORE_INDEX).sum())
+
+
+def _own_rows(fabric: Fabric, rows: list[FlatBatch]) -> list[FlatBatch]:
+    """This process's share of batches. Where others have one more, one of which nothing is counted makes up for it: all processes
+    go through the model equally often."""
+    own = rows[fabric.global_rank :: fabric.world_size]
+    if len(own) < math.ceil(len(rows) / fabric.world_size):
+        ids, labels, sizes = rows[0]
+        own.append((ids, torch.full_like(labels, IGNORE_INDEX), sizes))
+    return own

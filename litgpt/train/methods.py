@@ -11,21 +11,15 @@ from litgpt.model import GPT
 
 @dataclass(frozen=True)
 class Method:
-    """A way to fine-tune.
-
-    Attributes:
-        name: as in `out/finetune/NAME`.
-        suffix: of the file that holds the trained weights, after `lit_model.pth`.
-        config: class of the model's configuration.
-        add: gives a model, in place, the modules that are trained.
-        is_trained: whether a parameter, by name and value, is trained, and saved.
-    """
+    """A way to fine-tune."""
 
     name: str
-    suffix: str = ""
-    config: type[Config] = Config
-    add: Callable[[GPT, Any], None] = lambda model, config: None
-    is_trained: Callable[[str, Any], bool] = lambda name, value: True
+    suffix: str = ""  # of the file that holds the trained weights, after `lit_model.pth`
+    config: type[Config] = Config  # of the model
+    add: Callable[[GPT, Any], None] = lambda model, config: (
+        None
+    )  # gives a model, in place, the modules that are trained
+    is_trained: Callable[[str, Any], bool] = lambda name, value: True  # and saved
 
     @property
     def trains_all(self) -> bool:
@@ -36,6 +30,11 @@ class Method:
     def fields(self) -> set[str]:
         """Fields of the configuration that a plain one lacks."""
         return {f.name for f in fields(self.config)} - {f.name for f in fields(Config)}
+
+    def extend(self, config: Config, options: Any, **more: Any) -> Config:
+        """`config` with these fields as `options` and `more` say."""
+        own = {name: getattr(options, name) for name in self.fields if hasattr(options, name)}
+        return self.config.extending(config, **own, **more)
 
     def prepare(self, model: GPT, config: Config) -> None:
         """Add what is trained to `model`, in place, and freeze the rest."""

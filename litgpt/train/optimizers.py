@@ -1,7 +1,7 @@
 """Optimizers by name or by class."""
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -13,10 +13,7 @@ def resolve_optimizer(optimizer: str | Mapping[str, Any]) -> tuple[type[torch.op
 
     Args:
         optimizer: a class of `torch.optim` ("AdamW"), an import path ("bitsandbytes.optim.AdamW8bit"), or a mapping with
-            `class_path` and perhaps `init_args`, both of these kinds.
-
-    Raises:
-        ValueError: if there is no such class, or it does not take these arguments.
+            `class_path` and perhaps `init_args`. `ValueError` if there is no such class, or it does not take these arguments.
     """
     if isinstance(optimizer, Mapping):
         path, arguments = optimizer.get("class_path"), dict(optimizer.get("init_args") or {})
@@ -43,18 +40,12 @@ def resolve_optimizer(optimizer: str | Mapping[str, Any]) -> tuple[type[torch.op
 
 
 def make_optimizer(
-    optimizer: str | Mapping[str, Any], parameters: Iterable[torch.nn.Parameter], **defaults: Any
+    optimizer: str | Mapping[str, Any], parameters: Sequence[torch.nn.Parameter]
 ) -> torch.optim.Optimizer:
-    """An optimizer of `parameters`; `defaults` are arguments that hold where `optimizer` does not say otherwise.
-
-    Optimizers of torch that have a fused form use it: one pass over the weights instead of one for every operation.
-    """
+    """An optimizer of `parameters`, with one pass over them instead of one for every operation where it can (fused)."""
     kind, arguments = resolve_optimizer(optimizer)
-    parameters = list(parameters)
-    known = inspect.signature(kind).parameters
-    if "fused" in known and not {"fused", "foreach"} & set(arguments):
-        defaults["fused"] = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-    arguments = {name: value for name, value in defaults.items() if name in known} | arguments
+    if "fused" in inspect.signature(kind).parameters and not {"fused", "foreach"} & set(arguments):
+        arguments["fused"] = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     try:
         return kind(parameters, **arguments)
     except TypeError as error:

@@ -9,25 +9,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.checkpoint.base import WEIGHTS_NAME
 from litgpt.config import Config
 from litgpt.data import DataModule
 from litgpt.errors import UsageError
 from litgpt.kvcache import CacheSpec
 from litgpt.train.cached_layers import check_trainable
-from litgpt.train.checkpointing import find_resume_path, step_folders
+from litgpt.train.checkpointing import step_folders
 from litgpt.train.optimizers import resolve_optimizer
 from litgpt.train.setting import LoggerName, Strategy, parse_devices, plain
 
 Quantization = Literal["int8", "int4", "bnb.nf4", "bnb.nf4-dq", "bnb.fp4", "bnb.fp4-dq", "bnb.int8-training"]
-FINETUNING = TrainArgs(
-    save_interval=1000,
-    log_interval=1,
-    global_batch_size=16,
-    micro_batch_size=1,
-    lr_warmup_steps=100,
-    epochs=5,
-    max_seq_length=None,
-)
+FINETUNING = TrainArgs(global_batch_size=16, micro_batch_size=1, epochs=5)
 
 
 def option(default: Any, help: str) -> Any:
@@ -39,7 +32,9 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass(kw_only=True)
 class Options:
-    """Options of all training runs. `step_digits`: digits of the step number in the names of checkpoints."""
+    """Options of all training runs."""
+
+    step_digits = 6  # of the step number in the names of checkpoints
 
     out_dir: Path = option(None, "Where checkpoints and logs go.")  # None, from Python only: nowhere
     precision: str | None = option(
@@ -59,7 +54,7 @@ class Options:
         "(pretraining), or another module of `litgpt.data`. Default: Alpaca, or TinyLlama.",
     )
     train: TrainArgs = option(FINETUNING, "How to train.")
-    eval: EvalArgs = option(EvalArgs(interval=100, max_new_tokens=100, max_iters=100), "How to validate.")
+    eval: EvalArgs = option(EvalArgs(interval=100, max_new_tokens=100), "How to validate.")
     log: LogArgs = option(LogArgs(), "Settings of loggers that need an account.")
     optimizer: str | dict = option(
         "AdamW", "A class of `torch.optim` or an import path; `--optimizer.init_args.lr 1e-4` sets its arguments."
@@ -74,48 +69,55 @@ class Options:
     cache_length: int | None = option(None, "Tokens that it holds. Default: as in `litgpt generate`.")
     kv_cache_args: dict[str, Any] | None = option(None, "Its further arguments, such as --kv_cache_args.n_sink 4.")
     prompt_chunksize: int = option(512, "Tokens of a sequence that enter it together.")
-    step_digits: int = 6
     hyperparameters: dict[str, Any] = field(default_factory=dict)  # of the command that repeats the run
 
     def __post_init__(self) -> None:
         if self.out_dir is not None:
             self.out_dir = Path(os.getenv("LIGHTNING_ARTIFACTS_DIR", "")) / self.out_dir
 
+    @property
+    def processes(self) -> int:
+        """How many there are on all machines."""
+        return parse_devices(self.devices) * self.num_nodes
+
+    @property
+    def divides_weights(self) -> bool:
+        """Whether each process has a part of every weight."""
+        return self.strategy == "fsdp" and self.processes > 1
+
     def check(self) -> None:
         """Refuse what cannot work before anything is read, fetched or written."""
-        require_end(self.train)
-        self.train.gradient_accumulation_iters(parse_devices(self.devices), self.num_nodes)
+        train, spec = self.train, self.cache_spec()
+        require_end(train)
+        train.gradient_accumulation_iters(self.processes)
         resolve_optimizer(self.optimizer)
-        spec = self.cache_spec()
-        if spec is not None:
-            try:
-                check_trainable(spec)
-                if spec.cache_length is not None:
-                    spec.make_policy(spec.cache_length)
-            except ValueError as error:
-                raise UsageError(f"--kv_cache: {error}") from None
-        if spec is not None and self.strategy == "fsdp" and parse_devices(self.devices) * self.num_nodes > 1:
-            if self.train.teacher is not None:
-                raise ValueError(
-                    "--train.teacher needs a copy of what is trained, which fsdp divides among devices: use --strategy ddp"
-                )
-            if isinstance(self.train.keep_inputs, int) and self.train.keep_inputs > 1:
-                raise ValueError(
-                    f"--train.keep_inputs {self.train.keep_inputs}: with --strategy fsdp inputs of all layers are kept: "
-                    "device, cpu or disk"
-                )
-        for name, default in (("teacher", None), ("keep_inputs", "device")):
-            if getattr(self.train, name) != default and self.kv_cache is None:
-                raise ValueError(f"--train.{name} is for training through a key-value cache: name it with --kv_cache")
         if self.prompt_chunksize < 1:
             raise ValueError(f"--prompt_chunksize must be at least 1, got {self.prompt_chunksize}")
+        if spec is None:
+            for name, default in (("teacher", None), ("keep_inputs", "device")):
+                if getattr(train, name) != default:
+                    raise ValueError(
+                        f"--train.{name} is for training through a key-value cache: name it with --kv_cache"
+                    )
+            return
+        try:
+            check_trainable(spec)
+            if spec.cache_length is not None:
+                spec.make_policy(spec.cache_length)
+        except ValueError as error:
+            raise UsageError(f"--kv_cache: {error}") from None
+        if self.divides_weights and train.teacher is not None:
+            raise ValueError(
+                "--train.teacher needs a copy of what is trained, which fsdp divides among devices: use --strategy ddp"
+            )
+        if self.divides_weights and isinstance(train.keep_inputs, int) and train.keep_inputs > 1:
+            raise ValueError(
+                f"--train.keep_inputs {train.keep_inputs}: with --strategy fsdp inputs of all layers are kept: "
+                "device, cpu or disk"
+            )
 
     def cache_spec(self) -> CacheSpec | None:
-        """The cache to train through, if any.
-
-        Raises:
-            ValueError: if it does not exist, or there are arguments for it and no cache.
-        """
+        """The cache to train through, if any; `ValueError` if it does not exist, or there are arguments for it and no cache."""
         if self.kv_cache is not None:
             return CacheSpec.parse(self.kv_cache, self.cache_length, **(self.kv_cache_args or {}))
         if self.cache_length is not None or self.kv_cache_args:
@@ -123,29 +125,39 @@ class Options:
         return None
 
     def resume_path(self, suffix: str) -> Path | None:
-        """The file that the run resumes from (None: it starts from the beginning).
+        """The file that the run resumes from (None: it starts from the beginning), of a method with this suffix.
 
-        Raises:
-            FileNotFoundError: if there is no checkpoint to resume from.
-            ValueError: if the run does not resume and `out_dir` holds another one, which must not be overwritten.
+        `FileNotFoundError` if there is no checkpoint to resume from; `ValueError` if the run does not resume and `out_dir` holds
+        another one, which must not be overwritten.
         """
-        if self.out_dir is None:
+        out_dir, resume, name = self.out_dir, self.resume, WEIGHTS_NAME + suffix
+        if out_dir is None:
             return None
-        if self.out_dir.exists() and not self.out_dir.is_dir():
-            raise ValueError(f"out_dir {self.out_dir} is a file: give a folder")
-        path = find_resume_path(self.resume, self.out_dir, suffix)
-        found = [folder.name for folder in step_folders(self.out_dir)]
-        found += ["final"] if (self.out_dir / "final").exists() else []
-        if path is None and found:
-            how = "" if self.resume else ", or --resume auto to continue it"
-            known = ", and no checkpoint of this method to resume from" if self.resume else " of a run already"
-            raise ValueError(f"{self.out_dir} holds {found[-1]}{known}: give another --out_dir{how}")
-        return path
+        if out_dir.exists() and not out_dir.is_dir():
+            raise ValueError(f"out_dir {out_dir} is a file: give a folder")
+        if resume and resume not in (True, "auto"):
+            path = Path(resume) / name if Path(resume).is_dir() else Path(resume)
+            if not path.is_file():
+                raise FileNotFoundError(f"--resume: {path} does not exist")
+            return path
+        steps = step_folders(out_dir)
+        of_method = [folder / name for folder in steps if (folder / name).is_file()]
+        if resume and of_method:
+            return of_method[-1]
+        if resume is True:
+            raise FileNotFoundError(f"--resume: {out_dir} holds no checkpoint (step-*/{name}) to resume from")
+        if found := [*steps, *out_dir.glob("final")]:
+            how = "" if resume else ", or --resume auto to continue it"
+            known = ", and no checkpoint of this method to resume from" if resume else " of a run already"
+            raise ValueError(f"{out_dir} holds {found[-1].name}{known}: give another --out_dir{how}")
+        return None
 
-    def describe(self, **changed: Any) -> None:
-        """Set `hyperparameters`: these options, some of them `changed` (None: left out)."""
-        hidden = {"access_token", "step_digits", "hyperparameters"}
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden} | changed
+    def describe(self, precision: str, config: Config, **changed: Any) -> None:
+        """Set `hyperparameters`: these options, those of LoRA as `config` has them, and some `changed` (None: left out)."""
+        hidden = {"access_token", "hyperparameters", "lora_all", "lora_rslora", "lora_dora"}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
+        lora = config.lora_options() if hasattr(config, "lora_options") else {}
+        values |= {"precision": precision, **lora, **changed}
         self.hyperparameters = {name: plain(value) for name, value in values.items() if value is not None}
 
 
@@ -186,6 +198,8 @@ class LoRAOptions(FinetuneOptions):
 class PretrainOptions(Options):
     """Options of pretraining."""
 
+    step_digits = 8
+
     model_name: str = option(
         MISSING,
         "The architecture: the name of a model, or a folder with a `model_config.yaml`. `list` shows the names.",
@@ -202,7 +216,6 @@ class PretrainOptions(Options):
     precision: Literal["bf16-true", "bf16-mixed", "32-true", "16-mixed"] | None = option(
         None, "32-true, bf16-true, bf16-mixed or 16-mixed. Default: what is fast on the device."
     )
-    step_digits: int = 8
 
 
 def require_end(train: TrainArgs) -> None:

@@ -1,6 +1,7 @@
 """A training run: a model, data and options go in, a trained model in a folder that every other command takes comes out."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 import torch.distributed
 import yaml
 from lightning import Fabric
+from lightning.fabric.loggers import CSVLogger
 
 from litgpt.args import TrainArgs
 from litgpt.checkpoint.base import CONFIG_NAME, WEIGHTS_NAME
@@ -35,13 +37,12 @@ from litgpt.train.checkpointing import (
     set_random_state,
     step_folders,
 )
-from litgpt.train.loop import Loop, Position
+from litgpt.train.loop import Loop
 from litgpt.train.memory import release_freed_memory, reserve_optimizer_state
 from litgpt.train.methods import Method
 from litgpt.train.model import TrainingModel
 from litgpt.train.optimizers import make_optimizer
 from litgpt.train.options import Options
-from litgpt.train.report import Reporter
 from litgpt.train.schedule import cosine_schedule, steps_of_run
 from litgpt.train.setting import number_of_parameters
 from litgpt.train.step_memory import StepMemory
@@ -53,11 +54,8 @@ VERIFIED_BATCHES = 2  # of the validation that goes before everything else
 def connect(
     fabric: Fabric, data: Any, tokenizer: Tokenizer | None, train: TrainArgs, config: Config
 ) -> tuple[Any, Any]:
-    """Loaders of training and validation batches; one process at a time prepares files.
-
-    Raises:
-        ValueError: if the samples would be longer than the model's context, or the data cannot be packed.
-    """
+    """Loaders of training and validation batches; the first process prepares files for all. `ValueError` if the samples would be
+    longer than the model's context, or the data cannot be packed."""
     if train.max_seq_length is not None and train.max_seq_length > config.block_size:
         raise ValueError(
             f"train.max_seq_length={train.max_seq_length} is more than the model's context of {config.block_size} tokens"
@@ -70,7 +68,7 @@ def connect(
     data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=limit)
     with fabric.rank_zero_first():
         data.prepare_data()
-    data.setup()
+        data.setup()
     return data.train_dataloader(), data.val_dataloader()
 
 
@@ -80,31 +78,39 @@ class Run:
 
     fabric: Fabric  # launched
     gpt: GPT  # with the modules of `method` in place, weights on the device
+    config: Config  # without what the method adds
     method: Method
     options: Options  # with the data module, connected
     loaders: tuple[Any, Any]  # of training and validation batches
-    write_side_files: Callable[[Path], None]  # into the folder of a checkpoint: what belongs there besides weights
+    save_tokenizer: Callable[[Path], None] | None  # and what else belongs into the folder of a checkpoint
     tokenizer: Tokenizer | None = None  # without it, no examples are shown
-
-    def __post_init__(self) -> None:
-        self.report = Reporter(self.fabric, self.options.train.log_interval)
 
     def run(self, resume: Path | None = None) -> dict[str, float]:
         """Train, validate, save. Returns metrics: losses, steps, tokens, seconds, tokens per second."""
+        status = "failed"
+        try:
+            metrics = self._run(resume)
+            status = "success"
+        finally:
+            for logger in self.fabric.loggers:
+                logger.finalize(status)
+        return metrics
+
+    def _run(self, resume: Path | None) -> dict[str, float]:
         fabric, options, train = self.fabric, self.options, self.options.train
         fabric.print(f"Number of trainable parameters: {number_of_parameters(self.gpt, True):,}")
         if not self.method.trains_all:
             fabric.print(f"Number of non-trainable parameters: {number_of_parameters(self.gpt, False):,}")
-        spec = options.cache_spec()
+        spec, left = options.cache_spec(), available_bytes(fabric.device)
         cached = None if spec is None else CachedLayers(self.gpt, spec, options.prompt_chunksize, train.keep_inputs)
-        if spec is not None:
-            self._check_fits(spec)
+        if spec is not None and left is not None and (problem := self._does_not_fit(spec, left)):
+            raise ValueError(problem)
         teacher = None if train.teacher is None else Teacher(self.gpt, options.prompt_chunksize)
         self.model = TrainingModel(self.gpt, train.activation_checkpointing, cached, teacher)
         model = fabric.setup_module(self.model)
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
-            raise ValueError(f"{self.method.name} trains nothing in {self.gpt.config.name}: check its options")
+            raise ValueError(f"{self.method.name} trains nothing in {self.config.name}: check its options")
         self.optimizer = make_optimizer(options.optimizer, trained)
         if fabric.world_size == 1 and fabric.device.type == "cpu":
             self.model.keep_gradients()
@@ -112,9 +118,7 @@ class Run:
                 reserve_optimizer_state(self.optimizer)
         optimizer = fabric.setup_optimizers(self.optimizer)
         train_loader, val_loader = self.loaders
-        accumulation = train.gradient_accumulation_iters(fabric.world_size) * fabric.world_size
-        sizes = _steps_per_epoch(train_loader, accumulation), self._tokens_per_step(train_loader, accumulation)
-        max_steps = steps_of_run(*sizes, train.epochs, train.max_steps, train.max_tokens)
+        max_steps = self._max_steps()
         warmup = train.lr_warmup_steps or 0
         if train.lr_warmup_fraction:
             warmup = round(train.lr_warmup_fraction * max_steps)
@@ -124,64 +128,66 @@ class Run:
         scheduler = cosine_schedule(optimizer, warmup, max_steps, train.min_lr)
         show = self.show_example if options.eval.max_new_tokens and self.tokenizer is not None else None
         parts = (model, optimizer, scheduler, train_loader, val_loader, train, options.eval, max_steps)
-        self.loop = loop = Loop(fabric, *parts, self.save_step, show, self.report)
+        self.loop = loop = Loop(fabric, *parts, self.save_step, show)
         if resume is not None:
             fabric.print(f"Resuming training from {resume}")
             self.load(resume)
         if val_loader is not None:
             if options.eval.initial_validation:
-                loss = loop.validate()
-                fabric.print(f"Initial evaluation | val loss: {loss:.3f}")
+                fabric.print(f"Initial evaluation | val loss: {loop.validate():.3f}")
             else:
                 fabric.print("Verifying settings ...")
                 loop.validate(VERIFIED_BATCHES)
+        for logger in fabric.loggers:
+            if not isinstance(logger, CSVLogger):  # which has no place for settings
+                logger.log_hyperparams(options.hyperparameters)
         try:
-            position = loop.run()
+            loop.run()
         except (RuntimeError, MemoryError) as error:
             if cached is not None and is_out_of_memory(error):
-                raise RuntimeError(self._does_not_fit(spec, None)) from error
+                raise RuntimeError(self._does_not_fit(spec)) from error
             raise
         if val_loader is not None and options.eval.final_validation:
-            loop.note_validation(loss := loop.validate())
-            self.report.validation(loop, loss)
-        metrics = self._metrics(position)
-        self.report.summary(metrics)
+            loop.note_validation(loop.validate())
+        metrics = self._metrics()
+        loop.report.summary(metrics)
         self.save_final()
         return metrics
 
     @property
-    def _limit(self) -> int:
-        return self.options.train.max_seq_length or self.gpt.config.block_size
-
-    def _tokens_per_step(self, loader: Any, accumulation: int) -> int | None:
-        """Tokens of a step on average, where that is known."""
-        if lengths := getattr(loader.dataset, "lengths", None):
-            return round(sum(lengths) / len(loader) * accumulation)
-        if isinstance(self.options.data, TextModule | StreamModule):  # all rows have as many tokens
-            return accumulation * loader.batch_size * self._limit
-        return None
-
     def _longest(self) -> int:
-        """Tokens of the longest sample that a row of a batch may have."""
-        limit = self._limit
-        lengths = getattr(getattr(self.loaders[0], "dataset", None), "lengths", None)
-        return min(limit, max(lengths)) if lengths and not self.options.train.pack else limit
+        """Tokens that a row of a batch may have."""
+        return self.options.train.max_seq_length or self.config.block_size
 
-    def _step_memory(self, spec: CacheSpec) -> StepMemory:
-        options, train = self.options, self.options.train
-        head = any(p.requires_grad for p in self.gpt.lm_head.parameters())
-        numbers = spec, train.micro_batch_size, self._longest(), options.prompt_chunksize
-        return StepMemory(self.gpt.config, *numbers, self.gpt.dtype, head)
+    @property
+    def _lengths(self) -> list[int] | None:
+        """Tokens of the samples, where they are known."""
+        return getattr(self.loaders[0].dataset, "lengths", None)
 
-    def _check_fits(self, spec: CacheSpec) -> None:
-        """Raise `ValueError` if the largest batch needs more memory than is left, with the options that help."""
-        left = available_bytes(self.fabric.device)
-        if left is not None and self._step_memory(spec).total(self.options.train.keep_inputs) > left:
-            raise ValueError(self._does_not_fit(spec, left))
+    def _max_steps(self) -> int:
+        """Optimizer steps of the run."""
+        loader, train, n_processes = self.loaders[0], self.options.train, self.fabric.world_size
+        accumulation = train.gradient_accumulation_iters(n_processes) * n_processes
+        per_epoch = tokens = None
+        with suppress(TypeError):  # a stream has no length
+            per_epoch = -(-len(loader) // accumulation)
+        if self._lengths:
+            tokens = round(sum(self._lengths) / len(loader) * accumulation)
+        elif isinstance(self.options.data, TextModule | StreamModule):  # all rows have as many tokens
+            tokens = accumulation * loader.batch_size * self._longest
+        return steps_of_run(per_epoch, tokens, train.epochs, train.max_steps, train.max_tokens)
 
-    def _does_not_fit(self, spec: CacheSpec, left: int | None) -> str:
-        step, kept = self._step_memory(spec), self.options.train.keep_inputs
-        needed = step.total(kept)
+    def _does_not_fit(self, spec: CacheSpec, left: int | None = None) -> str | None:
+        """That the largest batch does not fit, and the options that help (None: it fits into the memory that is `left`)."""
+        gpt, train, length = self.gpt, self.options.train, self._longest
+        if self._lengths and not train.pack:
+            length = min(length, max(self._lengths))
+        trained_head = any(p.requires_grad for p in gpt.lm_head.parameters())
+        numbers = (train.micro_batch_size, length, self.options.prompt_chunksize)
+        step = StepMemory(gpt.config, spec, *numbers, gpt.dtype, trained_head)
+        needed = step.total(train.keep_inputs)
+        if left is not None and needed <= left:
+            return None
         room = needed * 9 // 10 if left is None else left
         known = "" if left is None else f", and {as_text(left)} are left"
         return (
@@ -189,7 +195,8 @@ class Run:
             f"{known}; what helps is {step.remedy(room, self.fabric.device.type == 'cpu')}"
         )
 
-    def _metrics(self, position: Position) -> dict[str, float]:
+    def _metrics(self) -> dict[str, float]:
+        position, report = self.loop.position, self.loop.report
         metrics = {
             "steps": position.step_count,
             "tokens": position.tokens,
@@ -197,19 +204,19 @@ class Run:
             "seconds": position.seconds,
             "tokens_per_second": position.tokens / max(position.seconds, 1e-9),
         }
-        if self.report.curve:
-            metrics["train_loss"] = self.report.curve[-1][1]
-        if self.report.val_loss is not None:
-            metrics["val_loss"] = self.report.val_loss
+        if report.curve:
+            metrics["train_loss"] = report.curve[-1][1]
+        if report.val_loss is not None:
+            metrics["val_loss"] = report.val_loss
         return metrics
 
     # -- checkpoints
 
-    def save_step(self, loop: Loop) -> None:
+    def save_step(self, step: int) -> None:
         """Write a checkpoint to resume from, and remove old ones as `train.keep_last` says."""
-        if self.options.out_dir is None:
+        out_dir, loop = self.options.out_dir, self.loop
+        if out_dir is None:
             return
-        position = loop.position
         random = [random_state()]
         if self.fabric.world_size > 1:
             random = [None] * self.fabric.world_size
@@ -217,19 +224,17 @@ class Run:
         state = {
             "optimizer": optimizer_state(self.model, self.optimizer),
             "scheduler": loop.scheduler.state_dict(),
-            "iter_num": position.iter_num,
-            "step_count": position.step_count,
+            "iter_num": loop.position.iter_num,
+            "step_count": step,
             "loop": loop.state(),
             "random": random,
             "method": self.method.name,
-            "model_name": self.gpt.config.name,
+            "model_name": self.config.name,
         }
-        self._write(self.options.out_dir / self._step_name(position.step_count), state)
+        digits = self.options.step_digits
+        self._write(out_dir / f"step-{step:0{digits}d}", state)
         if self.fabric.is_global_zero:
-            remove_old(self.options.out_dir, self.options.train.keep_last, self._step_name(position.best_step))
-
-    def _step_name(self, step: int) -> str:
-        return f"step-{step:0{self.options.step_digits}d}"
+            remove_old(out_dir, self.options.train.keep_last, loop.position.best_step)
 
     def save_final(self) -> None:
         """Write the trained weights, and a picture of the losses."""
@@ -239,13 +244,13 @@ class Run:
         self._write(out_dir / "final", {})
         if self.fabric.is_global_zero:
             (out_dir / "logs").mkdir(exist_ok=True)
-            self.report.write_curve(out_dir / "logs" / "loss.svg")
+            self.loop.report.write_curve(out_dir / "logs" / "loss.svg")
             self.fabric.print(f"The losses as a picture: {out_dir / 'logs' / 'loss.svg'}")
 
     def _write(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Write the trained weights, `state`, and all that belongs to a checkpoint. All processes call it."""
         release_freed_memory()  # of activations: saving takes some, too
-        weights = full_tensors(self.gpt.state_dict().items(), self.method.is_trained)
+        weights = full_tensors(self.gpt, self.method.is_trained)
         if self.fabric.is_global_zero:
             self.fabric.print(f"Saving checkpoint to {str(folder)!r}")
             try:
@@ -253,7 +258,9 @@ class Run:
                     torch.save({"model": weights, **state}, temporary / (WEIGHTS_NAME + self.method.suffix))
                     text = yaml.safe_dump(self.options.hyperparameters, sort_keys=False, allow_unicode=True)
                     (temporary / "hyperparameters.yaml").write_text(text, encoding="utf-8")
-                    self.write_side_files(temporary)
+                    write_config(self.config, temporary)
+                    if self.save_tokenizer is not None:
+                        self.save_tokenizer(temporary)
                     if (style := getattr(self.options.data, "prompt_style", None)) is not None:
                         save_prompt_style(style, temporary)
             except (OSError, RuntimeError) as error:
@@ -263,15 +270,11 @@ class Run:
         self.fabric.barrier()
 
     def load(self, path: Path) -> None:
-        """Resume from a step checkpoint.
-
-        Raises:
-            ValueError: if it is of another model or method, or has no state to resume from.
-        """
+        """Resume from a step checkpoint; `ValueError` if it is of another model or method, or not of a step."""
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if "loop" not in state:
             raise ValueError(f"--resume: {path} holds weights only; give the file of a step-* folder")
-        for name, own in (("method", self.method.name), ("model_name", self.gpt.config.name)):
+        for name, own in (("method", self.method.name), ("model_name", self.config.name)):
             if state[name] != own:
                 raise ValueError(f"--resume: {path} is of {name}={state[name]!r}, this run of {own!r}")
         try:
@@ -282,7 +285,8 @@ class Run:
         self.loop.scheduler.load_state_dict(state["scheduler"])
         random = state["random"]
         own = random[self.fabric.global_rank if len(random) == self.fabric.world_size else 0]
-        self.loop.load_state({**state["loop"], "random": own})
+        self.loop.load_state(state["loop"])
+        set_random_state(own)
 
     # -- examples
 
@@ -319,11 +323,3 @@ def show_answer(
 def write_config(config: Config, folder: Path) -> None:
     """Write `model_config.yaml`."""
     (folder / CONFIG_NAME).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
-
-
-def _steps_per_epoch(loader: Any, accumulation: int) -> int | None:
-    """Optimizer steps that a loader's batches make (None: it does not know)."""
-    try:
-        return -(-len(loader) // accumulation)
-    except TypeError:
-        return None

@@ -1,6 +1,7 @@
 """The learning rate over the steps of a run, and how many steps there are."""
 
 import math
+from functools import partial
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,12 +21,10 @@ def learning_rate_factor(step: int, warmup_steps: int, max_steps: int, floor: fl
 
 def cosine_schedule(optimizer: Optimizer, warmup_steps: int, max_steps: int, min_lr: float = 0.0) -> LambdaLR:
     """A schedule for `optimizer`, advanced after every step: linear warm-up, then a cosine that ends at `min_lr`."""
-
-    def factor_of(base: float):
-        floor = min(1.0, min_lr / base) if base > 0 else 0.0
-        return lambda step: learning_rate_factor(step, warmup_steps, max_steps, floor)
-
-    return LambdaLR(optimizer, [factor_of(float(group["lr"])) for group in optimizer.param_groups])
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    floors = [min(1.0, min_lr / rate) if rate > 0 else 0.0 for rate in rates]
+    limits = {"warmup_steps": warmup_steps, "max_steps": max_steps}
+    return LambdaLR(optimizer, [partial(learning_rate_factor, **limits, floor=floor) for floor in floors])
 
 
 def steps_of_run(
@@ -35,15 +34,11 @@ def steps_of_run(
     max_steps: int | None = None,
     max_tokens: int | None = None,
 ) -> int:
-    """How many optimizer steps a run has: the least that its limits allow.
+    """How many optimizer steps a run has: the least that its limits allow; `ValueError` if there are none, or no step is left.
 
     Args:
         steps_per_epoch: optimizer steps that the data makes (None: unknown, a stream).
         tokens_per_step: tokens of a step on average, over all devices (None: unknown).
-        epochs, max_steps, max_tokens: limits (None: none).
-
-    Raises:
-        ValueError: if nothing limits the run, or it would have no step.
     """
     limits = [max_steps] if max_steps is not None else []
     if epochs is not None and steps_per_epoch is not None:

@@ -6,11 +6,13 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning import Fabric
+from lightning.fabric import loggers as fabric_loggers
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -36,47 +38,30 @@ def parse_devices(devices: int | str) -> int:
     raise ValueError(f"devices must be 'auto' or a positive integer, got {devices!r}")
 
 
-def default_precision() -> str:
-    """The precision in which training is fast here: bf16-mixed or 16-mixed on GPUs, 32-true on CPUs."""
-    if torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-    return "32-true"
-
-
 def make_logger(
     name: str, out_dir: Path, run_name: str, log_interval: int, log: LogArgs | None = None, resume: bool = False
 ) -> Any:
-    """A logger of Lightning: csv, tensorboard, wandb or mlflow.
-
-    Raises:
-        ValueError: if there is no such logger, or the package that it needs is not installed (without tensorboard: csv).
-    """
+    """A logger of Lightning; `ValueError` if there is none of that name, or its package is missing (without tensorboard: csv)."""
+    if name not in get_args(LoggerName):
+        raise ValueError(f"logger_name {name!r} is not one of {', '.join(get_args(LoggerName))}")
     log = log or LogArgs()
     project = log.project or run_name
     try:
-        if name == "tensorboard":
-            from lightning.fabric.loggers import TensorBoardLogger
-
-            try:
-                return TensorBoardLogger(out_dir / "logs", name="tensorboard")
-            except ModuleNotFoundError:  # the default of `pretrain`: no reason to stop
-                name, words = "csv", "tensorboard is not installed (pip install tensorboard): logging to csv"
-                logging.getLogger("litgpt").warning(words)
-        if name == "csv":
-            from lightning.fabric.loggers import CSVLogger
-
-            return CSVLogger(out_dir / "logs", name="csv", flush_logs_every_n_steps=log_interval)
         if name == "wandb":
-            from lightning.pytorch.loggers import WandbLogger
-
             return WandbLogger(project=project, resume=resume, name=log.run, group=log.group)
         if name == "mlflow":
-            from lightning.pytorch.loggers import MLFlowLogger
+            import mlflow
 
-            return MLFlowLogger(experiment_name=project, run_name=log.run)
+            # MLflow's own default, since Lightning's is a folder of files, which MLflow 3 refuses
+            return MLFlowLogger(experiment_name=project, run_name=log.run, tracking_uri=mlflow.get_tracking_uri())
+        if name == "tensorboard":
+            return fabric_loggers.TensorBoardLogger(out_dir / "logs", name="tensorboard")
     except ModuleNotFoundError as error:
-        raise ValueError(f"logger {name!r} needs a package that is not installed: {error}") from None
-    raise ValueError(f"logger_name {name!r} is not one of csv, tensorboard, wandb, mlflow")
+        if name != "tensorboard":
+            raise ValueError(f"logger {name!r} needs a package that is not installed: {error}") from None
+        # the default of `pretrain`: no reason to stop
+        logging.getLogger("litgpt").warning("tensorboard is not installed (pip install tensorboard): logging to csv")
+    return fabric_loggers.CSVLogger(out_dir / "logs", name="csv", flush_logs_every_n_steps=log_interval)
 
 
 def divide_parameters(model: nn.Module, device_mesh: Any) -> nn.Module:
@@ -89,27 +74,25 @@ def divide_parameters(model: nn.Module, device_mesh: Any) -> nn.Module:
 
 
 def make_fabric(options: Any, run_name: str, config: Config, resumed: bool) -> Fabric:
-    """A `Fabric` with the devices, the precision and the logger that `options` (`litgpt.train.options`) say, not launched yet.
-
-    Raises:
-        ValueError: for a strategy or precision that is not known.
-    """
+    """A `Fabric` with the devices, the precision and the logger that `options` (`litgpt.train.options`) say, not launched yet;
+    `ValueError` for a strategy or precision that is not known."""
     loggers = []
     if options.out_dir is not None:
         interval = options.train.log_interval
         loggers = [make_logger(options.logger_name, options.out_dir, run_name, interval, options.log, resumed)]
     devices, num_nodes, strategy = parse_devices(options.devices), options.num_nodes, options.strategy
-    precision = options.precision or default_precision()
+    precision = options.precision or "32-true"
+    if options.precision is None and torch.cuda.is_available():
+        precision = "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
     precision = f"{precision}-true" if precision in ("32", "16", "bf16") else precision
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-    if strategy not in ("auto", "ddp", "fsdp"):
-        raise ValueError(f"strategy {strategy!r} is not one of auto, ddp, fsdp")
-    several = devices * num_nodes > 1
-    if several and strategy == "fsdp":
-        sizes = {"data_parallel_size": devices * num_nodes, "tensor_parallel_size": 1}
+    if strategy not in get_args(Strategy):
+        raise ValueError(f"strategy {strategy!r} is not one of {', '.join(get_args(Strategy))}")
+    if options.divides_weights:
+        sizes = {"data_parallel_size": options.processes, "tensor_parallel_size": 1}
         chosen = ModelParallelStrategy(divide_parameters, **sizes, save_distributed_checkpoint=False)
-    elif several:
+    elif options.processes > 1:
         chosen = DDPStrategy(find_unused_parameters=bool(config.n_expert), broadcast_buffers=False)
     else:
         chosen = "auto"
@@ -123,9 +106,9 @@ def precision_of(fabric: Fabric) -> str:
     return fabric.strategy.precision.precision
 
 
-def compute_dtype(precision: str) -> torch.dtype:
-    """Data type of the weights under a precision of Lightning."""
-    return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+def weights_dtype(fabric: Fabric) -> torch.dtype:
+    """Data type of the weights under the precision of a `Fabric`."""
+    return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision_of(fabric), torch.float32)
 
 
 def number_of_parameters(model: GPT, trained: bool) -> int:

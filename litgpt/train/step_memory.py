@@ -3,7 +3,7 @@
 Letters: L layers, N tokens of all rows, E embedding size, G key/value heads, D head size, C slots, T tokens of a chunk.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -23,24 +23,14 @@ STATE = 3  # numbers beside a trained one: its gradient, and AdamW's two
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that a step takes beside the model's weights, trained numbers and an optimizer's. Activations are estimates.
-
-    Args:
-        config: of the model.
-        spec: the caches.
-        rows: sequences of a batch.
-        length: tokens of each.
-        chunk: T, tokens of a row that enter the caches together.
-        dtype: of activations.
-        trained_head: whether the head is trained.
-    """
+    """Bytes that a step takes beside the model's weights, trained numbers and an optimizer's. Activations are estimates."""
 
     config: Config
     spec: CacheSpec
-    rows: int
-    length: int
-    chunk: int = 512
-    dtype: torch.dtype = torch.float32
+    rows: int  # sequences of a batch
+    length: int  # tokens of each
+    chunk: int = 512  # T, tokens of a row that enter the caches together
+    dtype: torch.dtype = torch.float32  # of activations
     trained_head: bool = False
 
     @property
@@ -54,13 +44,11 @@ class StepMemory:
 
     def kept(self, keep_inputs: str | int) -> int:
         """Of the inputs of layers, and of where tokens were in caches, in the memory of the device."""
+        if keep_inputs in ("cpu", "disk"):
+            return 0
         layers = self.config.n_layer
-        if keep_inputs == "device":
-            return layers * (self.inputs + self._positions)
-        if isinstance(keep_inputs, int):
-            groups, inside = -(-layers // keep_inputs), min(keep_inputs, layers) - 1
-            return (groups + inside) * (self.inputs + self._positions)
-        return 0
+        every = 1 if keep_inputs == "device" else min(keep_inputs, layers)
+        return (-(-layers // every) + every - 1) * (self.inputs + self._positions)
 
     @property
     def _positions(self) -> int:
@@ -79,24 +67,19 @@ class StepMemory:
     def one_layer(self) -> int:
         """Of keys and values of a layer, their gradients, and those of its outputs."""
         config = self.config
-        sizes = config.latent_attention or {}
-        value_size = sizes.get("v_head_dim", config.head_size) if isinstance(sizes, dict) else config.head_size
-        key_size = config.head_size
-        return self.inputs + 2 * self.tokens * config.n_query_groups * (key_size + value_size) * self.dtype.itemsize
+        value_size = (config.latent_attention or {}).get("v_head_dim", config.head_size)
+        numbers = 2 * self.tokens * config.n_query_groups * (config.head_size + value_size)
+        return self.inputs + numbers * self.dtype.itemsize
 
     @property
     def one_chunk(self) -> int:
         """About that of the graph of a chunk in a layer, of the layer's cache, and of masks."""
         config, T = self.config, min(self.chunk, self.length) * self.rows
         qkv = (config.n_head + 2 * config.n_query_groups) * config.head_size
-        widest = max(
-            config.intermediate_size or 0, (config.moe_intermediate_size or 0) * max(config.n_expert_per_token, 1)
-        )
+        experts = (config.moe_intermediate_size or 0) * max(config.n_expert_per_token, 1)
         seen = self._slots + min(self.chunk, self.length)
-        numbers = T * (6 * config.n_embd + 3 * qkv + 4 * widest)
-        numbers += (
-            6 * self.rows * seen * config.n_query_groups * config.head_size
-        )  # stored keys and values and gradients
+        stored = 6 * self.rows * seen * config.n_query_groups * config.head_size  # keys and values, and gradients
+        numbers = T * (6 * config.n_embd + 3 * qkv + 4 * max(config.intermediate_size or 0, experts)) + stored
         mask = 4 * min(PLANNED_NUMBERS, self.length * seen)
         cache = size_in_bytes(self.spec, config, self.rows, self.length, self.dtype) // config.n_layer
         return numbers * self.dtype.itemsize + mask + cache
@@ -129,8 +112,7 @@ class StepMemory:
         fitting = self.what_fits(memory, on_cpu)
         if fitting is not None:
             return f"--train.keep_inputs {fitting}"
-        one = StepMemory(self.config, self.spec, 1, self.length, self.chunk, self.dtype, self.trained_head)
-        if self.rows > 1 and (fitting := one.what_fits(memory, on_cpu)) is not None:
+        if self.rows > 1 and (fitting := replace(self, rows=1).what_fits(memory, on_cpu)) is not None:
             kept = "" if fitting == "device" else f" --train.keep_inputs {fitting}"
             return f"--train.micro_batch_size 1{kept}"
         return "a shorter --train.max_seq_length with --train.keep_inputs disk, a smaller --prompt_chunksize or --cache_length"
@@ -139,12 +121,10 @@ class StepMemory:
 def trained_numbers(config: Config, method: str) -> int:
     """Numbers that a method trains in a model, with its default settings."""
     way = METHODS[method]
-    extended = way.config.extending(
-        config, **({"lora_query": True, "lora_value": True, "lora_r": 8} if method == "lora" else {})
-    )
+    settings = {"lora_query": True, "lora_value": True, "lora_r": 8} if method == "lora" else {}
     model = meta_model(config)
     with torch.device("meta"):
-        way.prepare(model, extended)
+        way.prepare(model, way.config.extending(config, **settings))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

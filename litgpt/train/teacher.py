@@ -12,17 +12,11 @@ from litgpt.train.cached_layers import CachedLayers
 
 class Teacher:
     """`gpt` as it is now, whatever is trained later: a copy of what is trained stays, which for LoRA and adapters is small and
-    changes nothing yet, and for full fine-tuning is all weights.
-
-    Args:
-        gpt: the model.
-        chunk: tokens of a row that go through a layer together.
-    """
+    changes nothing yet, and for full fine-tuning is all weights. `chunk` tokens of a row go through a layer together."""
 
     def __init__(self, gpt: GPT, chunk: int) -> None:
         self.gpt, self.layers = gpt, CachedLayers(gpt, CacheSpec("dense"), chunk)
-        trained = list({id(p): p for p in gpt.parameters() if p.requires_grad}.values())
-        self.own = [(p, p.detach().clone()) for p in trained]
+        self.own = [(p, p.detach().clone()) for p in gpt.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor, row_sizes: Sequence[int] | None = None) -> torch.Tensor:

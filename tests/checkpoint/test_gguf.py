@@ -646,7 +646,7 @@ def whole_file(tmp_path_factory):
 
 
 @given(st.lists(st.tuples(st.integers(4, 3500), st.integers(0, 255)), min_size=1, max_size=4))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_wrong_bytes_in_the_header_are_one_line_or_harmless(whole_file, changes):
     path, changed = whole_file.with_name("changed.gguf"), bytearray(whole_file.read_bytes())
     for place, byte in changes:

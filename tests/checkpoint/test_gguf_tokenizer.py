@@ -187,7 +187,7 @@ def test_sentencepiece_tokenizer_equals_the_library(sentencepiece_model):
     @given(
         st.one_of(st.sampled_from(TEXTS), st.text(alphabet="helo wrd\n<tab>1é漢🦙 ", max_size=30), st.text(max_size=20))
     )
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=150)
     def check(text):
         ids = ours.encode(text, bos=False).tolist()
         assert ids == theirs.encode(text)

@@ -201,9 +201,11 @@ def test_no_hub_is_one_line_within_seconds(hub, tmp_path, monkeypatch):
     ):
         download_from_hub(REPO)
     monkeypatch.setattr(our_hub, "_ANSWER_SECONDS", 0.2)
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **kwargs: threading.Event().wait(5))
+    over = threading.Event()
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *args, **kwargs: over.wait(100))
     with pytest.raises(ConnectionError, match="no answer within 0 seconds"):
         fetch_checkpoint(REPO)
+    over.set()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set"):
         fetch_checkpoint(REPO)

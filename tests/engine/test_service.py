@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 from tiny import VOCABULARY, tiny_gpt, tiny_tokenizer
+from until import LIMIT, until
 
 from litgpt.engine.continuous import ContinuousBatch
 from litgpt.engine.prefixes import PrefixStore
@@ -41,7 +42,7 @@ class Client:
             self.done.set()
 
     def wait(self):
-        assert self.done.wait(20)
+        assert self.done.wait(LIMIT)
         return self.generation
 
 
@@ -73,7 +74,7 @@ def test_an_answer_that_is_cut_keeps_what_it_has(service):
     service.submit(client.generation)
     assert client.wait().finish_reason == "length"
     assert 5 <= len(client.generation.sequence.new_tokens) < 20
-    assert service.unfinished == 0
+    until(lambda: service.unfinished == 0)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

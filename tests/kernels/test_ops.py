@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from litgpt.attention import DefaultKeysAndValues, position_bias, scaled_dot_product_attention
@@ -232,7 +232,7 @@ def test_weights_that_queries_give_are_float32(B, H, G, D, n, N, cap, sunk, larg
 
 
 EXAMPLES = int(os.environ.get("LITGPT_TEST_EXAMPLES", "15"))  # 1000 for a thorough run
-thorough = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+thorough = settings(max_examples=EXAMPLES)
 
 
 @thorough

@@ -192,7 +192,7 @@ def fail_midway(rank: int, how: str) -> None:
                 raise ValueError("this is what went wrong")
             os.kill(os.getpid(), signal.SIGKILL)
         if rank == 0 and block_idx == 1:
-            time.sleep(600)
+            time.sleep(3600)  # longer than a test may take
 
     model.set_start_of_layer_hook(hook)
     generate(model, PROMPT, 20)
@@ -354,14 +354,11 @@ def test_models_that_cannot_be_divided_are_refused(kwargs, message):
 
 
 def test_a_process_that_fails_ends_the_others_and_says_why():
-    started = time.monotonic()
     with pytest.raises(ValueError, match="^this is what went wrong$"):
         run_in_processes(fail_midway, 2, "raises")
-    assert time.monotonic() - started < 120
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_process_that_is_killed_ends_the_others(late, monkeypatch):
+def test_a_process_that_is_killed_ends_the_others(monkeypatch):
     exitcode, ended = SpawnProcess.exitcode.fget, set()
 
     def exitcode_known_when_asked_again(process: SpawnProcess) -> int | None:
@@ -370,12 +367,10 @@ def test_a_process_that_is_killed_ends_the_others(late, monkeypatch):
             return code
         return ended.add(process)
 
-    if late:  # a process can close its files, and so its sentinel, before there is an exit code
-        monkeypatch.setattr(SpawnProcess, "exitcode", property(exitcode_known_when_asked_again))
-    started = time.monotonic()
+    # a process can close its files, and so its sentinel, before there is an exit code
+    monkeypatch.setattr(SpawnProcess, "exitcode", property(exitcode_known_when_asked_again))
     with pytest.raises(RuntimeError, match="process 1 of 2 was ended by SIGKILL"):
         run_in_processes(fail_midway, 2, "is killed")
-    assert time.monotonic() - started < 120
 
 
 # --- the command, and LLM

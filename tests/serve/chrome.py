@@ -67,7 +67,7 @@ class Page:
 
     def wait(self, expression: str) -> None:
         """Wait until an expression is true."""
-        until = time.monotonic() + 30
+        until = time.monotonic() + 100
         while not self.value(f"Boolean({expression})"):
             assert time.monotonic() < until, f"{expression}: {self.value('document.body.innerText')}"
             time.sleep(0.05)

@@ -3,16 +3,16 @@
 import contextlib
 import multiprocessing
 import os
+import secrets
 import socket
 import subprocess
 import sys
-import time
-import urllib.error
 import urllib.request
 
 import pytest
 import torch
 from tiny import VOCABULARY, tiny_gpt, tiny_tokenizer
+from until import until
 
 from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
@@ -20,9 +20,11 @@ from litgpt.prompts import ChatTemplate
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    """None of those that the system gives to connections: it could be given away before the server listens."""
+    while True:
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", 10_000 + secrets.randbelow(20_000)))
+            return one.getsockname()[1]
 
 
 def launch(arguments):
@@ -67,14 +69,14 @@ def serving(folder, *options, wait="/health", start=Forked):
     port = free_port()
     process = start(["serve", str(folder), "--port", str(port), "--precision", "32-true", *map(str, options)])
     address = f"http://127.0.0.1:{port}"
+
+    def answers():
+        assert process.poll() is None, "the server has ended"
+        with contextlib.suppress(OSError):  # also of a status that is none of success
+            return urllib.request.urlopen(address + wait, timeout=5)
+
     try:
-        for _ in range(3000):
-            assert process.poll() is None, "the server has ended"
-            try:
-                urllib.request.urlopen(address + wait, timeout=5)
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.02)
+        until(answers)
         yield address, process
     finally:
         if process.poll() is None:

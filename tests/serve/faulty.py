@@ -12,8 +12,8 @@ from litgpt.model import GPT
 from litgpt.serve import app, base
 
 
-def run(orders, arguments):
-    """Run `litgpt` with the arguments; `orders` is the folder."""
+def run(orders, stuck_after, arguments):
+    """Run `litgpt` with the arguments; `orders` is the folder, a step is taken for stuck after so many seconds."""
     load, forward, step = base.make_ready, GPT.forward, ContinuousBatch.step
 
     def wait_for(order):
@@ -36,5 +36,5 @@ def run(orders, arguments):
         return forward(*args, **settings)
 
     base.make_ready, GPT.forward, ContinuousBatch.step = faulty_load, faulty_forward, faulty_step
-    app.STUCK_AFTER = 0.5
+    app.STUCK_AFTER = stuck_after
     return main(arguments)

@@ -151,9 +151,9 @@ class Stress:
 
     def resources(self) -> dict[str, int]:
         """The server's resident memory in kB, threads and open files, once nothing runs."""
-        until = time.monotonic() + 20
+        until = time.monotonic() + 100
         while True:
-            with urllib.request.urlopen(f"http://{self.host}/metrics", timeout=20) as response:
+            with urllib.request.urlopen(f"http://{self.host}/metrics", timeout=100) as response:
                 text = response.read().decode()
             if "running 0\n" in text and "waiting 0\n" in text:
                 break

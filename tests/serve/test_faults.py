@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
+from until import until
 
-from .asking import HELLO, call, until
+from .asking import HELLO, call
 from .conftest import Forked, serving
 from .faulty import run
 
@@ -17,8 +18,8 @@ BODY = {"messages": HELLO, "max_tokens": 8, "temperature": 0}
 def faulty(checkpoint, tmp_path_factory):
     orders = tmp_path_factory.mktemp("orders")
     (orders / "wait").touch()
-    options = "--batch_size", 1, "--timeout", 1, "--max_seconds", 3, "--grace", 0
-    start = partial(Forked, run=partial(run, orders))
+    options = "--batch_size", 1, "--timeout", 1, "--max_seconds", 100, "--grace", 0
+    start = partial(Forked, run=partial(run, orders, 0.5))
     with serving(checkpoint, *options, wait="/livez", start=start) as (server, _):
         yield server, orders
 
@@ -41,7 +42,7 @@ def test_a_server_goes_through_its_troubles(faulty, llm):
     expected = llm.generate("Hello", max_new_tokens=8, temperature=0)
 
     def is_right(answer):
-        return json.loads(answer[2])["choices"][0]["message"]["content"] == expected
+        return answer[0] == 200 and json.loads(answer[2])["choices"][0]["message"]["content"] == expected
 
     # a step fails: its request gets an error, and others their answers
     (orders / "fail").touch()
@@ -51,8 +52,8 @@ def test_a_server_goes_through_its_troubles(faulty, llm):
     ((headers, error),) = failed
     assert headers["x-should-retry"] == "false"
     assert "the step has failed" in error["message"]
-    assert all(is_right(answer) for answer in answers if answer[0] == 200)
-    assert health() == (200, 200)
+    assert all(is_right(answer) for answer in answers if answer[0] not in (500, 504))
+    until(lambda: health() == (200, 200))
     (orders / "fail").touch()
     status, _, text = ask(stream=True)
     *events, last = [event.removeprefix(b"data: ") for event in text.split(b"\n\n")[:-1]]
@@ -70,7 +71,7 @@ def test_a_server_goes_through_its_troubles(faulty, llm):
         (orders / "hang").unlink()
         assert first.result()[0] in (200, 504)
     until(lambda: health() == (200, 200))
-    assert is_right(ask())
+    until(lambda: is_right(ask()))
 
     # the engine's thread is gone: nobody waits for it
     (orders / "die").touch()

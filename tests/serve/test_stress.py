@@ -1,6 +1,9 @@
 """A few random requests to a server; `stress.py` sends more."""
 
+import os
+
 import torch
+from until import until
 
 from litgpt.engine.sampling import Sampling
 
@@ -16,12 +19,11 @@ def test_random_requests_get_their_own_answers_and_leave_nothing(checkpoint):
         stress.run(24, 0)
         before = stress.resources()
         stress.run(24, 0, first_seed=48)
-        after = stress.resources()
+        until(lambda: stress.resources()["files"] <= before["files"] + 2)  # connections that are being closed
+        assert stress.resources()["Threads"] <= before["Threads"] + min(32, os.cpu_count() + 4)  # of asyncio's pool
     assert not stress.problems
-    assert len(stress.ties) < 3
+    assert len(stress.ties) < 6
     assert min(stress.counts.values()) > 3
-    assert after["files"] <= before["files"] + 2  # connections that are being closed
-    assert after["Threads"] <= before["Threads"] + 6  # of asyncio's pool
 
 
 def test_only_answers_that_rounding_decides_may_differ():

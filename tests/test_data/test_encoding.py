@@ -2,7 +2,7 @@
 
 import logging
 import multiprocessing
-import time
+import sys
 
 import numpy as np
 import pytest
@@ -251,7 +251,7 @@ def test_processes_encode_side_by_side(own_cache):
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(200)
         assert worker.exitcode == 0
     assert [file.suffix for file in own_cache.iterdir()] == [".safetensors"]
 
@@ -274,12 +274,14 @@ def test_samples_without_a_token_to_learn_are_reported(caplog):
         encoded([])
 
 
-def test_encoding_is_fast():
-    """A thousand times slower would be a loop over tokens."""
-    samples = [{"instruction": "Say it again. " * 5, "output": "It again. " * 10}] * 2000
-    began = time.perf_counter()
-    found = encoded(samples)
-    assert sum(found.lengths) / (time.perf_counter() - began) > 50_000
+def test_no_function_is_called_for_every_token(own_cache):
+    samples, calls = [{"instruction": "Say it again. " * 10, "output": "It again. " * 20}] * 100, []
+    sys.setprofile(lambda frame, event, value: calls.append(event))
+    try:
+        found = encoded(samples)
+    finally:
+        sys.setprofile(None)
+    assert len(calls) < sum(found.lengths)
 
 
 def test_one_by_one_equals_all_at_once():

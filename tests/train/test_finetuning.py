@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
+from lightning.fabric.loggers import Logger
 from tiny import tiny_tokenizer
 
 from litgpt.__main__ import main
@@ -19,8 +20,9 @@ from litgpt.data import JSON
 from litgpt.finetune import adapter, adapter_v2, full, lora
 from litgpt.kvcache import CacheSpec
 from litgpt.scripts.quantize import quantize_checkpoint
-from litgpt.train import finetune, loop
+from litgpt.train import finetune, loop, setting
 from litgpt.train.loop import Loop
+from litgpt.train.run import Run
 
 SETUPS = {"full": full.setup, "lora": lora.setup, "adapter": adapter.setup, "adapter_v2": adapter_v2.setup}
 SUFFIXES = {"full": "", "lora": ".lora", "adapter": ".adapter", "adapter_v2": ".adapter_v2"}
@@ -89,6 +91,34 @@ def test_what_a_run_writes_and_says(method, checkpoint_dir, tmp_path, json_path,
     values = yaml.safe_load((out / "final" / "hyperparameters.yaml").read_text())
     assert values["data"]["class_path"] == "litgpt.data.JSON"
     assert values["train"]["max_steps"] == 6
+
+
+class Recorder(Logger):
+    name, version, root_dir = "recorder", 0, None
+
+    def __init__(self) -> None:
+        self.settings, self.losses, self.end = [], [], None
+
+    def log_hyperparams(self, params, *args, **kwargs) -> None:
+        self.settings.append(params)
+
+    def log_metrics(self, metrics, step=None) -> None:
+        self.losses += [metrics["loss"]] if "loss" in metrics else []
+
+    def finalize(self, status) -> None:
+        self.end = status
+
+
+def test_loggers_get_settings_losses_and_how_a_run_ended(checkpoint_dir, tmp_path, json_path, monkeypatch):
+    logger = Recorder()
+    monkeypatch.setattr(setting, "make_logger", lambda *args: logger)
+    run("lora", checkpoint_dir, tmp_path / "out", json_path, replace(TRAIN, max_steps=2, save_interval=None))
+    assert [settings["train"]["max_steps"] for settings in logger.settings] == [2]
+    assert (len(logger.losses), logger.end) == (4, "success")  # of micro-batches
+    monkeypatch.setattr(Run, "save_final", lambda self: (tmp_path / "out").mkdir())
+    with pytest.raises(FileExistsError):
+        run("lora", checkpoint_dir, tmp_path / "another", json_path, replace(TRAIN, max_steps=1, save_interval=None))
+    assert logger.end == "failed"
 
 
 def test_training_learns(checkpoint_dir, tmp_path, json_path, capsys):

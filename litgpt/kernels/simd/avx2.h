@@ -13,6 +13,7 @@ inline Floats load(const float* x) { return _mm256_loadu_ps(x); }
 inline void store(float* y, Floats x) { _mm256_storeu_ps(y, x); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 inline Floats greater(Floats a, Floats b) { return _mm256_max_ps(a, b); }
+inline Floats magnitude(Floats x) { return _mm256_andnot_ps(all(-0.0f), x); }
 
 inline float largest(Floats x) {
     __m128 most = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -47,9 +48,9 @@ inline Floats exponential(Floats x) {    // for x of at most 80; relative error 
     const Floats log2 = all(1.44269504f);
     const Floats n = _mm256_round_ps(_mm256_mul_ps(x, log2), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const Floats f = _mm256_fmsub_ps(x, log2, n);
-    Floats p = all(1.5403530e-4f);  // 2^f by its series
-    for (float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
-        p = _mm256_fmadd_ps(p, f, all(c));
+    const float series[] = {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f};
+    Floats p = all(1.5403530e-4f);  // 2^f
+    UNROLLED for (int i = 0; i < 6; i++) p = _mm256_fmadd_ps(p, f, all(series[i]));
     const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     const Floats small = _mm256_cmp_ps(x, all(-87.0f), _CMP_LT_OQ);  // 0
     return _mm256_andnot_ps(small, _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
@@ -153,14 +154,18 @@ inline void split_nibbles(const uint8_t* x, Shorts& low, Shorts& high) {
 using Quads = Pairs;
 constexpr int QUAD_SUMS = 8;  // that there are registers for
 
-inline Quads load_quads(const int8_t* x) {  // each number and 128
-    return _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)x), _mm256_set1_epi8(-128));
-}
+inline Quads without_signs(Quads x) { return _mm256_xor_si256(x, _mm256_set1_epi8(-128)); }  // each number and 128
+inline Quads load_quads(const int8_t* x) { return without_signs(_mm256_loadu_si256((const __m256i*)x)); }
 
 // Numbers [d, d + 4 LANES) of a vector in 4 bits
 inline Quads load_nibbles(const uint8_t* x, int64_t d) {
     const __m128i bytes = _mm_loadu_si128((const __m128i*)(x + d / 2));
     return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes), _mm256_set1_epi8(15));
+}
+
+// Numbers [4 s, 4 s + 4) of those whose codes lie in 32 bits: quads
+inline Quads two_bits(Pairs x, int s) {
+    return _mm256_and_si256(_mm256_srli_epi32(x, 2 * s), _mm256_set1_epi8(3));
 }
 
 // x, and 16 more where there is a bit
@@ -174,6 +179,31 @@ inline Quads add_fifth_bits(Quads x, const void* bits) {
     return _mm256_or_si256(x, _mm256_and_si256(there, _mm256_set1_epi8(16)));
 }
 
+// The same for quad i of each lane, where its bits begin with bit 4 i
+inline Quads add_fifth_bits(Quads x, Quads bits, int i) {
+    const __m256i first = _mm256_broadcastsi128_si256(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+    const __m256i bytes = _mm256_shuffle_epi8(bits, _mm256_add_epi8(first, _mm256_set1_epi8(char(i / 2))));
+    const __m256i bit = _mm256_set1_epi32(i % 2 ? int(0x80402010) : 0x08040201);
+    const __m256i there = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
+    return _mm256_or_si256(x, _mm256_and_si256(there, _mm256_set1_epi8(16)));
+}
+
+inline Quads low_nibbles(Quads x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+inline Quads high_nibbles(Quads x) { return low_nibbles(_mm256_srli_epi32(x, 4)); }
+
+// Four quads of LANES rows, `stride` bytes apart: y[i] has quad i of each row
+INLINED void load_words(const char* x, int64_t stride, Quads* y) {
+    __m256i a[4];
+    UNROLLED for (int i = 0; i < 4; i++) {
+        const auto row = [&](int j) { return _mm_loadu_si128((const __m128i*)(x + j * stride)); };
+        a[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(row(i)), row(4 + i), 1);
+    }
+    const __m256i low = _mm256_unpacklo_epi32(a[0], a[1]), low_2 = _mm256_unpacklo_epi32(a[2], a[3]);
+    const __m256i high = _mm256_unpackhi_epi32(a[0], a[1]), high_2 = _mm256_unpackhi_epi32(a[2], a[3]);
+    y[0] = _mm256_unpacklo_epi64(low, low_2), y[1] = _mm256_unpackhi_epi64(low, low_2);
+    y[2] = _mm256_unpacklo_epi64(high, high_2), y[3] = _mm256_unpackhi_epi64(high, high_2);
+}
+
 inline Shorts even_numbers(Quads x) { return _mm256_and_si256(x, _mm256_set1_epi16(255)); }
 inline Shorts odd_numbers(Quads x) { return _mm256_srli_epi16(x, 8); }
 
@@ -183,8 +213,22 @@ inline Shorts odd_numbers(Quads x) { return _mm256_srli_epi16(x, 8); }
 inline Integers add_byte_products(Integers sum, Quads a, int32_t b) {
     return _mm256_dpbusd_avx_epi32(sum, a, _mm256_set1_epi32(b));
 }
+inline Integers rounded_integers(Floats x) { return _mm256_cvtps_epi32(x); }
 inline Integers shifted_left(Integers x, int bits) { return _mm256_slli_epi32(x, bits); }
 inline Integers sum_of(Integers a, Integers b) { return _mm256_add_epi32(a, b); }
+
+// 4 LANES integers x of 14 bits and a sign as bytes: 128 high + low
+INLINED void store_bytes(int8_t* high, int8_t* low, const Integers* x) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i upper[2], lower[2];
+    UNROLLED for (int i = 0; i < 2; i++) {
+        const __m256i both = _mm256_packs_epi32(x[2 * i], x[2 * i + 1]);
+        upper[i] = _mm256_srai_epi16(_mm256_add_epi16(both, _mm256_set1_epi16(64)), 7);
+        lower[i] = _mm256_sub_epi16(both, _mm256_slli_epi16(upper[i], 7));
+    }
+    _mm256_storeu_si256((__m256i*)high, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(upper[0], upper[1]), order));
+    _mm256_storeu_si256((__m256i*)low, _mm256_permutevar8x32_epi32(_mm256_packs_epi16(lower[0], lower[1]), order));
+}
 #endif
 
 // The lower or the upper halves of 128 bits of 4 vectors, as two vectors of quads of a number of each; `store_in_order` puts sums

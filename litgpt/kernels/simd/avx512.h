@@ -13,6 +13,7 @@ inline Floats load(const float* x) { return _mm512_loadu_ps(x); }
 inline void store(float* y, Floats x) { _mm512_storeu_ps(y, x); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline Floats greater(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+inline Floats magnitude(Floats x) { return _mm512_abs_ps(x); }
 inline float largest(Floats x) { return _mm512_reduce_max_ps(x); }
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
 
@@ -38,9 +39,9 @@ inline Floats exponential(Floats x) {    // for x of at most 80; relative error 
     const Floats log2 = all(1.44269504f);
     const Floats n = _mm512_roundscale_ps(_mm512_mul_ps(x, log2), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const Floats f = _mm512_fmsub_ps(x, log2, n);
-    Floats p = all(1.5403530e-4f);  // 2^f by its series
-    for (float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
-        p = _mm512_fmadd_ps(p, f, all(c));
+    const float series[] = {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f};
+    Floats p = all(1.5403530e-4f);  // 2^f
+    UNROLLED for (int i = 0; i < 6; i++) p = _mm512_fmadd_ps(p, f, all(series[i]));
     return _mm512_scalef_ps(p, n);
 }
 
@@ -190,9 +191,8 @@ inline Integers add_integer_products(Integers sum, Shorts a, Shorts b) {
 using Quads = Pairs;
 constexpr int QUAD_SUMS = 12;  // that there are registers for
 
-inline Quads load_quads(const int8_t* x) {  // each number and 128
-    return _mm512_xor_si512(_mm512_loadu_si512(x), _mm512_set1_epi8(-128));
-}
+inline Quads without_signs(Quads x) { return _mm512_xor_si512(x, _mm512_set1_epi8(-128)); }  // each number and 128
+inline Quads load_quads(const int8_t* x) { return without_signs(_mm512_loadu_si512(x)); }
 
 // Numbers [d, d + 4 LANES) of a vector in 4 bits
 inline Quads load_nibbles(const uint8_t* x, int64_t d) {
@@ -202,11 +202,41 @@ inline Quads load_nibbles(const uint8_t* x, int64_t d) {
     return _mm512_and_si512(halves, _mm512_set1_epi8(15));
 }
 
+// Numbers [4 s, 4 s + 4) of those whose codes lie in 32 bits: quads
+inline Quads two_bits(Pairs x, int s) {
+    return _mm512_and_si512(_mm512_srli_epi32(x, 2 * unsigned(s)), _mm512_set1_epi8(3));
+}
+
 // x, and 16 more where there is a bit
 inline Quads add_fifth_bits(Quads x, const void* bits) {
     uint64_t there;
     std::memcpy(&there, bits, 8);
     return _mm512_or_si512(x, _mm512_maskz_set1_epi8(there, 16));
+}
+
+// The same for quad i of each lane, where its bits begin with bit 4 i
+inline Quads add_fifth_bits(Quads x, Quads bits, int i) {
+    const __m512i first = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+    const __m512i bytes = _mm512_shuffle_epi8(bits, _mm512_add_epi8(first, _mm512_set1_epi8(char(i / 2))));
+    const __mmask64 there = _mm512_test_epi8_mask(bytes, _mm512_set1_epi32(i % 2 ? int(0x80402010) : 0x08040201));
+    return _mm512_mask_add_epi8(x, there, x, _mm512_set1_epi8(16));
+}
+
+inline Quads low_nibbles(Quads x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+inline Quads high_nibbles(Quads x) { return low_nibbles(_mm512_srli_epi32(x, 4)); }
+
+// Four quads of LANES rows, `stride` bytes apart: y[i] has quad i of each row
+INLINED void load_words(const char* x, int64_t stride, Quads* y) {
+    __m512i a[4];
+    UNROLLED for (int i = 0; i < 4; i++) {
+        const auto row = [&](int j) { return _mm_loadu_si128((const __m128i*)(x + j * stride)); };
+        a[i] = _mm512_inserti32x4(_mm512_castsi128_si512(row(i)), row(4 + i), 1);
+        a[i] = _mm512_inserti32x4(_mm512_inserti32x4(a[i], row(8 + i), 2), row(12 + i), 3);
+    }
+    const __m512i low = _mm512_unpacklo_epi32(a[0], a[1]), low_2 = _mm512_unpacklo_epi32(a[2], a[3]);
+    const __m512i high = _mm512_unpackhi_epi32(a[0], a[1]), high_2 = _mm512_unpackhi_epi32(a[2], a[3]);
+    y[0] = _mm512_unpacklo_epi64(low, low_2), y[1] = _mm512_unpackhi_epi64(low, low_2);
+    y[2] = _mm512_unpacklo_epi64(high, high_2), y[3] = _mm512_unpackhi_epi64(high, high_2);
 }
 
 inline Shorts even_numbers(Quads x) { return _mm512_and_si512(x, _mm512_set1_epi16(255)); }
@@ -216,10 +246,25 @@ inline Shorts odd_numbers(Quads x) { return _mm512_srli_epi16(x, 8); }
 #define LITGPT_BYTE_PRODUCTS
 // sum + a b, where b has signs: each of the sums gets four products
 inline Integers add_byte_products(Integers sum, Quads a, int32_t b) {
-    return _mm512_dpbusd_epi32(sum, a, _mm512_set1_epi32(b));
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(_mm512_set1_epi32(b)));  // no intrinsic: GCC 12 copies its sums
+    return sum;
 }
+inline Integers rounded_integers(Floats x) { return _mm512_cvtps_epi32(x); }
 inline Integers shifted_left(Integers x, int bits) { return _mm512_slli_epi32(x, bits); }
 inline Integers sum_of(Integers a, Integers b) { return _mm512_add_epi32(a, b); }
+
+// 4 LANES integers x of 14 bits and a sign as bytes: 128 high + low
+INLINED void store_bytes(int8_t* high, int8_t* low, const Integers* x) {
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    __m512i upper[2], lower[2];
+    UNROLLED for (int i = 0; i < 2; i++) {
+        const __m512i both = _mm512_packs_epi32(x[2 * i], x[2 * i + 1]);
+        upper[i] = _mm512_srai_epi16(_mm512_add_epi16(both, _mm512_set1_epi16(64)), 7);
+        lower[i] = _mm512_sub_epi16(both, _mm512_slli_epi16(upper[i], 7));
+    }
+    _mm512_storeu_si512(high, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(upper[0], upper[1])));
+    _mm512_storeu_si512(low, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(lower[0], lower[1])));
+}
 #endif
 
 // The lower or the upper halves of 128 bits of 4 vectors, as two vectors of quads of a number of each; `store_in_order` puts sums

@@ -13,6 +13,7 @@ inline Floats load(const float* x) { return vld1q_f32(x); }
 inline void store(float* y, Floats x) { vst1q_f32(y, x); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
 inline Floats greater(Floats a, Floats b) { return vmaxq_f32(a, b); }
+inline Floats magnitude(Floats x) { return vabsq_f32(x); }
 inline float largest(Floats x) { return vmaxvq_f32(x); }
 inline float sum(Floats x) { return vaddvq_f32(x); }
 
@@ -30,9 +31,9 @@ inline Floats exponential(Floats x) {    // for x of at most 80; relative error 
     x = vmaxq_f32(x, all(-200.0f));  // NaN stays
     const Floats n = vrndnq_f32(vmulq_n_f32(x, 1.44269504f));
     const Floats f = vfmaq_n_f32(vnegq_f32(n), x, 1.44269504f);
-    Floats p = all(1.5403530e-4f);  // 2^f by its series
-    for (float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
-        p = vfmaq_f32(all(c), p, f);
+    const float series[] = {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f};
+    Floats p = all(1.5403530e-4f);  // 2^f
+    UNROLLED for (int i = 0; i < 6; i++) p = vfmaq_f32(all(series[i]), p, f);
     const int32x4_t power = vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23);
     const uint32x4_t small = vcltq_f32(x, all(-87.0f));  // 0
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(p * vreinterpretq_f32_s32(power)), small));
@@ -153,14 +154,18 @@ inline void split_nibbles(const uint8_t* x, Shorts& low, Shorts& high) {
 using Quads = Pairs;
 constexpr int QUAD_SUMS = 16;  // that there are registers for
 
-inline Quads load_quads(const int8_t* x) {  // each number and 128
-    return vreinterpretq_u32_u8(veorq_u8(vreinterpretq_u8_s8(vld1q_s8(x)), vdupq_n_u8(128)));
-}
+inline Quads without_signs(Quads x) { return veorq_u32(x, vdupq_n_u32(0x80808080u)); }  // each number and 128
+inline Quads load_quads(const int8_t* x) { return without_signs(vreinterpretq_u32_s8(vld1q_s8(x))); }
 
 // Numbers [d, d + 4 LANES) of a vector in 4 bits
 inline Quads load_nibbles(const uint8_t* x, int64_t d) {
     const uint8x16_t bytes = vld1q_u8(x + d / 32 * 16);
     return vreinterpretq_u32_u8(d % 32 ? vshrq_n_u8(bytes, 4) : vandq_u8(bytes, vdupq_n_u8(15)));
+}
+
+// Numbers [4 s, 4 s + 4) of those whose codes lie in 32 bits: quads
+inline Quads two_bits(Pairs x, int s) {
+    return vandq_u32(vshlq_u32(x, vdupq_n_s32(-2 * s)), vdupq_n_u32(0x03030303u));
 }
 
 // x, and 16 more where there is a bit
@@ -169,6 +174,23 @@ inline Quads add_fifth_bits(Quads x, const void* bits) {
     const uint8x16_t bit = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
     const uint8x16_t there = vtstq_u8(vcombine_u8(vdup_n_u8(own[0]), vdup_n_u8(own[1])), bit);
     return vorrq_u32(x, vreinterpretq_u32_u8(vandq_u8(there, vdupq_n_u8(16))));
+}
+
+// The same for quad i of each lane, where its bits begin with bit 4 i
+inline Quads add_fifth_bits(Quads x, Quads bits, int i) {
+    const uint8x16_t first = {0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12};
+    const uint8x16_t bytes = vqtbl1q_u8(vreinterpretq_u8_u32(bits), vaddq_u8(first, vdupq_n_u8(uint8_t(i / 2))));
+    const uint8x16_t bit = vreinterpretq_u8_u32(vdupq_n_u32(i % 2 ? 0x80402010u : 0x08040201u));
+    return vorrq_u32(x, vreinterpretq_u32_u8(vandq_u8(vtstq_u8(bytes, bit), vdupq_n_u8(16))));
+}
+
+inline Quads low_nibbles(Quads x) { return vandq_u32(x, vdupq_n_u32(0x0f0f0f0fu)); }
+inline Quads high_nibbles(Quads x) { return low_nibbles(vshrq_n_u32(x, 4)); }
+
+// Four quads of LANES rows, `stride` bytes apart: y[i] has quad i of each row
+INLINED void load_words(const char* x, int64_t stride, Quads* y) {
+    UNROLLED for (int i = 0; i < 4; i++) y[i] = vreinterpretq_u32_u8(vld1q_u8((const uint8_t*)x + i * stride));
+    transpose(y);
 }
 
 inline Shorts four_apart(uint16x8_t x) { return vreinterpretq_s16_u16(vuzp1q_u16(x, vextq_u16(x, x, 1))); }

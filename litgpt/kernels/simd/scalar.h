@@ -20,6 +20,7 @@ inline Floats load(const float* x) { return vector_at<Floats>(x); }
 inline void store(float* y, Floats x) { std::memcpy(y, &x, sizeof x); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return a * b + c; }
 inline Floats greater(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats magnitude(Floats x) { return greater(x, -x); }
 inline float largest(Floats x) { return std::max(std::max(x[0], x[1]), std::max(x[2], x[3])); }
 inline float sum(Floats x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 inline Floats load(const bf16* x) { return Floats{widen(x[0]), widen(x[1]), widen(x[2]), widen(x[3])}; }
@@ -108,18 +109,37 @@ using Quads = Pairs;
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 constexpr int QUAD_SUMS = 8;  // that there are registers for
 
-inline Quads load_quads(const int8_t* x) { return vector_at<Quads>(x) ^ 0x80808080u; }  // each number and 128
+inline Quads without_signs(Quads x) { return x ^ 0x80808080u; }  // each number and 128
+inline Quads load_quads(const int8_t* x) { return without_signs(vector_at<Quads>(x)); }
 
 // Numbers [d, d + 4 LANES) of a vector in 4 bits
 inline Quads load_nibbles(const uint8_t* x, int64_t d) {
     return vector_at<Quads>(x + d / 32 * 16) >> (d % 32 ? 4 : 0) & 0x0f0f0f0fu;
 }
 
+// Numbers [4 s, 4 s + 4) of those whose codes lie in 32 bits: quads
+inline Quads two_bits(Pairs x, int s) { return x >> 2 * s & 0x03030303u; }
+
 // x, and 16 more where there is a bit
 inline Quads add_fifth_bits(Quads x, const void* bits) {
     Bytes y = (Bytes)x;
     for (int i = 0; i < 4 * LANES; i++) y[i] = uint8_t(y[i] | (((const uint8_t*)bits)[i / 8] >> i % 8 & 1) << 4);
     return (Quads)y;
+}
+
+// The same for quad i of each lane, where its bits begin with bit 4 i
+inline Quads add_fifth_bits(Quads x, Quads bits, int i) {
+    const Quads own = bits >> 4 * i;
+    return x | (own & 1u) << 4 | (own & 2u) << 11 | (own & 4u) << 18 | (own & 8u) << 25;
+}
+
+inline Quads low_nibbles(Quads x) { return x & 0x0f0f0f0fu; }
+inline Quads high_nibbles(Quads x) { return low_nibbles(x >> 4); }
+
+// Four quads of LANES rows, `stride` bytes apart: y[i] has quad i of each row
+INLINED void load_words(const char* x, int64_t stride, Quads* y) {
+    for (int i = 0; i < 4; i++) y[i] = vector_at<Quads>(x + i * stride);
+    transpose(y);
 }
 
 inline Shorts even_numbers(Quads x) { return (Shorts)(x & 0x00ff00ffu); }

@@ -13,7 +13,7 @@
 #ifdef __clang__
 #define UNROLLED _Pragma("clang loop unroll(full)")
 #else
-#define UNROLLED _Pragma("GCC unroll 16")
+#define UNROLLED _Pragma("GCC unroll 64")
 #endif
 
 #if !defined(LITGPT_SCALAR) && !defined(LITGPT_FLOAT32) && \
