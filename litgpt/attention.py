@@ -115,6 +115,11 @@ class EncodedKeysAndValues:
         """N."""
         return self.parts[0].shape[2]
 
+    @property
+    def n_query_groups(self) -> int:
+        """G."""
+        return self.parts[0].shape[1]
+
     def narrow(self, start: int, stop: int) -> "EncodedKeysAndValues":
         """Those from `start` up to `stop`."""
         return self._with(tuple(x[:, :, start:stop] for x in self.parts))
@@ -132,6 +137,11 @@ class EncodedKeysAndValues:
         kinds = [codec.kind if x.stride(-1) == 1 else 0 for codec, x in zip(self.codecs, codes, strict=True)]
         rotated = (codec.rotated for codec in self.codecs)
         return tuple(map(Vectors.of, kinds, rotated, codes, scales))
+
+    def newest(self) -> tuple[torch.Tensor, torch.Tensor, int] | None:
+        """Keys and values that are not encoded, and how many others come first: for kernels, which find that at position p in slot p
+        modulo the number of slots. None: all are encoded."""
+        return None
 
     def rotate_query(self, query: torch.Tensor) -> torch.Tensor:
         """Queries for rotated keys."""
@@ -411,9 +421,8 @@ class MultiHeadSelfAttention:
         if query.device.type == "cpu" and self.is_plain():
             encoded = k_and_v.for_kernels()
             if ops.can_attend_encoded(query, encoded, bias, sink_logits):
-                size = k_and_v.parts[0].shape[1], N
-                factors = self.scale, self.softcapping or 0.0
-                return ops.attend_encoded(query, encoded, *size, bias, sink_logits, *factors).transpose(1, 2)
+                args = k_and_v.n_query_groups, N, bias, sink_logits, self.scale, self.softcapping or 0.0
+                return ops.attend_encoded(query, encoded, *args, k_and_v.newest()).transpose(1, 2)
         own = k_and_v.rotate_query(query)
         if N <= SLOT_BLOCK or torch.compiler.is_compiling():  # compiled code is to be the same for any length
             return k_and_v.rotate_output(self.attend(own, k_and_v.rotated(), bias, False, sink_logits=sink_logits)[0])

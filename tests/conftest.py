@@ -3,11 +3,17 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ  # one of several processes that test, with one thread each
+if SIDE_BY_SIDE:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # torch finds graphs again that it compiled for another one
     os.environ.setdefault(
@@ -22,6 +28,16 @@ settings.load_profile("same")
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(1234)
+
+
+@pytest.fixture(autouse=True)
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """As many threads after a test as before; two for kernels where others have one."""
+    before = torch.get_num_threads()
+    if SIDE_BY_SIDE and request.path.parent.name in ("kernels", "runners"):
+        torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -278,7 +278,7 @@ def test_the_beginning_of_an_answer_is_known_however_it_begins(monkeypatch, outp
     assert tuple(bool(pattern.search(output)) for pattern in patterns) == begun
 
 
-@pytest.mark.parametrize("options", [{}, {"quantize": "int8"}, {"quantize": "int4"}])
+@pytest.mark.parametrize("options", [{}, {"quantize": "int4"}])
 def test_worker_of_ours_generates_what_the_package_generates(
     monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path, options: dict
 ) -> None:

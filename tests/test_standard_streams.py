@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from tiny import CHAT_TEMPLATE, VOCABULARY, tiny_gpt, tiny_tokenizer
 
+from litgpt.__main__ import main
 from litgpt.api import LLM, Preprocessor
 from litgpt.prompts import ChatTemplate
 from litgpt.standard_streams import is_text, replace_surrogates
@@ -49,10 +50,7 @@ def shell(line: str, *args: str | bytes, **environment: str) -> subprocess.Compl
         ("LITGPT chat . <&-", 1, b"litgpt: error: stdin is closed: chat reads messages"),
         ("LITGPT chat . </dev/null >&-", 1, b"litgpt: error: stdout is closed: chat writes answers"),
         ("LITGPT generate . --prompt $'caf\\xe9'", 2, b"litgpt: error: --prompt is not text in UTF-8: b'caf\\xe9'\n"),
-        ("LITGPT generate $'caf\\xe9'", 2, b"litgpt: error: --checkpoint_dir is not text in UTF-8: b'caf\\xe9'\n"),
-        ("LITGPT generate --$'\\xff' 1", 2, b"litgpt: error: --\\udcff is not text in UTF-8: b'1'\n"),
         ("LITGPT $'\\xff'", 2, b"litgpt: error: unknown command '\\udcff'"),
-        ("LITGPT generate . --config <(printf 'prompt: caf\\xe9')", 2, b"litgpt: error: --config"),
     ],
 )
 def test_streams_and_arguments_that_fail_are_one_line(line, code, error):
@@ -60,6 +58,23 @@ def test_streams_and_arguments_that_fail_are_one_line(line, code, error):
     assert (result.returncode, result.stdout) == (code, b"")
     assert result.stderr.startswith(error)
     assert result.stderr.count(b"\n") <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["caf\udce9"], "litgpt: error: --checkpoint_dir is not text in UTF-8: b'caf\\xe9'\n"),
+        (["--\udcff", "1"], "litgpt: error: --\\udcff is not text in UTF-8: b'1'\n"),
+        ([".", "--config", "options.yaml"], "litgpt: error: --config"),
+    ],
+)
+def test_arguments_that_are_no_text_are_one_line(arguments, error, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("options.yaml").write_bytes(b"prompt: caf\xe9")
+    assert main(["generate", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(error)
 
 
 def test_what_stdout_cannot_write_is_replaced(model):

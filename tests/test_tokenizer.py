@@ -476,7 +476,9 @@ def test_texts_are_not_remembered():
     tokenizer = Tokenizer.from_tokenizers(
         Processor(models.BPE({chr(i): i for i in range(128)}, [])), bos_id=None, eos_id=0, use_bos=False
     )
-    before = memory()
-    for i in range(4000):
+    for i in range(400):
         tokenizer.encode(f"{i:0250}")
-    assert memory() - before < 8e6  # it would be 40 MB
+    before = memory()
+    for i in range(400, 4400):
+        tokenizer.encode(f"{i:0250}")
+    assert memory() - before < 20e6  # it would be 40 MB

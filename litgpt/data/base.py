@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from litgpt.chat_template import ChatTemplate
 from litgpt.data.encoding import Encoded, EncodedSamples, Sample, Splits, encode_sample, example_of
@@ -110,17 +110,15 @@ def get_sft_collate_fn(
 
 
 def _sft_collate_fn(
-    samples: list[dict[str, Any]], max_seq_length: int = -1, pad_id: int = 0, ignore_index: int = IGNORE_INDEX
+    samples: list[dict[str, Any]], max_seq_length: int, pad_id: int, ignore_index: int
 ) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     for key, filler in (("input_ids", pad_id), ("labels", ignore_index)):
         rows = torch.nn.utils.rnn.pad_sequence([s[key] for s in samples], batch_first=True, padding_value=filler)
         batch[key] = rows[:, :max_seq_length] if max_seq_length > 0 else rows
     if "token_counts" in samples[0]:
-        names = samples[0]["token_counts"]
-        batch["token_counts"] = {
-            name: torch.tensor([s["token_counts"][name] for s in samples], dtype=torch.int64)[:, None] for name in names
-        }
+        counts = default_collate([sample["token_counts"] for sample in samples])
+        batch["token_counts"] = {name: of_samples[:, None] for name, of_samples in counts.items()}
     return batch
 
 
@@ -160,12 +158,9 @@ class SFTModule(DataModule):
     def setup(self, stage: str = "") -> None:
         if self.prompt_style is None:
             self.prompt_style = self.own_style()
-        self.train_dataset, self.test_dataset = (
-            SFTDataset(
-                samples, self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt, self.ignore_index
-            )
-            for samples in self.samples()
-        )
+        train, test = self.samples()  # which may choose style and mask
+        settings = (self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt, self.ignore_index)
+        self.train_dataset, self.test_dataset = SFTDataset(train, *settings), SFTDataset(test, *settings)
 
     def own_style(self) -> PromptStyle:
         """The checkpoint's chat template; Alpaca's style where it has none."""

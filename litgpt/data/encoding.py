@@ -48,7 +48,11 @@ class Part(NamedTuple):
 
 
 class RewrittenAnswerError(ValueError):
-    """A template renders an answer differently when more messages follow."""
+    def __init__(self) -> None:
+        super().__init__(
+            "the prompt style renders an answer differently when more messages follow: split the conversation into samples "
+            "that end with the answer to be learned"
+        )
 
 
 def _conversation(sample: Sample) -> tuple[list[dict[str, Any]], list[int], dict[str, Any]]:
@@ -99,9 +103,7 @@ def encode_sample(
 
     An instruction and its response are encoded apart, and the response ends with the end token. A conversation is encoded
     as the checkpoint's chat template renders it; the loss counts the assistant's messages, each with its end token.
-
-    Raises:
-        ValueError: if the style cannot render the sample, or renders answers differently when more messages follow.
+    `ValueError` if the style cannot render the sample, or renders answers differently when more messages follow.
     """
     parts = parts_of(sample, tokenizer, style)
     return _assemble(parts, _encode_parts(parts, tokenizer), max_seq_length, mask_prompt)
@@ -120,7 +122,7 @@ def parts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[P
     for i in learned:
         before = style.render(messages[:i])
         if not before.startswith(done):
-            raise RewrittenAnswerError(_REWRITTEN)
+            raise RewrittenAnswerError
         context = before[len(done) :]
         if done and tokenizer.eos_id is not None:
             context = context.removeprefix(tokenizer.eos_token)
@@ -128,12 +130,6 @@ def parts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[P
         parts += [Part(context, bos), Part(messages[i]["content"], eos=True, counted=True)]
         done = before + messages[i]["content"]
     return parts
-
-
-_REWRITTEN = (
-    "the prompt style renders an answer differently when more messages follow: split the conversation into samples that end "
-    "with the answer to be learned"
-)
 
 
 def _rendered(
@@ -166,7 +162,7 @@ def _rendered(
         after = [at + len(token) for token in end_texts if (at := through.find(token, said)) >= 0]
         end = min(after, default=len(through.rstrip()))
         if through[:end] != text[:end]:
-            raise RewrittenAnswerError(_REWRITTEN)
+            raise RewrittenAnswerError
         cuts += [start, end]
     return Part(text, counted=cuts)
 
@@ -270,12 +266,10 @@ class EncodedSamples(Sequence[Encoded]):
         mask_prompt: bool,
         name: str,
     ) -> "EncodedSamples":
-        """Encode samples, or take them from the cache, whose files are named by all that decides what is in them.
+        """Encode samples, or take them from the cache, whose files are named by all that decides what is in them. What a tokenizer
+        without a `fingerprint` encodes, or a style that is not of this package and may change at any time, is not cached.
 
-        A tokenizer without a `fingerprint`, or a style that is not of this package and may change at any time, is not cached.
-
-        Raises:
-            ValueError: if there is no sample, one cannot be rendered, or the loss counts no token of any.
+        `ValueError` if there is no sample, one cannot be rendered, or the loss counts no token of any.
         """
         if not samples:
             raise ValueError(f"{name}: there are no samples")

@@ -85,17 +85,14 @@ def encode_files(
     documents: Callable[[Path], Iterable[str]],
     eos: bool = False,
 ) -> np.ndarray:
-    """The tokens of all documents in some files, one after the other, each after a BOS token where the tokenizer has one.
+    """The tokens (n,) of all documents in some files, one after the other, each after a BOS token where the tokenizer has one.
 
-    They are kept in `folder` (or, where that cannot be written, in the user's cache), and taken from there as long as neither
-    the files nor the tokenizer change.
+    They are kept in `folder` (or, where that cannot be written, in the user's cache), and mapped into memory from there as long
+    as neither the files nor the tokenizer change.
 
     Args:
         documents: the documents in a file.
         eos: put an end token after each document; in any case where the tokenizer has no BOS token.
-
-    Returns:
-        Tokens (n,), mapped into memory.
     """
     name = f"tokens-{files_digest(files, tokenizer, eos)}.bin"
     dtype = np.uint16 if tokenizer.vocab_size <= 1 << 15 else np.uint32  # added tokens come on top

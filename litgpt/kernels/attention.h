@@ -70,6 +70,8 @@ struct Attention {
     const KvSplits* splits;
     const int64_t* rows;          // rows of keys and values that the queries attend to (B,); null: the first B
     const Vectors* encoded;       // keys and values in fewer bits, in place of k and v; null: none
+    const int64_t* sealed;        // only so many of the first keys of each row are encoded (B,); null: all
+    int64_t newest;               // where not all are: the others are in k and v, that at p in slot p % newest
     float *sums, *tops, *totals;  // of each split, by the queries that share it
     Real* queries;                // (B, H, T, D)
     QueryFactors* factors;        // of queries to encoded keys, if GROUP divides D
@@ -101,9 +103,12 @@ struct Attention {
         for (int64_t i = 0; i < int64_t(splits->all.size()); i++) attend_split(i);
     }
 
+    bool is_encoded(const KvSplits::Split& p) const { return encoded && (!sealed || p.n0 < sealed[p.b]); }
+
     // The first key or value of a split
     const Real* start(const KvSplits::Split& p, const Real* x, const int64_t* strides) const {
-        return x + (rows ? rows[p.b] : p.b) * strides[0] + p.g * strides[1] + p.n0 * strides[2];
+        const int64_t slot = sealed ? p.n0 % newest : p.n0;
+        return x + (rows ? rows[p.b] : p.b) * strides[0] + p.g * strides[1] + slot * strides[2];
     }
 
     Vectors start(const KvSplits::Split& p, const Vectors& x) const {
@@ -122,12 +127,14 @@ struct Attention {
                              D, scale, cap, tops + at, totals + at, sums + at * D};
             for (int c = 0; bias && c < own.count; c++)
                 own.bias[c] = bias + p.b * bias_strides[0] + (r + c) % T * bias_strides[1] + p.n0;
+            const bool coded = is_encoded(p);
+            const KvSplits::Split& ahead = is_encoded(next) == coded ? next : p;
             if constexpr (std::is_same_v<Real, bf16>)  // caches of models in float have no codes
-                if (encoded) {
-                    own.attend(start(p, encoded[0]), start(p, encoded[1]), start(next, encoded[0]));
+                if (coded) {
+                    own.attend(start(p, encoded[0]), start(p, encoded[1]), start(ahead, encoded[0]));
                     continue;
                 }
-            own.attend(start(p, k, k_strides), start(p, v, v_strides), start(next, k, k_strides), k_strides[2],
+            own.attend(start(p, k, k_strides), start(p, v, v_strides), start(ahead, k, k_strides), k_strides[2],
                        v_strides[2]);
         }
     }

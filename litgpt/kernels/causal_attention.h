@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention.h"
+#include "two_bits.h"
 #include "weights.h"
 
 struct CausalAttention {
@@ -20,6 +21,8 @@ struct CausalAttention {
     bf16* y;                                           // (T, H, D)
     Vectors encoded[2] = {};                           // keys and values in fewer bits, in place of k and v, of one row
     int64_t pinned = 0;                                // first keys, which all queries see that follow them
+    const bf16* new_keys[2] = {};  // of caches in 2 bits: keys and values of the tokens, by the strides of queries; others in k and v
+    int64_t sealed = 0, begin = 0, newest = 0;  // and as in `Segment`
 
     int64_t tile_tokens() const {
         const int64_t tokens = ((encoded[0].kind ? 2 * QUERY_TILE_ROWS : QUERY_TILE_ROWS) * G / H + ROWS - 1) / ROWS * ROWS;
@@ -127,6 +130,22 @@ private:
         return total + exponentiate_to(weights, s, base, n);
     }
 
+    // The key or value at position p, which is in `room` where it is decoded
+    const bf16* vector(int side, int64_t g, int64_t p, bf16* room) const {
+        if (!newest) {
+            decode(encoded[side].at(0, g, p), D, room);
+        } else if (p < sealed) {
+            float x[MAX_D];
+            (side ? decode_value : decode_key)(encoded[side].at(0, g, 0), p, D, x);
+            for (int64_t d = 0; d < D; d++) room[d] = narrow(x[d]);
+        } else if (p < begin) {
+            return (side ? v : k) + g * k_strides[0] + p % newest * k_strides[1];
+        } else {
+            return new_keys[side] + g * q_strides[0] + (p - (N - T)) * q_strides[1];
+        }
+        return room;
+    }
+
     // Keys [k0, k0 + n) of group g in blocks of 64: for pairs of their numbers, one after the other; zeros after the
     // last.
     void lay_out_keys(uint32_t* target, int64_t g, int64_t k0, int64_t n, int64_t size) const {
@@ -135,8 +154,11 @@ private:
         for (int64_t j = 0; j < (n + KEYS - 1) / KEYS * KEYS; j += LANES) {
             uint32_t* block = target + j / KEYS * KEYS * size / 2 + j % KEYS;
             const int64_t count = std::min<int64_t>(LANES, n - j);
-            for (int64_t i = 0; !start && i < count; i++)
-                decode(encoded[0].at(0, g, k0 + j + i), D, decoded.data() + i * size);
+            for (int64_t i = 0; !start && i < count; i++) {
+                bf16* room = decoded.data() + i * size;
+                const bf16* own = vector(0, g, k0 + j + i, room);
+                if (own != room) std::memcpy(room, own, D * sizeof(bf16));
+            }
             const bf16* rows = start ? start + j * k_strides[1] : decoded.data();
             const int64_t stride = start ? k_strides[1] : size;
             for (int64_t d = 0; d < size; d += 2 * LANES) {
@@ -163,8 +185,7 @@ private:
         const auto value = [&](int64_t j, bf16* own) -> const bf16* {
             if (j >= n) return none;
             if (start) return start + j * v_strides[1];
-            decode(encoded[1].at(0, g, k0 + j), D, own);
-            return own;
+            return vector(1, g, k0 + j, own);
         };
         for (int64_t j = 0; j < (n + KEYS - 1) / KEYS * KEYS; j += 2) {
             const bf16 *first = value(j, decoded[0]), *second = value(j + 1, decoded[1]);

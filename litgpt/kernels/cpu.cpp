@@ -49,15 +49,17 @@ void rms_norm(const bf16* x, const bf16* weight, bf16* y, int64_t rows, int64_t 
 }
 
 // q (B, H, T, D) and keys, values (B, G, N, D) by strides over all but the last dimension, bias (null: none) by strides
-// over B, T; sinks (H,) or null; y (B, T, H, D). `encoded`: null, or keys and values in place of k and v. Scores are soft-capped to (-cap, cap) if `cap` is positive.
-void attend(const bf16* q, const bf16* k, const bf16* v, const Vectors* encoded, const bf16* bias, const bf16* sinks,
-            bf16* y, int64_t B, int64_t H, int64_t G, int64_t T, int64_t N, int64_t D, const int64_t* strides, float scale, float cap) {
+// over B, T; sinks (H,) or null; y (B, T, H, D). `encoded`: null, or keys and values in place of k and v; or of the first ones
+// (`sealed` and `newest` as for `Attention`). Scores are soft-capped to (-cap, cap) if `cap` is positive.
+void attend(const bf16* q, const bf16* k, const bf16* v, const Vectors* encoded, const int64_t* sealed, int64_t newest,
+            const bf16* bias, const bf16* sinks, bf16* y, int64_t B, int64_t H, int64_t G, int64_t T, int64_t N, int64_t D,
+            const int64_t* strides, float scale, float cap) {
     static thread_local Scratch<float> scratch;
     static thread_local KvSplits splits;
     const int64_t *qs = strides, *ks = strides + 3, *vs = strides + 6, *bs = strides + 9;
     splits.find(B, G, T, N, bias, bs);
     Attention a{B, H, G, T, N, D, scale, cap, k, v, {ks[0], ks[1], ks[2]}, {vs[0], vs[1], vs[2]}, bias, {bs[0], bs[1]},
-                sinks, &splits, nullptr, encoded};
+                sinks, &splits, nullptr, encoded, sealed, newest};
     a.use_scratch(scratch.get(a.scratch_size()));
     for (int64_t b = 0; b < B; b++)
         for (int64_t h = 0; h < H; h++)
@@ -168,8 +170,8 @@ int multiplies_fast() {
 #endif
 }
 
-// x (B, T, E) through all layers and the final norm, in place. Where plans have segments, `scratch` (B T (2 H + 2 G) D)
-// is needed, and `output_tokens` is as in `run_prefill`.
+// x (B, T, E) through all layers and the final norm, in place. Where plans have segments, `scratch` is needed (see `Prefill`), and
+// `output_tokens` is as in `run_prefill`.
 void run_layers(const Shape* shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes,
                 bf16* x, bf16* scratch, int64_t B, int64_t T, const int64_t* output_tokens, int64_t n_output_tokens) {
     if (plans->n_segments)

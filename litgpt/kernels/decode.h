@@ -70,7 +70,9 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
                          layer.sinks,
                          splits + layer.plan,
                          plan.rows,
-                         layer.encoded[0].kind ? encoded + 2 * (&layer - layers) : nullptr};
+                         layer.encoded[0].kind ? encoded + 2 * (&layer - layers) : nullptr,
+                         plan.sealed,
+                         plan.newest};
     };
     int64_t most = 0;
     for (int64_t l = 0; l < n_layers; l++) most = std::max(most, attention_of(layers[l]).scratch_size());
@@ -117,7 +119,7 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
                 } else {
                     const int64_t g = (h - H) % G, slot = plan.slots[plan.slots_by_row ? m : t];
                     Real* buffer = h < H + G ? layer.keys : layer.values;
-                    if (own[0].kind)
+                    if (own[0].by_vector())
                         encode(own[h >= H + G].at(row, g, slot), head, D);
                     else
                         std::memcpy(buffer + row * layer.row_stride + g * layer.head_stride + slot * D, head,

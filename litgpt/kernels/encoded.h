@@ -8,7 +8,7 @@
 constexpr int64_t GROUP = 64;  // numbers of a vector that share a scale, in 4 and 5 bits
 constexpr int64_t UNIT = 32;   // numbers of a vector whose codes lie together
 
-enum Encoding { PLAIN = 0, INT8 = 1, INT4 = 2, INT5 = 3 };
+enum Encoding { PLAIN = 0, INT8 = 1, INT4 = 2, INT5 = 3, TWO_BITS = 4 };
 
 inline int64_t padded(int64_t D) { return (D + UNIT - 1) / UNIT * UNIT; }
 inline int64_t code_bytes(int64_t kind, int64_t D) { return kind == INT8 ? D : padded(D) * (kind == INT5 ? 5 : 4) / 8; }
@@ -19,14 +19,17 @@ struct Vectors {
     char* codes;
     bf16* scales;
     int64_t kind, rotated;
-    int64_t strides[3], scale_strides[3];  // of rows, heads, slots; in bytes, and in numbers
+    int64_t strides[3], scale_strides[3];  // of rows, heads, slots (in 2 bits: blocks of them); in bytes, and in numbers
+    int64_t unit = 1, group = 0;           // in 2 bits: tokens of a block, and channels of a value that share a scale
 
     Vectors at(int64_t row, int64_t head, int64_t slot) const {
         Vectors v = *this;
-        v.codes += row * strides[0] + head * strides[1] + slot * strides[2];
-        v.scales += row * scale_strides[0] + head * scale_strides[1] + slot * scale_strides[2];
+        v.codes += row * strides[0] + head * strides[1] + slot / unit * strides[2];
+        v.scales += row * scale_strides[0] + head * scale_strides[1] + slot / unit * scale_strides[2];
         return v;
     }
+    // Whether each vector is encoded when its token comes
+    bool by_vector() const { return kind != PLAIN && kind != TWO_BITS; }
     const char* codes_of(int64_t slot) const { return codes + slot * strides[2]; }
     const bf16* scales_of(int64_t slot) const { return scales + slot * scale_strides[2]; }
 };

@@ -34,6 +34,9 @@ struct Segment {
     // Not null: the N keys are earlier tokens in these n_old slots, of which all tokens see the first `pinned`, and the new ones
     const int64_t* old;
     int64_t n_old, pinned;
+    // Of caches in 2 bits: the first `sealed` of the N keys are encoded, tokens [seal_from, sealed) by this call. Of the others, those
+    // before position `begin`, at which the row's tokens of the call begin, are in `newest` slots, that at p in slot p % newest.
+    int64_t sealed, seal_from, begin, newest;
 };
 
 // The plan of a call for one kind of cache: T tokens of every row, or segments
@@ -47,6 +50,8 @@ struct StepPlan {
     int64_t bias_strides[2];
     const Segment* segments;
     int64_t n_segments;
+    const int64_t* sealed;  // of caches in 2 bits, in calls without segments: see `Attention`
+    int64_t newest;
 };
 
 struct Rope {

@@ -32,7 +32,7 @@ _SIGNATURES = {
     "norm_values_backward": [_POINTER] * 6 + [_COUNT] * 2 + [_FLOAT] * 2 + [ctypes.c_int],
     "rotate_values": [_POINTER] * 4 + [_COUNT] * 5 + [ctypes.c_int] * 2,
     "next_token_losses": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT, ctypes.c_int],
-    "attend": [_POINTER] * 7 + [_COUNT] * 6 + [_POINTER] + [_FLOAT] * 2,
+    "attend": [_POINTER] * 5 + [_COUNT] + [_POINTER] * 3 + [_COUNT] * 6 + [_POINTER] + [_FLOAT] * 2,
 }
 
 

@@ -193,7 +193,7 @@ def attend(
         query.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
-        None,
+        *(None, None, 0),
         _address(bias),
         _address(sinks),
         y.data_ptr(),
@@ -223,18 +223,24 @@ def attend_encoded(
     sinks: torch.Tensor | None,
     scale: float,
     cap: float,
+    newest: tuple[torch.Tensor, torch.Tensor, int] | None = None,
 ) -> torch.Tensor:
-    """As `attend`, with keys and values of `n_query_groups` heads and `length` slots that are `encoded`. Queries and outputs are
-    not rotated."""
+    """As `attend`, with keys and values of `n_query_groups` heads and `length` slots that are `encoded`, or `newest`: see
+    `litgpt.attention.EncodedKeysAndValues`. Queries and outputs are not rotated."""
     B, H, T, D = query.shape
     y = query.new_empty(B, T, H, D)
     bias_strides = (0, 0)
     if bias is not None:
         b = bias.stride()
         bias_strides = (b[0] if bias.shape[0] > 1 else 0, b[2] if bias.shape[2] > 1 else 0)
-    strides = _strides.pack(*query.stride()[:3], *(0,) * 6, *bias_strides)
+    keys, values, sealed, own_strides = None, None, None, (0,) * 6
+    if newest is not None:
+        keys, values, n = newest
+        sealed, own_strides = (ctypes.c_int64 * B)(*[n] * B), (*keys.stride()[:3], *values.stride()[:3])
+    strides = _strides.pack(*query.stride()[:3], *own_strides, *bias_strides)
     library().attend(
-        *(query.data_ptr(), None, None, (Vectors * 2)(*encoded), _address(bias), _address(sinks), y.data_ptr()),
+        *(query.data_ptr(), _address(keys), _address(values), (Vectors * 2)(*encoded)),
+        *(sealed, 0 if keys is None else keys.shape[2], _address(bias), _address(sinks), y.data_ptr()),
         *(B, H, n_query_groups, T, length, D, strides, scale, cap),
     )
     return y

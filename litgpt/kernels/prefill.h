@@ -76,9 +76,10 @@ struct Prefill {
         if (!rings.empty()) {
 #pragma omp barrier
         }
-        for (int64_t s = 0; s < plan.n_segments; s++) store(layer, plan.segments[s]);
+        const bool in_two_bits = layer.encoded[0].kind == TWO_BITS;
+        for (int64_t s = 0; s < plan.n_segments; s++) in_two_bits ? seal(layer, plan.segments[s]) : store(layer, plan.segments[s]);
 #pragma omp barrier
-        const Vectors* encoded = layer.encoded[0].kind ? layer.encoded : nullptr;
+        const Vectors* encoded = layer.encoded[0].by_vector() ? layer.encoded : nullptr;
         if (encoded) {
 #pragma omp for schedule(static)
             for (int64_t m = 0; m < M; m++) {
@@ -101,6 +102,7 @@ struct Prefill {
             const int64_t s = std::upper_bound(ends.begin(), ends.end(), i) - ends.begin();
             attentions[s].run(i - (s ? ends[s - 1] : 0));
         }
+        for (int64_t s = 0; in_two_bits && s < plan.n_segments; s++) store(layer, plan.segments[s]);
         if (encoded && encoded[1].rotated) {
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < M * H; i++) rotate_vector(attended + i * D, D);
@@ -173,6 +175,28 @@ private:
         gated(*gate, *up, rows_of(*gate, input, n), inner, n, int(shape.activation));
     }
 
+    // The key, or value, of a row's token at position p, which is not encoded or comes to be
+    const bf16* newest(const Layer& layer, const Segment& s, int side, int64_t g, int64_t p) const {
+        if (p < s.begin)
+            return (side ? layer.values : layer.keys) + s.row * layer.row_stride + g * layer.head_stride + p % s.newest * shape.D;
+        return qkv + ((s.first + p - (s.N - s.T)) * heads + shape.H + side * shape.G + g) * shape.D;
+    }
+
+    // Encodes blocks of tokens in 2 bits.
+    void seal(const Layer& layer, const Segment& s) {
+        for (int side = 0; side < 2; side++) {
+            const Vectors& target = layer.encoded[side];
+            const int64_t G = shape.G, blocks = (s.sealed - s.seal_from) / target.unit;
+#pragma omp for schedule(static) nowait
+            for (int64_t i = 0; i < blocks * G; i++) {
+                const int64_t g = i % G, start = s.seal_from + i / G * target.unit;
+                const auto token = [&](int64_t j) { return newest(layer, s, side, g, start + j); };
+                const Vectors block = target.at(s.row, g, start);
+                side ? encode_values(block, shape.D, token) : encode_keys(block, shape.D, token);
+            }
+        }
+    }
+
     // Writes the tokens of a segment that stay to the cache, and the last queries that its policy asks for.
     void store(const Layer& layer, const Segment& segment) {
         const int64_t H = shape.H, G = shape.G, D = shape.D;
@@ -185,9 +209,9 @@ private:
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < segment.n_kept; i++) {
             const bf16* token = qkv + (segment.first + (segment.kept ? segment.kept[i] : i)) * heads * D;
-            for (int64_t g = 0; g < 2 * G && layer.encoded[0].kind; g++)
+            for (int64_t g = 0; g < 2 * G && layer.encoded[0].by_vector(); g++)
                 encode(layer.encoded[g / G].at(segment.row, g % G, segment.slots[i]), token + (H + g) * D, D);
-            for (int64_t g = 0; g < G && !layer.encoded[0].kind; g++) {
+            for (int64_t g = 0; g < G && !layer.encoded[0].by_vector(); g++) {
                 const int64_t at = segment.row * layer.row_stride + g * layer.head_stride + segment.slots[i] * D;
                 std::memcpy(layer.keys + at, token + (H + g) * D, D * sizeof(bf16));
                 std::memcpy(layer.values + at, token + (H + G + g) * D, D * sizeof(bf16));
@@ -197,7 +221,7 @@ private:
 
     CausalAttention attention(const Layer& layer, const Segment& segment, const Ring* ring) {
         const int64_t H = shape.H, G = shape.G, D = shape.D, width = heads * D;
-        const bf16* tokens = (layer.encoded[0].kind ? coded : qkv) + segment.first * width;
+        const bf16* tokens = (layer.encoded[0].by_vector() ? coded : qkv) + segment.first * width;
         CausalAttention a{H, G, segment.T, segment.N, D, segment.window, shape.scale, shape.cap, tokens, nullptr, nullptr,
                           layer.sinks, {D, width}, {}, {}, attended + segment.first * H * D};
         if (ring) {
@@ -205,6 +229,15 @@ private:
             for (int i = 0; i < 2 && layer.encoded[0].kind; i++) a.encoded[i] = ring->copy[i];
             a.k = (const bf16*)ring->copy[0].codes, a.v = (const bf16*)ring->copy[1].codes;
             for (auto strides : {a.k_strides, a.v_strides}) strides[0] = segment.N * D, strides[1] = D;
+        } else if (segment.newest) {
+            const int64_t at = segment.row * layer.row_stride;
+            for (int i = 0; i < 2; i++) {
+                a.encoded[i] = layer.encoded[i].at(segment.row, 0, 0);
+                a.new_keys[i] = tokens + (H + i * G) * D;
+            }
+            a.k = layer.keys + at, a.v = layer.values + at;
+            for (auto strides : {a.k_strides, a.v_strides}) strides[0] = layer.head_stride, strides[1] = D;
+            a.sealed = segment.sealed, a.begin = segment.begin, a.newest = segment.newest;
         } else if (segment.N && layer.encoded[0].kind) {
             for (int i = 0; i < 2; i++) a.encoded[i] = layer.encoded[i].at(segment.row, 0, segment.key);
         } else if (segment.N) {

@@ -2,11 +2,11 @@
 
 #include "encoded_split.h"
 #include "split.h"
+#include "two_bits_split.h"
 
 void SplitQueries::attend(const Vectors& k, const Vectors& v, const Vectors& ahead) const {
-    const auto run = count == 1   ? attend_encoded<1>
-                     : count == 2 ? attend_encoded<2>
-                     : count == 3 ? attend_encoded<3>
-                                  : attend_encoded<4>;
-    run(*this, k, v, ahead);
+    using Run = void (*)(const SplitQueries&, const Vectors&, const Vectors&, const Vectors&);
+    const Run by_vector[] = {attend_encoded<1>, attend_encoded<2>, attend_encoded<3>, attend_encoded<4>};
+    const Run in_two_bits[] = {attend_two_bits<1>, attend_two_bits<2>, attend_two_bits<3>, attend_two_bits<4>};
+    (k.by_vector() ? by_vector : in_two_bits)[count - 1](*this, k, v, ahead);
 }

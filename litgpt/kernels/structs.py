@@ -33,12 +33,13 @@ class Vectors(ctypes.Structure):
         *((name, _POINTER) for name in ("codes", "scales")),
         *((name, _COUNT) for name in ("kind", "rotated")),
         *((name, _COUNT * 3) for name in ("strides", "scale_strides")),
+        *((name, _COUNT) for name in ("unit", "group")),
     ]
 
     @classmethod
     def of(cls, kind: int, rotated: bool, codes: torch.Tensor, scales: torch.Tensor) -> "Vectors":
         strides = ((_COUNT * 3)(*x.stride()[:3]) for x in (codes, scales))
-        return cls(codes.data_ptr(), scales.data_ptr(), kind, rotated, *strides)
+        return cls(codes.data_ptr(), scales.data_ptr(), kind, rotated, *strides, 1)
 
 
 class Layer(ctypes.Structure):
@@ -64,7 +65,7 @@ class Segment(ctypes.Structure):
         ("query_slots", _POINTER),
         ("n_queries", _COUNT),
         ("old", _POINTER),
-        *((name, _COUNT) for name in ("n_old", "pinned")),
+        *((name, _COUNT) for name in ("n_old", "pinned", "sealed", "seal_from", "begin", "newest")),
     ]
 
 
@@ -79,6 +80,8 @@ class StepPlan(ctypes.Structure):
         ("bias_strides", _COUNT * 2),
         ("segments", _POINTER),
         ("n_segments", _COUNT),
+        ("sealed", _POINTER),
+        ("newest", _COUNT),
     ]
 
 

@@ -1,14 +1,24 @@
 """Dense caches whose storage encodes tokens many at a time: when it does, the host knows."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from litgpt.attention import Consecutive, DefaultKeysAndValues, KeysAndValues
+from litgpt.attention import Consecutive, DefaultKeysAndValues, KeysAndValues, position_bias
 from litgpt.kvcache.baselines import DenseKVCache
-from litgpt.kvcache.plan import Plan, Step, plan_by_length
+from litgpt.kvcache.plan import Part, Plan, Sealed, Step, plan_by_length
 from litgpt.kvcache.storages.kivi import KiviStorage
+
+
+@dataclass(frozen=True)
+class Sealing:
+    """The tokens of a window, from `start` on, of `rows` (None: the first `batch_size`), that a call has to encode first."""
+
+    start: int
+    rows: torch.Tensor | None
+    batch_size: int
 
 
 class BlockKVCache(DenseKVCache):
@@ -43,7 +53,11 @@ class BlockKVCache(DenseKVCache):
         if static:
             raise ValueError("the storage kivi does not run in compiled code: leave out --compile, or use int8 or int4")
         lengths = self._check_call(input_pos, batch_size, T, rows)
-        return plan_by_length(lengths, rows, T, self.device, lambda start, size: (self._steps(start, size), None))
+        plan = plan_by_length(lengths, rows, T, self.device, lambda start, size: (self._steps(start, size), None))
+        found = (self._sealing(part, batch_size) for part in plan.parts)
+        chosen = [lengths[row] for row in (range(batch_size) if rows is None else rows)]
+        together = self._together(chosen, plan.parts, rows) if T == 1 and len(plan.parts) > 1 else None
+        return replace(plan, boundaries=tuple(x for x in found if x is not None), together=together)
 
     def _steps(self, start: int, T: int) -> list[Step]:
         """Steps for rows that hold `start` tokens, each of queries that see the same tokens in fewer bits."""
@@ -52,11 +66,34 @@ class BlockKVCache(DenseKVCache):
             size = min(T - done, self._next_cut(start + done) - start - done)
             stop = start + done + size
             whole = slice(done, done + size)
-            slots = torch.arange(stop - size, stop, device=self.device)
+            slots = torch.arange(stop - size, stop, device=self.device) % self.storage.ring
             consecutive = Consecutive(size, stop, self.window, self.dtype, self.device)
-            steps.append(Step(whole, slice(0, stop), None, None, consecutive, whole, slots, True))
+            kept = None
+            if done + size == T:
+                last = torch.arange(max(start, stop - self.storage.ring), stop, device=self.device)
+                kept = last - (stop - size), last % self.storage.ring
+            sealed = Sealed((self.storage.sealed(stop - size),), self.storage.ring, kept)
+            steps.append(Step(whole, slice(0, stop), None, None, consecutive, whole, slots, True, sealed=sealed))
             done += size
         return steps
+
+    def _sealing(self, part: Part, batch_size: int) -> "Sealing | None":
+        """What has to be encoded before a part of a plan, all of it stored by earlier calls."""
+        start = part.steps[0].read.stop - part.steps[0].consecutive.T
+        n = self.storage.sealed(start)
+        if n == self.storage.sealed(start - 1):
+            return None
+        return Sealing(n - self.storage.window, part.rows, batch_size if part.rows is None else len(part.rows))
+
+    def _together(self, lengths: list[int], parts: list[Part], rows: Sequence[int] | None) -> Part:
+        """One step for a new token of each of several rows, which hold `lengths` tokens."""
+        positions = torch.tensor(lengths, device=self.device)
+        stored = torch.arange(max(lengths) + 1, device=self.device)[None]
+        bias = position_bias(positions[:, None], stored, self.dtype).unsqueeze(1)
+        sealed = Sealed(tuple(map(self.storage.sealed, lengths)), self.storage.ring)
+        slots, whole = (positions % self.storage.ring)[:, None], slice(0, 1)
+        step = Step(whole, None, None, bias, None, whole, slots, True, sealed=sealed)
+        return Part([step], None, None if rows is None else torch.tensor(list(rows), device=self.device))
 
     def _next_cut(self, position: int) -> int:
         """The next position whose query sees more tokens in fewer bits than the query at `position`."""
@@ -65,16 +102,21 @@ class BlockKVCache(DenseKVCache):
     def plan_key(self) -> tuple:
         return *super().plan_key(), "blocks", self.storage.window
 
+    def prepare(self, plan: Plan, sink_logits: torch.Tensor | None = None) -> Plan:
+        if not plan.boundaries:
+            return plan
+        for sealing in plan.boundaries:
+            self.storage.seal(sealing.start, sealing.rows, sealing.batch_size)
+        return plan.without_boundaries
+
     def _write(self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, *args: Any) -> None:
         start = step.read.stop - step.consecutive.T
-        n = self.storage.sealed(start)
-        if n > self.storage.sealed(start - 1):
+        if step.queries.start and (n := self.storage.sealed(start)) > self.storage.sealed(start - 1):
             self.storage.seal(n - self.storage.window, rows, len(key))
         super()._write(step, rows, key, *args)
 
     def _keys_values(self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, *args: Any) -> KeysAndValues:
-        n = self.storage.sealed(step.read.stop - step.consecutive.T)
-        return self.storage.tokens(n, step.read.stop, len(key), rows)
+        return self.storage.tokens(step.sealed.counts[0], step.read.stop, len(key), rows)
 
     # -- going back
 

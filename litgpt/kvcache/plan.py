@@ -17,9 +17,28 @@ from litgpt.attention import Consecutive, PositionMask, position_bias
 from litgpt.kvcache.policies.base import PositionalPolicy
 
 if TYPE_CHECKING:
+    from litgpt.kvcache.blocks import Sealing
     from litgpt.kvcache.score_plan import Boundary
 
 READ_BUCKET = 256  # a static decode step reads a multiple of this many slots
+
+
+class Sealed:
+    """Of a storage that encodes tokens many at a time: how many of the first tokens queries see encoded, row by row (or one for all),
+    and how many slots the others share, in which that at position p has slot p modulo their number. The last step of a chunk says
+    which of its tokens have slots in the end (`kept`, counted from its own first one), and which they are."""
+
+    def __init__(
+        self, counts: tuple[int, ...], slots: int, kept: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> None:
+        self.counts, self.slots, self.kept = counts, slots, kept
+        self._by_row: torch.Tensor | None = None
+
+    def by_row(self, batch_size: int) -> torch.Tensor:
+        """Counts of every row, (B,) int64."""
+        if self._by_row is None:
+            self._by_row = torch.tensor(self.counts).expand(batch_size).contiguous()
+        return self._by_row
 
 
 @dataclass(frozen=True)
@@ -41,6 +60,7 @@ class Step:
         kept_queries: tokens of the chunk whose queries the policy may ask for later (None: none).
         query_slots: where these are kept, (n,) or (B, n).
         mask: in place of `bias`, one that is made when it is needed.
+        sealed: which tokens are encoded, in caches that encode many at a time.
     """
 
     queries: slice
@@ -56,6 +76,7 @@ class Step:
     kept_queries: slice | None = None
     query_slots: torch.Tensor | None = None
     mask: PositionMask | None = None
+    sealed: Sealed | None = None
 
 
 @dataclass(frozen=True)
@@ -93,16 +114,18 @@ class Plan:
     """All that a call does in one cache, and how many tokens each row in use has before and after it.
 
     Attributes:
-        boundaries: of a cache whose policy scores tokens, before the layers run.
+        boundaries: what a cache does before the layers run: its policy scores tokens, or its storage encodes them.
         fields_prepared, fields_after: and the numbers of its rows after these boundaries, and after the call, by kind.
+        together: one step in place of all parts, where kernels can do it and others cannot (None: there is none).
     """
 
     parts: list[Part]
     before: tuple[int, ...]
     after: tuple[int, ...]
-    boundaries: "tuple[Boundary, ...]" = ()
+    boundaries: "tuple[Boundary | Sealing, ...]" = ()
     fields_prepared: tuple[tuple[int, ...], ...] = ()
     fields_after: tuple[tuple[int, ...], ...] = ()
+    together: Part | None = None
 
     @cached_property
     def without_boundaries(self) -> "Plan":

@@ -137,7 +137,7 @@ class FusedLayers:
             return None
         different = list({id(plan): plan for plan in plans}.values())
         if B * T <= ops.MAX_ROWS and all(
-            _set_decode_plan(*pair, T, self.dtype) for pair in zip(self.plans, different, strict=False)
+            _set_decode_plan(*pair, B, T, self.dtype) for pair in zip(self.plans, different, strict=False)
         ):
             pass
         elif self.dtype == torch.bfloat16 and ops.multiplies_fast() and not self.has_low_rank:
@@ -239,13 +239,12 @@ def _place(cache: PlannedKVCache) -> tuple[int, int, int | None]:
     return keys.data_ptr(), values.data_ptr(), address(cache.kept_queries())
 
 
-def _set_decode_plan(target: StepPlan, plan: Plan, T: int, dtype: torch.dtype) -> bool:
+def _set_decode_plan(target: StepPlan, plan: Plan, B: int, T: int, dtype: torch.dtype) -> bool:
     """Copy a plan for a few tokens to `target`; False unless it stores all, then attends to a range of slots."""
-    part = plan.parts[0]
+    parts = plan.parts if plan.together is None else [plan.together]
+    part = parts[0]
     step = part.steps[0]
-    simple = (
-        len(plan.parts) == len(part.steps) == 1 and part.spans is None and part.chunk_rows is None and not step.prompt
-    )
+    simple = len(parts) == len(part.steps) == 1 and part.spans is None and part.chunk_rows is None and not step.prompt
     whole = slice(0, T)
     if not (simple and step.write_first and step.new is None and step.write == whole == step.queries):
         return False
@@ -261,6 +260,9 @@ def _set_decode_plan(target: StepPlan, plan: Plan, T: int, dtype: torch.dtype) -
     target.slots, target.slots_by_row = step.slots.data_ptr(), step.slots.ndim > 1
     target.first, target.N = (0, bias.shape[-1]) if read is None else (read.start, read.stop - read.start)
     target.bias, target.n_segments = address(bias), 0
+    target.sealed, target.newest = None, 0
+    if step.sealed is not None:
+        target.sealed, target.newest = address(step.sealed.by_row(B)), step.sealed.slots
     queries = step.query_slots
     target.query_slots, target.n_queries = address(queries), 0 if queries is None else queries.shape[-1]
     target.query_slots_by_row = queries is not None and queries.ndim > 1
@@ -289,6 +291,9 @@ def _segments(plan: Plan, B: int, T: int) -> "ctypes.Array[Segment] | None":
     found = []
     for part in plan.parts:
         step, ring = part.steps[0], part.ring
+        if step.sealed is not None:
+            found += [segment for row, start in _places(part, B, T) for segment in _sealing_segments(part, row, start)]
+            continue
         if ring is not None:
             size, write, slots = part.steps[-1].queries.stop, ring.write, ring.slots
             keys = 0, len(ring.old) + size, ring.seen
@@ -314,6 +319,18 @@ def _segments(plan: Plan, B: int, T: int) -> "ctypes.Array[Segment] | None":
                 )
             )
     return (Segment * len(found))(*found)
+
+
+def _sealing_segments(part: Part, row: int, start: int) -> list[Segment]:
+    """Those of a row of the cache whose tokens begin at `start` in the call, where the storage encodes many tokens at a time."""
+    found, begin, before = [], part.steps[0].read.stop - part.steps[0].consecutive.T, part.steps[0].sealed.counts[0]
+    for step in part.steps:
+        T, N, sealed = step.consecutive.T, step.read.stop, step.sealed
+        kept = (None, None, 0) if sealed.kept is None else (*map(address, sealed.kept), len(sealed.kept[0]))
+        place = start + step.queries.start, T, row, 0, N, N
+        found.append(Segment(*place, *kept, None, 0, None, 0, 0, sealed.counts[0], before, begin, sealed.slots))
+        before = sealed.counts[0]
+    return found
 
 
 def _is_supported_cache(cache: KVCache | None, dtype: torch.dtype) -> bool:

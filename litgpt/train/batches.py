@@ -20,11 +20,8 @@ FlatBatch = tuple[torch.Tensor, torch.Tensor, list[int]]
 
 
 def as_rows(batch: Any) -> FlatBatch:
-    """The rows of a batch one after the other, without padding.
-
-    Returns:
-        Tokens (1, N); labels (1, N), each the token that follows or -100; and the tokens of each row.
-    """
+    """The rows of a batch one after the other, without padding: tokens (1, N); labels (1, N), each the token that follows or
+    -100; and the number of tokens in each row."""
     if isinstance(batch, torch.Tensor):
         B, T = batch.shape
         return batch[:, :-1].reshape(1, -1), batch[:, 1:].reshape(1, -1), [T - 1] * B

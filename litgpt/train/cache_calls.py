@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -37,21 +37,20 @@ class Log:
     """The calls of a layer's cache in all chunks. Their places are put away as the inputs of layers are."""
 
     def __init__(self, chunks: list[list[Call]], place: str) -> None:
-        self._chunks, self._spans, begin = [], [], 0
+        self._chunks, end = [], 0
         for calls in chunks:
-            self._chunks.append([replace(call, places=call.places.new_empty(0)) for call in calls])
-            ends = list(accumulate((call.places.numel() for call in calls), initial=begin))
-            self._spans.append([(call.places.shape, span) for call, span in zip(calls, pairwise(ends), strict=True)])
-            begin = ends[-1]
+            self._chunks.append([])
+            for call in calls:
+                begin, end = end, end + call.places.numel()
+                without = replace(call, places=call.places.new_empty(0))
+                self._chunks[-1].append((without, call.places.shape, (begin, end)))
         flat = [call.places.reshape(-1).int() for calls in chunks for call in calls]
         self._places: Kept = keep(torch.cat(flat), place)
 
     def calls(self, index: int) -> list[Call]:
         """Those of a chunk."""
-        return [
-            replace(call, places=self._places.rows([span]).view(shape).long())
-            for call, (shape, span) in zip(self._chunks[index], self._spans[index], strict=True)
-        ]
+        chunk = self._chunks[index]
+        return [replace(call, places=self._places.rows([span]).view(shape).long()) for call, shape, span in chunk]
 
 
 class Plans(Protocol):
@@ -133,23 +132,11 @@ class Serving(StandIn):
 class Again(StandIn):
     """Repeats the calls of a chunk, with a cache that is refilled before each of them.
 
-    Args:
-        cache: any contents are lost.
-        chunk, plans, calls: as they were in the forward pass.
-        stored: keys and values (B, G, n, D) that the first call found.
-        n_tokens: N.
+    `stored` are the keys and values (B, G, n, D) that the first call found, `n_tokens` is N.
     """
 
-    def __init__(
-        self,
-        cache: PlannedKVCache,
-        chunk: Chunk,
-        plans: Plans,
-        calls: list[Call],
-        stored: list[torch.Tensor],
-        n_tokens: int,
-    ) -> None:
-        super().__init__(cache, chunk, plans)
+    def __init__(self, *parts: Any, calls: list[Call], stored: list[torch.Tensor], n_tokens: int) -> None:
+        super().__init__(*parts)
         self.calls, self.stored, self.n_tokens = calls, stored, n_tokens
 
     def _prepared(

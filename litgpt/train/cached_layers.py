@@ -3,14 +3,14 @@
 With teacher forcing a layer needs the outputs of the one below for all tokens, and its own cache. So each layer runs over the
 whole sequences chunk by chunk, with the cache, the plans and the evictions of serving, before the next one does. Of a layer
 only its inputs are kept for the backward pass, and for every chunk the positions in the cache; or the inputs of every k-th
-layer, from which the others run again. The backward pass takes the
-chunks last to first: the stored keys and values are put back into the slots that they had, as leaves of a graph of this chunk
-alone, and what flows into them is added to the gradients of the tokens that they came from.
+layer, from which the others run again. The backward pass takes the chunks last to first: the stored keys and values are put
+back into the slots that they had, as leaves of a graph of this chunk alone, and what flows into them is added to the gradients
+of the tokens that they came from.
 
 Letters: B rows, N tokens of all rows one after the other, E embedding size, G key/value heads, D head size, n slots in use.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from itertools import accumulate
@@ -30,6 +30,7 @@ from litgpt.train.cache_calls import Again, FoundError, KeysAndValuesOnly, Log, 
 from litgpt.train.chunks import chunks_of
 from litgpt.train.kept_inputs import PLACES, Kept, keep
 from litgpt.train.products import gradients_only
+from litgpt.train.replaced_forward import replaced_forward
 
 PLANNED_NUMBERS = 4 << 20  # in the masks of plans that layers share; other plans are made for every layer
 CHUNKS_AT_ONCE = 4  # of rows that dense caches keep, in a graph of one layer
@@ -53,13 +54,10 @@ class CachedLayers:
 
     Args:
         gpt: the model.
-        spec: the caches. They have to be planned ones, as all that this package registers are.
+        spec: the caches: planned ones, as all that this package registers are; `ValueError` if `check_trainable` refuses them.
         chunk: tokens of a row that enter the caches together.
         keep_inputs: where the inputs of layers stay until the backward pass: device (with the model), cpu, or disk (in
             temporary files); or a number k: on the device those of every k-th layer, and the others run again.
-
-    Raises:
-        ValueError: if caches of that kind cannot be trained through.
     """
 
     def __init__(self, gpt: GPT, spec: CacheSpec, chunk: int, keep_inputs: str | int = "device") -> None:
@@ -127,12 +125,9 @@ class _Sweep:
     @cached_property
     def ropes(self) -> list[list[Rope]]:
         """Rotations of every chunk's tokens."""
-        return [
-            self.gpt.rope_rows(chunk.starts, chunk.sizes, self._long)
-            if self.packed
-            else self.gpt.rope_rows(chunk.starts[0], chunk.sizes[0], self._long)
-            for chunk in self.chunks
-        ]
+        if self.packed:
+            return [self.gpt.rope_rows(chunk.starts, chunk.sizes, self._long) for chunk in self.chunks]
+        return [self.gpt.rope_rows(chunk.starts[0], chunk.sizes[0], self._long) for chunk in self.chunks]
 
     def run_group(self, group: range, x: torch.Tensor) -> torch.Tensor:
         """Outputs (1, N, E) of layers for all tokens. A layer that is divided among processes is called once, with all chunks:
@@ -145,7 +140,7 @@ class _Sweep:
 
         if not isinstance(blocks[0], FSDPModule):
             return run(x)
-        with _forward_of(blocks[0], run):
+        with replaced_forward({blocks[0]: run}):
             return blocks[0](x)
 
     def run(self, block: nn.Module, index: int, x: torch.Tensor, cache: nn.Module, seed: int | None) -> torch.Tensor:
@@ -267,8 +262,8 @@ def _backward(
     for index in reversed(range(len(sweep.chunks))):
         chunk, calls = sweep.chunks[index], log.calls(index)
         stored = [_gathered(of_all, calls[0].places).requires_grad_() for of_all in (keys, values)]
-        own, again = inputs.rows(chunk.spans)[None].detach(), Again(cache, chunk, sweep, calls, stored, d.shape[1])
-        own.requires_grad_()
+        own = inputs.rows(chunk.spans)[None].detach().requires_grad_()
+        again = Again(cache, chunk, sweep, calls=calls, stored=stored, n_tokens=d.shape[1])
         with torch.enable_grad(), torch.autocast(**autocast), _without_outputs(block):
             y = sweep.run(block, index, own, again, seed)
         outputs, gradients = [y], [d[:, chunk.tokens]]
@@ -344,16 +339,6 @@ def _cache_of(block: nn.Module, cache: nn.Module) -> Iterator[None]:
         yield
     finally:
         block.attn.kv_cache = before
-
-
-@contextmanager
-def _forward_of(block: nn.Module, forward: Callable) -> Iterator[None]:
-    """Let a layer run by another function, between its hooks."""
-    block.forward = forward
-    try:
-        yield
-    finally:
-        del block.forward
 
 
 @contextmanager

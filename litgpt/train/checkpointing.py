@@ -20,8 +20,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import FSDPModule
 
-STEP_FOLDER = re.compile(r"step-(\d+)")
-
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
@@ -50,15 +48,20 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 def step_folders(out_dir: Path) -> list[Path]:
     """The step checkpoints of a run, oldest first."""
-    found = [(int(match[1]), path) for path in out_dir.glob("step-*") if (match := STEP_FOLDER.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    found = [path for path in out_dir.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step of a step checkpoint."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def remove_old(out_dir: Path, keep_last: int | None, best_step: int) -> None:
     """Remove all but the last `keep_last` step checkpoints (None: keep all) and that of the best step."""
     if keep_last is not None:
         for folder in step_folders(out_dir)[:-keep_last]:
-            if int(folder.name.removeprefix("step-")) != best_step:
+            if step_of(folder) != best_step:
                 shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -36,8 +36,6 @@ def finetune_command(method: str, options: FinetuneOptions) -> dict[str, float]:
     if options.data is None:
         options.data = Alpaca()
     options.check()
-    if options.quantize is not None and way.trains_all:
-        raise ValueError(f"quantize={options.quantize!r}: full fine-tuning needs plain weights; use finetune_lora")
     checkpoint = open_checkpoint(find_checkpoint(options.checkpoint_dir, options.access_token))
     if checkpoint.quantization is not None and way.trains_all:
         raise ValueError(f"{checkpoint.path} is quantised: full fine-tuning needs plain weights; use finetune_lora")

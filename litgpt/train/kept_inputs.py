@@ -38,20 +38,15 @@ class _OnDisk(Kept):
     def __init__(self, x: torch.Tensor) -> None:
         self.shape, self.dtype, self.device = x.shape[1:], x.dtype, x.device
         self.row_bytes = x[:1].numel() * x.element_size()
-        self.file = tempfile.TemporaryFile(prefix="litgpt-inputs-", buffering=0)  # noqa: SIM115
-        rest = _bytes_of(x.to("cpu").contiguous())
-        while len(rest):
-            rest = rest[self.file.write(rest) :]
+        self.file = tempfile.TemporaryFile(prefix="litgpt-inputs-")  # noqa: SIM115
+        self.file.write(_bytes_of(x.to("cpu").contiguous()))
+        self.file.flush()
 
     def _rows(self, begin: int, end: int) -> torch.Tensor:
         x = torch.empty((end - begin, *self.shape), dtype=self.dtype)
         self.file.seek(begin * self.row_bytes)
-        rest = _bytes_of(x)
-        while len(rest):
-            done = self.file.readinto(rest)
-            if not done:
-                raise OSError("the temporary file of a layer's inputs ended early")
-            rest = rest[done:]
+        if self.file.readinto(_bytes_of(x)) < x.nbytes:
+            raise OSError("the temporary file of a layer's inputs ended early")
         return x.to(self.device)
 
 

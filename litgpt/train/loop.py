@@ -79,7 +79,6 @@ class Loop:
         self.model.train()
         self.report.begin(self)
         while not self._finished:
-            at_start = position.batches
             for window in windows(self._epoch(), self.accumulation * self.fabric.world_size):
                 self._step(window)
                 position.batches += len(window)
@@ -88,7 +87,7 @@ class Loop:
                 if self._finished:
                     break
             else:
-                if position.batches == at_start == 0:
+                if not position.batches:
                     raise ValueError("the training data gives no batches")
                 position.epoch, position.batches = position.epoch + 1, 0
         return position

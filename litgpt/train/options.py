@@ -127,9 +127,8 @@ class Options:
     def resume_path(self, suffix: str) -> Path | None:
         """The file that the run resumes from (None: it starts from the beginning), of a method with this suffix.
 
-        Raises:
-            FileNotFoundError: if there is no checkpoint to resume from.
-            ValueError: if the run does not resume and `out_dir` holds another one, which must not be overwritten.
+        `FileNotFoundError` if there is no checkpoint to resume from; `ValueError` if the run does not resume and `out_dir` holds
+        another one, which must not be overwritten.
         """
         out_dir, resume, name = self.out_dir, self.resume, WEIGHTS_NAME + suffix
         if out_dir is None:

@@ -93,23 +93,20 @@ class Reporter:
 def curve_svg(curves: dict[str, list[tuple[int, float]]], width: int = 720, height: int = 400) -> str:
     """A picture of curves, each a list of points (step, loss)."""
     points = [point for curve in curves.values() for point in curve if math.isfinite(point[1])] or [(0, 0.0)]
-    low_x, high_x = min(x for x, _ in points), max(x for x, _ in points)
-    low_y, high_y = min(y for _, y in points), max(y for _, y in points)
-    high_x, high_y = max(high_x, low_x + 1), max(high_y, low_y + 1e-3)
+    (low_x, high_x), (low_y, high_y) = ((min(values), max(values)) for values in zip(*points, strict=True))
+    size_x, size_y = max(high_x - low_x, 1), max(high_y - low_y, 1e-3)
     left, top, right, bottom = 60, 20, width - 20, height - 45
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across, up = (x - low_x) / (high_x - low_x), (y - low_y) / (high_y - low_y)
-        return left + across * (right - left), bottom - up * (bottom - top)
+        return left + (x - low_x) / size_x * (right - left), bottom - (y - low_y) / size_y * (bottom - top)
 
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
     for i in range(5):
-        y = low_y + (high_y - low_y) * i / 4
-        x = low_x + (high_x - low_x) * i / 4
-        (_, at_y), (at_x, _) = place(low_x, y), place(x, low_y)
+        x, y = low_x + size_x * i / 4, low_y + size_y * i / 4
+        at_x, at_y = place(x, y)
         lines.append(f'<line x1="{left}" x2="{right}" y1="{at_y:.1f}" y2="{at_y:.1f}" stroke="#ddd"/>')
         lines.append(f'<text x="{left - 6}" y="{at_y + 4:.1f}" text-anchor="end">{y:.3g}</text>')
         lines.append(f'<text x="{at_x:.1f}" y="{bottom + 18}" text-anchor="middle">{x:.0f}</text>')

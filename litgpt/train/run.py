@@ -134,8 +134,7 @@ class Run:
             self.load(resume)
         if val_loader is not None:
             if options.eval.initial_validation:
-                loss = loop.validate()
-                fabric.print(f"Initial evaluation | val loss: {loss:.3f}")
+                fabric.print(f"Initial evaluation | val loss: {loop.validate():.3f}")
             else:
                 fabric.print("Verifying settings ...")
                 loop.validate(VERIFIED_BATCHES)

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning import Fabric
-from lightning.fabric import loggers
+from lightning.fabric import loggers as fabric_loggers
 from lightning.fabric.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from torch import nn
@@ -55,13 +55,13 @@ def make_logger(
             # MLflow's own default, since Lightning's is a folder of files, which MLflow 3 refuses
             return MLFlowLogger(experiment_name=project, run_name=log.run, tracking_uri=mlflow.get_tracking_uri())
         if name == "tensorboard":
-            return loggers.TensorBoardLogger(out_dir / "logs", name="tensorboard")
+            return fabric_loggers.TensorBoardLogger(out_dir / "logs", name="tensorboard")
     except ModuleNotFoundError as error:
         if name != "tensorboard":
             raise ValueError(f"logger {name!r} needs a package that is not installed: {error}") from None
         # the default of `pretrain`: no reason to stop
         logging.getLogger("litgpt").warning("tensorboard is not installed (pip install tensorboard): logging to csv")
-    return loggers.CSVLogger(out_dir / "logs", name="csv", flush_logs_every_n_steps=log_interval)
+    return fabric_loggers.CSVLogger(out_dir / "logs", name="csv", flush_logs_every_n_steps=log_interval)
 
 
 def divide_parameters(model: nn.Module, device_mesh: Any) -> nn.Module:

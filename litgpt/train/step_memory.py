@@ -121,12 +121,10 @@ class StepMemory:
 def trained_numbers(config: Config, method: str) -> int:
     """Numbers that a method trains in a model, with its default settings."""
     way = METHODS[method]
-    extended = way.config.extending(
-        config, **({"lora_query": True, "lora_value": True, "lora_r": 8} if method == "lora" else {})
-    )
+    settings = {"lora_query": True, "lora_value": True, "lora_r": 8} if method == "lora" else {}
     model = meta_model(config)
     with torch.device("meta"):
-        way.prepare(model, extended)
+        way.prepare(model, way.config.extending(config, **settings))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

@@ -76,7 +76,7 @@ events = st.lists(st.tuples(actions, arguments), max_size=12)
 
 @pytest.mark.parametrize("name", MODELS)
 @given(events, st.integers(0, 99), st.sampled_from([None, 1, 7]))
-@settings(max_examples=35)
+@settings(max_examples=15)
 def test_every_request_gets_its_own_answer_whatever_joins_and_leaves(name, events, chance, chunksize):
     model = MODELS[name]
     batch = ContinuousBatch(model, ROWS, 64, chunksize)

@@ -1,4 +1,6 @@
-"""A thousand random runs of the engine, against a model without caches that computes everything anew for each token."""
+"""Random runs of the engine, against a model without caches that computes everything anew for each token."""
+
+import os
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from litgpt.engine.sampling import Sampling
 from litgpt.engine.sequence import Sequence
 from litgpt.engine.session import Session
 
-RUNS = 500  # of each of the two kinds
+RUNS = int(os.environ.get("LITGPT_TEST_EXAMPLES", "120"))  # of each of the two kinds; 1000 for a thorough run
 SLOTS, SINKS = 9, 2
 SMALL = {
     "n_embd": 16,

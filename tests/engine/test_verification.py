@@ -90,7 +90,7 @@ SETTINGS = {
     "min_p": Sampling(min_p=0.2),
     "penalties": Sampling(frequency_penalty=1.5, repetition_penalty=1.3),
 }
-NEW, ROUNDS, BATCH = 3, 30, 100
+NEW, ROUNDS, BATCH = 3, 15, 100
 
 
 def expected(model, prompt, setting):

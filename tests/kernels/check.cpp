@@ -6,6 +6,7 @@
 #include <random>
 
 #include "attention.h"
+#include "two_bits.h"
 #include "weights.h"
 
 extern "C" {
@@ -15,8 +16,8 @@ void linear_int8(const bf16*, const int8_t*, const float*, const bf16*, bf16*, i
 void linear_int4(const bf16*, const uint8_t*, const uint16_t*, const uint16_t*, const bf16*, bf16*, int64_t, int64_t, int64_t,
                  int64_t);
 void rms_norm(const bf16*, const bf16*, bf16*, int64_t, int64_t, float, float);
-void attend(const bf16*, const bf16*, const bf16*, const Vectors*, const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t,
-            int64_t, int64_t, int64_t, const int64_t*, float, float);
+void attend(const bf16*, const bf16*, const bf16*, const Vectors*, const int64_t*, int64_t, const bf16*, const bf16*, bf16*,
+            int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, const int64_t*, float, float);
 void attend_causally(const bf16*, const bf16*, const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t, int64_t, int64_t,
                      int64_t, int64_t, const int64_t*, float, float);
 void attend_rows(const float*, const float*, const float*, float*, float*, int64_t, int64_t, int64_t, int64_t, const int64_t*,
@@ -155,7 +156,7 @@ static void check_attention() {
     const auto last = [&](int64_t t) { return N - T + t + 1; };
     const auto all_from_0 = [](int64_t) { return int64_t(0); };
     const auto expected = attention(q, H, G, T, D, scale, cap, key, value, all_from_0, last);
-    attend(q.data(), k.data(), v.data(), nullptr, bias.data(), nullptr, y.data(), 1, H, G, T, N, D, strides, scale, cap);
+    attend(q.data(), k.data(), v.data(), nullptr, nullptr, 0, bias.data(), nullptr, y.data(), 1, H, G, T, N, D, strides, scale, cap);
     compare("attend", y, expected, 4e-3);
     const int64_t window = draw(1, N);
     attend_causally(q.data(), k.data(), v.data(), nullptr, y.data(), 1, H, G, T, N, D, window, strides, scale, cap);
@@ -180,10 +181,55 @@ static void check_attention() {
         const auto part = [&](int i) {
             return [&, i](int64_t g, int64_t n, int64_t d) { return double(widen(decoded[i][(g * N + n) * D + d])); };
         };
-        attend(q.data(), nullptr, nullptr, encoded, bias.data(), nullptr, y.data(), 1, H, G, T, N, D, strides, scale, cap);
+        attend(q.data(), nullptr, nullptr, encoded, nullptr, 0, bias.data(), nullptr, y.data(), 1, H, G, T, N, D, strides, scale,
+               cap);
         const auto coded = attention(q, H, G, T, D, scale, cap, part(0), part(1), all_from_0, last);
         compare(kind == INT8 ? "attend int8" : kind == INT4 ? "attend int4" : "attend int5", y, coded, 1e-2);
     }
+}
+
+// The first keys and values in 2 bits, the others in slots that begin anew after the last
+static void check_two_bits() {
+    const int64_t G = draw(1, 2), H = G * draw(1, 5), D = std::array<int64_t, 6>{64, 24, 80, 128, 32, 256}[draw(0, 5)];
+    const int64_t sealed = 64 * draw(0, 3), newest = 128, T = draw(1, 6), N = sealed + draw(T, newest);
+    const int64_t units[] = {std::array<int64_t, 3>{16, 32, 64}[draw(0, 2)], 64}, width = words(D) * WORD;
+    const float scale = 1.0f / std::sqrt(float(D)), cap = draw(0, 1) ? 5.0f : 0.0f;
+    const auto q = numbers(H * T * D);
+    std::vector<bf16> all[2], plain[2], scales[2], y(T * H * D), bias(T * N);
+    std::vector<uint32_t> codes[2];
+    Vectors encoded[2];
+    for (int i = 0; i < 2; i++) {
+        const int64_t blocks = sealed / units[i], block = i ? 4 * width : units[0] * words(D);
+        const int64_t block_scales = i ? 128 * ((D + units[0] - 1) / units[0]) : 2 * D;
+        all[i] = numbers(G * N * D), plain[i].resize(G * newest * D);
+        codes[i].resize(G * blocks * block), scales[i].resize(G * blocks * block_scales);
+        encoded[i] = {(char*)codes[i].data(), scales[i].data(), TWO_BITS, 0, {0, 4 * blocks * block, 4 * block},
+                      {0, blocks * block_scales, block_scales}, units[i], units[0]};
+        for (int64_t g = 0; g < G; g++) {
+            bf16* own = all[i].data() + g * N * D;
+            for (int64_t n = sealed; n < N; n++)
+                std::copy_n(own + n * D, D, plain[i].data() + (g * newest + n % newest) * D);
+            for (int64_t n = 0; n < sealed; n += units[i]) {
+                const auto token = [&](int64_t j) { return own + (n + j) * D; };
+                i ? encode_values(encoded[i].at(0, g, n), D, token) : encode_keys(encoded[i].at(0, g, n), D, token);
+            }
+        }
+    }
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t n = 0; n < N; n++) bias[t * N + n] = n <= N - T + t ? 0 : 0xff80;
+    const int64_t strides[] = {0, T * D, D, 0, newest * D, D, 0, newest * D, D, 0, N};
+    const auto part = [&](int i) {
+        return [&, i](int64_t g, int64_t n, int64_t d) {
+            float x[MAX_D];
+            if (n < sealed) (i ? decode_value : decode_key)(encoded[i].at(0, g, 0), n, D, x);
+            return double(n < sealed ? x[d] : widen(all[i][(g * N + n) * D + d]));
+        };
+    };
+    attend(q.data(), plain[0].data(), plain[1].data(), encoded, &sealed, newest, bias.data(), nullptr, y.data(), 1, H, G, T, N, D,
+           strides, scale, cap);
+    const auto expected = attention(q, H, G, T, D, scale, cap, part(0), part(1), [](int64_t) { return int64_t(0); },
+                                    [&](int64_t t) { return N - T + t + 1; });
+    compare("attend 2 bits", y, expected, 1e-2);
 }
 
 static void check_rows() {
@@ -231,7 +277,7 @@ static void check_norm() {
 int main(int count, char** arguments) {
     source.seed(count > 1 ? unsigned(std::atoi(arguments[1])) : 0);
     for (int i = 0; i < (count > 2 ? std::atoi(arguments[2]) : 10); i++)
-        check_products(), check_attention(), check_rows(), check_norm();
+        check_products(), check_attention(), check_two_bits(), check_rows(), check_norm();
     std::printf("%d differences\n", failures);
     return failures != 0;
 }

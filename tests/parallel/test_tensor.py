@@ -358,8 +358,7 @@ def test_a_process_that_fails_ends_the_others_and_says_why():
         run_in_processes(fail_midway, 2, "raises")
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_process_that_is_killed_ends_the_others(late, monkeypatch):
+def test_a_process_that_is_killed_ends_the_others(monkeypatch):
     exitcode, ended = SpawnProcess.exitcode.fget, set()
 
     def exitcode_known_when_asked_again(process: SpawnProcess) -> int | None:
@@ -368,8 +367,8 @@ def test_a_process_that_is_killed_ends_the_others(late, monkeypatch):
             return code
         return ended.add(process)
 
-    if late:  # a process can close its files, and so its sentinel, before there is an exit code
-        monkeypatch.setattr(SpawnProcess, "exitcode", property(exitcode_known_when_asked_again))
+    # a process can close its files, and so its sentinel, before there is an exit code
+    monkeypatch.setattr(SpawnProcess, "exitcode", property(exitcode_known_when_asked_again))
     with pytest.raises(RuntimeError, match="process 1 of 2 was ended by SIGKILL"):
         run_in_processes(fail_midway, 2, "is killed")
 

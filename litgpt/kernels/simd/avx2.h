@@ -163,6 +163,11 @@ inline Quads load_nibbles(const uint8_t* x, int64_t d) {
     return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(bytes, 4), bytes), _mm256_set1_epi8(15));
 }
 
+// Numbers [4 s, 4 s + 4) of those whose codes lie in 32 bits: quads
+inline Quads two_bits(Pairs x, int s) {
+    return _mm256_and_si256(_mm256_srli_epi32(x, 2 * s), _mm256_set1_epi8(3));
+}
+
 // x, and 16 more where there is a bit
 inline Quads add_fifth_bits(Quads x, const void* bits) {
     int32_t own;

@@ -202,6 +202,11 @@ inline Quads load_nibbles(const uint8_t* x, int64_t d) {
     return _mm512_and_si512(halves, _mm512_set1_epi8(15));
 }
 
+// Numbers [4 s, 4 s + 4) of those whose codes lie in 32 bits: quads
+inline Quads two_bits(Pairs x, int s) {
+    return _mm512_and_si512(_mm512_srli_epi32(x, 2 * unsigned(s)), _mm512_set1_epi8(3));
+}
+
 // x, and 16 more where there is a bit
 inline Quads add_fifth_bits(Quads x, const void* bits) {
     uint64_t there;

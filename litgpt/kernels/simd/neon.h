@@ -163,6 +163,11 @@ inline Quads load_nibbles(const uint8_t* x, int64_t d) {
     return vreinterpretq_u32_u8(d % 32 ? vshrq_n_u8(bytes, 4) : vandq_u8(bytes, vdupq_n_u8(15)));
 }
 
+// Numbers [4 s, 4 s + 4) of those whose codes lie in 32 bits: quads
+inline Quads two_bits(Pairs x, int s) {
+    return vandq_u32(vshlq_u32(x, vdupq_n_s32(-2 * s)), vdupq_n_u32(0x03030303u));
+}
+
 // x, and 16 more where there is a bit
 inline Quads add_fifth_bits(Quads x, const void* bits) {
     const uint8_t* own = (const uint8_t*)bits;

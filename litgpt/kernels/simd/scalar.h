@@ -117,6 +117,9 @@ inline Quads load_nibbles(const uint8_t* x, int64_t d) {
     return vector_at<Quads>(x + d / 32 * 16) >> (d % 32 ? 4 : 0) & 0x0f0f0f0fu;
 }
 
+// Numbers [4 s, 4 s + 4) of those whose codes lie in 32 bits: quads
+inline Quads two_bits(Pairs x, int s) { return x >> 2 * s & 0x03030303u; }
+
 // x, and 16 more where there is a bit
 inline Quads add_fifth_bits(Quads x, const void* bits) {
     Bytes y = (Bytes)x;

@@ -4,12 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from litgpt.attention import DefaultKeysAndValues, EncodedKeysAndValues, KeysAndValues
+from litgpt.kernels.structs import Vectors
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.storages.base import Index, Storage, move_rows, register_storage, write_slots
 
 LEVELS = 3  # the largest number of 2 bits
+WORD = 16  # numbers whose codes lie in 4 bytes
+BLOCK = 64  # tokens whose values lie together, where the window has whole such blocks
+KIND = 4  # of the encoding, for `litgpt.kernels`
 
 
 @register_storage("kivi")
@@ -19,6 +24,11 @@ class KiviStorage(Storage):
 
     For dense caches: tokens are encoded `window` at a time, once as many newer ones follow them, and so all queries of a
     position see the same, however a sequence is cut into calls. Nothing in 2 bits has gradients, nor runs in compiled code.
+    `litgpt.kernels` read windows of whole `BLOCK`s, and groups of 16, 32 or 64.
+
+    Of WORD numbers, byte b of 4 has numbers b, 4 + b, 8 + b and 12 + b, from its lowest bits on. Those of keys are WORD channels of
+    a token, and for each WORD of a group its tokens follow one another; those of values are WORD tokens of a channel, and for each
+    WORD of a block its channels follow one another.
 
     Args:
         group: tokens of a key's channel, and channels of a value, that share a scale.
@@ -30,6 +40,7 @@ class KiviStorage(Storage):
     def __init__(self, params: KVCacheParams, group: int = 32, window: int = 128) -> None:
         super().__init__()
         self.group, self.window, self.head_size = group, window, params.head_size
+        self.block = _block(window)
         _check(params, group, window)
         with torch.inference_mode(False):  # the buffers outlive the call that makes them
             for name, (shape, dtype) in _buffers(params, group, window).items():
@@ -67,29 +78,37 @@ class KiviStorage(Storage):
     def _keep(self, parts: Mapping[str, torch.Tensor], start: int, rows: torch.Tensor | None, batch: int) -> None:
         row = slice(batch) if rows is None else rows
         for name, new in parts.items():
-            first = start // (self.group if name.startswith("key_s") else 1)
+            first = start // self.tokens_of(name)
             getattr(self, name)[row, :, first : first + new.shape[2]] = new
 
+    def tokens_of(self, name: str) -> int:
+        """Tokens that share a place in the third dimension of a buffer of codes or scales."""
+        return self.group if name.startswith("key") else self.block
+
     def encode(self, key: torch.Tensor, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What is kept of whole groups of keys and values (B, G, T, D)."""
-        keys, key_scales = _encode(key.float().unflatten(2, (-1, self.group)), 3)  # (B, G, groups, group, D)
-        values, value_scales = _encode(_padded(value.float(), self.group).unflatten(3, (-1, self.group)), 4)
+        """What is kept of whole windows of keys and values (B, G, T, D)."""
+        D = self.head_size
+        keys, *key_scales = _encode(key.float().unflatten(2, (-1, self.group)), 3)  # (B, G, groups, group, D)
+        values = _padded(value.float(), self.group).unflatten(2, (-1, self.block)).unflatten(4, (-1, self.group))
+        values, *value_scales = _encode(values, 5)  # (B, G, blocks, block, channel groups, group)
+        channels = F.pad(values.flatten(4)[..., :D].mT, (0, 0, 0, -D % WORD))
         return {
-            "key_codes": _pack(keys.flatten(2, 3)),
-            "key_scales": key_scales.flatten(3),
-            "value_codes": _pack(values.flatten(3)[..., : self.head_size]),
-            "value_scales": value_scales.flatten(3),
+            "key_codes": _pack(keys),
+            "key_scales": torch.cat(key_scales, dim=3),
+            "value_codes": _pack(channels),
+            "value_scales": torch.stack([x.mT for x in value_scales], dim=4).flatten(3),
         }
 
     def decode(self, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of what `encode` gave, or of whole groups of it."""
-        D, group = self.head_size, self.group
-        scale, least = parts["key_scales"].float().unflatten(3, (2, D)).unbind(3)
-        keys = _unpack(parts["key_codes"], D).unflatten(2, (-1, group)) * scale[:, :, :, None] + least[:, :, :, None]
-        codes = _padded(_unpack(parts["value_codes"], D), group).unflatten(3, (-1, group))
-        scale, least = parts["value_scales"].float().unflatten(3, (2, -1)).unbind(3)
-        values = (codes * scale[..., None] + least[..., None]).flatten(3)[..., :D]
-        return keys.flatten(2, 3).to(dtype), values.to(dtype)
+        """Keys and values of what `encode` gave, or of whole windows of it."""
+        D = self.head_size
+        scale, least = parts["key_scales"].float()[:, :, :, None].split(D, dim=4)
+        keys = _unpack(parts["key_codes"], self.group, D) * scale + least
+        codes = _unpack(parts["value_codes"], -(-D // WORD) * WORD, self.block).mT[..., :D]
+        codes = _padded(codes, self.group).unflatten(4, (-1, self.group))
+        scale, least = parts["value_scales"].float().unflatten(3, (-1, 2, self.block)).unbind(4)
+        values = (codes * scale.mT[..., None] + least.mT[..., None]).flatten(4)[..., :D]
+        return keys.flatten(2, 3).to(dtype), values.flatten(2, 3).to(dtype)
 
     def get(self, batch: int, slots: Index, rows: torch.Tensor | None = None) -> KeysAndValues:
         """As if `slots`, a slice from 0 on, were all tokens of the rows."""
@@ -100,17 +119,33 @@ class KiviStorage(Storage):
     def tokens(self, n_sealed: int, stop: int, batch: int, rows: torch.Tensor | None) -> KeysAndValues:
         """Tokens [0, stop) of `rows` (None: the first `batch`), of which the first `n_sealed` are in 2 bits."""
         row = slice(batch) if rows is None else rows
-        slots = torch.arange(n_sealed, stop, device=self.device) % self.ring
-        newest = [x[:, :, slots][row] for x in (self.newest_keys, self.newest_values)]
         codes = {
-            name: getattr(self, name)[:, :, : n_sealed // (self.group if name == "key_scales" else 1)][row]
-            for name in ("key_codes", "key_scales", "value_codes", "value_scales")
+            name: x[:, :, : n_sealed // self.tokens_of(name)][row]
+            for name, x in self.named_buffers()
+            if not name.startswith("newest")
         }
-        return KiviKeysAndValues(self, codes, *newest)
+        return KiviKeysAndValues(self, codes, self.newest_keys[row], self.newest_values[row], n_sealed, stop)
 
     def as_stored(self, key: torch.Tensor, value: torch.Tensor) -> KeysAndValues:
-        n = sealed(key.shape[2] - 1, self.window)
-        return KiviKeysAndValues(self, self.encode(key[:, :, :n], value[:, :, :n]), key[:, :, n:], value[:, :, n:])
+        T = key.shape[2]
+        n = sealed(T - 1, self.window)
+        parts = self.encode(key[:, :, :n], value[:, :, :n])
+        return KiviKeysAndValues(self, parts, key[:, :, n:], value[:, :, n:], n, T, n)
+
+    def kernel_view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        buffers = self._buffers  # see `DefaultStorage.kernel_view`
+        readable = self.block == BLOCK and self.group in (16, 32, 64) and not buffers["newest_keys"].requires_grad
+        return (buffers["newest_keys"], buffers["newest_values"]) if readable else None
+
+    def kernel_codes(self) -> tuple[Vectors, Vectors]:
+        return self.vectors(dict(self.named_buffers()))
+
+    def vectors(self, codes: Mapping[str, torch.Tensor]) -> tuple[Vectors, Vectors]:
+        """Codes and scales of keys and of values for `litgpt.kernels`."""
+        both = [Vectors.of(KIND, False, codes[f"{side}_codes"], codes[f"{side}_scales"]) for side in ("key", "value")]
+        for side, tokens in zip(both, (self.group, self.block), strict=True):
+            side.unit, side.group = tokens, self.group
+        return both[0], both[1]
 
     # -- rows
 
@@ -123,13 +158,11 @@ class KiviStorage(Storage):
         move_rows(self.buffers(), rows)
 
     def state(self, batch: int, used: int) -> dict[str, torch.Tensor]:
-        n, found = sealed(used - 1, self.window), {}
-        for name, x in self.named_buffers():
-            groups = -(-n // self.group)
-            found[name] = (
-                x[:batch] if name.startswith("newest") else x[:batch, :, : groups if name == "key_scales" else n]
-            )
-        return found
+        n = sealed(used - 1, self.window)
+        return {
+            name: x[:batch] if name.startswith("newest") else x[:batch, :, : n // self.tokens_of(name)]
+            for name, x in self.named_buffers()
+        }
 
     # -- size and place
 
@@ -160,48 +193,62 @@ class KiviStorage(Storage):
 
 
 class KiviKeysAndValues(EncodedKeysAndValues):
-    """Tokens of a `KiviStorage`: the first in 2 bits (`codes`, whole groups), the last as they are."""
+    """Tokens [0, stop) of a `KiviStorage`: the first `n_sealed` in 2 bits (`codes`), the others in `keys` and `values`, that at p in
+    their slot (p - offset) % slots."""
 
     def __init__(
-        self, storage: KiviStorage, codes: Mapping[str, torch.Tensor], keys: torch.Tensor, values: torch.Tensor
+        self,
+        storage: KiviStorage,
+        codes: Mapping[str, torch.Tensor],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        n_sealed: int,
+        stop: int,
+        offset: int = 0,
     ) -> None:
-        self.storage, self.codes, self.newest = storage, codes, (keys, values)
+        self.storage, self.codes, self.rest = storage, codes, (keys, values)
+        self.n_sealed, self.stop, self.offset = n_sealed, stop, offset
         self.dtype = keys.dtype
 
     @property
     def length(self) -> int:
-        return self.codes["key_codes"].shape[2] + self.newest[0].shape[2]
+        return self.stop
 
-    def _both(self) -> tuple[torch.Tensor, torch.Tensor]:
-        old = self.storage.decode(self.codes, self.dtype)
-        return tuple(torch.cat(pair, dim=2) for pair in zip(old, self.newest, strict=True))
+    @property
+    def n_query_groups(self) -> int:
+        return self.rest[0].shape[1]
 
     def keys(self) -> torch.Tensor:
-        return self._both()[0]
+        return self.narrow(0, self.stop).keys()
 
     def values(self) -> torch.Tensor:
-        return self._both()[1]
+        return self.narrow(0, self.stop).values()
 
     def rotated(self) -> DefaultKeysAndValues:
-        return DefaultKeysAndValues(*self._both())
+        return self.narrow(0, self.stop)
 
-    def narrow(self, start: int, stop: int) -> "KeysAndValues":
-        n, group = self.codes["key_codes"].shape[2], self.storage.group
-        first, last = min(start, n) // group * group, min(n, -(-stop // group) * group)
-        part = {
-            name: x[:, :, first // group : last // group] if name == "key_scales" else x[:, :, first:last]
-            for name, x in self.codes.items()
-        }
-        keys, values = KiviKeysAndValues(
-            self.storage, part, *(x[:, :, max(0, start - n) : max(0, stop - n)] for x in self.newest)
-        )._both()
-        skipped = max(0, start - first) if start < n else 0
-        size = min(stop, self.length) - start
-        return _Plain(keys[:, :, skipped : skipped + size], values[:, :, skipped : skipped + size])
+    def narrow(self, start: int, stop: int) -> "_Plain":
+        n, window, stop = self.n_sealed, self.storage.window, min(stop, self.stop)
+        slots = torch.arange(max(start, n), max(stop, n), device=self.rest[0].device) - self.offset
+        parts = [x[:, :, slots % x.shape[2]] for x in self.rest]
+        if start < n:
+            first, last = start // window * window, min(n, -(-stop // window) * window)
+            whole = {
+                name: x[:, :, first // tokens : last // tokens]
+                for name, x in self.codes.items()
+                for tokens in [self.storage.tokens_of(name)]
+            }
+            decoded = self.storage.decode(whole, self.dtype)
+            inside = slice(start - first, min(stop, n) - first)
+            parts = [torch.cat((x[:, :, inside], new), dim=2) for x, new in zip(decoded, parts, strict=True)]
+        return _Plain(*parts)
 
-    def for_kernels(self) -> tuple:
-        """Kernels do not read them."""
-        return ()
+    def for_kernels(self) -> tuple[Vectors, ...]:
+        readable = self.offset == 0 and self.storage.kernel_view() is not None
+        return self.storage.vectors(self.codes) if readable else ()
+
+    def newest(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        return *self.rest, self.n_sealed
 
     def rotate_query(self, query: torch.Tensor) -> torch.Tensor:
         return query
@@ -225,6 +272,11 @@ def sealed(length: int, window: int) -> int:
     return max(0, (length - window) // window * window)
 
 
+def _block(window: int) -> int:
+    """Tokens whose values lie together."""
+    return window if window % BLOCK else BLOCK
+
+
 def _check(params: KVCacheParams, group: int, window: int) -> None:
     for name, value in (("group", group), ("window", window)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -241,23 +293,24 @@ def _buffers(params: KVCacheParams, group: int, window: int) -> dict[str, tuple[
     head = params.batch_size, params.n_query_groups
     n, dtype = sealed(C - 1, window), torch.get_default_dtype() if params.dtype is None else params.dtype
     newest = (*head, min(C, 2 * window), D)
+    block, words = _block(window), -(-D // WORD)
     return {
-        "key_codes": ((*head, n, -(-D // 4)), torch.uint8),
+        "key_codes": ((*head, n // group, words * group * 4), torch.uint8),
         "key_scales": ((*head, n // group, 2 * D), torch.bfloat16),
-        "value_codes": ((*head, n, -(-D // 4)), torch.uint8),
-        "value_scales": ((*head, n, 2 * -(-D // group)), torch.bfloat16),
+        "value_codes": ((*head, n // block, -(-block // WORD) * words * WORD * 4), torch.uint8),
+        "value_scales": ((*head, n // block, 2 * -(-D // group) * block), torch.bfloat16),
         "newest_keys": (newest, dtype),
         "newest_values": (newest, dtype),
     }
 
 
-def _encode(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers 0 to 3 for x, and what 1 stands for and the least number along `dim`, (..., 2, rest)."""
+def _encode(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numbers 0 to 3 for x; without `dim`, along which they share these: what 1 stands for, and the least number."""
     least, most = x.aminmax(dim=dim, keepdim=True)
     least = least.bfloat16().float()
     scale = ((most - least) / LEVELS).bfloat16().float()
     codes = ((x - least) / torch.where(scale == 0, 1.0, scale)).round_().clamp_(0, LEVELS).to(torch.uint8)
-    return codes, torch.stack((scale.squeeze(dim), least.squeeze(dim)), dim=3).bfloat16()
+    return codes, scale.squeeze(dim).bfloat16(), least.squeeze(dim).bfloat16()
 
 
 def _padded(x: torch.Tensor, group: int) -> torch.Tensor:
@@ -267,13 +320,16 @@ def _padded(x: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:
-    """Four numbers (..., D) in a byte, a quarter of a vector apart."""
-    a, b, c, d = _padded(codes, 4).chunk(4, dim=-1)
-    return a | b << 2 | c << 4 | d << 6
+    """Words of rows of codes (..., rows, size), one word of all rows after the other: (..., words x rows x 4)."""
+    words = F.pad(codes, (0, -codes.shape[-1] % WORD)).unflatten(-1, (-1, 4, 4))
+    a, b, c, d = words.unbind(-2)
+    return (a | b << 2 | c << 4 | d << 6).transpose(-3, -2).flatten(-3)
 
 
-def _unpack(packed: torch.Tensor, D: int) -> torch.Tensor:
-    return torch.cat([(packed >> shift) & 3 for shift in (0, 2, 4, 6)], dim=-1)[..., :D].float()
+def _unpack(packed: torch.Tensor, rows: int, size: int) -> torch.Tensor:
+    words = packed.unflatten(-1, (-1, rows, 4)).transpose(-3, -2)
+    codes = torch.stack([words >> shift & 3 for shift in (0, 2, 4, 6)], dim=-2)
+    return codes.flatten(-3)[..., :size].float()
 
 
 def _by_side(bits: dict[str, int]) -> dict[str, int]:
