@@ -78,7 +78,7 @@ struct Attention {
 
     int64_t shared() const { return H / G * T; }  // queries that attend to the same keys
     int64_t results() const { return int64_t(splits->all.size()) * shared(); }
-    int64_t n_factors() const { return encoded && D % GROUP == 0 ? D / GROUP : 0; }  // of a query
+    int64_t n_factors() const { return encoded && encoded[0].by_vector() && D % GROUP == 0 ? D / GROUP : 0; }  // of a query
     int64_t scratch_size() const {
         return results() * (D + 2) + B * H * T * (D + n_factors() * int64_t(sizeof(QueryFactors) / sizeof(float)));
     }

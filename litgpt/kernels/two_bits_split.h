@@ -5,7 +5,7 @@
 
 #pragma once
 
-#include "encoded_split.h"
+#include "attention.h"
 #include "two_bits.h"
 
 // Products of R queries q (R, D) with SPLIT_KEYS keys: scores
@@ -24,20 +24,20 @@ void multiply_two_bits(const float* q, const Vectors& k, int64_t D, float (*scor
             else
                 for (int64_t d = 0; d < size; d++)
                     scale[d] = widen(block.scales[d0 + d]), least[d] = widen(block.scales[D + d0 + d]);
-            Factors factors[R];
-            float units[R], bases[R];
+            Factors<GROUP> factors[R];
+            float bases[R];
             for (int r = 0; r < R; r++) {
-                float scaled[GROUP], total;
-                Floats base = zeros();
-                for (int64_t d = 0; d < GROUP; d += LANES) {
-                    const Floats own = load(q + r * MAX_D + d0 + d);
-                    store(scaled + d, own * load(scale + d));
-                    base = multiply_add(own, load(least + d), base);
+                Floats scaled[GROUP / LANES], base = zeros();
+                UNROLLED for (int i = 0; i < GROUP / LANES; i++) {
+                    const Floats own = load(q + r * MAX_D + d0 + i * LANES);
+                    scaled[i] = own * load(scale + i * LANES);
+                    base = multiply_add(own, load(least + i * LANES), base);
                 }
-                units[r] = factors[r].set(scaled, &total), bases[r] = sum(base);
+                factors[r].set(scaled), bases[r] = sum(base);
             }
             for (int64_t j = 0; j < k.unit; j += LANES) {
                 QuadSums sums[R];
+                UNROLLED for (int r = 0; r < R; r++) sums[r].clear();
                 UNROLLED for (int w = 0; w < GROUP / WORD; w++) {
                     if (w * WORD >= size) break;
                     const Pairs own = load_pairs(codes + w * k.unit + j);
@@ -48,7 +48,7 @@ void multiply_two_bits(const float* q, const Vectors& k, int64_t D, float (*scor
                 }
                 UNROLLED for (int r = 0; r < R; r++) {
                     const Floats before = d0 ? load(scores[r] + n0 + j) : zeros();
-                    store(scores[r] + n0 + j, multiply_add(sums[r].floats(), all(units[r]), all(bases[r]) + before));
+                    store(scores[r] + n0 + j, multiply_add(sums[r].floats(), all(factors[r].unit), all(bases[r]) + before));
                 }
             }
         }
@@ -60,21 +60,21 @@ void add_two_bits(const float (*weights)[SPLIT_KEYS], const Vectors& v, int64_t 
     const int64_t width = words(D) * WORD;
     for (int64_t d0 = 0; d0 < D; d0 += v.group) {
         const bf16* scales = v.scales + d0 / v.group * 2 * v.unit;
-        Factors factors[R];
-        float units[R], bases[R];
+        Factors<SPLIT_KEYS> factors[R];
+        float bases[R];
         for (int r = 0; r < R; r++) {
-            float scaled[SPLIT_KEYS], total;
-            Floats base = zeros();
-            for (int64_t j = 0; j < SPLIT_KEYS; j += LANES) {
-                const Floats weight = load(weights[r] + j);
-                store(scaled + j, weight * load(scales + j));
-                base = multiply_add(weight, load(scales + v.unit + j), base);
+            Floats scaled[SPLIT_KEYS / LANES], base = zeros();
+            UNROLLED for (int i = 0; i < SPLIT_KEYS / LANES; i++) {
+                const Floats weight = load(weights[r] + i * LANES);
+                scaled[i] = weight * load(scales + i * LANES);
+                base = multiply_add(weight, load(scales + v.unit + i * LANES), base);
             }
-            units[r] = factors[r].set(scaled, &total), bases[r] = sum(base);
+            factors[r].set(scaled), bases[r] = sum(base);
         }
         const int64_t end = std::min(d0 + v.group, D);
         for (int64_t d = d0; d < end; d += LANES) {
             QuadSums sums[R];
+            UNROLLED for (int r = 0; r < R; r++) sums[r].clear();
             UNROLLED for (int i = 0; i < SPLIT_KEYS / WORD; i++) {
                 const Pairs own = load_pairs((const uint32_t*)v.codes + i * width + d);
                 UNROLLED for (int s = 0; s < 4; s++) {
@@ -83,7 +83,7 @@ void add_two_bits(const float (*weights)[SPLIT_KEYS], const Vectors& v, int64_t 
                 }
             }
             UNROLLED for (int r = 0; r < R; r++) {
-                const Floats y = multiply_add(sums[r].floats(), all(units[r]), all(bases[r]));
+                const Floats y = multiply_add(sums[r].floats(), all(factors[r].unit), all(bases[r]));
                 if (d + LANES <= end) {
                     store(out + r * D + d, y);
                 } else {

@@ -191,16 +191,16 @@ static void check_attention() {
 // The first keys and values in 2 bits, the others in slots that begin anew after the last
 static void check_two_bits() {
     const int64_t G = draw(1, 2), H = G * draw(1, 5), D = std::array<int64_t, 6>{64, 24, 80, 128, 32, 256}[draw(0, 5)];
-    const int64_t sealed = 64 * draw(0, 3), newest = 128, T = draw(1, 6), N = sealed + draw(T, newest);
-    const int64_t units[] = {std::array<int64_t, 3>{16, 32, 64}[draw(0, 2)], 64}, width = words(D) * WORD;
+    const int64_t sealed = SPLIT_KEYS * draw(0, 2), newest = 2 * SPLIT_KEYS, T = draw(1, 6), N = sealed + draw(T, newest);
+    const int64_t units[] = {std::array<int64_t, 3>{16, 32, 64}[draw(0, 2)], SPLIT_KEYS}, width = words(D) * WORD;
     const float scale = 1.0f / std::sqrt(float(D)), cap = draw(0, 1) ? 5.0f : 0.0f;
     const auto q = numbers(H * T * D);
     std::vector<bf16> all[2], plain[2], scales[2], y(T * H * D), bias(T * N);
     std::vector<uint32_t> codes[2];
     Vectors encoded[2];
     for (int i = 0; i < 2; i++) {
-        const int64_t blocks = sealed / units[i], block = i ? 4 * width : units[0] * words(D);
-        const int64_t block_scales = i ? 128 * ((D + units[0] - 1) / units[0]) : 2 * D;
+        const int64_t blocks = sealed / units[i], block = i ? SPLIT_KEYS / WORD * width : units[0] * words(D);
+        const int64_t block_scales = i ? 2 * SPLIT_KEYS * ((D + units[0] - 1) / units[0]) : 2 * D;
         all[i] = numbers(G * N * D), plain[i].resize(G * newest * D);
         codes[i].resize(G * blocks * block), scales[i].resize(G * blocks * block_scales);
         encoded[i] = {(char*)codes[i].data(), scales[i].data(), TWO_BITS, 0, {0, 4 * blocks * block, 4 * block},

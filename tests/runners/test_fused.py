@@ -547,9 +547,18 @@ def test_caches_of_fewer_bits_are_read_and_written_as_they_are(family, name):
 
 @pytest.mark.parametrize("family", ["llama", "sizes and factors", "soft-capping"])
 def test_caches_in_two_bits_are_read_as_they_are_and_new_tokens_as_they_came(family):
-    model = bf16_gpt(**FAMILIES[family], block_size=512)
-    calls = [130, 1, 63, 1, 1, 75, 4, 1]  # 64 tokens come to be encoded at 128, 192 and 256, in calls and between them
-    caches = {"name": "dense-kivi", "cache_length": 300, "window": 64, "group": 16}
+    model = bf16_gpt(**FAMILIES[family], block_size=600)
+    calls = [
+        258,
+        1,
+        125,
+        1,
+        1,
+        140,
+        4,
+        1,
+    ]  # 128 tokens come to be encoded at 256, 384 and 512, in calls and between them
+    caches = {"name": "dense-kivi", "cache_length": 560, "group": 16}
     expected, states = run(model, calls, 2, **caches), [cache.state() for cache in model.kv_caches()]
     speed_up_decode(model)
     done = count(model)
@@ -565,13 +574,13 @@ def test_caches_in_two_bits_are_read_as_they_are_and_new_tokens_as_they_came(fam
 
 def test_rows_of_different_lengths_in_two_bits_take_steps_together():
     """As each does alone: what it sees in 2 bits, and where its newest tokens are, is its own."""
-    model, lengths = bf16_gpt(sliding_window_size=None, block_size=512), (70, 191, 210)
+    model, lengths = bf16_gpt(sliding_window_size=None, block_size=512), (140, 383, 420)
     speed_up_decode(model)
     done = count(model)
-    idx = torch.randint(0, 90, (3, 220), generator=torch.Generator().manual_seed(1))
+    idx = torch.randint(0, 90, (3, 430), generator=torch.Generator().manual_seed(1))
 
     def outputs(rows):
-        caches = create_kv_caches("dense-kivi", model.config, len(rows), 300, torch.bfloat16, window=64, group=32)
+        caches = create_kv_caches("dense-kivi", model.config, len(rows), 430, torch.bfloat16)
         model.clear_kv_caches(assigned=True)
         model.assign_kv_caches(caches)
         with torch.inference_mode():
@@ -613,20 +622,18 @@ def test_attention_reads_codes_as_torch_decodes_them(name, H, G, D):
 
 @pytest.mark.parametrize(("H", "G", "D", "group"), [(9, 3, 64, 32), (3, 1, 32, 16), (6, 1, 80, 64), (2, 2, 24, 32)])
 def test_attention_reads_two_bits_as_torch_decodes_them(H, G, D, group):
-    storage = STORAGES["kivi"](
-        KVCacheParams(2, G, 700, D, H, torch.device("cpu"), torch.bfloat16), group=group, window=64
-    )
-    key, value, query = (torch.randn(2, heads, 310, D, dtype=torch.bfloat16) for heads in (G, G, H))
-    for start in range(0, 310, 64):
-        if start >= 128:
-            storage.seal(start - 128, None, 2)
-        new = slice(start, min(start + 64, 310))
+    storage = STORAGES["kivi"](KVCacheParams(2, G, 700, D, H, torch.device("cpu"), torch.bfloat16), group=group)
+    key, value, query = (torch.randn(2, heads, 450, D, dtype=torch.bfloat16) for heads in (G, G, H))
+    for start in range(0, 450, 128):
+        if start >= 256:
+            storage.seal(start - 256, None, 2)
+        new = slice(start, min(start + 128, 450))
         storage.set(key[:, :, new], value[:, :, new], torch.arange(new.start, new.stop), None)
     mha = MultiHeadSelfAttention(Config(n_head=H, n_embd=H * D, n_query_groups=G, attention_logit_softcapping=4.0))
-    stored = storage.tokens(192, 310, 2, None)
+    stored = storage.tokens(256, 450, 2, None)
     for T in (1, 4):
-        bias = torch.zeros(2, 1, T, 310, dtype=torch.bfloat16)
-        bias[1, :, :, 3:5] = bias[1, :, :, 300:] = -torch.inf
+        bias = torch.zeros(2, 1, T, 450, dtype=torch.bfloat16)
+        bias[1, :, :, 3:5] = bias[1, :, :, 400:] = -torch.inf
         plain = DefaultKeysAndValues(stored.keys().float(), stored.values().float())
         expected, _ = mha.attend(query[:, :, :T].float(), plain, bias.float(), False)
         assert ops.can_attend_encoded(query[:, :, :T], stored.for_kernels(), bias, None)
