@@ -6,8 +6,8 @@
 #pragma once
 
 #include "attention.h"
+#include "panels.h"
 #include "two_bits.h"
-#include "weights.h"
 
 struct CausalAttention {
     static constexpr int64_t KEY_BLOCK = 512;      // keys that are rearranged at a time
@@ -25,7 +25,7 @@ struct CausalAttention {
     int64_t sealed = 0, begin = 0, newest = 0;  // and as in `Segment`
 
     int64_t tile_tokens() const {
-        const int64_t tokens = (QUERY_TILE_ROWS * G / H + ROWS - 1) / ROWS * ROWS;
+        const int64_t tokens = ((encoded[0].kind ? 2 * QUERY_TILE_ROWS : QUERY_TILE_ROWS) * G / H + ROWS - 1) / ROWS * ROWS;
         return std::max<int64_t>(4 * ROWS, tokens);
     }
     int64_t tiles() const { return (T + tile_tokens() - 1) / tile_tokens(); }
@@ -161,18 +161,7 @@ private:
             }
             const bf16* rows = start ? start + j * k_strides[1] : decoded.data();
             const int64_t stride = start ? k_strides[1] : size;
-            for (int64_t d = 0; d < size; d += 2 * LANES) {
-                Pairs part[LANES];
-                for (int64_t i = 0; i < LANES; i++) {
-                    uint32_t padded[LANES] = {};
-                    const bf16* row = rows + i * stride + d;
-                    const bool whole = i < count && d + 2 * LANES <= D;
-                    if (!whole && i < count && d < D) std::memcpy(padded, row, (D - d) * sizeof(bf16));
-                    part[i] = load_pairs(whole ? (const uint32_t*)row : padded);
-                }
-                transpose(part);
-                for (int64_t p = 0; p < LANES; p++) store_pairs(block + (d / 2 + p) * KEYS, part[p]);
-            }
+            lay_out_columns(block, rows, stride, count, D, size);
         }
     }
 

@@ -2,9 +2,18 @@
 
 #include "decode.h"
 #include "looks.h"
+#include "matrices.h"
 #include "prefill.h"
 #include "row_attention.h"
 #include "training.h"
+
+template <class F>
+void with_rows(bool narrow, F f) {
+    if (narrow)
+        f(NarrowRowHead());
+    else
+        f(RowHead());
+}
 
 extern "C" {
 
@@ -102,16 +111,29 @@ void move_slots(char* buffer, const int64_t* rows, const int64_t* index, int64_t
     move_slots_of_rows(buffer, rows, index, B, G, C, n, bytes);
 }
 
-// Attention of rows in float, and its gradients: see `RowAttention`. `parts` (2, N, H, D) where heads share keys.
-void attend_rows(const float* q, const float* k, const float* v, float* y, float* logs, int64_t H, int64_t G, int64_t D,
-                 int64_t n_rows, const int64_t* ends, const int64_t* strides, float scale) {
-    RowAttention{q, k, v, strides, H, G, D, n_rows, ends, scale}.forward(y, logs);
+// Attention of rows in float, or bfloat16 where `narrow` is not 0, and its gradients: see `RowAttention`.
+void attend_rows(const void* q, const void* k, const void* v, void* y, float* logs, int64_t H, int64_t G, int64_t D,
+                 int64_t n_rows, const int64_t* ends, const int64_t* strides, float scale, int narrow) {
+    with_rows(narrow, [&](auto head) {
+        using T = typename decltype(head)::Number;
+        RowAttention<decltype(head)>{(const T*)q, (const T*)k, (const T*)v, strides, H, G, D, n_rows, ends, scale}.forward((T*)y, logs);
+    });
 }
 
-void attend_rows_backward(const float* q, const float* k, const float* v, const float* y, const float* dy,
-                          const float* logs, float* dq, float* parts, float* dk, float* dv, int64_t H, int64_t G,
-                          int64_t D, int64_t n_rows, const int64_t* ends, const int64_t* strides, float scale) {
-    RowAttention{q, k, v, strides, H, G, D, n_rows, ends, scale}.backward(y, dy, logs, dq, parts, dk, dv);
+void attend_rows_backward(const void* q, const void* k, const void* v, const void* y, const void* dy, const float* logs, void* dq,
+                          float* parts, void* dk, void* dv, int64_t H, int64_t G, int64_t D, int64_t n_rows, const int64_t* ends,
+                          const int64_t* strides, float scale, int narrow) {
+    with_rows(narrow, [&](auto head) {
+        using T = typename decltype(head)::Number;
+        RowAttention<decltype(head)>{(const T*)q, (const T*)k, (const T*)v, strides, H, G, D, n_rows, ends, scale}.backward(
+            (const T*)y, (const T*)dy, logs, (T*)dq, parts, (T*)dk, (T*)dv);
+    });
+}
+
+// C (M, N) = A (M, K) B (K, N) + bias (null: none), by the strides of rows and columns of A and B, one of which is 1
+void multiply_matrices(const bf16* a, const bf16* b, const bf16* bias, bf16* c, int64_t M, int64_t K, int64_t N,
+                       int64_t a_row, int64_t a_column, int64_t b_row, int64_t b_column) {
+    MatrixProduct{{a, a_row, a_column}, {b, b_row, b_column}, bias, c, M, K, N}.run();
 }
 
 // Parts of a training step: see training.h. Numbers are float, or bfloat16 where `narrow` is not 0.

@@ -142,6 +142,11 @@ def torch_multiplies_bfloat16() -> bool:
     )
 
 
+def has_tiles() -> bool:
+    """Whether the processor has AMX, which torch uses in matrix products and the kernels do not."""
+    return "amx_bf16" in features()
+
+
 def mkl_forgoes_avx512() -> bool:
     """Whether the processor has AVX-512 and MKL does not use it: it does so on Intel's only."""
     return "avx512f" in features() and not any("Intel" in line for line in _about() if line.startswith("model name"))

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "attention.h"
+#include "narrow_rows.h"
 
 constexpr int COLUMN_VECTORS = output_vectors(6);  // of a tile of 6 rows: what registers hold
 
@@ -51,6 +52,7 @@ inline void multiply(Strided a, const float* b, int64_t ldb, float* c, int64_t l
 
 // One head of one row: T tokens; D a multiple of 16.
 struct RowHead {
+    using Number = float;
     static constexpr int64_t QUERIES = 24;  // of a block
 
     int64_t T, D;
@@ -135,8 +137,11 @@ struct RowHead {
 
 // The rows of all heads. Queries (N, H, D), keys and values (N, G, D) by strides over tokens and heads; y (N, H, D); logs
 // (H, N); row r has tokens [ends[r - 1], ends[r]).
+template <class Head>
 struct RowAttention {
-    const float *q, *k, *v;
+    using Number = typename Head::Number;
+
+    const Number *q, *k, *v;
     const int64_t* strides;  // of q, k and v
     int64_t H, G, D, n_rows;
     const int64_t* ends;
@@ -145,7 +150,7 @@ struct RowAttention {
     int64_t begin(int64_t row) const { return row ? ends[row - 1] : 0; }
     int64_t tokens() const { return ends[n_rows - 1]; }
 
-    RowHead head(int64_t row, int64_t h) const {
+    Head head(int64_t row, int64_t h) const {
         const int64_t t = begin(row), g = h / (H / G);
         return {ends[row] - t, D, scale, q + t * strides[0] + h * strides[1], k + t * strides[2] + g * strides[3],
                 v + t * strides[4] + g * strides[5], strides[0], strides[2], strides[4]};
@@ -156,33 +161,37 @@ struct RowAttention {
 #pragma omp parallel for schedule(dynamic)
         for (int64_t i = 0; i < n_rows * H; i++) {
             static thread_local Scratch<float> scratch;
-            const RowHead own = head(i / H, i % H);
-            run(own, i % H, begin(i / H), scratch.get(RowHead::scratch_size(own.T, D)));
+            const Head own = head(i / H, i % H);
+            run(own, i % H, begin(i / H), scratch.get(Head::scratch_size(own.T, D)));
         }
     }
 
-    void forward(float* y, float* logs) const {
-        for_heads([&](const RowHead& own, int64_t h, int64_t t, float* scratch) {
+    void forward(Number* y, float* logs) const {
+        for_heads([&](const Head& own, int64_t h, int64_t t, float* scratch) {
             own.forward(scratch, y + (t * H + h) * D, H * D, logs + h * tokens() + t);
         });
     }
 
-    // dq, and for each query head its part of the gradients of keys and values, all (N, H, D); then their sums (N, G, D)
-    void backward(const float* y, const float* dy, const float* logs, float* dq, float* parts, float* dk, float* dv) const {
+    // dq (N, H, D), dk and dv (N, G, D); where heads share keys, `parts` (2, N, H, D) has those of each head first
+    void backward(const Number* y, const Number* dy, const float* logs, Number* dq, float* parts, Number* dk, Number* dv) const {
         const int64_t size = tokens() * H * D, share = H / G;
-        float *dk_parts = share > 1 ? parts : dk, *dv_parts = share > 1 ? parts + size : dv;
-        for_heads([&](const RowHead& own, int64_t h, int64_t t, float* scratch) {
-            const int64_t at = (t * H + h) * D;
-            own.backward(scratch, y + at, dy + at, H * D, logs + h * tokens() + t, dq + at, H * D, dk_parts + at,
-                         dv_parts + at, H * D);
-        });
-        if (share == 1) return;
+        const auto run = [&](auto* dk, auto* dv) {
+            for_heads([&](const Head& own, int64_t h, int64_t t, float* scratch) {
+                const int64_t at = (t * H + h) * D;
+                own.backward(scratch, y + at, dy + at, H * D, logs + h * tokens() + t, dq + at, H * D, dk + at, dv + at, H * D);
+            });
+        };
+        if (share == 1) return run(dk, dv);
+        run(parts, parts + size);
 #pragma omp parallel for schedule(static)
         for (int64_t i = 0; i < tokens() * G; i++)
-            for (int64_t d = 0; d < D; d++) {
-                float key = 0.0f, value = 0.0f;
-                for (int64_t j = i * share; j < (i + 1) * share; j++) key += dk_parts[j * D + d], value += dv_parts[j * D + d];
-                dk[i * D + d] = key, dv[i * D + d] = value;
+            for (int64_t d = 0; d < D; d += LANES) {
+                Floats key = zeros(), value = zeros();
+                for (int64_t j = i * share; j < (i + 1) * share; j++) {
+                    key += load(parts + j * D + d);
+                    value += load(parts + size + j * D + d);
+                }
+                store(dk + i * D + d, key), store(dv + i * D + d, value);
             }
     }
 };

@@ -1,4 +1,4 @@
-"""Causal attention of rows that lie one after the other, on CPU, with gradients: computed in float32."""
+"""Causal attention of rows that lie one after the other, on CPU, with gradients: sums in float32."""
 
 import struct
 from collections.abc import Sequence
@@ -41,10 +41,8 @@ class _RowAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         _, H, N, D = query.shape
         values = values.contiguous()  # a view would keep queries and keys without RoPE for the backward pass
-        inputs = [x.float() for x in (query, keys, values)]
-        y, logs = inputs[0].new_empty(1, N, H * D), inputs[0].new_empty(H, N)
-        library().attend_rows(*_addresses(*inputs, y, logs), *_sizes(*inputs, sizes), scale)
-        y = y.to(query.dtype)
+        y, logs = query.new_empty(1, N, H * D), query.new_empty(H, N, dtype=torch.float32)
+        library().attend_rows(*_addresses(query, keys, values, y, logs), *_sizes(query, keys, values, sizes, scale))
         ctx.save_for_backward(query, keys, values, y, logs)
         ctx.sizes, ctx.scale = sizes, scale
         return y
@@ -52,29 +50,27 @@ class _RowAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dtype = d_y.dtype
-        # have names: what only its address is kept of would be freed before it is read
-        query, keys, values, y, logs = (x.float() for x in ctx.saved_tensors)
-        d_y = d_y.float().contiguous()
+        query, keys, values, y, logs = ctx.saved_tensors
+        d_y = d_y.contiguous()
         _, H, N, D = query.shape
         G = keys.shape[1]
         d_query = query.new_empty(1, N, H, D)
         d_keys, d_values = query.new_empty(2, 1, N, G, D)
-        parts = query.new_empty(2, N, H, D) if H > G else None
+        parts = query.new_empty(2, N, H, D, dtype=torch.float32) if H > G else None
         library().attend_rows_backward(
             *_addresses(query, keys, values, y, d_y, logs, d_query, parts, d_keys, d_values),
-            *_sizes(query, keys, values, ctx.sizes),
-            ctx.scale,
+            *_sizes(query, keys, values, ctx.sizes, ctx.scale),
         )
-        return *(d.transpose(1, 2).to(dtype) for d in (d_query, d_keys, d_values)), None, None
+        return *(d.transpose(1, 2) for d in (d_query, d_keys, d_values)), None, None
 
 
 def _addresses(*tensors: torch.Tensor | None) -> list[int | None]:
     return [None if x is None else x.data_ptr() for x in tensors]
 
 
-def _sizes(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sizes: Sequence[int]) -> tuple:
-    """H, G, D, the number of rows, their ends, and strides over tokens and heads."""
+def _sizes(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sizes: Sequence[int], scale: float) -> tuple:
+    """H, G, D, the number of rows, their ends, strides over tokens and heads, the scale, and whether numbers are bfloat16."""
     strides = [x.stride(dim) for x in (query, keys, values) for dim in (2, 1)]
     ends = struct.pack(f"{len(sizes)}q", *accumulate(sizes))
-    return query.shape[1], keys.shape[1], query.shape[3], len(sizes), ends, struct.pack("6q", *strides)
+    shape = query.shape[1], keys.shape[1], query.shape[3], len(sizes)
+    return *shape, ends, struct.pack("6q", *strides), scale, query.dtype == torch.bfloat16

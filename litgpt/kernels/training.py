@@ -79,9 +79,14 @@ def dropout(layer: nn.Dropout, x: torch.Tensor) -> torch.Tensor:
     return _Dropped.apply(x, layer.p, int(torch.randint(2**62, ())))
 
 
+def replaces_logits(like: torch.Tensor, vocabulary: int) -> bool:
+    """Whether `next_token_losses` is there for logits of that type and so many tokens."""
+    return _is_ours(like) and vocabulary % 16 == 0
+
+
 def next_token_losses(logits: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor | None:
     """Cross-entropies (n,) of logits (n, V), which become their gradients times `scale`; None if there is no kernel."""
-    if not _is_ours(logits) or logits.shape[1] % 16:
+    if not replaces_logits(logits, logits.shape[1]):
         return None
     n, V = logits.shape
     losses, labels = logits.new_empty(n, dtype=torch.float32), labels.contiguous()

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-from litgpt.kernels.training import next_token_losses
+from litgpt.kernels.training import next_token_losses, replaces_logits
 
 IGNORE_INDEX = -100
-LOGITS_BYTES = 16 << 20  # float32 logits that exist at a time
+LOGITS_BYTES = 16 << 20  # logits that exist at a time, in float32 or as they are where a kernel takes them
 ADDED_LOGITS_BYTES = 32 << 20  # with a trained head, each chunk of which adds to a gradient as large as its weight
 TRAINED_LOGITS_BYTES = 128 << 20  # where that needs a second one of this size
 
@@ -57,6 +57,7 @@ class _HeadLoss(torch.autograd.Function):
                 d_hidden[places[part]] = found.pop(0)
             for i, gradient in enumerate(found):
                 d_params[i] = gradient if d_params[i] is None else d_params[i].add_(gradient)
+            del logits, d_logits  # before there are the next ones
         ctx.saved, ctx.tied, ctx.scale = (d_hidden, *d_params), tied, scale
         return total
 
@@ -146,7 +147,9 @@ def loss_sum(
     places = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
     labels = labels[places]
     size = ADDED_LOGITS_BYTES if scale is not None else TRAINED_LOGITS_BYTES if params else LOGITS_BYTES
-    chunk = max(16, size // (4 * vocabulary))
+    bytes_of_number = hidden.element_size() if teacher is None and replaces_logits(hidden, vocabulary) else 4
+    chunk = max(16, size // (bytes_of_number * vocabulary))
+    chunk = -(-len(places) // max(1, -(-len(places) // chunk)))  # all about equally large
     form = torch.promote_types(hidden.dtype, torch.float32)
     if not len(places):
         return sum((p.sum() * 0.0 for p in params), hidden.sum() * 0.0).to(form)

@@ -13,7 +13,7 @@ from litgpt.model import GPT, LLaMAMLP, RMSNorm
 from litgpt.train.cached_layers import CachedLayers
 from litgpt.train.kept_gradients import KeptGradients
 from litgpt.train.loss import TiedEmbedding, loss_sum
-from litgpt.train.products import linear, onednn_is_faster
+from litgpt.train.products import linear, replaces_torch
 from litgpt.train.recomputed import recomputed
 from litgpt.train.teacher import Teacher
 
@@ -50,7 +50,7 @@ class TrainingModel(nn.Module):
                 module.forward = partial(training.norm, module)
             elif type(module) is nn.Dropout:
                 module.forward = partial(training.dropout, module)
-            elif type(module) is nn.Linear and onednn_is_faster():
+            elif type(module) is nn.Linear and replaces_torch():
                 module.forward = partial(linear, module)
 
     def keep_gradients(self) -> None:

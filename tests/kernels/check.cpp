@@ -20,8 +20,11 @@ void attend(const bf16*, const bf16*, const bf16*, const Vectors*, const int64_t
             int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, const int64_t*, float, float);
 void attend_causally(const bf16*, const bf16*, const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t, int64_t, int64_t,
                      int64_t, int64_t, const int64_t*, float, float);
-void attend_rows(const float*, const float*, const float*, float*, float*, int64_t, int64_t, int64_t, int64_t, const int64_t*,
-                 const int64_t*, float);
+void attend_rows(const void*, const void*, const void*, void*, float*, int64_t, int64_t, int64_t, int64_t, const int64_t*,
+                 const int64_t*, float, int);
+void attend_rows_backward(const void*, const void*, const void*, const void*, const void*, const float*, void*, float*, void*, void*,
+                          int64_t, int64_t, int64_t, int64_t, const int64_t*, const int64_t*, float, int);
+void multiply_matrices(const bf16*, const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 }
 
 using Numbers64 = std::vector<double>;
@@ -238,7 +241,7 @@ static void check_rows() {
     std::vector<float> q(N * H * D), k(N * G * D), v(N * G * D), y(N * H * D), logs(H * N);
     for (auto* x : {&q, &k, &v})
         for (auto& value : *x) value = normal();
-    attend_rows(q.data(), k.data(), v.data(), y.data(), logs.data(), H, G, D, 2, ends, strides, 0.2f);
+    attend_rows(q.data(), k.data(), v.data(), y.data(), logs.data(), H, G, D, 2, ends, strides, 0.2f, 0);
     double worst = 0;
     for (int64_t h = 0; h < H; h++)
         for (int64_t t = 0; t < N; t++) {
@@ -259,6 +262,48 @@ static void check_rows() {
     if (!(worst < 1e-5)) failures++, std::printf("attend_rows: differs by %g\n", worst);
 }
 
+// In bfloat16; gradients are compared with those in float
+static void check_narrow_rows() {
+    const int64_t G = draw(1, 2), H = G * draw(1, 2), D = 16 * draw(1, 5), a = draw(1, 220), N = a + draw(1, 40);
+    const int64_t ends[] = {a, N}, strides[] = {H * D, D, G * D, D, G * D, D};
+    const auto q = numbers(N * H * D), k = numbers(N * G * D), v = numbers(N * G * D), dy = numbers(N * H * D);
+    const auto wide = [](const std::vector<bf16>& x) {
+        std::vector<float> y;
+        for (bf16 value : x) y.push_back(widen(value));
+        return y;
+    };
+    const auto q2 = wide(q), k2 = wide(k), v2 = wide(v), dy2 = wide(dy);
+    std::vector<bf16> y(N * H * D), dq(N * H * D), dk(N * G * D), dv(N * G * D);
+    std::vector<float> y2(N * H * D), dq2(N * H * D), dk2(N * G * D), dv2(N * G * D), logs(H * N), logs2(H * N), parts(2 * N * H * D);
+    attend_rows(q.data(), k.data(), v.data(), y.data(), logs.data(), H, G, D, 2, ends, strides, 0.2f, 1);
+    attend_rows(q2.data(), k2.data(), v2.data(), y2.data(), logs2.data(), H, G, D, 2, ends, strides, 0.2f, 0);
+    attend_rows_backward(q.data(), k.data(), v.data(), y.data(), dy.data(), logs.data(), dq.data(), parts.data(), dk.data(), dv.data(), H,
+                         G, D, 2, ends, strides, 0.2f, 1);
+    attend_rows_backward(q2.data(), k2.data(), v2.data(), y2.data(), dy2.data(), logs2.data(), dq2.data(), parts.data(), dk2.data(),
+                         dv2.data(), H, G, D, 2, ends, strides, 0.2f, 0);
+    compare("attend_rows in bfloat16", y, {y2.begin(), y2.end()}, 1e-2);
+    compare("gradients of queries", dq, {dq2.begin(), dq2.end()}, 1e-2);
+    compare("gradients of keys", dk, {dk2.begin(), dk2.end()}, 1e-2);
+    compare("gradients of values", dv, {dv2.begin(), dv2.end()}, 1e-2);
+}
+
+static void check_matrices() {
+    const int64_t M = draw(1, 80), K = draw(1, 80), N = draw(1, 150), a_turned = draw(0, 1), b_turned = draw(0, 1);
+    const auto a = numbers(M * K), b = numbers(K * N), bias = numbers(N);
+    std::vector<bf16> c(M * N);
+    const int64_t a_strides[] = {a_turned ? 1 : K, a_turned ? M : 1}, b_strides[] = {b_turned ? 1 : N, b_turned ? K : 1};
+    multiply_matrices(a.data(), b.data(), bias.data(), c.data(), M, K, N, a_strides[0], a_strides[1], b_strides[0], b_strides[1]);
+    Numbers64 expected;
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t n = 0; n < N; n++) {
+            double sum = widen(bias[n]);
+            for (int64_t i = 0; i < K; i++)
+                sum += double(widen(a[m * a_strides[0] + i * a_strides[1]])) * widen(b[i * b_strides[0] + n * b_strides[1]]);
+            expected.push_back(sum);
+        }
+    compare("multiply_matrices", c, expected, 1e-4);
+}
+
 static void check_norm() {
     const int64_t rows = draw(1, 5), size = draw(1, 200);
     const auto x = numbers(rows * size), weight = numbers(size);
@@ -277,7 +322,7 @@ static void check_norm() {
 int main(int count, char** arguments) {
     source.seed(count > 1 ? unsigned(std::atoi(arguments[1])) : 0);
     for (int i = 0; i < (count > 2 ? std::atoi(arguments[2]) : 10); i++)
-        check_products(), check_attention(), check_two_bits(), check_rows(), check_norm();
+        check_products(), check_attention(), check_two_bits(), check_rows(), check_narrow_rows(), check_matrices(), check_norm();
     std::printf("%d differences\n", failures);
     return failures != 0;
 }

@@ -41,7 +41,7 @@ def test_other_precisions_are_left_to_torch():
 def test_a_models_losses_and_gradients_stay(monkeypatch):
     found = []
     for faster in (False, True):
-        monkeypatch.setattr(module, "onednn_is_faster", lambda faster=faster: faster)
+        monkeypatch.setattr(module, "replaces_torch", lambda faster=faster: faster)
         torch.manual_seed(0)
         model = tiny_gpt(bias=True).requires_grad_(True)
         ids = torch.randint(0, 100, (2, 20))

@@ -1,0 +1,37 @@
+"""Products of matrices in bfloat16 on a CPU as they lie in memory, for linear layers that are trained. Not differentiable."""
+
+import functools
+
+import torch
+
+from litgpt.kernels import processor
+from litgpt.kernels.library import library
+
+LEAST_ROWS = 32  # for fewer, rearranging the other matrix takes too long
+
+
+@functools.cache
+def are_faster() -> bool:
+    """Whether they are there, and faster than torch's, which rearrange weights in every call: not beside AMX."""
+    if library() is None or processor.has_tiles():
+        return False
+    return bool(library().multiplies_fast()) or not processor.torch_multiplies_bfloat16()
+
+
+def can_multiply(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether `multiply` is there for these, and faster."""
+    return (
+        len(a) >= LEAST_ROWS
+        and all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and 1 in x.stride() and x.numel() for x in (a, b))
+        and are_faster()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def multiply(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """a (M, K) b (K, N) + bias (N,), with sums in float32: (M, N). Of a and b, rows or columns are contiguous."""
+    (M, K), N = a.shape, b.shape[1]
+    c = a.new_empty(M, N)
+    addresses = (a.data_ptr(), b.data_ptr(), None if bias is None else bias.data_ptr(), c.data_ptr())
+    library().multiply_matrices(*addresses, M, K, N, *a.stride(), *b.stride())
+    return c

@@ -1,0 +1,44 @@
+"""Products of matrices as they lie in memory, against products in float64."""
+
+import pytest
+import torch
+
+from litgpt.kernels import matrices
+from litgpt.kernels.library import library
+from litgpt.train.products import product
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no compiled kernels")
+
+
+def drawn(rows, columns, turned):
+    x = torch.randn(columns, rows).T if turned else torch.randn(rows, columns)
+    return x.bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "N"), [(1, 32, 64), (7, 33, 65), (100, 17, 1), (2100, 70, 66), (5, 1, 3), (50, 96, 200)]
+)
+@pytest.mark.parametrize("turned", [(False, False), (False, True), (True, False), (True, True)])
+def test_products_are_exact(M, K, N, turned):
+    torch.manual_seed(0)
+    a, b, bias = drawn(M, K, turned[0]), drawn(K, N, turned[1]), torch.randn(N).bfloat16()
+    for added in (bias, None):
+        y, expected = matrices.multiply(a, b, added), a.double() @ b.double() + (0 if added is None else added.double())
+        torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-5 * expected.abs().max().item())
+
+
+def test_rows_may_lie_apart():
+    a, b = torch.randn(40, 64).bfloat16()[:, 8:40], torch.randn(32, 100).bfloat16()[:, 20:90]
+    expected = a.double() @ b.double()
+    torch.testing.assert_close(matrices.multiply(a, b).double(), expected, rtol=2**-8, atol=1e-3)
+
+
+def test_what_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr(matrices, "are_faster", lambda: True)
+    a, b = torch.randn(40, 32).bfloat16(), torch.randn(32, 48).bfloat16()
+    assert matrices.can_multiply(a, b)
+    assert not matrices.can_multiply(a[:4], b)
+    assert not matrices.can_multiply(a, b.float())
+    assert not matrices.can_multiply(a.float(), b.float())
+    assert not matrices.can_multiply(a[:, :1].expand(40, 32), b[:, ::2])
+    torch.testing.assert_close(product(a, b.T), a @ b, rtol=2**-7, atol=1e-2)
