@@ -25,7 +25,7 @@ struct CausalAttention {
     int64_t sealed = 0, begin = 0, newest = 0;  // and as in `Segment`
 
     int64_t tile_tokens() const {
-        const int64_t tokens = (QUERY_TILE_ROWS * G / H + ROWS - 1) / ROWS * ROWS;
+        const int64_t tokens = ((encoded[0].kind ? 2 * QUERY_TILE_ROWS : QUERY_TILE_ROWS) * G / H + ROWS - 1) / ROWS * ROWS;
         return std::max<int64_t>(4 * ROWS, tokens);
     }
     int64_t tiles() const { return (T + tile_tokens() - 1) / tile_tokens(); }

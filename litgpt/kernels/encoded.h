@@ -100,12 +100,34 @@ NOT_INLINED void encode(const Vectors& v, const T* x, int64_t D) {
         encode_groups(y, D, v.kind == INT5 ? 5 : 4, (uint8_t*)v.codes, v.scales);
 }
 
+// Numbers [d, d + 4 LANES) of a vector of D: codes without signs
+template <int KIND>
+inline Quads load_codes(const char* codes, int64_t D, int64_t d) {
+    if constexpr (KIND == INT8) return load_quads((const int8_t*)codes + d);
+    const Quads low = load_nibbles((const uint8_t*)codes, d);
+    if constexpr (KIND == INT5) return add_fifth_bits(low, codes + D / 2 + d / 8);
+    return low;
+}
+
 // Numbers of a vector without its scale in 8 bits: x (D,)
 template <int KIND>
 inline void decode_codes(const char* codes, const bf16* scales, int64_t D, float* x) {
     if (KIND == INT8) {
 #pragma omp simd
         for (int64_t i = 0; i < D; i++) x[i] = float(((const int8_t*)codes)[i]);
+        return;
+    }
+    if (D % GROUP == 0) {
+        uint8_t numbers[MAX_D];
+        for (int64_t d = 0; d < D; d += 4 * LANES) {
+            const Quads quads = load_codes<KIND>(codes, D, d);
+            std::memcpy(numbers + d, &quads, sizeof quads);
+        }
+        for (int64_t start = 0; start < D; start += GROUP) {
+            const float scale = widen(scales[start / GROUP * 2]), least = widen(scales[start / GROUP * 2 + 1]);
+#pragma omp simd
+            for (int64_t i = start; i < start + GROUP; i++) x[i] = float(numbers[i]) * scale + least;
+        }
         return;
     }
     for (int64_t start = 0; start < D; start += UNIT) {
@@ -142,8 +164,9 @@ NOT_INLINED inline void decode(const Vectors& v, int64_t D, bf16* x) {
     float y[MAX_D];
     with_kind(v, [&](auto kind) { decode_codes<decltype(kind)::value>(v.codes, v.scales, D, y); });
     const float scale = v.kind == INT8 ? widen(*v.scales) : 1.0f;
-#pragma omp simd
-    for (int64_t i = 0; i < D; i++) x[i] = narrow(y[i] * scale);
+    int64_t done = 0;
+    for (; done + LANES <= D; done += LANES) store(x + done, load(y + done) * all(scale));
+    for (; done < D; done++) x[done] = narrow(y[done] * scale);
 }
 
 // What a head's vector becomes by encoding and decoding it, but for the rotation

@@ -7,15 +7,6 @@
 
 #include "attention.h"
 
-// Numbers [d, d + 4 LANES) of a vector of D: codes without signs
-template <int KIND>
-inline Quads load_codes(const char* codes, int64_t D, int64_t d) {
-    if constexpr (KIND == INT8) return load_quads((const int8_t*)codes + d);
-    const Quads low = load_nibbles((const uint8_t*)codes, d);
-    if constexpr (KIND == INT5) return add_fifth_bits(low, codes + D / 2 + d / 8);
-    return low;
-}
-
 // Numbers [d, d + 32) of LANES vectors of D, `stride` bytes apart: quads of a vector in each lane
 template <int KIND>
 INLINED void load_columns(const char* codes, int64_t stride, int64_t D, int64_t d, Quads* quads) {
