@@ -86,8 +86,8 @@ class Service:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+        """Whether the thread runs. It does not from before the first request is told that it has ended."""
+        return self._thread.is_alive() and not self._ended
 
     @property
     def waiting(self) -> int:
