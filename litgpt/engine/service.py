@@ -86,7 +86,7 @@ class Service:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs. It does not from before the first request is told that it has ended."""
+        """Whether the thread takes requests: not any more when the first of them is told that it has stopped."""
         return self._thread.is_alive() and not self._ended
 
     @property

@@ -13,9 +13,7 @@ from litgpt.kvcache.storages.base import Index, Storage, move_rows, register_sto
 
 LEVELS = 3  # the largest number of 2 bits
 WORD = 16  # numbers whose codes lie in 4 bytes
-BLOCK = (
-    128  # tokens whose values lie together, where the window has whole such blocks: those that a kernel reads at a time
-)
+BLOCK = 128  # tokens whose values lie together, as kernels read them, where a window has whole such blocks
 KIND = 4  # of the encoding, for `litgpt.kernels`
 
 
