@@ -7,7 +7,7 @@ made from positions, and never for all T x N pairs of a long prompt at once.
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -25,6 +25,8 @@ from litgpt.rope import yarn_get_mscale
 QUERY_BLOCK = 512  # queries per tile where a mask is needed; bounds the mask at QUERY_BLOCK x N
 SLOT_BLOCK = 1024  # encoded keys and values that are decoded at a time
 SCORE_BLOCK_BYTES = 64 << 20  # eager attention keeps at most this many bytes of float32 scores at a time
+# not cuDNN's, which are planned anew for every number of keys: some 60 ms in every decode step
+GPU_KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 DECODED_BYTES = 256 << 20  # on a GPU, of float32 numbers on the way from encoded keys and values, or of their scores
 
 
@@ -424,10 +426,17 @@ class MultiHeadSelfAttention:
             if bias is not None and bias.shape[2] > 1:
                 bias = bias.repeat(1, 1, query.shape[1] // keys.shape[1], 1)
             query, grouped = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[-1]), False
-        with nullcontext() if self.sdpa_kernels is None else sdpa_kernel(list(self.sdpa_kernels)):
+        with self._kernels_for(query):
             return F.scaled_dot_product_attention(
                 query, keys, values, attn_mask=bias, is_causal=is_causal, scale=self.scale, enable_gqa=grouped
             ).reshape(shape)
+
+    def _kernels_for(self, query: torch.Tensor) -> AbstractContextManager[None]:
+        """Where torch chooses among its kernels that may be used."""
+        kernels = self.sdpa_kernels
+        if kernels is None and query.is_cuda and not torch.compiler.is_compiling():
+            kernels = GPU_KERNELS
+        return nullcontext() if kernels is None else sdpa_kernel(list(kernels))
 
     def _attend_encoded(
         self,
