@@ -449,7 +449,7 @@ class MultiHeadSelfAttention:
         N, at_once = k_and_v.length, _slots_at_once(query, k_and_v)
         if bias is not None and bias.ndim == 2:
             bias = bias[None, None]
-        if query.device.type == "cpu" and self.is_plain():
+        if query.device.type == "cpu" and self.is_plain() and not torch.compiler.is_compiling():
             encoded = k_and_v.for_kernels()
             if ops.can_attend_encoded(query, encoded, bias, sink_logits):
                 args = k_and_v.n_query_groups, N, bias, sink_logits, self.scale, self.softcapping or 0.0

@@ -1,6 +1,6 @@
 """Measures a model with random weights on a GPU: prefill, decode steps, memory beside the plan, and training through a cache.
 
-    python extensions/benchmarks/gpu.py --model Llama-3.2-3B --out results.json
+    python extensions/benchmarks/gpu.py --model Llama-3.2-1B --out results.json
 
 Every row comes from a process of its own. All of them compile at the same time, and then measure one after the other.
 """
@@ -23,13 +23,13 @@ ROWS = [  # system, cache, batch, tokens before the decode steps
     *(("transformers", cache, 1, n) for cache in ("dynamic", "static") for n in (SHORT, LONG)),
     ("transformers", "dynamic", 16, 4096),
 ]
-TRAINING = [("plain", 8192), ("lastrec", 8192), ("lastrec", 32768), ("h2o", 32768)]
+TRAINING = [("plain", 8192), ("lastrec", 8192), ("lastrec", 32768)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--model", default="Llama-3.2-3B", help="name of a configuration (default: %(default)s)")
+    add("--model", default="Llama-3.2-1B", help="name of a configuration (default: %(default)s)")
     add("--layers", type=int, help="take only so many of its layers (default: all)")
     add("--only", default="", help="rows whose name has this, such as ours-dense or training")
     add("--no_compile", action="store_true", help="leave out what has to be compiled")
@@ -71,6 +71,7 @@ def work(args: argparse.Namespace, row: list) -> None:
     kinds = {"ours": Ours, "transformers": Transformers, "training": Training}
     subject = kinds[row[0]](args, *row[1:])
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
     print("ready", flush=True)
     sys.stdin.readline()
     torch.cuda.reset_peak_memory_stats()
