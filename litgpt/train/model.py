@@ -27,6 +27,7 @@ class TrainingModel(nn.Module):
         cached_layers: runs the model through key-value caches, and keeps only the inputs of layers in any case.
         teacher: whose next-token distributions are learned in place of the labels, where these are counted. Without
             gradients, the loss is that of the labels.
+        loss: summed loss of logits (n, V) and labels (n,), of some counted tokens at a time (None: cross-entropy).
     """
 
     def __init__(
@@ -35,16 +36,17 @@ class TrainingModel(nn.Module):
         activation_checkpointing: bool = False,
         cached_layers: CachedLayers | None = None,
         teacher: Teacher | None = None,
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.teacher = teacher
+        self.teacher, self.loss = teacher, loss
         self.gpt, self.cached_layers = gpt, cached_layers
         self.kept_gradients: KeptGradients | None = None
         if activation_checkpointing and cached_layers is None:
             for block in gpt.transformer.h:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         for module in gpt.modules():
-            if isinstance(module, LLaMAMLP):
+            if isinstance(module, LLaMAMLP) and "gated" not in vars(module):
                 module.gated = partial(recomputed, partial(training.gated, module.activation, module.gated))
             elif type(module) is RMSNorm and "forward" not in vars(module):
                 module.forward = partial(training.norm, module)
@@ -112,11 +114,21 @@ class TrainingModel(nn.Module):
                 heads, logits = [head, norm], lambda x: gpt.logits(norm(x))  # for a few tokens at a time
             params = [p for module in heads if module not in own for p in module.parameters() if p.requires_grad]
             scale = scale if head in own else None
-            return loss_sum(hidden, labels, logits, params, gpt.config.padded_vocab_size, tied, teacher, scale)
+            return loss_sum(
+                hidden, labels, logits, params, gpt.config.padded_vocab_size, tied, teacher, scale, self.loss
+            )
+
+
+REPLACED = "forward", "gated"  # methods of modules
 
 
 def restore_forward(gpt: GPT) -> None:
     """Undo what a `TrainingModel` did to the modules of `gpt`."""
     for module in gpt.modules():
-        for name in ("forward", "gated"):
+        for name in REPLACED:
             vars(module).pop(name, None)
+
+
+def runs_as_it_is(gpt: GPT) -> bool:
+    """Whether no module of `gpt` runs by another function than its own."""
+    return not any(name in vars(module) for module in gpt.modules() for name in REPLACED)
