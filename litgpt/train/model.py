@@ -117,9 +117,8 @@ class TrainingModel(nn.Module):
                 heads, logits = [head, norm], lambda x: gpt.logits(norm(x))  # for a few tokens at a time
             params = [p for module in heads if module not in own for p in module.parameters() if p.requires_grad]
             scale = scale if head in own else None
-            return loss_sum(
-                hidden, labels, logits, params, gpt.config.padded_vocab_size, tied, teacher, scale, self.loss
-            )
+            vocabulary, lean = gpt.config.padded_vocab_size, self.cached_layers is not None
+            return loss_sum(hidden, labels, logits, params, vocabulary, tied, teacher, scale, self.loss, lean)
 
 
 REPLACED = "forward", "gated", "with_matrices"  # methods of modules
