@@ -24,6 +24,8 @@ void attend_rows(const void*, const void*, const void*, void*, float*, int64_t, 
                  const int64_t*, float, int);
 void attend_rows_backward(const void*, const void*, const void*, const void*, const void*, const float*, void*, float*, void*, void*,
                           int64_t, int64_t, int64_t, int64_t, const int64_t*, const int64_t*, float, int);
+void use_encoded_split(void (*)(const SplitQueries&, const Vectors&, const Vectors&, const Vectors&));
+void attend_encoded_split(const SplitQueries&, const Vectors&, const Vectors&, const Vectors&);
 void multiply_matrices(const bf16*, const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 }
 
@@ -321,6 +323,7 @@ static void check_norm() {
 
 int main(int count, char** arguments) {
     source.seed(count > 1 ? unsigned(std::atoi(arguments[1])) : 0);
+    use_encoded_split(attend_encoded_split);
     for (int i = 0; i < (count > 2 ? std::atoi(arguments[2]) : 10); i++)
         check_products(), check_attention(), check_two_bits(), check_rows(), check_narrow_rows(), check_matrices(), check_norm();
     std::printf("%d differences\n", failures);
