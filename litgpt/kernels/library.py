@@ -32,7 +32,7 @@ _SIGNATURES = {  # by the names of libraries in build.py
     "TRAINING": {
         "attend_rows": [_POINTER] * 5 + [_COUNT] * 4 + [_POINTER] * 2 + [_FLOAT, ctypes.c_int],
         "attend_rows_backward": [_POINTER] * 10 + [_COUNT] * 4 + [_POINTER] * 2 + [_FLOAT, ctypes.c_int],
-        "multiply_matrices": [_POINTER] * 4 + [_COUNT] * 7,
+        "multiply_matrices": [_POINTER] * 4 + [_COUNT] * 7 + [ctypes.c_int],
         "gate_values": [_POINTER] * 3 + [_COUNT] + [ctypes.c_int] * 2,
         "gate_values_backward": [_POINTER] * 5 + [_COUNT] + [ctypes.c_int] * 2,
         "drop_values": [_POINTER] * 2 + [_COUNT] * 2 + [ctypes.c_double, ctypes.c_int],

@@ -34,10 +34,11 @@ void attend_rows_backward(const void* q, const void* k, const void* v, const voi
     });
 }
 
-// C (M, N) = A (M, K) B (K, N) + bias (null: none), by the strides of rows and columns of A and B, one of which is 1
+// C (M, N) = A (M, K) B (K, N) + bias (null: none), or with `adds` added to it, by the strides of rows and columns of A and B, one of
+// which is 1
 void multiply_matrices(const bf16* a, const bf16* b, const bf16* bias, bf16* c, int64_t M, int64_t K, int64_t N,
-                       int64_t a_row, int64_t a_column, int64_t b_row, int64_t b_column) {
-    MatrixProduct{{a, a_row, a_column}, {b, b_row, b_column}, bias, c, M, K, N}.run();
+                       int64_t a_row, int64_t a_column, int64_t b_row, int64_t b_column, int adds) {
+    MatrixProduct{{a, a_row, a_column}, {b, b_row, b_column}, bias, c, M, K, N, adds != 0}.run();
 }
 
 // Parts of a training step: see training.h. Numbers are float, or bfloat16 where `narrow` is not 0.

@@ -6,7 +6,7 @@ oneDNN, which torch also brings, uses it on all that have it: there, products ta
 kernels' own are faster than either where there is no AMX (`litgpt.kernels.matrices`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 
@@ -17,6 +17,8 @@ from torch import nn
 from litgpt.kernels import matrices, processor
 from litgpt.train.recomputed import Function, again
 from litgpt.train.replaced_forward import replaced_forward
+
+Adds = Callable[[torch.Tensor, torch.Tensor], None]  # adds the product of two matrices to a gradient
 
 
 @cache
@@ -45,16 +47,19 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer of inputs (N, E) with its gradients by `product`."""
+    """A linear layer of inputs (N, E) with its gradients by `product`; see `linear`."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, add: Adds | None
+    ) -> torch.Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.add = add
         return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _gradients(d_y, *ctx.saved_tensors, ctx.needs_input_grad)
+        return *_gradients(d_y, *ctx.saved_tensors, ctx.needs_input_grad, ctx.add), None
 
 
 class _LinearOf(torch.autograd.Function):
@@ -66,11 +71,12 @@ class _LinearOf(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        add: Adds | None,
         function: Function,
         params: Sequence[nn.Parameter],
         *inputs: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.function, ctx.params = function, params
+        ctx.function, ctx.params, ctx.add = function, params, add
         ctx.save_for_backward(weight, *inputs[len(params) :])
         return product(x, weight, bias)
 
@@ -79,23 +85,26 @@ class _LinearOf(torch.autograd.Function):
         weight, *inputs = ctx.saved_tensors
         y, wanted = again(ctx.function, ctx.params, inputs)
         x = y.detach().reshape(-1, y.shape[-1])
-        d_x, *d_own = _gradients(d_y, x, weight, (True, *ctx.needs_input_grad[1:3]))
-        return None, *d_own, None, None, *torch.autograd.grad(y, wanted, d_x.view_as(y))
+        d_x, *d_own = _gradients(d_y, x, weight, (True, *ctx.needs_input_grad[1:3]), ctx.add)
+        return None, *d_own, None, None, None, *torch.autograd.grad(y, wanted, d_x.view_as(y))
 
 
 def _gradients(
-    d_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: Sequence[bool]
+    d_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: Sequence[bool], add: Adds | None
 ) -> tuple[torch.Tensor | None, ...]:
-    """Of the inputs, the weight and the bias of a linear layer, where they are wanted."""
+    """Of the inputs, the weight and the bias of a linear layer, where they are wanted and not added."""
+    if add is not None:
+        add(d_y.T, x)
     return (
         product(d_y, weight.T) if wanted[0] else None,
-        product(d_y.T, x.T) if wanted[1] else None,
+        product(d_y.T, x.T) if wanted[1] and add is None else None,
         d_y.sum(0) if wanted[2] else None,
     )
 
 
-def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """What `layer` gives, by `product` on a CPU in one precision; what was made by `recomputed` is not kept."""
+def linear(layer: nn.Linear, x: torch.Tensor, add: Adds | None = None) -> torch.Tensor:
+    """What `layer` gives, by `product` on a CPU in one precision; what was made by `recomputed` is not kept. `add` has the
+    products that are gradients of the weight, in place of autograd."""
     weight, bias = layer.weight, layer.bias
     plain = x.dtype == weight.dtype and x.device.type == weight.device.type == "cpu" and x.numel()
     if not plain or torch.is_autocast_enabled("cpu"):
@@ -103,18 +112,19 @@ def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     rows, made_by = x.reshape(-1, x.shape[-1]), getattr(x, "made_by", None)
     if made_by is not None and weight.requires_grad:
         function, params, inputs = made_by
-        y = _LinearOf.apply(rows.detach(), weight, bias, function, params, *params, *inputs)
+        y = _LinearOf.apply(rows.detach(), weight, bias, add, function, params, *params, *inputs)
     else:
-        y = _Linear.apply(rows, weight, bias)
-    return y.view(*x.shape[:-1], -1)
+        y = _Linear.apply(rows, weight, bias, add)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)  # a view of what is changed in place would cost a copy
 
 
 class _GradientsOnly(_Linear):
     """A linear layer whose outputs are not needed any more, only its gradients: it gives zeros."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, add: None) -> torch.Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.add = add
         return x.new_zeros(1).expand(len(x), len(weight))
 
 
@@ -122,7 +132,7 @@ def gradients_only(layer: nn.Linear) -> AbstractContextManager[None]:
     """Let `layer` give zeros in place of its outputs, with their gradients, for graphs that only a backward pass reads."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        y = _GradientsOnly.apply(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias)
+        y = _GradientsOnly.apply(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias, None)
         return y.view(*x.shape[:-1], -1)
 
     return replaced_forward({layer: forward})

@@ -45,6 +45,13 @@ def test_gradients_are_autograds(config, tied, monkeypatch):
             torch.testing.assert_close(ours[name], gradient, rtol=error, atol=error, msg=name)
 
 
+def test_gradients_in_bfloat16_are_autograds():
+    plain, ours = (gradients({"n_embd": 64}, True, kept, torch.bfloat16) for kept in (False, True))
+    for name, gradient in plain.items():
+        error = (ours[name] - gradient).float().norm() / gradient.float().norm()
+        assert error < 0.02, name
+
+
 def test_a_loss_multiplied_by_something_else_is_refused():
     gpt = tiny_gpt().requires_grad_(True)
     model = TrainingModel(gpt)
