@@ -110,14 +110,28 @@ class BlockKVCache(DenseKVCache):
             self.storage.seal(sealing.start, sealing.rows, sealing.batch_size)
         return plan.without_boundaries
 
-    def _write(self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, *args: Any) -> None:
+    def _write(
+        self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor, recording: bool
+    ) -> None:
         start = step.read.stop - step.consecutive.T
         if step.queries.start and (n := self.storage.sealed(start)) > self.storage.sealed(start - 1):
             self.storage.seal(n - self.storage.window, rows, len(key))
-        super()._write(step, rows, key, *args)
+        if recording:
+            self.storage.keep_graph(key[:, :, step.write], value[:, :, step.write], start, rows)
+        super()._write(step, rows, key, value, recording)
 
     def _keys_values(self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, *args: Any) -> KeysAndValues:
         return self.storage.tokens(step.sealed.counts[0], step.read.stop, len(key), rows)
+
+    def refill(self, row_fields: tuple[tuple[int, ...], ...], key: torch.Tensor, value: torch.Tensor) -> None:
+        super().refill(row_fields, key[:, :, :0], value[:, :, :0])
+        key, value = key.to(self.dtype), value.to(self.dtype)
+        for row, length in enumerate(self.row_lengths):
+            if length:
+                place, own = torch.tensor([row], device=key.device), (slice(row, row + 1), slice(None), slice(length))
+                self.storage.set(key[own], value[own], torch.arange(length, device=key.device), place)
+                if torch.is_grad_enabled():
+                    self.storage.keep_graph(key[own], value[own], 0, place)
 
     # -- going back
 

@@ -43,10 +43,6 @@ def check_trainable(spec: CacheSpec) -> None:
             f"{spec.policy} cannot be trained through: it reads a text a second time, with all layers, before tokens go; "
             "train through another policy, such as h2o or snapkv"
         )
-    if spec.storage_class.blocks:
-        raise ValueError(
-            f"{spec} cannot be trained through: tokens in 2 bits have no gradients; use another storage, such as int4"
-        )
 
 
 class CachedLayers:
@@ -58,11 +54,20 @@ class CachedLayers:
         chunk: tokens of a row that enter the caches together.
         keep_inputs: where the inputs of layers stay until the backward pass: device (with the model), cpu, or disk (in
             temporary files); or a number k: on the device those of every k-th layer, and the others run again.
+        first_chunk: tokens of a row in the first chunk (None: as many as in the others).
     """
 
-    def __init__(self, gpt: GPT, spec: CacheSpec, chunk: int, keep_inputs: str | int = "device") -> None:
-        if chunk < 1:
-            raise ValueError(f"a chunk needs at least one token, got {chunk}")
+    def __init__(
+        self,
+        gpt: GPT,
+        spec: CacheSpec,
+        chunk: int,
+        keep_inputs: str | int = "device",
+        first_chunk: int | None = None,
+    ) -> None:
+        self.first_chunk = chunk if first_chunk is None else first_chunk
+        if min(chunk, self.first_chunk) < 1:
+            raise ValueError(f"a chunk needs at least one token, got {min(chunk, self.first_chunk)}")
         self.every, self.place = (keep_inputs, "device") if isinstance(keep_inputs, int) else (1, keep_inputs)
         if self.every < 1 or self.place not in PLACES:
             raise ValueError(f"keep_inputs must be {', '.join(PLACES)} or a number of layers, got {keep_inputs!r}")
@@ -114,7 +119,7 @@ class _Sweep:
         self.cache_length = layers.cache_length
         if not layers.spec.evicts and layers.spec.cache_length is None:
             self.cache_length = longest
-        self.chunks = chunks_of(row_sizes, layers.chunk, idx.device)
+        self.chunks = chunks_of(row_sizes, layers.chunk, idx.device, layers.first_chunk)
         self.begins = torch.tensor([0, *accumulate(row_sizes)][:-1], device=idx.device)
         self.packed = len(row_sizes) > 1
         self._long = self.gpt.needs_long_rope(longest)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -21,13 +21,14 @@ class Chunk:
     tokens: torch.Tensor
 
 
-def chunks_of(row_sizes: Sequence[int], size: int, device: torch.device) -> list[Chunk]:
-    """Rows of these sizes, cut into chunks of `size` tokens a row."""
+def chunks_of(row_sizes: Sequence[int], size: int, device: torch.device, first: int | None = None) -> list[Chunk]:
+    """Rows of these sizes, cut into chunks of `size` tokens a row, the first one of `first` (None: as many)."""
     begins = [0, *accumulate(row_sizes)]
     chunks = []
-    for start in range(0, max(row_sizes), size):
+    starts = [0, *range(size if first is None else first, max(row_sizes), size), max(row_sizes)]
+    for start, stop in pairwise(starts):
         rows = [row for row, total in enumerate(row_sizes) if total > start]
-        sizes = [min(size, row_sizes[row] - start) for row in rows]
+        sizes = [min(stop, row_sizes[row]) - start for row in rows]
         spans = [(begins[row] + start, begins[row] + start + n) for row, n in zip(rows, sizes, strict=True)]
         tokens = torch.cat([torch.arange(*span) for span in spans]).to(device)
         chunks.append(Chunk(rows, [start] * len(rows), sizes, spans, tokens))

@@ -4,6 +4,7 @@ Letters: N counted tokens, E embedding size, V padded vocabulary size.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,11 @@ import torch.nn.functional as F
 from litgpt.kernels.training import next_token_losses, replaces_logits
 
 IGNORE_INDEX = -100
-LOGITS_BYTES = 16 << 20  # logits that exist at a time, in float32 or as they are where a kernel takes them
-ADDED_LOGITS_BYTES = 32 << 20  # with a trained head, each chunk of which adds to a gradient as large as its weight
-TRAINED_LOGITS_BYTES = 128 << 20  # where that needs a second one of this size
+LOGITS_BYTES = 32 << 20  # logits that exist at a time, in float32 or as they are where a kernel takes them
+LEAN_LOGITS_BYTES = 16 << 20  # where memory is what matters: the head's products take a quarter longer
+TRAINED_LOGITS_BYTES = 128 << 20  # with a trained head, each chunk of which has a gradient as large as its weight
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Summed loss of logits (n, V) and labels (n,)."""
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -31,6 +34,7 @@ class _HeadLoss(torch.autograd.Function):
         tied: list[torch.Tensor] | None,
         teacher: Callable[[torch.Tensor], torch.Tensor] | None,
         scale: float | None,
+        own_loss: Loss | None,
         *params: torch.Tensor,
     ) -> torch.Tensor:
         form = torch.promote_types(hidden.dtype, torch.float32)
@@ -43,8 +47,12 @@ class _HeadLoss(torch.autograd.Function):
             with torch.enable_grad():
                 logits = head(x)
             d_logits, factor = logits.detach(), 1.0 if scale is None else scale
-            losses = next_token_losses(d_logits, labels[part], factor) if teacher is None else None
-            if losses is not None:
+            losses = next_token_losses(d_logits, labels[part], factor) if teacher is own_loss is None else None
+            if own_loss is not None:
+                loss, d_logits = _differentiated(own_loss, d_logits.to(form), labels[part])
+                total += loss
+                d_logits *= factor
+            elif losses is not None:
                 total += losses.sum()
             else:
                 targets = labels[part, None] if teacher is None else teacher(places[part])
@@ -74,7 +82,14 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.tied is not None:
             ctx.tied.append(d_params[0])
             d_params[0] = None
-        return d_hidden, None, None, None, None, None, None, None, *d_params
+        return d_hidden, *[None] * 8, *d_params
+
+
+def _differentiated(own_loss: Loss, scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of logits (n, V), and its gradients."""
+    with torch.enable_grad():
+        loss = own_loss(scores.requires_grad_(), labels)
+    return loss.detach(), torch.autograd.grad(loss, scores)[0]
 
 
 def _loss_of(scores: torch.Tensor, targets: torch.Tensor, soft: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,6 +140,8 @@ def loss_sum(
     tied: list[torch.Tensor] | None = None,
     teacher: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     scale: float | None = None,
+    own_loss: Loss | None = None,
+    lean: bool = False,
 ) -> torch.Tensor:
     """Sum of the next-token losses over counted tokens, or of their divergences from what a teacher says.
 
@@ -139,6 +156,8 @@ def loss_sum(
         tied: the list that a `TiedEmbedding` before `hidden` was given: for the gradient of the first of `params`.
         scale: what the loss will be multiplied by before its gradients are taken, for a head that adds to the gradients of
             its weights by itself (None: whatever it is).
+        own_loss: another loss than the cross-entropy.
+        lean: hold fewer logits at a time.
 
     Returns:
         A number in float32 (float64 where outputs are); 0, with zero gradients, if no token is counted.
@@ -146,7 +165,7 @@ def loss_sum(
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     places = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
     labels = labels[places]
-    size = ADDED_LOGITS_BYTES if scale is not None else TRAINED_LOGITS_BYTES if params else LOGITS_BYTES
+    size = TRAINED_LOGITS_BYTES if params and scale is None else LEAN_LOGITS_BYTES if lean else LOGITS_BYTES
     bytes_of_number = hidden.element_size() if teacher is None and replaces_logits(hidden, vocabulary) else 4
     chunk = max(16, size // (bytes_of_number * vocabulary))
     chunk = -(-len(places) // max(1, -(-len(places) // chunk)))  # all about equally large
@@ -158,6 +177,7 @@ def loss_sum(
         if teacher is not None:
             outputs, teacher_head = teacher[0].flatten(0, -2), teacher[1]
             says = lambda part: teacher_head(outputs[part])  # noqa: E731
-        return _HeadLoss.apply(hidden, places, labels, head, chunk, tied, says, scale, *params)
+        return _HeadLoss.apply(hidden, places, labels, head, chunk, tied, says, scale, own_loss, *params)
     parts = zip(places.split(chunk), labels.split(chunk), strict=True)
-    return sum(F.cross_entropy(head(hidden[part]).to(form), y, reduction="sum") for part, y in parts)
+    loss_of = own_loss or partial(F.cross_entropy, reduction="sum")
+    return sum(loss_of(head(hidden[part]).to(form), y) for part, y in parts)

@@ -8,11 +8,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from litgpt.kernels import training
+from litgpt.lora import LoRALinear
 from litgpt.model import GPT, LLaMAMLP, RMSNorm
 from litgpt.train.cached_layers import CachedLayers
 from litgpt.train.kept_gradients import KeptGradients
 from litgpt.train.loss import TiedEmbedding, loss_sum
-from litgpt.train.products import linear, replaces_torch
+from litgpt.train.products import linear, low_rank, replaces_torch
 from litgpt.train.recomputed import recomputed
 from litgpt.train.replaced_forward import replaced_forward
 from litgpt.train.teacher import Teacher
@@ -27,6 +28,7 @@ class TrainingModel(nn.Module):
         cached_layers: runs the model through key-value caches, and keeps only the inputs of layers in any case.
         teacher: whose next-token distributions are learned in place of the labels, where these are counted. Without
             gradients, the loss is that of the labels.
+        loss: summed loss of logits (n, V) and labels (n,), of some counted tokens at a time (None: cross-entropy).
     """
 
     def __init__(
@@ -35,35 +37,52 @@ class TrainingModel(nn.Module):
         activation_checkpointing: bool = False,
         cached_layers: CachedLayers | None = None,
         teacher: Teacher | None = None,
+        loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.teacher = teacher
+        self.teacher, self.loss = teacher, loss
         self.gpt, self.cached_layers = gpt, cached_layers
         self.kept_gradients: KeptGradients | None = None
         if activation_checkpointing and cached_layers is None:
             for block in gpt.transformer.h:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         for module in gpt.modules():
-            if isinstance(module, LLaMAMLP):
+            if isinstance(module, LLaMAMLP) and "gated" not in vars(module):
                 module.gated = partial(recomputed, partial(training.gated, module.activation, module.gated))
             elif type(module) is RMSNorm and "forward" not in vars(module):
                 module.forward = partial(training.norm, module)
             elif type(module) is nn.Dropout:
                 module.forward = partial(training.dropout, module)
+            elif isinstance(module, LoRALinear):
+                module.with_matrices = partial(low_rank, module)
             elif type(module) is nn.Linear and replaces_torch():
                 module.forward = partial(linear, module)
 
     def keep_gradients(self) -> None:
         """Have gradients where they are from step to step, and keep less for the backward pass: for one process on a CPU."""
         trained = [p for p in self.parameters() if p.requires_grad]
-        self.kept_gradients = KeptGradients(trained)
+        self.kept_gradients = kept = KeptGradients(trained)
         if self.cached_layers is not None:
             return
+        in_head = set(self.gpt.lm_head.modules())  # whose gradients are known before they are scaled
         for module in self.gpt.modules():
             if type(module) is RMSNorm and module.weight.requires_grad:
                 module.forward = partial(recomputed, module.forward, params=(module.weight,))
             elif type(module) is nn.Linear and module.weight.requires_grad:
-                module.forward = partial(linear, module)
+                add = None if module in in_head else kept.adding(module.weight)
+                module.forward = partial(linear, module, add=add)
+
+    def _adding(self) -> dict[nn.Module, Callable]:
+        """What stands for the embedding and the head where gradients of their weights are added to kept ones."""
+        kept, head, embedding = self.kept_gradients, self.gpt.lm_head, self.gpt.transformer.wte
+        if kept is None or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return {}
+        own: dict[nn.Module, Callable] = {}
+        if type(head) is nn.Linear and head.bias is None and head.weight in kept:
+            own[head] = partial(linear, head, add=kept.adding(head.weight))
+        if type(embedding) is nn.Embedding and embedding.weight in kept:
+            own[embedding] = partial(kept.embed, embedding.weight)
+        return own
 
     def forward(
         self,
@@ -85,8 +104,7 @@ class TrainingModel(nn.Module):
             teacher = self.teacher(input_ids, row_sizes), self.teacher.logits
         gpt, heads, logits = self.gpt, [self.gpt.lm_head], self.gpt.logits
         head, embedding = gpt.lm_head, gpt.transformer.wte
-        kept, tied = self.kept_gradients, None
-        own: dict[nn.Module, Callable] = kept.adding(head, embedding) if kept is not None and scale is not None else {}
+        own, tied = {} if scale is None else self._adding(), None
         is_tied = getattr(head, "weight", None) is embedding.weight and embedding.weight.requires_grad
         if is_tied and embedding not in own and torch.is_grad_enabled():
             tied = []
@@ -99,11 +117,20 @@ class TrainingModel(nn.Module):
                 heads, logits = [head, norm], lambda x: gpt.logits(norm(x))  # for a few tokens at a time
             params = [p for module in heads if module not in own for p in module.parameters() if p.requires_grad]
             scale = scale if head in own else None
-            return loss_sum(hidden, labels, logits, params, gpt.config.padded_vocab_size, tied, teacher, scale)
+            vocabulary, lean = gpt.config.padded_vocab_size, self.cached_layers is not None
+            return loss_sum(hidden, labels, logits, params, vocabulary, tied, teacher, scale, self.loss, lean)
+
+
+REPLACED = "forward", "gated", "with_matrices"  # methods of modules
 
 
 def restore_forward(gpt: GPT) -> None:
     """Undo what a `TrainingModel` did to the modules of `gpt`."""
     for module in gpt.modules():
-        for name in ("forward", "gated"):
+        for name in REPLACED:
             vars(module).pop(name, None)
+
+
+def runs_as_it_is(gpt: GPT) -> bool:
+    """Whether no module of `gpt` runs by another function than its own."""
+    return not any(name in vars(module) for module in gpt.modules() for name in REPLACED)

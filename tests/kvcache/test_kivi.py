@@ -29,7 +29,7 @@ def two_bits(x):
     """Numbers of a group (last dimension) with four levels between the least and the largest."""
     least, most = x.amin(-1, keepdim=True).bfloat16().float(), x.amax(-1, keepdim=True)
     step = ((most - least) / 3).bfloat16().float()
-    return least + step * ((x - least) / step).round().clamp(0, 3)
+    return x + (least + step * ((x - least) / step).round().clamp(0, 3) - x).detach()
 
 
 def expected_outputs(query, key, value):
@@ -128,12 +128,32 @@ def test_what_it_is_not_for_is_refused_in_one_line(text, args, message):
     assert "\n" not in str(caught.value)
 
 
-def test_neither_gradients_nor_compiled_code():
-    one, (query, key, value) = cache(), draw(30)
-    with pytest.raises(ValueError, match="no gradients"):
-        one(query, key.requires_grad_(), value, torch.zeros(2, 30, dtype=torch.int64), 0)
+@pytest.mark.parametrize("cuts", [(50,), (7, 30, 13)], ids=str)
+def test_G12_gradients_go_straight_through(cuts):
+    tokens = [x.requires_grad_() for x in draw(50)]
+    expected, outputs = expected_outputs(*tokens), feed(cache(), tokens, cuts)
+    torch.testing.assert_close(outputs, expected, atol=1e-5, rtol=1e-5)
+    weight = torch.randn_like(expected)
+    found, wanted = (torch.autograd.grad((y * weight).sum(), tokens) for y in (outputs, expected))
+    for own, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(own, other, atol=1e-4, rtol=1e-4)
+
+
+def test_rows_change_places_with_their_gradients():
+    query, key, value = (x.requires_grad_() for x in draw(30))
+    one = cache()
+    feed(one, (query[:, :, :25], key[:, :, :25], value[:, :, :25]), (25,))
+    one.reorder([1, 1])
+    last = [x[:, :, 25:] for x in (query, key, value)]
+    output = call(one, *last)
+    d_key = torch.autograd.grad(output.sum(), key)[0]
+    assert not d_key[0, :, :25].any()
+    assert d_key[1, :, :25].any()
+
+
+def test_not_in_compiled_code():
     with pytest.raises(ValueError, match="compiled"):
-        one.plan(0, 2, 1, static=True)
+        cache().plan(0, 2, 1, static=True)
 
 
 def test_layers_with_a_window_keep_it_as_it_is():

@@ -23,7 +23,8 @@ class KiviStorage(Storage):
     sharing them; between `window` and twice as many of the newest tokens as they are. 0.19 of bfloat16's bytes, and the window's.
 
     For dense caches: tokens are encoded `window` at a time, once as many newer ones follow them, and so all queries of a
-    position see the same, however a sequence is cut into calls. Nothing in 2 bits has gradients, nor runs in compiled code.
+    position see the same, however a sequence is cut into calls. Nothing in 2 bits runs in compiled code. Gradients go straight
+    through: while there are any, keys and values are kept as they came as well, with the graph that they come from.
     `litgpt.kernels` read windows of whole `BLOCK`s, and groups of 16, 32 or 64.
 
     Of WORD numbers, byte b of 4 has numbers b, 4 + b, 8 + b and 12 + b, from its lowest bits on. Those of keys are WORD channels of
@@ -35,12 +36,14 @@ class KiviStorage(Storage):
         window: newest tokens that stay as they are, a multiple of `group`.
     """
 
-    blocks = True
+    blocks, has_kernel_codes = True, True
 
     def __init__(self, params: KVCacheParams, group: int = 32, window: int = 128) -> None:
         super().__init__()
-        self.group, self.window, self.head_size = group, window, params.head_size
+        self.group, self.window = group, window
+        self.head_size, self.cache_length = params.head_size, params.cache_length
         self.block = _block(window)
+        self._through: tuple[torch.Tensor, torch.Tensor] | None = None
         _check(params, group, window)
         with torch.inference_mode(False):  # the buffers outlive the call that makes them
             for name, (shape, dtype) in _buffers(params, group, window).items():
@@ -58,6 +61,7 @@ class KiviStorage(Storage):
     # -- one call
 
     def set(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor | None) -> None:
+        key, value = key.detach(), value.detach()
         if (n := max(0, key.shape[2] - self.ring)) > 0:  # a whole sequence
             n = sealed(key.shape[2] - 1, self.window)
             self._keep(self.encode(key[:, :, :n], value[:, :, :n]), 0, rows, len(key))
@@ -65,12 +69,20 @@ class KiviStorage(Storage):
         for buffer, new in ((self.newest_keys, key), (self.newest_values, value)):
             write_slots(buffer, new, slots % self.ring, rows)
 
+    def keep_graph(self, key: torch.Tensor, value: torch.Tensor, start: int, rows: torch.Tensor | None) -> None:
+        """Let gradients of tokens from `start` on, which `set` gets as well, go to these keys and values (B, G, T, D)."""
+        if self._through is None:
+            shape = *self.newest_keys.shape[:2], self.cache_length, self.head_size
+            self._through = (self.newest_keys.new_zeros(shape), self.newest_keys.new_zeros(shape))
+        self._through = tuple(x.clone() for x in self._through)  # autograd may have saved parts of those
+        slots = torch.arange(start, start + key.shape[2], device=key.device)
+        for buffer, new in zip(self._through, (key, value), strict=True):
+            write_slots(buffer, new, slots, rows)
+
     def seal(self, start: int, rows: torch.Tensor | None, batch: int) -> None:
         """Encode tokens [start, start + window) of `rows` (None: the first `batch`)."""
         slots = slice(start % self.ring, start % self.ring + self.window)
         row = slice(batch) if rows is None else rows
-        if self.newest_keys.requires_grad:
-            raise ValueError("the storage kivi has no gradients of tokens in 2 bits: use another one, such as int4")
         self._keep(
             self.encode(self.newest_keys[:, :, slots][row], self.newest_values[:, :, slots][row]), start, rows, batch
         )
@@ -124,7 +136,12 @@ class KiviStorage(Storage):
             for name, x in self.named_buffers()
             if not name.startswith("newest")
         }
-        return KiviKeysAndValues(self, codes, self.newest_keys[row], self.newest_values[row], n_sealed, stop)
+        found = KiviKeysAndValues(self, codes, self.newest_keys[row], self.newest_values[row], n_sealed, stop)
+        if self._through is None or not torch.is_grad_enabled():
+            return found
+        through = (x[:, :, :stop][row] for x in self._through)
+        plain = found.narrow(0, stop)
+        return DefaultKeysAndValues(plain.keys() + _zero(next(through)), plain.values() + _zero(next(through)))
 
     def as_stored(self, key: torch.Tensor, value: torch.Tensor) -> KeysAndValues:
         T = key.shape[2]
@@ -134,7 +151,7 @@ class KiviStorage(Storage):
 
     def kernel_view(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         buffers = self._buffers  # see `DefaultStorage.kernel_view`
-        readable = self.block == BLOCK and self.group in (16, 32, 64) and not buffers["newest_keys"].requires_grad
+        readable = self.block == BLOCK and self.group in (16, 32, 64) and self._through is None
         return (buffers["newest_keys"], buffers["newest_values"]) if readable else None
 
     def kernel_codes(self) -> tuple[Vectors, Vectors]:
@@ -156,6 +173,26 @@ class KiviStorage(Storage):
 
     def select_rows(self, rows: Sequence[int]) -> None:
         move_rows(self.buffers(), rows)
+        if self._through is not None:
+            self._through = tuple(x.clone() for x in self._through)
+            move_rows(self._through, rows)
+
+    def empty_copy(self) -> "KiviStorage":
+        through, self._through = self._through, None
+        try:
+            return super().empty_copy()
+        finally:
+            self._through = through
+
+    def load_state(self, state: Mapping[str, torch.Tensor], batch: int, used: int) -> None:
+        super().load_state(state, batch, used)
+        self._through = None
+
+    def detach_writes(self) -> None:
+        """Nothing: what is read is copied, so autograd has saved none of the buffers."""
+
+    def detach_graph(self) -> None:
+        self._through = None
 
     def state(self, batch: int, used: int) -> dict[str, torch.Tensor]:
         n = sealed(used - 1, self.window)
@@ -265,6 +302,11 @@ class _Plain(DefaultKeysAndValues):
 
     def rotated(self) -> DefaultKeysAndValues:
         return self
+
+
+def _zero(x: torch.Tensor) -> torch.Tensor:
+    """Zeros whose gradients are those of x."""
+    return x - x.detach()
 
 
 def sealed(length: int, window: int) -> int:
