@@ -81,12 +81,10 @@ _COMMANDS = {
     ),
     "validate": ("scripts.validate:validate_setup", "Check a checkpoint, and estimate how much memory it needs."),
 }
-_RUN_MODELS = {name for name in _COMMANDS if name.startswith("generate")} | {
-    "chat",
-    "evaluate",
-    "serve",
-    "compare_caches",
-}
+# name -> the libraries of kernels (litgpt/kernels/build.py) that it needs on a CPU
+_KERNELS = {name: ("KERNELS",) for name in _COMMANDS if name.startswith("generate")}
+_KERNELS |= dict.fromkeys(("chat", "evaluate", "serve", "compare_caches"), ("KERNELS",))
+_KERNELS |= {name: ("KERNELS", "TRAINING") for name in _COMMANDS if name.startswith(("finetune", "pretrain"))}
 COMMANDS = {name: (f"litgpt.{place}", text) for name, (place, text) in _COMMANDS.items()}
 
 
@@ -147,8 +145,8 @@ def _run(args: list[str]) -> int:
         raise UsageError(f"unknown {'option' if name.startswith('-') else 'command'} {name!r}; {hint}")
     module, _, attribute = COMMANDS[name][0].partition(":")
     with waiting("Starting"), _exit_on_interrupt():
-        if name in _RUN_MODELS and not any(flag in args for flag in _FLAGS):
-            compile_ahead()  # before torch is imported
+        for which in _KERNELS.get(name, ()) if not any(flag in args for flag in _FLAGS) else ():
+            compile_ahead(which)  # before torch is imported
         function = getattr(import_module(module), attribute)
         arguments = parse(name, function, args[1:])
     logging.getLogger("litgpt").addHandler(stderr_log)

@@ -403,3 +403,17 @@ def test_a_warning_of_a_command_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     assert main(["--version"]) == 0
     assert warnings.formatwarning("beware", UserWarning, "<string>", 10) == "litgpt: warning: beware\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "libraries"),
+    [("generate", ["KERNELS"]), ("finetune_lora", ["KERNELS", "TRAINING"]), ("download", [])],
+)
+def test_commands_compile_the_kernels_that_they_need_while_they_start(monkeypatch, name, libraries):
+    asked = []
+    monkeypatch.setattr("litgpt.__main__.compile_ahead", asked.append)
+    assert main([name, "--no_such_option", "1"]) == 2
+    assert asked == libraries
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    assert asked == libraries

@@ -14,6 +14,7 @@ from litgpt.engine.drafting import Drafter, PromptLookup
 from litgpt.engine.loading import Quantization, choose_kv_caches, default_threads
 from litgpt.engine.sampling import Sampling
 from litgpt.engine.session import Session
+from litgpt.kernels.library import compile_ahead
 from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.policies import POLICIES
 from litgpt.kvcache.storages import STORAGES
@@ -45,6 +46,9 @@ class Options:
     def __post_init__(self) -> None:
         for item in fields(self):
             object.__setattr__(self, item.name, checked(item, getattr(self, item.name)))
+
+    def compile_ahead(self) -> None:
+        """Compile kernels that only these options need, while the model is loaded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +149,10 @@ class CacheOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.cache_spec()  # raises at once
+
+    def compile_ahead(self) -> None:
+        if self.cache_spec().storage_class.has_kernel_codes:
+            compile_ahead("ENCODED")
 
     def cache_spec(self) -> CacheSpec:
         """The chosen cache; `ValueError` if it does not exist."""
@@ -293,7 +301,9 @@ def command(kind: type[Kind], *positional: str) -> Callable[[Callable[[Kind], No
 
     def decorate(run: Callable[[Kind], None]) -> Callable[..., None]:
         def main(*args: Any, **kwargs: Any) -> None:
-            run(kind(**signature.bind(*args, **kwargs).arguments))
+            options = kind(**signature.bind(*args, **kwargs).arguments)
+            options.compile_ahead()
+            run(options)
 
         main.__signature__ = signature
         main.__doc__ = f"{inspect.getdoc(run)}\n\nArgs:\n{explained}\n"

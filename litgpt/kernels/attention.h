@@ -13,7 +13,8 @@
 #include "scores.h"
 
 // Attention from `count` <= 4 queries q (count, D) over n <= SPLIT_KEYS keys: `top` the largest scores, `total` the sums of
-// exponentials, and `out` the weighted sums of values. The keys at `ahead` are prefetched. In splits.cpp.
+// exponentials, and `out` the weighted sums of values. The keys at `ahead` are prefetched. In splits.cpp; where keys are encoded, by
+// a function of another library.
 struct SplitQueries {
     int count;
     const Real* q;

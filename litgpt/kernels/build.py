@@ -29,21 +29,36 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent
 TIMEOUT = 300  # seconds
-COMPILING = "Compiling kernels for this processor, once, which takes some seconds"
 
 
 @dataclass(frozen=True)
 class Library:
-    """What is compiled as one: the start of its file names, its units, the longest first, and flags of its own."""
+    """What is compiled as one.
+
+    Attributes:
+        name: start of its file names.
+        units: its source files, the longest first.
+        serves: what is slower without it.
+        flags: of its own.
+    """
 
     name: str
     units: tuple[str, ...]
+    serves: str
     flags: tuple[str, ...] = ()
 
+    @property
+    def progress(self) -> str:
+        """What is said while it is compiled."""
+        return f"Compiling kernels for {self.serves} on this processor, once, which takes some seconds"
 
-KERNELS = Library("kernels", ("cpu", "splits", "products"))
-FLOAT32 = Library("float32", ("float32",), ("-DLITGPT_FLOAT32",))  # all layers of models in float32
 
+KERNELS = Library("kernels", ("cpu", "products", "splits"), "inference")
+ENCODED = Library("encoded", ("encoded_splits", "two_bits_splits"), "caches in fewer bits")
+FLOAT32 = Library("float32", ("float32",), "models in float32", ("-DLITGPT_FLOAT32",))
+TRAINING = Library("training", ("training", "products"), "training")
+
+_one_at_a_time = threading.Lock()
 Load = Callable[[str], ctypes.CDLL]  # from a path; `OSError` or `AttributeError` where that is no library of ours
 
 
@@ -61,16 +76,23 @@ def kernels_for(
     for path in folders():
         try:
             with PrivateFolder.open(path) as folder:
-                return _load_compiled(folder, names, load) or _compile_and_load(folder, names, compiler, load, announce)
+                found = _load_compiled(folder, names, load)
+                return found or _compile_and_load(folder, names, compiler, load, announce)
         except OSError as error:
             log.warning(f"{path} is not used for compiled kernels: {error.strerror or error}")
     return None
 
 
-def compile_ahead(target: InstructionSet) -> threading.Thread:
-    """Compile the kernels in another thread, unless they are there; `kernels_for` waits for it, and loads them."""
+def compile_ahead(target: InstructionSet, what: Library = KERNELS) -> threading.Thread:
+    """Compile a library in another thread, unless it is there, after those that are being compiled; `kernels_for` waits for it, and
+    loads it."""
     compiled = object()
-    thread = threading.Thread(target=kernels_for, args=(target, lambda path: compiled, False), daemon=True)
+
+    def run() -> None:
+        with _one_at_a_time:
+            kernels_for(target, lambda path: compiled, False, what)
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread
 
@@ -83,9 +105,9 @@ def folders() -> list[Path]:
 
 @dataclass(frozen=True)
 class Names:
-    """File names for this source, processor and compiler."""
+    """File names of a library for this source, processor and compiler."""
 
-    units: tuple[str, ...]
+    what: Library
     flags: tuple[str, ...]  # of the target and the library
     start: str
     compiler: str | None  # a part of the name; None: any
@@ -97,10 +119,10 @@ class Names:
         settings = " ".join((*toolchain().flags, *flags, processor.fingerprint()))
         start = f"{what.name}-{target.name}-{_digest(source, settings.encode())}"
         if compiler is None:
-            return cls(what.units, flags, start, None)
+            return cls(what, flags, start, None)
         path = os.path.realpath(compiler)
         about = os.stat(path)
-        return cls(what.units, flags, start, _digest(f"{path} {about.st_size} {about.st_mtime_ns}".encode())[:8])
+        return cls(what, flags, start, _digest(f"{path} {about.st_size} {about.st_mtime_ns}".encode())[:8])
 
     def digest_in(self, name: str) -> str | None:
         """The digest in the file name of a library; None if the name is not one of these."""
@@ -182,14 +204,14 @@ class PrivateFolder:
         os.fsync(self.fd)
 
     @contextlib.contextmanager
-    def lock(self, announce: bool) -> Iterator[None]:
+    def lock(self, what: Library, announce: bool) -> Iterator[None]:
         """A lock that one thread has at a time, where the file system has locks. Waiting for it is announced."""
-        fd = self.open_file("lock", os.O_RDWR | os.O_CREAT)
+        fd = self.open_file(f"{what.name}.lock", os.O_RDWR | os.O_CREAT)
         try:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                with _announced(COMPILING) if announce else contextlib.nullcontext():
+                with _announced(what.progress) if announce else contextlib.nullcontext():
                     fcntl.flock(fd, fcntl.LOCK_EX)
             except OSError:
                 pass
@@ -228,17 +250,17 @@ def _compile_and_load(
     """The library, compiled now, unless that failed before."""
     if _is_known_to_fail(folder, names):
         return None
-    with folder.lock(announce):
+    with folder.lock(names.what, announce):
         found = _load_compiled(folder, names, load)  # made by another process meanwhile
         if found is not None or _is_known_to_fail(folder, names):
             return found
         for name in os.listdir(folder.fd):
-            if name.startswith("."):  # of a process that was killed
+            if name.startswith(f".{names.what.name}-"):  # of a process that was killed
                 folder.remove(name)
         try:
             if compiler is None:
                 raise CompilationError(toolchain().missing())
-            with _announced(COMPILING) if announce else contextlib.nullcontext():
+            with _announced(names.what.progress) if announce else contextlib.nullcontext():
                 content = _compile(compiler, names)
             folder.write(names.library(content), content)
             library = _load_compiled(folder, names, load)
@@ -248,7 +270,7 @@ def _compile_and_load(
         except CompilationError as error:
             folder.write(names.failure, f"{error}\n".encode())
             log.warning(
-                f"No compiled kernels, so everything is slower: {error} "
+                f"No compiled kernels for {names.what.serves}, which takes longer without them: {error} "
                 f"(not tried again until {folder.path / names.failure} is deleted or the compiler is another)"
             )
             return None
@@ -274,7 +296,7 @@ def _announced(message: str) -> Iterator[None]:
 def _compile(compiler: str, names: Names) -> bytes:
     """The content of the library. All units are compiled at once."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        units = {Path(temporary, f"{unit}.o"): SOURCES / f"{unit}.cpp" for unit in names.units}
+        units = {Path(temporary, f"{unit}.o"): SOURCES / f"{unit}.cpp" for unit in names.what.units}
         steps = (toolchain().compile_unit(names.flags, source, unit) for unit, source in units.items())
         running = [_start(compiler, step) for step in steps]
         for process in running:

@@ -1,4 +1,4 @@
-// Attention from a few queries over the encoded keys of a KV split. Compiled in splits.cpp only.
+// Attention from a few queries over the encoded keys of a KV split. Compiled in encoded_splits.cpp only.
 //
 // Products are those of integers: codes in 8 bits, four at a time, and queries or weights in 15 bits (factors.h). Each of LANES
 // sums of products with keys is a score.

@@ -55,6 +55,7 @@ struct MatrixProduct {
     const bf16* bias;
     bf16* c;
     int64_t M, K, N;
+    bool adds;  // to what C is
 
     void run() const {
         static thread_local Scratch<Input> a_scratch;
@@ -100,6 +101,8 @@ private:
     void store_values(float* values, int64_t first, int64_t count, bf16* y) const {
         if (bias)
             for (int64_t j = 0; j < count; j++) values[j] += widen(bias[first + j]);
+        if (adds)
+            for (int64_t j = 0; j < count; j++) values[j] += widen(y[j]);
         int64_t j = 0;
         for (; j + LANES <= count; j += LANES) store(y + j, load(values + j));
         for (; j < count; j++) y[j] = narrow(values[j]);

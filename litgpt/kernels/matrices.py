@@ -5,7 +5,7 @@ import functools
 import torch
 
 from litgpt.kernels import processor
-from litgpt.kernels.library import library
+from litgpt.kernels.library import library, training_library
 
 LEAST_ROWS = 32  # for fewer, rearranging the other matrix takes too long
 
@@ -15,7 +15,8 @@ def are_faster() -> bool:
     """Whether they are there, and faster than torch's, which rearrange weights in every call: not beside AMX."""
     if library() is None or processor.has_tiles():
         return False
-    return bool(library().multiplies_fast()) or not processor.torch_multiplies_bfloat16()
+    fast = bool(library().multiplies_fast()) or not processor.torch_multiplies_bfloat16()
+    return fast and training_library() is not None
 
 
 def can_multiply(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -28,10 +29,17 @@ def can_multiply(a: torch.Tensor, b: torch.Tensor) -> bool:
     )
 
 
-def multiply(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """a (M, K) b (K, N) + bias (N,), with sums in float32: (M, N). Of a and b, rows or columns are contiguous."""
+def multiply(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    to: torch.Tensor | None = None,
+    adds: bool = False,
+) -> torch.Tensor:
+    """a (M, K) b (K, N) + bias (N,), with sums in float32: (M, N), which becomes or, if it `adds`, is added to what `to` holds.
+    Of a and b, rows or columns are contiguous."""
     (M, K), N = a.shape, b.shape[1]
-    c = a.new_empty(M, N)
+    c = a.new_empty(M, N) if to is None else to
     addresses = (a.data_ptr(), b.data_ptr(), None if bias is None else bias.data_ptr(), c.data_ptr())
-    library().multiply_matrices(*addresses, M, K, N, *a.stride(), *b.stride())
+    training_library().multiply_matrices(*addresses, M, K, N, *a.stride(), *b.stride(), adds)
     return c

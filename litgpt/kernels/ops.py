@@ -7,7 +7,7 @@ import struct
 import torch
 
 from litgpt.kernels import processor
-from litgpt.kernels.library import library
+from litgpt.kernels.library import encoded_library, library
 from litgpt.kernels.structs import Vectors
 
 MAX_ROWS = 16  # for more, torch's products of a single layer are as fast or faster, where it has them in bfloat16
@@ -31,6 +31,12 @@ def are_vectorized() -> bool:
 
 # a constant of compiled graphs, as `torch.compiler.assume_constant_result` says it, which imports a second's worth of torch
 available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def reads_codes() -> bool:
+    """Whether there are kernels on this machine for keys and values that are encoded: `attend_encoded`, and `run_layers` with such
+    caches."""
+    return encoded_library() is not None
 
 
 def is_faster(rows: int) -> bool:
@@ -211,6 +217,7 @@ def can_attend_encoded(
         and len(encoded) == 2
         and not torch.compiler.is_compiling()
         and can_attend(query, query, query, bias, sinks)
+        and reads_codes()
     )
 
 

@@ -5,7 +5,6 @@
 
 #pragma once
 
-#include "attention.h"
 #include "narrow_rows.h"
 
 constexpr int COLUMN_VECTORS = output_vectors(6);  // of a tile of 6 rows: what registers hold

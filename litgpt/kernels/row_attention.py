@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch.autograd.function import once_differentiable
 
-from litgpt.kernels.library import library
+from litgpt.kernels.library import training_library
 
 
 def can_attend_rows(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
@@ -22,7 +22,7 @@ def can_attend_rows(query: torch.Tensor, keys: torch.Tensor, values: torch.Tenso
         and query.shape[-1] == values.shape[-1]
         and query.shape[-1] % 16 == 0
         and not torch.compiler.is_compiling()
-        and library() is not None
+        and training_library() is not None
     )
 
 
@@ -42,7 +42,9 @@ class _RowAttention(torch.autograd.Function):
         _, H, N, D = query.shape
         values = values.contiguous()  # a view would keep queries and keys without RoPE for the backward pass
         y, logs = query.new_empty(1, N, H * D), query.new_empty(H, N, dtype=torch.float32)
-        library().attend_rows(*_addresses(query, keys, values, y, logs), *_sizes(query, keys, values, sizes, scale))
+        training_library().attend_rows(
+            *_addresses(query, keys, values, y, logs), *_sizes(query, keys, values, sizes, scale)
+        )
         ctx.save_for_backward(query, keys, values, y, logs)
         ctx.sizes, ctx.scale = sizes, scale
         return y
@@ -57,7 +59,7 @@ class _RowAttention(torch.autograd.Function):
         d_query = query.new_empty(1, N, H, D)
         d_keys, d_values = query.new_empty(2, 1, N, G, D)
         parts = query.new_empty(2, N, H, D, dtype=torch.float32) if H > G else None
-        library().attend_rows_backward(
+        training_library().attend_rows_backward(
             *_addresses(query, keys, values, y, d_y, logs, d_query, parts, d_keys, d_values),
             *_sizes(query, keys, values, ctx.sizes, ctx.scale),
         )

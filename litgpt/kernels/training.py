@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from litgpt.kernels import ops
-from litgpt.kernels.library import library
+from litgpt.kernels.library import training_library
 
 GATES = ("silu", "gelu-tanh")  # activations that are a product with a sigmoid
 
@@ -19,7 +19,7 @@ def _is_ours(*tensors: torch.Tensor) -> bool:
         first.dtype in (torch.float32, torch.bfloat16)
         and all(x.dtype == first.dtype and x.device.type == "cpu" and x.is_contiguous() for x in tensors)
         and not torch.compiler.is_compiling()
-        and library() is not None
+        and training_library() is not None
     )
 
 
@@ -34,7 +34,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx, gate: torch.Tensor, x: torch.Tensor, kind: int) -> torch.Tensor:
         ctx.save_for_backward(gate, x)
         ctx.kind, y = kind, torch.empty_like(x)
-        library().gate_values(gate.data_ptr(), x.data_ptr(), y.data_ptr(), x.numel(), kind, _narrow(x))
+        training_library().gate_values(gate.data_ptr(), x.data_ptr(), y.data_ptr(), x.numel(), kind, _narrow(x))
         return y
 
     @staticmethod
@@ -44,7 +44,7 @@ class _Gated(torch.autograd.Function):
         d_y = d_y.contiguous()
         d_gate, d_x = torch.empty_like(gate), torch.empty_like(x)
         addresses = (of.data_ptr() for of in (gate, x, d_y, d_gate, d_x))
-        library().gate_values_backward(*addresses, x.numel(), ctx.kind, _narrow(x))
+        training_library().gate_values_backward(*addresses, x.numel(), ctx.kind, _narrow(x))
         return d_gate, d_x, None
 
 
@@ -63,7 +63,7 @@ class _Dropped(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
         ctx.p, ctx.seed, y = p, seed, torch.empty_like(x)
-        library().drop_values(x.data_ptr(), y.data_ptr(), x.numel(), seed, p, _narrow(x))
+        training_library().drop_values(x.data_ptr(), y.data_ptr(), x.numel(), seed, p, _narrow(x))
         return y
 
     @staticmethod
@@ -90,7 +90,9 @@ def next_token_losses(logits: torch.Tensor, labels: torch.Tensor, scale: float) 
         return None
     n, V = logits.shape
     losses, labels = logits.new_empty(n, dtype=torch.float32), labels.contiguous()
-    library().next_token_losses(*(of.data_ptr() for of in (logits, labels, losses)), n, V, scale, _narrow(logits))
+    training_library().next_token_losses(
+        *(of.data_ptr() for of in (logits, labels, losses)), n, V, scale, _narrow(logits)
+    )
     torch.autograd.graph.increment_version(logits)  # what has kept them would find other numbers
     return losses
 
@@ -103,7 +105,7 @@ class _Normed(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.numbers, y, size = (eps, offset), torch.empty_like(x), len(weight)
         addresses = (of.data_ptr() for of in (x, weight, y))
-        library().norm_values(*addresses, x.numel() // size, size, eps, offset, _narrow(x))
+        training_library().norm_values(*addresses, x.numel() // size, size, eps, offset, _narrow(x))
         return y
 
     @staticmethod
@@ -115,14 +117,14 @@ class _Normed(torch.autograd.Function):
         size = len(weight)
         factors = x.new_empty(x.numel() // size, dtype=torch.float32)
         addresses = (None if of is None else of.data_ptr() for of in (x, weight, d_y, d_x, d_weight, factors))
-        library().norm_values_backward(*addresses, len(factors), size, *ctx.numbers, _narrow(x))
+        training_library().norm_values_backward(*addresses, len(factors), size, *ctx.numbers, _narrow(x))
         return d_x, d_weight, None, None
 
 
 def norm(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """What an `RMSNorm` gives."""
     weight = layer.weight
-    if not torch.is_grad_enabled() or not _is_ours(x, weight) or len(weight) % 16 or not x.numel():
+    if not _is_ours(x, weight) or len(weight) % 16 or not x.numel():
         return type(layer).forward(layer, x)
     return _Normed.apply(x, weight, layer.eps, float(layer.add_unit_offset))
 
@@ -144,7 +146,7 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) 
     _, heads, T, D = x.shape
     y = x.new_empty(1, T, heads, D)
     addresses = (of.data_ptr() for of in (x, cos, sin, y))
-    library().rotate_values(*addresses, T, heads, D, x.stride(2), x.stride(1), int(back), _narrow(x))
+    training_library().rotate_values(*addresses, T, heads, D, x.stride(2), x.stride(1), int(back), _narrow(x))
     return y.transpose(1, 2)
 
 

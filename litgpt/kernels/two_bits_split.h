@@ -1,4 +1,4 @@
-// Attention from a few queries over keys of a KV split in 2 bits. Compiled in splits.cpp only.
+// Attention from a few queries over keys of a KV split in 2 bits. Compiled in two_bits_splits.cpp only.
 //
 // The scales of keys belong to channels and a block of tokens: they are factors of the query, and so keys are plain integers. Of
 // four keys, or of four numbers of a key, codes lie in one byte each of 32 bits, shifted apart: quads without any rearrangement.

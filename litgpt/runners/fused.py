@@ -339,7 +339,7 @@ def _is_supported_cache(cache: KVCache | None, dtype: torch.dtype) -> bool:
         and type(cache).run is PlannedKVCache.run
         and cache.dtype == dtype
         and cache.storage.kernel_view() is not None
-        and (dtype == torch.bfloat16 or cache.storage.kernel_codes() is None)
+        and (cache.storage.kernel_codes() is None or (dtype == torch.bfloat16 and ops.reads_codes()))
         and cache.mha.is_plain()
     )
 

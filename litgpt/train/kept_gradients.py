@@ -1,4 +1,4 @@
-"""Gradients that stay where they are from step to step, and large ones that are added to right there.
+"""Gradients that stay where they are from step to step, and those of weights that are added to right there.
 
 Activations leave holes where gradients were put between them, and then the next step's need new memory.
 """
@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from litgpt.kernels import matrices
 from litgpt.train.loss import add_rows
-from litgpt.train.products import product
 
 
 class KeptGradients:
@@ -29,23 +29,24 @@ class KeptGradients:
                 self._places[p] = place = part[: p.numel()].view_as(p)
                 p.register_post_accumulate_grad_hook(partial(_move_gradient, place))
 
-    def of(self, p: nn.Parameter) -> torch.Tensor:
-        """The gradient of `p`, to be added to: zeros if there was none."""
-        if p.grad is None:
-            p.grad = self._places[p].zero_()
-        return p.grad
+    def __contains__(self, p: nn.Parameter) -> bool:
+        return p in self._places
 
-    def adding(self, *modules: nn.Module) -> dict[nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
-        """Functions that can stand for some of these modules, and add to the gradients of their weights."""
-        if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            return {}
-        kinds = {nn.Linear: _AddingLinear, nn.Embedding: _AddingEmbedding}
-        plain = (module for module in modules if type(module) in kinds and getattr(module, "bias", None) is None)
-        return {
-            module: partial(kinds[type(module)].apply, self, module.weight)
-            for module in plain
-            if module.weight in self._places and module.weight.dtype in (torch.float32, torch.float64)
-        }
+    def adding(self, p: nn.Parameter) -> Callable[[torch.Tensor, torch.Tensor], None]:
+        """A function of two matrices that adds their product to the gradient of `p`."""
+        return partial(self._add_product, p)
+
+    def _add_product(self, p: nn.Parameter, a: torch.Tensor, b: torch.Tensor) -> None:
+        place, is_there = self._places[p], p.grad is not None
+        if matrices.can_multiply(a, b):
+            matrices.multiply(a, b, to=place, adds=is_there)
+        else:
+            place.addmm_(a, b, beta=int(is_there))
+        p.grad = place
+
+    def embed(self, weight: nn.Parameter, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of `weight`, whose gradients are added to its own."""
+        return _AddingEmbedding.apply(self._places[weight], weight, ids)
 
 
 def _move_gradient(place: torch.Tensor, p: nn.Parameter) -> None:
@@ -53,31 +54,15 @@ def _move_gradient(place: torch.Tensor, p: nn.Parameter) -> None:
         p.grad = place.copy_(p.grad)
 
 
-class _AddingLinear(torch.autograd.Function):
-    """A linear layer of inputs (N, E)."""
-
-    @staticmethod
-    def forward(ctx, kept: KeptGradients, weight: nn.Parameter, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.weight, ctx.kept = weight, kept
-        return product(x, weight)
-
-    @staticmethod
-    def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        ctx.kept.of(ctx.weight).addmm_(d_y.T, x)
-        return None, None, product(d_y, ctx.weight.T) if ctx.needs_input_grad[2] else None
-
-
 class _AddingEmbedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, kept: KeptGradients, weight: nn.Parameter, ids: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, place: torch.Tensor, weight: nn.Parameter, ids: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(ids)
-        ctx.weight, ctx.kept = weight, kept
+        ctx.weight, ctx.place = weight, place
         return F.embedding(ids, weight)
 
     @staticmethod
     def backward(ctx, d_rows: torch.Tensor) -> tuple[None, None, None]:
-        (ids,) = ctx.saved_tensors
-        add_rows(ctx.kept.of(ctx.weight), ids, d_rows)
+        (ids,), weight = ctx.saved_tensors, ctx.weight
+        weight.grad = add_rows(ctx.place.zero_() if weight.grad is None else weight.grad, ids, d_rows)
         return None, None, None

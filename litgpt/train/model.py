@@ -8,11 +8,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from litgpt.kernels import training
+from litgpt.lora import LoRALinear
 from litgpt.model import GPT, LLaMAMLP, RMSNorm
 from litgpt.train.cached_layers import CachedLayers
 from litgpt.train.kept_gradients import KeptGradients
 from litgpt.train.loss import TiedEmbedding, loss_sum
-from litgpt.train.products import linear, replaces_torch
+from litgpt.train.products import linear, low_rank, replaces_torch
 from litgpt.train.recomputed import recomputed
 from litgpt.train.replaced_forward import replaced_forward
 from litgpt.train.teacher import Teacher
@@ -52,20 +53,36 @@ class TrainingModel(nn.Module):
                 module.forward = partial(training.norm, module)
             elif type(module) is nn.Dropout:
                 module.forward = partial(training.dropout, module)
+            elif isinstance(module, LoRALinear):
+                module.with_matrices = partial(low_rank, module)
             elif type(module) is nn.Linear and replaces_torch():
                 module.forward = partial(linear, module)
 
     def keep_gradients(self) -> None:
         """Have gradients where they are from step to step, and keep less for the backward pass: for one process on a CPU."""
         trained = [p for p in self.parameters() if p.requires_grad]
-        self.kept_gradients = KeptGradients(trained)
+        self.kept_gradients = kept = KeptGradients(trained)
         if self.cached_layers is not None:
             return
+        in_head = set(self.gpt.lm_head.modules())  # whose gradients are known before they are scaled
         for module in self.gpt.modules():
             if type(module) is RMSNorm and module.weight.requires_grad:
                 module.forward = partial(recomputed, module.forward, params=(module.weight,))
             elif type(module) is nn.Linear and module.weight.requires_grad:
-                module.forward = partial(linear, module)
+                add = None if module in in_head else kept.adding(module.weight)
+                module.forward = partial(linear, module, add=add)
+
+    def _adding(self) -> dict[nn.Module, Callable]:
+        """What stands for the embedding and the head where gradients of their weights are added to kept ones."""
+        kept, head, embedding = self.kept_gradients, self.gpt.lm_head, self.gpt.transformer.wte
+        if kept is None or not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return {}
+        own: dict[nn.Module, Callable] = {}
+        if type(head) is nn.Linear and head.bias is None and head.weight in kept:
+            own[head] = partial(linear, head, add=kept.adding(head.weight))
+        if type(embedding) is nn.Embedding and embedding.weight in kept:
+            own[embedding] = partial(kept.embed, embedding.weight)
+        return own
 
     def forward(
         self,
@@ -87,8 +104,7 @@ class TrainingModel(nn.Module):
             teacher = self.teacher(input_ids, row_sizes), self.teacher.logits
         gpt, heads, logits = self.gpt, [self.gpt.lm_head], self.gpt.logits
         head, embedding = gpt.lm_head, gpt.transformer.wte
-        kept, tied = self.kept_gradients, None
-        own: dict[nn.Module, Callable] = kept.adding(head, embedding) if kept is not None and scale is not None else {}
+        own, tied = {} if scale is None else self._adding(), None
         is_tied = getattr(head, "weight", None) is embedding.weight and embedding.weight.requires_grad
         if is_tied and embedding not in own and torch.is_grad_enabled():
             tied = []
@@ -101,12 +117,11 @@ class TrainingModel(nn.Module):
                 heads, logits = [head, norm], lambda x: gpt.logits(norm(x))  # for a few tokens at a time
             params = [p for module in heads if module not in own for p in module.parameters() if p.requires_grad]
             scale = scale if head in own else None
-            return loss_sum(
-                hidden, labels, logits, params, gpt.config.padded_vocab_size, tied, teacher, scale, self.loss
-            )
+            vocabulary, lean = gpt.config.padded_vocab_size, self.cached_layers is not None
+            return loss_sum(hidden, labels, logits, params, vocabulary, tied, teacher, scale, self.loss, lean)
 
 
-REPLACED = "forward", "gated"  # methods of modules
+REPLACED = "forward", "gated", "with_matrices"  # methods of modules
 
 
 def restore_forward(gpt: GPT) -> None:

@@ -6,7 +6,7 @@ oneDNN, which torch also brings, uses it on all that have it: there, products ta
 kernels' own are faster than either where there is no AMX (`litgpt.kernels.matrices`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 
@@ -15,8 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from litgpt.kernels import matrices, processor
+from litgpt.lora import LoRALinear
 from litgpt.train.recomputed import Function, again
 from litgpt.train.replaced_forward import replaced_forward
+
+Adds = Callable[[torch.Tensor, torch.Tensor], None]  # adds the product of two matrices to a gradient
 
 
 @cache
@@ -45,16 +48,19 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer of inputs (N, E) with its gradients by `product`."""
+    """A linear layer of inputs (N, E) with its gradients by `product`; see `linear`."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, add: Adds | None
+    ) -> torch.Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.add = add
         return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _gradients(d_y, *ctx.saved_tensors, ctx.needs_input_grad)
+        return *_gradients(d_y, *ctx.saved_tensors, ctx.needs_input_grad, ctx.add), None
 
 
 class _LinearOf(torch.autograd.Function):
@@ -66,11 +72,12 @@ class _LinearOf(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        add: Adds | None,
         function: Function,
         params: Sequence[nn.Parameter],
         *inputs: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.function, ctx.params = function, params
+        ctx.function, ctx.params, ctx.add = function, params, add
         ctx.save_for_backward(weight, *inputs[len(params) :])
         return product(x, weight, bias)
 
@@ -79,42 +86,102 @@ class _LinearOf(torch.autograd.Function):
         weight, *inputs = ctx.saved_tensors
         y, wanted = again(ctx.function, ctx.params, inputs)
         x = y.detach().reshape(-1, y.shape[-1])
-        d_x, *d_own = _gradients(d_y, x, weight, (True, *ctx.needs_input_grad[1:3]))
-        return None, *d_own, None, None, *torch.autograd.grad(y, wanted, d_x.view_as(y))
+        d_x, *d_own = _gradients(d_y, x, weight, (True, *ctx.needs_input_grad[1:3]), ctx.add)
+        return None, *d_own, None, None, None, *torch.autograd.grad(y, wanted, d_x.view_as(y))
 
 
 def _gradients(
-    d_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: Sequence[bool]
+    d_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: Sequence[bool], add: Adds | None
 ) -> tuple[torch.Tensor | None, ...]:
-    """Of the inputs, the weight and the bias of a linear layer, where they are wanted."""
+    """Of the inputs, the weight and the bias of a linear layer, where they are wanted and not added."""
+    if add is not None:
+        add(d_y.T, x)
     return (
         product(d_y, weight.T) if wanted[0] else None,
-        product(d_y.T, x.T) if wanted[1] else None,
+        product(d_y.T, x.T) if wanted[1] and add is None else None,
         d_y.sum(0) if wanted[2] else None,
     )
 
 
-def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """What `layer` gives, by `product` on a CPU in one precision; what was made by `recomputed` is not kept."""
+def linear(layer: nn.Linear, x: torch.Tensor, add: Adds | None = None) -> torch.Tensor:
+    """What `layer` gives, by `product` on a CPU in one precision; what was made by `recomputed` is not kept. `add` has the
+    products that are gradients of the weight, in place of autograd."""
     weight, bias = layer.weight, layer.bias
-    plain = x.dtype == weight.dtype and x.device.type == weight.device.type == "cpu" and x.numel()
-    if not plain or torch.is_autocast_enabled("cpu"):
+    if not _is_plain(x, weight):
         return F.linear(x, weight, bias)
     rows, made_by = x.reshape(-1, x.shape[-1]), getattr(x, "made_by", None)
     if made_by is not None and weight.requires_grad:
         function, params, inputs = made_by
-        y = _LinearOf.apply(rows.detach(), weight, bias, function, params, *params, *inputs)
+        y = _LinearOf.apply(rows.detach(), weight, bias, add, function, params, *params, *inputs)
     else:
-        y = _Linear.apply(rows, weight, bias)
-    return y.view(*x.shape[:-1], -1)
+        y = _Linear.apply(rows, weight, bias, add)
+    return _shaped(y, x)
+
+
+class _LowRank(torch.autograd.Function):
+    """W x + b + s B A `dropped` of x (N, E) in place of a sum of two results, where W is frozen."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: torch.Tensor,
+        dropped: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        inner = dropped @ A.T
+        ctx.save_for_backward(dropped, A, B, weight, inner)
+        ctx.scale = scale
+        return product(x, weight, bias).addmm_(inner, B.T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dropped, A, B, weight, inner = ctx.saved_tensors
+        d_inner = (d_y @ B).mul_(ctx.scale)
+        return (
+            product(d_y, weight.T) if ctx.needs_input_grad[0] else None,
+            d_inner @ A if ctx.needs_input_grad[1] else None,
+            d_inner.T @ dropped,
+            (d_y.T @ inner).mul_(ctx.scale),
+            None,
+            None,
+            None,
+        )
+
+
+def low_rank(
+    layer: LoRALinear, x: torch.Tensor, dropped: torch.Tensor, A: torch.Tensor, B: torch.Tensor
+) -> torch.Tensor:
+    """`LoRALinear.with_matrices` of a layer, in one function where its weight is frozen and on a CPU in one precision."""
+    inner = layer.linear
+    frozen = type(inner) is nn.Linear and not any(p.requires_grad for p in inner.parameters())
+    if not frozen or not _is_plain(x, inner.weight, A) or not A.requires_grad:
+        return type(layer).with_matrices(layer, x, dropped, A, B)
+    rows = (of.reshape(-1, of.shape[-1]) for of in (x, dropped))
+    return _shaped(_LowRank.apply(*rows, A, B, inner.weight, inner.bias, layer.scaling), x)
+
+
+def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Rows y of x (..., E), as they are where x has no others: changing a view's base in place would cost a copy."""
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
+
+
+def _is_plain(x: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether all are of one precision, on a CPU, and there are rows."""
+    alike = all(of.dtype == x.dtype and of.device.type == x.device.type == "cpu" for of in others)
+    return alike and bool(x.numel()) and not torch.is_autocast_enabled("cpu")
 
 
 class _GradientsOnly(_Linear):
     """A linear layer whose outputs are not needed any more, only its gradients: it gives zeros."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, add: None) -> torch.Tensor:
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
+        ctx.add = add
         return x.new_zeros(1).expand(len(x), len(weight))
 
 
@@ -122,7 +189,7 @@ def gradients_only(layer: nn.Linear) -> AbstractContextManager[None]:
     """Let `layer` give zeros in place of its outputs, with their gradients, for graphs that only a backward pass reads."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        y = _GradientsOnly.apply(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias)
+        y = _GradientsOnly.apply(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias, None)
         return y.view(*x.shape[:-1], -1)
 
     return replaced_forward({layer: forward})

@@ -24,7 +24,10 @@ void attend_rows(const void*, const void*, const void*, void*, float*, int64_t, 
                  const int64_t*, float, int);
 void attend_rows_backward(const void*, const void*, const void*, const void*, const void*, const float*, void*, float*, void*, void*,
                           int64_t, int64_t, int64_t, int64_t, const int64_t*, const int64_t*, float, int);
-void multiply_matrices(const bf16*, const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+void use_encoded_split(void (*)(const SplitQueries&, const Vectors&, const Vectors&, const Vectors&));
+void attend_encoded_split(const SplitQueries&, const Vectors&, const Vectors&, const Vectors&);
+void multiply_matrices(const bf16*, const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
+                       int);
 }
 
 using Numbers64 = std::vector<double>;
@@ -292,7 +295,7 @@ static void check_matrices() {
     const auto a = numbers(M * K), b = numbers(K * N), bias = numbers(N);
     std::vector<bf16> c(M * N);
     const int64_t a_strides[] = {a_turned ? 1 : K, a_turned ? M : 1}, b_strides[] = {b_turned ? 1 : N, b_turned ? K : 1};
-    multiply_matrices(a.data(), b.data(), bias.data(), c.data(), M, K, N, a_strides[0], a_strides[1], b_strides[0], b_strides[1]);
+    multiply_matrices(a.data(), b.data(), bias.data(), c.data(), M, K, N, a_strides[0], a_strides[1], b_strides[0], b_strides[1], 0);
     Numbers64 expected;
     for (int64_t m = 0; m < M; m++)
         for (int64_t n = 0; n < N; n++) {
@@ -321,6 +324,7 @@ static void check_norm() {
 
 int main(int count, char** arguments) {
     source.seed(count > 1 ? unsigned(std::atoi(arguments[1])) : 0);
+    use_encoded_split(attend_encoded_split);
     for (int i = 0; i < (count > 2 ? std::atoi(arguments[2]) : 10); i++)
         check_products(), check_attention(), check_two_bits(), check_rows(), check_narrow_rows(), check_matrices(), check_norm();
     std::printf("%d differences\n", failures);

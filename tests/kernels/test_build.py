@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,12 +18,12 @@ import pytest
 from until import until
 
 from litgpt.kernels import build, processor
-from litgpt.kernels.library import _load as load
-from litgpt.kernels.library import library
+from litgpt.kernels.library import _load, library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no kernels on this machine")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
 
+load = partial(_load, "KERNELS")
 WAITS = "until [ -e '{gate}' ]; do sleep 0.05; done; cat"
 COPIES = """#!/bin/sh
 echo run >> "{log}"
@@ -87,7 +88,7 @@ def test_they_are_compiled_once_in_a_folder_that_only_the_user_may_write(machine
     assert machine.compilations == 1
     (path,) = machine.libraries()
     assert path.name.startswith(f"kernels-{processor.instruction_set().name}-")
-    assert {p.name for p in machine.folder.iterdir()} == {path.name, "lock"}
+    assert {p.name for p in machine.folder.iterdir()} == {path.name, "kernels.lock"}
     assert path.stat().st_mode & 0o077 == 0
 
 
@@ -246,6 +247,17 @@ def test_a_compiler_that_makes_no_library_is_one_that_fails(machine, content):
     assert (machine.said, machine.compilations) == ([], 1)
 
 
+def test_a_failure_names_what_its_library_serves(machine):
+    machine.compiler(FAILING["fails"])
+    assert build.kernels_for(processor.instruction_set(), load, what=build.TRAINING) is None
+    (said,) = machine.said
+    assert said.startswith("No compiled kernels for training, ")
+    assert "\n" not in said
+    machine.compiler()
+    assert machine.kernels() is not None
+    assert machine.said == []
+
+
 def test_a_missing_compiler_is_named_once(machine):
     machine.monkeypatch.setenv("CXX", "no-such-compiler")
     assert machine.kernels() is None
@@ -267,7 +279,7 @@ def test_processes_that_start_at_once_compile_once(machine):
 
 def test_what_a_killed_process_has_left_is_removed(machine):
     machine.folder.mkdir(parents=True, mode=0o700)
-    left = machine.folder / ".kernels.so.123"
+    left = machine.folder / ".kernels-x.so.123"
     left.write_bytes(b"half")
     assert machine.kernels() is not None
     assert not left.exists()
@@ -280,7 +292,7 @@ def test_a_full_disk_leaves_nothing_half_written(machine, monkeypatch):
     monkeypatch.setattr(build.os, "fsync", no_space)
     assert machine.kernels() is None
     assert len(machine.said) == 2
-    assert [p for p in machine.folder.iterdir() if p.name != "lock"] == []
+    assert [p for p in machine.folder.iterdir() if p.name != "kernels.lock"] == []
 
 
 def test_what_is_compiled_ahead_is_waited_for_and_loaded(machine):

@@ -25,6 +25,12 @@ def test_products_are_exact(M, K, N, turned):
     for added in (bias, None):
         y, expected = matrices.multiply(a, b, added), a.double() @ b.double() + (0 if added is None else added.double())
         torch.testing.assert_close(y.double(), expected, rtol=2**-8, atol=1e-5 * expected.abs().max().item())
+    before, place = drawn(M, N, False), torch.empty(M * N + 1).bfloat16()[1:].view(M, N)
+    place.copy_(before)
+    assert matrices.multiply(a, b, to=place, adds=True) is place
+    expected = a.double() @ b.double() + before.double()
+    torch.testing.assert_close(place.double(), expected, rtol=2**-8, atol=1e-5 * expected.abs().max().item())
+    assert torch.equal(matrices.multiply(a, b, to=place), matrices.multiply(a, b))
 
 
 def test_rows_may_lie_apart():

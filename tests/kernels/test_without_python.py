@@ -23,7 +23,8 @@ CHECK = Path(__file__).with_name("check.cpp")
 def program(compiler: str, folder: Path, flags: list[str], kind: toolchain.Toolchain = toolchain.LINUX) -> Path:
     """The compiled program; all units at once."""
     common = [*kind.flags, f"-I{build.SOURCES}", *flags]
-    sources = [*(build.SOURCES / f"{unit}.cpp" for unit in build.KERNELS.units), CHECK]
+    units = dict.fromkeys(build.KERNELS.units + build.ENCODED.units + build.TRAINING.units)
+    sources = [*(build.SOURCES / f"{unit}.cpp" for unit in units), CHECK]
 
     def run(*arguments: object) -> None:
         done = subprocess.run([compiler, *common, *map(str, arguments)], capture_output=True, text=True)

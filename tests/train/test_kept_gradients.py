@@ -38,11 +38,18 @@ def test_gradients_are_autograds(config, tied, monkeypatch):
     plain = gradients(config, tied, kept=False)
     error = 1e-5 if config.get("norm_unit_offset") else 1e-10  # these norms compute in float32
     for size in (32 << 20, 1):  # all tokens at a time, and few
-        monkeypatch.setattr("litgpt.train.loss.ADDED_LOGITS_BYTES", size)
+        monkeypatch.setattr("litgpt.train.loss.LOGITS_BYTES", size)
         ours = gradients(config, tied, kept=True)
         assert ours.keys() == plain.keys()
         for name, gradient in plain.items():
             torch.testing.assert_close(ours[name], gradient, rtol=error, atol=error, msg=name)
+
+
+def test_gradients_in_bfloat16_are_autograds():
+    plain, ours = (gradients({"n_embd": 64}, True, kept, torch.bfloat16) for kept in (False, True))
+    for name, gradient in plain.items():
+        error = (ours[name] - gradient).float().norm() / gradient.float().norm()
+        assert error < 0.02, name
 
 
 def test_a_loss_multiplied_by_something_else_is_refused():

@@ -27,6 +27,7 @@ class Storage(nn.Module, ABC):
     blocks: ClassVar[bool] = (
         False  # whether tokens are encoded many at a time, in dense caches only: see `litgpt.kvcache.blocks`
     )
+    has_kernel_codes: ClassVar[bool] = False  # whether `kernel_codes` may say how it encodes
     on_host: ClassVar[bool] = False  # whether buffers are in the host's memory, wherever the model is
 
     @abstractmethod

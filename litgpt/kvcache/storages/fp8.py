@@ -11,6 +11,8 @@ class Float8Storage(QuantizedStorage):
     """Floating-point numbers of 8 bits (e4m3) with a scale for every token and head, for devices that convert them: the bytes of
     `int8`, which is more exact."""
 
+    has_kernel_codes = False
+
     @classmethod
     def codecs_for(cls, params: KVCacheParams) -> tuple[Codec, ...]:
         codec = Float8(params.head_size)

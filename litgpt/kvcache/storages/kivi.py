@@ -37,7 +37,7 @@ class KiviStorage(Storage):
         window: newest tokens that stay as they are, a multiple of `group`.
     """
 
-    blocks = True
+    blocks, has_kernel_codes = True, True
 
     def __init__(self, params: KVCacheParams, group: int = 32, window: int = 128) -> None:
         super().__init__()

@@ -23,6 +23,8 @@ class QuantizedStorage(Storage):
     through: while there are any, keys and values as decoded are kept as well, with the graph that they come from.
     """
 
+    has_kernel_codes = True
+
     def __init__(self, params: KVCacheParams) -> None:
         super().__init__()
         self.codecs = self.codecs_for(params)
