@@ -259,12 +259,14 @@ class LoRALinear(LoRALayer, WrappedLinear, LowRankLayer):
         self.linear.weight.copy_(self.merged_weight(self.linear.weight))
         self.merged = True
 
+    def with_matrices(self, x: torch.Tensor, dropped: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """W x + s B A `dropped`."""
+        return torch.add(self.linear(x), F.linear(F.linear(dropped, A), B), alpha=self.scaling)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.linear(x)
         if self.r == 0 or self.merged:
-            return y
-        added = F.linear(F.linear(self.lora_dropout(x), self.lora_A), self.expanded_B())
-        y = torch.add(y, added, alpha=self.scaling)
+            return self.linear(x)
+        y = self.with_matrices(x, self.lora_dropout(x), self.lora_A, self.expanded_B())
         if not self.dora:
             return y
         scale = self.row_scale(self._norms()) if self.fixed_scale is None else self.fixed_scale

@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from litgpt.kernels.training import next_token_losses, replaces_logits
 
 IGNORE_INDEX = -100
-LOGITS_BYTES = 16 << 20  # logits that exist at a time, in float32 or as they are where a kernel takes them
+LOGITS_BYTES = 32 << 20  # logits that exist at a time, in float32 or as they are where a kernel takes them
+LEAN_LOGITS_BYTES = 16 << 20  # where memory is what matters: the head's products take a quarter longer
+TRAINED_LOGITS_BYTES = 128 << 20  # with a trained head, each chunk of which has a gradient as large as its weight
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Summed loss of logits (n, V) and labels (n,)."""
-
-ADDED_LOGITS_BYTES = 32 << 20  # with a trained head, each chunk of which adds to a gradient as large as its weight
-TRAINED_LOGITS_BYTES = 128 << 20  # where that needs a second one of this size
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -142,6 +141,7 @@ def loss_sum(
     teacher: tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]] | None = None,
     scale: float | None = None,
     own_loss: Loss | None = None,
+    lean: bool = False,
 ) -> torch.Tensor:
     """Sum of the next-token losses over counted tokens, or of their divergences from what a teacher says.
 
@@ -157,6 +157,7 @@ def loss_sum(
         scale: what the loss will be multiplied by before its gradients are taken, for a head that adds to the gradients of
             its weights by itself (None: whatever it is).
         own_loss: another loss than the cross-entropy.
+        lean: hold fewer logits at a time.
 
     Returns:
         A number in float32 (float64 where outputs are); 0, with zero gradients, if no token is counted.
@@ -164,7 +165,7 @@ def loss_sum(
     hidden, labels = hidden.flatten(0, -2), labels.flatten()
     places = (labels != IGNORE_INDEX).nonzero().squeeze(-1)
     labels = labels[places]
-    size = ADDED_LOGITS_BYTES if scale is not None else TRAINED_LOGITS_BYTES if params else LOGITS_BYTES
+    size = TRAINED_LOGITS_BYTES if params and scale is None else LEAN_LOGITS_BYTES if lean else LOGITS_BYTES
     bytes_of_number = hidden.element_size() if teacher is None and replaces_logits(hidden, vocabulary) else 4
     chunk = max(16, size // (bytes_of_number * vocabulary))
     chunk = -(-len(places) // max(1, -(-len(places) // chunk)))  # all about equally large

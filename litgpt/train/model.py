@@ -8,11 +8,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from litgpt.kernels import training
+from litgpt.lora import LoRALinear
 from litgpt.model import GPT, LLaMAMLP, RMSNorm
 from litgpt.train.cached_layers import CachedLayers
 from litgpt.train.kept_gradients import KeptGradients
 from litgpt.train.loss import TiedEmbedding, loss_sum
-from litgpt.train.products import linear, replaces_torch
+from litgpt.train.products import linear, low_rank, replaces_torch
 from litgpt.train.recomputed import recomputed
 from litgpt.train.replaced_forward import replaced_forward
 from litgpt.train.teacher import Teacher
@@ -52,6 +53,8 @@ class TrainingModel(nn.Module):
                 module.forward = partial(training.norm, module)
             elif type(module) is nn.Dropout:
                 module.forward = partial(training.dropout, module)
+            elif isinstance(module, LoRALinear):
+                module.with_matrices = partial(low_rank, module)
             elif type(module) is nn.Linear and replaces_torch():
                 module.forward = partial(linear, module)
 
@@ -114,12 +117,11 @@ class TrainingModel(nn.Module):
                 heads, logits = [head, norm], lambda x: gpt.logits(norm(x))  # for a few tokens at a time
             params = [p for module in heads if module not in own for p in module.parameters() if p.requires_grad]
             scale = scale if head in own else None
-            return loss_sum(
-                hidden, labels, logits, params, gpt.config.padded_vocab_size, tied, teacher, scale, self.loss
-            )
+            vocabulary, lean = gpt.config.padded_vocab_size, self.cached_layers is not None
+            return loss_sum(hidden, labels, logits, params, vocabulary, tied, teacher, scale, self.loss, lean)
 
 
-REPLACED = "forward", "gated"  # methods of modules
+REPLACED = "forward", "gated", "with_matrices"  # methods of modules
 
 
 def restore_forward(gpt: GPT) -> None:

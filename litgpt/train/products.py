@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from litgpt.kernels import matrices, processor
+from litgpt.lora import LoRALinear
 from litgpt.train.recomputed import Function, again
 from litgpt.train.replaced_forward import replaced_forward
 
@@ -106,8 +107,7 @@ def linear(layer: nn.Linear, x: torch.Tensor, add: Adds | None = None) -> torch.
     """What `layer` gives, by `product` on a CPU in one precision; what was made by `recomputed` is not kept. `add` has the
     products that are gradients of the weight, in place of autograd."""
     weight, bias = layer.weight, layer.bias
-    plain = x.dtype == weight.dtype and x.device.type == weight.device.type == "cpu" and x.numel()
-    if not plain or torch.is_autocast_enabled("cpu"):
+    if not _is_plain(x, weight):
         return F.linear(x, weight, bias)
     rows, made_by = x.reshape(-1, x.shape[-1]), getattr(x, "made_by", None)
     if made_by is not None and weight.requires_grad:
@@ -115,7 +115,64 @@ def linear(layer: nn.Linear, x: torch.Tensor, add: Adds | None = None) -> torch.
         y = _LinearOf.apply(rows.detach(), weight, bias, add, function, params, *params, *inputs)
     else:
         y = _Linear.apply(rows, weight, bias, add)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)  # a view of what is changed in place would cost a copy
+    return _shaped(y, x)
+
+
+class _LowRank(torch.autograd.Function):
+    """W x + b + s B A `dropped` of x (N, E) in place of a sum of two results, where W is frozen."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: torch.Tensor,
+        dropped: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        inner = dropped @ A.T
+        ctx.save_for_backward(dropped, A, B, weight, inner)
+        ctx.scale = scale
+        return product(x, weight, bias).addmm_(inner, B.T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dropped, A, B, weight, inner = ctx.saved_tensors
+        d_inner = (d_y @ B).mul_(ctx.scale)
+        return (
+            product(d_y, weight.T) if ctx.needs_input_grad[0] else None,
+            d_inner @ A if ctx.needs_input_grad[1] else None,
+            d_inner.T @ dropped,
+            (d_y.T @ inner).mul_(ctx.scale),
+            None,
+            None,
+            None,
+        )
+
+
+def low_rank(
+    layer: LoRALinear, x: torch.Tensor, dropped: torch.Tensor, A: torch.Tensor, B: torch.Tensor
+) -> torch.Tensor:
+    """`LoRALinear.with_matrices` of a layer, in one function where its weight is frozen and on a CPU in one precision."""
+    inner = layer.linear
+    frozen = type(inner) is nn.Linear and not any(p.requires_grad for p in inner.parameters())
+    if not frozen or not _is_plain(x, inner.weight, A) or not A.requires_grad:
+        return type(layer).with_matrices(layer, x, dropped, A, B)
+    rows = (of.reshape(-1, of.shape[-1]) for of in (x, dropped))
+    return _shaped(_LowRank.apply(*rows, A, B, inner.weight, inner.bias, layer.scaling), x)
+
+
+def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Rows y of x (..., E), as they are where x has no others: changing a view's base in place would cost a copy."""
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
+
+
+def _is_plain(x: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether all are of one precision, on a CPU, and there are rows."""
+    alike = all(of.dtype == x.dtype and of.device.type == x.device.type == "cpu" for of in others)
+    return alike and bool(x.numel()) and not torch.is_autocast_enabled("cpu")
 
 
 class _GradientsOnly(_Linear):

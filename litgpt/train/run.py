@@ -23,6 +23,7 @@ from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.memory import as_text, available_bytes
 from litgpt.model import GPT
 from litgpt.prompts import save_prompt_style
+from litgpt.runners.huge_pages import use_huge_pages
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.cached_layers import CachedLayers
 from litgpt.train.checkpointing import (
@@ -114,6 +115,7 @@ class Run:
         self.optimizer = make_optimizer(options.optimizer, trained)
         if fabric.world_size == 1 and fabric.device.type == "cpu":
             self.model.keep_gradients()
+            use_huge_pages(self.gpt)
             if resume is None:
                 reserve_optimizer_state(self.optimizer)
         optimizer = fabric.setup_optimizers(self.optimizer)

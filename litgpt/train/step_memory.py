@@ -14,7 +14,7 @@ from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.memory import size_in_bytes
 from litgpt.kvcache.policies.score import ScorePolicy
 from litgpt.train.cached_layers import PLANNED_NUMBERS
-from litgpt.train.loss import LOGITS_BYTES, TRAINED_LOGITS_BYTES
+from litgpt.train.loss import LEAN_LOGITS_BYTES, TRAINED_LOGITS_BYTES
 from litgpt.train.methods import METHODS
 
 COPIES_OF_LOGITS = 4  # logits, their float32 scores, the gradients of both
@@ -88,7 +88,7 @@ class StepMemory:
     def logits(self) -> int:
         """Of the logits that exist at a time."""
         config = self.config
-        most = TRAINED_LOGITS_BYTES if self.trained_head else LOGITS_BYTES
+        most = TRAINED_LOGITS_BYTES if self.trained_head else LEAN_LOGITS_BYTES
         most = max(most, 16 * 4 * config.padded_vocab_size)
         return COPIES_OF_LOGITS * min(most, 4 * self.tokens * config.padded_vocab_size)
 

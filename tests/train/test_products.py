@@ -1,13 +1,16 @@
 """Products of linear layers by oneDNN against torch's own."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import tiny_gpt
 
+from litgpt.lora import LoRALinear, LoRAQKVLinear
 from litgpt.train import model as module
 from litgpt.train.model import TrainingModel, restore_forward
-from litgpt.train.products import linear
+from litgpt.train.products import linear, low_rank
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
@@ -53,3 +56,31 @@ def test_a_models_losses_and_gradients_stay(monkeypatch):
         assert not any({"forward", "gated"} & set(vars(layer)) for layer in model.modules())
     for plain, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["qkv", "dora", "biased", "trained"])
+def test_low_rank_layers_are_those_of_lora(dtype, kind):
+    torch.manual_seed(0)
+    sizes, options = (
+        (24, 40),
+        {"r": 3, "lora_alpha": 2, "bias": kind == "biased", "dtype": dtype, "dora": kind == "dora"},
+    )
+    if kind == "qkv":
+        layer = LoRAQKVLinear(*sizes, 8, 3, 1, enable_lora=(True, False, True), **options)
+    else:
+        layer = LoRALinear(*sizes, **options)
+    layer.linear.requires_grad_(kind == "trained")
+    torch.nn.init.normal_(layer.lora_B)
+    found = []
+    for replaced in (False, True):
+        if replaced:
+            layer.with_matrices = partial(low_rank, layer)
+        x = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
+        y = layer(x)
+        trained = [p for p in layer.parameters() if p.requires_grad]
+        d_y = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        found.append([y, *torch.autograd.grad(y, [x, *trained], d_y)])
+    error = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for plain, ours in zip(*found, strict=True):
+        assert (plain - ours).norm() <= error * plain.norm()

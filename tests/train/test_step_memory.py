@@ -59,14 +59,14 @@ def measured(spec, length, keep_inputs):
 @pytest.mark.parametrize("keep_inputs", ["device", 3, "disk"])
 def test_a_step_takes_about_what_is_foreseen(keep_inputs, monkeypatch):
     for module in (loss, step_memory):
-        monkeypatch.setattr(module, "LOGITS_BYTES", 1 << 12)
+        monkeypatch.setattr(module, "LEAN_LOGITS_BYTES", 1 << 12)
     spec = CacheSpec("lastrec", cache_length=64)
     found, foreseen = measured(spec, 512, keep_inputs)
     assert 0.75 * foreseen < found < 1.3 * foreseen
 
 
 def test_with_inputs_on_the_disk_a_text_twice_as_long_takes_little_more(monkeypatch):
-    monkeypatch.setattr(loss, "LOGITS_BYTES", 1 << 12)
+    monkeypatch.setattr(loss, "LEAN_LOGITS_BYTES", 1 << 12)
     spec = CacheSpec("lastrec", cache_length=64)
     shorter, longer = (measured(spec, length, "disk")[0] for length in (256, 512))
     one_layer = StepMemory(tiny_gpt(n_embd=128).config, spec, 1, 256, 32).one_layer

@@ -7,7 +7,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
-    "products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise"),
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise", "_Linear", "_LowRank"),
     "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "_RowAttention"),
     "optimizer": ("aten::_fused_adamw",),
 }
