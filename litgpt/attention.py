@@ -7,13 +7,15 @@ made from positions, and never for all T x N pairs of a long prompt at once.
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 
 from litgpt.config import Config
 from litgpt.kernels import ops
@@ -23,6 +25,9 @@ from litgpt.rope import yarn_get_mscale
 QUERY_BLOCK = 512  # queries per tile where a mask is needed; bounds the mask at QUERY_BLOCK x N
 SLOT_BLOCK = 1024  # encoded keys and values that are decoded at a time
 SCORE_BLOCK_BYTES = 64 << 20  # eager attention keeps at most this many bytes of float32 scores at a time
+# not cuDNN's, which are planned anew for every number of keys: some 60 ms in every decode step
+GPU_KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+DECODED_BYTES = 256 << 20  # on a GPU, of float32 numbers on the way from encoded keys and values, or of their scores
 
 
 class KeysAndValues(Protocol):
@@ -168,6 +173,21 @@ def _together(k_and_v: KeysAndValues) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values that can be used at the same time."""
     keys = k_and_v.keys()
     return keys if k_and_v.both_in_parallel() else keys.clone(), k_and_v.values()
+
+
+def _slots_at_once(query: torch.Tensor, k_and_v: EncodedKeysAndValues) -> int:
+    """Slots that are decoded at a time: more on a GPU, where launches take most of the time of a small block."""
+    if not query.is_cuda:
+        return SLOT_BLOCK
+    numbers = (
+        3 * query.shape[0] * k_and_v.n_query_groups * query.shape[-1]
+    )  # numbers, and the parts that they come from
+    return max(1, DECODED_BYTES // (4 * numbers * SLOT_BLOCK)) * SLOT_BLOCK
+
+
+def _slots_of_scores(slots: int, query: torch.Tensor) -> int:
+    """At most `slots`, as many as have room for scores of all queries (B, H, T, D)."""
+    return min(slots, max(1, DECODED_BYTES // (4 * query.shape[:3].numel() * SLOT_BLOCK)) * SLOT_BLOCK)
 
 
 def do_softcapping(x: torch.Tensor, thresh: float | None) -> torch.Tensor:
@@ -399,13 +419,24 @@ class MultiHeadSelfAttention:
         if self.softcapping is not None or sink_logits is not None:
             return None
         grouped, shape = query.shape[1] != keys.shape[1], (*query.shape[:3], values.shape[-1])
-        if grouped and query.shape[2] == 1 and (bias is None or bias.shape[1] == 1):
-            # the heads of a group see the same keys: as rows of one product they read them once
+        one, alike = query.shape[2] == 1, bias is None or bias.shape[1] == 1
+        if grouped and alike and (one or (query.is_cuda and not is_causal)):
+            # the heads of a group see the same keys: as rows of one product they read them once; and on a GPU no kernel but the
+            # slowest has both groups and a mask
+            if bias is not None and bias.shape[2] > 1:
+                bias = bias.repeat(1, 1, query.shape[1] // keys.shape[1], 1)
             query, grouped = query.reshape(query.shape[0], keys.shape[1], -1, query.shape[-1]), False
-        with nullcontext() if self.sdpa_kernels is None else sdpa_kernel(list(self.sdpa_kernels)):
+        with self._kernels_for(query):
             return F.scaled_dot_product_attention(
                 query, keys, values, attn_mask=bias, is_causal=is_causal, scale=self.scale, enable_gqa=grouped
             ).reshape(shape)
+
+    def _kernels_for(self, query: torch.Tensor) -> AbstractContextManager[None]:
+        """Where torch chooses among its kernels that may be used."""
+        kernels = self.sdpa_kernels
+        if kernels is None and query.is_cuda and not torch.compiler.is_compiling():
+            kernels = GPU_KERNELS
+        return nullcontext() if kernels is None else sdpa_kernel(list(kernels))
 
     def _attend_encoded(
         self,
@@ -414,17 +445,17 @@ class MultiHeadSelfAttention:
         bias: torch.Tensor | None,
         sink_logits: torch.Tensor | None,
     ) -> torch.Tensor:
-        """`attend` to encoded keys and values, of which SLOT_BLOCK are decoded at a time (online softmax)."""
-        N = k_and_v.length
+        """`attend` to encoded keys and values, of which some are decoded at a time (online softmax)."""
+        N, at_once = k_and_v.length, _slots_at_once(query, k_and_v)
         if bias is not None and bias.ndim == 2:
             bias = bias[None, None]
-        if query.device.type == "cpu" and self.is_plain():
+        if query.device.type == "cpu" and self.is_plain() and not torch.compiler.is_compiling():
             encoded = k_and_v.for_kernels()
             if ops.can_attend_encoded(query, encoded, bias, sink_logits):
                 args = k_and_v.n_query_groups, N, bias, sink_logits, self.scale, self.softcapping or 0.0
                 return ops.attend_encoded(query, encoded, *args, k_and_v.newest()).transpose(1, 2)
         own = k_and_v.rotate_query(query)
-        if N <= SLOT_BLOCK or torch.compiler.is_compiling():  # compiled code is to be the same for any length
+        if N <= at_once or torch.compiler.is_compiling():  # compiled code is to be the same for any length
             return k_and_v.rotate_output(self.attend(own, k_and_v.rotated(), bias, False, sink_logits=sink_logits)[0])
         B, H, T, D = query.shape
         top = query.new_full((B, H, T), -math.inf, dtype=torch.float32)
@@ -432,14 +463,15 @@ class MultiHeadSelfAttention:
         output: torch.Tensor | float = 0.0
         if sink_logits is not None:
             top, total = sink_logits.float()[:, None].expand(B, H, T), torch.ones_like(top)
-        for start in range(0, N, SLOT_BLOCK):
-            block = k_and_v.narrow(start, start + SLOT_BLOCK).rotated()
+        size = _slots_of_scores(at_once, query)
+        for start in range(0, N, size):
+            block = k_and_v.narrow(start, start + size).rotated()
             keys, values = block.keys(), block.values()
             G, n = keys.shape[1:3]
             scores = (own.reshape(B, G, -1, D) @ keys.mT).float().view(B, H, T, n) * self.scale
             scores = do_softcapping(scores, self.softcapping)
             if bias is not None:
-                scores = scores + bias[..., start : start + SLOT_BLOCK]
+                scores = scores + bias[..., start : start + size]
             most = torch.maximum(top, scores.detach().amax(-1))
             base = most.masked_fill(most == -math.inf, 0.0)
             weights, factor = (scores - base[..., None]).exp(), (top - base).exp()
@@ -497,7 +529,32 @@ class MultiHeadSelfAttention:
                     query, keys, values, sink_logits, consecutive.window, self.scale, self.softcapping or 0.0
                 )
                 return y.transpose(1, 2), None
+        if query.is_cuda and 1 < T < consecutive.N and not return_weights and sink_logits is None:
+            y = self._attend_lower_right(query, k_and_v, consecutive)
+            if y is not None:
+                return y, None
         return self._attend_tiles(query, k_and_v, consecutive.tiles, return_weights, sink_logits)
+
+    def _attend_lower_right(
+        self, query: torch.Tensor, k_and_v: KeysAndValues, consecutive: Consecutive
+    ) -> torch.Tensor | None:
+        """Output (B, H, T, D) of a GPU's kernel that masks by itself; None if it is not for these arguments."""
+        T, N, window = consecutive.T, consecutive.N, consecutive.window
+        if not self.is_plain() or self.softcapping is not None or (window is not None and window < N):
+            return None
+        if isinstance(k_and_v, EncodedKeysAndValues):
+            if N > _slots_at_once(query, k_and_v):
+                return None
+            y = self._attend_lower_right(k_and_v.rotate_query(query), k_and_v.rotated(), consecutive)
+            return None if y is None else k_and_v.rotate_output(y)
+        keys, values = _together(k_and_v)
+        grouped = query.shape[1] != keys.shape[1]
+        if query.shape[-1] != values.shape[-1] or not can_use_flash_attention(
+            SDPAParams(query, keys, values, None, 0.0, True, grouped)
+        ):
+            return None
+        mask = causal_lower_right(T, N)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scale, enable_gqa=grouped)
 
     def _attend_tiles(
         self,

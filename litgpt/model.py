@@ -16,6 +16,7 @@ from torch import nn
 
 from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention, do_softcapping
 from litgpt.config import Config, StartOfLayerHook
+from litgpt.device_tensor import device_tensor
 from litgpt.indexing import batched_index_copy_ as batched_index_copy_
 from litgpt.indexing import batched_index_select as batched_index_select
 from litgpt.kernels import ops
@@ -219,7 +220,7 @@ class GPT(nn.Module):
         """Scaled embeddings (B, T, E) of tokens (B, T), the input of the first layer."""
         x = self.transformer.wte(idx)
         if self.config.scale_embeddings:
-            x = x * torch.tensor(self.config.n_embd**0.5, dtype=x.dtype)
+            x = x * torch.full((), self.config.n_embd**0.5, dtype=x.dtype, device=x.device)
         if self.config.embedding_multiplier != 1.0:
             x = x * self.config.embedding_multiplier
         return x
@@ -259,7 +260,7 @@ class GPT(nn.Module):
                 return x
             self.attach_kv_caches()
             x = self.run_layers(idx, rope, plans, input_pos)
-            return x if output_tokens is None else x.flatten(0, 1)[output_tokens, None]
+            return x if output_tokens is None else x.flatten(0, 1)[device_tensor(output_tokens, x.device), None]
 
         sinks = (
             [block.attn.sinks for block in self.transformer.h] if self.config.attention_sinks else [None] * len(plans)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from litgpt.config import Config
+from litgpt.device_tensor import device_tensor
 from litgpt.kernels import training
 
 Rope = tuple[torch.Tensor, torch.Tensor]
@@ -90,10 +91,11 @@ class RopeTable:
         if isinstance(start, int):
             return [(cos[start:stop][None, None], sin[start:stop][None, None]) for cos, sin in self._rows]
         if isinstance(T, int):
-            positions = torch.tensor(list(start))[:, None] + torch.arange(T)
+            positions = device_tensor(list(start), device)[:, None] + torch.arange(T, device=device)
         else:
-            positions = torch.cat([torch.arange(a, a + size) for a, size in zip(start, T, strict=True)])[None]
-        positions = positions.to(device).unsqueeze(1)
+            spans = zip(start, T, strict=True)
+            positions = torch.cat([torch.arange(a, a + size, device=device) for a, size in spans])[None]
+        positions = positions.unsqueeze(1)
         return [(cos[positions], sin[positions]) for cos, sin in self._rows]
 
 
@@ -257,7 +259,7 @@ def _scaled(theta: torch.Tensor, adjustments: dict[str, Any], n_elem: int, base:
     """RoPE frequencies (n_elem / 2,) with a model's scaling."""
     if "long_factor" in adjustments:
         factors = adjustments["long_factor" if long else "short_factor"]
-        return theta / torch.tensor(factors, dtype=theta.dtype, device=theta.device)
+        return theta / device_tensor(factors, theta.device, theta.dtype)
     if "beta_fast" in adjustments:
         kept = _yarn_kept(theta, adjustments, n_elem, base)
     elif "low_freq_factor" in adjustments:

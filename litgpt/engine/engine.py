@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from litgpt.device_tensor import device_tensor
 from litgpt.engine.admission import Rows
 from litgpt.engine.caches import CacheLease, check_caches
 from litgpt.engine.drafting import Draft, Drafter
@@ -273,7 +274,7 @@ class Engine:
         if T > 1:
             inputs = [x + (drafts[i].tokens if i in drafts else []) for i, x in zip(called, inputs, strict=True)]
             inputs = [x + [0] * (T - len(x)) for x in inputs]
-        idx = torch.tensor(inputs, device=self.model.device)
+        idx = device_tensor(inputs, self.model.device)
         position = self.model.next_token_pos
         if prompts_left:
             lengths = self.model.caches.row_lengths

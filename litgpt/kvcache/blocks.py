@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from litgpt.attention import Consecutive, DefaultKeysAndValues, KeysAndValues, position_bias
+from litgpt.device_tensor import device_tensor
 from litgpt.kvcache.baselines import DenseKVCache
 from litgpt.kvcache.plan import Part, Plan, Sealed, Step, plan_by_length
 from litgpt.kvcache.storages.kivi import KiviStorage
@@ -87,13 +88,13 @@ class BlockKVCache(DenseKVCache):
 
     def _together(self, lengths: list[int], parts: list[Part], rows: Sequence[int] | None) -> Part:
         """One step for a new token of each of several rows, which hold `lengths` tokens."""
-        positions = torch.tensor(lengths, device=self.device)
+        positions = device_tensor(lengths, self.device)
         stored = torch.arange(max(lengths) + 1, device=self.device)[None]
         bias = position_bias(positions[:, None], stored, self.dtype).unsqueeze(1)
         sealed = Sealed(tuple(map(self.storage.sealed, lengths)), self.storage.ring)
         slots, whole = (positions % self.storage.ring)[:, None], slice(0, 1)
         step = Step(whole, None, None, bias, None, whole, slots, True, sealed=sealed)
-        return Part([step], None, None if rows is None else torch.tensor(list(rows), device=self.device))
+        return Part([step], None, None if rows is None else device_tensor(list(rows), self.device))
 
     def _next_cut(self, position: int) -> int:
         """The next position whose query sees more tokens in fewer bits than the query at `position`."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from litgpt.attention import Consecutive, PositionMask, position_bias
+from litgpt.device_tensor import device_tensor
 from litgpt.kvcache.policies.base import PositionalPolicy
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ def plan_call(
         after = list(lengths)
         for row in chosen:
             after[row] += 1
-        row_index = None if rows is None else torch.tensor(list(rows), device=device)
+        row_index = None if rows is None else device_tensor(list(rows), device)
         parts = [Part([_decode_step(policy, window, before, dtype, device, static)], rows=row_index)]
         return Plan(parts, tuple(lengths), tuple(after))
     return plan_by_length(
@@ -204,19 +205,19 @@ def plan_by_length(
     for i, (row, size) in enumerate(zip(chosen, sizes, strict=True)):
         after[row] += size
         groups[lengths[row], size].append(i)
-    row_index = None if rows is None else torch.tensor(list(rows), device=device)
+    row_index = None if rows is None else device_tensor(list(rows), device)
     ends = list(itertools.accumulate(sizes))
     parts = []
     for (length, size), members in groups.items():
         steps, ring = plan_part(length, size)
         if packed:
             spans = [slice(ends[i] - size, ends[i]) for i in members]
-            own = torch.tensor([chosen[i] for i in members], device=device)
+            own = device_tensor([chosen[i] for i in members], device)
             parts.append(Part(steps, None, own, spans, ring))
         elif len(groups) == 1:
             parts.append(Part(steps, None, row_index, None, ring))
         else:
-            chunk_rows = torch.tensor(members, device=device)
+            chunk_rows = device_tensor(members, device)
             own = chunk_rows if rows is None else row_index[chunk_rows]
             parts.append(Part(steps, chunk_rows, own, None, ring))
     return Plan(parts, tuple(lengths), tuple(after))
@@ -255,7 +256,7 @@ def _uniform_steps(
     if T <= policy.reach - seen + 1:  # nothing that a query sees is overwritten
         bias = None
         if T > 1 or seen < policy.reach or (window is not None and policy.n_sink):
-            stored = policy.slot_positions(torch.tensor([stop], device=device))[0]
+            stored = policy.slot_positions(device_tensor([stop], device))[0]
             bias = position_bias(new, stored, dtype, window=window, reach=policy.reach, n_sink=policy.n_sink)
         whole = slice(0, policy.cache_length)
         return [Step(slice(0, T), whole, None, bias, None, slice(0, T), policy.slots(new), True)]
@@ -324,7 +325,7 @@ def _decode_step(
         used = policy.cache_length if policy.evicts else min(read_bucket(used), policy.cache_length)
     if len(set(lengths)) == 1:
         lengths = lengths[:1]
-    positions = torch.tensor(lengths, device=device)
+    positions = device_tensor(lengths, device)
     if max(lengths) < policy.cache_length:  # in order, and nothing has to go
         stored, reach = torch.arange(used, device=device)[None], None
     else:

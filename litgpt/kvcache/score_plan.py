@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from litgpt.attention import Consecutive, position_bias
+from litgpt.device_tensor import device_tensor
 from litgpt.kvcache.plan import Part, Plan, Step
 from litgpt.kvcache.policies.score import ScorePolicy
 
@@ -157,7 +158,7 @@ class _Planner:
         self.row_index = None if rows is None else self.tensor(list(rows))
 
     def tensor(self, numbers: list) -> torch.Tensor:
-        return torch.tensor(numbers, device=self.device)
+        return device_tensor(numbers, self.device)
 
     def kind(self, piece: Piece) -> tuple:
         """Rows of one kind have the same steps, but for the numbers in tensors."""

@@ -1,6 +1,6 @@
 """Keys and values in the memory of the host, for models on a GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -40,6 +40,19 @@ class OffloadStorage(DefaultStorage):
         if self.v is None:
             return DefaultKeysAndValues(keys, keys[..., : self.value_size])
         return DefaultKeysAndValues(keys, take(self.v, row, slots).to(self._compute, non_blocking=True))
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self._wait()
+        super().select_rows(rows)
+
+    def state(self, batch: int, used: int) -> dict[str, torch.Tensor]:
+        self._wait()
+        return super().state(batch, used)
+
+    def _wait(self) -> None:
+        """Let the GPU finish reading, before the host writes."""
+        if self._compute.type == "cuda":
+            torch.cuda.synchronize(self._compute)
 
     def compact(self, index: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         super().compact(self._to_host(index), self._to_host(rows))
