@@ -119,7 +119,7 @@ class Grouped(Codec):
             numbers = numbers | fifth.flatten(-2) << 4
         scale, least = scales.float().unflatten(-1, (self.groups, 2)).unbind(-1)
         x = numbers[..., : self.size].float()
-        for group, own in enumerate(x.split(GROUP, dim=-1)):  # in place: scales of all numbers would take as much memory
+        for group, own in enumerate(x.split(GROUP, dim=-1)):  # scales of all numbers would take as much memory
             own.mul_(scale[..., group, None]).add_(least[..., group, None])
         return x
 
