@@ -1,7 +1,7 @@
 """The GGUF container: metadata and tensors of a file, or of all the shards of a split one.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Parsed here because the `gguf` package's reader takes
-seconds for the vocabularies in the metadata; quantised blocks are decoded by that package.
+seconds for the vocabularies in the metadata; quantised blocks are decoded by that package, but for the kinds of gguf_blocks.py.
 """
 
 import math
@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from litgpt.checkpoint.gguf_blocks import DECODERS, decode_blocks
 from litgpt.config import find_multiple
 from litgpt.git_lfs import refuse_lfs_pointer
 from litgpt.settings import listed
@@ -24,6 +25,7 @@ from litgpt.settings import listed
 _VERSIONS = (2, 3)
 _SCALARS = dict(enumerate(["B", "b", "H", "h", "I", "i", "f", "?", None, None, "Q", "q", "d"]))
 _STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 PIECE = 2**22  # numbers that are dequantised at a time, where rows may come in pieces
 _SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
@@ -111,6 +113,8 @@ class GGUFFile:
             return torch.empty(tensor.shape, dtype=_PLAIN.get(tensor.kind, torch.float32), device="meta")
         if (dtype := _PLAIN.get(tensor.kind)) is not None:
             return torch.from_numpy(tensor.bytes()).view(dtype).view(tensor.shape)
+        if tensor.kind in DECODERS:
+            return decode_blocks(tensor.kind, torch.from_numpy(tensor.bytes())).view(tensor.shape)
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -195,11 +199,12 @@ class _Shard:
         return value
 
     def _string(self) -> str:
-        length = self._scalar("Q")
-        if length > len(self._data) - self._at:
+        begin = self._at + 8
+        (length,) = _LENGTH.unpack_from(self._data, self._at)
+        if length > len(self._data) - begin:
             raise OverflowError
-        self._at += length
-        return self._data[self._at - length : self._at].decode("utf-8")
+        self._at = begin + length
+        return self._data[begin : self._at].decode("utf-8")
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:
@@ -208,6 +213,8 @@ class _Shard:
             kind, length = self._scalar("I"), self._scalar("Q")
             if length > len(self._data) - self._at:
                 raise OverflowError
+            if kind == _STRING:
+                return [self._string() for _ in range(length)]
             if (code := _SCALARS.get(kind)) is None:
                 return [self._value(kind) for _ in range(length)]
             values = struct.unpack_from(f"<{length}{code}", self._data, self._at)

@@ -102,6 +102,7 @@ def make_ready(
     pack: bool = True,
     load: Callable[..., GPT] = load_model,
     join: bool = True,
+    huge_pages: bool = True,
 ) -> Ready:
     """Load the model that `checkpoint_dir` names (None: the default model) for inference.
 
@@ -116,6 +117,7 @@ def make_ready(
         pack: pack the weights for the CPU's kernels (`litgpt.runners.packed_weights`); the model cannot be trained then.
         load: makes the model, as `load_model`.
         join: whether layers with the same input may become one; not if `lend_weights` follows.
+        huge_pages: move packed weights to huge pages, which takes as long as they save in some 150 decode steps.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -128,11 +130,11 @@ def make_ready(
         Scheme(quantize)  # raises before anything is fetched
         load = partial(load, quantize=quantize)
     path = find_checkpoint(checkpoint_dir, access_token)
-    dtype = parse_precision(precision, device)
     with waiting(f"Loading {path.resolve().name}", log=True):
         checkpoint = open_checkpoint(path)
         tokenizer = checkpoint.tokenizer()
         style = checkpoint.prompt_style(tokenizer)
+        dtype = parse_precision(precision, device)  # after what needs no kernels, which are being compiled
         model = load(checkpoint, dtype, device).requires_grad_(False)
         if tokenizer.n_tokens > (rows := model.config.padded_vocab_size):
             log.warning(
@@ -140,7 +142,7 @@ def make_ready(
                 "tokens beyond them are refused. If this is not intended, the tokenizer belongs to another model."
             )
         if pack:
-            speed_up_decode(model, compile, join)
+            speed_up_decode(model, compile, join, huge_pages)
     return Ready(model, tokenizer, style, path)
 
 
@@ -170,11 +172,12 @@ def lend_weights(ready: Ready, finetuned: Finetuned) -> Ready:
     return replace(ready, model=tuned.requires_grad_(False), prompt_style=style, trained_in=finetuned.path.parent)
 
 
-def speed_up_decode(model: GPT, compile: bool = False, join: bool = True) -> None:
-    """Make the model fast: packed weights in huge pages and, where supported, all layers in one kernel call; otherwise, with
+def speed_up_decode(model: GPT, compile: bool = False, join: bool = True, huge_pages: bool = True) -> None:
+    """Make the model fast: packed weights, in `huge_pages`, and, where supported, all layers in one kernel call; otherwise, with
     `compile`, decode steps by a compiled graph. `join`: see `pack_linears`."""
     pack_linears(model, join)
-    use_huge_pages(model)
+    if huge_pages:
+        use_huge_pages(model)
     if not fuse_layers(model) and compile:
         compile_decode(model)
 

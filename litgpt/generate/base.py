@@ -19,6 +19,7 @@ from litgpt.engine.sequence import Sequence
 from litgpt.generate.options import AnswerOptions, CheckpointOptions, PromptLookupOptions, command
 from litgpt.generate.prompts_file import PromptLine, answer_prompts, answers_to, read_prompts, sequences_of
 from litgpt.model import GPT
+from litgpt.runners.huge_pages import use_huge_pages
 
 __all__ = [
     "batched_generate_fn",
@@ -32,6 +33,9 @@ __all__ = [
     "sample",
     "sample_top_p",
 ]
+
+
+LONG_ANSWER = 150  # tokens; for fewer, huge pages take longer than they save
 
 
 @torch.inference_mode()
@@ -187,7 +191,7 @@ def main(options: GenerateOptions) -> None:
     """
 
     def load() -> Ready:
-        return make_ready(options.checkpoint_dir, **options.loading())
+        return make_ready(options.checkpoint_dir, **options.loading(), huge_pages=options.as_json)
 
     answer(options, prompt_lines(options), load)
 
@@ -243,8 +247,10 @@ def print_answers(ready: Ready, line: PromptLine, options: AnswerOptions, drafte
     def stream() -> Iterator[list[int]]:
         nonlocal first
         for released in decode(engine, sequences):
-            first = first or time.perf_counter()
+            is_first, first = first is None, first or time.perf_counter()
             yield released[0] or []
+            if is_first and options.max_new_tokens >= LONG_ANSWER:  # the first words do not wait for it
+                use_huge_pages(ready.model)
 
     if len(sequences) == 1:
         for text in ready.tokenizer.decode_stream(stream()):

@@ -1,7 +1,12 @@
+import io
+
 import pytest
 import torch
-from tiny import StaticShapes, create_kv_caches, greedy_without_caches, tiny_gpt
+from tiny import CHAT_TEMPLATE, StaticShapes, create_kv_caches, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
+from litgpt.chat_template import ChatTemplate
+from litgpt.engine.loading import Ready
+from litgpt.generate import base
 from litgpt.generate.base import (
     batched_generate_fn,
     batched_next_token,
@@ -172,3 +177,20 @@ def test_a_prompt_longer_than_the_context_enters_an_evicting_cache_in_chunks():
     assert len(generate(model, prompt, 95, temperature=0.0)) == 95
     with pytest.raises(ValueError, match="prefill of 90 tokens.*32"):
         model(prompt, 0)
+
+
+@pytest.mark.parametrize(("max_new_tokens", "moves"), [(8, False), (base.LONG_ANSWER, True)])
+def test_only_long_answers_move_weights_to_huge_pages_and_the_first_words_do_not_wait(
+    monkeypatch, max_new_tokens, moves
+):
+    calls, written = [], io.StringIO()
+    monkeypatch.setattr(base, "use_huge_pages", lambda model: calls.append(written.getvalue()))
+    monkeypatch.setattr("sys.stdout", written)
+    tokenizer = tiny_tokenizer()
+    model = tiny_gpt(block_size=256, padded_vocab_size=tokenizer.n_tokens)
+    ready = Ready(model, tokenizer, ChatTemplate(CHAT_TEMPLATE), None)
+    always_a = {tokenizer.encode("a").tolist()[-1]: 1000.0}
+    options = base.GenerateOptions(prompt="a", max_new_tokens=max_new_tokens, logit_bias=always_a)
+    base.print_answers(ready, base.prompt_lines(options)[0], options)
+    assert len(calls) == moves
+    assert all(0 < len(before) < len(written.getvalue()) for before in calls)
