@@ -27,7 +27,18 @@ struct ByRow {
 
     template <int M>
     NOT_INLINED void compute_tile(int64_t u, const char* x, int64_t stride, float* y, Prefetch ahead) const {
-        for (int64_t i = 0; i < TILE && u * TILE + i < self().N; i += 4) {
+        compute_rows<M>(u, 0, TILE, x, stride, y, ahead);
+    }
+
+    // Half of a tile for one row: see `Tiles`
+    void compute_half(int64_t u, int from, const char* x, float* y) const {
+        compute_rows<1>(u, from, from + TILE / 2, x, 0, y, {nullptr, 0, 1});
+    }
+
+    // Outputs [from, to) of tile u
+    template <int M>
+    INLINED void compute_rows(int64_t u, int from, int to, const char* x, int64_t stride, float* y, Prefetch ahead) const {
+        for (int64_t i = from; i < to && u * TILE + i < self().N; i += 4) {
             int64_t rows[4];
             for (int r = 0; r < 4; r++) rows[r] = std::min(u * TILE + i + r, self().N - 1);
             const char* next = ahead.passes ? row(u * TILE + i + PREFETCH_ROWS) : nullptr;
@@ -105,6 +116,11 @@ NOT_INLINED void compute_tile(const W& w, int64_t u, const Rows& x, int64_t m, i
         if (rows == 6) return w.template compute_tile<6>(u, start, x.stride, y, ahead);
 }
 
+template <class W>
+void compute_half_tile(const W& w, int64_t u, int from, const Rows& x, float* y) {
+    w.compute_half(u, from, x.start, y);
+}
+
 // What algorithms know of a weight
 template <class W>
 struct Kind final : Tiles {
@@ -117,4 +133,5 @@ struct Kind final : Tiles {
     void compute(int64_t u, const Rows& x, int64_t m, int rows, float* y, Prefetch ahead) const override {
         compute_tile(w, u, x, m, rows, y, ahead);
     }
+    void compute_half(int64_t u, int from, const Rows& x, float* y) const override { compute_half_tile(w, u, from, x, y); }
 };

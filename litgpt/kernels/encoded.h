@@ -34,10 +34,44 @@ struct Vectors {
     const bf16* scales_of(int64_t slot) const { return scales + slot * scale_strides[2]; }
 };
 
+// A Hadamard matrix of LANES rows, not scaled
+struct HadamardRows {
+    float rows[LANES][LANES];
+
+    constexpr HadamardRows() : rows() {
+        for (int i = 0; i < LANES; i++)
+            for (int j = 0; j < LANES; j++) {
+                rows[i][j] = 1.0f;
+                for (int common = i & j; common; common &= common - 1) rows[i][j] = -rows[i][j];
+            }
+    }
+};
+
+inline constexpr HadamardRows HADAMARD;
+
+// Each LANES numbers of V vectors times that matrix
+template <int V>
+inline void rotate_lanes(float* x) {
+    Floats sums[V];
+    UNROLLED for (int v = 0; v < V; v++) sums[v] = zeros();
+    for (int i = 0; i < LANES; i++) {
+        const Floats row = load(HADAMARD.rows[i]);
+        UNROLLED for (int v = 0; v < V; v++) sums[v] = multiply_add(all(x[v * LANES + i]), row, sums[v]);
+    }
+    UNROLLED for (int v = 0; v < V; v++) store(x + v * LANES, sums[v]);
+}
+
 // x (D,) times a Hadamard matrix of blocks as large as the greatest power of two that divides D
-inline void rotate_vector(float* x, int64_t D) {
+NOT_INLINED inline void rotate_vector(float* x, int64_t D) {
     const int64_t size = D & -D;
-    for (int64_t half = 1; half < size; half *= 2)
+    int64_t half = 1;
+    if (size >= LANES) {
+        int64_t d = 0;
+        for (; d + 4 * LANES <= D; d += 4 * LANES) rotate_lanes<4>(x + d);
+        for (; d < D; d += LANES) rotate_lanes<1>(x + d);
+        half = LANES;
+    }
+    for (; half < size; half *= 2)
         for (int64_t start = 0; start < D; start += 2 * half)
             for (int64_t i = start; i < start + half; i++) {
                 const float a = x[i], b = x[i + half];
@@ -56,6 +90,7 @@ inline void rotate_vector(bf16* x, int64_t D) {
 
 inline void encode_int8(const float* x, int64_t D, int8_t* codes, bf16* scale) {
     float most = 0;
+#pragma omp simd reduction(max : most)
     for (int64_t i = 0; i < D; i++) most = std::max(most, std::fabs(x[i]));
     *scale = narrow(most / 127);
     const float step = *scale ? widen(*scale) : 1.0f;
@@ -69,8 +104,10 @@ inline void encode_groups(const float* x, int64_t D, int bits, uint8_t* codes, b
     for (int64_t start = 0; start < padded(D); start += GROUP) {
         const float* own = x + start;
         const int64_t size = std::min(GROUP, D - start);
-        const auto [least, most] = std::minmax_element(own, own + size);
-        const bf16 base = narrow(*least), scale = narrow((*most - widen(base)) / largest);
+        float least = *own, most = *own;
+#pragma omp simd reduction(min : least) reduction(max : most)
+        for (int64_t i = 0; i < size; i++) least = std::min(least, own[i]), most = std::max(most, own[i]);
+        const bf16 base = narrow(least), scale = narrow((most - widen(base)) / largest);
         const float step = scale ? widen(scale) : 1.0f;
         *scales++ = scale, *scales++ = base;
         for (int64_t i = 0; i < std::min(GROUP, padded(D) - start); i++) {

@@ -81,13 +81,8 @@ struct Prefill {
 #pragma omp barrier
         const Vectors* encoded = layer.encoded[0].by_vector() ? layer.encoded : nullptr;
         if (encoded) {
-#pragma omp for schedule(static)
-            for (int64_t m = 0; m < M; m++) {
-                bf16* token = coded + m * heads * D;
-                std::memcpy(token, qkv + m * heads * D, heads * D * sizeof(bf16));
-                for (int64_t h = 0; encoded[0].rotated && h < H; h++) rotate_vector(token + h * D, D);
-                for (int64_t g = 0; g < 2 * G; g++) round_to_codes(encoded[g / G], token + (H + g) * D, D);
-            }
+            for (int64_t s = 0; s < plan.n_segments; s++) round(encoded, plan.segments[s]);
+#pragma omp barrier
         }
         static thread_local std::vector<CausalAttention> attentions;
         static thread_local std::vector<int64_t> ends;  // of their tasks
@@ -216,6 +211,23 @@ private:
                 std::memcpy(layer.keys + at, token + (H + g) * D, D * sizeof(bf16));
                 std::memcpy(layer.values + at, token + (H + G + g) * D, D * sizeof(bf16));
             }
+        }
+    }
+
+    // Queries of a segment as its keys are encoded, and its keys and values as decoded where its tokens attend to each other.
+    void round(const Vectors* encoded, const Segment& segment) {
+        const int64_t H = shape.H, G = shape.G, D = shape.D;
+#pragma omp for schedule(static) nowait
+        for (int64_t i = 0; i < segment.T; i++) {
+            const int64_t at = (segment.first + i) * heads * D;
+            bf16* token = coded + at;
+            std::memcpy(token, qkv + at, (segment.N ? H : heads) * D * sizeof(bf16));
+            for (int64_t h = 0; encoded[0].rotated && h < H; h++) rotate_vector(token + h * D, D);
+            for (int64_t g = 0; g < 2 * G && !segment.N; g++)
+                if (!segment.kept && i < segment.n_kept)  // stored
+                    decode(encoded[g / G].at(segment.row, g % G, segment.slots[i]), D, token + (H + g) * D);
+                else
+                    round_to_codes(encoded[g / G], token + (H + g) * D, D);
         }
     }
 

@@ -10,8 +10,10 @@
 
 #ifdef _OPENMP
 extern "C" int omp_get_max_threads();  // declared here, since Apple's compiler lacks OpenMP's header
+extern "C" int omp_get_num_threads();
 #else
 inline int omp_get_max_threads() { return 1; }
+inline int omp_get_num_threads() { return 1; }
 #endif
 
 inline double clock_seconds(clockid_t clock) {

@@ -24,6 +24,12 @@ struct Blocked {
         UNROLLED for (int j = 0; j < TILE; j += V * LANES) compute_columns<M, V>(u, j, x, stride, y, ahead);
     }
 
+    // Half of a tile for one row: see `Tiles`
+    NOT_INLINED void compute_half(int64_t u, int from, const char* x, float* y) const {
+        constexpr int V = std::min(output_vectors(1), TILE / 2 / LANES);
+        UNROLLED for (int j = 0; j < TILE / 2; j += V * LANES) compute_columns<1, V>(u, from + j, x, 0, y, {nullptr, 0, 0});
+    }
+
 private:
     // Outputs [j, j + V * LANES) of a tile
     template <int M, int V>
@@ -155,4 +161,9 @@ private:
 template <class W>
 void compute_tile(const Widened<W>& w, int64_t u, const Rows& x, int64_t m, int rows, float* y, Prefetch) {
     w.compute(u, x, m, rows, y);
+}
+
+template <class W>
+void compute_half_tile(const Widened<W>& w, int64_t u, int, const Rows& x, float* y) {
+    w.compute(u, x, 0, 1, y);  // and the other half, which is widened with it
 }

@@ -23,9 +23,7 @@ struct TwoBits {
         step = scale ? widen(scale) : 1.0f;
     }
 
-    static uint32_t code(float x, float least, float step) {
-        return uint32_t(std::max(0.0f, std::min(3.0f, std::nearbyint((x - least) / step))));
-    }
+    uint32_t code(float x) const { return uint32_t(std::max(0.0f, std::min(3.0f, std::nearbyint((x - least) / step)))); }
 };
 
 // Encodes the keys of a block of tokens: `key(j)` is that of token j. For each channel the tokens share a scale.
@@ -51,7 +49,8 @@ void encode_keys(const Vectors& block, int64_t D, Key key) {
     for (int64_t j = 0; j < n; j++) {
         const bf16* x = key(j);
         uint32_t code[MAX_D];
-        for (int64_t d = 0; d < D; d++) code[d] = TwoBits::code(widen(x[d]), least[d], most[d]);
+        for (int64_t d = 0; d < D; d++)
+            code[d] = uint32_t(std::max(0.0f, std::min(3.0f, std::nearbyint((widen(x[d]) - least[d]) / most[d]))));
         for (int64_t d = 0; d < D; d++) codes[d / WORD * n + j] |= code[d] << code_shift(d % WORD);
     }
 }
@@ -73,7 +72,7 @@ void encode_values(const Vectors& block, int64_t D, Value value) {
             bf16* scales = block.scales + d0 / block.group * 2 * n + j;
             scales[0] = own.scale, scales[n] = own.base;
             uint32_t* target = codes + j / WORD * width + d0;
-            for (int64_t d = 0; d < size; d++) target[d] |= TwoBits::code(y[d0 + d], own.least, own.step) << code_shift(j % WORD);
+            for (int64_t d = 0; d < size; d++) target[d] |= own.code(y[d0 + d]) << code_shift(j % WORD);
         }
     }
 }

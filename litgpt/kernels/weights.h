@@ -69,6 +69,12 @@ struct Rows {
     int64_t stride;
 };
 
+// Outputs [from, to) of tile u, all of it or half, for some rows from row m on: one of `passes` over the tile
+struct Part {
+    int64_t u, m;
+    int rows, pass, passes, from, to;
+};
+
 // A weight of any kind, by tiles of its outputs
 struct Tiles {
     int64_t K, N;
@@ -80,6 +86,17 @@ struct Tiles {
     virtual const void* at(int64_t u) const = 0;  // the weights of tile u
     // Outputs of tile u for some rows from row m on: y (rows, tile)
     virtual void compute(int64_t u, const Rows& x, int64_t m, int rows, float* y, Prefetch ahead) const = 0;
+    // At least half of them, from output `from` of the tile on, for one row: at their places in y (tile,)
+    virtual void compute_half(int64_t u, int, const Rows& x, float* y) const { compute(u, x, 0, 1, y, {nullptr, 0, 1}); }
+
+    void compute(const Part& p, const Rows& x, float* y) const {
+        if (p.to - p.from == tile)
+            compute(p.u, x, p.m, p.rows, y, next(p.u, p.pass, p.passes));
+        else
+            compute_half(p.u, p.from, x, y);
+    }
+    int64_t first(const Part& p) const { return p.u * tile + p.from; }
+    int64_t size(const Part& p) const { return std::min<int64_t>(p.to, N - p.u * tile) - p.from; }  // of outputs that there are
 
     int64_t n_tiles() const { return (N + tile - 1) / tile; }
     int64_t stride() const { return row_bytes ? (row_bytes + 63) / 64 * 64 : K * int64_t(sizeof(Real)); }
@@ -132,6 +149,22 @@ void in_passes(const Tiles& w, int64_t M, F f) {
     }
 }
 
+// The same with parts of tiles: of one row also halves, so that all threads have as much to do
+template <class F>
+void in_parts(const Tiles& w, int64_t M, F f) {
+    if (M > 1)
+        return in_passes(w, M, [&](int64_t u, int64_t m, int rows, int pass, int passes) { f(Part{u, m, rows, pass, passes, 0, w.tile}); });
+    const int64_t threads = omp_get_num_threads(), halves = 2 * w.n_tiles();
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < threads; t++) {
+        const int64_t end = halves * (t + 1) / threads;
+        for (int64_t i = halves * t / threads, n; i < end; i += n) {
+            n = i % 2 || i + 1 == end ? 1 : 2;
+            f(Part{i / 2, 0, 1, 0, 1, int(i % 2) * w.tile / 2, int(i % 2 + n) * w.tile / 2});
+        }
+    }
+}
+
 // y (n,) = values + bias
 NOT_INLINED inline void store_row(const float* values, const Real* bias, Real* y, int64_t n) {
     if (bias)
@@ -143,11 +176,10 @@ NOT_INLINED inline void store_row(const float* values, const Real* bias, Real* y
 // x (M, K) w^T, called by all threads of a team: f(m, first, size, values) gets outputs [first, first + size) of row m.
 template <class F>
 void product(const Tiles& w, const Rows& x, int64_t M, F f) {
-    in_passes(w, M, [&](int64_t u, int64_t m0, int rows, int pass, int passes) {
+    in_parts(w, M, [&](const Part& p) {
         float values[ROWS * BLOCK_TILE];
-        w.compute(u, x, m0, rows, values, w.next(u, pass, passes));
-        const int64_t first = u * w.tile, size = std::min<int64_t>(w.tile, w.N - first);
-        for (int m = 0; m < rows; m++) f(m0 + m, first, size, values + m * w.tile);
+        w.compute(p, x, values);
+        for (int m = 0; m < p.rows; m++) f(p.m + m, w.first(p), w.size(p), values + m * w.tile + p.from);
     });
 }
 
@@ -180,15 +212,16 @@ NOT_INLINED inline void activate_row(const float* gates, const float* ups, Real*
 // inner (M, I) = activation(x gate^T) * (x up^T), called by all threads of a team, with what `low_gate` and `low_up` add
 inline void gated(const Tiles& gate, const Tiles& up, const Rows& x, Real* inner, int64_t M, int kind,
                   const LowRank* low_gate = nullptr, const LowRank* low_up = nullptr) {
-    in_passes(gate, M, [&](int64_t u, int64_t m0, int rows, int pass, int passes) {
+    in_parts(gate, M, [&](const Part& p) {
         float gates[ROWS * BLOCK_TILE], ups[ROWS * BLOCK_TILE];
-        gate.compute(u, x, m0, rows, gates, gate.next(u, pass, passes));
-        up.compute(u, x, m0, rows, ups, up.next(u, pass, passes));
-        const int64_t first = u * gate.tile, size = std::min<int64_t>(gate.tile, gate.N - first);
-        for (int m = 0; m < rows; m++) {
-            if (low_gate) low_gate->add(m0 + m, first, size, gates + m * gate.tile);
-            if (low_up) low_up->add(m0 + m, first, size, ups + m * gate.tile);
-            activate_row(gates + m * gate.tile, ups + m * gate.tile, inner + (m0 + m) * gate.N + first, size, kind);
+        gate.compute(p, x, gates);
+        up.compute(p, x, ups);
+        const int64_t first = gate.first(p), size = gate.size(p);
+        for (int m = 0; m < p.rows; m++) {
+            float *own_gates = gates + m * gate.tile + p.from, *own_ups = ups + m * gate.tile + p.from;
+            if (low_gate) low_gate->add(p.m + m, first, size, own_gates);
+            if (low_up) low_up->add(p.m + m, first, size, own_ups);
+            activate_row(own_gates, own_ups, inner + (p.m + m) * gate.N + first, size, kind);
         }
     });
 }

@@ -1,22 +1,15 @@
-"""Weights in huge pages.
-
-A decode step reads all weights once. In pages of 4 KB, the processor looks up the address of a page for every 64 cache lines,
-in virtual machines through two tables of pages; in pages of 2 MB hardly ever.
-"""
+"""Weights in huge pages: a decode step reads all of them once."""
 
 import ctypes
-import sys
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 
 from torch import nn
 
+from litgpt.pages import SIZE, are_huge_pages_allowed
 from litgpt.runners.opaque_weights import OpaqueLayer
 
-SIZE = 2**21  # bytes of a huge page
 _COLLAPSE = 25  # MADV_COLLAPSE, Linux 6.1: at once, where MADV_HUGEPAGE takes minutes. Older ones refuse it
-_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 Range = tuple[int, int]  # first address, and the one after the last
 
@@ -24,7 +17,7 @@ Range = tuple[int, int]  # first address, and the one after the last
 def use_huge_pages(model: nn.Module) -> None:
     """Move a model's weights in the memory of the CPU to huge pages, as far as Linux has them and its administrator allows them.
     They keep their addresses, and take no more memory."""
-    if not _are_allowed():
+    if not are_huge_pages_allowed():
         return
     for start, end in joined(weight_ranges(model)):
         _libc().madvise(start, end - start, _COLLAPSE)  # where it fails, pages stay as they are
@@ -50,14 +43,6 @@ def joined(ranges: Iterable[Range]) -> list[Range]:
         elif end > start:
             found.append((start & -4096, end))
     return [(start, end) for start, end in found if -(-start // SIZE) < end // SIZE]
-
-
-@cache
-def _are_allowed() -> bool:
-    try:
-        return sys.platform == "linux" and "[never]" not in _SETTING.read_text()
-    except OSError:
-        return False
 
 
 @cache

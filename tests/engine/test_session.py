@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from litgpt.config import Config
 from litgpt.engine import Session
-from litgpt.engine.session_file import read_session
+from litgpt.engine.session_file import read_session, write_session
 from litgpt.fingerprint import fingerprint
 from litgpt.kvcache import CacheSpec, DefaultKVCache
 from litgpt.model import GPT
@@ -441,6 +441,23 @@ def test_a_refused_file_leaves_the_session_as_it_was(tmp_path):
     more = list(session.generate(max_new_tokens=3, **GREEDY))
     assert more == expected(model, FIRST + answer, 3)
     assert session.cached == len(FIRST) + 3 + 2
+
+
+def test_a_file_whose_two_bits_lie_in_an_older_order_is_refused_in_one_line(tmp_path):
+    model, spec = tiny_gpt(block_size=512), CacheSpec.parse("dense-kivi", 512)
+    session = Session(model, spec)
+    session.extend(some_tokens(300))
+    session.save(tmp_path / "new")
+    file = read_session(tmp_path / "new")
+    by_token = {k: x.reshape(1, 2, 128, -1) if k.endswith("key_codes") else x for k, x in file.tensors.items()}
+    write_session(tmp_path / "old", file.about, by_token)
+    fresh = Session(model, spec)
+    with pytest.raises(ValueError, match="old does not fit the caches: key_codes .* begin a new session") as error:
+        fresh.load(tmp_path / "old")
+    assert "\n" not in str(error.value)
+    assert not fresh.tokens
+    fresh.load(tmp_path / "new")
+    assert fresh.tokens == session.tokens
 
 
 # -- fingerprints

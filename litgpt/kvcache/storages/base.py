@@ -13,6 +13,7 @@ from litgpt.attention import DefaultKeysAndValues, KeysAndValues
 from litgpt.kernels import ops
 from litgpt.kernels.structs import Vectors
 from litgpt.kvcache.params import KVCacheParams
+from litgpt.pages import zeros
 
 Index = slice | torch.Tensor
 
@@ -97,7 +98,7 @@ class Storage(nn.Module, ABC):
     def empty_copy(self) -> "Storage":
         """A storage of the same kind and size that holds nothing."""
         with torch.inference_mode(False):  # the buffers outlive the call that makes them
-            return copy.deepcopy(self, {id(buffer): torch.zeros_like(buffer) for buffer in self.buffers()})
+            return copy.deepcopy(self, {id(x): zeros(x.shape, x.dtype, x.device) for x in self.buffers()})
 
     def detach_writes(self) -> None:
         """Give the buffers memory of their own, apart from what autograd has saved of them: written to before it was needed

@@ -118,8 +118,10 @@ class Grouped(Codec):
             fifth = codes[..., self.padded // 2 :].unsqueeze(-1) >> _bits(codes.device) & 1
             numbers = numbers | fifth.flatten(-2) << 4
         scale, least = scales.float().unflatten(-1, (self.groups, 2)).unbind(-1)
-        of_group = [x.repeat_interleave(GROUP, -1)[..., : self.size] for x in (scale, least)]
-        return numbers[..., : self.size] * of_group[0] + of_group[1]
+        x = numbers[..., : self.size].float()
+        for group, own in enumerate(x.split(GROUP, dim=-1)):  # scales of all numbers would take as much memory
+            own.mul_(scale[..., group, None]).add_(least[..., group, None])
+        return x
 
     def expected_error(self, *parts: torch.Tensor) -> torch.Tensor:
         return (

@@ -7,6 +7,7 @@ import torch
 from litgpt.attention import DefaultKeysAndValues, KeysAndValues
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.storages.base import Index, Storage, move_rows, register_storage, take, write_slots
+from litgpt.pages import zeros
 
 
 @register_storage("default")
@@ -21,7 +22,7 @@ class DefaultStorage(Storage):
             for name in ("k", "v"):
                 # zeros, not empty: a masked slot has weight 0, and 0 * NaN would be NaN
                 stored = name == "k" or params.value_size is None
-                buffer = torch.zeros(shape, device=params.device, dtype=params.dtype) if stored else None
+                buffer = zeros(shape, params.dtype, params.device) if stored else None
                 self.register_buffer(name, buffer, persistent=False)
 
     def _stored(self) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ from litgpt.attention import DefaultKeysAndValues, EncodedKeysAndValues, KeysAnd
 from litgpt.kernels.structs import Vectors
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.storages.base import Index, Storage, move_rows, register_storage, write_slots
+from litgpt.pages import zeros
 
 LEVELS = 3  # the largest number of 2 bits
 WORD = 16  # numbers whose codes lie in 4 bytes
@@ -47,7 +48,7 @@ class KiviStorage(Storage):
         _check(params, group, window)
         with torch.inference_mode(False):  # the buffers outlive the call that makes them
             for name, (shape, dtype) in _buffers(params, group, window).items():
-                self.register_buffer(name, torch.zeros(shape, device=params.device, dtype=dtype), persistent=False)
+                self.register_buffer(name, zeros(shape, dtype, params.device), persistent=False)
 
     def sealed(self, length: int) -> int:
         """How many of `length` tokens are in 2 bits, once the next one attends."""

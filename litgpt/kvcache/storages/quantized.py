@@ -11,6 +11,7 @@ from litgpt.kernels.structs import Vectors
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.storages.base import Index, Storage, move_rows, take, write_slots
 from litgpt.kvcache.storages.codecs import Codec
+from litgpt.pages import zeros
 
 Parts = tuple[torch.Tensor, ...]
 
@@ -33,8 +34,7 @@ class QuantizedStorage(Storage):
         shape = params.batch_size, params.n_query_groups, params.cache_length
         with torch.inference_mode(False):  # the buffers outlive the call that makes them
             for name, (count, dtype) in _parts(self.codecs).items():
-                buffer = torch.zeros((*shape, count), device=params.device, dtype=dtype)
-                self.register_buffer(name, buffer, persistent=False)
+                self.register_buffer(name, zeros((*shape, count), dtype, params.device), persistent=False)
 
     @classmethod
     @abstractmethod
