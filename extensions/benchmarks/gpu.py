@@ -2,7 +2,7 @@
 
     python extensions/benchmarks/gpu.py --model Llama-3.2-1B --out results.json
 
-Every row comes from a process of its own. All of them compile at the same time, and then measure one after the other.
+Every row comes from a process of its own. A few of them compile at the same time, and then measure one after the other.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
@@ -34,6 +35,7 @@ def main() -> None:
     add("--only", default="", help="rows whose name has this, such as ours-dense or training")
     add("--no_compile", action="store_true", help="leave out what has to be compiled")
     add("--profile", action="store_true", help="print what takes the time of a step without compiled code")
+    add("--at_once", type=int, default=4, help="processes that prepare themselves together (default: %(default)s)")
     add("--out", type=Path, help="where the figures go, as JSON")
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -45,23 +47,27 @@ def main() -> None:
     rows = [(name, row) for name, row in rows if args.only in name]
     if args.no_compile:
         rows = [(name, row) for name, row in rows if "static" not in name]
+    results: dict[str, dict] = {}
+    for first in range(0, len(rows), args.at_once):
+        for name, figures in measure(rows[first : first + args.at_once]):
+            results[name] = figures
+            print(name, json.dumps(figures), flush=True)
+            if args.out is not None:
+                args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def measure(rows: list[tuple[str, tuple]]) -> Iterator[tuple[str, dict]]:
+    """The figures of rows whose processes prepare themselves at the same time."""
     workers = []
     for name, row in rows:
         command = [sys.executable, __file__, *sys.argv[1:], "--worker", json.dumps(row)]
         workers.append((name, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)))
-    ready = [(name, process) for name, process in workers if process.stdout.readline() == "ready\n"]
-    results = {name: {"failed": True} for name, _ in workers}
-    for name, process in ready:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        said = process.stdout.read().splitlines()
-        process.wait()
-        print("\n".join(said[:-1]), end="")
-        if said and process.returncode == 0:
-            results[name] = json.loads(said[-1])
-        print(name, json.dumps(results[name]), flush=True)
-        if args.out is not None:
-            args.out.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    ready = {name: process.stdout.readline() == "ready\n" for name, process in workers}
+    for name, process in workers:
+        said, _ = process.communicate("go\n" if ready[name] else None)
+        *tables, figures = said.splitlines() or [""]
+        print("\n".join(tables), end="\n" * bool(tables))
+        yield name, json.loads(figures) if ready[name] and not process.returncode else {"failed": True}
 
 
 def work(args: argparse.Namespace, row: list) -> None:

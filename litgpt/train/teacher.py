@@ -33,6 +33,7 @@ class Teacher:
     @contextmanager
     def _in_place(self) -> Iterator[None]:
         """Let the model be what it was, without dropout."""
+        self.own = [(p, first.to(p.device)) for p, first in self.own]  # the model may have been moved since
         learned = [p.data for p, _ in self.own]
         training = [module for module in self.gpt.modules() if module.training]
         try:
