@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from litgpt.config import Config
 from litgpt.kernels import ops
@@ -539,6 +538,8 @@ class MultiHeadSelfAttention:
         self, query: torch.Tensor, k_and_v: KeysAndValues, consecutive: Consecutive
     ) -> torch.Tensor | None:
         """Output (B, H, T, D) of a GPU's kernel that masks by itself; None if it is not for these arguments."""
+        from torch.nn.attention.bias import causal_lower_right  # loads compilers, which take a second
+
         T, N, window = consecutive.T, consecutive.N, consecutive.window
         if not self.is_plain() or self.softcapping is not None or (window is not None and window < N):
             return None
