@@ -223,7 +223,7 @@ class FusedLayers:
                 return True
         if not all(_is_supported_cache(cache, self.dtype) for cache in caches):
             return False
-        self.caches = list(map(weakref.ref, caches))  # without keeping their memory
+        self.caches = []  # until all layers point to theirs: an interrupt can come in between
         self.places = list(map(_place, caches))
         for layer, cache, place in zip(self.layers, caches, self.places, strict=True):
             layer.keys, layer.values, layer.queries = place
@@ -231,6 +231,7 @@ class FusedLayers:
             layer.encoded = (Vectors * 2)(*(cache.storage.kernel_codes() or ()))
             if cache.kept_queries() is not None:
                 layer.query_row_stride, layer.query_head_stride, _, _ = cache.kept_queries().stride()
+        self.caches = list(map(weakref.ref, caches))  # without keeping their memory
         return True
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import gc
+import itertools
 import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from litgpt.config import Config
 from litgpt.engine.loading import slow_down_decode, speed_up_decode
 from litgpt.kernels import ops
 from litgpt.kvcache import KVCacheParams
+from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.kvcache.storages import STORAGES
 from litgpt.runners import fused
 from litgpt.runners.fused import FusedLayers, fuse_layers
@@ -639,3 +642,41 @@ def test_attention_reads_two_bits_as_torch_decodes_them(H, G, D, group):
         assert ops.can_attend_encoded(query[:, :, :T], stored.for_kernels(), bias, None)
         found, _ = mha.attend(query[:, :, :T], stored, bias, False)
         torch.testing.assert_close(found.float(), expected, atol=0.02, rtol=0.02)
+
+
+def test_an_interrupt_while_layers_are_pointed_to_new_caches_leaves_none_at_the_old_ones(monkeypatch):
+    model = bf16_gpt()
+    idx, kept_queries = torch.randint(0, 90, (1, 6)), PlannedKVCache.kept_queries
+
+    @torch.inference_mode()
+    def outputs():
+        return torch.cat((model(idx[:, :5], 0), model(idx[:, 5:], 5)), dim=1).float()
+
+    def new_caches():
+        model.clear_kv_caches(assigned=True)
+        model.set_kv_caches(1, max_seq_length=20)
+        return model.kv_caches()
+
+    old = new_caches()  # they stay where they are
+    expected = outputs()
+    speed_up_decode(model)
+    assert isinstance(model.layer_runner, FusedLayers)
+    outputs()
+    before = [cache.get_keys_values().keys().clone() for cache in old]
+    for at in itertools.count(1):
+        calls = itertools.count(1)
+
+        def interrupting(cache, at=at, calls=calls):
+            if next(calls) == at:
+                raise KeyboardInterrupt
+            return kept_queries(cache)
+
+        caches = new_caches()
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+            patch.setattr(PlannedKVCache, "kept_queries", interrupting)
+            outputs()
+            break
+        assert_same(outputs(), expected)
+        assert all(torch.equal(cache.get_keys_values().keys(), keys) for cache, keys in zip(old, before, strict=True))
+        assert model.kv_caches() == caches
+    assert at > 4
