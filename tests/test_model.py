@@ -14,9 +14,10 @@ from tiny import StaticShapes, create_kv_caches, greedy_without_caches, tiny_gpt
 
 import litgpt.model
 from litgpt import attention
-from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention
+from litgpt.attention import MultiHeadSelfAttention
 from litgpt.config import Config
 from litgpt.generate.base import generate
+from litgpt.keys_and_values import DefaultKeysAndValues
 from litgpt.kvcache import DenseKVCache, KVCache, LastRecentlyInsertedKVCache, plan, positional, spec
 from litgpt.model import GPT, RMSNorm
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from litgpt.attention import DefaultKeysAndValues, KeysAndValues
 from litgpt.kernels import ops
 from litgpt.kernels.structs import Vectors
+from litgpt.keys_and_values import DefaultKeysAndValues, KeysAndValues
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.pages import zeros
 

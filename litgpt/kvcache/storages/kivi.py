@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from litgpt.attention import DefaultKeysAndValues, EncodedKeysAndValues, KeysAndValues
 from litgpt.kernels.structs import Vectors
+from litgpt.keys_and_values import DefaultKeysAndValues, EncodedKeysAndValues, KeysAndValues
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.storages.base import Index, Storage, move_rows, register_storage, write_slots
 from litgpt.pages import zeros
