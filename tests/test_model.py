@@ -13,7 +13,7 @@ import torch
 from tiny import StaticShapes, create_kv_caches, greedy_without_caches, tiny_gpt
 
 import litgpt.model
-from litgpt import attention
+from litgpt import masks
 from litgpt.attention import MultiHeadSelfAttention
 from litgpt.config import Config
 from litgpt.generate.base import generate
@@ -496,7 +496,7 @@ def test_other_caches_do_not(kind):
 def test_what_is_the_same_for_all_layers_is_planned_once(monkeypatch):
     model = tiny_gpt(n_layer=6, sliding_window_size=8, sliding_window_indices=[1, 1, 0, 1, 1, 0])
     calls = []
-    for module, name in ((positional, "plan_call"), (plan, "position_bias"), (attention, "causal_tiles")):
+    for module, name in ((positional, "plan_call"), (plan, "position_bias"), (masks, "causal_tiles")):
         original = getattr(module, name)
 
         def counted(*args, name=name, original=original, **kwargs):
