@@ -437,8 +437,8 @@ class GPT(nn.Module):
         """Normal weights of deviation 0.02, zero biases. Use as `model.apply(model._init_weights)`."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            if (bias := getattr(module, "bias", None)) is not None:
+                nn.init.zeros_(bias)
 
 
 class Block(nn.Module):
