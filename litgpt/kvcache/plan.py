@@ -20,6 +20,7 @@ from litgpt.kvcache.policies.base import PositionalPolicy
 if TYPE_CHECKING:
     from litgpt.kvcache.blocks import Sealing
     from litgpt.kvcache.score_plan import Boundary
+    from litgpt.kvcache.tails import Tails
 
 READ_BUCKET = 256  # a static decode step reads a multiple of this many slots
 
@@ -101,13 +102,15 @@ class Ring:
 @dataclass(frozen=True)
 class Part:
     """Steps for some rows of the call. `chunk_rows` index the call's rows, `rows` those of the cache (None: all). In a call
-    whose rows lie one after the other, `spans` are the tokens of each."""
+    whose rows lie one after the other, `spans` are the tokens of each. `tails` are what kernels need of several steps between which
+    a policy scores tokens."""
 
     steps: list[Step]
     chunk_rows: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     spans: list[slice] | None = None
     ring: Ring | None = None
+    tails: "Tails | None" = None
 
 
 @dataclass(frozen=True)
