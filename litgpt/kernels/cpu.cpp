@@ -125,7 +125,7 @@ int multiplies_fast() {
 // `output_tokens` is as in `run_prefill`.
 void run_layers(const Shape* shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes,
                 bf16* x, bf16* scratch, int64_t B, int64_t T, const int64_t* output_tokens, int64_t n_output_tokens) {
-    if (plans->n_segments)
+    if (plans->n_segments || plans->n_tails)
         run_prefill(*shape, layers, n_layers, plans, ropes, x, scratch, B, T, output_tokens, n_output_tokens);
     else
         run_decode(*shape, layers, n_layers, plans, ropes, x, B, T);

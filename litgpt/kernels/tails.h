@@ -35,7 +35,7 @@ struct Tails {
         for (int64_t i = 0; i < B * G; i++) run(i / G, i % G);
     }
 
-private:
+    // All tails of a row of the call and a head of keys
     void run(int64_t b, int64_t g) const {
         const int64_t row = rows ? rows[b] : b, group = row * G + g;
         bf16 *own_keys = keys + group * C * D, *own_values = values + group * C * D;
@@ -75,6 +75,7 @@ private:
         }
     }
 
+private:
     const bf16* query(int64_t b, int64_t h, int64_t t) const {
         return q + b * q_strides[0] + h * q_strides[1] + t * q_strides[2];
     }

@@ -136,6 +136,10 @@ class ScoreKVCache(PlannedKVCache):
     def kept_queries(self) -> torch.Tensor | None:
         return self._buffers.get("queries")  # not `self.queries`: see `DefaultStorage.kernel_view`
 
+    def kept_numbers(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The positions of tokens that stayed (batch_size, G, C), and the policy's numbers of them, if there are any."""
+        return self._buffers["positions"], self._buffers.get("slot_state")
+
     # -- one call
 
     def plan(
@@ -209,13 +213,16 @@ class ScoreKVCache(PlannedKVCache):
         sink_logits: torch.Tensor | None,
     ) -> bool:
         """Whether `_run_tails` is there for these."""
+        return self.evicts_in_kernels() and ops.can_run_tails(query, key, value, sink_logits, tails.longest)
+
+    def evicts_in_kernels(self) -> bool:
+        """Whether kernels score its tokens as the policy does, and move what is stored."""
         return (
             type(self.storage) is DefaultStorage
             and self.storage.kernel_view() is not None
             and self.policy.pooled_by_kernels is not None
             and self.dtype == torch.bfloat16
             and self.mha.is_plain()
-            and ops.can_run_tails(query, key, value, sink_logits, tails.longest)
         )
 
     def _run_tails(

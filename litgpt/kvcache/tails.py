@@ -6,6 +6,7 @@ from functools import cached_property
 
 import torch
 
+from litgpt.kernels.structs import TailSegment
 from litgpt.kvcache.policies.score import ScorePolicy
 
 
@@ -92,6 +93,22 @@ class Tails:
         tail = row.length - row.observed_at if policy.observes else 0
         n_queries = min(policy.n_queries, tail if policy.observes else row.filled)
         return piece.size, row.filled, 1, row.filled - tail, n_queries, int(row.filled == policy.cache_length)
+
+    def segment(self, i: int, row: int, first: int) -> TailSegment:
+        """Those of the i-th row, in a row of the cache, whose tokens begin with `first` in a call: good as long as this lives."""
+        policy, T = self.policy, sum(piece.size for piece in self.pieces)
+        return TailSegment(
+            *(
+                first,
+                T,
+                row,
+                self.held[i:].data_ptr(),
+                self.shift[i:].data_ptr(),
+                self.steps.data_ptr(),
+                len(self.pieces),
+            ),
+            *(policy.n_sink, policy.recent, policy.kept, policy.pooled or 0, policy.n_queries),
+        )
 
     @cached_property
     def held(self) -> torch.Tensor:
