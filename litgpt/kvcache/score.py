@@ -5,9 +5,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from litgpt.attention import KeysAndValues
 from litgpt.config import Config
 from litgpt.kernels import ops
+from litgpt.keys_and_values import KeysAndValues
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.plan import Part, Plan, Step
 from litgpt.kvcache.planned import PlannedKVCache, RowState

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from litgpt.attention import DefaultKeysAndValues
+from litgpt.keys_and_values import DefaultKeysAndValues
 from litgpt.kvcache.plan import Plan
 from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.kvcache.score import Found, ScoreKVCache
