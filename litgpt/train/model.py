@@ -13,8 +13,7 @@ from litgpt.model import GPT, LLaMAMLP, RMSNorm
 from litgpt.train.cached_layers import CachedLayers
 from litgpt.train.kept_gradients import KeptGradients
 from litgpt.train.loss import TiedEmbedding, loss_sum
-from litgpt.train.products import linear, low_rank, replaces_torch
-from litgpt.train.recomputed import recomputed
+from litgpt.train.products import linear, low_rank, recomputed, replaces_torch
 from litgpt.train.replaced_forward import replaced_forward
 from litgpt.train.teacher import Teacher
 

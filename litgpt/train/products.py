@@ -1,5 +1,6 @@
 """Linear layers of a model that is trained: products by the library that is fast on this processor, and functions before
-them that are computed again rather than kept.
+them that are computed again in the backward pass rather than kept: a norm or a gated product takes little time, and its result
+is as large as what it is computed from.
 
 torch multiplies float32 matrices on CPUs by MKL where it was built with it, which uses AVX-512 on Intel's processors only.
 oneDNN, which torch also brings, uses it on all that have it: there, products take about half the time. In bfloat16, the
@@ -16,10 +17,10 @@ from torch import nn
 
 from litgpt.kernels import matrices, processor
 from litgpt.lora import LoRALinear
-from litgpt.train.recomputed import Function, again
 from litgpt.train.replaced_forward import replaced_forward
 
 Adds = Callable[[torch.Tensor, torch.Tensor], None]  # adds the product of two matrices to a gradient
+Function = Callable[..., torch.Tensor]
 
 
 @cache
@@ -47,24 +48,40 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return F.linear(x, weight, bias)
 
 
-class _Linear(torch.autograd.Function):
-    """A linear layer of inputs (N, E) with its gradients by `product`; see `linear`."""
+class _Recomputed(torch.autograd.Function):
+    """A function of tensors, row by row, of which only the inputs are kept for the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, add: Adds | None
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        ctx.add = add
-        return product(x, weight, bias)
+    def forward(ctx, function: Function, params: Sequence[nn.Parameter], *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.function, ctx.params = function, params
+        ctx.save_for_backward(*inputs[len(params) :])
+        return function(*inputs[len(params) :])
 
     @staticmethod
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *_gradients(d_y, *ctx.saved_tensors, ctx.needs_input_grad, ctx.add), None
+        y, wanted = _again(ctx.function, ctx.params, ctx.saved_tensors)
+        return None, None, *torch.autograd.grad(y, wanted, d_y)
 
 
-class _LinearOf(torch.autograd.Function):
-    """A linear layer of what a function gives, of which only the function's inputs are kept."""
+def _again(
+    function: Function, params: Sequence[nn.Parameter], inputs: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The result with its graph, and the tensors whose gradients are wanted."""
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        return function(*inputs), [*params, *inputs]
+
+
+def recomputed(function: Function, *inputs: torch.Tensor, params: Sequence[nn.Parameter] = ()) -> torch.Tensor:
+    """What `function` gives, row by row, of `inputs` and its own trained `params`; it is computed again for its gradients."""
+    y = _Recomputed.apply(function, params, *params, *inputs)
+    y.made_by = function, params, inputs
+    return y
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer of rows x (N, E), with its gradients by `product`: see `linear`. Where a `function` has made x, its inputs
+    are kept in place of x, and get the gradients."""
 
     @staticmethod
     def forward(
@@ -72,35 +89,33 @@ class _LinearOf(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        add: Adds | None,
-        function: Function,
-        params: Sequence[nn.Parameter],
+        add: Adds | None = None,
+        function: Function | None = None,
+        params: Sequence[nn.Parameter] = (),
         *inputs: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.function, ctx.params, ctx.add = function, params, add
-        ctx.save_for_backward(weight, *inputs[len(params) :])
+        ctx.add, ctx.function, ctx.params = add, function, params
+        plain = [x if weight.requires_grad else None]
+        ctx.save_for_backward(weight, *(plain if function is None else inputs[len(params) :]))
         return product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weight, *inputs = ctx.saved_tensors
-        y, wanted = again(ctx.function, ctx.params, inputs)
-        x = y.detach().reshape(-1, y.shape[-1])
-        d_x, *d_own = _gradients(d_y, x, weight, (True, *ctx.needs_input_grad[1:3]), ctx.add)
-        return None, *d_own, None, None, None, *torch.autograd.grad(y, wanted, d_x.view_as(y))
-
-
-def _gradients(
-    d_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, wanted: Sequence[bool], add: Adds | None
-) -> tuple[torch.Tensor | None, ...]:
-    """Of the inputs, the weight and the bias of a linear layer, where they are wanted and not added."""
-    if add is not None:
-        add(d_y.T, x)
-    return (
-        product(d_y, weight.T) if wanted[0] else None,
-        product(d_y.T, x.T) if wanted[1] and add is None else None,
-        d_y.sum(0) if wanted[2] else None,
-    )
+        weight, *kept = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        if ctx.function is None:
+            x = kept[0]
+        else:
+            y, wanted = _again(ctx.function, ctx.params, kept)
+            x, wants_x = y.detach().reshape(-1, y.shape[-1]), True
+        if ctx.add is not None:
+            ctx.add(d_y.T, x)
+        d_x = product(d_y, weight.T) if wants_x else None
+        d_weight = product(d_y.T, x.T) if wants_weight and ctx.add is None else None
+        d_bias = d_y.sum(0) if wants_bias else None
+        if ctx.function is None:
+            return d_x, d_weight, d_bias, None, None, None
+        return None, d_weight, d_bias, None, None, None, *torch.autograd.grad(y, wanted, d_x.view_as(y))
 
 
 def linear(layer: nn.Linear, x: torch.Tensor, add: Adds | None = None) -> torch.Tensor:
@@ -112,10 +127,8 @@ def linear(layer: nn.Linear, x: torch.Tensor, add: Adds | None = None) -> torch.
     rows, made_by = x.reshape(-1, x.shape[-1]), getattr(x, "made_by", None)
     if made_by is not None and weight.requires_grad:
         function, params, inputs = made_by
-        y = _LinearOf.apply(rows.detach(), weight, bias, add, function, params, *params, *inputs)
-    else:
-        y = _Linear.apply(rows, weight, bias, add)
-    return _shaped(y, x)
+        return _shaped(_Linear.apply(rows.detach(), weight, bias, add, function, params, *params, *inputs), x)
+    return _shaped(_Linear.apply(rows, weight, bias, add), x)
 
 
 class _LowRank(torch.autograd.Function):
@@ -179,17 +192,20 @@ class _GradientsOnly(_Linear):
     """A linear layer whose outputs are not needed any more, only its gradients: it gives zeros."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, add: None) -> torch.Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        ctx.add = add
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        ctx.save_for_backward(weight, x if weight.requires_grad else None)
+        ctx.add = ctx.function = None
         return x.new_zeros(1).expand(len(x), len(weight))
+
+    @staticmethod
+    def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _Linear.backward(ctx, d_y)[:3]
 
 
 def gradients_only(layer: nn.Linear) -> AbstractContextManager[None]:
     """Let `layer` give zeros in place of its outputs, with their gradients, for graphs that only a backward pass reads."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        y = _GradientsOnly.apply(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias, None)
-        return y.view(*x.shape[:-1], -1)
+        return _shaped(_GradientsOnly.apply(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias), x)
 
     return replaced_forward({layer: forward})
