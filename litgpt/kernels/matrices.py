@@ -22,8 +22,14 @@ def are_faster() -> bool:
 def can_multiply(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether `multiply` is there for these, and faster."""
     return (
-        len(a) >= LEAST_ROWS
-        and all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and 1 in x.stride() and x.numel() for x in (a, b))
+        a.dtype == b.dtype == torch.bfloat16
+        and a.shape[0] >= LEAST_ROWS
+        and a.is_cpu
+        and b.is_cpu
+        and 1 in a.stride()
+        and 1 in b.stride()
+        and a.numel() > 0
+        and b.numel() > 0
         and are_faster()
         and not torch.compiler.is_compiling()
     )

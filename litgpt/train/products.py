@@ -10,17 +10,18 @@ kernels' own are faster than either where there is no AMX (`litgpt.kernels.matri
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from litgpt.kernels import matrices, processor
+from litgpt.kernels import matrices, processor, training
 from litgpt.lora import LoRALinear
+from litgpt.model import LLaMAMLP
 from litgpt.train.replaced_forward import replaced_forward
 
 Adds = Callable[[torch.Tensor, torch.Tensor], None]  # adds the product of two matrices to a gradient
-Function = Callable[..., torch.Tensor]
 
 
 @cache
@@ -39,49 +40,66 @@ def replaces_torch() -> bool:
     return onednn_is_faster() or matrices.are_faster()
 
 
-def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x weight' + bias of a matrix x."""
-    if matrices.can_multiply(x, weight.T):
-        return matrices.multiply(x, weight.T, bias)
-    if onednn_is_faster() and x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """a b + bias of matrices."""
+    if matrices.can_multiply(a, b):
+        return matrices.multiply(a, b, bias)
+    if a.dtype == b.dtype == torch.float32 and onednn_is_faster() and a.is_cpu and a.numel():
+        return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
+    return F.linear(a, b.T, bias)
+
+
+def add_product(to: torch.Tensor, a: torch.Tensor, b: torch.Tensor, adds: bool = True) -> torch.Tensor:
+    """a b, in the memory of a matrix, and added to what is there if it `adds`."""
+    if matrices.can_multiply(a, b):
+        return matrices.multiply(a, b, to=to, adds=adds)
+    return to.addmm_(a, b, beta=int(adds))
+
+
+class Recomputable(NamedTuple):
+    """A function of tensors, row by row, whose result is computed again in the backward pass rather than kept for it."""
+
+    function: Callable[..., torch.Tensor]
+    call: Callable[..., training.Call | None]  # its kernel, if there is one for the same arguments
+    params: tuple[nn.Parameter, ...] = ()  # of its own, trained
+
+    def again(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Callable[[torch.Tensor], Sequence]]:
+        """The result, and a function of its gradients, which gives those of inputs and parameters."""
+        n = len(inputs) + len(self.params)
+        if (call := self.call(*inputs)) is not None:
+            y, gradients = training.with_gradients(*call)
+            return y, lambda d_y: gradients(d_y)[:n]
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        with torch.enable_grad():
+            y = self.function(*inputs)
+        return y.detach(), lambda d_y: torch.autograd.grad(y, [*inputs, *self.params], d_y)
 
 
 class _Recomputed(torch.autograd.Function):
-    """A function of tensors, row by row, of which only the inputs are kept for the backward pass."""
+    """A `Recomputable` of inputs, its parameters after them."""
 
     @staticmethod
-    def forward(ctx, function: Function, params: Sequence[nn.Parameter], *inputs: torch.Tensor) -> torch.Tensor:
-        ctx.function, ctx.params = function, params
-        ctx.save_for_backward(*inputs[len(params) :])
-        return function(*inputs[len(params) :])
+    def forward(ctx, of: Recomputable, n: int, *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.of = of
+        ctx.save_for_backward(*inputs[:n])
+        return of.function(*inputs[:n])
 
     @staticmethod
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        y, wanted = _again(ctx.function, ctx.params, ctx.saved_tensors)
-        return None, None, *torch.autograd.grad(y, wanted, d_y)
+        _, gradients = ctx.of.again(ctx.saved_tensors)
+        return None, None, *gradients(d_y)
 
 
-def _again(
-    function: Function, params: Sequence[nn.Parameter], inputs: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The result with its graph, and the tensors whose gradients are wanted."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    with torch.enable_grad():
-        return function(*inputs), [*params, *inputs]
-
-
-def recomputed(function: Function, *inputs: torch.Tensor, params: Sequence[nn.Parameter] = ()) -> torch.Tensor:
-    """What `function` gives, row by row, of `inputs` and its own trained `params`; it is computed again for its gradients."""
-    y = _Recomputed.apply(function, params, *params, *inputs)
-    y.made_by = function, params, inputs
+def recomputed(of: Recomputable, *inputs: torch.Tensor) -> torch.Tensor:
+    """What a function gives; it is computed again for its gradients, and by `linear` that would keep its result."""
+    y = _Recomputed.apply(of, len(inputs), *inputs, *of.params)
+    y.made_by = of, inputs
     return y
 
 
 class _Linear(torch.autograd.Function):
-    """A linear layer of rows x (N, E), with its gradients by `product`: see `linear`. Where a `function` has made x, its inputs
-    are kept in place of x, and get the gradients."""
+    """A linear layer of x (..., E), with its gradients by `product`: see `linear`. What `of` has made of `n` inputs is not kept:
+    they are, and get the gradients."""
 
     @staticmethod
     def forward(
@@ -90,32 +108,29 @@ class _Linear(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         add: Adds | None = None,
-        function: Function | None = None,
-        params: Sequence[nn.Parameter] = (),
+        of: Recomputable | None = None,
+        n: int = 0,
         *inputs: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.add, ctx.function, ctx.params = add, function, params
+        ctx.add, ctx.of = add, of
         plain = [x if weight.requires_grad else None]
-        ctx.save_for_backward(weight, *(plain if function is None else inputs[len(params) :]))
-        return product(x, weight, bias)
+        ctx.save_for_backward(weight, *(plain if of is None else inputs[:n]))
+        return _shaped(product(_rows(x), weight.T, bias), x)
 
     @staticmethod
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight, *kept = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        if ctx.function is None:
-            x = kept[0]
-        else:
-            y, wanted = _again(ctx.function, ctx.params, kept)
-            x, wants_x = y.detach().reshape(-1, y.shape[-1]), True
+        x, gradients = (kept[0], None) if ctx.of is None else ctx.of.again(kept)
+        rows = _rows(d_y)
+        d_x = _shaped(product(rows, weight), d_y) if wants_x or gradients else None
         if ctx.add is not None:
-            ctx.add(d_y.T, x)
-        d_x = product(d_y, weight.T) if wants_x else None
-        d_weight = product(d_y.T, x.T) if wants_weight and ctx.add is None else None
-        d_bias = d_y.sum(0) if wants_bias else None
-        if ctx.function is None:
+            ctx.add(rows.T, _rows(x))
+        d_weight = product(rows.T, _rows(x)) if wants_weight and ctx.add is None else None
+        d_bias = rows.sum(0) if wants_bias else None
+        if gradients is None:
             return d_x, d_weight, d_bias, None, None, None
-        return None, d_weight, d_bias, None, None, None, *torch.autograd.grad(y, wanted, d_x.view_as(y))
+        return None, d_weight, d_bias, None, None, None, *gradients(d_x)
 
 
 def linear(layer: nn.Linear, x: torch.Tensor, add: Adds | None = None) -> torch.Tensor:
@@ -124,11 +139,60 @@ def linear(layer: nn.Linear, x: torch.Tensor, add: Adds | None = None) -> torch.
     weight, bias = layer.weight, layer.bias
     if not _is_plain(x, weight):
         return F.linear(x, weight, bias)
-    rows, made_by = x.reshape(-1, x.shape[-1]), getattr(x, "made_by", None)
-    if made_by is not None and weight.requires_grad:
-        function, params, inputs = made_by
-        return _shaped(_Linear.apply(rows.detach(), weight, bias, add, function, params, *params, *inputs), x)
-    return _shaped(_Linear.apply(rows, weight, bias, add), x)
+    if hasattr(x, "made_by") and weight.requires_grad:
+        of, inputs = x.made_by
+        return _Linear.apply(x.detach(), weight, bias, add, of, len(inputs), *inputs, *of.params)
+    return _Linear.apply(x, weight, bias, add)
+
+
+class _GatedMLP(torch.autograd.Function):
+    """An MLP with a gate, of x (..., E): see `gated_mlp`."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: torch.Tensor,
+        fc_1: torch.Tensor,
+        fc_2: torch.Tensor,
+        proj: torch.Tensor,
+        gate: Recomputable,
+        adds: Sequence[Adds],
+        of: Recomputable | None = None,
+        n: int = 0,
+        *inputs: torch.Tensor,
+    ) -> torch.Tensor:
+        rows = _rows(x)
+        inner = product(rows, fc_1.T), product(rows, fc_2.T)
+        ctx.gate, ctx.adds, ctx.of = gate, adds, of
+        ctx.save_for_backward(fc_1, fc_2, proj, *inner, *([x] if of is None else inputs[:n]))
+        return _shaped(product(gate.function(*inner), proj.T), x)
+
+    @staticmethod
+    def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        fc_1, fc_2, proj, *inner = ctx.saved_tensors
+        kept, rows = inner[2:], _rows(d_y)
+        y, gradients = ctx.gate.again(inner[:2])
+        ctx.adds[2](rows.T, y)
+        d_1, d_2 = gradients(product(rows, proj))
+        x, gradients = (kept[0], None) if ctx.of is None else ctx.of.again(kept)
+        ctx.adds[0](d_1.T, _rows(x))
+        ctx.adds[1](d_2.T, _rows(x))
+        d_x = _shaped(add_product(product(d_1, fc_1), d_2, fc_2), d_y)
+        none = [None] * 7
+        return (d_x, *none) if gradients is None else (None, *none, *gradients(d_x))
+
+
+def gated_mlp(layer: LLaMAMLP, gate: Recomputable, adds: Sequence[Adds], x: torch.Tensor) -> torch.Tensor:
+    """What an MLP with a gate gives, in one function where it has no biases and is on a CPU in one precision. `adds` have the
+    products that are gradients of its weights."""
+    layers = layer.fc_1, layer.fc_2, layer.proj
+    weights = [of.weight for of in layers]
+    if any(of.bias is not None for of in layers) or not _is_plain(x, *weights):
+        return type(layer).forward(layer, x)
+    if not hasattr(x, "made_by"):
+        return _GatedMLP.apply(x, *weights, gate, adds)
+    of, inputs = x.made_by
+    return _GatedMLP.apply(x.detach(), *weights, gate, adds, of, len(inputs), *inputs, *of.params)
 
 
 class _LowRank(torch.autograd.Function):
@@ -148,14 +212,14 @@ class _LowRank(torch.autograd.Function):
         inner = dropped @ A.T
         ctx.save_for_backward(dropped, A, B, weight, inner)
         ctx.scale = scale
-        return product(x, weight, bias).addmm_(inner, B.T, alpha=scale)
+        return product(x, weight.T, bias).addmm_(inner, B.T, alpha=scale)
 
     @staticmethod
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dropped, A, B, weight, inner = ctx.saved_tensors
         d_inner = (d_y @ B).mul_(ctx.scale)
         return (
-            product(d_y, weight.T) if ctx.needs_input_grad[0] else None,
+            product(d_y, weight) if ctx.needs_input_grad[0] else None,
             d_inner @ A if ctx.needs_input_grad[1] else None,
             d_inner.T @ dropped,
             (d_y.T @ inner).mul_(ctx.scale),
@@ -177,6 +241,11 @@ def low_rank(
     return _shaped(_LowRank.apply(*rows, A, B, inner.weight, inner.bias, layer.scaling), x)
 
 
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x (..., E) as (N, E)."""
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+
+
 def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Rows y of x (..., E), as they are where x has no others: changing a view's base in place would cost a copy."""
     return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
@@ -194,8 +263,8 @@ class _GradientsOnly(_Linear):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(weight, x if weight.requires_grad else None)
-        ctx.add = ctx.function = None
-        return x.new_zeros(1).expand(len(x), len(weight))
+        ctx.add = ctx.of = None
+        return x.new_zeros(1).expand(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -206,6 +275,6 @@ def gradients_only(layer: nn.Linear) -> AbstractContextManager[None]:
     """Let `layer` give zeros in place of its outputs, with their gradients, for graphs that only a backward pass reads."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return _shaped(_GradientsOnly.apply(x.reshape(-1, x.shape[-1]), layer.weight, layer.bias), x)
+        return _GradientsOnly.apply(x, layer.weight, layer.bias)
 
     return replaced_forward({layer: forward})
