@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from litgpt.kernels.matrices import add_product
 from litgpt.train.loss import add_rows
-from litgpt.train.products import add_product
 
 
 class KeptGradients:

@@ -8,12 +8,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from litgpt.kernels import training
+from litgpt.kernels.matrices import replaces_torch
 from litgpt.lora import LoRALinear
 from litgpt.model import GPT, LLaMAMLP, RMSNorm
 from litgpt.train.cached_layers import CachedLayers
 from litgpt.train.kept_gradients import KeptGradients
+from litgpt.train.linear import Recomputable, gated_mlp, linear, low_rank, recomputed
 from litgpt.train.loss import TiedEmbedding, loss_sum
-from litgpt.train.products import Recomputable, gated_mlp, linear, low_rank, recomputed, replaces_torch
 from litgpt.train.replaced_forward import replaced_forward
 from litgpt.train.teacher import Teacher
 

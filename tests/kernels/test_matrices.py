@@ -5,7 +5,7 @@ import torch
 
 from litgpt.kernels import matrices
 from litgpt.kernels.library import library
-from litgpt.train.products import product
+from litgpt.train.linear import product
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no compiled kernels")
 

@@ -1,59 +1,23 @@
 """Linear layers of a model that is trained: products by the library that is fast on this processor, and functions before
 them that are computed again in the backward pass rather than kept: a norm or a gated product takes little time, and its result
 is as large as what it is computed from.
-
-torch multiplies float32 matrices on CPUs by MKL where it was built with it, which uses AVX-512 on Intel's processors only.
-oneDNN, which torch also brings, uses it on all that have it: there, products take about half the time. In bfloat16, the
-kernels' own are faster than either where there is no AMX (`litgpt.kernels.matrices`).
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from litgpt.kernels import matrices, processor, training
+from litgpt.kernels import training
+from litgpt.kernels.matrices import add_product, product
 from litgpt.lora import LoRALinear
 from litgpt.model import LLaMAMLP
 from litgpt.train.replaced_forward import replaced_forward
 
 Adds = Callable[[torch.Tensor, torch.Tensor], None]  # adds the product of two matrices to a gradient
-
-
-@cache
-def onednn_is_faster() -> bool:
-    """Whether that holds for this processor and this torch."""
-    return (
-        torch.backends.mkl.is_available()
-        and torch.backends.mkldnn.is_available()
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and processor.mkl_forgoes_avx512()
-    )
-
-
-def replaces_torch() -> bool:
-    """Whether `product` has a faster way than torch's for some precision on this machine."""
-    return onednn_is_faster() or matrices.are_faster()
-
-
-def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """a b + bias of matrices."""
-    if matrices.can_multiply(a, b):
-        return matrices.multiply(a, b, bias)
-    if a.dtype == b.dtype == torch.float32 and onednn_is_faster() and a.is_cpu and a.numel():
-        return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
-    return F.linear(a, b.T, bias)
-
-
-def add_product(to: torch.Tensor, a: torch.Tensor, b: torch.Tensor, adds: bool = True) -> torch.Tensor:
-    """a b, in the memory of a matrix, and added to what is there if it `adds`."""
-    if matrices.can_multiply(a, b):
-        return matrices.multiply(a, b, to=to, adds=adds)
-    return to.addmm_(a, b, beta=int(adds))
 
 
 class Recomputable(NamedTuple):
