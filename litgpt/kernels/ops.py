@@ -233,7 +233,7 @@ def attend_encoded(
     newest: tuple[torch.Tensor, torch.Tensor, int] | None = None,
 ) -> torch.Tensor:
     """As `attend`, with keys and values of `n_query_groups` heads and `length` slots that are `encoded`, or `newest`: see
-    `litgpt.attention.EncodedKeysAndValues`. Queries and outputs are not rotated."""
+    `litgpt.keys_and_values.EncodedKeysAndValues`. Queries and outputs are not rotated."""
     B, H, T, D = query.shape
     y = query.new_empty(B, T, H, D)
     bias_strides = (0, 0)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from litgpt.attention import Consecutive, PositionMask, position_bias
 from litgpt.device_tensor import device_tensor
 from litgpt.kvcache.policies.base import PositionalPolicy
+from litgpt.masks import Consecutive, PositionMask, position_bias
 
 if TYPE_CHECKING:
     from litgpt.kvcache.blocks import Sealing

@@ -5,8 +5,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from litgpt.attention import KeysAndValues
 from litgpt.config import Config
+from litgpt.keys_and_values import KeysAndValues
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.plan import Part, Plan, Step
 from litgpt.kvcache.planned import PlannedKVCache, RowState

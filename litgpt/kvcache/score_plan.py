@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from litgpt.attention import Consecutive, position_bias
 from litgpt.device_tensor import device_tensor
 from litgpt.kvcache.plan import Part, Plan, Step
 from litgpt.kvcache.policies.score import ScorePolicy
+from litgpt.masks import Consecutive, position_bias
 
 
 @dataclass(frozen=True)

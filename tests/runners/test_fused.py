@@ -12,10 +12,11 @@ from tiny import create_kv_caches, tiny_gpt
 from torch import nn
 
 from litgpt import lora
-from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention
+from litgpt.attention import MultiHeadSelfAttention
 from litgpt.config import Config
 from litgpt.engine.loading import slow_down_decode, speed_up_decode
 from litgpt.kernels import ops
+from litgpt.keys_and_values import DefaultKeysAndValues
 from litgpt.kvcache import KVCacheParams
 from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.kvcache.storages import STORAGES
