@@ -560,6 +560,9 @@ class AllLayers:
     def __call__(self, idx, rope, plans, input_pos, output_tokens=None):
         self.steps.append(len(plans[0].parts[0].steps))
 
+    def runs_evictions(self, caches):
+        return False
+
 
 @pytest.mark.parametrize("kind", ["snapkv", "h2o"])
 def test_calls_end_where_tokens_are_evicted_so_that_a_layer_runner_runs_them(kind):
