@@ -66,20 +66,21 @@ def scaled_dot_product_attention(
         sink_logits: (H,), for each head the score of an additional key in the softmax without a value (GPT-OSS).
 
     Returns:
-        Output (B, H, T, D) in the query's dtype; weights (B, H, T, N), float32.
+        Output (B, H, T, D) in the query's dtype; weights (B, H, T, N), float32 or, for queries in float64, float64.
     """
     B, H, T, D = query.shape
     keys = k_and_v.keys()
     G, N = keys.shape[1], keys.shape[2]
     folded = query.reshape(B, G, H // G * T, D)
-    scores = (folded @ keys.mT).float().view(B, H, T, N) * scale
+    exact = torch.promote_types(query.dtype, torch.float32)
+    scores = (folded @ keys.mT).to(exact).view(B, H, T, N) * scale
     scores = do_softcapping(scores, attention_logit_softcapping)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     if sink_logits is None:
         weights = torch.softmax(scores, dim=-1)
     else:
-        weights = (scores - torch.logaddexp(scores.logsumexp(-1), sink_logits.float()[:, None]).unsqueeze(-1)).exp()
+        weights = (scores - torch.logaddexp(scores.logsumexp(-1), sink_logits.to(exact)[:, None]).unsqueeze(-1)).exp()
     values = k_and_v.values()
     output = weights.to(values.dtype).view(B, G, H // G * T, N) @ values
     return output.view(B, H, T, values.shape[-1]), weights
