@@ -294,7 +294,7 @@ def compactor_parts(row, g, reference):
     directions = torch.randn(keys.shape[-1], 48, generator=torch.Generator().manual_seed(0)).double()
     keys = (keys - keys.mean(0)) @ directions
     products = keys.T @ keys
-    inverse = (products + 1e-4 * products.diagonal().mean() * torch.eye(len(products), dtype=torch.float64)).inverse()
+    inverse = (products + 1e-4 * products.diagonal().diag()).inverse()
     return attention, (keys @ inverse * keys).sum(-1)
 
 
