@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from litgpt.attention import MultiHeadSelfAttention, do_softcapping
+from litgpt.attention_utils import build_mask_cache as build_mask_cache
 from litgpt.config import Config, StartOfLayerHook
 from litgpt.device_tensor import device_tensor
 from litgpt.indexing import batched_index_copy_ as batched_index_copy_
@@ -408,7 +409,9 @@ class GPT(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """`set_kv_caches` by LitGPT's name; `rope_cache_length` and `device` are ignored (caches are on the model's device)."""
+        """`set_kv_caches` by LitGPT's name; `rope_cache_length` and `device` are ignored (caches are on the model's device). The
+        last three are told apart by their type: `(batch_size, max_seq_length, device, dtype)` will do."""
+        dtype = next((x for x in (rope_cache_length, device, dtype) if isinstance(x, torch.dtype)), None)
         self.set_kv_caches(batch_size, dtype=dtype, max_seq_length=max_seq_length)
 
     def clear_kv_cache(self) -> None:

@@ -313,6 +313,10 @@ def test_default_caches_are_made_resized_and_dropped():
     model.set_kv_cache(batch_size=2, max_seq_length=30, device=torch.device("cpu"), dtype=torch.bfloat16)
     params = model.get_kv_cache_params(1)
     assert (params.batch_size, params.cache_length, params.dtype) == (2, 30, torch.bfloat16)
+    for batch, last in enumerate(([], [model.rope_cache_length()]), start=1):
+        model.set_kv_cache(batch, 30, *last, torch.device("cpu"), torch.bfloat16)
+        params = model.get_kv_cache_params(1)
+        assert (params.batch_size, params.dtype) == (batch, torch.bfloat16), "with and without rope_cache_length"
     model.set_kv_caches(2)
     params = model.get_kv_cache_params(1)
     assert (params.cache_length, params.dtype) == (128, torch.float32)
