@@ -6,7 +6,7 @@ made from positions, and never for all T x N pairs of a long prompt at once.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +23,7 @@ from litgpt.rope import yarn_get_mscale
 
 QUERY_BLOCK = 512  # queries per tile where a mask is needed; bounds the mask at QUERY_BLOCK x N
 SLOT_BLOCK = 1024  # encoded keys and values that are decoded at a time
+DECODED_SLOTS = 256  # of them at once in float32, on a CPU
 SCORE_BLOCK_BYTES = 64 << 20  # eager attention keeps at most this many bytes of float32 scores at a time
 # not cuDNN's, which are planned anew for every number of keys: some 60 ms in every decode step
 GPU_KERNELS = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
@@ -94,15 +95,27 @@ class EncodedKeysAndValues:
         self.codecs, self.parts, self.dtype, self.value_size = codecs, parts, dtype, value_size
 
     def keys(self) -> torch.Tensor:
-        return self.codecs[0].rotate(self._decode(0)).to(self.dtype)
+        return self._in_blocks(lambda block: self.codecs[0].rotate(block._decode(0)))
 
     def values(self) -> torch.Tensor:
         if len(self.codecs) == 1:
             return self.keys()[..., : self.value_size]
-        return self.codecs[1].rotate(self._decode(1)).to(self.dtype)
+        return self._in_blocks(lambda block: self.codecs[1].rotate(block._decode(1)))
 
     def both_in_parallel(self) -> bool:
         return True
+
+    def _in_blocks(self, decode: Callable[["EncodedKeysAndValues"], torch.Tensor]) -> torch.Tensor:
+        """What `decode` makes, on a CPU of few slots at a time: the numbers on the way then take little memory."""
+        N, size = self.length, DECODED_SLOTS
+        if N <= size or self.parts[0].device.type != "cpu" or torch.compiler.is_compiling():
+            return decode(self).to(self.dtype)
+        first = decode(self.narrow(0, size))
+        found = first.new_empty((*first.shape[:2], N, first.shape[3]), dtype=self.dtype)
+        found[:, :, :size] = first
+        for start in range(size, N, size):
+            found[:, :, start : start + size] = decode(self.narrow(start, start + size))
+        return found
 
     def _decode(self, side: int) -> torch.Tensor:
         first = len(self.codecs[0].parts)
@@ -130,10 +143,10 @@ class EncodedKeysAndValues:
 
     def rotated(self) -> DefaultKeysAndValues:
         """Keys and values as they are encoded: rotated where the codecs rotate."""
-        keys = self._decode(0).to(self.dtype)
-        return DefaultKeysAndValues(
-            keys, keys[..., : self.value_size] if len(self.codecs) == 1 else self._decode(1).to(self.dtype)
-        )
+        keys = self._in_blocks(lambda block: block._decode(0))
+        if len(self.codecs) == 1:
+            return DefaultKeysAndValues(keys, keys[..., : self.value_size])
+        return DefaultKeysAndValues(keys, self._in_blocks(lambda block: block._decode(1)))
 
     def for_kernels(self) -> tuple[Vectors, ...]:
         """What `litgpt.kernels` read, by addresses: good as long as this lives. Their kind is 0 where they do not."""
