@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from litgpt.attention import DefaultKeysAndValues
 from litgpt.config import Config as BaseConfig
+from litgpt.keys_and_values import DefaultKeysAndValues
 from litgpt.kvcache.plan import Plan
 from litgpt.model import GPT as BaseModel
 from litgpt.model import Block as Block

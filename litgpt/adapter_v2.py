@@ -32,12 +32,12 @@ class AdapterV2Linear(WrappedLinear):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Bias 0 and scale 1: at first the layer equals the plain one."""
-        nn.init.zeros_(self.adapter_bias)
+        """Scale 1 and bias 0: at first the layer equals the plain one."""
         nn.init.ones_(self.adapter_scale)
+        nn.init.zeros_(self.adapter_bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.adapter_scale * (self.linear(x) + self.adapter_bias)
+        return (self.linear(x) + self.adapter_bias) * self.adapter_scale
 
 
 class CausalSelfAttention(AdapterAttention):

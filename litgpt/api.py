@@ -1,19 +1,19 @@
 """The Python interface: `LLM.load("...").generate("...")`."""
 
-import re
-from collections import abc, defaultdict
+from collections import abc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from litgpt.benchmark_table import benchmark_dict_to_markdown_table as benchmark_dict_to_markdown_table
+from litgpt.benchmark import benchmark_dict_to_markdown_table as benchmark_dict_to_markdown_table
+from litgpt.benchmark import measure
 from litgpt.checkpoint.load import load_model, save_litgpt, save_quantized
+from litgpt.checkpoint.trainer import trainer_weights
 from litgpt.config import Config
 from litgpt.engine.answer import Answer
 from litgpt.engine.caches import CacheLease
@@ -51,8 +51,6 @@ from litgpt.prompts import (
 from litgpt.runners.quantized_weights import BNB_MODES, quantize_model
 from litgpt.tokenizer import Tokenizer
 
-BYTES_PER_GB = 1e9
-_GPT_KEY = re.compile(r"\b(lm_head|transformer)\..*")  # in a Trainer's checkpoint, after a prefix of module names
 Result = str | torch.Tensor | Answer
 
 
@@ -498,24 +496,11 @@ class LLM(nn.Module):
         """Run and measure `generate(**kwargs)` `num_iterations` times.
 
         Returns:
-            The last answer; and for every run the seconds in total and to the first token, the number of tokens, tokens per
-            second, and on a GPU the memory allocated.
+            The last answer; and the figures of all runs, by name: see `litgpt.benchmark.measure`.
         """
-        results: dict[str, list[float]] = defaultdict(list)
-        for _ in range(num_iterations):
-            started, first, pieces = perf_counter(), None, []
-            for piece in self.generate(**{**kwargs, "stream": True, "return_as_token_ids": True}):
-                first = first or perf_counter()
-                pieces.append(piece)
-            seconds = perf_counter() - started
-            tokens = torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
-            results["Seconds total"].append(seconds)
-            results["Seconds to first token"].append((first or perf_counter()) - started)
-            results["Tokens generated"].append(len(tokens))
-            results["Inference speed in tokens/sec"].append(len(tokens) / seconds)
-            if tokens.is_cuda:
-                results["Total GPU memory allocated in GB"].append(torch.cuda.max_memory_allocated() / BYTES_PER_GB)
-        return self.tokenizer.decode(tokens), dict(results)
+        kwargs = {**kwargs, "stream": True, "return_as_token_ids": True}
+        tokens, results = measure(lambda: self.generate(**kwargs), whole_number("num_iterations", num_iterations, 1))
+        return self.tokenizer.decode(tokens), results
 
     # -- training
 
@@ -559,9 +544,7 @@ class LLM(nn.Module):
             raise ValueError("quantised weights cannot be trained: load the model without quantize")
         self.prepare_for_training()
         if trainer_ckpt is not None:
-            state = torch.load(trainer_ckpt, weights_only=True, map_location="cpu", mmap=True)
-            found = {_GPT_KEY.search(key): value for key, value in state.get("state_dict", state).items()}
-            self.model.load_state_dict({match[0]: value for match, value in found.items() if match})
+            self.model.load_state_dict(trainer_weights(trainer_ckpt))
 
     def train(self, mode: bool = True) -> "LLM":
         self._for_training()

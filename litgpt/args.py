@@ -57,13 +57,14 @@ class TrainArgs:
     early_stopping: int | None = None
 
     def __post_init__(self) -> None:
-        if self.lr_warmup_fraction and self.lr_warmup_steps:
+        fraction, warmup_steps = self.lr_warmup_fraction or 0.0, self.lr_warmup_steps or 0
+        if fraction and warmup_steps:
             raise ValueError(
-                f"Can't provide both `--train.lr_warmup_fraction` ({self.lr_warmup_fraction}) and "
-                f"`--train.lr_warmup_steps` ({self.lr_warmup_steps}): set one of them to 0"
+                f"Can't provide both `--train.lr_warmup_fraction` ({fraction}) and `--train.lr_warmup_steps` "
+                f"({warmup_steps}): set one of them to 0"
             )
-        if self.lr_warmup_fraction and not 0 <= self.lr_warmup_fraction <= 1:
-            raise ValueError(f"lr_warmup_fraction must be between 0 and 1, got {self.lr_warmup_fraction}")
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"lr_warmup_fraction must be between 0 and 1, got {fraction}")
         if self.teacher not in (None, "dense"):
             raise ValueError(f"teacher must be dense, got {self.teacher!r}")
         places, kept = ("device", "cpu", "disk"), self.keep_inputs
@@ -73,8 +74,8 @@ class TrainArgs:
             self._require_positive(name)
         for name in ("max_steps", "max_time", "max_seq_length", "max_norm", "keep_last", "early_stopping"):
             self._require_positive(name)
-        if self.lr_warmup_steps is not None and self.lr_warmup_steps < 0:
-            raise ValueError(f"lr_warmup_steps must be at least 0, got {self.lr_warmup_steps}")
+        if warmup_steps < 0:
+            raise ValueError(f"lr_warmup_steps must be at least 0, got {warmup_steps}")
 
     def _require_positive(self, name: str) -> None:
         value = getattr(self, name)
@@ -102,11 +103,12 @@ class TrainArgs:
 
     def warmup_iters(self, devices: int, num_nodes: int, max_iters: int, train_dataloader: Sized) -> int:
         """Micro-batches of the warm-up on one device."""
+        iters = 0
         if self.lr_warmup_fraction:
-            return min(max_iters, math.ceil(self.lr_warmup_fraction * len(train_dataloader)))
-        if self.lr_warmup_steps:
-            return min(max_iters, self.lr_warmup_steps * self.gradient_accumulation_iters(devices, num_nodes))
-        return 0
+            iters = math.ceil(len(train_dataloader) * self.lr_warmup_fraction)
+        elif self.lr_warmup_steps:
+            iters = self.gradient_accumulation_iters(devices, num_nodes) * self.lr_warmup_steps
+        return min(iters, max_iters)
 
 
 @dataclass

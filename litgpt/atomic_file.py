@@ -1,8 +1,9 @@
-"""Writes a file completely or not at all, and removes temporary files of processes that were killed."""
+"""Writes a file or a folder completely or not at all, and removes temporary files of processes that were killed."""
 
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -50,6 +51,31 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         if descriptor >= 0:
             os.close(descriptor)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write to, which takes the name `folder` when the block ends well and is removed if not.
+
+    The previous content stays until then. Temporary folders of killed runs beside it are removed first.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in folder.parent.glob(f".{folder.name}.*.tmp"):
+        shutil.rmtree(abandoned, ignore_errors=True)
+    temporary, old = (folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{kind}.tmp") for kind in ("new", "old"))
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    finally:
+        for rest in (temporary, old):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def _create(path: Path) -> tuple[Path, int]:

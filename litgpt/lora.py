@@ -471,7 +471,7 @@ def merge_lora_weights(model: BaseModel) -> None:
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
-    """Freeze all parameters but LoRA matrices, and biases: "none", "all", or "lora_only", of layers with matrices."""
+    """Leave only LoRA matrices to be trained, and biases: "none", "all", or "lora_only", of layers with matrices."""
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f"bias={bias!r} is not one of none, all, lora_only")
     for name, parameter in model.named_parameters():

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention, do_softcapping
+from litgpt.attention import MultiHeadSelfAttention, do_softcapping
 from litgpt.config import Config, StartOfLayerHook
 from litgpt.device_tensor import device_tensor
 from litgpt.indexing import batched_index_copy_ as batched_index_copy_
 from litgpt.indexing import batched_index_select as batched_index_select
 from litgpt.kernels import ops
 from litgpt.kernels.row_attention import attend_rows, can_attend_rows
+from litgpt.keys_and_values import DefaultKeysAndValues
 from litgpt.kvcache import KVCache, KVCacheParams
 from litgpt.kvcache.layers import LayerCaches
 from litgpt.kvcache.plan import Plan
@@ -436,8 +437,8 @@ class GPT(nn.Module):
         """Normal weights of deviation 0.02, zero biases. Use as `model.apply(model._init_weights)`."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=0.02)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            if (bias := getattr(module, "bias", None)) is not None:
+                nn.init.zeros_(bias)
 
 
 class Block(nn.Module):

@@ -4,10 +4,12 @@ In pages of 4 KB the processor looks up the address of a page for every 64 cache
 of pages; in pages of 2 MB hardly ever.
 """
 
+import ctypes
 import math
 import mmap
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -50,3 +52,10 @@ def _map(size: int) -> mmap.mmap | None:
     except OSError:
         return None
     return memory
+
+
+def release_freed_memory() -> None:
+    """Give memory that was freed back to the system, where the C library is glibc."""
+    if sys.platform == "linux":
+        with suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)

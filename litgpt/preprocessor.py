@@ -14,7 +14,8 @@ class Preprocessor:
 
     def encode(self, text: str) -> torch.Tensor:
         """Tokens (T,) of a text, without a prompt style."""
-        return self.tokenizer.encode(text, device=self.device)
+        return self.tokenizer.encode(text, self.device)
 
     def decode(self, token_ids: torch.Tensor) -> str:
+        """The text of tokens (T,)."""
         return self.tokenizer.decode(token_ids)

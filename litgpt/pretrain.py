@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.checkpoint.base import WEIGHTS_NAME, Checkpoint
 from litgpt.checkpoint.find import find_checkpoint
-from litgpt.checkpoint.load import load_model
+from litgpt.checkpoint.load import load_model, save_config
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.config import Config, name_to_config
 from litgpt.data import DataModule, TinyLlama
@@ -26,7 +26,7 @@ from litgpt.train.loop import Loop
 from litgpt.train.methods import METHODS
 from litgpt.train.model import TrainingModel
 from litgpt.train.options import PretrainOptions, command
-from litgpt.train.run import Run, connect, write_config
+from litgpt.train.run import Run, connect
 from litgpt.train.schedule import cosine_schedule, learning_rate_factor
 from litgpt.train.setting import make_fabric, precision_of, weights_dtype
 from litgpt.utils import copy_config_files
@@ -198,7 +198,7 @@ def save_checkpoint(fabric: Fabric, state: dict[str, Any], tokenizer_dir: Path |
     """Write a model, its configuration, and the tokenizer's files. All processes call it."""
     base.save_trained("full", fabric, state["model"], checkpoint_file)
     if fabric.is_global_zero:
-        write_config(base.unwrapped(state["model"]).config, Path(checkpoint_file).parent)
+        save_config(base.unwrapped(state["model"]).config, Path(checkpoint_file).parent)
         if tokenizer_dir is not None:
             copy_config_files(tokenizer_dir, Path(checkpoint_file).parent)
 

@@ -94,7 +94,7 @@ def init_out_dir(out_dir: Path) -> Path:
 def find_resume_path(resume: bool | Literal["auto"] | Path | None, out_dir: Path) -> Path | None:
     """The checkpoint to resume from: a given path, or the last `step-*` folder's file below `out_dir`; without any, True raises
     a `FileNotFoundError` and "auto" gives None."""
-    if not resume or isinstance(resume, Path):
+    if resume not in (True, "auto"):
         return resume or None
     found = max(out_dir.rglob("step-*/*.pth"), key=lambda file: int(file.parent.name.split("-")[1]), default=None)
     if found is None and resume != "auto":
@@ -257,22 +257,19 @@ class CycleIterator:
     """Iterates over an iterable repeatedly; `epoch` counts the complete passes."""
 
     def __init__(self, iterable: Iterable) -> None:
-        self.iterable = iterable
-        self.epoch = 0
-        self._iterator: Iterator | None = None
+        self.iterable, self.epoch = iterable, 0
+        self._pass: Iterator | None = None
 
     def __iter__(self) -> "CycleIterator":
         return self
 
     def __next__(self) -> Any:
-        if self._iterator is None:
-            self._iterator = iter(self.iterable)
-        try:
-            return next(self._iterator)
-        except StopIteration:
-            self._iterator = iter(self.iterable)
-            self.epoch += 1
-            return next(self._iterator)
+        if self._pass is None:
+            self._pass = iter(self.iterable)
+        for item in self._pass:
+            return item
+        self._pass, self.epoch = iter(self.iterable), self.epoch + 1
+        return next(self._pass)
 
 
 def instantiate_torch_optimizer(

@@ -152,6 +152,8 @@ def test_benchmark_measures_and_is_a_table(llm):
     for first, total in zip(results["Seconds to first token"], results["Seconds total"], strict=True):
         assert 0 < first <= total
     assert "\n| Inference speed in tokens/sec       |" in benchmark_dict_to_markdown_table(results)
+    with pytest.raises(ValueError, match="num_iterations .*0"):
+        llm.benchmark(num_iterations=0, prompt="Hello")
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,12 @@
 import os
+import signal
 import stat
 import subprocess
 import sys
 
 import pytest
 
-from litgpt.atomic_file import replacing
+from litgpt.atomic_file import replacing, replacing_folder
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links, modes and locks of POSIX")
 
@@ -104,7 +105,7 @@ def test_devices_and_pipes_are_written_and_not_replaced(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from litgpt.atomic_file import replacing
+from litgpt.atomic_file import replacing, replacing_folder
 with replacing(sys.argv[1]) as temporary:
     temporary.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -139,3 +140,20 @@ def test_a_full_disk_is_called_so_where_torch_writes(tmp_path):
     assert "OSError" in result.stderr.splitlines()[-1]
     assert "x.pth could not be written whole: the disk of" in result.stderr.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_is_killed_while_it_writes_a_folder_leaves_the_last_complete_one(tmp_path):
+    folder = tmp_path / "final"
+    with replacing_folder(folder) as temporary:
+        (temporary / "file").write_text("whole")
+    if not (child := os.fork()):
+        with replacing_folder(folder) as temporary:
+            (temporary / "file").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (folder / "file").read_text() == "whole"
+    assert len(list(tmp_path.iterdir())) == 2
+    with replacing_folder(folder) as temporary:
+        (temporary / "file").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert (folder / "file").read_text() == "new"

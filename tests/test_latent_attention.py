@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import create_kv_caches
+from tiny import create_kv_caches, in_chunks
 from torch import nn
 
 from litgpt.config import Config
@@ -44,14 +44,6 @@ def make(config):
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, mean=1.0 if "norm" in name or "ln_f" in name else 0.0, std=0.5)
     return model
-
-
-def in_chunks(model, tokens, sizes):
-    logits, start = [], 0
-    for chunk in tokens.split(sizes, dim=1):
-        logits.append(model(chunk, input_pos=start))
-        start += chunk.shape[1]
-    return torch.cat(logits, dim=1)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from tiny import LLAMA, create_kv_caches, tiny_gpt
+from tiny import LATENT, LLAMA, create_kv_caches, in_chunks, tiny_gpt
 
 from litgpt.lora import (
     GPT,
@@ -72,15 +72,6 @@ def merged_by_hand(model):
     return base.eval().requires_grad_(False)
 
 
-def through_caches(model, idx, cuts):
-    """Logits of all tokens, which enter in chunks that end at `cuts`."""
-    parts, start = [], 0
-    for stop in (*cuts, idx.shape[1]):
-        parts.append(model(idx[:, start:stop], start))
-        start = stop
-    return torch.cat(parts, dim=1)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     "parts", [("query", "value"), ("key",), ("query", "key", "value"), ("mlp", "head"), tuple(ALL)]
@@ -101,12 +92,12 @@ def test_logits_are_those_of_the_merged_weights(family, parts):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("cuts", [(), (1,), (7, 8, 15)])
-def test_caches_and_chunks_change_nothing(family, cuts):
+@pytest.mark.parametrize("lengths", [(20,), (1, 19), (7, 1, 7, 5)])
+def test_caches_and_chunks_change_nothing(family, lengths):
     model = lora_gpt(**FAMILIES[family], **ALL)
     idx = torch.randint(0, 100, (2, 20))
     model.set_kv_caches(2)
-    torch.testing.assert_close(through_caches(model, idx, cuts), model(idx), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(in_chunks(model, idx, lengths), model(idx), atol=1e-5, rtol=1e-5)
 
 
 def test_an_evicting_cache_gives_what_it_gives_with_merged_weights():
@@ -114,8 +105,8 @@ def test_an_evicting_cache_gives_what_it_gives_with_merged_weights():
     plain, idx = merged_by_hand(model), torch.randint(0, 100, (1, 40))
     for gpt in (model, plain):
         gpt.assign_kv_caches(create_kv_caches("lastrec", gpt.config, 1, 8, n_sink=2))
-    cuts = (12, *range(13, 40, 3))
-    torch.testing.assert_close(through_caches(model, idx, cuts), through_caches(plain, idx, cuts), atol=1e-5, rtol=1e-5)
+    lengths = (12, 1, *(3,) * 9)
+    torch.testing.assert_close(in_chunks(model, idx, lengths), in_chunks(plain, idx, lengths), atol=1e-5, rtol=1e-5)
 
 
 def test_a_new_model_computes_what_the_plain_one_does():
@@ -279,19 +270,7 @@ def test_packed_layers_inside_give_the_same_logits():
         ({"lora_r": -1}, "lora_r = -1"),
         ({"lora_dropout": 1.0}, "lora_dropout = 1.0"),
         ({"lora_rank": 4}, "lora_rank"),
-        (
-            {
-                "lora_query": True,
-                "n_query_groups": 4,
-                "latent_attention": {
-                    "kv_lora_rank": 8,
-                    "qk_rope_head_dim": 4,
-                    "qk_nope_head_dim": 8,
-                    "v_head_dim": 8,
-                },
-            },
-            "lora_query = True must be false with latent attention",
-        ),
+        ({**LATENT, "lora_query": True}, "lora_query = True must be false with latent attention"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fields, message):
@@ -300,14 +279,12 @@ def test_settings_that_make_no_sense_are_refused(fields, message):
 
 
 def test_other_layers_of_latent_attention_are_adapted():
-    latent = {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    fields = {"n_query_groups": 4, "latent_attention": latent, "lora_projection": True, "lora_mlp": True}
-    model = lora_gpt(**fields)
+    model = lora_gpt(**LATENT, lora_projection=True, lora_mlp=True)
     idx = torch.randint(0, 100, (1, 9))
     expected = merged_by_hand(model)(idx)
     torch.testing.assert_close(model(idx), expected, atol=1e-5, rtol=1e-5)
     model.set_kv_caches(1)
-    torch.testing.assert_close(through_caches(model, idx, (4, 5)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(in_chunks(model, idx, (4, 1, 4)), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_named_model():
@@ -368,7 +345,7 @@ def test_a_model_with_magnitudes_merges_exactly(family, parts):
     finish_lora(model)
     torch.testing.assert_close(model(idx), expected, atol=1e-10, rtol=1e-10)
     model.set_kv_caches(2)
-    torch.testing.assert_close(through_caches(model, idx, (7, 8)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(in_chunks(model, idx, (7, 1, 12)), expected, atol=1e-5, rtol=1e-5)
     model.clear_kv_caches()
     merge_lora_weights(model)
     torch.testing.assert_close(model(idx), expected, atol=1e-10, rtol=1e-10)

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import StaticShapes, create_kv_caches, greedy_without_caches, tiny_gpt
+from tiny import StaticShapes, create_kv_caches, greedy_without_caches, in_chunks, tiny_gpt
 
 import litgpt.model
-from litgpt import attention
-from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention
+from litgpt import masks
+from litgpt.attention import MultiHeadSelfAttention
 from litgpt.config import Config
 from litgpt.generate.base import generate
+from litgpt.keys_and_values import DefaultKeysAndValues
 from litgpt.kvcache import DenseKVCache, KVCache, LastRecentlyInsertedKVCache, plan, positional, spec
 from litgpt.model import GPT, RMSNorm
 
@@ -51,15 +52,6 @@ def architecture(title: str, **kwargs) -> GPT:
 
 def tokens(T=LENGTH, B=2):
     return torch.randint(0, V, (B, T))
-
-
-def in_cuts(model, idx, cuts, start=0):
-    """Logits of all tokens, brought in calls of the lengths `cuts`."""
-    logits = []
-    for T in cuts:
-        logits.append(model(idx[:, start : start + T], start))
-        start += T
-    return torch.cat(logits, dim=1)
 
 
 def close(x, y, atol=1e-4):
@@ -184,7 +176,7 @@ def test_rope_table_grows_when_needed_and_seldom(monkeypatch):
         litgpt.model, "build_rope_cache", lambda *args, **kwargs: calls.append(1) or build(*args, **kwargs)
     )
     model.assign_kv_caches(evicting(model, 4, 1))
-    in_cuts(model, tokens(150, 1), (1,) * 150)
+    in_chunks(model, tokens(150, 1), (1,) * 150)
     assert len(calls) <= 3
 
 
@@ -213,9 +205,9 @@ def test_caches_change_nothing_however_the_sequence_is_cut(title, monkeypatch):
     expected = model(idx)
     model.set_kv_caches(2)
     for cuts in CUTS:
-        close(in_cuts(model, idx, cuts), expected)
+        close(in_chunks(model, idx, cuts), expected)
     model.layer_runner = StaticShapes()
-    close(in_cuts(model, idx, (9, *(1,) * 31)), expected)
+    close(in_chunks(model, idx, (9, *(1,) * 31)), expected)
 
 
 @every_architecture
@@ -347,10 +339,10 @@ def test_layers_with_a_window_have_default_caches_of_its_size():
     model.set_kv_caches(1)
     idx = tokens(100, 1)
     expected = model(idx)
-    in_cuts(model, idx, (100,))
+    in_chunks(model, idx, (100,))
     assert model.caches.crop(100 - spec.WINDOW_SLACK)
     assert model.next_token_pos == 100 - spec.WINDOW_SLACK
-    close(in_cuts(model, idx, (30, 34), 36), expected[:, 36:])
+    close(in_chunks(model, idx, (30, 34), 36), expected[:, 36:])
     assert not model.caches.crop(20)
     assert model.next_token_pos == 0
 
@@ -396,7 +388,7 @@ def test_wrong_calls_change_nothing():
     with pytest.raises(ValueError, match="30.*24"):
         model(idx)
     model.set_kv_caches(2, max_seq_length=20)
-    expected = in_cuts(model, idx, (9, 4))
+    expected = in_chunks(model, idx, (9, 4))
     model(idx[:, :9], 0)
     for error, message, chunk, input_pos in [
         (ValueError, "8.* 9", idx[:, :1], 8),
@@ -435,14 +427,14 @@ def test_autocast_works_with_caches_of_its_dtype(title):
     model.set_kv_caches(2, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         expected = model(idx)
-        close(in_cuts(model, idx, (17, 1, 22)), expected, atol=0.1 * float(expected.abs().max()))
+        close(in_chunks(model, idx, (17, 1, 22)), expected, atol=0.1 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_error_inside_a_layer_leaves_the_caches_empty(error):
     model, idx = tiny_gpt(), tokens(12)
     model.set_kv_caches(2)
-    expected = in_cuts(model, idx, (9, 3))
+    expected = in_chunks(model, idx, (9, 3))
     for start in (0, 9):
 
         def fail(x, block_idx, input_pos, start=start):
@@ -451,12 +443,12 @@ def test_an_error_inside_a_layer_leaves_the_caches_empty(error):
 
         model.set_start_of_layer_hook(fail)
         with pytest.raises(error, match="in layer 1"):
-            in_cuts(model, idx, (9, 3))
+            in_chunks(model, idx, (9, 3))
         assert [cache.next_token_pos for cache in model.kv_caches()] == [0, 0]
         with pytest.raises(ValueError, match="9.* 0"):
             model(idx[:, 9:], 9)
         model.set_start_of_layer_hook(None)
-        assert torch.equal(in_cuts(model, idx, (9, 3)), expected)
+        assert torch.equal(in_chunks(model, idx, (9, 3)), expected)
 
 
 def test_evicting_caches_go_on_beyond_the_context():
@@ -467,7 +459,7 @@ def test_evicting_caches_go_on_beyond_the_context():
     model.load_state_dict(windowed.state_dict())
     model.assign_kv_caches(evicting(model, C))
     for cuts in [(8, *(1,) * 52), (5, 30, 25), (1, 7, 1, 20, 1, 30)]:
-        close(in_cuts(model, idx, cuts), windowed(idx))
+        close(in_chunks(model, idx, cuts), windowed(idx))
     with pytest.raises(ValueError, match="17 .*16"):  # without caches
         model(idx[:, :17])
 
@@ -495,7 +487,7 @@ def test_other_caches_do_not(kind):
 def test_what_is_the_same_for_all_layers_is_planned_once(monkeypatch):
     model = tiny_gpt(n_layer=6, sliding_window_size=8, sliding_window_indices=[1, 1, 0, 1, 1, 0])
     calls = []
-    for module, name in ((positional, "plan_call"), (plan, "position_bias"), (attention, "causal_tiles")):
+    for module, name in ((positional, "plan_call"), (plan, "position_bias"), (masks, "causal_tiles")):
         original = getattr(module, name)
 
         def counted(*args, name=name, original=original, **kwargs):
@@ -517,7 +509,7 @@ def test_nothing_is_read_back_from_the_device():
     model = tiny_gpt(n_layer=2, sliding_window_size=8, sliding_window_indices=[1, 0]).to("meta")
     model.set_kv_caches(3)
     idx = tokens(110, 3).to("meta")
-    assert in_cuts(model, idx, (20, 1, 60, 1)).shape == (3, 82, 100)
+    assert in_chunks(model, idx, (20, 1, 60, 1)).shape == (3, 82, 100)
     model.caches.start(3)
     for rows, T in [([1], 9), ([2, 0], 4)]:
         model(idx[rows, :T], 0, rows=rows)
@@ -548,7 +540,7 @@ def test_a_copy_of_a_model_runs_its_own_layers():
         parameter.zero_()
     twin.set_kv_caches(2)
     idx = tokens(6)
-    close(in_cuts(twin, idx, (4, 1, 1)), twin(idx))
+    close(in_chunks(twin, idx, (4, 1, 1)), twin(idx))
 
 
 class ForeignCache(KVCache):

@@ -1,5 +1,6 @@
 """Tiny random models and a tokenizer for tests."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,22 @@ LLAMA: dict[str, Any] = {
     "padded_vocab_size": 100,
     "block_size": 128,
 }
+LATENT: dict[str, Any] = {
+    "n_query_groups": 4,
+    "latent_attention": {
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 12,
+        "v_head_dim": 12,
+    },
+}
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def tiny_gpt(**kwargs: Any) -> GPT:
@@ -56,6 +73,15 @@ def greedy_without_caches(model: GPT, prompt: torch.Tensor, count: int) -> torch
     for _ in range(count):
         tokens = torch.cat((tokens, model(tokens[None])[0, -1:].argmax(-1)))
     return tokens[len(prompt) :]
+
+
+def in_chunks(model: GPT, tokens: torch.Tensor, lengths: Iterable[int], start: int = 0) -> torch.Tensor:
+    """Logits of tokens (B, T) from `start` on, in calls that bring so many of them each."""
+    logits = []
+    for length in lengths:
+        logits.append(model(tokens[:, start : start + length], start))
+        start += length
+    return torch.cat(logits, dim=1)
 
 
 CHAT_TEMPLATE = (

@@ -1,9 +1,7 @@
 """How fast a model is with a cache, and how much memory a sequence takes."""
 
-import ctypes
 import gc
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 
@@ -11,6 +9,7 @@ import torch
 
 from litgpt.api import LLM
 from litgpt.kvcache import CacheSpec
+from litgpt.pages import release_freed_memory
 
 DECODED = 32  # tokens, where no number is given
 _PROCESS = Path("/proc/self")
@@ -56,8 +55,7 @@ def _start_peak(device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     try:
-        with suppress(OSError, AttributeError):  # freed memory that the C library keeps would hide what is taken next
-            ctypes.CDLL(None).malloc_trim(0)
+        release_freed_memory()  # it would hide what is taken next
         (_PROCESS / "clear_refs").write_text("5")
     except OSError:
         return None

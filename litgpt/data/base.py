@@ -1,10 +1,9 @@
 """What data modules are: they give batches of samples for training and validation."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -197,12 +196,3 @@ class SFTModule(DataModule):
 def has_own_split() -> Any:
     """The field `val_split_fraction` of a data set that comes divided: no option."""
     return field(default=None, init=False, repr=False)
-
-
-def samples_of_turns(talks: Iterable[Sequence[str]], all_turns: bool) -> list[dict[str, str]]:
-    """Samples of conversations, each a list of texts that alternate between user and assistant: of the first turn, or of all."""
-    return [
-        {"instruction": said, "input": "", "output": answer}
-        for texts in talks
-        for said, answer in islice(zip(texts[::2], texts[1::2], strict=False), None if all_turns else 1)
-    ]

@@ -1,9 +1,9 @@
-"""Samples of one's own: JSON or JSONL files."""
+"""Samples of one's own: JSON or JSONL files, or lists."""
 
 import json
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,21 @@ class JSON(SFTModule):
         raise FileNotFoundError(
             f"json_path must be a file or a directory containing {split_name}.json or {split_name}.jsonl: {self.json_path}"
         )
+
+
+@dataclass
+class Samples(SFTModule):
+    """Samples `given` as a list of mappings, as `JSON` reads them from a file. The prompt style is by default the model's own."""
+
+    given: Sequence[Sample] = field(repr=False)
+    mask_prompt: bool = field(default=True, kw_only=True)
+    prompt_style: str | PromptStyle | None = field(default=None, kw_only=True)
+
+    def samples(self) -> Splits:
+        for i, sample in enumerate(self.given):
+            if problem := sample_problem(sample):
+                raise ValueError(f"sample {i}: {problem}")
+        return self.split(self.given)
 
 
 class FileSample(dict):

@@ -117,10 +117,10 @@ def call_size(model: GPT, left: int, chunksize: int | None, done: int) -> int:
 def uninterrupted_size(
     model: GPT, left: int, chunksize: int | None, done: int, rows: abc.Sequence[int] | None = None
 ) -> int:
-    """`call_size` for `rows` (None: all) that ends where a cache evicts by score: layer runners run no call beyond that."""
-    size = call_size(model, left, chunksize, done)
-    runs = done and model.layer_runner is not None and not model.static_shapes
-    limit = model.caches.uninterrupted_tokens(rows) if runs else None
+    """`call_size` for `rows` (None: all) that ends where a cache evicts by score, if the layer runner runs no call beyond that."""
+    size, runner = call_size(model, left, chunksize, done), model.layer_runner
+    ends = done and runner is not None and not model.static_shapes and not runner.runs_evictions(model.kv_caches())
+    limit = model.caches.uninterrupted_tokens(rows) if ends else None
     return size if limit is None else min(size, limit)
 
 

@@ -45,7 +45,7 @@ def layer_to_device(module: nn.Module, chunk_on: type[nn.Module], chunk_sizes: l
     Raises:
         ValueError: if `chunk_sizes` do not add up to their number.
     """
-    names = [name for name, submodule in module.named_modules() if isinstance(submodule, chunk_on)]
+    names = [name for name, part in module.named_modules() if isinstance(part, chunk_on)]
     numbers = [number for number, size in enumerate(chunk_sizes) for _ in range(size)]
     if len(names) != len(numbers):
         raise ValueError(f"Found {len(names)} for chunk_on={chunk_on}, not covered by chunk_sizes={chunk_sizes}")

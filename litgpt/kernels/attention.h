@@ -142,21 +142,23 @@ struct Attention {
 
     void combine(Real* y) const {  // (B, T, H, D)
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < B * H * T; row++) {
-            const int64_t group = row / shared(), r = row % shared(), b = group / G, h = row / T % H, t = row % T;
-            const int64_t begin = splits->first[group] * shared() + r, end = splits->first[group + 1] * shared();
-            float most = sinks ? widen(sinks[h]) : -INFINITY, out[MAX_D];
-            for (int64_t at = begin; at < end; at += shared()) most = std::max(most, tops[at]);
-            float total = sinks ? exponential(widen(sinks[h]) - most) : 0.0f;
-            std::fill_n(out, D, 0.0f);
-            for (int64_t at = begin; at < end; at += shared()) {
-                if (totals[at] == 0) continue;
-                const float factor = exponential(tops[at] - most);
-                total += factor * totals[at];
-                for (int64_t d = 0; d < D; d++) out[d] += factor * sums[at * D + d];
-            }
-            if (encoded && encoded[1].rotated) rotate_vector(out, D);
-            for (int64_t d = 0; d < D; d++) y[((b * T + t) * H + h) * D + d] = as_real(out[d] / total);
+        for (int64_t row = 0; row < B * H * T; row++) combine_row(row, y);
+    }
+
+    void combine_row(int64_t row, Real* y) const {
+        const int64_t group = row / shared(), r = row % shared(), b = group / G, h = row / T % H, t = row % T;
+        const int64_t begin = splits->first[group] * shared() + r, end = splits->first[group + 1] * shared();
+        float most = sinks ? widen(sinks[h]) : -INFINITY, out[MAX_D];
+        for (int64_t at = begin; at < end; at += shared()) most = std::max(most, tops[at]);
+        float total = sinks ? exponential(widen(sinks[h]) - most) : 0.0f;
+        std::fill_n(out, D, 0.0f);
+        for (int64_t at = begin; at < end; at += shared()) {
+            if (totals[at] == 0) continue;
+            const float factor = exponential(tops[at] - most);
+            total += factor * totals[at];
+            for (int64_t d = 0; d < D; d++) out[d] += factor * sums[at * D + d];
         }
+        if (encoded && encoded[1].rotated) rotate_vector(out, D);
+        for (int64_t d = 0; d < D; d++) y[((b * T + t) * H + h) * D + d] = as_real(out[d] / total);
     }
 };

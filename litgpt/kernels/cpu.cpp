@@ -3,6 +3,7 @@
 #include "decode.h"
 #include "looks.h"
 #include "prefill.h"
+#include "tails.h"
 
 extern "C" {
 
@@ -101,6 +102,16 @@ void move_slots(char* buffer, const int64_t* rows, const int64_t* index, int64_t
     move_slots_of_rows(buffer, rows, index, B, G, C, n, bytes);
 }
 
+// See `Tails`. `counts` has its first numbers; `strides` of rows, heads and tokens of q, k and v.
+void run_tails(const int64_t* counts, const bf16* q, const bf16* k, const bf16* v, const bf16* sinks, const int64_t* strides,
+               const int64_t* rows, const int64_t* held, const int64_t* shift, bf16* keys, bf16* values, bf16* queries,
+               int32_t* positions, float* sums, const TailStep* steps, bf16* y, int32_t* log, float scale, float cap) {
+    const int64_t* n = counts;
+    Tails{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], scale, cap, q, k, v, sinks, strides,
+          strides + 3, strides + 6, rows, held, shift, keys, values, queries, positions, sums, steps, y, log}
+        .run_all();
+}
+
 // Whether the processor multiplies bfloat16 twice as fast as float. Then products of many rows are as fast here as in
 // libraries.
 int multiplies_fast() {
@@ -115,7 +126,7 @@ int multiplies_fast() {
 // `output_tokens` is as in `run_prefill`.
 void run_layers(const Shape* shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes,
                 bf16* x, bf16* scratch, int64_t B, int64_t T, const int64_t* output_tokens, int64_t n_output_tokens) {
-    if (plans->n_segments)
+    if (plans->n_segments || plans->n_tails)
         run_prefill(*shape, layers, n_layers, plans, ropes, x, scratch, B, T, output_tokens, n_output_tokens);
     else
         run_decode(*shape, layers, n_layers, plans, ropes, x, B, T);

@@ -101,14 +101,8 @@ void add_encoded(const float (*weights)[SPLIT_KEYS], const Vectors& v, const Vec
         Factors<SPLIT_KEYS> factors[R];
         float bases[R];
         for (int r = 0; r < R; r++) {
-            Floats scaled[SPLIT_KEYS / LANES], base = zeros();
-            UNROLLED for (int j = 0; j < SPLIT_KEYS / LANES; j++) {
-                const Floats weight = load(weights[r] + j * LANES);
-                scaled[j] = weight * load(scale + j * LANES);
-                if (KIND != INT8) base = multiply_add(weight, load(least + j * LANES), base);
-            }
-            factors[r].set(scaled);
-            bases[r] = KIND == INT8 ? -128.0f * factors[r].total : sum(base);  // of the rounded weights
+            bases[r] = factors[r].set_scaled(weights[r], scale, KIND == INT8 ? nullptr : least);
+            if (KIND == INT8) bases[r] = -128.0f * factors[r].total;  // of the rounded weights
         }
         const int64_t ahead_bytes = 4 * ahead.strides[2] * (4 * LANES) / D;
         for (int i = 0; i < GROUP; i += 4 * LANES) {

@@ -35,6 +35,19 @@ struct Factors {
         total = float(sum) * unit;
 #endif
     }
+
+    // Of numbers x times the scales of their codes. Returns what codes of 0 add: the sum of x times `least` (null: 0).
+    template <class Scale>
+    INLINED float set_scaled(const float* x, const Scale* scale, const Scale* least) {
+        Floats scaled[N / LANES], base = zeros();
+        UNROLLED for (int i = 0; i < N / LANES; i++) {
+            const Floats own = load(x + i * LANES);
+            scaled[i] = own * load(scale + i * LANES);
+            if (least) base = multiply_add(own, load(least + i * LANES), base);
+        }
+        set(scaled);
+        return sum(base);
+    }
 };
 
 using QueryFactors = Factors<GROUP>;

@@ -17,6 +17,8 @@ struct Layer {
     int64_t row_stride, head_stride;  // of keys and values; slots lie one after the other
     Real* queries;                    // of the last tokens (row, head, slot, D), kept for the cache's policy; null: none
     int64_t query_row_stride, query_head_stride;
+    int32_t* positions;               // noted by the cache's policy (row, G, slot); null: none
+    float* sums;                      // and its sums (row, G, slot); null: none
     int64_t rope, plan;               // indices of RoPE tables and plans of the call; rope -1: none
     Weight qkv, proj, gate, up, down;
     Vectors encoded[2];  // keys and values, in caches of fewer bits; else their kind is PLAIN
@@ -39,6 +41,14 @@ struct Segment {
     int64_t sealed, seal_from, begin, newest;
 };
 
+// The same for a row whose policy scores tokens several times in the call: see `Tails`
+struct TailSegment {
+    int64_t first, T, row;
+    const int64_t *held, *shift;
+    const struct TailStep* steps;
+    int64_t n_steps, n_sink, recent, kept, pool, max_queries;
+};
+
 // The plan of a call for one kind of cache: T tokens of every row, or segments
 struct StepPlan {
     const int64_t* rows;   // rows of the caches that take part in the call (B,); null: the first B
@@ -52,6 +62,8 @@ struct StepPlan {
     int64_t n_segments;
     const int64_t* sealed;  // of caches in 2 bits, in calls without segments: see `Attention`
     int64_t newest;
+    const TailSegment* tails;
+    int64_t n_tails;
 };
 
 struct Rope {

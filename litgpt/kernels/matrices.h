@@ -101,10 +101,8 @@ private:
     void store_values(float* values, int64_t first, int64_t count, bf16* y) const {
         if (bias)
             for (int64_t j = 0; j < count; j++) values[j] += widen(bias[first + j]);
-        if (adds)
-            for (int64_t j = 0; j < count; j++) values[j] += widen(y[j]);
         int64_t j = 0;
-        for (; j + LANES <= count; j += LANES) store(y + j, load(values + j));
-        for (; j < count; j++) y[j] = narrow(values[j]);
+        for (; j + LANES <= count; j += LANES) store(y + j, adds ? load(y + j) + load(values + j) : load(values + j));
+        for (; j < count; j++) y[j] = narrow(adds ? widen(y[j]) + values[j] : values[j]);
     }
 };

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import struct
+from collections.abc import Sequence
 
 import torch
 
@@ -233,7 +234,7 @@ def attend_encoded(
     newest: tuple[torch.Tensor, torch.Tensor, int] | None = None,
 ) -> torch.Tensor:
     """As `attend`, with keys and values of `n_query_groups` heads and `length` slots that are `encoded`, or `newest`: see
-    `litgpt.attention.EncodedKeysAndValues`. Queries and outputs are not rotated."""
+    `litgpt.keys_and_values.EncodedKeysAndValues`. Queries and outputs are not rotated."""
     B, H, T, D = query.shape
     y = query.new_empty(B, T, H, D)
     bias_strides = (0, 0)
@@ -357,6 +358,64 @@ def move_slots(buffer: torch.Tensor, index: torch.Tensor, rows: torch.Tensor | N
     B, G, n = index.shape
     slots, bytes_of_slot = buffer.shape[2], buffer.element_size() * buffer.shape[3:].numel()
     library().move_slots(buffer.data_ptr(), _address(rows), index.data_ptr(), B, G, slots, n, bytes_of_slot)
+
+
+def can_run_tails(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, longest: int
+) -> bool:
+    """Whether `run_tails` is there for these, with steps of at most `longest` tokens."""
+    return (
+        query.dtype == key.dtype == value.dtype == torch.bfloat16
+        and value.shape[-1] == query.shape[-1]
+        and value.stride(-1) == 1
+        and can_see_weights(query, key, sinks)
+        and not _wants_gradients(query, key, value, sinks)
+        and (longest <= MAX_QUERIES or multiplies_fast())
+    )
+
+
+def run_tails(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    buffers: Sequence[torch.Tensor | None],
+    rows: torch.Tensor | None,
+    places: tuple[torch.Tensor, torch.Tensor],
+    steps: torch.Tensor,
+    policy: tuple[int, int, int, int],
+    scale: float,
+    cap: float,
+    log: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention (B, T, H, D) of tokens, query (B, H, T, D), key and value (B, G, T, D), that enter a cache in steps, before which
+    tokens are scored by attention weights, and some leave.
+
+    Args:
+        buffers: of the cache, contiguous: keys and values (rows, G, C, D), positions (rows, G, C) int32; or None: sums of all weights so
+            far (rows, 1, G, C), and the queries that are kept (rows, H, n, D).
+        rows: of the cache (None: the first ones).
+        places, steps: see `litgpt.kvcache.tails`.
+        policy: first and newest tokens that stay, all that stay, and over how many neighbours the last queries' weights are averaged,
+            where there are no sums of all.
+        sinks, scale, cap: as for `attend`.
+        log: gets the positions in all slots as the tokens of every step find them (S, B, G, C) int32.
+    """
+    B, H, T, D = query.shape
+    keys, values, positions, sums, queries = buffers
+    G, C = keys.shape[1:3]
+    y = query.new_empty(B, T, H, D)
+    n_queries = 0 if queries is None else queries.shape[2]
+    counts = struct.pack("12q", B, H, G, T, D, C, len(steps), *policy, n_queries)
+    strides = struct.pack("9q", *query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
+    library().run_tails(
+        counts,
+        *map(_address, (query, key, value, sinks)),
+        strides,
+        *map(_address, (rows, *places, keys, values, queries, positions, sums, steps, y, log)),
+        *(scale, cap),
+    )
+    return y
 
 
 # Compiled graphs call it as an operator, since they cannot look into it.

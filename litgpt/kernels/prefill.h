@@ -6,6 +6,7 @@
 #include "causal_attention.h"
 #include "layers.h"
 #include "ring.h"
+#include "tails.h"
 
 constexpr int64_t BLOCK = 256;
 
@@ -92,8 +93,11 @@ struct Prefill {
             attentions.push_back(attention(layer, plan.segments[s], plan.segments[s].old ? ring++ : nullptr));
             ends.push_back((s ? ends.back() : 0) + attentions.back().tasks());
         }
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t i = 0; i < plan.n_tails * G; i++) run_tails(layer, plan.tails[i / G], i % G);
+        const int64_t n_tasks = ends.empty() ? 0 : ends.back();
 #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < ends.back(); i++) {
+        for (int64_t i = 0; i < n_tasks; i++) {
             const int64_t s = std::upper_bound(ends.begin(), ends.end(), i) - ends.begin();
             attentions[s].run(i - (s ? ends[s - 1] : 0));
         }
@@ -125,6 +129,17 @@ private:
     static void for_rings(const StepPlan& plan, F f) {
         for (int64_t s = 0; s < plan.n_segments; s++)
             if (plan.segments[s].old) f(plan.segments[s]);
+    }
+
+    // Tokens of a row and a head of keys enter its cache tail by tail.
+    void run_tails(const Layer& layer, const TailSegment& s, int64_t g) const {
+        const int64_t H = shape.H, G = shape.G, D = shape.D, width = heads * D, strides[] = {0, D, width};
+        const bf16* tokens = qkv + s.first * width;
+        const Tails own{1, H, G, s.T, D, layer.head_stride / D, s.n_steps, s.n_sink, s.recent, s.kept, s.pool, s.max_queries,
+                        shape.scale, shape.cap, tokens, tokens + H * D, tokens + (H + G) * D, layer.sinks, strides, strides, strides,
+                        &s.row, s.held, s.shift, layer.keys, layer.values, layer.queries, layer.positions, layer.sums, s.steps,
+                        attended + s.first * H * D, nullptr};
+        own.run(0, g);
     }
 
     const bf16* norm(const bf16* weight, const bf16* rows, int64_t n) {

@@ -56,7 +56,9 @@ class Layer(ctypes.Structure):
         *((name, _POINTER) for name in ("sinks", "keys", "values")),
         *((name, _COUNT) for name in ("row_stride", "head_stride")),
         ("queries", _POINTER),
-        *((name, _COUNT) for name in ("query_row_stride", "query_head_stride", "rope", "plan")),
+        *((name, _COUNT) for name in ("query_row_stride", "query_head_stride")),
+        *((name, _POINTER) for name in ("positions", "sums")),
+        *((name, _COUNT) for name in ("rope", "plan")),
         *((name, Weight) for name in ("qkv", "proj", "gate", "up", "down")),
         ("encoded", Vectors * 2),
     ]
@@ -74,6 +76,14 @@ class Segment(ctypes.Structure):
     ]
 
 
+class TailSegment(ctypes.Structure):
+    _fields_ = [
+        *((name, _COUNT) for name in ("first", "T", "row")),
+        *((name, _POINTER) for name in ("held", "shift", "steps")),
+        *((name, _COUNT) for name in ("n_steps", "n_sink", "recent", "kept", "pool", "n_queries")),
+    ]
+
+
 class StepPlan(ctypes.Structure):
     _fields_ = [
         ("rows", _POINTER),
@@ -87,6 +97,8 @@ class StepPlan(ctypes.Structure):
         ("n_segments", _COUNT),
         ("sealed", _POINTER),
         ("newest", _COUNT),
+        ("tails", _POINTER),
+        ("n_tails", _COUNT),
     ]
 
 

@@ -1,6 +1,8 @@
 """Parts of a training step on a CPU by a kernel each, in float32 and bfloat16; other tensors go to torch."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,24 @@ from litgpt.kernels import ops
 from litgpt.kernels.library import training_library
 
 GATES = ("silu", "gelu-tanh")  # activations that are a product with a sigmoid
+Call = tuple[Any, ...]  # a function of autograd, and its arguments
+
+
+class _Context:
+    """Stands for autograd's, where all gradients are wanted."""
+
+    needs_input_grad = (True,) * 8
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None:
+        self.saved_tensors = tensors
+
+
+def with_gradients(
+    kind: type[torch.autograd.Function], *args: Any
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor | None, ...]]]:
+    """What a function gives, without autograd, and a function of the gradients of that, which gives those of its arguments."""
+    ctx = _Context()
+    return kind.forward(ctx, *args), partial(kind.backward, ctx)
 
 
 def _is_ours(*tensors: torch.Tensor) -> bool:
@@ -48,13 +68,19 @@ class _Gated(torch.autograd.Function):
         return d_gate, d_x, None
 
 
+def gate_call(activation: str, gate: torch.Tensor, x: torch.Tensor) -> Call | None:
+    """The kernel of an activation of a gate times x, if there is one."""
+    if activation not in GATES or not _is_ours(gate, x):
+        return None
+    return _Gated, gate, x, ops.ACTIVATIONS[activation]
+
+
 def gated(
     activation: str, plain: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], gate: torch.Tensor, x: torch.Tensor
 ) -> torch.Tensor:
     """What `plain` gives for a gate and x, if that is one of `GATES` times x."""
-    if activation not in GATES or not _is_ours(gate, x):
-        return plain(gate, x)
-    return _Gated.apply(gate, x, ops.ACTIVATIONS[activation])
+    call = gate_call(activation, gate, x)
+    return plain(gate, x) if call is None else call[0].apply(*call[1:])
 
 
 class _Dropped(torch.autograd.Function):
@@ -121,12 +147,18 @@ class _Normed(torch.autograd.Function):
         return d_x, d_weight, None, None
 
 
-def norm(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What an `RMSNorm` gives."""
+def norm_call(layer: nn.Module, x: torch.Tensor) -> Call | None:
+    """The kernel of an `RMSNorm`, if there is one."""
     weight = layer.weight
     if not _is_ours(x, weight) or len(weight) % 16 or not x.numel():
-        return type(layer).forward(layer, x)
-    return _Normed.apply(x, weight, layer.eps, float(layer.add_unit_offset))
+        return None
+    return _Normed, x, weight, layer.eps, float(layer.add_unit_offset)
+
+
+def norm(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What an `RMSNorm` gives."""
+    call = norm_call(layer, x)
+    return type(layer).forward(layer, x) if call is None else call[0].apply(*call[1:])
 
 
 class _Rotated(torch.autograd.Function):

@@ -26,15 +26,7 @@ void multiply_two_bits(const float* q, const Vectors& k, int64_t D, float (*scor
                     scale[d] = widen(block.scales[d0 + d]), least[d] = widen(block.scales[D + d0 + d]);
             Factors<GROUP> factors[R];
             float bases[R];
-            for (int r = 0; r < R; r++) {
-                Floats scaled[GROUP / LANES], base = zeros();
-                UNROLLED for (int i = 0; i < GROUP / LANES; i++) {
-                    const Floats own = load(q + r * MAX_D + d0 + i * LANES);
-                    scaled[i] = own * load(scale + i * LANES);
-                    base = multiply_add(own, load(least + i * LANES), base);
-                }
-                factors[r].set(scaled), bases[r] = sum(base);
-            }
+            for (int r = 0; r < R; r++) bases[r] = factors[r].set_scaled(q + r * MAX_D + d0, scale, least);
             for (int64_t j = 0; j < k.unit; j += LANES) {
                 QuadSums sums[R];
                 UNROLLED for (int r = 0; r < R; r++) sums[r].clear();
@@ -62,15 +54,7 @@ void add_two_bits(const float (*weights)[SPLIT_KEYS], const Vectors& v, int64_t 
         const bf16* scales = v.scales + d0 / v.group * 2 * v.unit;
         Factors<SPLIT_KEYS> factors[R];
         float bases[R];
-        for (int r = 0; r < R; r++) {
-            Floats scaled[SPLIT_KEYS / LANES], base = zeros();
-            UNROLLED for (int i = 0; i < SPLIT_KEYS / LANES; i++) {
-                const Floats weight = load(weights[r] + i * LANES);
-                scaled[i] = weight * load(scales + i * LANES);
-                base = multiply_add(weight, load(scales + v.unit + i * LANES), base);
-            }
-            factors[r].set(scaled), bases[r] = sum(base);
-        }
+        for (int r = 0; r < R; r++) bases[r] = factors[r].set_scaled(weights[r], scales, scales + v.unit);
         const int64_t end = std::min(d0 + v.group, D);
         for (int64_t d = d0; d < end; d += LANES) {
             QuadSums sums[R];

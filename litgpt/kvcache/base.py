@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from litgpt.attention import KeysAndValues
 from litgpt.config import Config
+from litgpt.keys_and_values import KeysAndValues
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.plan import Plan, Unplanned
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from litgpt.attention import Consecutive, DefaultKeysAndValues, KeysAndValues, position_bias
 from litgpt.device_tensor import device_tensor
+from litgpt.keys_and_values import DefaultKeysAndValues, KeysAndValues
 from litgpt.kvcache.baselines import DenseKVCache
 from litgpt.kvcache.plan import Part, Plan, Sealed, Step, plan_by_length
 from litgpt.kvcache.storages.kivi import KiviStorage
+from litgpt.masks import Consecutive, position_bias
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from litgpt.attention import DefaultKeysAndValues, KeysAndValues, MultiHeadSelfAttention
+from litgpt.attention import MultiHeadSelfAttention
 from litgpt.config import Config
+from litgpt.keys_and_values import DefaultKeysAndValues, KeysAndValues
 from litgpt.kvcache.base import KVCache
 
 

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from litgpt.attention import Consecutive, PositionMask, position_bias
 from litgpt.device_tensor import device_tensor
 from litgpt.kvcache.policies.base import PositionalPolicy
+from litgpt.masks import Consecutive, PositionMask, position_bias
 
 if TYPE_CHECKING:
     from litgpt.kvcache.blocks import Sealing
     from litgpt.kvcache.score_plan import Boundary
+    from litgpt.kvcache.tails import Tails
 
 READ_BUCKET = 256  # a static decode step reads a multiple of this many slots
 
@@ -101,13 +102,15 @@ class Ring:
 @dataclass(frozen=True)
 class Part:
     """Steps for some rows of the call. `chunk_rows` index the call's rows, `rows` those of the cache (None: all). In a call
-    whose rows lie one after the other, `spans` are the tokens of each."""
+    whose rows lie one after the other, `spans` are the tokens of each. `tails` are what kernels need of several steps between which
+    a policy scores tokens."""
 
     steps: list[Step]
     chunk_rows: torch.Tensor | None = None
     rows: torch.Tensor | None = None
     spans: list[slice] | None = None
     ring: Ring | None = None
+    tails: "Tails | None" = None
 
 
 @dataclass(frozen=True)
@@ -268,8 +271,8 @@ def _attend_then_evict(
 ) -> list[Step]:
     """Steps of a chunk whose own tokens evict what its first queries still see: a part of the chunk attends, then it is stored."""
     size = min(512, max(64, policy.cache_length))
-    masks: dict[tuple[int, ...], PositionMask] = {}
-    steps = []
+    masks: dict[tuple[int, ...], dict[str, PositionMask | Consecutive]] = {}
+    seen, steps = policy.reach if window is None else min(window, policy.reach), []
     for q0 in range(0, T, size):
         q1 = min(q0 + size, T)
         first, stop = start + q0, start + q1
@@ -277,19 +280,22 @@ def _attend_then_evict(
         # once all slots are taken, masks depend on differences of positions only, unless a window moves over the sinks
         moves = window is not None and policy.n_sink > 0
         kind = (first if moves else min(first, policy.cache_length), q1 - q0)
-        if kind not in masks:
+        if kind not in masks and policy.n_sink == 0:
+            masks[kind] = {"consecutive": Consecutive(q1 - q0, len(old) + q1 - q0, seen, dtype, device)}
+        elif kind not in masks:
             queries = torch.arange(first, stop, device=device)
             keys = torch.cat((old, queries))
-            masks[kind] = PositionMask(queries, keys, dtype, window=window, reach=policy.reach, n_sink=policy.n_sink)
+            mask = PositionMask(queries, keys, dtype, window=window, reach=policy.reach, n_sink=policy.n_sink)
+            masks[kind] = {"mask": mask}
         kept = _span(policy.cached_positions(stop), first, stop, device)
         steps.append(
             Step(
                 slice(q0, q1),
                 read=policy.slots(old),
                 new=slice(q0, q1),
-                mask=masks[kind],
                 write=slice(q0, q1) if len(kept) == q1 - q0 else kept - start,
                 slots=policy.slots(kept),
+                **masks[kind],
             )
         )
     return steps

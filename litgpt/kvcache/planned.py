@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from litgpt.attention import DefaultKeysAndValues, KeysAndValues, join
 from litgpt.config import Config
+from litgpt.keys_and_values import DefaultKeysAndValues, KeysAndValues, join
 from litgpt.kvcache.default import DefaultKVCache
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.plan import Part, Plan, Step

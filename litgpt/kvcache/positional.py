@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from litgpt.attention import KeysAndValues
 from litgpt.config import Config
+from litgpt.keys_and_values import KeysAndValues
 from litgpt.kvcache.plan import Plan, plan_call
 from litgpt.kvcache.planned import PlannedKVCache, RowState
 from litgpt.kvcache.policies import PositionalPolicy

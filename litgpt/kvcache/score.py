@@ -1,22 +1,32 @@
 """Caches whose policy scores tokens, and keeps the best."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from litgpt.attention import KeysAndValues
 from litgpt.config import Config
+from litgpt.kernels import ops
+from litgpt.keys_and_values import KeysAndValues
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.plan import Part, Plan, Step
 from litgpt.kvcache.planned import PlannedKVCache, RowState
 from litgpt.kvcache.policies.base import Policy
 from litgpt.kvcache.policies.score import ScorePolicy
-from litgpt.kvcache.score_plan import Boundary, RowNumbers, plan_score_call
+from litgpt.kvcache.score_plan import Boundary, plan_score_call
 from litgpt.kvcache.storages import Storage
 from litgpt.kvcache.storages.base import check_state, move_rows, write_slots
 from litgpt.kvcache.storages.default import DefaultStorage
+from litgpt.kvcache.tails import RowNumbers, Tails, cut
 from litgpt.kvcache.tokens import CachedTokens
+
+
+class Found(NamedTuple):
+    """What `size` tokens of a step find in a cache: the numbers of its rows, and the positions in its slots (B, G, n)."""
+
+    size: int
+    fields: tuple[tuple[int, ...], ...]
+    positions: torch.Tensor
 
 
 class ScoreKVCache(PlannedKVCache):
@@ -126,6 +136,10 @@ class ScoreKVCache(PlannedKVCache):
     def kept_queries(self) -> torch.Tensor | None:
         return self._buffers.get("queries")  # not `self.queries`: see `DefaultStorage.kernel_view`
 
+    def kept_numbers(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The positions of tokens that stayed (batch_size, G, C), and the policy's numbers of them, if there are any."""
+        return self._buffers["positions"], self._buffers.get("slot_state")
+
     # -- one call
 
     def plan(
@@ -155,6 +169,82 @@ class ScoreKVCache(PlannedKVCache):
             self._look(boundary, sink_logits)
         self._rows.fields = plan.fields_prepared
         return plan.without_boundaries
+
+    def _run_part(
+        self,
+        part: Part,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sink_logits: torch.Tensor | None,
+        recording: bool,
+    ) -> torch.Tensor:
+        if part.tails is not None and not recording and self._has_kernel(part.tails, query, key, value, sink_logits):
+            return self._run_tails(part.tails, part.rows, query, key, value, sink_logits)
+        return super()._run_part(part, query, key, value, sink_logits, recording)
+
+    def run_noted(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[Found]] | None:
+        """All of a call for new tokens of the only row, which is not empty: the output (1, T, H * D), and what the tokens of every step
+        find. None, and nothing is done, where that takes a call for each of them."""
+        if len(self._rows.lengths) != 1 or not self._rows.lengths[0] or self.watch is not None:
+            return None
+        row = RowNumbers(*(of_rows[0] for of_rows in self._rows.fields))
+        pieces, after = cut(self.policy, row, key.shape[2])
+        tails = Tails(self.policy, pieces, [row], prepared=False)
+        if not self._has_kernel(tails, query, key, value, sink_logits):
+            return None
+        log = self.positions.new_empty(len(pieces), 1, self.n_query_groups, self.cache_length)
+        output = self._run_tails(tails, None, query, key, value, sink_logits, log)
+        found = []
+        for piece, positions in zip(pieces, log.long(), strict=True):
+            before = piece.bounded or piece.row
+            found.append(Found(piece.size, before.as_fields(), positions[..., : before.filled]))
+        self._rows = RowState(*after.as_fields())
+        return output.transpose(1, 2).flatten(2), found
+
+    def _has_kernel(
+        self,
+        tails: Tails,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sink_logits: torch.Tensor | None,
+    ) -> bool:
+        """Whether `_run_tails` is there for these."""
+        return self.evicts_in_kernels() and ops.can_run_tails(query, key, value, sink_logits, tails.longest)
+
+    def evicts_in_kernels(self) -> bool:
+        """Whether kernels score its tokens as the policy does, and move what is stored."""
+        return (
+            type(self.storage) is DefaultStorage
+            and self.storage.kernel_view() is not None
+            and self.policy.pooled_by_kernels is not None
+            and self.dtype == torch.bfloat16
+            and self.mha.is_plain()
+        )
+
+    def _run_tails(
+        self,
+        tails: Tails,
+        rows: torch.Tensor | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sink_logits: torch.Tensor | None,
+        log: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Output (B, H, T, D) of several steps by one kernel, with the looks between them."""
+        policy, own = self.policy, self._buffers
+        buffers = *self.storage.kernel_view(), own["positions"], own.get("slot_state"), own.get("queries")
+        numbers = policy.n_sink, policy.recent, policy.kept, policy.pooled
+        factors = self.mha.scale, self.mha.softcapping or 0.0
+        places = tails.held, tails.shift
+        output = ops.run_tails(
+            query, key, value, sink_logits, buffers, rows, places, tails.steps, numbers, *factors, log
+        )
+        return output.transpose(1, 2)
 
     def _run_step(
         self,

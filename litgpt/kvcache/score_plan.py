@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from litgpt.attention import Consecutive, position_bias
 from litgpt.device_tensor import device_tensor
 from litgpt.kvcache.plan import Part, Plan, Step
 from litgpt.kvcache.policies.score import ScorePolicy
+from litgpt.kvcache.tails import Piece, RowNumbers, Tails, cut
+from litgpt.masks import Consecutive, position_bias
 
 
 @dataclass(frozen=True)
@@ -43,52 +44,6 @@ class Boundary:
     query_positions: torch.Tensor
     query_slots: torch.Tensor
     keep: int | None
-
-
-@dataclass(frozen=True)
-class RowNumbers:
-    """A row as the host knows it: tokens so far, slots in use, and how many tokens there were at the last eviction and when
-    the policy last looked."""
-
-    length: int = 0
-    filled: int = 0
-    evicted_at: int = 0
-    observed_at: int = 0
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Tokens of a call between two boundaries: the row before it, before and after the boundary at its beginning (None: there is
-    none), and whether it is a whole prompt that the policy looks at at once."""
-
-    row: RowNumbers
-    bounded: RowNumbers | None
-    size: int
-    prompt: bool = False
-
-
-def cut(policy: ScorePolicy, row: RowNumbers, T: int) -> tuple[list[Piece], RowNumbers]:
-    """T new tokens of a row, cut at its boundaries, and the row after them."""
-    if row.length == 0 and T > policy.longest_prompt:
-        evicts = T > policy.cache_length
-        after = RowNumbers(T, policy.kept if evicts else T, T if evicts else 0, T if policy.observes else 0)
-        return [Piece(row, None, T, True)], after
-    pieces = []
-    while T:
-        bounded, start = None, row
-        if policy.room(row.filled, row.length - row.observed_at) == 0:
-            full = row.filled == policy.cache_length
-            bounded = row = RowNumbers(
-                row.length,
-                policy.kept if full else row.filled,
-                row.length if full else row.evicted_at,
-                row.length if policy.observes else 0,
-            )
-        size = min(T, policy.room(row.filled, row.length - row.observed_at))
-        pieces.append(Piece(start, bounded, size))
-        row = RowNumbers(row.length + size, row.filled + size, row.evicted_at, row.observed_at)
-        T -= size
-    return pieces, row
 
 
 def plan_score_call(
@@ -127,14 +82,18 @@ def plan_score_call(
             steps, first = planner.steps(members, [pieces[i] for i in members], chosen)
             boundaries += [] if first is None else [first]
             index = None if rows is None else planner.row_index
+            tails = None
+            if len(steps) > 1:
+                tails = Tails(policy, pieces[members[0]], [prepared[chosen[i]] for i in members], prepared=True)
             if packed:
                 spans = [slice(ends[i] - sizes[i], ends[i]) for i in members]
-                parts.append(Part(steps, rows=planner.tensor([chosen[i] for i in members]), spans=spans))
+                parts.append(Part(steps, rows=planner.tensor([chosen[i] for i in members]), spans=spans, tails=tails))
             elif len(groups) == 1:
-                parts.append(Part(steps, rows=index))
+                parts.append(Part(steps, rows=index, tails=tails))
             else:
                 chunk_rows = planner.tensor(members)
-                parts.append(Part(steps, chunk_rows, chunk_rows if index is None else index[chunk_rows]))
+                own = chunk_rows if index is None else index[chunk_rows]
+                parts.append(Part(steps, chunk_rows, own, tails=tails))
     return Plan(
         parts,
         tuple(row.length for row in state),

@@ -7,14 +7,9 @@ from functools import cached_property
 import torch
 import torch.nn.functional as F
 
-from litgpt.attention import (
-    SCORE_BLOCK_BYTES,
-    EncodedKeysAndValues,
-    KeysAndValues,
-    MultiHeadSelfAttention,
-    do_softcapping,
-)
+from litgpt.attention import SCORE_BLOCK_BYTES, MultiHeadSelfAttention, do_softcapping
 from litgpt.kernels import ops
+from litgpt.keys_and_values import EncodedKeysAndValues, KeysAndValues
 from litgpt.rope import layer_frequencies, rotate_by, unrotate
 
 BLOCK = 256  # queries whose weights are there at a time

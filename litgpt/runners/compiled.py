@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from litgpt.kvcache import KVCache
 from litgpt.kvcache.plan import Plan
 from litgpt.model import GPT
 from litgpt.rope import Rope
@@ -45,6 +46,10 @@ class CompiledDecode:
             torch.compiler.cudagraph_mark_step_begin()
         self.model.attach_kv_caches()
         return self.step(idx, rope, plans, None)  # without the position, which would be a constant of the graph
+
+    def runs_evictions(self, caches: Sequence[KVCache]) -> bool:
+        """No: calls have one token a row."""
+        return False
 
     def __deepcopy__(self, memo: dict) -> None:
         """A copy of the model runs its own layers, one by one."""

@@ -16,10 +16,11 @@ from litgpt.attention import attention_scale
 from litgpt.config import Config
 from litgpt.kernels import ops
 from litgpt.kernels.library import float32_library, library
-from litgpt.kernels.structs import PLAIN, Layer, Rope, Segment, Shape, StepPlan, Vectors, Weight, address
+from litgpt.kernels.structs import PLAIN, Layer, Rope, Segment, Shape, StepPlan, TailSegment, Vectors, Weight, address
 from litgpt.kvcache import KVCache
 from litgpt.kvcache.plan import Part, Plan
 from litgpt.kvcache.planned import PlannedKVCache
+from litgpt.kvcache.score import ScoreKVCache
 from litgpt.model import GPT, Block, CausalSelfAttention, GemmaMLP, LLaMAMLP, Multiply, RMSNorm
 from litgpt.rope import Rope as RopeRows
 from litgpt.runners.opaque_weights import LowRankLayer, OpaqueLayer
@@ -140,12 +141,14 @@ class FusedLayers:
             _set_decode_plan(*pair, B, T, self.dtype) for pair in zip(self.plans, different, strict=False)
         ):
             pass
-        elif self.dtype == torch.bfloat16 and ops.multiplies_fast() and not self.has_low_rank:
+        elif self._has_prefill():
+            evictions = any(part.tails is not None for plan in different for part in plan.parts)
             segments = [_segments(plan, B, T) for plan in different]
-            if None in segments:
+            if None in segments or (evictions and not self.runs_evictions(model.kv_caches())):
                 return None
-            for target, own in zip(self.plans, segments, strict=False):
+            for target, (own, tails) in zip(self.plans, segments, strict=False):
                 target.segments, target.n_segments = ctypes.addressof(own), len(own)
+                target.tails, target.n_tails = ctypes.addressof(tails), len(tails)
         else:
             return None
         numbers = {id(plan): number for number, plan in enumerate(different)}
@@ -156,10 +159,10 @@ class FusedLayers:
             *(Rope(cos.data_ptr(), sin.data_ptr(), cos.stride(0) if len(cos) > 1 else 0) for cos, sin in tables)
         )
         x, scratch, rows = model.embed(idx).contiguous(), None, None
-        if self.plans[0].n_segments:
+        if is_prefill := bool(self.plans[0].n_segments or self.plans[0].n_tails):
             scratch = self._scratch(B * T * self._scratch_of_token(), x)
             rows = None if output_tokens is None else (ctypes.c_int64 * len(output_tokens))(*output_tokens)
-        looks = [i for i, plan in enumerate(plans) if _is_looked_at(plan)] if self.plans[0].n_segments else []
+        looks = [i for i, plan in enumerate(plans) if _is_looked_at(plan)] if is_prefill else []
         first, last = 0, len(self.layers) - 1
         for stop in looks if last in looks else [*looks, last]:
             final = stop == last
@@ -182,6 +185,15 @@ class FusedLayers:
             return x
         x = x.view(-1, x.shape[-1])
         return (x[output_tokens] if rows is None else x[: len(rows)])[:, None]
+
+    def _has_prefill(self) -> bool:
+        """Whether calls with many tokens can be supported."""
+        return self.dtype == torch.bfloat16 and ops.multiplies_fast() and not self.has_low_rank
+
+    def runs_evictions(self, caches: Sequence[KVCache]) -> bool:
+        """Whether a call may go on after an eviction by score, in all of these caches that have such."""
+        kinds = (cache for cache in caches if isinstance(cache, ScoreKVCache))
+        return self._has_prefill() and all(cache.evicts_in_kernels() for cache in kinds)
 
     def _scratch_of_token(self) -> int:
         """Numbers that the kernels for a prefill need for each token."""
@@ -231,6 +243,8 @@ class FusedLayers:
             layer.encoded = (Vectors * 2)(*(cache.storage.kernel_codes() or ()))
             if cache.kept_queries() is not None:
                 layer.query_row_stride, layer.query_head_stride, _, _ = cache.kept_queries().stride()
+            if isinstance(cache, ScoreKVCache):
+                layer.positions, layer.sums = map(address, cache.kept_numbers())
         self.caches = list(map(weakref.ref, caches))  # without keeping their memory
         return True
 
@@ -260,7 +274,7 @@ def _set_decode_plan(target: StepPlan, plan: Plan, B: int, T: int, dtype: torch.
     target.rows = address(part.rows)
     target.slots, target.slots_by_row = step.slots.data_ptr(), step.slots.ndim > 1
     target.first, target.N = (0, bias.shape[-1]) if read is None else (read.start, read.stop - read.start)
-    target.bias, target.n_segments = address(bias), 0
+    target.bias, target.n_segments, target.n_tails = address(bias), 0, 0
     target.sealed, target.newest = None, 0
     if step.sealed is not None:
         target.sealed, target.newest = address(step.sealed.by_row(B)), step.sealed.slots
@@ -287,10 +301,14 @@ def _places(part: Part, B: int, T: int) -> list[tuple[int, int]]:
     return list(zip(chunk_rows if part.rows is None else part.rows.tolist(), starts, strict=True))
 
 
-def _segments(plan: Plan, B: int, T: int) -> "ctypes.Array[Segment] | None":
-    """The segments of a plan for many tokens of every row; None unless they attend to consecutive slots, or to a ring."""
-    found = []
+def _segments(plan: Plan, B: int, T: int) -> "tuple[ctypes.Array[Segment], ctypes.Array[TailSegment]] | None":
+    """The segments of a plan for many tokens of every row, and those whose policies score tokens several times; None unless they
+    attend to consecutive slots, or to a ring."""
+    found, tails = [], []
     for part in plan.parts:
+        if part.tails is not None:
+            tails += [part.tails.segment(i, *place) for i, place in enumerate(_places(part, B, T))]
+            continue
         step, ring = part.steps[0], part.ring
         if step.sealed is not None:
             found += [segment for row, start in _places(part, B, T) for segment in _sealing_segments(part, row, start)]
@@ -319,7 +337,7 @@ def _segments(plan: Plan, B: int, T: int) -> "ctypes.Array[Segment] | None":
                     *(address(query_slots), 0 if query_slots is None else len(query_slots), *old),
                 )
             )
-    return (Segment * len(found))(*found)
+    return (Segment * len(found))(*found), (TailSegment * len(tails))(*tails)
 
 
 def _sealing_segments(part: Part, row: int, start: int) -> list[Segment]:

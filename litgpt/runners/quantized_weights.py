@@ -495,7 +495,10 @@ def _bnb_linear(linear: nn.Linear, mode: str) -> nn.Module:
 
 
 def num_parameters(module: nn.Module, requires_grad: bool | None = None) -> int:
-    """Number of elements of a module's parameters (with `requires_grad`: of those that are, or are not, trained)."""
-    chosen = [p for p in module.parameters() if requires_grad is None or p.requires_grad == requires_grad]
+    """Number of elements of a module's parameters (with `requires_grad`: of those that are, or are not, trained), those of
+    quantised weights included."""
+    chosen = [p for p in module.parameters() if requires_grad in (None, p.requires_grad)]
+    layers = () if requires_grad else (layer for layer in module.modules() if isinstance(layer, QuantizedLinear))
     # parameters of bitsandbytes pack several elements into a byte
-    return sum(math.prod(p.quant_state.shape) if hasattr(p, "quant_state") else p.numel() for p in chosen)
+    sizes = [math.prod(p.quant_state.shape) if hasattr(p, "quant_state") else p.numel() for p in chosen]
+    return sum(sizes) + sum(layer.in_features * layer.out_features for layer in layers)

@@ -5,6 +5,7 @@ from typing import Protocol
 
 import torch
 
+from litgpt.kvcache import KVCache
 from litgpt.kvcache.plan import Plan
 from litgpt.rope import Rope
 
@@ -35,4 +36,8 @@ class LayerRunner(Protocol):
         Returns:
             None if the call is not supported; no cache is changed, and the model runs its layers itself.
         """
+        ...
+
+    def runs_evictions(self, caches: Sequence[KVCache]) -> bool:
+        """Whether calls with many tokens may go on where such a cache evicts by score: others are best cut there."""
         ...

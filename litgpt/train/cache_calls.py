@@ -13,8 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from litgpt.keys_and_values import DefaultKeysAndValues
 from litgpt.kvcache.plan import Plan
 from litgpt.kvcache.planned import PlannedKVCache
+from litgpt.kvcache.score import Found, ScoreKVCache
+from litgpt.kvcache.storages.default import DefaultStorage
 from litgpt.train.chunks import Chunk
 from litgpt.train.kept_inputs import Kept, keep
 
@@ -101,6 +104,31 @@ class Serving(StandIn):
         super().__init__(cache, chunk, plans)
         self.calls: list[Call] = []
 
+    def run(
+        self,
+        plan: Plan,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        token_idx: torch.Tensor | None = None,
+        sink_logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if isinstance(self.cache, ScoreKVCache):
+            noted = self.cache.run_noted(query, key, value, sink_logits)
+            if noted is not None:
+                return self._noted(*noted)
+        return super().run(plan, query, key, value, token_idx, sink_logits)
+
+    def _noted(self, output: torch.Tensor, steps: list[Found]) -> torch.Tensor:
+        """Note the calls that the cache has made as steps of one."""
+        begin = 0
+        for size, fields, positions in steps:
+            tokens, starts = slice(begin, begin + size), [self.chunk.starts[0] + begin]
+            places = self.plans.places(positions)
+            self.calls.append(Call(tokens, starts, [size], self.chunk.rows, fields, places))
+            begin += size
+        return output
+
     def _prepared(
         self, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None
     ) -> Iterator[tuple[Call, Plan]]:
@@ -138,6 +166,44 @@ class Again(StandIn):
     def __init__(self, *parts: Any, calls: list[Call], stored: list[torch.Tensor], n_tokens: int) -> None:
         super().__init__(*parts)
         self.calls, self.stored, self.n_tokens = calls, stored, n_tokens
+
+    def run(
+        self,
+        plan: Plan,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        token_idx: torch.Tensor | None = None,
+        sink_logits: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        one_row = len(self.chunk.rows) == len(self.calls[0].places) == 1
+        if len(self.calls) == 1 or not one_row or type(self.cache.storage) is not DefaultStorage:
+            return super().run(plan, query, key, value, token_idx, sink_logits)
+        self.key, self.value = key, value
+        own = [torch.cat((old.to(new.dtype), new), dim=2) for old, new in zip(self.stored, (key, value), strict=True)]
+        query, *own = (x.to(self.cache.dtype) for x in (query, *own))
+        G, bias = key.shape[1], self._bias(query.shape[2], query.dtype)
+        if sink_logits is None:  # heads that share keys share a mask, as those of a row do
+            by_group = DefaultKeysAndValues(*(x.transpose(0, 1) for x in own))
+            bias = bias.transpose(0, 1)
+            output, _ = self.cache.mha.attend(query.unflatten(1, (G, -1))[0], by_group, bias, False)
+            output = output.flatten(0, 1)[None]
+        else:
+            bias = bias.repeat_interleave(query.shape[1] // bias.shape[1], dim=1)
+            output, _ = self.cache.mha.attend(query, DefaultKeysAndValues(*own), bias, False, sink_logits=sink_logits)
+        return output.transpose(1, 2).flatten(2).to(key.dtype)
+
+    def _bias(self, T: int, dtype: torch.dtype) -> torch.Tensor:
+        """The mask (1, G or 1, T, n + T) of the chunk's tokens, for what the first call found and, after it, themselves."""
+        device = self.calls[0].places.device
+        S, (_, G, n) = len(self.calls), self.calls[0].places.shape
+        by_token = torch.repeat_interleave(torch.tensor([call.sizes[0] for call in self.calls])).to(device)
+        by_slot = torch.repeat_interleave(torch.tensor([call.places.shape[2] for call in self.calls])).to(device)
+        found = self._index.gather(2, torch.cat([call.places for call in self.calls], dim=2)) + by_slot * (n + T)
+        sees = torch.zeros(1, G, S * (n + T), dtype=torch.bool, device=device).scatter_(2, found, True)
+        sees = sees.view(1, G, S, n + T)[:, :, by_token]
+        sees[..., n:] |= (by_token[:, None] == by_token).tril()
+        return torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill_(~sees, -torch.inf)
 
     def _prepared(
         self, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None

@@ -29,7 +29,7 @@ from litgpt.rope import Rope
 from litgpt.train.cache_calls import Again, FoundError, KeysAndValuesOnly, Log, Serving
 from litgpt.train.chunks import chunks_of
 from litgpt.train.kept_inputs import PLACES, Kept, keep
-from litgpt.train.products import gradients_only
+from litgpt.train.linear import gradients_only
 from litgpt.train.replaced_forward import replaced_forward
 
 PLANNED_NUMBERS = 4 << 20  # in the masks of plans that layers share; other plans are made for every layer

@@ -1,12 +1,9 @@
-"""Checkpoints of a run: folders that are complete or not there, and how to resume from one."""
+"""Checkpoints of a run, and how to resume from one."""
 
-import os
 import random
 import re
-import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +16,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
-
-
-@contextmanager
-def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write to, which takes the name `folder` when the block ends well and is removed if not.
-
-    The previous content stays until then. Temporary folders of killed runs beside it are removed first.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in folder.parent.glob(f".{folder.name}.*.tmp"):
-        shutil.rmtree(abandoned, ignore_errors=True)
-    temporary, old = (folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{kind}.tmp") for kind in ("new", "old"))
-    temporary.mkdir()
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    finally:
-        for rest in (temporary, old):
-            shutil.rmtree(rest, ignore_errors=True)
 
 
 def step_folders(out_dir: Path) -> list[Path]:

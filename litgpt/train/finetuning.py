@@ -15,7 +15,7 @@ from litgpt.checkpoint.load import load_model, save_litgpt
 from litgpt.checkpoint.open import open_checkpoint, open_lora
 from litgpt.config import Config
 from litgpt.data import JSON, Alpaca, DataModule
-from litgpt.data.memory import Samples
+from litgpt.data.json_data import Samples
 from litgpt.lora import finish_lora, merge_lora_weights, unwrap_lora
 from litgpt.model import GPT
 from litgpt.train.methods import METHODS, Method

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from litgpt.kernels import matrices
+from litgpt.kernels.matrices import add_product
 from litgpt.train.loss import add_rows
 
 
@@ -37,12 +37,7 @@ class KeptGradients:
         return partial(self._add_product, p)
 
     def _add_product(self, p: nn.Parameter, a: torch.Tensor, b: torch.Tensor) -> None:
-        place, is_there = self._places[p], p.grad is not None
-        if matrices.can_multiply(a, b):
-            matrices.multiply(a, b, to=place, adds=is_there)
-        else:
-            place.addmm_(a, b, beta=int(is_there))
-        p.grad = place
+        p.grad = add_product(self._places[p], a, b, adds=p.grad is not None)
 
     def embed(self, weight: nn.Parameter, ids: torch.Tensor) -> torch.Tensor:
         """Rows of `weight`, whose gradients are added to its own."""

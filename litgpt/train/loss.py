@@ -28,17 +28,14 @@ class _HeadLoss(torch.autograd.Function):
         ctx,
         hidden: torch.Tensor,
         places: torch.Tensor,
-        labels: torch.Tensor,
         head: Callable,
         chunk: int,
         tied: list[torch.Tensor] | None,
-        teacher: Callable[[torch.Tensor], torch.Tensor] | None,
+        differentiated: Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]],
         scale: float | None,
-        own_loss: Loss | None,
         *params: torch.Tensor,
     ) -> torch.Tensor:
-        form = torch.promote_types(hidden.dtype, torch.float32)
-        total = hidden.new_zeros((), dtype=form)
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         d_hidden = torch.zeros_like(hidden) if hidden.requires_grad else None
         d_params: list[torch.Tensor | None] = [None] * len(params)
         for start in range(0, len(places), chunk):
@@ -46,19 +43,8 @@ class _HeadLoss(torch.autograd.Function):
             x = hidden[places[part]].requires_grad_(d_hidden is not None)
             with torch.enable_grad():
                 logits = head(x)
-            d_logits, factor = logits.detach(), 1.0 if scale is None else scale
-            losses = next_token_losses(d_logits, labels[part], factor) if teacher is own_loss is None else None
-            if own_loss is not None:
-                loss, d_logits = _differentiated(own_loss, d_logits.to(form), labels[part])
-                total += loss
-                d_logits *= factor
-            elif losses is not None:
-                total += losses.sum()
-            else:
-                targets = labels[part, None] if teacher is None else teacher(places[part])
-                loss, d_logits = _loss_of(d_logits.to(form), targets, teacher is not None)
-                total += loss
-                d_logits *= factor
+            loss, d_logits = differentiated(logits.detach(), part)
+            total += loss
             inputs = [x] * (d_hidden is not None) + list(params)
             found = list(torch.autograd.grad(logits, inputs, d_logits.to(logits.dtype)))
             if d_hidden is not None:
@@ -82,14 +68,7 @@ class _HeadLoss(torch.autograd.Function):
         if ctx.tied is not None:
             ctx.tied.append(d_params[0])
             d_params[0] = None
-        return d_hidden, *[None] * 8, *d_params
-
-
-def _differentiated(own_loss: Loss, scores: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of logits (n, V), and its gradients."""
-    with torch.enable_grad():
-        loss = own_loss(scores.requires_grad_(), labels)
-    return loss.detach(), torch.autograd.grad(loss, scores)[0]
+        return d_hidden, *[None] * 6, *d_params
 
 
 def _loss_of(scores: torch.Tensor, targets: torch.Tensor, soft: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,15 +148,27 @@ def loss_sum(
     bytes_of_number = hidden.element_size() if teacher is None and replaces_logits(hidden, vocabulary) else 4
     chunk = max(16, size // (bytes_of_number * vocabulary))
     chunk = -(-len(places) // max(1, -(-len(places) // chunk)))  # all about equally large
-    form = torch.promote_types(hidden.dtype, torch.float32)
+    form, factor = torch.promote_types(hidden.dtype, torch.float32), 1.0 if scale is None else scale
     if not len(places):
         return sum((p.sum() * 0.0 for p in params), hidden.sum() * 0.0).to(form)
-    if torch.is_grad_enabled() and (hidden.requires_grad or params):
-        says = None
-        if teacher is not None:
-            outputs, teacher_head = teacher[0].flatten(0, -2), teacher[1]
-            says = lambda part: teacher_head(outputs[part])  # noqa: E731
-        return _HeadLoss.apply(hidden, places, labels, head, chunk, tied, says, scale, own_loss, *params)
-    parts = zip(places.split(chunk), labels.split(chunk), strict=True)
-    loss_of = own_loss or partial(F.cross_entropy, reduction="sum")
-    return sum(loss_of(head(hidden[part]).to(form), y) for part, y in parts)
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or params)):
+        parts = zip(places.split(chunk), labels.split(chunk), strict=True)
+        loss_of = own_loss or partial(F.cross_entropy, reduction="sum")
+        return sum(loss_of(head(hidden[part]).to(form), y) for part, y in parts)
+
+    def differentiated(logits: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss of a chunk's logits, and their gradients, perhaps in their place."""
+        if own_loss is not None:
+            with torch.enable_grad():
+                loss = own_loss(scores := logits.to(form).requires_grad_(), labels[part])
+            d_scores = torch.autograd.grad(loss, scores)[0]
+        elif teacher is not None:
+            loss, d_scores = _loss_of(logits.to(form), teacher[1](outputs[places[part]]), True)
+        elif (losses := next_token_losses(logits, labels[part], factor)) is not None:
+            return losses.sum(), logits
+        else:
+            loss, d_scores = _loss_of(logits.to(form), labels[part, None], False)
+        return loss.detach(), d_scores.mul_(factor)
+
+    outputs = None if teacher is None else teacher[0].flatten(0, -2)
+    return _HeadLoss.apply(hidden, places, head, chunk, tied, differentiated, scale, *params)

@@ -8,13 +8,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from litgpt.kernels import training
+from litgpt.kernels.matrices import replaces_torch
 from litgpt.lora import LoRALinear
 from litgpt.model import GPT, LLaMAMLP, RMSNorm
 from litgpt.train.cached_layers import CachedLayers
 from litgpt.train.kept_gradients import KeptGradients
+from litgpt.train.linear import Recomputable, gated_mlp, linear, low_rank, recomputed
 from litgpt.train.loss import TiedEmbedding, loss_sum
-from litgpt.train.products import linear, low_rank, replaces_torch
-from litgpt.train.recomputed import recomputed
 from litgpt.train.replaced_forward import replaced_forward
 from litgpt.train.teacher import Teacher
 
@@ -48,7 +48,7 @@ class TrainingModel(nn.Module):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         for module in gpt.modules():
             if isinstance(module, LLaMAMLP) and "gated" not in vars(module):
-                module.gated = partial(recomputed, partial(training.gated, module.activation, module.gated))
+                module.gated = partial(recomputed, _gate_of(module))
             elif type(module) is RMSNorm and "forward" not in vars(module):
                 module.forward = partial(training.norm, module)
             elif type(module) is nn.Dropout:
@@ -67,7 +67,13 @@ class TrainingModel(nn.Module):
         in_head = set(self.gpt.lm_head.modules())  # whose gradients are known before they are scaled
         for module in self.gpt.modules():
             if type(module) is RMSNorm and module.weight.requires_grad:
-                module.forward = partial(recomputed, module.forward, params=(module.weight,))
+                call = partial(training.norm_call, module)
+                module.forward = partial(recomputed, Recomputable(module.forward, call, (module.weight,)))
+            elif isinstance(module, LLaMAMLP) and type(module).forward is LLaMAMLP.forward:
+                layers = module.fc_1, module.fc_2, module.proj
+                if all(type(of) is nn.Linear and of.weight.requires_grad for of in layers):
+                    adds = [kept.adding(of.weight) for of in layers]
+                    module.forward = partial(gated_mlp, module, _gate_of(module), adds)
             elif type(module) is nn.Linear and module.weight.requires_grad:
                 add = None if module in in_head else kept.adding(module.weight)
                 module.forward = partial(linear, module, add=add)
@@ -119,6 +125,12 @@ class TrainingModel(nn.Module):
             scale = scale if head in own else None
             vocabulary, lean = gpt.config.padded_vocab_size, self.cached_layers is not None
             return loss_sum(hidden, labels, logits, params, vocabulary, tied, teacher, scale, self.loss, lean)
+
+
+def _gate_of(layer: LLaMAMLP) -> Recomputable:
+    """The activation of an MLP's gate times what it lets through."""
+    plain, call = partial(type(layer).gated, layer), partial(training.gate_call, layer.activation)
+    return Recomputable(partial(training.gated, layer.activation, plain), call)
 
 
 REPLACED = "forward", "gated", "with_matrices"  # methods of modules

@@ -50,3 +50,19 @@ def make_optimizer(
         return kind(parameters, **arguments)
     except TypeError as error:
         raise ValueError(f"optimizer {kind.__name__} with {arguments}: {error}") from None
+
+
+def reserve_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the numbers that a fused Adam or AdamW keeps for every weight, as its first step would: between the holes that
+    activations leave they would cost the next step new memory."""
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        if not group["fused"] or group["amsgrad"]:
+            continue
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }

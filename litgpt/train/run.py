@@ -13,7 +13,9 @@ from lightning import Fabric
 from lightning.fabric.loggers import CSVLogger
 
 from litgpt.args import TrainArgs
-from litgpt.checkpoint.base import CONFIG_NAME, WEIGHTS_NAME
+from litgpt.atomic_file import replacing_folder
+from litgpt.checkpoint.base import WEIGHTS_NAME
+from litgpt.checkpoint.load import save_config
 from litgpt.config import Config
 from litgpt.data.lit_data import StreamModule
 from litgpt.data.tokens import TextModule
@@ -22,8 +24,10 @@ from litgpt.errors import is_out_of_memory
 from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.memory import as_text, available_bytes
 from litgpt.model import GPT
+from litgpt.pages import release_freed_memory
 from litgpt.prompts import save_prompt_style
 from litgpt.runners.huge_pages import use_huge_pages
+from litgpt.runners.quantized_weights import num_parameters
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.cached_layers import CachedLayers
 from litgpt.train.checkpointing import (
@@ -34,18 +38,15 @@ from litgpt.train.checkpointing import (
     optimizer_state,
     random_state,
     remove_old,
-    replacing_folder,
     set_random_state,
     step_folders,
 )
 from litgpt.train.loop import Loop
-from litgpt.train.memory import release_freed_memory, reserve_optimizer_state
 from litgpt.train.methods import Method
 from litgpt.train.model import TrainingModel
-from litgpt.train.optimizers import make_optimizer
+from litgpt.train.optimizers import make_optimizer, reserve_state
 from litgpt.train.options import Options
 from litgpt.train.schedule import cosine_schedule, steps_of_run
-from litgpt.train.setting import number_of_parameters
 from litgpt.train.step_memory import StepMemory
 from litgpt.train.teacher import Teacher
 
@@ -99,9 +100,9 @@ class Run:
 
     def _run(self, resume: Path | None) -> dict[str, float]:
         fabric, options, train = self.fabric, self.options, self.options.train
-        fabric.print(f"Number of trainable parameters: {number_of_parameters(self.gpt, True):,}")
+        fabric.print(f"Number of trainable parameters: {num_parameters(self.gpt, True):,}")
         if not self.method.trains_all:
-            fabric.print(f"Number of non-trainable parameters: {number_of_parameters(self.gpt, False):,}")
+            fabric.print(f"Number of non-trainable parameters: {num_parameters(self.gpt, False):,}")
         spec, left = options.cache_spec(), available_bytes(fabric.device)
         cached = None if spec is None else CachedLayers(self.gpt, spec, options.prompt_chunksize, train.keep_inputs)
         if spec is not None and left is not None and (problem := self._does_not_fit(spec, left)):
@@ -117,7 +118,7 @@ class Run:
             self.model.keep_gradients()
             use_huge_pages(self.gpt)
             if resume is None:
-                reserve_optimizer_state(self.optimizer)
+                reserve_state(self.optimizer)
         optimizer = fabric.setup_optimizers(self.optimizer)
         train_loader, val_loader = self.loaders
         max_steps = self._max_steps()
@@ -260,7 +261,7 @@ class Run:
                     torch.save({"model": weights, **state}, temporary / (WEIGHTS_NAME + self.method.suffix))
                     text = yaml.safe_dump(self.options.hyperparameters, sort_keys=False, allow_unicode=True)
                     (temporary / "hyperparameters.yaml").write_text(text, encoding="utf-8")
-                    write_config(self.config, temporary)
+                    save_config(self.config, temporary)
                     if self.save_tokenizer is not None:
                         self.save_tokenizer(temporary)
                     if (style := getattr(self.options.data, "prompt_style", None)) is not None:
@@ -320,8 +321,3 @@ def show_answer(
         fabric.print(f"{tokenizer.decode(answer.output)}\n")
     gpt.clear_kv_caches()
     gpt.train(was_training)
-
-
-def write_config(config: Config, folder: Path) -> None:
-    """Write `model_config.yaml`."""
-    (folder / CONFIG_NAME).write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")

@@ -18,9 +18,8 @@ from torch.distributed.fsdp import fully_shard
 
 from litgpt.args import LogArgs
 from litgpt.config import Config
-from litgpt.model import GPT, Block
+from litgpt.model import Block
 from litgpt.prompt_style import PromptStyle
-from litgpt.runners.quantized_weights import QuantizedLinear, num_parameters
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 Strategy = Literal["auto", "ddp", "fsdp"]
@@ -109,12 +108,6 @@ def precision_of(fabric: Fabric) -> str:
 def weights_dtype(fabric: Fabric) -> torch.dtype:
     """Data type of the weights under the precision of a `Fabric`."""
     return {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision_of(fabric), torch.float32)
-
-
-def number_of_parameters(model: GPT, trained: bool) -> int:
-    """Trained, or frozen, parameters; a quantised weight counts as the numbers it represents."""
-    quantised = [] if trained else [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
-    return sum(layer.in_features * layer.out_features for layer in quantised) + num_parameters(model, trained)
 
 
 def plain(value: Any) -> Any:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import create_kv_caches
+from tiny import create_kv_caches, in_chunks
 from tiny_models import CASES, save_tiny
 
 from litgpt.checkpoint import load_model
@@ -43,12 +43,3 @@ def test_rows_of_a_ragged_batch_equal_their_own_runs_in_transformers(case, tmp_p
     for place, row in enumerate(rows):
         expected = reference(torch.cat((row, following[place]))[None]).logits[0, -2:]
         torch.testing.assert_close(torch.stack((first[place], second[place])), expected, **CLOSE)
-
-
-def in_chunks(model, tokens, sizes):
-    """Logits of all tokens, from calls that bring `sizes` of them each."""
-    logits, start = [], 0
-    for chunk in tokens.split(sizes, dim=1):
-        logits.append(model(chunk, input_pos=start))
-        start += chunk.shape[1]
-    return torch.cat(logits, dim=1)

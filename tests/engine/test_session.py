@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from tiny import greedy_without_caches, tiny_gpt
+from tiny import LATENT, greedy_without_caches, tiny_gpt
 from torch._dynamo.utils import counters
 
 from litgpt.config import Config
@@ -23,16 +23,6 @@ from litgpt.runners.packed_weights import can_pack, pack_linears
 GREEDY = {"temperature": 0.0}
 FIRST = list(range(5, 15))
 WINDOW = {"sliding_window_size": 8, "sliding_window_indices": [1, 0]}
-LATENT = {
-    "n_query_groups": 4,
-    "latent_attention": {
-        "q_lora_rank": 24,
-        "kv_lora_rank": 16,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 12,
-        "v_head_dim": 12,
-    },
-}
 # what a session may be: flags of the model, and its own arguments
 KINDS = {
     "dense": ({}, {}),
@@ -569,6 +559,9 @@ class AllLayers:
 
     def __call__(self, idx, rope, plans, input_pos, output_tokens=None):
         self.steps.append(len(plans[0].parts[0].steps))
+
+    def runs_evictions(self, caches):
+        return False
 
 
 @pytest.mark.parametrize("kind", ["snapkv", "h2o"])

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import CHAT_TEMPLATE, VOCABULARY, tiny_gpt, tiny_tokenizer
+from tiny import CHAT_TEMPLATE, LATENT, VOCABULARY, tiny_gpt, tiny_tokenizer
 
 from litgpt.api import LLM, Preprocessor
 from litgpt.chat.conversation import Conversation
@@ -26,16 +26,7 @@ KINDS = {
     "softcap": {"attention_logit_softcapping": 20.0, "final_logit_softcapping": 10.0},
     "sinks": {"attention_sinks": True},
     "experts": {"mlp_class_name": "LLaMAMoE", "n_expert": 4, "n_expert_per_token": 2, "moe_intermediate_size": 16},
-    "latent": {
-        "n_query_groups": 4,
-        "latent_attention": {
-            "q_lora_rank": 24,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 12,
-            "v_head_dim": 12,
-        },
-    },
+    "latent": LATENT,
     "many groups": {"n_query_groups": 1},
 }
 

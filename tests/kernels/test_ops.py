@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from litgpt.attention import DefaultKeysAndValues, EncodedKeysAndValues, position_bias, scaled_dot_product_attention
+from litgpt.attention import scaled_dot_product_attention
 from litgpt.kernels import ops, processor
+from litgpt.keys_and_values import DefaultKeysAndValues, EncodedKeysAndValues
 from litgpt.kvcache.storages.codecs import Int4, Int5, Int8
+from litgpt.masks import position_bias
 from litgpt.runners.quantized_weights import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 
 INSTRUCTION_SET = getattr(processor.instruction_set(), "name", "none")

@@ -8,10 +8,10 @@ import torch
 from tiny import VOCABULARY, greedy_without_caches, tiny_gpt, tiny_tokenizer
 
 from litgpt.api import LLM, Preprocessor
-from litgpt.attention import DefaultKeysAndValues
 from litgpt.engine.prefill import prefill
 from litgpt.engine.session import Session
 from litgpt.generate.base import batched_generate_fn, generate
+from litgpt.keys_and_values import DefaultKeysAndValues
 from litgpt.kvcache import DefaultKVCache, KVCache
 from litgpt.kvcache.layers import LayerCaches
 from litgpt.prompts import Default

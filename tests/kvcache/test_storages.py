@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from litgpt.attention import SLOT_BLOCK, DefaultKeysAndValues, MultiHeadSelfAttention
+from litgpt.attention import SLOT_BLOCK, MultiHeadSelfAttention
 from litgpt.config import Config
+from litgpt.keys_and_values import DefaultKeysAndValues
 from litgpt.kvcache import KVCacheParams
 from litgpt.kvcache.storages import STORAGES
 from litgpt.kvcache.storages.codecs import Float8, Int4, Int8

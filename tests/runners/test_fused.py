@@ -12,10 +12,11 @@ from tiny import create_kv_caches, tiny_gpt
 from torch import nn
 
 from litgpt import lora
-from litgpt.attention import DefaultKeysAndValues, MultiHeadSelfAttention
+from litgpt.attention import MultiHeadSelfAttention
 from litgpt.config import Config
 from litgpt.engine.loading import slow_down_decode, speed_up_decode
 from litgpt.kernels import ops
+from litgpt.keys_and_values import DefaultKeysAndValues
 from litgpt.kvcache import KVCacheParams
 from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.kvcache.storages import STORAGES
@@ -106,6 +107,9 @@ class Counted:
         x = self.runner(*args)
         self.done.append(x is not None)
         return x
+
+    def runs_evictions(self, caches):
+        return self.runner.runs_evictions(caches)
 
 
 def assert_same(found, expected, tolerance=1.0):
@@ -680,3 +684,31 @@ def test_an_interrupt_while_layers_are_pointed_to_new_caches_leaves_none_at_the_
         assert all(torch.equal(cache.get_keys_values().keys(), keys) for cache, keys in zip(old, before, strict=True))
         assert model.kv_caches() == caches
     assert at > 4
+
+
+@needs_fast_products
+@pytest.mark.parametrize("rows", [[90, 60], [121]], ids=str)
+@pytest.mark.parametrize("name", ["h2o", "snapkv"])
+def test_calls_within_which_tokens_are_evicted(name, rows):
+    """Tails of several rows, of which the second call evicts from all, are attended to in the layers' kernel."""
+    model, kept = bf16_gpt(sliding_window_size=None), []
+    idx = [torch.randint(0, 90, (T,), generator=torch.Generator().manual_seed(T)) for T in rows]
+    for fuse in (False, True):
+        if fuse:
+            speed_up_decode(model)
+        done = count(model) if fuse else []
+        model.clear_kv_caches(assigned=True)
+        model.assign_kv_caches(create_kv_caches(name, model.config, 2, 40, torch.bfloat16, tail=8))
+        with torch.inference_mode():
+            model.caches.start(len(rows))
+            outputs = []
+            for start, sizes in ((0, [30] * len(rows)), (30, [T - 30 for T in rows])):
+                tokens = torch.cat([own[start : start + size] for own, size in zip(idx, sizes, strict=True)])
+                outputs.append(model(tokens[None], start, rows=list(range(len(rows))), row_sizes=sizes).float())
+        kept.append((outputs, [cache.token_positions() for cache in model.kv_caches()]))
+    (expected, positions), (found, fused_positions) = kept
+    assert_same(found[0], expected[0])
+    assert_same(found[1][:, :8], expected[1][:, :8])  # later, roundings may decide which of two tokens is evicted
+    assert done == [True] * 2
+    for one, other in zip(positions, fused_positions, strict=True):
+        assert (one == other).float().mean() > 0.6

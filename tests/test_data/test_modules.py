@@ -23,8 +23,8 @@ from litgpt.data import (
     TinyLlama,
     deita,
     download,
-    lima,
 )
+from litgpt.data.instruction_sets import samples_of_turns
 from litgpt.prompts import PromptStyle
 
 hub_answers = download.hub_answers
@@ -141,7 +141,7 @@ def test_deita_and_lima(all_turns, hub, tmp_path):
         {"instruction": "question 2", "input": "", "output": "answer 2"},
     ][: 1 + all_turns]
     assert deita.format_dataset([{"messages": messages}], all_turns) == expected
-    assert lima.format_dataset([{"conversations": CONVERSATION}], all_turns) == expected
+    assert samples_of_turns([CONVERSATION], all_turns) == expected
     hub["HuggingFaceH4/deita-10k-v0-sft"] = {
         "train_sft": [{"messages": messages}] * 3,
         "test_sft": [{"messages": messages}],

@@ -7,7 +7,7 @@ import torch
 from tiny import VOCABULARY, tiny_gpt, tiny_tokenizer
 from torch.utils.data import DataLoader
 
-from litgpt.data.memory import Samples
+from litgpt.data.json_data import Samples
 from litgpt.train.batches import PackedBatchSampler, as_rows, pack
 from litgpt.train.loss import IGNORE_INDEX
 from litgpt.train.model import TrainingModel

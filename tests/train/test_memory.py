@@ -5,8 +5,8 @@ import torch
 from tiny import tiny_gpt
 
 from litgpt.train.kept_gradients import KeptGradients
-from litgpt.train.memory import reserve_optimizer_state
 from litgpt.train.model import TrainingModel
+from litgpt.train.optimizers import reserve_state
 
 
 def trained(kept, kind=torch.optim.AdamW, **options):
@@ -17,7 +17,7 @@ def trained(kept, kind=torch.optim.AdamW, **options):
     optimizer = kind(parameters, lr=1e-2, **options)
     if kept:
         KeptGradients(parameters)
-        reserve_optimizer_state(optimizer)
+        reserve_state(optimizer)
     places = []
     for _ in range(3):
         for _ in range(2):

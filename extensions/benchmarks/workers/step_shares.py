@@ -7,7 +7,15 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = {
-    "products": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise", "_Linear", "_LowRank"),
+    "products": (
+        "aten::mm",
+        "aten::addmm",
+        "aten::bmm",
+        "mkldnn::_linear_pointwise",
+        "_Linear",
+        "_LowRank",
+        "_GatedMLP",
+    ),
     "attention": ("aten::_scaled_dot_product", "aten::_flash_attention", "_RowAttention"),
     "optimizer": ("aten::_fused_adamw",),
 }

@@ -34,3 +34,7 @@ class H2OPolicy(ScorePolicy):
     def scores(self, tokens: CachedTokens) -> torch.Tensor:
         sums = tokens.slot_state[0]
         return sums * tokens.values.norm(dim=-1) if self.value_norm else sums
+
+    @property
+    def pooled(self) -> int | None:
+        return None if self.value_norm else 1

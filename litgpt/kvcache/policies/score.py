@@ -93,7 +93,19 @@ class ScorePolicy(Policy):
         """F, own numbers of every row and head."""
         return 0
 
+    @property
+    def pooled(self) -> int | None:
+        """Whether scores are attention weights, summed over the heads that share keys, for kernels: of all queries, which `slot_state`
+        has (1), or of the last ones, averaged over so many neighbours. None: they are something else."""
+        return None
+
     # -- what follows
+
+    @property
+    def pooled_by_kernels(self) -> int | None:
+        """`pooled`, unless a class that is derived from the one which says it scores otherwise."""
+        own = next(kind for kind in type(self).__mro__ if vars(kind).keys() & {"scores", "observe", "best", "pooled"})
+        return self.pooled if "pooled" in vars(own) and self.run == 1 else None
 
     @property
     def observes(self) -> bool:

@@ -40,3 +40,7 @@ class SnapKVPolicy(ScorePolicy):
         weights = tokens.summed_weights(last=self.n_queries)
         before, own = weights.split((weights.shape[-1] - self.recent, self.recent), dim=-1)
         return torch.cat((F.avg_pool1d(before, self.pool, stride=1, padding=self.pool // 2), own), dim=-1)
+
+    @property
+    def pooled(self) -> int | None:
+        return self.pool

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import nn
 
-from litgpt.attention import DefaultKeysAndValues, KeysAndValues
 from litgpt.kernels import ops
 from litgpt.kernels.structs import Vectors
+from litgpt.keys_and_values import DefaultKeysAndValues, KeysAndValues
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.pages import zeros
 
@@ -29,6 +29,8 @@ class Storage(nn.Module, ABC):
     )
     has_kernel_codes: ClassVar[bool] = False  # whether `kernel_codes` may say how it encodes
     on_host: ClassVar[bool] = False  # whether buffers are in the host's memory, wherever the model is
+    # where a storage encodes: keys and values as decoded, with the graph that they come from, for gradients to go through
+    _through: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @abstractmethod
     def set(self, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, rows: torch.Tensor | None) -> None:
@@ -94,11 +96,14 @@ class Storage(nn.Module, ABC):
         check_state(state, targets)
         for name, target in targets.items():
             target.copy_(state[name])
+        self._through = None
 
     def empty_copy(self) -> "Storage":
         """A storage of the same kind and size that holds nothing."""
+        bare = copy.copy(self)
+        bare._through = None
         with torch.inference_mode(False):  # the buffers outlive the call that makes them
-            return copy.deepcopy(self, {id(x): zeros(x.shape, x.dtype, x.device) for x in self.buffers()})
+            return copy.deepcopy(bare, {id(x): zeros(x.shape, x.dtype, x.device) for x in self.buffers()})
 
     def detach_writes(self) -> None:
         """Give the buffers memory of their own, apart from what autograd has saved of them: written to before it was needed
@@ -135,6 +140,11 @@ class Storage(nn.Module, ABC):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """Of the keys and values that `set` takes and `get` gives."""
+
+
+def bits_by_side(bits: Mapping[str, int]) -> dict[str, int]:
+    """Of bits by names of buffers: those of keys, and those of values."""
+    return {f"{side}s": sum(n for name, n in bits.items() if side in name) for side in ("key", "value")}
 
 
 def check_state(state: Mapping[str, Any], targets: Mapping[str, torch.Tensor]) -> None:

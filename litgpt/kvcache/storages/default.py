@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from litgpt.attention import DefaultKeysAndValues, KeysAndValues
+from litgpt.keys_and_values import DefaultKeysAndValues, KeysAndValues
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.storages.base import Index, Storage, move_rows, register_storage, take, write_slots
 from litgpt.pages import zeros

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from litgpt.attention import DefaultKeysAndValues, EncodedKeysAndValues, KeysAndValues
 from litgpt.kernels.structs import Vectors
+from litgpt.keys_and_values import DefaultKeysAndValues, EncodedKeysAndValues, KeysAndValues
 from litgpt.kvcache.params import KVCacheParams
-from litgpt.kvcache.storages.base import Index, Storage, move_rows, register_storage, write_slots
+from litgpt.kvcache.storages.base import Index, Storage, bits_by_side, move_rows, register_storage, write_slots
 from litgpt.pages import zeros
 
 LEVELS = 3  # the largest number of 2 bits
@@ -44,7 +44,6 @@ class KiviStorage(Storage):
         self.group, self.window = group, window
         self.head_size, self.cache_length = params.head_size, params.cache_length
         self.block = _block(window)
-        self._through: tuple[torch.Tensor, torch.Tensor] | None = None
         _check(params, group, window)
         with torch.inference_mode(False):  # the buffers outlive the call that makes them
             for name, (shape, dtype) in _buffers(params, group, window).items():
@@ -178,17 +177,6 @@ class KiviStorage(Storage):
             self._through = tuple(x.clone() for x in self._through)
             move_rows(self._through, rows)
 
-    def empty_copy(self) -> "KiviStorage":
-        through, self._through = self._through, None
-        try:
-            return super().empty_copy()
-        finally:
-            self._through = through
-
-    def load_state(self, state: Mapping[str, torch.Tensor], batch: int, used: int) -> None:
-        super().load_state(state, batch, used)
-        self._through = None
-
     def detach_writes(self) -> None:
         """Nothing: what is read is copied, so autograd has saved none of the buffers."""
 
@@ -205,13 +193,13 @@ class KiviStorage(Storage):
     # -- size and place
 
     def size_in_bits(self) -> dict[str, int]:
-        return _by_side({name: 8 * x.numel() * x.element_size() for name, x in self.named_buffers()})
+        return bits_by_side({name: 8 * x.numel() * x.element_size() for name, x in self.named_buffers()})
 
     @classmethod
     def size_in_bits_apriori(cls, params: KVCacheParams, group: int = 32, window: int = 128) -> dict[str, int]:
         _check(params, group, window)
         sizes = _buffers(params, group, window).items()
-        return _by_side({name: 8 * torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in sizes})
+        return bits_by_side({name: 8 * torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in sizes})
 
     @property
     def device(self) -> torch.device:
@@ -373,7 +361,3 @@ def _unpack(packed: torch.Tensor, rows: int, size: int) -> torch.Tensor:
     words = packed.unflatten(-1, (-1, rows, 4)).transpose(-3, -2)
     codes = torch.stack([words >> shift & 3 for shift in (0, 2, 4, 6)], dim=-2)
     return codes.flatten(-3)[..., :size].float()
-
-
-def _by_side(bits: dict[str, int]) -> dict[str, int]:
-    return {f"{side}s": sum(n for name, n in bits.items() if side in name) for side in ("key", "value")}

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from litgpt.attention import DefaultKeysAndValues, KeysAndValues
+from litgpt.keys_and_values import DefaultKeysAndValues, KeysAndValues
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.storages.base import Index, register_storage, take
 from litgpt.kvcache.storages.default import DefaultStorage

@@ -2,14 +2,13 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
-from litgpt.attention import DefaultKeysAndValues, EncodedKeysAndValues, KeysAndValues
 from litgpt.kernels.structs import Vectors
+from litgpt.keys_and_values import DefaultKeysAndValues, EncodedKeysAndValues, KeysAndValues
 from litgpt.kvcache.params import KVCacheParams
-from litgpt.kvcache.storages.base import Index, Storage, move_rows, take, write_slots
+from litgpt.kvcache.storages.base import Index, Storage, bits_by_side, move_rows, take, write_slots
 from litgpt.kvcache.storages.codecs import Codec
 from litgpt.pages import zeros
 
@@ -30,7 +29,6 @@ class QuantizedStorage(Storage):
         self.codecs = self.codecs_for(params)
         self.value_size = params.value_size
         self._dtype = torch.get_default_dtype() if params.dtype is None else params.dtype
-        self._through: tuple[torch.Tensor, torch.Tensor] | None = None
         shape = params.batch_size, params.n_query_groups, params.cache_length
         with torch.inference_mode(False):  # the buffers outlive the call that makes them
             for name, (count, dtype) in _parts(self.codecs).items():
@@ -111,17 +109,6 @@ class QuantizedStorage(Storage):
     def state(self, batch: int, used: int) -> dict[str, torch.Tensor]:
         return {name: x[:batch, :, :used] for name, x in self.named_buffers()}
 
-    def load_state(self, state: Any, batch: int, used: int) -> None:
-        super().load_state(state, batch, used)
-        self._through = None
-
-    def empty_copy(self) -> "QuantizedStorage":
-        through, self._through = self._through, None
-        try:
-            return super().empty_copy()
-        finally:
-            self._through = through
-
     def compact(self, index: torch.Tensor, rows: torch.Tensor | None = None) -> None:
         self._detach_through()
         super().compact(index, rows)
@@ -139,13 +126,13 @@ class QuantizedStorage(Storage):
     # -- size and place
 
     def size_in_bits(self) -> dict[str, int]:
-        return _by_side({name: 8 * x.numel() * x.element_size() for name, x in self.named_buffers()})
+        return bits_by_side({name: 8 * x.numel() * x.element_size() for name, x in self.named_buffers()})
 
     @classmethod
     def size_in_bits_apriori(cls, params: KVCacheParams) -> dict[str, int]:
         tokens = params.batch_size * params.n_query_groups * params.cache_length
         parts = _parts(cls.codecs_for(params))
-        return _by_side({name: 8 * tokens * count * dtype.itemsize for name, (count, dtype) in parts.items()})
+        return bits_by_side({name: 8 * tokens * count * dtype.itemsize for name, (count, dtype) in parts.items()})
 
     @property
     def device(self) -> torch.device:
@@ -163,7 +150,3 @@ def _parts(codecs: Sequence[Codec]) -> dict[str, tuple[int, torch.dtype]]:
         for side, codec in zip(("key", "value"), codecs, strict=False)
         for name, part in codec.parts.items()
     }
-
-
-def _by_side(bits: dict[str, int]) -> dict[str, int]:
-    return {f"{side}s": sum(n for name, n in bits.items() if name.startswith(side)) for side in ("key", "value")}

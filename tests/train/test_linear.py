@@ -9,8 +9,8 @@ from tiny import tiny_gpt
 
 from litgpt.lora import LoRALinear, LoRAQKVLinear
 from litgpt.train import model as module
+from litgpt.train.linear import linear, low_rank
 from litgpt.train.model import TrainingModel, restore_forward
-from litgpt.train.products import linear, low_rank
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 

@@ -1,0 +1,127 @@
+"""Many tokens at once in caches that score them by attention weights: one kernel does what single calls do, bit for bit."""
+
+import pytest
+import torch
+from tiny import VOCABULARY, tiny_gpt
+
+from litgpt.kernels import ops
+from litgpt.kvcache import CacheSpec
+from litgpt.kvcache.policies.h2o import H2OPolicy
+
+HEADS = {"n_head": 6, "n_query_groups": 2, "head_size": 16, "n_embd": 96}
+needs_kernel = pytest.mark.skipif(not ops.available(), reason="no kernels on this machine")
+
+
+def caches(name, rows=1, cap=None, count=2, **args):
+    gpt = tiny_gpt(**VOCABULARY, **HEADS, n_layer=1, block_size=1024, attention_logit_softcapping=cap).bfloat16()
+    spec = CacheSpec.parse(CacheSpec.parse(name), **args)
+    length = spec.length_for(gpt.config)
+    make = lambda: spec.create_layer(gpt.config, rows, 0, length, torch.device("cpu"), torch.bfloat16, mha=gpt.mha)  # noqa: E731
+    return [make() for _ in range(count)]
+
+
+def heads(rows, T):
+    sizes = (HEADS["n_head"], HEADS["n_query_groups"], HEADS["n_query_groups"])
+    return [(2 * torch.randn(rows, T, n, HEADS["head_size"])).bfloat16().transpose(1, 2) for n in sizes]
+
+
+@torch.no_grad()
+def call(cache, own, sinks=None):
+    plan = cache.plan(cache.next_token_pos, *own[0].shape[::2])
+    output = cache.run(plan, *own, None, sinks)
+    cache.commit(plan)
+    return output
+
+
+def without_kernel(monkeypatch, cache, own, sinks=None):
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "can_run_tails", lambda *_: False)
+        return call(cache, own, sinks)
+
+
+def assert_equal_states(first, second):
+    first, second = first.state(), second.state()
+    assert first.keys() == second.keys()
+    for name, x in first.items():
+        assert torch.equal(x, second[name]) if torch.is_tensor(x) else x == second[name], name
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("h2o", {"cache_length": 64}),
+        ("h2o", {"cache_length": 150, "tail": 40, "n_sink": 0, "recent": 1}),
+        ("h2o", {"cache_length": 20, "tail": 1}),
+        ("snapkv", {"cache_length": 64}),
+        ("snapkv", {"cache_length": 150, "tail": 40, "window": 7, "pool": 3}),
+        ("snapkv", {"cache_length": 40, "tail": 1, "pool": 1, "recent": 3}),
+    ],
+)
+@pytest.mark.parametrize(("rows", "cap", "with_sinks"), [(1, None, False), (3, 20.0, True)])
+def test_outputs_scores_and_evictions_are_those_of_single_steps(monkeypatch, name, args, rows, cap, with_sinks):
+    torch.manual_seed(0)
+    ours, single = caches(name, rows, cap, **args)
+    sinks, used, run = torch.randn(HEADS["n_head"]).bfloat16() if with_sinks else None, [], ops.run_tails
+    monkeypatch.setattr(ops, "run_tails", lambda *args: used.append(1) or run(*args))
+    for T in (11, 90, 1, 1, 47, 3, 130):
+        own = heads(rows, T)
+        assert torch.equal(call(ours, own, sinks), without_kernel(monkeypatch, single, own, sinks))
+        assert_equal_states(ours, single)
+    longest = ours.policy.tail
+    assert bool(used) == (longest <= ops.MAX_QUERIES or ops.multiplies_fast())
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", ["h2o", "snapkv"])
+def test_rows_of_their_own_lengths(monkeypatch, name):
+    torch.manual_seed(0)
+    pair = caches(name, 3, cache_length=32, tail=4)
+    for cache in pair:
+        cache.start(3)
+    for sizes in ([40, 7, 21], [25, 30, 25], [9, 50, 8]):
+        own, outputs = heads(1, sum(sizes)), []
+        for cache, usable in zip(pair, (ops.can_run_tails, lambda *_: False), strict=True):
+            with monkeypatch.context() as patch, torch.no_grad():
+                patch.setattr(ops, "can_run_tails", usable)
+                plan = cache.plan(cache.next_token_pos, 3, sizes, [0, 1, 2])
+                outputs.append(cache.run(plan, *own))
+                cache.commit(plan)
+        assert torch.equal(*outputs)
+        assert_equal_states(*pair)
+
+
+@needs_kernel
+@pytest.mark.parametrize("name", ["h2o", "snapkv"])
+def test_what_is_noted_is_what_single_tokens_find(monkeypatch, name):
+    torch.manual_seed(0)
+    ours, single = caches(name, cache_length=32, tail=4)
+    own = heads(1, 41)
+    for cache in (ours, single):
+        call(cache, own)
+    own = heads(1, 30)
+    with torch.no_grad():
+        output, steps = ours.run_noted(*own, None)
+    begin = 0
+    for size, fields, positions in steps:
+        part = [x[:, :, begin : begin + size] for x in own]
+        with torch.no_grad():
+            single.prepare(single.plan(single.next_token_pos, 1, size))
+        assert fields == single.row_fields
+        assert torch.equal(positions, single.token_positions())
+        assert torch.equal(output[:, begin : begin + size], without_kernel(monkeypatch, single, part))
+        begin += size
+    assert begin == 30
+    assert len(steps) > 5
+
+
+def test_policies_that_change_scores_of_others_are_not_taken_for_them():
+    class Own(H2OPolicy):
+        def scores(self, tokens):
+            return -super().scores(tokens)
+
+    assert H2OPolicy(32).pooled_by_kernels == 1
+    assert Own(32).pooled_by_kernels is None
+    assert H2OPolicy(32, run=2).pooled_by_kernels is None
+    assert H2OPolicy(32, value_norm=True).pooled_by_kernels is None
+    assert CacheSpec("qh2o").policy_class(32).pooled_by_kernels is None
