@@ -18,7 +18,7 @@ from litgpt.attention import MultiHeadSelfAttention
 from litgpt.config import Config
 from litgpt.generate.base import generate
 from litgpt.keys_and_values import DefaultKeysAndValues
-from litgpt.kvcache import DenseKVCache, KVCache, LastRecentlyInsertedKVCache, plan, positional, spec
+from litgpt.kvcache import DenseKVCache, KVCache, LastRecentlyInsertedKVCache, positional, positional_plan, spec
 from litgpt.model import GPT, RMSNorm
 
 ARCHITECTURES = {
@@ -487,7 +487,7 @@ def test_other_caches_do_not(kind):
 def test_what_is_the_same_for_all_layers_is_planned_once(monkeypatch):
     model = tiny_gpt(n_layer=6, sliding_window_size=8, sliding_window_indices=[1, 1, 0, 1, 1, 0])
     calls = []
-    for module, name in ((positional, "plan_call"), (plan, "position_bias"), (masks, "causal_tiles")):
+    for module, name in ((positional, "plan_call"), (positional_plan, "position_bias"), (masks, "causal_tiles")):
         original = getattr(module, name)
 
         def counted(*args, name=name, original=original, **kwargs):

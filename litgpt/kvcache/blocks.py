@@ -1,7 +1,7 @@
 """Dense caches whose storage encodes tokens many at a time: when it does, the host knows."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,18 +9,10 @@ import torch
 from litgpt.device_tensor import device_tensor
 from litgpt.keys_and_values import DefaultKeysAndValues, KeysAndValues
 from litgpt.kvcache.baselines import DenseKVCache
-from litgpt.kvcache.plan import Part, Plan, Sealed, Step, plan_by_length
+from litgpt.kvcache.plan import Part, Plan, Sealed, Sealing, Step
+from litgpt.kvcache.positional_plan import plan_by_length
 from litgpt.kvcache.storages.kivi import KiviStorage
 from litgpt.masks import Consecutive, position_bias
-
-
-@dataclass(frozen=True)
-class Sealing:
-    """The tokens of a window, from `start` on, of `rows` (None: the first `batch_size`), that a call has to encode first."""
-
-    start: int
-    rows: torch.Tensor | None
-    batch_size: int
 
 
 class BlockKVCache(DenseKVCache):
@@ -79,7 +71,7 @@ class BlockKVCache(DenseKVCache):
             done += size
         return steps
 
-    def _sealing(self, part: Part, batch_size: int) -> "Sealing | None":
+    def _sealing(self, part: Part, batch_size: int) -> Sealing | None:
         """What has to be encoded before a part of a plan, all of it stored by earlier calls."""
         start = part.steps[0].read.stop - part.steps[0].consecutive.T
         n = self.storage.sealed(start)

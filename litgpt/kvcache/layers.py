@@ -8,7 +8,8 @@ import torch
 
 from litgpt.config import Config
 from litgpt.kvcache.base import KVCache
-from litgpt.kvcache.plan import Plan, Unplanned, read_bucket
+from litgpt.kvcache.plan import Plan, Unplanned
+from litgpt.kvcache.positional_plan import read_bucket
 from litgpt.kvcache.spec import CacheSpec, HasCaches
 
 

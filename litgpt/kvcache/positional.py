@@ -7,9 +7,10 @@ import torch
 
 from litgpt.config import Config
 from litgpt.keys_and_values import KeysAndValues
-from litgpt.kvcache.plan import Plan, plan_call
+from litgpt.kvcache.plan import Plan
 from litgpt.kvcache.planned import PlannedKVCache, RowState
 from litgpt.kvcache.policies import PositionalPolicy
+from litgpt.kvcache.positional_plan import plan_call
 
 
 class PositionalKVCache(PlannedKVCache):

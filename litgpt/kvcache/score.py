@@ -9,11 +9,11 @@ from litgpt.config import Config
 from litgpt.kernels import ops
 from litgpt.keys_and_values import KeysAndValues
 from litgpt.kvcache.params import KVCacheParams
-from litgpt.kvcache.plan import Part, Plan, Step
+from litgpt.kvcache.plan import Boundary, Part, Plan, Step
 from litgpt.kvcache.planned import PlannedKVCache, RowState
 from litgpt.kvcache.policies.base import Policy
 from litgpt.kvcache.policies.score import ScorePolicy
-from litgpt.kvcache.score_plan import Boundary, plan_score_call
+from litgpt.kvcache.score_plan import plan_score_call
 from litgpt.kvcache.storages import Storage
 from litgpt.kvcache.storages.base import check_state, move_rows, write_slots
 from litgpt.kvcache.storages.default import DefaultStorage

@@ -8,42 +8,14 @@ boundaries, the slots in use are in the order of their positions, so that querie
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from litgpt.device_tensor import device_tensor
-from litgpt.kvcache.plan import Part, Plan, Step
+from litgpt.kvcache.plan import Boundary, Part, Plan, Step
 from litgpt.kvcache.policies.score import ScorePolicy
 from litgpt.kvcache.tails import Piece, RowNumbers, Tails, cut
 from litgpt.masks import Consecutive, position_bias
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """Rows whose tail ends here.
-
-    Attributes:
-        batch_size: B, number of rows.
-        rows: rows of the cache (B,), or None: the first ones.
-        filled: slots in use, the same in all rows.
-        observed: how many of them the policy saw before.
-        held: how many of them have positions that the cache has noted, (B, 1, 1).
-        shift: what the positions of the others are ahead of their slots, (B, 1, 1).
-        query_positions: of the queries that the policy sees (B, n), ascending.
-        query_slots: where these are, (B, n).
-        keep: number of slots that stay (None: all).
-    """
-
-    batch_size: int
-    rows: torch.Tensor | None
-    filled: int
-    observed: int
-    held: torch.Tensor
-    shift: torch.Tensor
-    query_positions: torch.Tensor
-    query_slots: torch.Tensor
-    keep: int | None
 
 
 def plan_score_call(
@@ -55,7 +27,7 @@ def plan_score_call(
     device: torch.device,
     static: bool = False,
 ) -> Plan:
-    """Plan a call, as `litgpt.kvcache.plan.plan_call` does for policies of positions. `state` has every row in use."""
+    """Plan a call, as `litgpt.kvcache.positional_plan.plan_call` does for policies of positions. `state` has every row in use."""
     planner = _Planner(policy, rows, dtype, device)
     chosen = list(range(len(state))) if rows is None else list(rows)
     packed = not isinstance(T, int)

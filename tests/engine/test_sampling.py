@@ -204,10 +204,10 @@ def test_rows_with_settings_of_their_own_are_drawn_by_them():
     logits = torch.tensor([1.0, 3.0, -1.0, 2.0, 0.5, 2.5, -2.0])
     settings = [Sampling(2.0), Sampling(0.5, 3), Sampling(top_p=0.5, seed=1), Sampling(0.0), Sampling(2.0, seed=2)]
     rows = [row_of(sampling) for sampling in settings]
-    drawn = torch.stack([draw(logits.expand(5, -1), rows) for _ in range(4000)], dim=1)
+    drawn = torch.stack([draw(logits.expand(5, -1), rows) for _ in range(1000)], dim=1)
     for sampling, row in zip(settings, drawn, strict=True):
-        share = torch.bincount(row, minlength=7) / 4000
-        torch.testing.assert_close(share, probabilities(logits[None], sampling)[0], atol=0.04, rtol=0)
+        share = torch.bincount(row, minlength=7) / 1000
+        torch.testing.assert_close(share, probabilities(logits[None], sampling)[0], atol=0.06, rtol=0)
 
 
 @pytest.mark.parametrize(

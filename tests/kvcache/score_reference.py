@@ -266,25 +266,36 @@ def expected(row, g, reference, future=512):
 
 
 def compactor(row, g, reference):
+    G = row.keys.shape[0]
+    found = [compactor_parts(row, head, reference) for head in range(G)]
+    weight = 1 - (reference.cache_length - reference.tail) / row.length
+    score = 0
+    for factor, parts in ((1, [part[0] for part in found]), (weight, [part[1] for part in found])):
+        of_all = torch.cat(parts)
+        score = score + factor * (parts[g] - of_all.mean()) / (of_all.std(correction=0) + 1e-3)
+    return torch.nn.functional.pad(score, (reference.sinks, reference.recent))
+
+
+def compactor_parts(row, g, reference):
+    """Attention and leverage of the tokens of group g that may go."""
     heads = slice(g * row.group_size, (g + 1) * row.group_size)
     seen = {}
     for start, stop in row.looks:
-        for first in range(start, stop, 256):
+        for first in range(max(start, reference.sinks), stop, 256):
             chunk = range(first, min(first + 256, stop))
             queries, keys = row.queries[heads, chunk].double(), row.keys[g, chunk].double()
             scores = queries @ keys.T * reference.scale
             if reference.softcap is not None:
                 scores = reference.softcap * (scores / reference.softcap).tanh()
             seen |= dict(zip(chunk, scores.softmax(-1).sum((0, 1)).tolist(), strict=True))
-    kept = torch.tensor(row.kept[g])
-    attention = torch.tensor([seen[p] for p in row.kept[g]]).double() * row.values[g, kept].double().norm(dim=-1)
+    kept = torch.tensor(row.kept[g])[reference.sinks : len(row.kept[g]) - reference.recent]
+    attention = torch.tensor([seen[p] for p in kept.tolist()]).double() * row.values[g, kept].double().norm(dim=-1)
     keys = turned(row.keys[g, kept].double(), -kept)
     directions = torch.randn(keys.shape[-1], 48, generator=torch.Generator().manual_seed(0)).double()
     keys = (keys - keys.mean(0)) @ directions
     products = keys.T @ keys
-    inverse = (products + 1e-4 * products.diagonal().mean() * torch.eye(len(products), dtype=torch.float64)).inverse()
-    leverage = (keys @ inverse * keys).sum(-1)
-    return (attention - attention.mean()) / attention.std() + 0.5 * (leverage - leverage.mean()) / leverage.std()
+    inverse = (products + 1e-4 * products.diagonal().diag()).inverse()
+    return attention, (keys @ inverse * keys).sum(-1)
 
 
 SCORES = {
