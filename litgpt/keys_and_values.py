@@ -1,11 +1,13 @@
 """Keys and values that queries attend to: as plain tensors, or as numbers of fewer bits. Letters as in `litgpt.attention`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
 from litgpt.kernels.structs import Vectors
+
+DECODED_SLOTS = 256  # of keys or values that are decoded at once, on a CPU
 
 
 class KeysAndValues(Protocol):
@@ -75,15 +77,27 @@ class EncodedKeysAndValues:
         self.codecs, self.parts, self.dtype, self.value_size = codecs, parts, dtype, value_size
 
     def keys(self) -> torch.Tensor:
-        return self.codecs[0].rotate(self._decode(0)).to(self.dtype)
+        return self._in_blocks(lambda block: self.codecs[0].rotate(block._decode(0)))
 
     def values(self) -> torch.Tensor:
         if len(self.codecs) == 1:
             return self.keys()[..., : self.value_size]
-        return self.codecs[1].rotate(self._decode(1)).to(self.dtype)
+        return self._in_blocks(lambda block: self.codecs[1].rotate(block._decode(1)))
 
     def both_in_parallel(self) -> bool:
         return True
+
+    def _in_blocks(self, decode: Callable[["EncodedKeysAndValues"], torch.Tensor]) -> torch.Tensor:
+        """What `decode` makes, on a CPU of few slots at a time: the numbers on the way then take little memory."""
+        N, size = self.length, DECODED_SLOTS
+        if N <= size or self.parts[0].device.type != "cpu" or torch.compiler.is_compiling():
+            return decode(self).to(self.dtype)
+        first = decode(self.narrow(0, size))
+        found = first.new_empty((*first.shape[:2], N, first.shape[3]), dtype=self.dtype)
+        found[:, :, :size] = first
+        for start in range(size, N, size):
+            found[:, :, start : start + size] = decode(self.narrow(start, start + size))
+        return found
 
     def _decode(self, side: int) -> torch.Tensor:
         first = len(self.codecs[0].parts)
@@ -111,10 +125,10 @@ class EncodedKeysAndValues:
 
     def rotated(self) -> DefaultKeysAndValues:
         """Keys and values as they are encoded: rotated where the codecs rotate."""
-        keys = self._decode(0).to(self.dtype)
-        return DefaultKeysAndValues(
-            keys, keys[..., : self.value_size] if len(self.codecs) == 1 else self._decode(1).to(self.dtype)
-        )
+        keys = self._in_blocks(lambda block: block._decode(0))
+        if len(self.codecs) == 1:
+            return DefaultKeysAndValues(keys, keys[..., : self.value_size])
+        return DefaultKeysAndValues(keys, self._in_blocks(lambda block: block._decode(1)))
 
     def for_kernels(self) -> tuple[Vectors, ...]:
         """What `litgpt.kernels` read, by addresses: good as long as this lives. Their kind is 0 where they do not."""

@@ -18,7 +18,7 @@ struct CausalAttention {
     float scale, cap;
     const bf16 *q, *k, *v, *sinks;
     int64_t q_strides[2], k_strides[2], v_strides[2];  // of heads, tokens
-    bf16* y;                                           // (T, H, D)
+    bf16* y;                                           // (T, H, D), also in place of the queries
     Vectors encoded[2] = {};                           // keys and values in fewer bits, in place of k and v, of one row
     int64_t pinned = 0;                                // first keys, which all queries see that follow them
     const bf16* new_keys[2] = {};  // of caches in 2 bits: keys and values of the tokens, by the strides of queries; others in k and v

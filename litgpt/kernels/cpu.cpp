@@ -90,10 +90,11 @@ void attend_causally(const bf16* q, const bf16* k, const bf16* v, const bf16* si
 
 // Weights that queries give to keys, summed over them and the heads that share keys (or the largest of them): out (B, G, N).
 // See `SeenWeights`; strides of rows, heads and tokens, first of q.
-void see_weights(const bf16* q, const bf16* k, const bf16* sinks, const int64_t* ends, float* by_head, float* out,
-                 int64_t B, int64_t H, int64_t G, int64_t n, int64_t N, int64_t D, const int64_t* strides, float scale,
-                 float cap, int largest) {
-    SeenWeights{B, H, G, n, N, D, scale, cap, q, k, sinks, strides, strides + 3, ends, largest != 0}.of_groups(by_head, out);
+void see_weights(const bf16* q, const bf16* k, const Vectors* encoded, const bf16* sinks, const int64_t* ends,
+                 float* by_head, float* out, int64_t B, int64_t H, int64_t G, int64_t n, int64_t N, int64_t D,
+                 const int64_t* strides, float scale, float cap, int largest) {
+    SeenWeights{B, H, G, n, N, D, scale, cap, q, k, sinks, encoded, strides, strides + 3, ends, largest != 0}.of_groups(
+        by_head, out);
 }
 
 void move_slots(char* buffer, const int64_t* rows, const int64_t* index, int64_t B, int64_t G, int64_t C, int64_t n,

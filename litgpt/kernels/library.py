@@ -22,7 +22,7 @@ _SIGNATURES = {  # by the names of libraries in build.py
         "multiplies_fast": [],
         "rms_norm": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT] * 2,
         "attend_causally": [_POINTER] * 5 + [_COUNT] * 7 + [_POINTER] + [_FLOAT] * 2,
-        "see_weights": [_POINTER] * 6 + [_COUNT] * 6 + [_POINTER] + [_FLOAT] * 2 + [ctypes.c_int],
+        "see_weights": [_POINTER] * 7 + [_COUNT] * 6 + [_POINTER] + [_FLOAT] * 2 + [ctypes.c_int],
         "move_slots": [_POINTER] * 3 + [_COUNT] * 5,
         "run_tails": [_POINTER] * 17 + [_FLOAT] * 2,
         "attend": [_POINTER] * 5 + [_COUNT] + [_POINTER] * 3 + [_COUNT] * 6 + [_POINTER] + [_FLOAT] * 2,

@@ -5,13 +5,15 @@
 
 #include "causal_attention.h"
 
-// Attention weights of n queries (B, H, n, D) on N keys (B, G, N, D). Query i of row b sees the first ends[b, g, i] keys.
+// Attention weights of n queries (B, H, n, D) on N keys (B, G, N, D), which may be encoded. Query i of row b sees the first
+// ends[b, g, i] keys.
 struct SeenWeights {
     static constexpr int64_t KEYS = BLOCK_TILE;
 
     int64_t B, H, G, n, N, D;
     float scale, cap;
     const bf16 *q, *k, *sinks;
+    const Vectors* encoded;                // in place of k; null: none
     const int64_t *q_strides, *k_strides;  // of rows, heads, tokens
     const int64_t* ends;
     bool largest;  // of all queries, in place of their sum
@@ -24,16 +26,22 @@ struct SeenWeights {
         uint32_t* keys = (uint32_t*)(scores + ROWS * padded);
         Input* queries = (Input*)(keys + padded * size / 2);
         CausalAttention source{};
-        source.D = D, source.k = k + b * k_strides[0];
-        source.k_strides[0] = k_strides[1], source.k_strides[1] = k_strides[2];
+        source.D = D;
+        if (encoded)
+            source.encoded[0] = encoded->at(b, 0, 0);
+        else
+            source.k = k + b * k_strides[0], source.k_strides[0] = k_strides[1], source.k_strides[1] = k_strides[2];
         source.lay_out_keys(keys, g, 0, N, size);
         std::fill_n(own, N, 0.0f);
         for (int64_t i = 0; i < n; i += ROWS) {
             const int count = int(std::min<int64_t>(ROWS, n - i));
             const int64_t* seen = ends + (b * G + g) * n + i;
-            for (int m = 0; m < count; m++)
-                prepare_inputs(q + b * q_strides[0] + h * q_strides[1] + (i + m) * q_strides[2], D,
-                               (char*)(queries + m * size), size * sizeof(Input));
+            for (int m = 0; m < count; m++) {
+                bf16 query[MAX_D];
+                std::memcpy(query, q + b * q_strides[0] + h * q_strides[1] + (i + m) * q_strides[2], D * sizeof(bf16));
+                if (encoded && encoded->rotated) rotate_vector(query, D);
+                prepare_inputs(query, D, (char*)(queries + m * size), size * sizeof(Input));
+            }
             const int64_t end = *std::max_element(seen, seen + count), columns = (end + KEYS - 1) / KEYS * KEYS;
             for (int64_t j = 0; j < end; j += KEYS) {
                 float part[ROWS * KEYS];

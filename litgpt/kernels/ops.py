@@ -297,14 +297,15 @@ def attend_causally(
     return y
 
 
-def can_see_weights(query: torch.Tensor, keys: torch.Tensor, sinks: torch.Tensor | None = None) -> bool:
+def can_see_weights(query: torch.Tensor, keys: torch.Tensor | Vectors, sinks: torch.Tensor | None = None) -> bool:
     """Whether `see_weights` is there for these."""
     return (
-        query.dtype == keys.dtype == torch.bfloat16
+        (keys.by_vector if isinstance(keys, Vectors) else keys.dtype == query.dtype and keys.stride(-1) == 1)
+        and query.dtype == torch.bfloat16
         and (sinks is None or sinks.dtype == torch.bfloat16)
         and query.device.type == "cpu"
         and query.shape[-1] <= MAX_HEAD_SIZE
-        and query.stride(-1) == keys.stride(-1) == 1
+        and query.stride(-1) == 1
         and not torch.compiler.is_compiling()
         and available()
     )
@@ -312,28 +313,30 @@ def can_see_weights(query: torch.Tensor, keys: torch.Tensor, sinks: torch.Tensor
 
 def see_weights(
     query: torch.Tensor,
-    keys: torch.Tensor,
+    keys: torch.Tensor | Vectors,
+    length: int,
     ends: torch.Tensor,
     sinks: torch.Tensor | None,
     scale: float,
     cap: float,
     largest: bool,
 ) -> torch.Tensor:
-    """The attention weights of queries (B, H, n, D) on keys (B, G, N, D), summed over the queries and the heads that share keys,
-    or the `largest` of them: (B, G, N), computed in float32.
+    """The attention weights of queries (B, H, n, D) on `length` keys (B, G, N, D), or encoded ones, summed over the queries and the
+    heads that share keys, or the `largest` of them: (B, G, N), computed in float32.
 
     Args:
         ends: how many keys each query sees, the first ones (B, G, n), int64.
         sinks, scale, cap: as for `attend`.
     """
     B, H, n, D = query.shape
-    G, N = keys.shape[1:3]
-    ends = ends.contiguous()
-    by_head, found = (torch.empty(B, heads, N, dtype=torch.float32) for heads in (H, G))
-    strides = _strides.pack(*query.stride()[:3], *keys.stride()[:3], *(0,) * 5)
+    G, ends = ends.shape[1], ends.contiguous()
+    by_head, found = (torch.empty(B, heads, length, dtype=torch.float32) for heads in (H, G))
+    coded = isinstance(keys, Vectors)
+    strides = _strides.pack(*query.stride()[:3], *((0,) * 3 if coded else keys.stride()[:3]), *(0,) * 5)
     library().see_weights(
-        *(query.data_ptr(), keys.data_ptr(), _address(sinks), ends.data_ptr(), by_head.data_ptr(), found.data_ptr()),
-        *(B, H, G, n, N, D, strides, scale, cap, largest),
+        *(query.data_ptr(), *((None, ctypes.byref(keys)) if coded else (keys.data_ptr(), None)), _address(sinks)),
+        *(ends.data_ptr(), by_head.data_ptr(), found.data_ptr()),
+        *(B, H, G, n, length, D, strides, scale, cap, largest),
     )
     return found
 

@@ -16,20 +16,20 @@ struct Prefill {
     bf16* x;  // (M, E)
     int64_t T, M, heads;
     bf16 *qkv, *attended;        // M rows
-    bf16* coded;                 // M rows as `qkv`, of layers with encoded caches: rotated, and keys and values are rounded
+    bf16* rounded;               // M rows of keys and values as decoded, of layers with encoded caches
     bf16 *normed, *out, *inner;  // BLOCK rows
     char* prepared;              // BLOCK rows, prepared for a weight
     char* ring_memory;           // of a layer's rings
 
-    // `scratch` has M (2 H + 2 G) D numbers: queries, keys, values and the output of attention. Where caches are encoded, M (H + 2
-    // G) D more.
+    // `scratch` has M (2 H + 2 G) D numbers: queries, keys, values and the output of attention. Where caches are encoded, M 2 G D
+    // more.
     Prefill(const Shape& shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes,
             bf16* x, bf16* scratch, int64_t B, int64_t T)
         : shape(shape), ropes(ropes), x(x), T(T), M(B * T), heads(shape.H + 2 * shape.G), qkv(scratch) {
         static thread_local Scratch<bf16> block_scratch;
         static thread_local Scratch<char> prepared_scratch;
         attended = qkv + M * heads * shape.D;
-        coded = attended + M * shape.H * shape.D;
+        rounded = attended + M * shape.H * shape.D;
         normed = block_scratch.get(BLOCK * (2 * shape.E + shape.I));
         out = normed + BLOCK * shape.E;
         inner = out + BLOCK * shape.E;
@@ -229,28 +229,34 @@ private:
         }
     }
 
-    // Queries of a segment as its keys are encoded, and its keys and values as decoded where its tokens attend to each other.
+    // Queries of a segment as its keys are encoded, where their outputs will be; and its keys and values as decoded, where its
+    // tokens attend to each other.
     void round(const Vectors* encoded, const Segment& segment) {
         const int64_t H = shape.H, G = shape.G, D = shape.D;
 #pragma omp for schedule(static) nowait
         for (int64_t i = 0; i < segment.T; i++) {
-            const int64_t at = (segment.first + i) * heads * D;
-            bf16* token = coded + at;
-            std::memcpy(token, qkv + at, (segment.N ? H : heads) * D * sizeof(bf16));
-            for (int64_t h = 0; encoded[0].rotated && h < H; h++) rotate_vector(token + h * D, D);
-            for (int64_t g = 0; g < 2 * G && !segment.N; g++)
+            const int64_t at = segment.first + i;
+            const bf16* token = qkv + at * heads * D;
+            bf16 *queries = attended + at * H * D, *own = rounded + at * 2 * G * D;
+            if (encoded[0].rotated) std::memcpy(queries, token, H * D * sizeof(bf16));
+            for (int64_t h = 0; encoded[0].rotated && h < H; h++) rotate_vector(queries + h * D, D);
+            if (segment.N) continue;
+            std::memcpy(own, token + H * D, 2 * G * D * sizeof(bf16));
+            for (int64_t g = 0; g < 2 * G; g++)
                 if (!segment.kept && i < segment.n_kept)  // stored
-                    decode(encoded[g / G].at(segment.row, g % G, segment.slots[i]), D, token + (H + g) * D);
+                    decode(encoded[g / G].at(segment.row, g % G, segment.slots[i]), D, own + g * D);
                 else
-                    round_to_codes(encoded[g / G], token + (H + g) * D, D);
+                    round_to_codes(encoded[g / G], own + g * D, D);
         }
     }
 
     CausalAttention attention(const Layer& layer, const Segment& segment, const Ring* ring) {
         const int64_t H = shape.H, G = shape.G, D = shape.D, width = heads * D;
-        const bf16* tokens = (layer.encoded[0].by_vector() ? coded : qkv) + segment.first * width;
-        CausalAttention a{H, G, segment.T, segment.N, D, segment.window, shape.scale, shape.cap, tokens, nullptr, nullptr,
-                          layer.sinks, {D, width}, {}, {}, attended + segment.first * H * D};
+        const bf16* tokens = qkv + segment.first * width;
+        bf16* outputs = attended + segment.first * H * D;
+        const bool coded = layer.encoded[0].by_vector(), rotated = coded && layer.encoded[0].rotated;
+        CausalAttention a{H, G, segment.T, segment.N, D, segment.window, shape.scale, shape.cap, rotated ? outputs : tokens,
+                          nullptr, nullptr, layer.sinks, {D, rotated ? H * D : width}, {}, {}, outputs};
         if (ring) {
             a.pinned = segment.pinned;
             for (int i = 0; i < 2 && layer.encoded[0].kind; i++) a.encoded[i] = ring->copy[i];
@@ -272,8 +278,8 @@ private:
             a.k = layer.keys + at, a.v = layer.values + at;
             for (auto strides : {a.k_strides, a.v_strides}) strides[0] = layer.head_stride, strides[1] = D;
         } else {
-            a.N = segment.T, a.k = tokens + H * D, a.v = tokens + (H + G) * D;
-            for (auto strides : {a.k_strides, a.v_strides}) strides[0] = D, strides[1] = width;
+            a.N = segment.T, a.k = coded ? rounded + segment.first * 2 * G * D : tokens + H * D, a.v = a.k + G * D;
+            for (auto strides : {a.k_strides, a.v_strides}) strides[0] = D, strides[1] = coded ? 2 * G * D : width;
         }
         return a;
     }

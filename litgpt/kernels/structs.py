@@ -41,6 +41,11 @@ class Vectors(ctypes.Structure):
         strides = ((_COUNT * 3)(*x.stride()[:3]) for x in (codes, scales))
         return cls(codes.data_ptr(), scales.data_ptr(), kind, rotated, *strides, 1)
 
+    @property
+    def by_vector(self) -> bool:
+        """Whether each vector is encoded on its own, in a way that the kernels read."""
+        return self.kind in (1, 2, 3)
+
 
 class Layer(ctypes.Structure):
     _fields_ = [

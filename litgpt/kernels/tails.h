@@ -94,7 +94,7 @@ private:
         }
         const int64_t of_queries[] = {0, n * D, D}, of_keys[] = {0, 0, D};
         const SeenWeights seen{1, heads(), 1, n, N, D, scale, cap, asked.data(), own_keys,
-                               sinks ? sinks + g * heads() : nullptr, of_queries, of_keys, ends.data(), false};
+                               sinks ? sinks + g * heads() : nullptr, nullptr, of_queries, of_keys, ends.data(), false};
         std::vector<float> scores(N), of_head(N);
         for (int64_t h = 0; h < heads(); h++) {
             seen.of_head(0, h, h ? of_head.data() : scores.data());

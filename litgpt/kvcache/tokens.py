@@ -124,17 +124,19 @@ class CachedTokens:
 
     def _seen_by_kernel(self, last: int | None, largest: bool) -> torch.Tensor | None:
         """`summed_weights`, or `largest_weights`, by `litgpt.kernels`; None if they are not for these tokens."""
-        keys, first = self.keys_values.keys(), 0 if last is None else max(0, self.rotated_queries.shape[2] - last)
+        first = 0 if last is None else max(0, self.rotated_queries.shape[2] - last)
         queries, positions = self.rotated_queries[:, :, first:], self.query_positions[:, first:]
+        codes = self.keys_values.for_kernels() if isinstance(self.keys_values, EncodedKeysAndValues) else ()
+        keys = codes[0] if codes and codes[0].by_vector else self.keys_values.keys()
         if not ops.can_see_weights(queries, keys, self.sink_logits):
             return None
-        (B, G, _), n = self.shape, queries.shape[2]
+        (B, G, N), n = self.shape, queries.shape[2]
         rows, heads = max(len(self.positions), len(positions)), self.positions.shape[1]
         stored = self.positions.expand(rows, -1, -1).contiguous()  # ascending
         wanted = positions[:, None].expand(rows, heads, n).contiguous()
         ends = torch.searchsorted(stored, wanted, right=True).expand(B, G, n)
         factors = self.mha.scale, self.mha.softcapping or 0.0
-        return ops.see_weights(queries, keys, ends, self.sink_logits, *factors, largest)
+        return ops.see_weights(queries, keys, N, ends, self.sink_logits, *factors, largest)
 
     def _weights_up_to_them(self, last: int | None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """`weights`, but without the last slots, of tokens that come after all of a block's queries."""

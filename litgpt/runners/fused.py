@@ -198,7 +198,7 @@ class FusedLayers:
     def _scratch_of_token(self) -> int:
         """Numbers that the kernels for a prefill need for each token."""
         H, G, D = self.shape.H, self.shape.G, self.shape.D
-        return (2 * (H + G) + (H + 2 * G) * any(layer.encoded[0].kind for layer in self.layers)) * D
+        return (2 * (H + G) + 2 * G * any(layer.encoded[0].kind for layer in self.layers)) * D
 
     def _scratch(self, size: int, like: torch.Tensor) -> torch.Tensor:
         """Memory for intermediate results: the same in every call, unless it is large. The holes that it would leave in the heap

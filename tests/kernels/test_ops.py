@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from litgpt.attention import scaled_dot_product_attention
 from litgpt.kernels import ops, processor
-from litgpt.keys_and_values import DefaultKeysAndValues
+from litgpt.keys_and_values import DefaultKeysAndValues, EncodedKeysAndValues
+from litgpt.kvcache.storages.codecs import Int4, Int5, Int8
 from litgpt.masks import position_bias
 from litgpt.runners.quantized_weights import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 
@@ -229,8 +230,22 @@ def test_weights_that_queries_give_are_float32(B, H, G, D, n, N, cap, sunk, larg
     )
     weights = torch.cat((scores, extra), dim=-1).softmax(-1)[..., :-1].view(B, G, -1, N)
     assert ops.can_see_weights(query, keys, sinks)
-    found = ops.see_weights(query, keys, ends, sinks, 0.2, cap, largest)
+    found = ops.see_weights(query, keys, N, ends, sinks, 0.2, cap, largest)
     torch.testing.assert_close(found.double(), weights.amax(2) if largest else weights.sum(2), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("codec", [Int8(64), Int5(64, rotated=True), Int4(24, rotated=True), Int4(96)])
+def test_weights_on_encoded_keys_are_those_on_decoded_ones(codec):
+    query, keys = rows(2, 6, 9, codec.size), rows(3, 2, 50, codec.size)
+    parts = [x[1:, :, 3:43] for x in codec.encode(keys)]
+    stored = EncodedKeysAndValues([codec], tuple(parts), keys.dtype, codec.size)
+    ends = torch.randint(1, 41, (2, 2, 9))
+    (codes,), factors = stored.for_kernels(), (codec.size**-0.5, 0.0)
+    assert ops.can_see_weights(query, codes)
+    found = ops.see_weights(query, codes, 40, ends, None, *factors, largest=False)
+    expected = ops.see_weights(query, stored.keys(), 40, ends, None, *factors, largest=False)
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(found.sum(-1), expected.sum(-1))
 
 
 EXAMPLES = int(os.environ.get("LITGPT_TEST_EXAMPLES", "15"))  # 1000 for a thorough run
