@@ -108,6 +108,7 @@ class Case:
                 recent,
                 self.looks,
                 softcap=self.softcap,
+                layer=self.config.n_layer - 1,
                 as_stored=self.as_stored,
             )
         capacity = self.cache_length if self.evicts else None

@@ -68,6 +68,7 @@ class ScoreReference:
     looks: bool = False  # whether the policy looks every `tail` tokens
     run: int = 1
     softcap: float | None = None
+    layer: int = 0
     rows: list[ScoredRow] = field(default_factory=list)
     as_stored: Callable = lambda key, value: (key, value)  # what is attended to in place of keys and values
 
@@ -268,7 +269,7 @@ def expected(row, g, reference, future=512):
 def compactor(row, g, reference):
     G = row.keys.shape[0]
     found = [compactor_parts(row, head, reference) for head in range(G)]
-    weight = 1 - (reference.cache_length - reference.tail) / row.length
+    weight = 1.5 * (1 - (reference.cache_length - reference.tail) / row.length)
     score = 0
     for factor, parts in ((1, [part[0] for part in found]), (weight, [part[1] for part in found])):
         of_all = torch.cat(parts)
@@ -291,8 +292,10 @@ def compactor_parts(row, g, reference):
     kept = torch.tensor(row.kept[g])[reference.sinks : len(row.kept[g]) - reference.recent]
     attention = torch.tensor([seen[p] for p in kept.tolist()]).double() * row.values[g, kept].double().norm(dim=-1)
     keys = turned(row.keys[g, kept].double(), -kept)
-    directions = torch.randn(keys.shape[-1], 48, generator=torch.Generator().manual_seed(0)).double()
-    keys = (keys - keys.mean(0)) @ directions
+    directions = torch.randn(
+        len(row.kept), keys.shape[-1], 48, generator=torch.Generator().manual_seed(reference.layer)
+    )
+    keys = (keys - keys.mean(0)) @ directions[g].double()
     products = keys.T @ keys
     inverse = (products + 1e-4 * products.diagonal().diag()).inverse()
     return attention, (keys @ inverse * keys).sum(-1)

@@ -42,6 +42,7 @@ def pair(name, slots, tail, score=None, n_sink=None, recent=None, run=1, dtype=t
         name in LOOKING,
         run,
         softcap,
+        layer=1,
     )
     return cache, reference
 

@@ -17,12 +17,12 @@ CHUNK, DIRECTIONS = 256, 48  # tokens that attend to each other; in all directio
 @register_policy("compactor")
 @dataclass(frozen=True)
 class CompactorPolicy(ScorePolicy):
-    """Attention that is not causal, within chunks of a prompt or the tail, times the norm of the value, and the leverage of the key
-    before RoPE in random directions ("Compactor: Calibrated Query-Agnostic KV Cache Compression with Approximate Leverage Scores"),
-    both as standard scores. Needs all queries, keys, values, a number a token; works best with long prompts in one call.
+    """Attention that is not causal, in chunks of a prompt or the tail, times the norm of the value, and the leverage of the key
+    before RoPE, in a head's random directions ("Compactor: Calibrated Query-Agnostic KV Cache Compression with Approximate Leverage
+    Scores"), as standard scores. Needs all queries, keys, values and a number a token; best with long prompts in one call.
 
     Args:
-        leverage: weight of the leverage (None: the share of the tokens so far that do not stay).
+        leverage: weight of the leverage (None: one and a half times the share of the tokens so far that do not stay).
     """
 
     leverage: float | None = None
@@ -33,25 +33,25 @@ class CompactorPolicy(ScorePolicy):
     def observe(self, tokens: CachedTokens) -> None:
         queries, first = tokens.over_group(tokens.queries), tokens.shape[2] - tokens.queries.shape[2]
         for start in range(max(first, self.n_sink), tokens.shape[2], CHUNK):  # the first would take all weight
-            chunk = slice(start, start + CHUNK)
-            own = queries[..., start - first : start - first + CHUNK, :]
-            scores = do_softcapping(own @ tokens.keys[:, :, None, chunk].mT * tokens.mha.scale, tokens.mha.softcapping)
-            tokens.slot_state[0, :, :, chunk] = scores.softmax(-1).sum((2, 3))
+            own, chunk = slice(start - first, start - first + CHUNK), slice(start, start + CHUNK)
+            scores = queries[..., own, :] @ tokens.keys[:, :, None, chunk].mT * tokens.mha.scale
+            seen = do_softcapping(scores, tokens.mha.softcapping).softmax(-1).sum((2, 3))
+            tokens.slot_state[0, :, :, chunk] = seen
 
     def scores(self, tokens: CachedTokens) -> torch.Tensor:
         may_go = slice(self.n_sink, tokens.shape[2] - self.recent)  # the others stay, and are not what is usual
         keys = tokens.unrotated_keys[:, :, may_go]
-        keys = (keys - keys.mean(-2, keepdim=True)) @ _directions(keys.shape[-1], keys.device)
+        keys = (keys - keys.mean(-2, keepdim=True)) @ _directions(tokens.block_idx, *keys.shape[1::2], keys.device)
         products = keys.mT @ keys * (1 + 1e-4 * torch.eye(keys.shape[-1], device=keys.device))
         leverage = (keys.mT * torch.cholesky_solve(keys.mT, torch.linalg.cholesky_ex(products).L)).sum(-2)
         seen = tokens.slot_state[0, :, :, may_go] * tokens.values.norm(dim=-1)[:, :, may_go]
-        weight = 1 - self.kept / (tokens.positions[..., -1:] + 1) if self.leverage is None else self.leverage
+        weight = 1.5 - 1.5 * self.kept / (tokens.positions[..., -1:] + 1) if self.leverage is None else self.leverage
         return F.pad(_standard(seen) + weight * _standard(leverage), (self.n_sink, self.recent))
 
 
-@functools.lru_cache(8)
-def _directions(size: int, device: torch.device) -> torch.Tensor:
-    return torch.randn(size, DIRECTIONS, generator=torch.Generator().manual_seed(0)).to(device)
+@functools.lru_cache(256)
+def _directions(block_idx: int, heads: int, size: int, device: torch.device) -> torch.Tensor:
+    return torch.randn(heads, size, DIRECTIONS, generator=torch.Generator().manual_seed(block_idx)).to(device)
 
 
 def _standard(x: torch.Tensor) -> torch.Tensor:
