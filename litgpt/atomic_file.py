@@ -4,6 +4,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -76,6 +77,18 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     finally:
         for rest in (temporary, old):
             shutil.rmtree(rest, ignore_errors=True)
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise `OSError` if files cannot be written to a folder, which need not exist yet. Nothing is left there."""
+    folder = Path(folder)
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{str(there)!r} is a file, and a folder is needed: give another name")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written to: {error.strerror}") from None
 
 
 def _create(path: Path) -> tuple[Path, int]:

@@ -98,7 +98,7 @@ def _train(
     resume_path: Path | None,
 ) -> dict[str, float]:
     """What every process does. Returns metrics: see `Run.run`."""
-    fabric.seed_everything(options.seed)
+    fabric.seed_everything(options.seed, verbose=False)
     loaders = connect(fabric, options.data, tokenizer, options.train, config)
     if start is None:
         with fabric.init_module(empty_init=False):

@@ -50,7 +50,7 @@ def tune(
     fabric: Fabric, way: Method, checkpoint: Checkpoint, config: Config, options: FinetuneOptions, resume: Path | None
 ) -> dict[str, float]:
     """Fine-tune a checkpoint's model in the processes of `fabric`: see `finetune_command`. `config` has what `way` adds."""
-    fabric.seed_everything(options.seed)
+    fabric.seed_everything(options.seed, verbose=False)
     tokenizer = checkpoint.tokenizer()
     loaders = connect(fabric, options.data, tokenizer, options.train, checkpoint.config)
     gpt = load_model(checkpoint, weights_dtype(fabric), fabric.device, quantize=options.quantize)
@@ -118,7 +118,7 @@ def finetune(
     resume = chosen.resume_path(way.suffix)
     fabric = make_fabric(chosen, f"finetune-{base.name}", base, resume is not None)
     fabric.launch()
-    fabric.seed_everything(chosen.seed)
+    fabric.seed_everything(chosen.seed, verbose=False)
     _describe(chosen, llm, config, precision_of(fabric))
     loaders = connect(fabric, chosen.data, tokenizer, chosen.train, base)
     gpt = llm.prepare_for_training()

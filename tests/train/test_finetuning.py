@@ -470,8 +470,11 @@ def JSONData(folder, samples):
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("options", "message"),
     [
+        ("--train.min_lr -1", "min_lr must be at least 0, got -1.0"),
+        ("--eval.max_iters 0", "eval.max_iters must be at least 1, got 0"),
+        ("--eval.evaluate_example -5", "eval.evaluate_example must be at least 0, got -5"),
         ("--data JSON --data.json_path nowhere.json", "nowhere.json"),
         ("--data FLAN --data.subsets none", "none not"),
         ("--data JSON --data.json_path {} --data.val_split_fraction 2", "val_split_fraction"),
@@ -494,8 +497,25 @@ def JSONData(folder, samples):
         ("--data Alpaca --data.val_split_fraction much", "--data.val_split_fraction cannot be 'much'"),
     ],
 )
-def test_what_a_data_module_says_of_its_options_is_the_error(data, message, checkpoint_dir, json_path, capsys):
-    assert main(["finetune_lora", str(checkpoint_dir), *data.format(json_path).split()]) == 2
+def test_what_an_option_or_a_data_module_says_is_the_error(options, message, checkpoint_dir, json_path, capsys):
+    assert main(["finetune_lora", str(checkpoint_dir), *options.format(json_path).split()]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--seed -1", "--seed must be in 0..4294967295, got -1"),
+        ("--num_nodes 0", "--num_nodes must be at least 1, got 0"),
+        ("--out_dir {}/out", "is a file, and a folder is needed"),
+        ("--precision abc", "precision 'abc' is not one of"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_data_are_read(options, message, checkpoint_dir, json_path, capsys):
+    arguments = f"--data JSON --data.json_path {json_path} {options.format(json_path)}"
+    assert main(["finetune_lora", str(checkpoint_dir), *arguments.split()]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]
