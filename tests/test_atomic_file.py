@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from litgpt.atomic_file import check_folder, replacing, replacing_folder
+from litgpt.atomic_file import check_folder, only_writer, replacing, replacing_folder
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links, modes and locks of POSIX")
 
@@ -59,6 +59,14 @@ def test_two_writers_in_one_process_do_not_share_a_temporary_file(tmp_path):
 def test_a_folder_is_refused(tmp_path):
     with pytest.raises(IsADirectoryError, match="is a folder"):
         write(tmp_path, "text")
+
+
+@posix
+def test_a_folder_has_one_writer_at_a_time(tmp_path):
+    with only_writer(tmp_path / "new"), pytest.raises(ValueError, match="another process is writing to .*new"):
+        only_writer(tmp_path / "new").__enter__()
+    with only_writer(tmp_path / "new"):
+        assert os.listdir(tmp_path / "new") == []
 
 
 def test_a_folder_that_cannot_be_written_to_is_known_before(tmp_path):

@@ -29,7 +29,6 @@ class Server(uvicorn.Server):
         super().__init__(uvicorn.Config(app, options.host, options.port, lifespan="off", **settings))
         self.app, self.options = app, options
         self.failure: BaseException | None = None
-        logging.getLogger("uvicorn.error").addFilter(self._is_logged)
 
     def _is_logged(self, record: logging.LogRecord) -> bool:
         """Whether uvicorn may log this: not why it cannot listen, which `main` says."""
@@ -55,7 +54,12 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         """Listen, then load the models."""
-        await super().startup(sockets)
+        log = logging.getLogger("uvicorn.error")
+        log.addFilter(self._is_logged)
+        try:
+            await super().startup(sockets)
+        finally:
+            log.removeFilter(self._is_logged)
         threading.Thread(target=self.load, daemon=True).start()
 
     def load(self) -> None:

@@ -190,7 +190,8 @@ def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint(checkpoint_
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         with pytest.raises(
-            OSError, match=r"step-000004 could not be written: .*last complete checkpoint is .*step-000002"
+            OSError,
+            match=r"step-000004 could not be written whole: the disk of .*last complete checkpoint is .*step-000002",
         ):
             run("lora", checkpoint_dir, out, json_path)
     assert {path.name for path in out.iterdir()} == {"step-000002", "logs"}
@@ -391,7 +392,7 @@ def test_the_hyperparameters_of_a_run_from_python_repeat_it(source, llm, samples
     torch.testing.assert_close(llm.model(idx), load_model(again / "final")(idx), atol=1e-4, rtol=1e-4)
 
 
-def test_a_run_that_is_interrupted_leaves_the_llm_usable(llm, monkeypatch):
+def test_a_run_that_is_interrupted_leaves_the_llm_usable_and_says_how_to_go_on(llm, tmp_path, capsys, monkeypatch):
     steps = []
 
     def interrupted(self, window):
@@ -404,7 +405,8 @@ def test_a_run_that_is_interrupted_leaves_the_llm_usable(llm, monkeypatch):
     before = {name: x.clone() for name, x in llm.state_dict().items()}
     options = {"global_batch_size": 1, "learning_rate": 0.01, "lr_warmup_steps": 0, "activation_checkpointing": True}
     with pytest.raises(KeyboardInterrupt):
-        finetune(llm, ANSWER, epochs=10, **options)
+        finetune(llm, ANSWER, epochs=10, out_dir=tmp_path, save_interval=2, **options)
+    assert f"--resume auto goes on from {tmp_path / 'step-000002'}" in capsys.readouterr().out
     after = llm.state_dict()
     assert after.keys() == before.keys()
     changed = {name.rpartition(".attn.")[2] for name in after if not torch.equal(after[name], before[name])}
