@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from litgpt.args import EvalArgs, TrainArgs
+from litgpt.pages import release_freed_memory
 from litgpt.train.batches import FlatBatch, as_rows, windows
 from litgpt.train.checkpointing import random_state, set_random_state
 from litgpt.train.loss import IGNORE_INDEX
@@ -198,6 +199,7 @@ def validate(fabric: Fabric, model: nn.Module, loader: DataLoader, max_iters: in
         total += torch.tensor([loss.item(), _counted(labels)], dtype=torch.float64)
     model.train(was_training)
     set_random_state(before)
+    release_freed_memory()  # of logits: what training keeps would come to lie within it
     loss, counted = fabric.all_reduce(total, reduce_op="sum").tolist()
     return loss / counted if counted else math.nan
 
