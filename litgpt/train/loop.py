@@ -8,6 +8,7 @@ a run does not depend on how many processes share it, up to rounding.
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -34,6 +35,7 @@ class Position:
     iter_num: int = 0  # iterations of a process
     step_count: int = 0  # optimizer steps
     tokens: int = 0  # over all processes
+    samples: int = 0  # over all processes
     counted: int = 0  # tokens that the loss has counted
     seconds: float = 0.0  # of training
     best_loss: float = math.inf  # of a validation
@@ -91,7 +93,18 @@ class Loop:
                 if not position.batches:
                     raise ValueError("the training data gives no batches")
                 position.epoch, position.batches = position.epoch + 1, 0
+        if self._epochs_done:
+            self.fabric.print(f"Number of epochs {self.train.epochs} reached, stopping training...")
         return position
+
+    @property
+    def _epochs_done(self) -> bool:
+        """Whether the run has been through all its epochs."""
+        position, whole = self.position, False
+        if position.batches:
+            with suppress(TypeError):  # a stream has no length
+                whole = position.batches >= len(self.train_loader)
+        return self.train.epochs is not None and position.epoch + whole >= self.train.epochs
 
     @property
     def _finished(self) -> bool:
@@ -138,6 +151,7 @@ class Loop:
             seen += _counted(labels)
             done = rows[i * fabric.world_size : (i + 1) * fabric.world_size]
             position.tokens += sum(ids.shape[1] for ids, _, _ in done)
+            position.samples += sum(len(sizes) for _, _, sizes in done)
             if last:
                 self._update(total)
                 window_loss, seen = float(fabric.all_reduce(torch.tensor(window_loss), reduce_op="sum")), total
@@ -166,6 +180,7 @@ class Loop:
         position, train = self.position, self.train
         if self.val_loader is not None and position.step_count % self.eval.interval == 0:
             began = time.perf_counter()
+            self.fabric.print("Validating ...")
             loss = self.validate()
             self.note_validation(loss, time.perf_counter() - began)
             if self.show_example is not None:

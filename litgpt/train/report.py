@@ -4,6 +4,7 @@ import math
 import resource
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +35,7 @@ class Reporter:
 
     def begin(self, loop: "Loop") -> None:
         """Before the first iteration: speed and time left count from here, also of a run that resumes."""
-        self._began, self._tokens, self._step = time.perf_counter(), loop.position.tokens, loop.position.step_count
+        self._began, self._start = time.perf_counter(), replace(loop.position)
 
     def iteration(self, loop: "Loop", loss: float, counted: int, seconds: float, is_step: bool) -> None:
         """After an iteration: `loss` is summed over the `counted` tokens of the window so far, of this process."""
@@ -45,9 +46,9 @@ class Reporter:
         if position.iter_num % self.log_interval:
             return
         elapsed = time.perf_counter() - self._began
-        steps = position.step_count - self._step
+        steps = position.step_count - self._start.step_count
         left = (loop.max_steps - position.step_count) * elapsed / steps if steps else None
-        speed = (position.tokens - self._tokens) / elapsed
+        speed = (position.tokens - self._start.tokens) / elapsed
         self.fabric.print(
             f"Epoch {position.epoch + 1} | iter {position.iter_num} step {position.step_count} | loss train: {mean:.3f},"
             f" val: {'n/a' if self.val_loss is None else f'{self.val_loss:.3f}'} | iter time: {seconds * 1000:.2f} ms"
@@ -57,6 +58,16 @@ class Reporter:
         numbers = {"iter": position.iter_num, "step": position.step_count, "epoch": position.epoch}
         numbers |= {"tokens": position.tokens, "total_tokens": position.tokens, "iter_time": seconds}
         numbers |= {"loss": mean, "learning_rate": loop.scheduler.get_last_lr()[0]}
+        numbers |= {
+            "time": elapsed,
+            "batches": position.iter_num,
+            "samples": position.samples,
+            "lengths": position.tokens,
+        }
+        for name, total in (("batches", "iter_num"), ("samples", "samples"), ("items", "tokens")):
+            own = self.fabric.world_size if name != "batches" else 1  # processes that a total is over
+            rate = (getattr(position, total) - getattr(self._start, total)) / elapsed / own
+            numbers[f"device/{name}_per_sec"] = rate
         self.fabric.log_dict(numbers, step=position.iter_num)
 
     def validation(self, loop: "Loop", loss: float, seconds: float | None) -> None:
@@ -74,7 +85,8 @@ class Reporter:
         rows = [
             ("Token Counts", None),
             ("- Input Tokens", f"{metrics['counted_tokens']:>8,}"),
-            ("- Total Tokens", f"{metrics['tokens']:>8,}"),
+            ("- Tokens w/ Prompt", f"{metrics['tokens']:>8,}"),
+            ("- Total Tokens (w/ Padding)", f"{metrics['tokens']:>8,}"),  # padding is left out
             ("Performance", None),
             ("- Training Time", f"{metrics['seconds']:.2f} s"),
             ("- Tok/sec", f"{metrics['tokens_per_second']:.2f} tok/s"),
@@ -82,7 +94,7 @@ class Reporter:
             ("- Memory Used", f"{peak_memory(self.fabric.device):.2f} GB"),
         ]
         line = "| " + "-" * 53
-        text = [f"{line}\n| {name}" if value is None else f"| {name:<17} : {value:>12}" for name, value in rows]
+        text = [f"{line}\n| {name}" if value is None else f"| {name:<27} : {value:>12}" for name, value in rows]
         self.fabric.print("\n" + "\n".join([*text, line]) + "\n")
 
     def write_curve(self, path: Path) -> None:

@@ -23,7 +23,8 @@ def test_without_tensorboard_pretraining_logs_to_csv(tmp_path, monkeypatch, capl
 
 def test_the_speed_of_a_resumed_run_counts_its_own_tokens_only():
     lines = []
-    fabric = SimpleNamespace(print=lines.append, log_dict=lambda *a, **k: None, device=SimpleNamespace(type="cpu"))
+    cpu = SimpleNamespace(type="cpu")
+    fabric = SimpleNamespace(print=lines.append, log_dict=lambda *a, **k: None, device=cpu, world_size=1)
     position = Position(tokens=10**12, step_count=5, iter_num=5)
     scheduler = SimpleNamespace(get_last_lr=lambda: [0.1])
     loop = SimpleNamespace(position=position, max_steps=10, scheduler=scheduler)
