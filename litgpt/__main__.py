@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # name -> (module in litgpt:function, help). The module is imported when the command is called.
 _COMMANDS = {
-    "chat": ("chat.base:main", "Talk with a model."),
+    "chat": ("chat.base:main", "Chat with a model."),
     "generate": ("generate.base:main", "Let a model continue a prompt."),
     "generate_full": ("generate.full:main", "Answer a prompt with a model of which all weights were fine-tuned."),
     "generate_lora": ("generate.lora:main", "Answer a prompt with LoRA weights that were not merged."),
@@ -51,7 +51,7 @@ _COMMANDS = {
     "pretrain": ("pretrain:setup", "Train a model on text, from random weights or a checkpoint."),
     "evaluate": (
         "eval.evaluate:convert_and_evaluate",
-        "Score a model: tasks of the LM Evaluation Harness, and built-in ones.",
+        "Evaluate a model with the LM Evaluation Harness, or by built-in tasks.",
     ),
     "serve": ("deploy.serve:run_server", "Serve a model over HTTP: OpenAI's endpoints, /predict, a chat page."),
     "download": ("scripts.download:download_from_hub", "Download a model, or list the available ones."),

@@ -43,7 +43,7 @@ def convert_and_evaluate(
     fewshot_as_multiturn: bool = True,
     threads: int | None = None,
 ) -> None:
-    """Score a model by tasks of the LM Evaluation Harness, or by tasks that need nothing else.
+    """Evaluate a model with the LM Evaluation Harness, or by tasks that need nothing else.
 
     Prints a table, and writes all results to a file. Without tasks it lists those that there are.
 

@@ -8,6 +8,7 @@ a run does not depend on how many processes share it, up to rounding.
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from litgpt.args import EvalArgs, TrainArgs
+from litgpt.pages import release_freed_memory
 from litgpt.train.batches import FlatBatch, as_rows, windows
 from litgpt.train.checkpointing import random_state, set_random_state
 from litgpt.train.loss import IGNORE_INDEX
@@ -75,7 +77,18 @@ class Loop:
                 if not position.batches:
                     raise ValueError("the training data gives no batches")
                 position.epoch, position.batches = position.epoch + 1, 0
+        if self._epochs_done:
+            self.fabric.print(f"Number of epochs {self.train.epochs} reached, stopping training...")
         return position
+
+    @property
+    def _epochs_done(self) -> bool:
+        """Whether the run has been through all its epochs."""
+        position, whole = self.position, False
+        if position.batches:
+            with suppress(TypeError):  # a stream has no length
+                whole = position.batches >= len(self.train_loader)
+        return self.train.epochs is not None and position.epoch + whole >= self.train.epochs
 
     @property
     def _finished(self) -> bool:
@@ -122,6 +135,7 @@ class Loop:
             seen += _counted(labels)
             done = rows[i * fabric.world_size : (i + 1) * fabric.world_size]
             position.tokens += sum(ids.shape[1] for ids, _, _ in done)
+            position.samples += sum(len(sizes) for _, _, sizes in done)
             if last:
                 self._update(total)
                 window_loss, seen = float(fabric.all_reduce(torch.tensor(window_loss), reduce_op="sum")), total
@@ -151,6 +165,7 @@ class Loop:
         position, train = self.position, self.train
         if self.val_loader is not None and position.step_count % self.eval.interval == 0:
             began = time.perf_counter()
+            self.fabric.print("Validating ...")
             loss = self.validate()
             self.note_validation(loss, time.perf_counter() - began)
             if self.show_example is not None:
@@ -184,6 +199,7 @@ def validate(fabric: Fabric, model: nn.Module, loader: DataLoader, max_iters: in
         total += torch.tensor([loss.item(), _counted(labels)], dtype=torch.float64)
     model.train(was_training)
     set_random_state(before)
+    release_freed_memory()  # of logits: what training keeps would come to lie within it
     loss, counted = fabric.all_reduce(total, reduce_op="sum").tolist()
     return loss / counted if counted else math.nan
 

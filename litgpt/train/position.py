@@ -13,6 +13,7 @@ class Position:
     iter_num: int = 0  # iterations of a process
     step_count: int = 0  # optimizer steps
     tokens: int = 0  # over all processes
+    samples: int = 0  # over all processes
     counted: int = 0  # tokens that the loss has counted
     seconds: float = 0.0  # of training
     best_loss: float = math.inf  # of a validation

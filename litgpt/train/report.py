@@ -4,6 +4,7 @@ import math
 import resource
 import sys
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,8 +34,7 @@ class Reporter:
 
     def begin(self, position: Position) -> None:
         """Before the first iteration: speed and time left count from here, also of a run that resumes."""
-        self._began = time.perf_counter()
-        self._tokens, self._step, self._seconds = position.tokens, position.step_count, position.seconds
+        self._began, self._start = time.perf_counter(), replace(position)
 
     def iteration(
         self, position: Position, loss: float, counted: int, seconds: float, part: float, learning_rate: float
@@ -49,10 +49,10 @@ class Reporter:
             return
         elapsed = time.perf_counter() - self._began
         steps = position.step_count + (0 if is_step else part)
-        left = (self.max_steps - steps) * elapsed / (steps - self._step)
+        left = (self.max_steps - steps) * elapsed / (steps - self._start.step_count)
         if self.train.max_time is not None:
-            left = min(left, max(0.0, self.train.max_time - self._seconds - elapsed))
-        speed = (position.tokens - self._tokens) / elapsed
+            left = min(left, max(0.0, self.train.max_time - self._start.seconds - elapsed))
+        speed = (position.tokens - self._start.tokens) / elapsed
         self.fabric.print(
             f"Epoch {position.epoch + 1} | iter {position.iter_num} step {position.step_count} | loss train: {mean:.3f},"
             f" val: {'n/a' if self.val_loss is None else f'{self.val_loss:.3f}'} | iter time: {seconds * 1000:.2f} ms"
@@ -62,6 +62,16 @@ class Reporter:
         numbers = {"iter": position.iter_num, "step": position.step_count, "epoch": position.epoch}
         numbers |= {"tokens": position.tokens, "total_tokens": position.tokens, "iter_time": seconds}
         numbers |= {"loss": mean, "learning_rate": learning_rate}
+        numbers |= {
+            "time": elapsed,
+            "batches": position.iter_num,
+            "samples": position.samples,
+            "lengths": position.tokens,
+        }
+        for name, total in (("batches", "iter_num"), ("samples", "samples"), ("items", "tokens")):
+            own = self.fabric.world_size if name != "batches" else 1  # processes that a total is over
+            rate = (getattr(position, total) - getattr(self._start, total)) / elapsed / own
+            numbers[f"device/{name}_per_sec"] = rate
         self.fabric.log_dict(numbers, step=position.iter_num)
 
     def validation(self, position: Position, loss: float, seconds: float | None) -> None:
@@ -79,7 +89,8 @@ class Reporter:
         rows = [
             ("Token Counts", None),
             ("- Input Tokens", f"{metrics['counted_tokens']:>8,}"),
-            ("- Total Tokens", f"{metrics['tokens']:>8,}"),
+            ("- Tokens w/ Prompt", f"{metrics['tokens']:>8,}"),
+            ("- Total Tokens (w/ Padding)", f"{metrics['tokens']:>8,}"),  # padding is left out
             ("Performance", None),
             ("- Training Time", f"{metrics['seconds']:.2f} s"),
             ("- Tok/sec", f"{metrics['tokens_per_second']:.2f} tok/s"),
@@ -87,7 +98,7 @@ class Reporter:
             ("- Memory Used", f"{peak_memory(self.fabric.device):.2f} GB"),
         ]
         line = "| " + "-" * 53
-        text = [f"{line}\n| {name}" if value is None else f"| {name:<17} : {value:>12}" for name, value in rows]
+        text = [f"{line}\n| {name}" if value is None else f"| {name:<27} : {value:>12}" for name, value in rows]
         self.fabric.print("\n" + "\n".join([*text, line]) + "\n")
 
     def write_curve(self, path: Path) -> None:

@@ -138,11 +138,19 @@ class Run:
         show = self.show_example if options.eval.max_new_tokens and self.tokenizer is not None else None
         parts = (model, optimizer, scheduler, train_loader, val_loader, train, options.eval, max_steps)
         self.loop = loop = Loop(fabric, *parts, self.save_step, show)
+        if self._lengths:
+            fabric.print(
+                f"The longest sequence length in the train data is {max(self._lengths)}, the model's maximum sequence length is "
+                f"{min(max(self._lengths), self._longest)} and context length is {self.config.block_size}"
+            )
         if resume is not None:
             fabric.print(f"Resuming training from {resume}")
             self.load(resume)
+            if loop.position.batches:
+                fabric.print(f"Resuming dataset: {loop.position.batches} / {len(train_loader)}")
         if val_loader is not None:
             if options.eval.initial_validation:
+                fabric.print("Validating ...")
                 fabric.print(f"Initial evaluation | val loss: {loop.validate():.3f}")
             else:
                 fabric.print("Verifying settings ...")
@@ -157,6 +165,7 @@ class Run:
                 raise RuntimeError(self._does_not_fit(spec)) from error
             raise
         if val_loader is not None and options.eval.final_validation:
+            fabric.print("Validating ...")
             loop.note_validation(loop.validate())
         metrics = self._metrics()
         loop.report.summary(metrics)
@@ -184,6 +193,11 @@ class Run:
             tokens = round(sum(self._lengths) / len(loader) * accumulation)
         elif isinstance(self.options.data, TextModule | StreamModule):  # all rows have as many tokens
             tokens = accumulation * loader.batch_size * self._longest
+        elif train.max_tokens is not None:  # a module made elsewhere: rows are all like the first, or as long as can be
+            with suppress(TypeError, LookupError, NotImplementedError):
+                if isinstance(row := loader.dataset[0], torch.Tensor):
+                    tokens = accumulation * train.micro_batch_size * (len(row) - 1)
+            tokens = tokens or accumulation * train.micro_batch_size * self._longest
         return steps_of_run(per_epoch, tokens, train.epochs, train.max_steps, train.max_tokens)
 
     def _does_not_fit(self, spec: CacheSpec, left: int | None = None) -> str | None:
@@ -261,7 +275,7 @@ class Run:
         release_freed_memory()  # of activations: saving takes some, too
         weights = full_tensors(self.gpt, self.method.is_trained)
         if self.fabric.is_global_zero:
-            self.fabric.print(f"Saving checkpoint to {str(folder)!r}")
+            self.fabric.print(self.method.saving(folder / f"{WEIGHTS_NAME}{self.method.suffix}"))
             try:
                 with replacing_folder(folder) as temporary:
                     torch.save({"model": weights, **state}, temporary / (WEIGHTS_NAME + self.method.suffix))

@@ -140,4 +140,16 @@ def plain(value: Any) -> Any:
         return {str(key): plain(x) for key, x in value.items()}
     if isinstance(value, list | tuple):
         return [plain(x) for x in value]
-    return value
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    kind = value if isinstance(value, type) else type(value)  # of a class made elsewhere, such as a data module
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    if value is kind:
+        return path
+    named = [
+        p.name for p in inspect.signature(kind).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    return {
+        "class_path": path,
+        "init_args": {name: plain(getattr(value, name)) for name in named if hasattr(value, name)},
+    }

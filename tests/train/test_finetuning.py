@@ -1,22 +1,27 @@
 """Whole runs of fine-tuning: what they write, that they can be stopped, and that parts do not matter."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from lightning.fabric.loggers import Logger
 from tiny import tiny_tokenizer
+from torch.utils.data import DataLoader
 
+from litgpt import pretrain
 from litgpt.__main__ import main
 from litgpt.api import LLM
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.checkpoint.finetuned import Finetuned
 from litgpt.checkpoint.load import load_finetuned, load_model
 from litgpt.checkpoint.open import open_checkpoint
-from litgpt.data import JSON
+from litgpt.config import Config
+from litgpt.data import JSON, DataModule
 from litgpt.finetune import adapter, adapter_v2, full, lora
 from litgpt.kvcache import CacheSpec
 from litgpt.scripts.quantize import quantize_checkpoint
@@ -36,6 +41,26 @@ SIDE_FILES = {
     "hyperparameters.yaml",
     "prompt_style.yaml",
 }
+
+COLUMNS = [
+    "batches",
+    *(f"device/{name}_per_sec" for name in ("batches", "items", "samples")),
+    "epoch",
+    "iter",
+    "iter_time",
+]
+COLUMNS += [
+    "learning_rate",
+    "lengths",
+    "loss",
+    "samples",
+    "step",
+    "time",
+    "tokens",
+    "total_tokens",
+    "val_loss",
+    "val_ppl",
+]
 
 
 def run(method, checkpoint_dir, out_dir, json_path, train=TRAIN, eval=EVAL, **options):
@@ -81,13 +106,19 @@ def test_what_a_run_writes_and_says(method, checkpoint_dir, tmp_path, json_path,
         *SIDE_FILES,
         *merged,
     }
-    assert (out / "logs" / "csv" / "version_0" / "metrics.csv").is_file()
+    columns = (out / "logs" / "csv" / "version_0" / "metrics.csv").read_text().splitlines()[0]
+    assert columns.split(",") == COLUMNS
     assert "<polyline" in (out / "logs" / "loss.svg").read_text()
     text = capsys.readouterr().out
     assert text.count("(step)") == 6
     assert text.count("val loss") == 3 + 1
     assert text.count("Final evaluation") == 1
     assert "Number of trainable parameters: " in text
+    assert text.count("Validating ...") == 3 + 1
+    assert "Number of epochs" not in text
+    assert text.count(f"Saving {'adapter weights' if 'adapter' in method else 'checkpoint'} to '{out}/step-") == 3
+    longest = r"longest sequence length in the train data is (\d+), the model's maximum sequence length is \1 and context length is 512"
+    assert re.search(longest, text)
     values = yaml.safe_load((out / "final" / "hyperparameters.yaml").read_text())
     assert values["data"]["class_path"] == "litgpt.data.JSON"
     assert values["train"]["max_steps"] == 6
@@ -119,6 +150,50 @@ def test_loggers_get_settings_losses_and_how_a_run_ended(checkpoint_dir, tmp_pat
     with pytest.raises(FileExistsError):
         run("lora", checkpoint_dir, tmp_path / "another", json_path, replace(TRAIN, max_steps=1, save_interval=None))
     assert logger.end == "failed"
+
+
+def test_a_run_that_ends_with_its_last_epoch_says_so(checkpoint_dir, tmp_path, json_path, capsys):
+    train = replace(TRAIN, max_steps=None, epochs=1, save_interval=None)
+    run("adapter", checkpoint_dir, tmp_path / "out", json_path, train, EvalArgs(interval=9, max_iters=1))
+    assert "Number of epochs 1 reached, stopping training..." in capsys.readouterr().out
+
+
+def test_an_adapter_begins_where_the_checkpoints_own_config_says(checkpoint_dir, tmp_path, json_path):
+    folder = Path(shutil.copytree(checkpoint_dir, tmp_path / "checkpoint"))
+    with open(folder / "model_config.yaml", "a") as file:
+        file.write("adapter_start_layer: 1\nadapter_prompt_length: 3\n")
+    trained = run("adapter", folder, tmp_path / "out", json_path, replace(TRAIN, max_steps=1, save_interval=None))
+    prefixes = {name: len(x) for name, x in trained.items() if "adapter_wte" in name}
+    assert min(prefixes).startswith("transformer.h.1.")
+    assert set(prefixes.values()) == {3}
+
+
+class Rows(DataModule):
+    """Rows of two tokens, by a module that is made elsewhere."""
+
+    def connect(self, tokenizer=None, batch_size=1, max_seq_length=None) -> None:
+        self.batch_size = batch_size
+
+    def train_dataloader(self):
+        return DataLoader(torch.tensor([[0, 1, 2], [3, 4, 5], [0, 1, 2]]), self.batch_size)
+
+    val_dataloader = train_dataloader
+
+
+def test_pretraining_on_a_module_made_elsewhere_ends_with_its_tokens(tmp_path, capsys):
+    config = Config(block_size=4, n_layer=2, n_embd=8, n_head=4, padded_vocab_size=8)
+    train = TrainArgs(global_batch_size=2, max_tokens=16, save_interval=2, micro_batch_size=1, max_norm=1.0)
+    options = {"model_config": config, "train": train, "eval": EvalArgs(interval=1, max_iters=1), "logger_name": "csv"}
+    pretrain.setup("pythia-14m", data=Rows(), devices=1, out_dir=tmp_path / "out", **options)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"step-00000002", "step-00000004", "final", "logs"}
+    text = capsys.readouterr().out
+    for line in (
+        "Time to instantiate model: ",
+        "Total parameters: 1,888",
+        "Measured TFLOPs: ",
+        "remaining time: 0:00:00",
+    ):
+        assert line in text
 
 
 def test_training_learns(checkpoint_dir, tmp_path, json_path, capsys):

@@ -28,7 +28,8 @@ def test_without_tensorboard_pretraining_logs_to_csv(tmp_path, monkeypatch, capl
 def a_report(max_steps: int, **train: Any) -> tuple[Reporter, list[str]]:
     """A report, and the lines that it prints."""
     lines: list[str] = []
-    fabric = SimpleNamespace(print=lines.append, log_dict=lambda *a, **k: None, device=SimpleNamespace(type="cpu"))
+    cpu = SimpleNamespace(type="cpu")
+    fabric = SimpleNamespace(print=lines.append, log_dict=lambda *a, **k: None, device=cpu, world_size=1)
     return Reporter(fabric, TrainArgs(**train), max_steps), lines
 
 
