@@ -159,7 +159,7 @@ def _data_module(data: Any, llm: "LLM", options: dict[str, Any]) -> DataModule:
         return data
     settings: dict[str, Any] = {"prompt_style": llm.prompt_style, "mask_prompt": options.pop("mask_prompt", True)}
     if not isinstance(data, str | Path):
-        return Samples(data, val_split_fraction=options.pop("val_split_fraction", 0.0), **settings)
+        return Samples(given=data, val_split_fraction=options.pop("val_split_fraction", 0.0), **settings)
     fraction = options.pop("val_split_fraction", None if Path(data).is_dir() else 0.0)
     return JSON(Path(data), val_split_fraction=fraction, **settings)
 
