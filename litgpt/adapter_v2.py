@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from litgpt import model as base
 from litgpt.adapter import GPT as AdapterGPT
 from litgpt.adapter import CausalSelfAttention as AdapterAttention
 from litgpt.adapter import Config, add_prefixes
-from litgpt.lora import Wrap, WrappedLinear, wrap_attention, wrap_linears
+from litgpt.lora import Wrap, WrappedLinear, wrap_attention, wrap_linears, wrap_mlp
 from litgpt.model import GPT as BaseModel
 from litgpt.model import Block as Block
 
@@ -46,6 +47,30 @@ class CausalSelfAttention(AdapterAttention):
     def __init__(self, config: Config, block_idx: int) -> None:
         super().__init__(config, block_idx)
         wrap_attention(self, _wrapper())
+
+
+class GptNeoxMLP(base.GptNeoxMLP):
+    """That MLP with scaled and shifted linear layers, as the next ones."""
+
+    def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
+        super().__init__(config, intermediate_size)
+        wrap_mlp(self, _wrapper())
+
+
+class LLaMAMLP(base.LLaMAMLP):
+    def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
+        super().__init__(config, intermediate_size)
+        wrap_mlp(self, _wrapper())
+
+
+class GemmaMLP(base.GemmaMLP, LLaMAMLP):
+    pass
+
+
+class LLaMAMoE(base.LLaMAMoE):
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        wrap_mlp(self, _wrapper())
 
 
 class GPT(AdapterGPT):

@@ -219,7 +219,10 @@ class LLM(nn.Module):
             raise ValueError("the model is on several devices already: load it anew to distribute it otherwise")
         if accelerator == "cuda" and not torch.cuda.is_available():
             raise ValueError("accelerator='cuda', but there is no GPU that this build of torch can use")
-        device = default_device() if accelerator == "auto" else torch.device(accelerator)
+        try:
+            device = default_device() if accelerator == "auto" else torch.device(accelerator)
+        except RuntimeError:
+            raise ValueError(f"Invalid accelerator {accelerator!r}: it is cpu, cuda or auto") from None
         number = None if devices == "auto" else devices
         several = choose_devices(number, device.type) if generate_strategy == "sequential" else [device]
         if generate_strategy is not None and quantize in BNB_MODES:

@@ -34,6 +34,8 @@ _IMPLIED_BY_NAME = ("norm_unit_offset", "norm_affine")
 _NOT_IN_LITGPT = (*_IMPLIED_BY_NAME, "nope_indices", "attention_sinks", "swiglu_limit", "router_bias")
 _NOT_IN_LITGPT += ("embedding_multiplier", "residual_multiplier", "logits_divisor")
 
+ADAPTER_FIELDS = ("adapter_prompt_length", "adapter_start_layer")  # of the configs in `litgpt.adapter`
+
 
 @dataclass
 class Config:
@@ -297,8 +299,10 @@ class Config:
 
     @classmethod
     def from_file(cls, path: str | Path, **kwargs: Any) -> "Config":
-        """Reads a `model_config.yaml`."""
+        """Reads a `model_config.yaml`; the fields of adapters, which LitGPT reads there, are those of their own class."""
         values = read_yaml(path, "the fields of a model config")
+        known = {f.name for f in fields(cls)}
+        values = {name: value for name, value in values.items() if name in known or name not in ADAPTER_FIELDS}
         try:
             return cls(**{**values, **kwargs})
         except (TypeError, ValueError) as error:

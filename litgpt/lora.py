@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from litgpt import model as base
 from litgpt.config import Config as BaseConfig
 from litgpt.model import GPT as BaseModel
 from litgpt.model import Block as Block
@@ -355,6 +356,30 @@ class CausalSelfAttention(BaseCausalSelfAttention):
         wrap_attention(self, _wrapper(config))
 
 
+class GptNeoxMLP(base.GptNeoxMLP):
+    """That MLP with LoRA matrices, if `lora_mlp` asks for them, as the next ones."""
+
+    def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
+        super().__init__(config, intermediate_size)
+        wrap_mlp(self, _wrapper(config))
+
+
+class LLaMAMLP(base.LLaMAMLP):
+    def __init__(self, config: Config, intermediate_size: int | None = None) -> None:
+        super().__init__(config, intermediate_size)
+        wrap_mlp(self, _wrapper(config))
+
+
+class GemmaMLP(base.GemmaMLP, LLaMAMLP):
+    pass
+
+
+class LLaMAMoE(base.LLaMAMoE):
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        wrap_mlp(self, _wrapper(config))
+
+
 class GPT(BaseModel):
     """A GPT with LoRA matrices."""
 
@@ -413,8 +438,7 @@ def wrap_linears(model: BaseModel, wrap: Wrap) -> None:
     model.lm_head = wrap("head", E, V, model.lm_head)
     for block in model.transformer.h:
         wrap_attention(block.attn, wrap)
-        for parent in list(block.mlp.modules()):
-            _wrap_children(parent, "mlp", wrap)
+        wrap_mlp(block.mlp, wrap)
 
 
 def wrap_attention(attention: nn.Module, wrap: Wrap) -> None:
@@ -424,10 +448,12 @@ def wrap_attention(attention: nn.Module, wrap: Wrap) -> None:
         attention.qkv = wrap("qkv", attention.qkv.in_features, attention.qkv.out_features, attention.qkv)
 
 
-def _wrap_children(parent: nn.Module, role: str, wrap: Wrap) -> None:
-    for name, child in list(parent.named_children()):
-        if isinstance(child, (nn.Linear, OpaqueLayer)):
-            setattr(parent, name, wrap(role, child.in_features, child.out_features, child))
+def wrap_mlp(mlp: nn.Module, wrap: Wrap) -> None:
+    """`wrap_linears` for the layers of an MLP, those of its experts too."""
+    for parent in list(mlp.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, (nn.Linear, OpaqueLayer)):
+                setattr(parent, name, wrap("mlp", child.in_features, child.out_features, child))
 
 
 def unwrap_lora(model: BaseModel) -> None:

@@ -1,12 +1,14 @@
 """The command `pretrain`."""
 
 import math
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import Fabric
+from lightning.fabric.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -18,7 +20,7 @@ from litgpt.checkpoint.open import open_checkpoint
 from litgpt.config import Config, name_to_config
 from litgpt.data import DataModule, TinyLlama
 from litgpt.finetune import base
-from litgpt.model import GPT, CausalSelfAttention
+from litgpt.model import GPT, CausalSelfAttention, GptNeoxMLP, LLaMAMLP
 from litgpt.moe import GroupedTopkRouter
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.finetuning import tie
@@ -29,7 +31,7 @@ from litgpt.train.options import PretrainOptions, command
 from litgpt.train.run import Run, connect
 from litgpt.train.schedule import cosine_schedule, learning_rate_factor
 from litgpt.train.setting import make_fabric, precision_of, weights_dtype
-from litgpt.utils import copy_config_files
+from litgpt.utils import copy_config_files, estimate_flops
 
 
 def _pretrain(options: PretrainOptions) -> None:
@@ -98,8 +100,9 @@ def _train(
     resume_path: Path | None,
 ) -> dict[str, float]:
     """What every process does. Returns metrics: see `Run.run`."""
-    fabric.seed_everything(options.seed)
+    fabric.seed_everything(options.seed, verbose=False)
     loaders = connect(fabric, options.data, tokenizer, options.train, config)
+    began = time.perf_counter()
     if start is None:
         with fabric.init_module(empty_init=False):
             gpt = GPT(config)
@@ -107,7 +110,10 @@ def _train(
     else:
         gpt = load_model(start, weights_dtype(fabric), fabric.device)
     tie(gpt, False, options.train.tie_embeddings)
+    fabric.print(f"Time to instantiate model: {time.perf_counter() - began:.02f} seconds.")
     fabric.print(f"Total parameters: {sum(p.numel() for p in gpt.parameters()):,}")
+    flops = estimate_flops(gpt, training=True) * options.train.micro_batch_size * fabric.world_size
+    fabric.print(f"Measured TFLOPs: {flops / 1e12:.2f}")
     save_tokenizer = None if tokenizer is None else tokenizer.save
     metrics = Run(fabric, gpt, config, METHODS["full"], options, loaders, save_tokenizer).run(resume_path)
     if tokenizer is not None:
@@ -116,21 +122,21 @@ def _train(
 
 
 @torch.no_grad()
-def initialize_weights(fabric: Any, model: GPT, n_layer: int, n_embd: int) -> None:
+def initialize_weights(fabric: Any, model: nn.Module, n_layer: int, n_embd: int) -> None:
     """Random weights as GPT-NeoX has them (arXiv:2204.06745): deviation sqrt(2 / (5 n_embd)), and 1 / (sqrt(n_embd) n_layer)
     in the layers that write to the residual stream, so that its size does not grow with the depth."""
     usual, residual = math.sqrt(2.0 / (5.0 * n_embd)), 1.0 / math.sqrt(n_embd) / n_layer
+    whole = not isinstance(fabric.strategy, FSDPStrategy)
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding | GroupedTopkRouter):
             nn.init.normal_(module.weight, std=usual)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
-    for block in model.transformer.h:
-        if isinstance(block.attn, CausalSelfAttention):
-            nn.init.normal_(block.attn.proj.weight, std=residual)
-        for name, module in block.mlp.named_modules():
-            if name.rpartition(".")[2] == "proj" and isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=residual)
+        elif whole and callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+    for module in model.modules():
+        if isinstance(module, CausalSelfAttention | GptNeoxMLP | LLaMAMLP):
+            nn.init.normal_(module.proj.weight, std=residual)
 
 
 def get_lr(learning_rate: float, it: int, warmup_iters: int, max_iters: int, min_lr: float) -> float:

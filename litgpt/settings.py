@@ -202,7 +202,7 @@ def read_json(path: str | Path, repair: bool = False) -> dict[str, Any]:
         if values is None:
             reason = "its lists or objects are nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise ValueError(f"{path} is not valid JSON: {reason[:200]}") from None
-        warnings.warn(f"{path} is not valid JSON ({error}): commas were mended", stacklevel=2)
+        warnings.warn(f"{path} is not valid JSON ({error}): commas of invalid JSON were mended", stacklevel=2)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object, found {type(values).__name__}")
     return values

@@ -32,6 +32,8 @@ from litgpt.scripts.validate import validate_checkpoint as validate_checkpoint
 from litgpt.settings import repair_json
 from litgpt.train.setting import parse_devices as parse_devices
 
+_TUTORIALS = "https://github.com/Lightning-AI/litgpt/blob/main/tutorials"
+
 # -- folders
 
 
@@ -54,11 +56,13 @@ def check_valid_checkpoint_dir(
         return
     place = f"checkpoint_dir {str(checkpoint_dir.absolute())!r}"
     problem = f"is missing the files: {missing}" if checkpoint_dir.is_dir() else "is not a checkpoint directory"
-    if verbose:
+    if verbose:  # the lines that LitGPT prints: scripts look for them
         local = sorted(path for path in Path("checkpoints").glob("*/*") if path.is_dir())
-        print(f"{place} {problem}; `litgpt download list` shows what can be had.", file=sys.stderr)
+        print(f"{place} {problem}.\nFind download instructions at {_TUTORIALS}\n", file=sys.stderr)
         if local:
-            print(f"On this disk are: {', '.join(map(str, local))}", file=sys.stderr)
+            here = "\n".join(repr(str(path.absolute())) for path in local)
+            print(f"You have downloaded locally:\n{here}\n", file=sys.stderr)
+        print("See all download options by running:\n litgpt download", file=sys.stderr)
     if raise_error:
         raise FileNotFoundError(f"{place} {problem}.")
     raise SystemExit(1)

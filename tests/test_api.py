@@ -115,6 +115,11 @@ def test_save_and_load_give_the_same_model(llm, tmp_path):
     assert again.prompt_style.apply("Hi") == llm.prompt_style.apply("Hi")
 
 
+def test_an_accelerator_that_is_none_is_refused(llm):
+    with pytest.raises(ValueError, match="Invalid accelerator 'tpux'"):
+        llm.distribute(accelerator="tpux")
+
+
 def test_training_after_generating_trains_the_same_parameters(llm):
     llm.distribute(accelerator="cpu", precision="bf16-true")
     optimizer = torch.optim.SGD(llm.parameters(), lr=0.1)

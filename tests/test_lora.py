@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny import LATENT, LLAMA, create_kv_caches, in_chunks, tiny_gpt
 
+import litgpt.model
+from litgpt import adapter_v2, lora
 from litgpt.lora import (
     GPT,
     Config,
@@ -233,6 +235,20 @@ def test_layers_can_be_made_alone():
     expected = layer.linear(x)
     expected[:, 8:12] += 2 * x @ layer.lora_A.T @ layer.lora_B.T
     torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("kind", [lora, adapter_v2])
+@pytest.mark.parametrize("name", ["GptNeoxMLP", "LLaMAMLP", "GemmaMLP", "LLaMAMoE"])
+def test_mlps_can_be_made_alone_and_are_those_in_a_model(name, kind):
+    experts = {"n_expert": 2, "n_expert_per_token": 1} if name == "LLaMAMoE" else {}
+    flags = {"lora_r": 2, "lora_mlp": True} if kind is lora else {}
+    config = kind.Config(n_layer=1, n_embd=8, n_head=2, intermediate_size=12, mlp_class_name=name, **experts, **flags)
+    alone, plain = getattr(kind, name)(config), getattr(litgpt.model, name)(config)
+    assert isinstance(alone, type(plain))
+    assert alone.state_dict().keys() == kind.GPT(config).transformer.h[0].mlp.state_dict().keys()
+    alone.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(alone(x), plain(x))
 
 
 def test_merging_leaves_the_embedding_that_the_head_shares_alone():

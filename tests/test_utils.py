@@ -126,7 +126,9 @@ def test_a_checkpoint_folder_lacks_files_by_name(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     with pytest.raises(SystemExit):
         check_valid_checkpoint_dir(tmp_path / "none")
-    assert "is not a checkpoint directory" in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == f"checkpoint_dir '{tmp_path / 'none'}' is not a checkpoint directory."
+    assert lines[-2:] == ["See all download options by running:", " litgpt download"]
     (tmp_path / "lit_model.pth").touch()
     check_valid_checkpoint_dir(tmp_path, ignore_tokenizer_files=True)
 

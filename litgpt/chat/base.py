@@ -67,7 +67,7 @@ class ChatOptions(SamplingOptions, CacheOptions, PromptLookupOptions, Checkpoint
 
 @command(ChatOptions, "checkpoint_dir")
 def main(options: ChatOptions) -> None:
-    """Talk with a model.
+    """Chat with a model.
 
     Answers go to stdout, everything else to stderr.
     """

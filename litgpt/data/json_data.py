@@ -1,7 +1,6 @@
 """Samples of one's own: JSON or JSONL files, or lists."""
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +37,6 @@ class JSON(SFTModule):
             )
         if not is_folder and self.val_split_fraction is None:
             self.val_split_fraction = DEFAULT_FRACTION
-            warnings.warn(f"val_split_fraction is not given: {DEFAULT_FRACTION} of the samples validate", stacklevel=3)
 
     def samples(self) -> Splits:
         train, val = self.get_splits()

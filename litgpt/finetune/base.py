@@ -139,7 +139,7 @@ def unwrapped(model: nn.Module) -> GPT:
 
 def save_trained(method: str, fabric: Fabric, model: nn.Module, file_path: Path) -> None:
     """Write what a method trains. All processes call it."""
-    fabric.print(f"Saving weights to {str(file_path)!r}")
+    fabric.print(METHODS[method].saving(Path(file_path)))
     weights = full_tensors(unwrapped(model), METHODS[method].is_trained)
     if fabric.is_global_zero:
         Path(file_path).parent.mkdir(parents=True, exist_ok=True)

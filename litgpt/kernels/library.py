@@ -41,7 +41,7 @@ _SIGNATURES = {  # by the names of libraries in build.py
         "drop_values": [_POINTER] * 2 + [_COUNT] * 2 + [ctypes.c_double, ctypes.c_int],
         "norm_values": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT] * 2 + [ctypes.c_int],
         "norm_values_backward": [_POINTER] * 6 + [_COUNT] * 2 + [_FLOAT] * 2 + [ctypes.c_int],
-        "rotate_values": [_POINTER] * 4 + [_COUNT] * 5 + [ctypes.c_int] * 2,
+        "rotate_values": [_POINTER] * 4 + [_COUNT] * 6 + [ctypes.c_int] * 2,
         "next_token_losses": [_POINTER] * 3 + [_COUNT] * 2 + [_FLOAT, ctypes.c_int],
     },
 }

@@ -22,6 +22,7 @@ class BlockKVCache(DenseKVCache):
     A row can go back to the position after its last such cut.
     """
 
+    STORAGE = KiviStorage
     storage: KiviStorage
 
     def get_keys_values(self) -> KeysAndValues | None:

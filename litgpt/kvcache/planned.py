@@ -46,6 +46,8 @@ class PlannedKVCache(DefaultKVCache):
     """
 
     ROW_FIELDS: ClassVar[tuple[str, ...]] = ("lengths",)
+    STORAGE: ClassVar[type[Storage]] = DefaultStorage  # with the next one in the class for such a cache, see `made_of`
+    STORAGE_ARGS: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(
         self,
@@ -71,6 +73,23 @@ class PlannedKVCache(DefaultKVCache):
         )
         self._rows = self._empty_rows()
         self._place = self.storage.dtype, self.storage.device
+
+    @classmethod
+    def made_of(
+        cls, policy: Policy, storage: type[Storage], storage_args: Mapping[str, Any] | None = None
+    ) -> "type[PlannedKVCache]":
+        """The class of caches of these parts, which knows their size beforehand."""
+        storage_args = dict(storage_args or {})
+        if (storage, storage_args) == (cls.STORAGE, cls.STORAGE_ARGS):
+            return cls
+        return cls._derived(cls.__name__, STORAGE=storage, STORAGE_ARGS=storage_args)
+
+    @classmethod
+    def _derived(cls, name: str, key: object = None, **attributes: Any) -> "type[PlannedKVCache]":
+        key = cls, key, *(tuple(sorted(x.items())) if isinstance(x, dict) else x for x in attributes.values())
+        if key not in _CLASSES:
+            _CLASSES[key] = type(name, (cls,), {**attributes, "__doc__": cls.__doc__, "__module__": cls.__module__})
+        return _CLASSES[key]
 
     @classmethod
     def from_policy(
@@ -148,8 +167,11 @@ class PlannedKVCache(DefaultKVCache):
 
     @classmethod
     def size_estimate_apriori(
-        cls, params: KVCacheParams, storage: type[Storage] = DefaultStorage, **storage_args: Any
+        cls, params: KVCacheParams, storage: type[Storage] | None = None, **storage_args: Any
     ) -> tuple[int, dict[str, int]]:
+        """As `KVCache.size_estimate_apriori`, for another `storage` and its arguments than those of the class."""
+        if storage is None:
+            storage, storage_args = cls.STORAGE, {**cls.STORAGE_ARGS, **storage_args}
         parts = storage.size_in_bits_apriori(params, **storage_args)
         return sum(parts.values()), parts
 
@@ -530,3 +552,6 @@ def _take(x: torch.Tensor, tokens: slice | torch.Tensor) -> torch.Tensor:
     if isinstance(tokens, slice) and tokens.start == 0 and tokens.stop == x.shape[2]:
         return x
     return x[:, :, tokens]
+
+
+_CLASSES: dict[tuple, type[PlannedKVCache]] = {}

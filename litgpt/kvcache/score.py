@@ -1,6 +1,7 @@
 """Caches whose policy scores tokens, and keeps the best."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ class ScoreKVCache(PlannedKVCache):
     """
 
     ROW_FIELDS = ("lengths", "filled", "evicted_at", "observed_at")
-    POLICY: ClassVar[type[ScorePolicy]]  # in the class for a policy, see `for_policy`
+    POLICY: ClassVar[ScorePolicy | None] = None  # in the class for a policy, see `made_of`
     policy: ScorePolicy
 
     def __init__(
@@ -65,25 +66,12 @@ class ScoreKVCache(PlannedKVCache):
                 self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=self.device), persistent=False)
 
     @classmethod
-    def for_policy(cls, policy: type[ScorePolicy]) -> "type[ScoreKVCache]":
-        """The class of caches with that policy, which knows their size beforehand."""
-        if policy not in _CLASSES:
-            name = policy.__name__.removesuffix("Policy") + "KVCache"
-            _CLASSES[policy] = type(name, (cls,), {"POLICY": policy, "__doc__": policy.__doc__, "__module__": __name__})
-        return _CLASSES[policy]
-
-    @classmethod
-    def from_policy(
-        cls,
-        config: Config,
-        params: KVCacheParams,
-        policy: Policy,
-        block_idx: int,
-        storage: type[Storage] = DefaultStorage,
-        **kwargs: Any,
-    ) -> "ScoreKVCache":
-        place = params.device, params.dtype, params.head_size
-        return cls.for_policy(type(policy))(config, params.batch_size, policy, block_idx, *place, storage, **kwargs)
+    def made_of(
+        cls, policy: Policy, storage: type[Storage], storage_args: Mapping[str, Any] | None = None
+    ) -> "type[PlannedKVCache]":
+        name = type(policy).__name__.removesuffix("Policy") + "KVCache"
+        args = dict(storage_args or {})
+        return cls._derived(name, policy.key, STORAGE=storage, STORAGE_ARGS=args, POLICY=policy)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "ScoreKVCache":
         exact = {
@@ -124,13 +112,17 @@ class ScoreKVCache(PlannedKVCache):
     def size_estimate_apriori(
         cls,
         params: KVCacheParams,
-        storage: type[Storage] = DefaultStorage,
+        storage: type[Storage] | None = None,
         policy: ScorePolicy | None = None,
         **storage_args: Any,
     ) -> tuple[int, dict[str, int]]:
-        """As `KVCache.size_estimate_apriori`, for a `policy` (None: that of the class with its default arguments)."""
-        policy = cls.POLICY(params.cache_length) if policy is None else policy
-        parts = storage.size_in_bits_apriori(params, **storage_args)
+        """As `PlannedKVCache.size_estimate_apriori`, and for a `policy` (None: that of the class, with as many slots as `params`)."""
+        policy = cls.POLICY if policy is None else policy
+        if policy is None:
+            raise ValueError(f"{cls.__name__} is for many policies: say which `policy` it is")
+        if policy.cache_length != params.cache_length:
+            policy = replace(policy, cache_length=params.cache_length)
+        _, parts = super().size_estimate_apriori(params, storage, **storage_args)
         for name, (shape, dtype) in _own_buffers(policy, params).items():
             parts[name] = 8 * dtype.itemsize * torch.Size(shape).numel()
         return sum(parts.values()), parts
@@ -517,9 +509,6 @@ def prepare_all(
     if looks:
         ops.run_looks(looks)
     return ready
-
-
-_CLASSES: dict[type[ScorePolicy], type[ScoreKVCache]] = {}
 
 
 def _own_buffers(policy: ScorePolicy, params: KVCacheParams) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from litgpt.kvcache.base import KVCache
 from litgpt.kvcache.baselines import DenseKVCache, LastRecentlyInsertedKVCache
 from litgpt.kvcache.blocks import BlockKVCache
 from litgpt.kvcache.params import KVCacheParams
+from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.kvcache.policies import POLICIES, Policy, PositionalPolicy
 from litgpt.kvcache.policies.dense import DensePolicy
 from litgpt.kvcache.policies.lastrec import LastRecentPolicy
@@ -39,12 +41,12 @@ STORAGE_ALIASES = {
 PYRAMID = 20  # the pyramid's top layer has the mean divided by that
 WINDOW_SLACK = 64  # slots that a sliding-window layer's cache has beyond its window: `crop` is exact within it
 
-KV_CACHES_OF_KINDS: dict[type[Policy], type[KVCache]] = {
+KV_CACHES_OF_KINDS: dict[type[Policy], type[PlannedKVCache]] = {
     PositionalPolicy: PositionalKVCache,
     ScorePolicy: ScoreKVCache,
 }
 """The cache that works with a kind of policy."""
-NAMED_KV_CACHES: dict[type[Policy], type[KVCache]] = {
+NAMED_KV_CACHES: dict[type[Policy], type[PlannedKVCache]] = {
     DensePolicy: DenseKVCache,
     LastRecentPolicy: LastRecentlyInsertedKVCache,
 }
@@ -66,11 +68,11 @@ class CacheSpec:
     """A cache as people ask for it; a value.
 
     Args:
-        policy: which tokens stay: a name in `POLICIES`, or `my_module:MyPolicy`, a class of one's own, whose module may be in
-            the current folder.
+        policy: which tokens stay: a name in `POLICIES`, or `my_module:MyPolicy` (`my_module.MyPolicy` will do), a class of one's
+            own, whose module may be in the current folder.
         storage: how they are kept: a name in `STORAGES`.
         cache_length: all slots of a row and head (None: the policy's default).
-        args: arguments of the policy or the storage, such as `n_sink`; and for policies that score tokens `budget`, how the
+        args: arguments of the policy or the storage, such as `n_sink`; and for policies that evict `budget`, how the
             slots are distributed over the layers without a sliding window, `cache_length` being the mean: "uniform",
             "pyramid" (more for lower layers, arXiv:2406.02069), or a list of their shares.
 
@@ -94,7 +96,7 @@ class CacheSpec:
             object.__setattr__(self, field.name, value)
         _check_pair(self.policy_class, self.storage, self.storage_class)
         known = [*self.policy_class.arguments(), *self.storage_class.arguments()]
-        if issubclass(self.policy_class, ScorePolicy):
+        if self.policy_class.evicts:
             known.append("budget")
         for name in args:
             if name not in known:
@@ -283,23 +285,26 @@ def make_kv_cache(
     if storage.blocks:
         _check_pair(type(policy), next((name for name, one in STORAGES.items() if one is storage), ""), storage)
         kind = BlockKVCache
+    kind = kind.made_of(policy, storage, storage_args)
     return kind.from_policy(config, params, policy, block_idx, storage=storage, storage_args=storage_args, **kwargs)
 
 
 def resolve_policy(name: str) -> type[Policy]:
-    """The policy that is called `name`, or that `my_module:MyPolicy` imports.
+    """The policy that is called `name`, or that `my_module:MyPolicy` or `my_module.MyPolicy` imports.
 
     Raises:
         ValueError: if there is none.
     """
-    if ":" not in name:
-        if name not in POLICIES:
-            raise ValueError(
-                f"no key-value cache is called {name!r}; the policies are {', '.join(POLICIES)}, and module:Class for one of "
-                "your own"
-            )
+    if name in POLICIES:
         return POLICIES[name]
-    module_name, _, attribute = name.partition(":")
+    module_name, _, attribute = name.rpartition(":" if ":" in name else ".")
+    if not module_name:
+        near = get_close_matches(name, POLICIES, n=1)
+        hint = f" (dense-{name} is one)" if name in STORAGES else f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(
+            f"no key-value cache is called {name!r}{hint}; the policies are {', '.join(POLICIES)}, and module:Class for one of "
+            "your own"
+        )
     try:
         policy = getattr(_import(module_name), attribute, None)
     except ImportError as error:
@@ -318,7 +323,7 @@ def _check_pair(policy: type[Policy], name: str, storage: type[Storage]) -> None
 
 
 def _import(name: str) -> Any:
-    if not all(part.isidentifier() for part in name.split(".")):
+    if not _is_path(name):
         raise ImportError(f"{name!r} is not the name of a module")
     try:
         return importlib.import_module(name)
@@ -335,6 +340,10 @@ def _import(name: str) -> Any:
             raise
 
 
+def _is_path(name: str) -> bool:
+    return all(part.isidentifier() for part in name.split("."))
+
+
 def _is_positive(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0
 
@@ -344,7 +353,8 @@ def _split(text: str) -> tuple[str, str]:
     parts = text.split("-")
     for count in range(len(parts), 0, -1):
         policy, storage = "-".join(parts[:count]), "-".join(parts[count:]) or "default"
-        known = policy in POLICIES or policy in POLICY_ALIASES or policy.partition(":")[2].isidentifier()
+        imported = policy.replace(":", ".")
+        known = policy in POLICIES or policy in POLICY_ALIASES or ("." in imported and _is_path(imported))
         if known and (storage in STORAGES or storage in STORAGE_ALIASES):
             return policy, storage
     policy, _, storage = text.partition("-")

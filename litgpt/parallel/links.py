@@ -43,8 +43,8 @@ def _connectivity() -> str:
     if all(fast.fullmatch(cell) for i, row in enumerate(links) for j, cell in enumerate(row) if i != j):
         return f"All GPUs are fully connected via {link}."
     return (
-        f"Warning: Not all GPUs are fully connected via {link}. Training on several of them is faster on a machine where "
-        "they are."
+        f"Warning: Not all GPUs are fully connected via {link}. Some GPUs are connected via slower interfaces. It is "
+        "recommended to switch to a different machine with faster GPU connections for optimal multi-GPU training performance."
     )
 
 

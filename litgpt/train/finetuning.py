@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning import Fabric
 
-from litgpt.checkpoint.base import QUANTIZED_NAME, Checkpoint
+from litgpt.checkpoint.base import CONFIG_NAME, QUANTIZED_NAME, Checkpoint
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model, save_litgpt
 from litgpt.checkpoint.open import open_checkpoint, open_lora
-from litgpt.config import Config
+from litgpt.config import ADAPTER_FIELDS, Config
 from litgpt.data import JSON, Alpaca, DataModule
 from litgpt.data.json_data import Samples
 from litgpt.lora import finish_lora, merge_lora_weights, unwrap_lora
 from litgpt.model import GPT
+from litgpt.settings import read_yaml
 from litgpt.train.methods import METHODS, Method
 from litgpt.train.model import restore_forward
 from litgpt.train.options import FinetuneOptions, LoRAOptions
@@ -41,16 +42,23 @@ def finetune_command(method: str, options: FinetuneOptions) -> dict[str, float]:
         raise ValueError(f"{checkpoint.path} is quantised: full fine-tuning needs plain weights; use finetune_lora")
     resume = options.resume_path(way.suffix)
     fabric = make_fabric(options, f"finetune-{checkpoint.config.name}", checkpoint.config, resume is not None)
-    config = way.extend(checkpoint.config, options)
+    config = way.extend(checkpoint.config, options, **_adapter_fields(way, checkpoint))
     options.describe(precision_of(fabric), config)
     return fabric.launch(tune, way, checkpoint, config, options, resume)
+
+
+def _adapter_fields(way: Method, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Fields of an adapter that are in the checkpoint's own config file, where LitGPT reads them."""
+    path = Path(checkpoint.path) / CONFIG_NAME
+    values = read_yaml(path) if path.is_file() else {}
+    return {name: values[name] for name in ADAPTER_FIELDS if name in way.fields and name in values}
 
 
 def tune(
     fabric: Fabric, way: Method, checkpoint: Checkpoint, config: Config, options: FinetuneOptions, resume: Path | None
 ) -> dict[str, float]:
     """Fine-tune a checkpoint's model in the processes of `fabric`: see `finetune_command`. `config` has what `way` adds."""
-    fabric.seed_everything(options.seed)
+    fabric.seed_everything(options.seed, verbose=False)
     tokenizer = checkpoint.tokenizer()
     loaders = connect(fabric, options.data, tokenizer, options.train, checkpoint.config)
     gpt = load_model(checkpoint, weights_dtype(fabric), fabric.device, quantize=options.quantize)
@@ -118,7 +126,7 @@ def finetune(
     resume = chosen.resume_path(way.suffix)
     fabric = make_fabric(chosen, f"finetune-{base.name}", base, resume is not None)
     fabric.launch()
-    fabric.seed_everything(chosen.seed)
+    fabric.seed_everything(chosen.seed, verbose=False)
     _describe(chosen, llm, config, precision_of(fabric))
     loaders = connect(fabric, chosen.data, tokenizer, chosen.train, base)
     gpt = llm.prepare_for_training()

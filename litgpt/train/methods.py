@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from litgpt import adapter, adapter_v2, lora
@@ -25,6 +26,12 @@ class Method:
     def trains_all(self) -> bool:
         """Whether all weights of the model are trained."""
         return not self.suffix
+
+    def saving(self, file: Path) -> str:
+        """What is said when it is saved."""
+        if self.name.startswith("adapter"):
+            return f"Saving adapter weights to {str(file)!r}"
+        return f"Saving checkpoint to {str(file.parent)!r}"
 
     @property
     def fields(self) -> set[str]:

@@ -1,7 +1,7 @@
 """A training run: a model, data and options go in, a trained model in a folder that every other command takes comes out."""
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from lightning import Fabric
 from lightning.fabric.loggers import CSVLogger
 
 from litgpt.args import TrainArgs
-from litgpt.atomic_file import replacing_folder
+from litgpt.atomic_file import only_writer, replacing_folder
 from litgpt.checkpoint.base import WEIGHTS_NAME
 from litgpt.checkpoint.load import save_config
 from litgpt.config import Config
@@ -89,10 +89,16 @@ class Run:
 
     def run(self, resume: Path | None = None) -> dict[str, float]:
         """Train, validate, save. Returns metrics: losses, steps, tokens, seconds, tokens per second."""
-        status = "failed"
+        status, out_dir = "failed", self.options.out_dir
+        writes = out_dir is not None and self.fabric.is_global_zero
         try:
-            metrics = self._run(resume)
+            with only_writer(out_dir) if writes else nullcontext():
+                metrics = self._run(resume)
             status = "success"
+        except KeyboardInterrupt:
+            if out_dir is not None and (steps := step_folders(out_dir)):
+                self.fabric.print(f"Interrupted: the same command with --resume auto goes on from {steps[-1]}")
+            raise
         finally:
             for logger in self.fabric.loggers:
                 logger.finalize(status)
@@ -132,11 +138,19 @@ class Run:
         show = self.show_example if options.eval.max_new_tokens and self.tokenizer is not None else None
         parts = (model, optimizer, scheduler, train_loader, val_loader, train, options.eval, max_steps)
         self.loop = loop = Loop(fabric, *parts, self.save_step, show)
+        if self._lengths:
+            fabric.print(
+                f"The longest sequence length in the train data is {max(self._lengths)}, the model's maximum sequence length is "
+                f"{min(max(self._lengths), self._longest)} and context length is {self.config.block_size}"
+            )
         if resume is not None:
             fabric.print(f"Resuming training from {resume}")
             self.load(resume)
+            if loop.position.batches:
+                fabric.print(f"Resuming dataset: {loop.position.batches} / {len(train_loader)}")
         if val_loader is not None:
             if options.eval.initial_validation:
+                fabric.print("Validating ...")
                 fabric.print(f"Initial evaluation | val loss: {loop.validate():.3f}")
             else:
                 fabric.print("Verifying settings ...")
@@ -151,6 +165,7 @@ class Run:
                 raise RuntimeError(self._does_not_fit(spec)) from error
             raise
         if val_loader is not None and options.eval.final_validation:
+            fabric.print("Validating ...")
             loop.note_validation(loop.validate())
         metrics = self._metrics()
         loop.report.summary(metrics)
@@ -178,6 +193,11 @@ class Run:
             tokens = round(sum(self._lengths) / len(loader) * accumulation)
         elif isinstance(self.options.data, TextModule | StreamModule):  # all rows have as many tokens
             tokens = accumulation * loader.batch_size * self._longest
+        elif train.max_tokens is not None:  # a module made elsewhere: rows are all like the first, or as long as can be
+            with suppress(TypeError, LookupError, NotImplementedError):
+                if isinstance(row := loader.dataset[0], torch.Tensor):
+                    tokens = accumulation * train.micro_batch_size * (len(row) - 1)
+            tokens = tokens or accumulation * train.micro_batch_size * self._longest
         return steps_of_run(per_epoch, tokens, train.epochs, train.max_steps, train.max_tokens)
 
     def _does_not_fit(self, spec: CacheSpec, left: int | None = None) -> str | None:
@@ -255,7 +275,7 @@ class Run:
         release_freed_memory()  # of activations: saving takes some, too
         weights = full_tensors(self.gpt, self.method.is_trained)
         if self.fabric.is_global_zero:
-            self.fabric.print(f"Saving checkpoint to {str(folder)!r}")
+            self.fabric.print(self.method.saving(folder / f"{WEIGHTS_NAME}{self.method.suffix}"))
             try:
                 with replacing_folder(folder) as temporary:
                     torch.save({"model": weights, **state}, temporary / (WEIGHTS_NAME + self.method.suffix))
@@ -266,10 +286,11 @@ class Run:
                         self.save_tokenizer(temporary)
                     if (style := getattr(self.options.data, "prompt_style", None)) is not None:
                         save_prompt_style(style, temporary)
-            except (OSError, RuntimeError) as error:
+            except OSError as error:
                 last = step_folders(folder.parent)
                 kept = f"; the last complete checkpoint is {last[-1]}" if last else ""
-                raise OSError(f"{folder} could not be written: {error}{kept}") from None
+                reason = f"{folder} could not be written: {error.strerror}" if error.strerror else error
+                raise OSError(f"{reason}{kept}") from None
         self.fabric.barrier()
 
     def load(self, path: Path) -> None:

@@ -382,7 +382,7 @@ static void check_rows() {
 // In bfloat16; gradients are compared with those in float
 static void check_narrow_rows() {
     const int64_t G = draw(1, 2), H = G * draw(1, 2), D = 16 * draw(1, 5), a = draw(1, 220), N = a + draw(1, 40);
-    const int64_t ends[] = {a, N}, strides[] = {H * D, D, G * D, D, G * D, D};
+    const int64_t ends[] = {a, N}, strides[] = {H * D, D, G * D, D, G * D, D, H * D, G * D};
     const auto q = numbers(N * H * D), k = numbers(N * G * D), v = numbers(N * G * D), dy = numbers(N * H * D);
     const auto wide = [](const std::vector<bf16>& x) {
         std::vector<float> y;

@@ -219,6 +219,7 @@ def test_G8_bytes_are_those_allocated_and_never_grow(case):
 
         assert bits == sum(parts.values()) == allocated() > 0
         for size in (params, cache.get_params()):
+            assert type(cache).size_estimate_apriori(size) == cache.size_estimate_apriori(size) == (bits, parts)
             assert type(cache).size_estimate_apriori(size, type(cache.storage)) == (bits, parts)
         pointers = [buffer.data_ptr() for buffer in cache.buffers()]
         feed(cache, [x.to(cache.dtype) for x in case.tokens(20)], (15, 1, 4))

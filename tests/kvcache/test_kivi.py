@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from litgpt.config import Config
-from litgpt.kvcache import CacheSpec, KVCacheParams
+from litgpt.kvcache import CacheSpec, DenseKVCache, KVCacheParams
 from litgpt.kvcache.storages.kivi import KiviStorage, sealed
 from litgpt.kvcache.testing import create_kv_cache
 
@@ -100,7 +100,8 @@ def test_G8_bytes_are_those_allocated(length):
     one = cache(3, length, torch.bfloat16)
     allocated = sum(8 * x.untyped_storage().nbytes() for x in one.buffers())
     params = KVCacheParams.from_config(CONFIG, 3, length, dtype=torch.bfloat16)
-    sizes = type(one).size_estimate_apriori(params, KiviStorage, window=WINDOW, group=GROUP)
+    sizes = type(one).size_estimate_apriori(params)
+    assert sizes == DenseKVCache.size_estimate_apriori(params, KiviStorage, window=WINDOW, group=GROUP)
     assert one.size_estimate() == sizes
     assert allocated == sizes[0]
     feed(one, [x.bfloat16() for x in draw(length)], (length,))

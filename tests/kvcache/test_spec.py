@@ -142,6 +142,14 @@ def test_the_size_is_known_before_anything_is_allocated():
         assert total == sum(parts.values()) == sum(cache.size_estimate()[0] for cache in caches)
 
 
+def test_a_budget_is_for_every_policy_that_evicts():
+    for name in ("lastrec", "h2o"):
+        caches = CacheSpec.parse(name, cache_length=12, budget=[3, 2, 1]).create(CONFIG, 1)
+        assert [cache.cache_length for cache in caches] == [18, 12, 6]
+    with pytest.raises(ValueError, match="no argument 'budget'"):
+        CacheSpec("dense", budget="pyramid")
+
+
 def test_layers_with_a_window_keep_its_tokens_whatever_the_policy(monkeypatch):
     monkeypatch.setattr(litgpt.kvcache.spec, "WINDOW_SLACK", 3)
     config = Config(
@@ -159,6 +167,8 @@ def test_layers_with_a_window_keep_its_tokens_whatever_the_policy(monkeypatch):
     ("make", "message"),
     [
         (lambda: CacheSpec("newest"), "no key-value cache is called 'newest'.* dense, .*lastrec"),
+        (lambda: CacheSpec.parse("snapvk"), r"'snapvk' \(did you mean snapkv\?\)"),
+        (lambda: CacheSpec.parse("kivi"), r"'kivi' \(dense-kivi is one\)"),
         (lambda: CacheSpec.parse("lastrec-int9"), "'int9'.* default"),
         (lambda: CacheSpec.parse(""), "''.* dense, .*lastrec"),
         (lambda: CacheSpec("dense", n_sink=2), "'dense' has no argument 'n_sink': it has no arguments"),
@@ -209,6 +219,9 @@ def test_a_policy_of_a_module_in_the_current_folder_is_one_file(tmp_path, monkey
         assert CacheSpec.parse(str(asked), 10, head=0.3) == asked
         assert CacheSpec.parse("my_policies:Halves-int8", 10, head=0.3).storage == "int8"
         assert CacheSpec.parse("halves", 10, head=0.3).create(CONFIG, 1)[0].policy == cache.policy
+        dotted = CacheSpec.parse("my_policies.Halves-int8", 10, head=0.3)
+        assert (dotted.policy_class, dotted.storage) == (asked.policy_class, "int8")
+        assert CacheSpec.parse(str(dotted), 10, head=0.3) == dotted
         with pytest.raises(ValueError, match="no argument 'tail': its arguments are head"):
             CacheSpec("halves", tail=3)
     finally:

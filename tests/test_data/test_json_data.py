@@ -24,6 +24,14 @@ def connected(path, batch_size=2, **options):
     return data
 
 
+def test_a_file_too_small_to_be_divided_is_learned_whole_without_a_warning(tmp_path, recwarn):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([GOOD]))
+    data = connected(path, val_split_fraction=None)
+    assert (len(data.train_dataset), data.val_dataloader()) == (1, None)
+    assert not recwarn
+
+
 BAD = [
     ("a.json", "", r"a\.json is empty"),
     ("a.json", "[]", r"a\.json holds no samples"),

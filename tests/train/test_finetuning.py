@@ -1,22 +1,27 @@
 """Whole runs of fine-tuning: what they write, that they can be stopped, and that parts do not matter."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from lightning.fabric.loggers import Logger
 from tiny import tiny_tokenizer
+from torch.utils.data import DataLoader
 
+from litgpt import pretrain
 from litgpt.__main__ import main
 from litgpt.api import LLM
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.checkpoint.finetuned import Finetuned
 from litgpt.checkpoint.load import load_finetuned, load_model
 from litgpt.checkpoint.open import open_checkpoint
-from litgpt.data import JSON
+from litgpt.config import Config
+from litgpt.data import JSON, DataModule
 from litgpt.finetune import adapter, adapter_v2, full, lora
 from litgpt.kvcache import CacheSpec
 from litgpt.scripts.quantize import quantize_checkpoint
@@ -36,6 +41,26 @@ SIDE_FILES = {
     "hyperparameters.yaml",
     "prompt_style.yaml",
 }
+
+COLUMNS = [
+    "batches",
+    *(f"device/{name}_per_sec" for name in ("batches", "items", "samples")),
+    "epoch",
+    "iter",
+    "iter_time",
+]
+COLUMNS += [
+    "learning_rate",
+    "lengths",
+    "loss",
+    "samples",
+    "step",
+    "time",
+    "tokens",
+    "total_tokens",
+    "val_loss",
+    "val_ppl",
+]
 
 
 def run(method, checkpoint_dir, out_dir, json_path, train=TRAIN, eval=EVAL, **options):
@@ -81,13 +106,19 @@ def test_what_a_run_writes_and_says(method, checkpoint_dir, tmp_path, json_path,
         *SIDE_FILES,
         *merged,
     }
-    assert (out / "logs" / "csv" / "version_0" / "metrics.csv").is_file()
+    columns = (out / "logs" / "csv" / "version_0" / "metrics.csv").read_text().splitlines()[0]
+    assert columns.split(",") == COLUMNS
     assert "<polyline" in (out / "logs" / "loss.svg").read_text()
     text = capsys.readouterr().out
     assert text.count("(step)") == 6
     assert text.count("val loss") == 3 + 1
     assert text.count("Final evaluation") == 1
     assert "Number of trainable parameters: " in text
+    assert text.count("Validating ...") == 3 + 1
+    assert "Number of epochs" not in text
+    assert text.count(f"Saving {'adapter weights' if 'adapter' in method else 'checkpoint'} to '{out}/step-") == 3
+    longest = r"longest sequence length in the train data is (\d+), the model's maximum sequence length is \1 and context length is 512"
+    assert re.search(longest, text)
     values = yaml.safe_load((out / "final" / "hyperparameters.yaml").read_text())
     assert values["data"]["class_path"] == "litgpt.data.JSON"
     assert values["train"]["max_steps"] == 6
@@ -119,6 +150,50 @@ def test_loggers_get_settings_losses_and_how_a_run_ended(checkpoint_dir, tmp_pat
     with pytest.raises(FileExistsError):
         run("lora", checkpoint_dir, tmp_path / "another", json_path, replace(TRAIN, max_steps=1, save_interval=None))
     assert logger.end == "failed"
+
+
+def test_a_run_that_ends_with_its_last_epoch_says_so(checkpoint_dir, tmp_path, json_path, capsys):
+    train = replace(TRAIN, max_steps=None, epochs=1, save_interval=None)
+    run("adapter", checkpoint_dir, tmp_path / "out", json_path, train, EvalArgs(interval=9, max_iters=1))
+    assert "Number of epochs 1 reached, stopping training..." in capsys.readouterr().out
+
+
+def test_an_adapter_begins_where_the_checkpoints_own_config_says(checkpoint_dir, tmp_path, json_path):
+    folder = Path(shutil.copytree(checkpoint_dir, tmp_path / "checkpoint"))
+    with open(folder / "model_config.yaml", "a") as file:
+        file.write("adapter_start_layer: 1\nadapter_prompt_length: 3\n")
+    trained = run("adapter", folder, tmp_path / "out", json_path, replace(TRAIN, max_steps=1, save_interval=None))
+    prefixes = {name: len(x) for name, x in trained.items() if "adapter_wte" in name}
+    assert min(prefixes).startswith("transformer.h.1.")
+    assert set(prefixes.values()) == {3}
+
+
+class Rows(DataModule):
+    """Rows of two tokens, by a module that is made elsewhere."""
+
+    def connect(self, tokenizer=None, batch_size=1, max_seq_length=None) -> None:
+        self.batch_size = batch_size
+
+    def train_dataloader(self):
+        return DataLoader(torch.tensor([[0, 1, 2], [3, 4, 5], [0, 1, 2]]), self.batch_size)
+
+    val_dataloader = train_dataloader
+
+
+def test_pretraining_on_a_module_made_elsewhere_ends_with_its_tokens(tmp_path, capsys):
+    config = Config(block_size=4, n_layer=2, n_embd=8, n_head=4, padded_vocab_size=8)
+    train = TrainArgs(global_batch_size=2, max_tokens=16, save_interval=2, micro_batch_size=1, max_norm=1.0)
+    options = {"model_config": config, "train": train, "eval": EvalArgs(interval=1, max_iters=1), "logger_name": "csv"}
+    pretrain.setup("pythia-14m", data=Rows(), devices=1, out_dir=tmp_path / "out", **options)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"step-00000002", "step-00000004", "final", "logs"}
+    text = capsys.readouterr().out
+    for line in (
+        "Time to instantiate model: ",
+        "Total parameters: 1,888",
+        "Measured TFLOPs: ",
+        "remaining time: 0:00:00",
+    ):
+        assert line in text
 
 
 def test_training_learns(checkpoint_dir, tmp_path, json_path, capsys):
@@ -190,7 +265,8 @@ def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint(checkpoint_
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         with pytest.raises(
-            OSError, match=r"step-000004 could not be written: .*last complete checkpoint is .*step-000002"
+            OSError,
+            match=r"step-000004 could not be written whole: the disk of .*last complete checkpoint is .*step-000002",
         ):
             run("lora", checkpoint_dir, out, json_path)
     assert {path.name for path in out.iterdir()} == {"step-000002", "logs"}
@@ -391,7 +467,7 @@ def test_the_hyperparameters_of_a_run_from_python_repeat_it(source, llm, samples
     torch.testing.assert_close(llm.model(idx), load_model(again / "final")(idx), atol=1e-4, rtol=1e-4)
 
 
-def test_a_run_that_is_interrupted_leaves_the_llm_usable(llm, monkeypatch):
+def test_a_run_that_is_interrupted_leaves_the_llm_usable_and_says_how_to_go_on(llm, tmp_path, capsys, monkeypatch):
     steps = []
 
     def interrupted(self, window):
@@ -404,7 +480,8 @@ def test_a_run_that_is_interrupted_leaves_the_llm_usable(llm, monkeypatch):
     before = {name: x.clone() for name, x in llm.state_dict().items()}
     options = {"global_batch_size": 1, "learning_rate": 0.01, "lr_warmup_steps": 0, "activation_checkpointing": True}
     with pytest.raises(KeyboardInterrupt):
-        finetune(llm, ANSWER, epochs=10, **options)
+        finetune(llm, ANSWER, epochs=10, out_dir=tmp_path, save_interval=2, **options)
+    assert f"--resume auto goes on from {tmp_path / 'step-000002'}" in capsys.readouterr().out
     after = llm.state_dict()
     assert after.keys() == before.keys()
     changed = {name.rpartition(".attn.")[2] for name in after if not torch.equal(after[name], before[name])}
@@ -470,8 +547,11 @@ def JSONData(folder, samples):
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("options", "message"),
     [
+        ("--train.min_lr -1", "min_lr must be at least 0, got -1.0"),
+        ("--eval.max_iters 0", "eval.max_iters must be at least 1, got 0"),
+        ("--eval.evaluate_example -5", "eval.evaluate_example must be at least 0, got -5"),
         ("--data JSON --data.json_path nowhere.json", "nowhere.json"),
         ("--data FLAN --data.subsets none", "none not"),
         ("--data JSON --data.json_path {} --data.val_split_fraction 2", "val_split_fraction"),
@@ -494,8 +574,25 @@ def JSONData(folder, samples):
         ("--data Alpaca --data.val_split_fraction much", "--data.val_split_fraction cannot be 'much'"),
     ],
 )
-def test_what_a_data_module_says_of_its_options_is_the_error(data, message, checkpoint_dir, json_path, capsys):
-    assert main(["finetune_lora", str(checkpoint_dir), *data.format(json_path).split()]) == 2
+def test_what_an_option_or_a_data_module_says_is_the_error(options, message, checkpoint_dir, json_path, capsys):
+    assert main(["finetune_lora", str(checkpoint_dir), *options.format(json_path).split()]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--seed -1", "--seed must be in 0..4294967295, got -1"),
+        ("--num_nodes 0", "--num_nodes must be at least 1, got 0"),
+        ("--out_dir {}/out", "is a file, and a folder is needed"),
+        ("--precision abc", "precision 'abc' is not one of"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_data_are_read(options, message, checkpoint_dir, json_path, capsys):
+    arguments = f"--data JSON --data.json_path {json_path} {options.format(json_path)}"
+    assert main(["finetune_lora", str(checkpoint_dir), *arguments.split()]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]

@@ -2,10 +2,13 @@
 
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from lightning import Fabric
+from lightning.fabric.strategies import FSDPStrategy, SingleDeviceStrategy
 from tiny import tiny_gpt
 
 from litgpt import adapter, lora, pretrain
@@ -93,6 +96,22 @@ def test_a_script_that_calls_the_parts_of_pretraining(fabric, tmp_path):
     assert pretrain.validate(fabric, model, loader, 4) < before
     saved = load_model(Path(tmp_path) / "step-00000004")
     assert torch.equal(saved.lm_head.weight, gpt.lm_head.weight)
+
+
+@pytest.mark.parametrize(("strategy", "resets"), [(SingleDeviceStrategy, 1), (FSDPStrategy, 0)])
+def test_new_weights_reset_what_has_no_weights_of_its_own(strategy, resets):
+    class Part(torch.nn.Module):
+        calls = 0
+
+        def reset_parameters(self):
+            self.calls += 1
+
+    whole = Part()
+    whole.part = Part()
+    whole.linear = torch.nn.Linear(64, 64)
+    pretrain.initialize_weights(SimpleNamespace(strategy=mock.Mock(spec=strategy)), whole, 2, 64)
+    assert (whole.calls, whole.part.calls) == (resets, resets)
+    assert 0.06 < whole.linear.weight.std() < 0.1
 
 
 def test_flops_are_two_a_parameter_and_token_and_three_times_that_in_training():
