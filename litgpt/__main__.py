@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -341,14 +341,13 @@ def _explain(message: str, parameters: Mapping[str, inspect.Parameter], config_f
     if match := re.match(r"(?:Problems parsing|Unexpected) config: ?(.*)", message):
         reason = match[1] if message.startswith("Problems") else "it has no lines `option: value`"
         return f"--config {config_file or chr(39) * 2} cannot be used: {reason}"
-    if match := re.match(r"unrecognized arguments: (-[^\s=]+)", message, re.IGNORECASE):
-        from difflib import get_close_matches
-
-        near = get_close_matches(match[1], [f"--{key}" for key in parameters], n=1)
-        return f"unknown option {match[1]}" + (f", did you mean {near[0]}?" if near else "")
+    if match := re.match(r"unrecognized arguments: (-+)([^\s=]+)", message, re.IGNORECASE):
+        return _unknown(match[2], parameters, match[1])
+    if match := re.match(r"(?:Group '([\w.]+)' does not accept option|Option) '([\w.]+)'", message):
+        return f"--config {config_file}: {_unknown(f'{match[1]}.{match[2]}' if match[1] else match[2], parameters)}"
     if match := re.match(r"the following arguments are required: -*(\w+)|.*Key \W*(\w+)\W* is required", message):
         return f"{match[1] or match[2]} is missing"
-    if (match := re.match(r'Parser key "(\w+)": .*(?:Got|Given) value: (.*)', message)) and match[1] in parameters:
+    if (match := re.match(r'Parser key "(\w+)": .*(?:Got|Given) value: ?(.*)', message)) and match[1] in parameters:
         annotation = parameters[match[1]].annotation
         kind = next(
             (x for x in get_args(annotation) if isinstance(x, type) and x.__module__.startswith("litgpt.")), None
@@ -356,14 +355,26 @@ def _explain(message: str, parameters: Mapping[str, inspect.Parameter], config_f
         if kind is not None and not is_dataclass(kind):
             return _explain_object(match[1], kind, match[2], message)
         expected = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
-        expected = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", expected)
+        expected = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", expected.replace("typing.", ""))
         expected = re.sub(r"Literal\[(.*)\]", r"one of \1", expected)
         return f"--{match[1]} cannot be {match[2]!r}, it takes {expected}"
-    if match := re.match(r'Parser key "([\w.]+)": .*(?:Got|Given) value: (.*)', message):
+    if match := re.match(r'Parser key "([\w.]+)": .*(?:Got|Given) value: ?(.*)', message):
         expected = [*_words(match[1], parameters), *re.findall(r"Expected an? <class '(\w+)'>", message)]
         shown = " or ".join(expected).replace("NoneType", "null")
         return f"--{match[1]} cannot be {match[2]!r}, it takes {shown or 'another kind of value'}"
     return re.sub(r'^Parser key "([\w.]+)":', r"--\1:", message)
+
+
+def _unknown(name: str, parameters: Mapping[str, inspect.Parameter], dashes: str = "") -> str:
+    """That no option has this name, and which one may be meant."""
+    from difflib import get_close_matches
+
+    names = {key.replace("_", ""): key for key in parameters}
+    for key, parameter in parameters.items():
+        if is_dataclass(parameter.annotation):
+            names |= {f"{key}.{f.name}".replace("_", ""): f"{key}.{f.name}" for f in fields(parameter.annotation)}
+    near = get_close_matches(name.replace("_", ""), names, n=1)
+    return f"unknown option {dashes}{name}" + (f", did you mean {dashes}{names[near[0]]}?" if near else "")
 
 
 def _words(key: str, parameters: Mapping[str, inspect.Parameter]) -> list[str]:

@@ -74,8 +74,9 @@ class TrainArgs:
             self._require_positive(name)
         for name in ("max_steps", "max_time", "max_seq_length", "max_norm", "keep_last", "early_stopping"):
             self._require_positive(name)
-        if warmup_steps < 0:
-            raise ValueError(f"lr_warmup_steps must be at least 0, got {warmup_steps}")
+        for name, value in (("lr_warmup_steps", warmup_steps), ("min_lr", self.min_lr)):
+            if not value >= 0:
+                raise ValueError(f"{name} must be at least 0, got {value}")
 
     def _require_positive(self, name: str) -> None:
         value = getattr(self, name)
@@ -132,8 +133,12 @@ class EvalArgs:
     evaluate_example: Literal["first", "random"] | int = "first"
 
     def __post_init__(self) -> None:
-        if self.interval < 1:
-            raise ValueError(f"eval.interval must be at least 1, got {self.interval}")
+        example = self.evaluate_example if isinstance(self.evaluate_example, int) else None
+        limits = {"interval": (self.interval, 1), "max_iters": (self.max_iters, 1)}
+        limits |= {"max_new_tokens": (self.max_new_tokens, 0), "evaluate_example": (example, 0)}
+        for name, (value, least) in limits.items():
+            if value is not None and value < least:
+                raise ValueError(f"eval.{name} must be at least {least}, got {value}")
 
 
 @dataclass

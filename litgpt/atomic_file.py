@@ -4,6 +4,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,11 +43,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except RuntimeError as error:
-        if not _TORCH_WRITE_ERROR.search(str(error)):
-            raise
-        raise OSError(
-            f"{path} could not be written whole: the disk of {path.parent} is full, or a limit reached"
-        ) from None
+        raise _of_disk(error, path) from None
     finally:
         temporary.unlink(missing_ok=True)
         if descriptor >= 0:
@@ -73,9 +70,52 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
+    except RuntimeError as error:
+        raise _of_disk(error, folder) from None
     finally:
         for rest in (temporary, old):
             shutil.rmtree(rest, ignore_errors=True)
+
+
+def _of_disk(error: RuntimeError, path: Path) -> RuntimeError | OSError:
+    """What an error of `torch.save` says of the disk; any other error as it is."""
+    if not _TORCH_WRITE_ERROR.search(str(error)):
+        return error
+    return OSError(f"{path} could not be written whole: the disk of {path.parent} is full, or a limit reached")
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Make a folder that no other process may write to in such a block; `ValueError` if one does. The system ends the claim of a
+    process that was killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"another process is writing to {folder}: give another folder, or let it end") from None
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise `OSError` if files cannot be written to a folder, which need not exist yet. Nothing is left there."""
+    folder = Path(folder)
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{str(there)!r} is a file, and a folder is needed: give another name")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written to: {error.strerror}") from None
 
 
 def _create(path: Path) -> tuple[Path, int]:

@@ -3,10 +3,11 @@ import signal
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from litgpt.atomic_file import replacing, replacing_folder
+from litgpt.atomic_file import check_folder, only_writer, replacing, replacing_folder
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links, modes and locks of POSIX")
 
@@ -58,6 +59,25 @@ def test_two_writers_in_one_process_do_not_share_a_temporary_file(tmp_path):
 def test_a_folder_is_refused(tmp_path):
     with pytest.raises(IsADirectoryError, match="is a folder"):
         write(tmp_path, "text")
+
+
+@posix
+def test_a_folder_has_one_writer_at_a_time(tmp_path):
+    with only_writer(tmp_path / "new"), pytest.raises(ValueError, match="another process is writing to .*new"):
+        only_writer(tmp_path / "new").__enter__()
+    with only_writer(tmp_path / "new"):
+        assert os.listdir(tmp_path / "new") == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_known_before(tmp_path):
+    (tmp_path / "file").touch()
+    check_folder(tmp_path / "new" / "folder")
+    with pytest.raises(NotADirectoryError, match="'.*file' is a file, and a folder is needed"):
+        check_folder(tmp_path / "file" / "folder")
+    if Path("/proc").is_dir():
+        with pytest.raises(OSError, match="/proc/new cannot be written to: "):
+            check_folder("/proc/new")
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_long_name_is_no_problem(tmp_path):

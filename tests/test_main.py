@@ -248,10 +248,13 @@ def test_help_of_a_command_explains_every_option(litgpt):
     ("args", "text"),
     [
         (["talk", "--temperture", "3"], "unknown option --temperture, did you mean --temperature?"),
+        (["talk", "--colour", "3"], "unknown option --colour ("),
+        (["train", "D", "--train.epoch", "3"], "unknown option --train.epoch, did you mean --train.epochs?"),
         (["talk", "-x"], "unknown option -x"),
         (["talk", "D", "E"], "unexpected argument 'E'"),
         (["talk", "D", "--checkpoint_dir", "E", "F"], "unexpected argument 'D'"),
         (["talk", "--max_new_tokens", "many"], "--max_new_tokens cannot be 'many', it takes int"),
+        (["talk", "--max_new_tokens", ""], "--max_new_tokens cannot be '', it takes int"),
         (["talk", "--max_new_tokens"], "argument --max_new_tokens: expected one argument"),
         (["talk", "--quantize", "int2"], "--quantize cannot be 'int2', it takes one of 'int8', 'int4' | None"),
         (["turn"], "checkpoint_dir is missing"),
@@ -265,8 +268,15 @@ def test_wrong_usage_is_one_line_and_exit_code_2(litgpt, args, text):
 
 
 def test_config_with_unknown_keys_is_refused(litgpt, tmp_path):
-    (tmp_path / "bad.yaml").write_text("colour: blue\n")
-    assert "'colour' is not accepted" in complaint(litgpt("talk", "--config", str(tmp_path / "bad.yaml")))
+    path = tmp_path / "bad.yaml"
+    path.write_text("temprature: 0.5\n")
+    assert f"{path}: unknown option temprature, did you mean temperature?" in complaint(
+        litgpt("talk", "--config", str(path))
+    )
+    path.write_text("train: {epoch: 3}\n")
+    assert "unknown option train.epoch, did you mean train.epochs?" in complaint(
+        litgpt("train", "D", "--config", str(path))
+    )
 
 
 def test_config_is_never_fetched_from_the_network(litgpt):

@@ -178,7 +178,7 @@ class SFTModule(DataModule):
 
     def split(self, data: Sequence[Sample]) -> tuple[list, list]:
         """Training and validation samples, drawn by `seed`."""
-        if not self.val_split_fraction:
+        if not self.val_split_fraction or len(data) * self.val_split_fraction < 1:
             return list(data), []
         generator = torch.Generator().manual_seed(self.seed)
         parts = [1.0 - self.val_split_fraction, self.val_split_fraction]

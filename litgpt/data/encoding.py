@@ -292,7 +292,7 @@ class EncodedSamples(Sequence[Encoded]):
                     with replacing(path) as temporary:
                         save_file(arrays, temporary)
         found = cls(arrays)
-        empty = sum(not sample.counted.any() for sample in found)
+        empty = sum(not sample.counted[1:].any() for sample in found)
         if empty == len(found):
             raise ValueError(f"{name}: no sample has a token to be learned")
         if empty:

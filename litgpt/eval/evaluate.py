@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from litgpt.atomic_file import check_folder
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.engine.loading import Quantization, make_ready
 from litgpt.eval.builtin import BUILT_IN, SUFFIXES, Evaluation
@@ -84,6 +85,8 @@ def convert_and_evaluate(
     for name, value in (("limit", limit), ("length", length)):
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be more than 0, got {value}")
+    if num_fewshot is not None and num_fewshot < 0:
+        raise ValueError(f"num_fewshot must be at least 0, got {num_fewshot}")
     own = [name for name in names if name in BUILT_IN or name in RULER or Path(name).suffix in SUFFIXES]
     others = [name for name in names if name not in own]
     for name in own:
@@ -150,6 +153,7 @@ def _target(checkpoint: Path, out_dir: Path | None, save_filepath: Path | None) 
         save_filepath = Path(out_dir or folder / "evaluate") / "results.json"
     if Path(save_filepath).is_dir():
         raise ValueError(f"--save_filepath {save_filepath} is a folder: name a file")
+    check_folder(Path(save_filepath).parent)
     return Path(save_filepath)
 
 

@@ -159,7 +159,7 @@ class CacheOptions(Options):
         args = self.kv_cache_args or {}
         if clash := {"text", "policy", "storage", "cache_length"} & args.keys():
             raise ValueError(f"kv_cache_args has {clash.pop()!r}: use --kv_cache and --cache_length for that")
-        return CacheSpec.parse(self.kv_cache or "dense", self.cache_length, **args)
+        return CacheSpec.parse("dense" if self.kv_cache is None else self.kv_cache, self.cache_length, **args)
 
     def as_trained(self: Kind, trained: Mapping[str, Any]) -> Kind:
         """These options with the `trained` ones of the cache that a model was trained through, unless they ask for another."""

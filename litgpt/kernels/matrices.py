@@ -73,10 +73,12 @@ def replaces_torch() -> bool:
     return onednn_is_faster() or are_faster()
 
 
-def product(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """a b + bias of matrices, by what is fastest for them."""
+def product(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None, to: torch.Tensor | None = None
+) -> torch.Tensor:
+    """a b + bias of matrices, by what is fastest for them; where that is `multiply`, it may be put into the memory of `to`."""
     if can_multiply(a, b):
-        return multiply(a, b, bias)
+        return multiply(a, b, bias, to)
     if a.dtype == b.dtype == torch.float32 and onednn_is_faster() and a.is_cpu and a.numel():
         return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
     return F.linear(a, b.T, bias)

@@ -141,7 +141,7 @@ struct RowAttention {
     using Number = typename Head::Number;
 
     const Number *q, *k, *v;
-    const int64_t* strides;  // of q, k and v
+    const int64_t* strides;  // of q, k and v; in `backward` then of the gradients of q, and of those of k and v, over tokens
     int64_t H, G, D, n_rows;
     const int64_t* ends;
     float scale;
@@ -173,15 +173,16 @@ struct RowAttention {
 
     // dq (N, H, D), dk and dv (N, G, D); where heads share keys, `parts` (2, N, H, D) has those of each head first
     void backward(const Number* y, const Number* dy, const float* logs, Number* dq, float* parts, Number* dk, Number* dv) const {
-        const int64_t size = tokens() * H * D, share = H / G;
-        const auto run = [&](auto* dk, auto* dv) {
+        const int64_t size = tokens() * H * D, share = H / G, dq_stride = strides[6], d_stride = strides[7];
+        const auto run = [&](auto* dk, auto* dv, int64_t stride) {
             for_heads([&](const Head& own, int64_t h, int64_t t, float* scratch) {
-                const int64_t at = (t * H + h) * D;
-                own.backward(scratch, y + at, dy + at, H * D, logs + h * tokens() + t, dq + at, H * D, dk + at, dv + at, H * D);
+                const int64_t at = (t * H + h) * D, d_at = t * stride + h * D;
+                own.backward(scratch, y + at, dy + at, H * D, logs + h * tokens() + t, dq + t * dq_stride + h * D, dq_stride,
+                             dk + d_at, dv + d_at, stride);
             });
         };
-        if (share == 1) return run(dk, dv);
-        run(parts, parts + size);
+        if (share == 1) return run(dk, dv, d_stride);
+        run(parts, parts + size, H * D);
 #pragma omp parallel for schedule(static)
         for (int64_t i = 0; i < tokens() * G; i++)
             for (int64_t d = 0; d < D; d += LANES) {
@@ -190,7 +191,8 @@ struct RowAttention {
                     key += load(parts + j * D + d);
                     value += load(parts + size + j * D + d);
                 }
-                store(dk + i * D + d, key), store(dv + i * D + d, value);
+                const int64_t at = i / G * d_stride + i % G * D + d;
+                store(dk + at, key), store(dv + at, value);
             }
     }
 };

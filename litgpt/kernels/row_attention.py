@@ -39,12 +39,8 @@ class _RowAttention(torch.autograd.Function):
     def forward(
         ctx, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sizes: tuple[int, ...], scale: float
     ) -> torch.Tensor:
-        _, H, N, D = query.shape
         values = values.contiguous()  # a view would keep queries and keys without RoPE for the backward pass
-        y, logs = query.new_empty(1, N, H * D), query.new_empty(H, N, dtype=torch.float32)
-        training_library().attend_rows(
-            *_addresses(query, keys, values, y, logs), *_sizes(query, keys, values, sizes, scale)
-        )
+        y, logs = attention_of_rows(query, keys, values, sizes, scale)
         ctx.save_for_backward(query, keys, values, y, logs)
         ctx.sizes, ctx.scale = sizes, scale
         return y
@@ -53,26 +49,66 @@ class _RowAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, keys, values, y, logs = ctx.saved_tensors
-        d_y = d_y.contiguous()
-        _, H, N, D = query.shape
-        G = keys.shape[1]
-        d_query = query.new_empty(1, N, H, D)
-        d_keys, d_values = query.new_empty(2, 1, N, G, D)
-        parts = query.new_empty(2, N, H, D, dtype=torch.float32) if H > G else None
-        training_library().attend_rows_backward(
-            *_addresses(query, keys, values, y, d_y, logs, d_query, parts, d_keys, d_values),
-            *_sizes(query, keys, values, ctx.sizes, ctx.scale),
-        )
-        return *(d.transpose(1, 2) for d in (d_query, d_keys, d_values)), None, None
+        found = [
+            torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (query, keys, values)
+        ]
+        found = [x.transpose(1, 2) for x in found]
+        gradients_of_rows(query, keys, values, y, d_y.contiguous(), logs, ctx.sizes, ctx.scale, found)
+        return *found, None, None
+
+
+def attention_of_rows(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sizes: Sequence[int],
+    scale: float,
+    y: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend_rows` without autograd, perhaps in the memory of `y`, and what its gradients need (H, N)."""
+    _, H, N, D = query.shape
+    y, logs = query.new_empty(1, N, H * D) if y is None else y, query.new_empty(H, N, dtype=torch.float32)
+    training_library().attend_rows(
+        *_addresses(query, keys, values, y, logs), *_sizes(query, keys, values, sizes, scale)
+    )
+    return y, logs
+
+
+def gradients_of_rows(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    y: torch.Tensor,
+    d_y: torch.Tensor,
+    logs: torch.Tensor,
+    sizes: Sequence[int],
+    scale: float,
+    to: Sequence[torch.Tensor],
+) -> None:
+    """The gradients of queries, keys and values, which are put into `to`; heads of a token lie there one after the other, and
+    those of keys as those of values."""
+    _, H, N, D = query.shape
+    parts = query.new_empty(2, N, H, D, dtype=torch.float32) if keys.shape[1] < H else None
+    training_library().attend_rows_backward(
+        *_addresses(query, keys, values, y, d_y, logs, to[0], parts, to[1], to[2]),
+        *_sizes(query, keys, values, sizes, scale, to),
+    )
 
 
 def _addresses(*tensors: torch.Tensor | None) -> list[int | None]:
     return [None if x is None else x.data_ptr() for x in tensors]
 
 
-def _sizes(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sizes: Sequence[int], scale: float) -> tuple:
+def _sizes(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sizes: Sequence[int],
+    scale: float,
+    to: Sequence[torch.Tensor] = (),
+) -> tuple:
     """H, G, D, the number of rows, their ends, strides over tokens and heads, the scale, and whether numbers are bfloat16."""
-    strides = [x.stride(dim) for x in (query, keys, values) for dim in (2, 1)]
+    strides = [x.stride(dim) for x in (query, keys, values) for dim in (2, 1)] + [x.stride(2) for x in to[:2]]
     ends = struct.pack(f"{len(sizes)}q", *accumulate(sizes))
     shape = query.shape[1], keys.shape[1], query.shape[3], len(sizes)
-    return *shape, ends, struct.pack("6q", *strides), scale, query.dtype == torch.bfloat16
+    return *shape, ends, struct.pack(f"{len(strides)}q", *strides), scale, query.dtype == torch.bfloat16

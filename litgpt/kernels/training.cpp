@@ -76,10 +76,10 @@ void norm_values_backward(const void* x, const void* w, const void* dy, void* dx
 }
 
 void rotate_values(const void* x, const void* cos, const void* sin, void* y, int64_t T, int64_t H, int64_t D,
-                   int64_t token_stride, int64_t head_stride, int back, int narrow) {
+                   int64_t token_stride, int64_t head_stride, int64_t y_stride, int back, int narrow) {
     with_numbers(narrow, [&](auto number) {
         using N = decltype(number);
-        rotate((const N*)x, (const N*)cos, (const N*)sin, (N*)y, T, H, D, token_stride, head_stride, back);
+        rotate((const N*)x, (const N*)cos, (const N*)sin, (N*)y, T, H, D, token_stride, head_stride, y_stride, back);
     });
 }
 

@@ -173,18 +173,18 @@ void norm_backward(const T* x, const T* w, const T* dy, T* dx, T* dw, float* fac
     }
 }
 
-// y (T, H, D) of heads x by strides over tokens and heads: each half times its cosines, plus the other half times sines; `back`
-// takes gradients of y. D is a multiple of 32.
+// y (T, H, D), which may be x, of heads x by strides over tokens and heads: each half times its cosines, plus the other half times
+// sines; `back` takes gradients of y. D is a multiple of 32.
 template <class T>
 void rotate(const T* x, const T* cos, const T* sin, T* y, int64_t n_tokens, int64_t H, int64_t D, int64_t token_stride,
-            int64_t head_stride, bool back) {
+            int64_t head_stride, int64_t y_stride, bool back) {
     const int64_t half = D / 2;
 #pragma omp parallel for schedule(static)
     for (int64_t t = 0; t < n_tokens; t++) {
         const T *c = cos + t * D, *left_sin = sin + t * D + (back ? half : 0), *right_sin = sin + t * D + (back ? 0 : half);
         for (int64_t h = 0; h < H; h++) {
             const T* own = x + t * token_stride + h * head_stride;
-            T* to = y + (t * H + h) * D;
+            T* to = y + t * y_stride + h * D;
             for (int64_t i = 0; i < half; i += LANES) {
                 const Floats left = load(own + i), right = load(own + half + i);
                 store(to + i, multiply_add(right, load(left_sin + i), left * load(c + i)));

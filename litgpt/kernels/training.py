@@ -176,23 +176,26 @@ class _Rotated(torch.autograd.Function):
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
     _, heads, T, D = x.shape
-    y = x.new_empty(1, T, heads, D)
+    return rotate_to(x.new_empty(1, T, heads, D).transpose(1, 2), x, cos, sin, back)
+
+
+def rotate_to(y: torch.Tensor, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
+    """y (1, heads, T, D), which may be x, with heads of a token one after the other: x by `rotate`, or back. Not differentiable."""
+    _, heads, T, D = x.shape
     addresses = (of.data_ptr() for of in (x, cos, sin, y))
-    training_library().rotate_values(*addresses, T, heads, D, x.stride(2), x.stride(1), int(back), _narrow(x))
-    return y.transpose(1, 2)
+    strides = x.stride(2), x.stride(1), y.stride(2)
+    training_library().rotate_values(*addresses, T, heads, D, *strides, int(back), _narrow(x))
+    return y
 
 
 def can_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
     """Whether `rotate` is there for heads x (B, heads, T, D) that want gradients."""
-    return (
-        x.requires_grad
-        and len(x) == 1
-        and x.stride(-1) == 1
-        and cos.shape[-1] == x.shape[-1]
-        and x.shape[-1] % 32 == 0
-        and _is_ours(cos, sin)
-        and x.dtype == cos.dtype
-    )
+    return x.requires_grad and len(x) == 1 and x.stride(-1) == 1 and can_rotate_heads(x.shape[-1], x.dtype, cos, sin)
+
+
+def can_rotate_heads(size: int, dtype: torch.dtype, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Whether there is a kernel for heads of that size and type."""
+    return cos.shape[-1] == size and size % 32 == 0 and _is_ours(cos, sin) and dtype == cos.dtype
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

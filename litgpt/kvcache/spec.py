@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from difflib import get_close_matches
 from typing import Any, Protocol
 
 import torch
@@ -298,8 +299,10 @@ def resolve_policy(name: str) -> type[Policy]:
         return POLICIES[name]
     module_name, _, attribute = name.rpartition(":" if ":" in name else ".")
     if not module_name:
+        near = get_close_matches(name, POLICIES, n=1)
+        hint = f" (dense-{name} is one)" if name in STORAGES else f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(
-            f"no key-value cache is called {name!r}; the policies are {', '.join(POLICIES)}, and module:Class for one of "
+            f"no key-value cache is called {name!r}{hint}; the policies are {', '.join(POLICIES)}, and module:Class for one of "
             "your own"
         )
     try:

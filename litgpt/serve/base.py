@@ -1,10 +1,13 @@
 """The command `litgpt serve`."""
 
 import asyncio
+import errno
+import logging
 import signal
 import sys
 import threading
 import time
+from socket import socket
 from types import FrameType
 
 import uvicorn
@@ -27,6 +30,12 @@ class Server(uvicorn.Server):
         self.app, self.options = app, options
         self.failure: BaseException | None = None
 
+    def _is_logged(self, record: logging.LogRecord) -> bool:
+        """Whether uvicorn may log this: not why it cannot listen, which `main` says."""
+        if isinstance(record.msg, OSError):
+            self.failure = record.msg
+        return not isinstance(record.msg, OSError)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.app.draining:
             self.should_exit = self.force_exit = True
@@ -42,6 +51,16 @@ class Server(uvicorn.Server):
             service.fail_all("the server was shut down")
             time.sleep(0.2)
         self.should_exit = True
+
+    async def startup(self, sockets: list[socket] | None = None) -> None:
+        """Listen, then load the models."""
+        log = logging.getLogger("uvicorn.error")
+        log.addFilter(self._is_logged)
+        try:
+            await super().startup(sockets)
+        finally:
+            log.removeFilter(self._is_logged)
+        threading.Thread(target=self.load, daemon=True).start()
 
     def load(self) -> None:
         """Load the models, and let the application answer."""
@@ -81,17 +100,15 @@ def main(options: ServeOptions) -> None:
     Ctrl-C or SIGTERM lets running answers end, a second one does not.
     """
     server = Server(App(options), options)
-    loading = threading.Thread(target=server.load, daemon=True)
-
-    async def run() -> None:
-        loading.start()
-        await server.serve()
-
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        asyncio.run(run())
+        asyncio.run(server.serve())
     except SystemExit:
-        raise OSError(f"cannot listen at {options.host}:{options.port}: the port is in use, or not allowed") from None
+        reason = server.failure
+        if isinstance(reason, OSError):
+            in_use = reason.errno == errno.EADDRINUSE
+            reason = "the port is in use: choose another --port" if in_use else reason.strerror or reason
+        raise OSError(f"cannot listen at {options.host}:{options.port}: {reason}") from None
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -126,7 +126,7 @@ def finetune(
     resume = chosen.resume_path(way.suffix)
     fabric = make_fabric(chosen, f"finetune-{base.name}", base, resume is not None)
     fabric.launch()
-    fabric.seed_everything(chosen.seed)
+    fabric.seed_everything(chosen.seed, verbose=False)
     _describe(chosen, llm, config, precision_of(fabric))
     loaders = connect(fabric, chosen.data, tokenizer, chosen.train, base)
     gpt = llm.prepare_for_training()

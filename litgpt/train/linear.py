@@ -16,6 +16,7 @@ from litgpt.kernels.matrices import add_product, product
 from litgpt.lora import LoRALinear
 from litgpt.model import LLaMAMLP
 from litgpt.train.replaced_forward import replaced_forward
+from litgpt.train.room import Room
 
 Adds = Callable[[torch.Tensor, torch.Tensor], None]  # adds the product of two matrices to a gradient
 
@@ -72,41 +73,46 @@ class _Linear(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         add: Adds | None = None,
+        room: Room | None = None,
         of: Recomputable | None = None,
         n: int = 0,
         *inputs: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.add, ctx.of = add, of
+        ctx.add, ctx.of, ctx.room = add, of, room
+        ctx.memory, (place,) = (None, (None,)) if room is None else room.take(as_rows(x), len(weight))
         plain = [x if weight.requires_grad else None]
         ctx.save_for_backward(weight, *(plain if of is None else inputs[:n]))
-        return _shaped(product(_rows(x), weight.T, bias), x)
+        return shaped(product(as_rows(x), weight.T, bias, place), x)
 
     @staticmethod
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         weight, *kept = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         x, gradients = (kept[0], None) if ctx.of is None else ctx.of.again(kept)
-        rows = _rows(d_y)
-        d_x = _shaped(product(rows, weight), d_y) if wants_x or gradients else None
+        rows = as_rows(d_y)
+        d_x = shaped(product(rows, weight), d_y) if wants_x or gradients else None
         if ctx.add is not None:
-            ctx.add(rows.T, _rows(x))
-        d_weight = product(rows.T, _rows(x)) if wants_weight and ctx.add is None else None
+            ctx.add(rows.T, as_rows(x))
+        d_weight = product(rows.T, as_rows(x)) if wants_weight and ctx.add is None else None
         d_bias = rows.sum(0) if wants_bias else None
+        if ctx.room is not None:
+            ctx.room.give(ctx.memory)
         if gradients is None:
-            return d_x, d_weight, d_bias, None, None, None
-        return None, d_weight, d_bias, None, None, None, *gradients(d_x)
+            return d_x, d_weight, d_bias, None, None, None, None
+        return None, d_weight, d_bias, None, None, None, None, *gradients(d_x)
 
 
-def linear(layer: nn.Linear, x: torch.Tensor, add: Adds | None = None) -> torch.Tensor:
+def linear(layer: nn.Linear, x: torch.Tensor, add: Adds | None = None, room: Room | None = None) -> torch.Tensor:
     """What `layer` gives, by `product` on a CPU in one precision; what was made by `recomputed` is not kept. `add` has the
-    products that are gradients of the weight, in place of autograd."""
+    products that are gradients of the weight, in place of autograd. With a `room` the result is there, until its gradients have
+    been taken."""
     weight, bias = layer.weight, layer.bias
-    if not _is_plain(x, weight):
+    if not are_alike(x, weight):
         return F.linear(x, weight, bias)
     if hasattr(x, "made_by") and weight.requires_grad:
         of, inputs = x.made_by
-        return _Linear.apply(x.detach(), weight, bias, add, of, len(inputs), *inputs, *of.params)
-    return _Linear.apply(x, weight, bias, add)
+        return _Linear.apply(x.detach(), weight, bias, add, room, of, len(inputs), *inputs, *of.params)
+    return _Linear.apply(x, weight, bias, add, room)
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -121,42 +127,45 @@ class _GatedMLP(torch.autograd.Function):
         proj: torch.Tensor,
         gate: Recomputable,
         adds: Sequence[Adds],
+        room: Room,
         of: Recomputable | None = None,
         n: int = 0,
         *inputs: torch.Tensor,
     ) -> torch.Tensor:
-        rows = _rows(x)
-        inner = product(rows, fc_1.T), product(rows, fc_2.T)
-        ctx.gate, ctx.adds, ctx.of = gate, adds, of
+        rows = as_rows(x)
+        memory, places = room.take(rows, len(fc_1), len(fc_2))
+        inner = [product(rows, weight.T, to=place) for weight, place in zip((fc_1, fc_2), places, strict=True)]
+        ctx.gate, ctx.adds, ctx.of, ctx.room, ctx.memory = gate, adds, of, room, memory
         ctx.save_for_backward(fc_1, fc_2, proj, *inner, *([x] if of is None else inputs[:n]))
-        return _shaped(product(gate.function(*inner), proj.T), x)
+        return shaped(product(gate.function(*inner), proj.T), x)
 
     @staticmethod
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         fc_1, fc_2, proj, *inner = ctx.saved_tensors
-        kept, rows = inner[2:], _rows(d_y)
+        kept, rows = inner[2:], as_rows(d_y)
         y, gradients = ctx.gate.again(inner[:2])
         ctx.adds[2](rows.T, y)
         d_1, d_2 = gradients(product(rows, proj))
+        ctx.room.give(ctx.memory)
         x, gradients = (kept[0], None) if ctx.of is None else ctx.of.again(kept)
-        ctx.adds[0](d_1.T, _rows(x))
-        ctx.adds[1](d_2.T, _rows(x))
-        d_x = _shaped(add_product(product(d_1, fc_1), d_2, fc_2), d_y)
-        none = [None] * 7
+        ctx.adds[0](d_1.T, as_rows(x))
+        ctx.adds[1](d_2.T, as_rows(x))
+        d_x = shaped(add_product(product(d_1, fc_1), d_2, fc_2), d_y)
+        none = [None] * 8
         return (d_x, *none) if gradients is None else (None, *none, *gradients(d_x))
 
 
-def gated_mlp(layer: LLaMAMLP, gate: Recomputable, adds: Sequence[Adds], x: torch.Tensor) -> torch.Tensor:
+def gated_mlp(layer: LLaMAMLP, gate: Recomputable, adds: Sequence[Adds], room: Room, x: torch.Tensor) -> torch.Tensor:
     """What an MLP with a gate gives, in one function where it has no biases and is on a CPU in one precision. `adds` have the
     products that are gradients of its weights."""
     layers = layer.fc_1, layer.fc_2, layer.proj
     weights = [of.weight for of in layers]
-    if any(of.bias is not None for of in layers) or not _is_plain(x, *weights):
+    if any(of.bias is not None for of in layers) or not are_alike(x, *weights) or not torch.is_grad_enabled():
         return type(layer).forward(layer, x)
     if not hasattr(x, "made_by"):
-        return _GatedMLP.apply(x, *weights, gate, adds)
+        return _GatedMLP.apply(x, *weights, gate, adds, room)
     of, inputs = x.made_by
-    return _GatedMLP.apply(x.detach(), *weights, gate, adds, of, len(inputs), *inputs, *of.params)
+    return _GatedMLP.apply(x.detach(), *weights, gate, adds, room, of, len(inputs), *inputs, *of.params)
 
 
 class _LowRank(torch.autograd.Function):
@@ -199,23 +208,23 @@ def low_rank(
     """`LoRALinear.with_matrices` of a layer, in one function where its weight is frozen and on a CPU in one precision."""
     inner = layer.linear
     frozen = type(inner) is nn.Linear and not any(p.requires_grad for p in inner.parameters())
-    if not frozen or not _is_plain(x, inner.weight, A) or not A.requires_grad:
+    if not frozen or not are_alike(x, inner.weight, A) or not A.requires_grad:
         return type(layer).with_matrices(layer, x, dropped, A, B)
     rows = (of.reshape(-1, of.shape[-1]) for of in (x, dropped))
-    return _shaped(_LowRank.apply(*rows, A, B, inner.weight, inner.bias, layer.scaling), x)
+    return shaped(_LowRank.apply(*rows, A, B, inner.weight, inner.bias, layer.scaling), x)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
+def as_rows(x: torch.Tensor) -> torch.Tensor:
     """x (..., E) as (N, E)."""
     return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
-def _shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def shaped(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Rows y of x (..., E), as they are where x has no others: changing a view's base in place would cost a copy."""
     return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
 
-def _is_plain(x: torch.Tensor, *others: torch.Tensor) -> bool:
+def are_alike(x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether all are of one precision, on a CPU, and there are rows."""
     alike = all(of.dtype == x.dtype and of.device.type == x.device.type == "cpu" for of in others)
     return alike and bool(x.numel()) and not torch.is_autocast_enabled("cpu")
@@ -227,7 +236,7 @@ class _GradientsOnly(_Linear):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(weight, x if weight.requires_grad else None)
-        ctx.add = ctx.of = None
+        ctx.add = ctx.of = ctx.room = None
         return x.new_zeros(1).expand(*x.shape[:-1], len(weight))
 
     @staticmethod

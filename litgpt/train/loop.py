@@ -19,27 +19,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from litgpt.args import EvalArgs, TrainArgs
+from litgpt.pages import release_freed_memory
 from litgpt.train.batches import FlatBatch, as_rows, windows
 from litgpt.train.checkpointing import random_state, set_random_state
 from litgpt.train.loss import IGNORE_INDEX
+from litgpt.train.position import Position
 from litgpt.train.report import Reporter
-
-
-@dataclass
-class Position:
-    """How far a run is."""
-
-    epoch: int = 0
-    batches: int = 0  # micro-batches of the epoch, over all processes
-    iter_num: int = 0  # iterations of a process
-    step_count: int = 0  # optimizer steps
-    tokens: int = 0  # over all processes
-    samples: int = 0  # over all processes
-    counted: int = 0  # tokens that the loss has counted
-    seconds: float = 0.0  # of training
-    best_loss: float = math.inf  # of a validation
-    best_step: int = 0
-    worse: int = 0  # consecutive validations without a lower loss
 
 
 @dataclass
@@ -59,7 +44,7 @@ class Loop:
     show_example: Callable[[], None] | None  # called after a validation
 
     def __post_init__(self) -> None:
-        self.position, self.report = Position(), Reporter(self.fabric, self.train.log_interval)
+        self.position, self.report = Position(), Reporter(self.fabric, self.train, self.max_steps)
         self._order: dict[str, Any] = {}  # random states that the order of this epoch's batches came from
         self.accumulation = self.train.gradient_accumulation_iters(self.fabric.world_size)
 
@@ -79,7 +64,7 @@ class Loop:
         """Train to the end of the run."""
         position, began = self.position, time.perf_counter() - self.position.seconds
         self.model.train()
-        self.report.begin(self)
+        self.report.begin(position)
         while not self._finished:
             for window in windows(self._epoch(), self.accumulation * self.fabric.world_size):
                 self._step(window)
@@ -154,7 +139,8 @@ class Loop:
             if last:
                 self._update(total)
                 window_loss, seen = float(fabric.all_reduce(torch.tensor(window_loss), reduce_op="sum")), total
-            self.report.iteration(self, window_loss, seen, time.perf_counter() - began, is_step=last)
+            rate, part = self.scheduler.get_last_lr()[0], (i + 1) / len(own)
+            self.report.iteration(position, window_loss, seen, time.perf_counter() - began, part, rate)
         position.counted += total
 
     def _checked(self, loss: float) -> float:
@@ -191,7 +177,7 @@ class Loop:
     def note_validation(self, loss: float, seconds: float | None = None) -> None:
         """Report the loss of a validation that took `seconds` (None: that of the end), and note whether it is the best."""
         position = self.position
-        self.report.validation(self, loss, seconds)
+        self.report.validation(position, loss, seconds)
         if loss < position.best_loss:
             position.best_loss, position.best_step, position.worse = loss, position.step_count, 0
         else:
@@ -213,6 +199,7 @@ def validate(fabric: Fabric, model: nn.Module, loader: DataLoader, max_iters: in
         total += torch.tensor([loss.item(), _counted(labels)], dtype=torch.float64)
     model.train(was_training)
     set_random_state(before)
+    release_freed_memory()  # of logits: what training keeps would come to lie within it
     loss, counted = fabric.all_reduce(total, reduce_op="sum").tolist()
     return loss / counted if counted else math.nan
 

@@ -10,12 +10,14 @@ from torch.utils.checkpoint import checkpoint
 from litgpt.kernels import training
 from litgpt.kernels.matrices import replaces_torch
 from litgpt.lora import LoRALinear
-from litgpt.model import GPT, LLaMAMLP, RMSNorm
+from litgpt.model import GPT, CausalSelfAttention, LLaMAMLP, RMSNorm
+from litgpt.train.attention import attention
 from litgpt.train.cached_layers import CachedLayers
 from litgpt.train.kept_gradients import KeptGradients
 from litgpt.train.linear import Recomputable, gated_mlp, linear, low_rank, recomputed
 from litgpt.train.loss import TiedEmbedding, loss_sum
 from litgpt.train.replaced_forward import replaced_forward
+from litgpt.train.room import Room
 from litgpt.train.teacher import Teacher
 
 
@@ -43,6 +45,7 @@ class TrainingModel(nn.Module):
         self.teacher, self.loss = teacher, loss
         self.gpt, self.cached_layers = gpt, cached_layers
         self.kept_gradients: KeptGradients | None = None
+        self.logits_room = Room()
         if activation_checkpointing and cached_layers is None:
             for block in gpt.transformer.h:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -73,7 +76,11 @@ class TrainingModel(nn.Module):
                 layers = module.fc_1, module.fc_2, module.proj
                 if all(type(of) is nn.Linear and of.weight.requires_grad for of in layers):
                     adds = [kept.adding(of.weight) for of in layers]
-                    module.forward = partial(gated_mlp, module, _gate_of(module), adds)
+                    module.forward = partial(gated_mlp, module, _gate_of(module), adds, Room())
+            elif type(module) is CausalSelfAttention:
+                layers = module.qkv, module.proj
+                if all(type(of) is nn.Linear and of.weight.requires_grad for of in layers):
+                    module.forward = partial(attention, module, [kept.adding(of.weight) for of in layers], Room())
             elif type(module) is nn.Linear and module.weight.requires_grad:
                 add = None if module in in_head else kept.adding(module.weight)
                 module.forward = partial(linear, module, add=add)
@@ -85,7 +92,7 @@ class TrainingModel(nn.Module):
             return {}
         own: dict[nn.Module, Callable] = {}
         if type(head) is nn.Linear and head.bias is None and head.weight in kept:
-            own[head] = partial(linear, head, add=kept.adding(head.weight))
+            own[head] = partial(linear, head, add=kept.adding(head.weight), room=self.logits_room)
         if type(embedding) is nn.Embedding and embedding.weight in kept:
             own[embedding] = partial(kept.embed, embedding.weight)
         return own

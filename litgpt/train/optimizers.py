@@ -48,7 +48,7 @@ def make_optimizer(
         arguments["fused"] = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
     try:
         return kind(parameters, **arguments)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"optimizer {kind.__name__} with {arguments}: {error}") from None
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
+from litgpt.atomic_file import check_folder
 from litgpt.checkpoint.base import WEIGHTS_NAME
 from litgpt.config import Config
 from litgpt.data import DataModule
@@ -89,10 +90,14 @@ class Options:
         """Refuse what cannot work before anything is read, fetched or written."""
         train, spec = self.train, self.cache_spec()
         require_end(train)
+        if self.num_nodes < 1:
+            raise ValueError(f"--num_nodes must be at least 1, got {self.num_nodes}")
         train.gradient_accumulation_iters(self.processes)
         resolve_optimizer(self.optimizer)
         if self.prompt_chunksize < 1:
             raise ValueError(f"--prompt_chunksize must be at least 1, got {self.prompt_chunksize}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be in 0..{2**32 - 1}, got {self.seed}")
         if spec is None:
             for name, default in (("teacher", None), ("keep_inputs", "device")):
                 if getattr(train, name) != default:
@@ -135,6 +140,7 @@ class Options:
             return None
         if out_dir.exists() and not out_dir.is_dir():
             raise ValueError(f"out_dir {out_dir} is a file: give a folder")
+        check_folder(out_dir)
         if resume and resume not in (True, "auto"):
             path = Path(resume) / name if Path(resume).is_dir() else Path(resume)
             if not path.is_file():

@@ -7,13 +7,12 @@ import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from lightning.fabric import Fabric
 
-if TYPE_CHECKING:
-    from litgpt.train.loop import Loop
+from litgpt.args import TrainArgs
+from litgpt.train.position import Position
 
 
 def peak_memory(device: torch.device) -> float:
@@ -27,37 +26,42 @@ def peak_memory(device: torch.device) -> float:
 class Reporter:
     """Prints and logs how a run goes, on the first process only."""
 
-    def __init__(self, fabric: Fabric, log_interval: int) -> None:
-        self.fabric, self.log_interval = fabric, log_interval
+    def __init__(self, fabric: Fabric, train: TrainArgs, max_steps: int) -> None:
+        self.fabric, self.train, self.max_steps = fabric, train, max_steps
         self.val_loss: float | None = None
         self.curve: list[tuple[int, float]] = []  # step and training loss
         self.val_curve: list[tuple[int, float]] = []
 
-    def begin(self, loop: "Loop") -> None:
+    def begin(self, position: Position) -> None:
         """Before the first iteration: speed and time left count from here, also of a run that resumes."""
-        self._began, self._start = time.perf_counter(), replace(loop.position)
+        self._began, self._start = time.perf_counter(), replace(position)
 
-    def iteration(self, loop: "Loop", loss: float, counted: int, seconds: float, is_step: bool) -> None:
-        """After an iteration: `loss` is summed over the `counted` tokens of the window so far, of this process."""
-        position = loop.position
+    def iteration(
+        self, position: Position, loss: float, counted: int, seconds: float, part: float, learning_rate: float
+    ) -> None:
+        """After an iteration: `loss` is summed over the `counted` tokens of the window so far, of this process, which has gone
+        through this `part` of the window."""
+        is_step = part == 1
         mean = loss / counted if counted else 0.0
         if is_step:
             self.curve.append((position.step_count, mean))
-        if position.iter_num % self.log_interval:
+        if position.iter_num % self.train.log_interval:
             return
         elapsed = time.perf_counter() - self._began
-        steps = position.step_count - self._start.step_count
-        left = (loop.max_steps - position.step_count) * elapsed / steps if steps else None
+        steps = position.step_count + (0 if is_step else part)
+        left = (self.max_steps - steps) * elapsed / (steps - self._start.step_count)
+        if self.train.max_time is not None:
+            left = min(left, max(0.0, self.train.max_time - self._start.seconds - elapsed))
         speed = (position.tokens - self._start.tokens) / elapsed
         self.fabric.print(
             f"Epoch {position.epoch + 1} | iter {position.iter_num} step {position.step_count} | loss train: {mean:.3f},"
             f" val: {'n/a' if self.val_loss is None else f'{self.val_loss:.3f}'} | iter time: {seconds * 1000:.2f} ms"
             f"{' (step)' if is_step else ''} | {speed:.0f} tok/s, {peak_memory(self.fabric.device):.2f} GB"
-            + ("" if left is None else f" remaining time: {timedelta(seconds=int(left))}")
+            f" remaining time: {timedelta(seconds=int(left))}"
         )
         numbers = {"iter": position.iter_num, "step": position.step_count, "epoch": position.epoch}
         numbers |= {"tokens": position.tokens, "total_tokens": position.tokens, "iter_time": seconds}
-        numbers |= {"loss": mean, "learning_rate": loop.scheduler.get_last_lr()[0]}
+        numbers |= {"loss": mean, "learning_rate": learning_rate}
         numbers |= {
             "time": elapsed,
             "batches": position.iter_num,
@@ -70,9 +74,9 @@ class Reporter:
             numbers[f"device/{name}_per_sec"] = rate
         self.fabric.log_dict(numbers, step=position.iter_num)
 
-    def validation(self, loop: "Loop", loss: float, seconds: float | None) -> None:
+    def validation(self, position: Position, loss: float, seconds: float | None) -> None:
         """After a validation: see `Loop.note_validation`."""
-        position, self.val_loss, perplexity = loop.position, loss, math.exp(min(loss, 700.0))
+        self.val_loss, perplexity = loss, math.exp(min(loss, 700.0))
         self.val_curve.append((position.step_count, loss))
         if seconds is None:
             self.fabric.print(f"Final evaluation | val loss: {loss:.3f} | val ppl: {perplexity:.3f}")

@@ -1,7 +1,7 @@
 """A training run: a model, data and options go in, a trained model in a folder that every other command takes comes out."""
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from lightning import Fabric
 from lightning.fabric.loggers import CSVLogger
 
 from litgpt.args import TrainArgs
-from litgpt.atomic_file import replacing_folder
+from litgpt.atomic_file import only_writer, replacing_folder
 from litgpt.checkpoint.base import WEIGHTS_NAME
 from litgpt.checkpoint.load import save_config
 from litgpt.config import Config
@@ -89,10 +89,16 @@ class Run:
 
     def run(self, resume: Path | None = None) -> dict[str, float]:
         """Train, validate, save. Returns metrics: losses, steps, tokens, seconds, tokens per second."""
-        status = "failed"
+        status, out_dir = "failed", self.options.out_dir
+        writes = out_dir is not None and self.fabric.is_global_zero
         try:
-            metrics = self._run(resume)
+            with only_writer(out_dir) if writes else nullcontext():
+                metrics = self._run(resume)
             status = "success"
+        except KeyboardInterrupt:
+            if out_dir is not None and (steps := step_folders(out_dir)):
+                self.fabric.print(f"Interrupted: the same command with --resume auto goes on from {steps[-1]}")
+            raise
         finally:
             for logger in self.fabric.loggers:
                 logger.finalize(status)
@@ -280,10 +286,11 @@ class Run:
                         self.save_tokenizer(temporary)
                     if (style := getattr(self.options.data, "prompt_style", None)) is not None:
                         save_prompt_style(style, temporary)
-            except (OSError, RuntimeError) as error:
+            except OSError as error:
                 last = step_folders(folder.parent)
                 kept = f"; the last complete checkpoint is {last[-1]}" if last else ""
-                raise OSError(f"{folder} could not be written: {error}{kept}") from None
+                reason = f"{folder} could not be written: {error.strerror}" if error.strerror else error
+                raise OSError(f"{reason}{kept}") from None
         self.fabric.barrier()
 
     def load(self, path: Path) -> None:

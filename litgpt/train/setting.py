@@ -80,9 +80,11 @@ def make_fabric(options: Any, run_name: str, config: Config, resumed: bool) -> F
         interval = options.train.log_interval
         loggers = [make_logger(options.logger_name, options.out_dir, run_name, interval, options.log, resumed)]
     devices, num_nodes, strategy = parse_devices(options.devices), options.num_nodes, options.strategy
-    precision = options.precision or "32-true"
-    if options.precision is None and torch.cuda.is_available():
+    precision = options.precision
+    if precision is None and torch.cuda.is_available():
         precision = "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    elif precision is None:
+        precision = "32-true"
     precision = f"{precision}-true" if precision in ("32", "16", "bf16") else precision
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
@@ -96,6 +98,7 @@ def make_fabric(options: Any, run_name: str, config: Config, resumed: bool) -> F
     else:
         chosen = "auto"
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # the new option syncs them once
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # where no token is counted first
     warnings.filterwarnings("ignore", message="The .*dataloader.* does not have many workers")
     return Fabric(devices=devices, num_nodes=num_nodes, strategy=chosen, precision=precision, loggers=loggers)
 

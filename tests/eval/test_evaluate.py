@@ -112,6 +112,8 @@ def test_errors_are_one_line(checkpoint, capsys, monkeypatch):
         (["--tasks", "nothing.jsonl"], "no file 'nothing.jsonl'"),
         (["--tasks", "needle", "--batch_size", "0"], "batch_size must be a positive integer, 'auto'"),
         (["--tasks", "needle", "--limit", "0"], "limit must be more than 0"),
+        (["--tasks", "needle", "--num_fewshot", "-1"], "num_fewshot must be at least 0"),
+        (["--tasks", "needle", "--out_dir", f"{checkpoint}/model_config.yaml"], "is a file, and a folder is needed"),
         (["--tasks", "needle", "--length", "20"], "too short for the task needle"),
     ):
         assert main(["evaluate", str(checkpoint), *options]) == 1

@@ -167,6 +167,8 @@ def test_layers_with_a_window_keep_its_tokens_whatever_the_policy(monkeypatch):
     ("make", "message"),
     [
         (lambda: CacheSpec("newest"), "no key-value cache is called 'newest'.* dense, .*lastrec"),
+        (lambda: CacheSpec.parse("snapvk"), r"'snapvk' \(did you mean snapkv\?\)"),
+        (lambda: CacheSpec.parse("kivi"), r"'kivi' \(dense-kivi is one\)"),
         (lambda: CacheSpec.parse("lastrec-int9"), "'int9'.* default"),
         (lambda: CacheSpec.parse(""), "''.* dense, .*lastrec"),
         (lambda: CacheSpec("dense", n_sink=2), "'dense' has no argument 'n_sink': it has no arguments"),

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -9,7 +10,9 @@ import pytest
 from tiny import write_lora
 from until import LIMIT, until
 
+from litgpt.__main__ import main
 from litgpt.api import LLM
+from litgpt.serve.base import Server
 
 from .asking import GREEDY, HELLO, ask, call, read_all, stream_socket
 from .conftest import Forked, serving
@@ -55,6 +58,15 @@ def test_keys_pages_of_others_and_litgpts_endpoint(checkpoint, llm, hanging):
         assert process.wait(LIMIT) == 0
     assert b'"message": "the server was shut down"' in text
     assert text.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+def test_a_port_in_use_is_said_in_one_line_and_nothing_is_loaded(checkpoint, capsys, monkeypatch):
+    monkeypatch.setattr(Server, "load", lambda self: pytest.fail("the model is loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", str(checkpoint), "--port", str(port)]) == 1
+    line = f"litgpt: error: cannot listen at 127.0.0.1:{port}: the port is in use: choose another --port\n"
+    assert capsys.readouterr().err == line
 
 
 def test_lora_weights_are_served_beside_the_model(checkpoint, llm, tmp_path, hanging):

@@ -264,6 +264,8 @@ def test_samples_without_a_token_to_learn_are_reported(caplog):
     assert "1 of 11 samples have no token to be learned within 200 tokens" in caplog.text
     with pytest.raises(ValueError, match="no sample has a token to be learned"):
         encoded(limit=4)
+    with pytest.raises(ValueError, match="no sample has a token to be learned"):
+        encoded(limit=1, mask=False)  # there is nothing before the first token to learn it from
     with pytest.raises(ValueError, match="there are no samples"):
         encoded([])
 

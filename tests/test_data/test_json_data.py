@@ -24,6 +24,14 @@ def connected(path, batch_size=2, **options):
     return data
 
 
+def test_a_file_too_small_to_be_divided_is_learned_whole(tmp_path, recwarn):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([GOOD]))
+    data = connected(path, val_split_fraction=None)
+    assert (len(data.train_dataset), data.val_dataloader()) == (1, None)
+    assert [str(w.message) for w in recwarn] == ["val_split_fraction is not given: 0.05 of the samples validate"]
+
+
 BAD = [
     ("a.json", "", r"a\.json is empty"),
     ("a.json", "[]", r"a\.json holds no samples"),

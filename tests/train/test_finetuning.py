@@ -93,7 +93,7 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(method, checkp
 
 
 @pytest.mark.parametrize("method", SETUPS)
-def test_what_a_run_writes_and_says(method, checkpoint_dir, tmp_path, json_path, capsys):
+def test_what_a_run_writes_and_says(method, checkpoint_dir, tmp_path, json_path, capsys, caplog):
     out = tmp_path / "out"
     run(method, checkpoint_dir, out, json_path)
     weights = f"lit_model.pth{SUFFIXES[method]}"
@@ -117,6 +117,7 @@ def test_what_a_run_writes_and_says(method, checkpoint_dir, tmp_path, json_path,
     assert text.count("Validating ...") == 3 + 1
     assert "Number of epochs" not in text
     assert text.count(f"Saving {'adapter weights' if 'adapter' in method else 'checkpoint'} to '{out}/step-") == 3
+    assert "Seed set to 1337" in caplog.text
     longest = r"longest sequence length in the train data is (\d+), the model's maximum sequence length is \1 and context length is 512"
     assert re.search(longest, text)
     values = yaml.safe_load((out / "final" / "hyperparameters.yaml").read_text())
@@ -265,7 +266,8 @@ def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint(checkpoint_
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         with pytest.raises(
-            OSError, match=r"step-000004 could not be written: .*last complete checkpoint is .*step-000002"
+            OSError,
+            match=r"step-000004 could not be written whole: the disk of .*last complete checkpoint is .*step-000002",
         ):
             run("lora", checkpoint_dir, out, json_path)
     assert {path.name for path in out.iterdir()} == {"step-000002", "logs"}
@@ -466,7 +468,7 @@ def test_the_hyperparameters_of_a_run_from_python_repeat_it(source, llm, samples
     torch.testing.assert_close(llm.model(idx), load_model(again / "final")(idx), atol=1e-4, rtol=1e-4)
 
 
-def test_a_run_that_is_interrupted_leaves_the_llm_usable(llm, monkeypatch):
+def test_a_run_that_is_interrupted_leaves_the_llm_usable_and_says_how_to_go_on(llm, tmp_path, capsys, monkeypatch):
     steps = []
 
     def interrupted(self, window):
@@ -479,7 +481,8 @@ def test_a_run_that_is_interrupted_leaves_the_llm_usable(llm, monkeypatch):
     before = {name: x.clone() for name, x in llm.state_dict().items()}
     options = {"global_batch_size": 1, "learning_rate": 0.01, "lr_warmup_steps": 0, "activation_checkpointing": True}
     with pytest.raises(KeyboardInterrupt):
-        finetune(llm, ANSWER, epochs=10, **options)
+        finetune(llm, ANSWER, epochs=10, out_dir=tmp_path, save_interval=2, **options)
+    assert f"--resume auto goes on from {tmp_path / 'step-000002'}" in capsys.readouterr().out
     after = llm.state_dict()
     assert after.keys() == before.keys()
     changed = {name.rpartition(".attn.")[2] for name in after if not torch.equal(after[name], before[name])}
@@ -545,8 +548,11 @@ def JSONData(folder, samples):
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("options", "message"),
     [
+        ("--train.min_lr -1", "min_lr must be at least 0, got -1.0"),
+        ("--eval.max_iters 0", "eval.max_iters must be at least 1, got 0"),
+        ("--eval.evaluate_example -5", "eval.evaluate_example must be at least 0, got -5"),
         ("--data JSON --data.json_path nowhere.json", "nowhere.json"),
         ("--data FLAN --data.subsets none", "none not"),
         ("--data JSON --data.json_path {} --data.val_split_fraction 2", "val_split_fraction"),
@@ -569,8 +575,25 @@ def JSONData(folder, samples):
         ("--data Alpaca --data.val_split_fraction much", "--data.val_split_fraction cannot be 'much'"),
     ],
 )
-def test_what_a_data_module_says_of_its_options_is_the_error(data, message, checkpoint_dir, json_path, capsys):
-    assert main(["finetune_lora", str(checkpoint_dir), *data.format(json_path).split()]) == 2
+def test_what_an_option_or_a_data_module_says_is_the_error(options, message, checkpoint_dir, json_path, capsys):
+    assert main(["finetune_lora", str(checkpoint_dir), *options.format(json_path).split()]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--seed -1", "--seed must be in 0..4294967295, got -1"),
+        ("--num_nodes 0", "--num_nodes must be at least 1, got 0"),
+        ("--out_dir {}/out", "is a file, and a folder is needed"),
+        ("--precision abc", "precision 'abc' is not one of"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_data_are_read(options, message, checkpoint_dir, json_path, capsys):
+    arguments = f"--data JSON --data.json_path {json_path} {options.format(json_path)}"
+    assert main(["finetune_lora", str(checkpoint_dir), *arguments.split()]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]

@@ -4,6 +4,8 @@ import pytest
 import torch
 from tiny import tiny_gpt
 
+from litgpt.kernels.library import library
+from litgpt.kernels.matrices import are_faster
 from litgpt.train.model import TrainingModel, restore_forward
 
 CONFIGS = [
@@ -15,7 +17,7 @@ CONFIGS = [
 ]
 
 
-def gradients(config, tied, kept, dtype=torch.float64):
+def gradients(config, tied, kept, dtype=torch.float64, row_sizes=None):
     torch.manual_seed(0)
     gpt = tiny_gpt(**config).to(dtype).requires_grad_(True)
     if tied:
@@ -25,7 +27,8 @@ def gradients(config, tied, kept, dtype=torch.float64):
         model.keep_gradients()
     for batch in range(2):
         ids = torch.randint(0, 100, (2, 20), generator=torch.Generator().manual_seed(batch))
-        (model(ids, ids, scale=0.25) * 0.25).backward()
+        ids = ids if row_sizes is None else ids.view(1, -1)
+        (model(ids, ids, row_sizes=row_sizes, scale=0.25) * 0.25).backward()
     found = {name: p.grad.clone() for name, p in gpt.named_parameters()}
     restore_forward(gpt)
     assert not any({"forward", "gated"} & set(vars(module)) for module in gpt.modules())
@@ -46,10 +49,50 @@ def test_gradients_are_autograds(config, tied, monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-def test_gradients_by_kernels_are_autograds(dtype, error):
-    plain, ours = (gradients({"n_embd": 64, "intermediate_size": 96}, True, kept, dtype) for kept in (False, True))
+@pytest.mark.parametrize("options", [{}, {"nope_indices": [1, 0]}])
+def test_gradients_by_kernels_are_autograds(dtype, error, options):
+    config = {"n_embd": 128, "intermediate_size": 96, "n_query_groups": 2, "n_layer": 2} | options
+    plain, ours = (gradients(config, True, kept, dtype, [13, 27]) for kept in (False, True))
     for name, gradient in plain.items():
         assert (ours[name] - gradient).float().norm() < error * gradient.float().norm(), name
+
+
+@pytest.mark.skipif(library() is None, reason="no compiled kernels")
+def test_attention_is_one_function_for_plain_heads_alone():
+    def nodes(of):
+        return {of.name()}.union(*(nodes(of) for of, _ in of.next_functions if of is not None))
+
+    for options, used in [({}, True), ({"bias": True}, False), ({"sliding_window_size": 4}, False)]:
+        gpt = tiny_gpt(n_embd=128, **options).requires_grad_(True)
+        model, ids = TrainingModel(gpt), torch.randint(0, 100, (1, 20))
+        model.keep_gradients()
+        assert ("_AttentionBackward" in nodes(model(ids, ids, scale=1.0).grad_fn)) == used
+
+
+@pytest.mark.skipif(not are_faster(), reason="no kernel writes to memory of one's own")
+def test_what_is_kept_lies_in_the_same_memory_and_is_not_overwritten():
+    def run(at_once):
+        torch.manual_seed(0)
+        gpt = tiny_gpt(n_embd=128).bfloat16().requires_grad_(True)
+        model, losses, places = TrainingModel(gpt), [], []
+        model.keep_gradients()
+        hook = torch.autograd.graph.saved_tensors_hooks(lambda x: places[-1].add(x.data_ptr()) or x, lambda x: x)
+        for size in (40, 50, 45, 35):
+            ids = torch.randint(0, 100, (1, size))
+            places.append(set())
+            with hook:
+                losses.append(model(ids, ids, scale=1.0))
+            if not at_once:
+                losses.pop().backward()
+        for loss in losses:
+            loss.backward()
+        return [p.grad for p in gpt.parameters()], places[2] & places[3]
+
+    (one_by_one, same), (at_once, shared) = run(False), run(True)
+    weights = len(same) - len(shared)  # those of layers are kept by all passes
+    assert weights >= 2 * 2, "two layers, each with memory for its attention and for its MLP"
+    for a, b in zip(one_by_one, at_once, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_loss_multiplied_by_something_else_is_refused():

@@ -1,12 +1,16 @@
 """Loggers, devices and progress."""
 
 import logging
+import time
 from types import SimpleNamespace
+from typing import Any
 
 import lightning.fabric.loggers
+import pytest
 from lightning.fabric.loggers import CSVLogger
 
-from litgpt.train.loop import Position
+from litgpt.args import TrainArgs
+from litgpt.train.position import Position
 from litgpt.train.report import Reporter
 from litgpt.train.setting import make_logger
 
@@ -21,15 +25,31 @@ def test_without_tensorboard_pretraining_logs_to_csv(tmp_path, monkeypatch, capl
     assert "pip install tensorboard" in caplog.text
 
 
-def test_the_speed_of_a_resumed_run_counts_its_own_tokens_only():
-    lines = []
+def a_report(max_steps: int, **train: Any) -> tuple[Reporter, list[str]]:
+    """A report, and the lines that it prints."""
+    lines: list[str] = []
     cpu = SimpleNamespace(type="cpu")
     fabric = SimpleNamespace(print=lines.append, log_dict=lambda *a, **k: None, device=cpu, world_size=1)
+    return Reporter(fabric, TrainArgs(**train), max_steps), lines
+
+
+def test_the_speed_of_a_resumed_run_counts_its_own_tokens_only():
+    report, lines = a_report(max_steps=10)
     position = Position(tokens=10**12, step_count=5, iter_num=5)
-    scheduler = SimpleNamespace(get_last_lr=lambda: [0.1])
-    loop = SimpleNamespace(position=position, max_steps=10, scheduler=scheduler)
-    report = Reporter(fabric, 1)
-    report.begin(loop)
+    report.begin(position)
     position.tokens, position.step_count, position.iter_num = 10**12 + 100, 6, 6
-    report.iteration(loop, 1.0, 100, 0.1, is_step=True)
+    report.iteration(position, 1.0, 100, 0.1, 1, 0.1)
     assert float(lines[0].split("(step) | ")[1].split(" tok/s")[0]) < 10**10
+
+
+@pytest.mark.parametrize(("max_time", "ends"), [(None, 40), (15.0, 15)])
+def test_the_remaining_time_falls_from_one_micro_batch_to_the_next(max_time, ends, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    report, lines = a_report(max_steps=10, max_time=max_time)
+    position = Position()
+    report.begin(position)
+    for i in range(1, 9):  # of four micro-batches a step, each a second
+        now[0], position.iter_num, position.step_count = float(i), i, i // 4
+        report.iteration(position, 1.0, 100, 1.0, (i - 1) % 4 / 4 + 1 / 4, 0.1)
+    assert [line.split("remaining time: ")[1] for line in lines] == [f"0:00:{ends - i:02}" for i in range(1, 9)]
