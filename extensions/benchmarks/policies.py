@@ -2,6 +2,7 @@
 
     python extensions/benchmarks/policies.py --rounds 3
     python extensions/benchmarks/policies.py --caches dense-int8,dense-int4 --tokens 8000 --base dense --rounds 3
+    python extensions/benchmarks/policies.py --caches snapkv,h2o --decode 10   # only how fast they decode, in 10 rounds
 
 See README.md next to this file.
 """
@@ -15,7 +16,8 @@ from environments import Launcher, add_arguments, parse_numbers, run_script
 from layouts import ensure_layouts
 from results import number, row
 
-DECODED = 128  # tokens: two evictions of the usual tail
+DECODE_ROUNDS = 5
+DECODED = 64  # tokens of a turn, with one eviction of the usual tail
 POLICIES = "random,knorm,keydiff,tova,snapkv,h2o,lazy,expected,compactor"
 
 
@@ -44,7 +46,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--slots", type=int, default=1024, help="slots of caches that evict (default: %(default)s)")
     add("--chunk", type=int, default=512, help="tokens of a prefill call; 0: all in one (default: %(default)s)")
     add("--rounds", type=int, default=3, help="times that each is measured, in turn (default: %(default)s)")
-    return parse_numbers(parser, tokens=2, slots=2, chunk=0, rounds=1, threads=1)
+    add("--decode", type=int, default=0, help="measure nothing but decoding, in so many rounds (default: everything)")
+    return parse_numbers(parser, tokens=2, slots=2, chunk=0, rounds=1, decode=0, threads=1)
 
 
 def measure(launcher: Launcher, checkpoint: str, args: argparse.Namespace) -> dict:
@@ -52,54 +55,68 @@ def measure(launcher: Launcher, checkpoint: str, args: argparse.Namespace) -> di
 
     Raises `RuntimeError` if caches have other bytes than their `size_estimate`.
     """
-    tokens, slots, chunk, repeats = args.tokens, args.slots, args.chunk, args.rounds
-    names = list(dict.fromkeys(["dense", args.base, *args.caches.split(",")]))
-    samples: dict[str, list[dict]] = {name: [] for name in names}
-    of_chunk = []
+    tokens, chunk, rounds = args.tokens, args.chunk, args.decode or DECODE_ROUNDS
+    others = args.caches.split(",")
+    names = list(dict.fromkeys([args.base, *others] if args.decode else ["dense", args.base, *others]))
+    longest = tokens + (rounds + 1) * DECODED
+    slots = {name: longest if name.partition("-")[0] == "dense" else args.slots for name in names}
     job = {"checkpoint": checkpoint, "tokens": tokens, "chunk": chunk or None, "decoded": DECODED}
+    print("decoding in turn", file=sys.stderr)
+    decode = launcher.work(Path(sys.executable), "policy_turns.py", job | {"caches": slots, "rounds": rounds})
+    found = {"samples": {}, "chunk_bytes": []} if args.decode else _alone(launcher, job, slots, args.rounds)
+    own = {"tokens": tokens, "slots": args.slots, "chunk": chunk, "base": args.base, "decode_rounds": rounds}
+    return {"decode": decode} | found | own
+
+
+def _alone(launcher: Launcher, job: dict, slots: dict[str, int], repeats: int) -> dict:
+    """What each cache does in a process of its own, and what a chunk takes."""
+    samples: dict[str, list[dict]] = {name: [] for name in slots}
+    of_chunk = []
     for round_idx in range(repeats):
-        for name in names if round_idx % 2 == 0 else names[::-1]:
+        for name in list(slots) if round_idx % 2 == 0 else list(slots)[::-1]:
             print(f"round {round_idx + 1}/{repeats}: {name}", file=sys.stderr)
-            length = tokens + DECODED if name.partition("-")[0] == "dense" else slots
-            found = launcher.work(Path(sys.executable), "policy_run.py", job | {"kv_cache": name, "slots": length})
+            length = {"kv_cache": name, "slots": slots[name]}
+            found = launcher.work(Path(sys.executable), "policy_run.py", job | length)
             if found["bytes"] != found["estimated"]:
                 raise RuntimeError(f"{name} has {found['bytes']} bytes, size_estimate says {found['estimated']}")
             samples[name].append(found)
-        size = min(chunk or tokens, tokens)
+        size = min(job["chunk"] or job["tokens"], job["tokens"])
         alone = job | {"kv_cache": "dense", "slots": size + DECODED, "tokens": size}
         found = launcher.work(Path(sys.executable), "policy_run.py", alone)
         of_chunk.append(found["peak_bytes"] - found["bytes"])
-    return {
-        "samples": samples,
-        "chunk_bytes": of_chunk,
-        "tokens": tokens,
-        "slots": slots,
-        "chunk": chunk,
-        "base": args.base,
-    }
+    return {"samples": samples, "chunk_bytes": of_chunk}
 
 
 def markdown(result: dict) -> str:
     """A row for every cache: medians, and the medians of the rounds' ratios to those of one of them."""
-    samples, chunk, base = result["samples"], median(result["chunk_bytes"]), result["base"]
-    speeds = ("prefill_tokens_per_second", "decode_tokens_per_second")
-    heads = ["cache", "prefill, tokens/s", f"/ {base}", "decode, tokens/s", f"/ {base}"]
-    heads += ["caches, MB", f"/ {base}", "peak, MB", "/ (caches + chunk)"]
+    samples, decode, base = result["samples"], result["decode"], result["base"]
+    heads = ["cache", "decode, tokens/s", f"/ {base}"]
+    if samples:
+        chunk = median(result["chunk_bytes"])
+        heads += ["prefill, tokens/s", f"/ {base}", "caches, MB", f"/ {base}", "peak, MB", "/ (caches + chunk)"]
     lines = [row(heads), row(["---"] + ["---:"] * (len(heads) - 1))]
-    for name, found in samples.items():
-        cells = [name]
-        for speed in speeds:
-            ratios = [a[speed] / b[speed] for a, b in zip(found, samples[base], strict=True)]
-            cells += [number(median(one[speed] for one in found)), f"{median(ratios):.2f}x"]
-        size, peak = found[0]["bytes"], median(one["peak_bytes"] for one in found)
-        of_base = f"{size / samples[base][0]['bytes']:.2f}x"
-        lines.append(row([*cells, f"{size / 1e6:.1f}", of_base, f"{peak / 1e6:.1f}", f"{peak / (size + chunk):.2f}x"]))
-    what = f"a chunk of {result['chunk']}" if result["chunk"] else "the whole text in one call"
-    lines.append(
-        f"\n{result['tokens']:,} tokens, {result['slots']:,} slots. Peaks are above the model. Beside its caches, {what} takes "
-        f"{chunk / 1e6:.1f} MB"
-    )
-    return "\n".join(lines)
+    for name, speeds in decode.items():
+        cells = [name, *_beside(speeds, decode[base])]
+        if samples:
+            prefill = {own: [one["prefill_tokens_per_second"] for one in samples[own]] for own in (name, base)}
+            size, peak = samples[name][0]["bytes"], median(one["peak_bytes"] for one in samples[name])
+            cells += [
+                *_beside(prefill[name], prefill[base]),
+                f"{size / 1e6:.1f}",
+                f"{size / samples[base][0]['bytes']:.2f}x",
+            ]
+            cells += [f"{peak / 1e6:.1f}", f"{peak / (size + chunk):.2f}x"]
+        lines.append(row(cells))
+    note = f"\n{result['tokens']:,} tokens, {result['slots']:,} slots; {result['decode_rounds']} rounds of decoding in turn."
+    if samples:
+        what = f"a chunk of {result['chunk']}" if result["chunk"] else "the whole text in one call"
+        note += f" Peaks are above the model. Beside its caches, {what} takes {chunk / 1e6:.1f} MB"
+    return "\n".join([*lines, note])
+
+
+def _beside(speeds: list[float], of_base: list[float]) -> list[str]:
+    """The median, and that of the ratios."""
+    return [number(median(speeds)), f"{median(a / b for a, b in zip(speeds, of_base, strict=True)):.2f}x"]
 
 
 if __name__ == "__main__":

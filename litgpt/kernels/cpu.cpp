@@ -102,14 +102,18 @@ void move_slots(char* buffer, const int64_t* rows, const int64_t* index, int64_t
     move_slots_of_rows(buffer, rows, index, B, G, C, n, bytes);
 }
 
-// See `Tails`. `counts` has its first numbers; `strides` of rows, heads and tokens of q, k and v.
-void run_tails(const int64_t* counts, const bf16* q, const bf16* k, const bf16* v, const bf16* sinks, const int64_t* strides,
-               const int64_t* rows, const int64_t* held, const int64_t* shift, bf16* keys, bf16* values, bf16* queries,
-               int32_t* positions, float* sums, const TailStep* steps, bf16* y, int32_t* log, float scale, float cap) {
-    const int64_t* n = counts;
-    Tails{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11], scale, cap, q, k, v, sinks, strides,
-          strides + 3, strides + 6, rows, held, shift, keys, values, queries, positions, sums, steps, y, log}
+// See `Tails`. `counts` has its numbers; `strides` of rows, heads and tokens of q, k and v.
+void run_tails(const ScoredCache* cache, const int64_t* counts, const bf16* q, const bf16* k, const bf16* v, const int64_t* strides,
+               const int64_t* rows, const int64_t* held, const int64_t* shift, const TailStep* steps, bf16* y, int32_t* log) {
+    Tails{*cache, counts[0], counts[1], counts[2], q, k, v, strides, strides + 3, strides + 6, rows, held, shift, steps, y, log}
         .run_all();
+}
+
+void run_looks(const Look* looks, int64_t count) { run_all_looks(looks, count); }
+
+// The best of N scores of each of `count` rows and heads: see `ScorePolicy.best`
+void choose_slots(const float* scores, int64_t* index, int64_t count, int64_t N, int64_t n_sink, int64_t recent, int64_t kept) {
+    for (int64_t i = 0; i < count; i++) find_best(scores + i * N, N, n_sink, recent, kept, index + i * kept);
 }
 
 // Whether the processor multiplies bfloat16 twice as fast as float. Then products of many rows are as fast here as in

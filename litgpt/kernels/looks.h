@@ -19,19 +19,58 @@ struct SeenWeights {
     bool largest;  // of all queries, in place of their sum
 
     // own (N,): the weights of head h in row b
-    void of_head(int64_t b, int64_t h, float* own) const {
+    void of_head(int64_t b, int64_t h, float* own) const { see(b, h, laid_out_keys(b, h / (H / G)), own); }
+
+    // own (N,): the sum over the heads that share the keys of group g in row b
+    void of_group(int64_t b, int64_t g, float* own) const {
         static thread_local Scratch<float> scratch;
-        const int64_t g = h / (H / G), size = (D + 31) / 32 * 32, padded = (N + KEYS - 1) / KEYS * KEYS;
-        float* scores = scratch.get(padded * size / 2 + ROWS * (padded + size));
-        uint32_t* keys = (uint32_t*)(scores + ROWS * padded);
-        Input* queries = (Input*)(keys + padded * size / 2);
+        const int64_t heads = H / G;
+        const uint32_t* keys = laid_out_keys(b, g);
+        float* of_head = scratch.get(N);
+        see(b, g * heads, keys, own);
+        for (int64_t h = 1; h < heads; h++) {
+            see(b, g * heads + h, keys, of_head);
+            for (int64_t j = 0; j < N; j++) own[j] += of_head[j];
+        }
+    }
+
+    // out (B, G, N): of the heads that share keys; `by_head` (B, H, N) is overwritten
+    void of_groups(float* by_head, float* out) const {
+#pragma omp parallel for num_threads(Team::mine().threads()) schedule(dynamic)
+        for (int64_t i = 0; i < B * H; i++) of_head(i / H, i % H, by_head + i * N);
+        for (int64_t i = 0; i < B * G; i++) {
+            const float* own = by_head + i * (H / G) * N;
+            std::copy_n(own, N, out + i * N);
+            for (int64_t h = 1; h < H / G; h++)
+                for (int64_t j = 0; j < N; j++)
+                    out[i * N + j] = largest ? std::max(out[i * N + j], own[h * N + j]) : out[i * N + j] + own[h * N + j];
+        }
+    }
+
+private:
+    int64_t key_size() const { return (D + 31) / 32 * 32; }
+    int64_t padded_length() const { return (N + KEYS - 1) / KEYS * KEYS; }
+
+    // The keys of group g in row b as `compute_block` reads them: until this thread lays out others
+    const uint32_t* laid_out_keys(int64_t b, int64_t g) const {
+        static thread_local Scratch<uint32_t> scratch;
+        uint32_t* keys = scratch.get(padded_length() * key_size() / 2);
         CausalAttention source{};
         source.D = D;
         if (encoded)
             source.encoded[0] = encoded->at(b, 0, 0);
         else
             source.k = k + b * k_strides[0], source.k_strides[0] = k_strides[1], source.k_strides[1] = k_strides[2];
-        source.lay_out_keys(keys, g, 0, N, size);
+        source.lay_out_keys(keys, g, 0, N, key_size());
+        return keys;
+    }
+
+    // own (N,): the weights of head h in row b on keys that are laid out
+    NOT_INLINED void see(int64_t b, int64_t h, const uint32_t* keys, float* own) const {
+        static thread_local Scratch<float> scratch;
+        const int64_t g = h / (H / G), size = key_size(), padded = padded_length();
+        float* scores = scratch.get(ROWS * (padded + size));
+        Input* queries = (Input*)(scores + ROWS * padded);
         std::fill_n(own, N, 0.0f);
         for (int64_t i = 0; i < n; i += ROWS) {
             const int count = int(std::min<int64_t>(ROWS, n - i));
@@ -58,20 +97,6 @@ struct SeenWeights {
         }
     }
 
-    // out (B, G, N): of the heads that share keys; `by_head` (B, H, N) is overwritten
-    void of_groups(float* by_head, float* out) const {
-#pragma omp parallel for num_threads(Team::mine().threads()) schedule(dynamic)
-        for (int64_t i = 0; i < B * H; i++) of_head(i / H, i % H, by_head + i * N);
-        for (int64_t i = 0; i < B * G; i++) {
-            const float* own = by_head + i * (H / G) * N;
-            std::copy_n(own, N, out + i * N);
-            for (int64_t h = 1; h < H / G; h++)
-                for (int64_t j = 0; j < N; j++)
-                    out[i * N + j] = largest ? std::max(out[i * N + j], own[h * N + j]) : out[i * N + j] + own[h * N + j];
-        }
-    }
-
-private:
     void add(float* scores, int64_t columns, int64_t seen, int64_t h, float* own) const {
         float top;
         float total = exponentiate(scores, &top, columns);
@@ -95,4 +120,25 @@ inline void move_slots_of_rows(char* buffer, const int64_t* rows, const int64_t*
         for (int64_t j = 0; j < n; j++) std::memcpy(moved + j * bytes, own + index[i * n + j] * bytes, bytes);
         std::memcpy(own, moved, n * bytes);
     }
+}
+
+// Slots of the `kept` best of N scores, ascending: see `ScorePolicy.best`
+inline void find_best(const float* scores, int64_t N, int64_t n_sink, int64_t recent, int64_t kept, int64_t* stays) {
+    static thread_local Scratch<int64_t> scratch;
+    int64_t *order = scratch.get(2 * N), *sorted = order + N;
+    for (int64_t j = 0; j < N; j++) {
+        int32_t bits;
+        std::memcpy(&bits, scores + j, sizeof(bits));
+        const int32_t size = bits & 0x7fffffff;
+        if (size == 0) bits = 0;                                                   // of two zeros none is less
+        if (size > 0x7f800000) bits = int32_t(0xff800000);                      // no number: the least
+        if (size == 0x7f800000) bits = (bits & int32_t(0x80000000)) | 0x7f7fffff;  // not as much as what has to stay
+        if (j < n_sink || j >= N - recent) bits = 0x7f800000;
+        order[j] = int64_t(bits < 0 ? bits ^ 0x7fffffff : bits) * (int64_t(1) << 32) | j;  // as integers, all different
+    }
+    std::copy_n(order, N, sorted);
+    std::nth_element(sorted, sorted + N - kept, sorted + N);
+    const int64_t least = sorted[N - kept];
+    for (int64_t j = 0; j < N; j++)
+        if (order[j] >= least) *stays++ = j;
 }

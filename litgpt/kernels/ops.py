@@ -9,7 +9,7 @@ import torch
 
 from litgpt.kernels import processor
 from litgpt.kernels.library import encoded_library, library
-from litgpt.kernels.structs import Vectors
+from litgpt.kernels.structs import Look, ScoredCache, Vectors
 
 MAX_ROWS = 16  # for more, torch's products of a single layer are as fast or faster, where it has them in bfloat16
 MAX_QUERIES = 16  # of one sequence
@@ -378,44 +378,60 @@ def run_tails(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    sinks: torch.Tensor | None,
-    buffers: Sequence[torch.Tensor | None],
+    cache: ScoredCache,
     rows: torch.Tensor | None,
     places: tuple[torch.Tensor, torch.Tensor],
     steps: torch.Tensor,
-    policy: tuple[int, int, int, int],
-    scale: float,
-    cap: float,
     log: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention (B, T, H, D) of tokens, query (B, H, T, D), key and value (B, G, T, D), that enter a cache in steps, before which
     tokens are scored by attention weights, and some leave.
 
     Args:
-        buffers: of the cache, contiguous: keys and values (rows, G, C, D), positions (rows, G, C) int32; or None: sums of all weights so
-            far (rows, 1, G, C), and the queries that are kept (rows, H, n, D).
         rows: of the cache (None: the first ones).
         places, steps: see `litgpt.kvcache.tails`.
-        policy: first and newest tokens that stay, all that stay, and over how many neighbours the last queries' weights are averaged,
-            where there are no sums of all.
-        sinks, scale, cap: as for `attend`.
         log: gets the positions in all slots as the tokens of every step find them (S, B, G, C) int32.
     """
     B, H, T, D = query.shape
-    keys, values, positions, sums, queries = buffers
-    G, C = keys.shape[1:3]
     y = query.new_empty(B, T, H, D)
-    n_queries = 0 if queries is None else queries.shape[2]
-    counts = struct.pack("12q", B, H, G, T, D, C, len(steps), *policy, n_queries)
-    strides = struct.pack("9q", *query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     library().run_tails(
-        counts,
-        *map(_address, (query, key, value, sinks)),
-        strides,
-        *map(_address, (rows, *places, keys, values, queries, positions, sums, steps, y, log)),
-        *(scale, cap),
+        ctypes.byref(cache),
+        struct.pack("3q", B, T, len(steps)),
+        *map(_address, (query, key, value)),
+        struct.pack("9q", *query.stride()[:3], *key.stride()[:3], *value.stride()[:3]),
+        *map(_address, (rows, *places, steps, y, log)),
     )
     return y
+
+
+def can_look(keys: torch.Tensor) -> bool:
+    """Whether `run_looks` is there for caches with these keys, encoded or not."""
+    return (
+        keys.device.type == "cpu"
+        and keys.is_contiguous()
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and available()
+    )
+
+
+def run_looks(looks: Sequence[Look]) -> None:
+    """Let policies look at what caches hold, all at once."""
+    library().run_looks((Look * len(looks))(*looks), len(looks))
+
+
+def can_choose_slots(scores: torch.Tensor) -> bool:
+    """Whether `choose_slots` is there for these."""
+    return scores.device.type == "cpu" and not torch.compiler.is_compiling() and available()
+
+
+def choose_slots(scores: torch.Tensor, n_sink: int, recent: int, kept: int) -> torch.Tensor:
+    """Slots of the `kept` best of scores (..., N) float32, ascending, the first `n_sink` and newest `recent` among them: see
+    `litgpt.kvcache.policies.score.ScorePolicy.best`."""
+    scores = scores.contiguous()
+    N, index = scores.shape[-1], scores.new_empty((*scores.shape[:-1], kept), dtype=torch.int64)
+    library().choose_slots(scores.data_ptr(), index.data_ptr(), scores.numel() // N, N, n_sink, recent, kept)
+    return index
 
 
 # Compiled graphs call it as an operator, since they cannot look into it.

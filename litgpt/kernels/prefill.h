@@ -135,10 +135,11 @@ private:
     void run_tails(const Layer& layer, const TailSegment& s, int64_t g) const {
         const int64_t H = shape.H, G = shape.G, D = shape.D, width = heads * D, strides[] = {0, D, width};
         const bf16* tokens = qkv + s.first * width;
-        const Tails own{1, H, G, s.T, D, layer.head_stride / D, s.n_steps, s.n_sink, s.recent, s.kept, s.pool, s.max_queries,
-                        shape.scale, shape.cap, tokens, tokens + H * D, tokens + (H + G) * D, layer.sinks, strides, strides, strides,
-                        &s.row, s.held, s.shift, layer.keys, layer.values, layer.queries, layer.positions, layer.sums, s.steps,
-                        attended + s.first * H * D, nullptr};
+        const ScoredCache cache{H, G, D, layer.head_stride / D, s.n_sink, s.recent, s.kept, s.pool, s.max_queries, shape.scale,
+                                shape.cap, layer.sinks, layer.queries, layer.positions, layer.sums,
+                                {{(char*)layer.keys, D * int64_t(sizeof(bf16))}, {(char*)layer.values, D * int64_t(sizeof(bf16))}}, {}};
+        const Tails own{cache, 1, s.T, s.n_steps, tokens, tokens + H * D, tokens + (H + G) * D, strides, strides, strides, &s.row,
+                        s.held, s.shift, s.steps, attended + s.first * H * D, nullptr};
         own.run(0, g);
     }
 

@@ -1,4 +1,4 @@
-"""The arguments of `run_layers`, as in layers.h."""
+"""The arguments of `run_layers`, `run_tails` and `run_looks`, as in layers.h and scored_cache.h."""
 
 import ctypes
 
@@ -81,6 +81,38 @@ class TailSegment(ctypes.Structure):
         *((name, _COUNT) for name in ("first", "T", "row")),
         *((name, _POINTER) for name in ("held", "shift", "steps")),
         *((name, _COUNT) for name in ("n_steps", "n_sink", "recent", "kept", "pool", "n_queries")),
+    ]
+
+
+class SlotBuffer(ctypes.Structure):
+    _fields_ = [("start", _POINTER), ("bytes", _COUNT)]
+
+    @classmethod
+    def of(cls, buffer: torch.Tensor) -> "SlotBuffer":
+        """Of a contiguous buffer (rows, G, slots, ...)."""
+        return cls(buffer.data_ptr(), buffer.element_size() * buffer.shape[3:].numel())
+
+
+class ScoredCache(ctypes.Structure):
+    """A cache whose policy scores tokens by attention weights."""
+
+    _fields_ = [
+        *((name, _COUNT) for name in ("H", "G", "D", "C", "n_sink", "recent", "kept", "pool", "max_queries")),
+        *((name, _FLOAT) for name in ("scale", "cap")),
+        *((name, _POINTER) for name in ("sinks", "queries", "positions", "sums")),
+        ("slots", SlotBuffer * 4),
+        ("encoded", Vectors),
+    ]
+
+
+class Look(ctypes.Structure):
+    """A policy looks at rows of a cache."""
+
+    _fields_ = [
+        ("cache", ScoredCache),
+        ("B", _COUNT),
+        *((name, _POINTER) for name in ("rows", "held", "shift")),
+        *((name, _COUNT) for name in ("filled", "observed", "n_queries", "evicts")),
     ]
 
 

@@ -10,6 +10,7 @@ from litgpt.config import Config
 from litgpt.kvcache.base import KVCache
 from litgpt.kvcache.plan import Plan, Unplanned
 from litgpt.kvcache.positional_plan import read_bucket
+from litgpt.kvcache.score import prepare_all
 from litgpt.kvcache.spec import CacheSpec, HasCaches
 
 
@@ -210,7 +211,7 @@ class LayerCaches:
         """
         self._inconsistent = True
         try:
-            output = layers([c.prepare(*rest) for c, *rest in zip(self.caches, plans, sink_logits, strict=True)])
+            output = layers(prepare_all(self.caches, plans, sink_logits))
             for cache, plan in zip(self.caches, plans, strict=True):
                 cache.commit(plan)
         except BaseException:

@@ -8,9 +8,11 @@ import torch
 
 from litgpt.config import Config
 from litgpt.kernels import ops
+from litgpt.kernels.structs import Look, ScoredCache, SlotBuffer, Vectors, address
 from litgpt.keys_and_values import KeysAndValues
+from litgpt.kvcache.base import KVCache
 from litgpt.kvcache.params import KVCacheParams
-from litgpt.kvcache.plan import Boundary, Part, Plan, Step
+from litgpt.kvcache.plan import Boundary, Part, Plan, Step, Unplanned
 from litgpt.kvcache.planned import PlannedKVCache, RowState
 from litgpt.kvcache.policies.base import Policy
 from litgpt.kvcache.policies.score import ScorePolicy
@@ -159,6 +161,10 @@ class ScoreKVCache(PlannedKVCache):
             return plan
         for boundary in plan.boundaries:
             self._look(boundary, sink_logits)
+        return self.prepared(plan)
+
+    def prepared(self, plan: Plan) -> Plan:
+        """Note that the boundaries of `plan` are behind. Returns what is left of it."""
         self._rows.fields = plan.fields_prepared
         return plan.without_boundaries
 
@@ -208,13 +214,18 @@ class ScoreKVCache(PlannedKVCache):
         return self.evicts_in_kernels() and ops.can_run_tails(query, key, value, sink_logits, tails.longest)
 
     def evicts_in_kernels(self) -> bool:
+        """Whether kernels do all that happens to its tokens: the policy's looks too, and attention between them."""
+        return type(self.storage) is DefaultStorage and self._looks_in_kernels()
+
+    def _looks_in_kernels(self) -> bool:
         """Whether kernels score its tokens as the policy does, and move what is stored."""
+        view = self._modules["storage"].kernel_view()
         return (
-            type(self.storage) is DefaultStorage
-            and self.storage.kernel_view() is not None
+            view is not None
             and self.policy.pooled_by_kernels is not None
             and self.dtype == torch.bfloat16
             and self.mha.is_plain()
+            and self.head_size <= ops.MAX_HEAD_SIZE
         )
 
     def _run_tails(
@@ -228,15 +239,40 @@ class ScoreKVCache(PlannedKVCache):
         log: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Output (B, H, T, D) of several steps by one kernel, with the looks between them."""
-        policy, own = self.policy, self._buffers
-        buffers = *self.storage.kernel_view(), own["positions"], own.get("slot_state"), own.get("queries")
-        numbers = policy.n_sink, policy.recent, policy.kept, policy.pooled
-        factors = self.mha.scale, self.mha.softcapping or 0.0
-        places = tails.held, tails.shift
-        output = ops.run_tails(
-            query, key, value, sink_logits, buffers, rows, places, tails.steps, numbers, *factors, log
+        cache = self._for_kernels(sink_logits)
+        return ops.run_tails(query, key, value, cache, rows, (tails.held, tails.shift), tails.steps, log).transpose(
+            1, 2
         )
-        return output.transpose(1, 2)
+
+    def _for_kernels(self, sink_logits: torch.Tensor | None) -> ScoredCache:
+        """This cache as kernels see it: good as long as its buffers and `sink_logits` are."""
+        policy, own, storage = self.policy, self._buffers, self._modules["storage"]
+        queries, codes = own["queries"], storage.kernel_codes()
+        return ScoredCache(
+            *(self.n_head, self.n_query_groups, self.head_size, self.cache_length),
+            *(policy.n_sink, policy.recent, policy.kept, policy.pooled, queries.shape[2]),
+            *(self.mha.scale, self.mha.softcapping or 0.0),
+            *map(address, (sink_logits, queries, own["positions"], own.get("slot_state"))),
+            (SlotBuffer * 4)(*map(SlotBuffer.of, storage.slot_buffers())),
+            Vectors() if codes is None else codes[0],
+        )
+
+    def can_look_by_kernels(self, sink_logits: torch.Tensor | None) -> bool:
+        """Whether `look_for_kernels` is there for it."""
+        return (
+            self._looks_in_kernels()
+            and ops.can_look(self._modules["storage"].kernel_view()[0])
+            and (sink_logits is None or sink_logits.dtype == torch.bfloat16)
+        )
+
+    def look_for_kernels(self, boundary: Boundary, sink_logits: torch.Tensor | None) -> Look:
+        """What happens at a boundary, for `ops.run_looks`."""
+        return Look(
+            self._for_kernels(sink_logits),
+            boundary.batch_size,
+            *map(address, (boundary.rows, boundary.held, boundary.shift)),
+            *(boundary.filled, boundary.observed, boundary.query_slots.shape[-1], boundary.keep is not None),
+        )
 
     def _run_step(
         self,
@@ -260,6 +296,9 @@ class ScoreKVCache(PlannedKVCache):
 
     def _look(self, boundary: Boundary, sink_logits: torch.Tensor | None) -> None:
         """Let the policy look at what is stored, and keep what it chooses."""
+        if self.can_look_by_kernels(sink_logits):
+            ops.run_looks([self.look_for_kernels(boundary, sink_logits)])
+            return
         rows, batch, filled = boundary.rows, boundary.batch_size, boundary.filled
         row = torch.arange(batch, device=self.device) if rows is None else rows
         with torch.no_grad():
@@ -454,6 +493,22 @@ class ScoreKVCache(PlannedKVCache):
         super()._load_stored(state, batch, used)
         for name, target in own.items():
             target.copy_(state[name])
+
+
+def prepare_all(
+    caches: Sequence[KVCache], plans: Sequence[Plan | Unplanned], sink_logits: Sequence[torch.Tensor | None]
+) -> list[Plan | Unplanned]:
+    """What `prepare` of each cache does and returns, with all looks of kernels in one call."""
+    looks, ready = [], []
+    for cache, plan, sinks in zip(caches, plans, sink_logits, strict=True):
+        if isinstance(cache, ScoreKVCache) and plan.boundaries and cache.can_look_by_kernels(sinks):
+            looks += [cache.look_for_kernels(boundary, sinks) for boundary in plan.boundaries]
+            ready.append(cache.prepared(plan))
+        else:
+            ready.append(cache.prepare(plan, sinks))
+    if looks:
+        ops.run_looks(looks)
+    return ready
 
 
 def _own_buffers(policy: ScorePolicy, params: KVCacheParams) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

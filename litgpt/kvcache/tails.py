@@ -82,17 +82,17 @@ class Tails:
 
     @cached_property
     def steps(self) -> torch.Tensor:
-        """By step: new tokens, slots in use before it, whether the policy looks first, at how many tokens for another time and with how
-        many queries, and whether tokens leave then, (S, 6) int64."""
+        """By step: new tokens, whether the policy looks first, slots in use before that, at how many tokens it looks for another time
+        and with how many queries, and whether tokens leave then, (S, 6) int64."""
         return torch.tensor([self._step(i, piece) for i, piece in enumerate(self.pieces)])
 
     def _step(self, i: int, piece: Piece) -> tuple[int, ...]:
         policy, row = self.policy, piece.row
         if piece.bounded is None or (i == 0 and self.prepared):
-            return piece.size, (piece.bounded or row).filled, 0, 0, 0, 0
+            return piece.size, 0, (piece.bounded or row).filled, 0, 0, 0
         tail = row.length - row.observed_at if policy.observes else 0
         n_queries = min(policy.n_queries, tail if policy.observes else row.filled)
-        return piece.size, row.filled, 1, row.filled - tail, n_queries, int(row.filled == policy.cache_length)
+        return piece.size, 1, row.filled, row.filled - tail, n_queries, int(row.filled == policy.cache_length)
 
     def segment(self, i: int, row: int, first: int) -> TailSegment:
         """Those of the i-th row, in a row of the cache, whose tokens begin with `first` in a call: good as long as this lives."""

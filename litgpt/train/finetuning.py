@@ -60,7 +60,7 @@ def tune(
     fabric: Fabric, way: Method, checkpoint: Checkpoint, config: Config, options: FinetuneOptions, resume: Path | None
 ) -> dict[str, float]:
     """Fine-tune a checkpoint's model in the processes of `fabric`: see `finetune_command`. `config` has what `way` adds."""
-    fabric.seed_everything(options.seed, verbose=False)
+    fabric.seed_everything(options.seed)
     tokenizer = checkpoint.tokenizer()
     loaders = connect(fabric, options.data, tokenizer, options.train, checkpoint.config)
     gpt = load_model(checkpoint, weights_dtype(fabric), fabric.device, quantize=options.quantize)
@@ -163,7 +163,7 @@ def _data_module(data: Any, llm: "LLM", options: dict[str, Any]) -> DataModule:
     if isinstance(data, Mapping) or not (isinstance(data, Path) or hasattr(data, "__len__")):
         raise ValueError(f"data must be a list of samples, the path of a file, or a data module, got {data!r}")
     if not isinstance(data, str | Path):
-        return Samples(data, val_split_fraction=options.pop("val_split_fraction", 0.0), **settings)
+        return Samples(given=data, val_split_fraction=options.pop("val_split_fraction", 0.0), **settings)
     fraction = options.pop("val_split_fraction", None if Path(data).is_dir() else 0.0)
     return JSON(Path(data), val_split_fraction=fraction, **settings)
 

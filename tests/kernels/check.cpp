@@ -3,9 +3,11 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <random>
 
 #include "attention.h"
+#include "tails.h"
 #include "two_bits.h"
 #include "weights.h"
 
@@ -24,6 +26,9 @@ void attend_rows(const void*, const void*, const void*, void*, float*, int64_t, 
                  const int64_t*, float, int);
 void attend_rows_backward(const void*, const void*, const void*, const void*, const void*, const float*, void*, float*, void*, void*,
                           int64_t, int64_t, int64_t, int64_t, const int64_t*, const int64_t*, float, int);
+void run_tails(const ScoredCache*, const int64_t*, const bf16*, const bf16*, const bf16*, const int64_t*, const int64_t*,
+               const int64_t*, const int64_t*, const TailStep*, bf16*, int32_t*);
+void run_looks(const Look*, int64_t);
 void use_encoded_split(void (*)(const SplitQueries&, const Vectors&, const Vectors&, const Vectors&));
 void attend_encoded_split(const SplitQueries&, const Vectors&, const Vectors&, const Vectors&);
 void multiply_matrices(const bf16*, const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
@@ -244,6 +249,109 @@ static void check_two_bits() {
     compare("attend 2 bits", y, expected, 1e-2);
 }
 
+static void expect(const char* what, bool holds) {
+    if (!holds) failures++, std::printf("%s\n", what);
+}
+
+// Tokens that enter a cache whose policy sums up what queries see; what stays is taken from the kernel, once it is checked
+static void check_tails() {
+    const int64_t G = draw(1, 2), H = G * draw(1, 3), D = 8 * draw(1, 10), P = draw(1, 40), C = P + draw(2, 60), kept = C - P, heads = H / G;
+    const int64_t T = draw(1, 4 * C), n_sink = draw(0, kept / 3), recent = draw(1, kept / 2), row_of_cache = draw(0, 1), none = 0;
+    const float scale = 1.0f / std::sqrt(float(D)), cap = draw(0, 1) ? 5.0f : 0.0f;
+    const auto q = numbers(H * T * D), k = numbers(G * T * D), v = numbers(G * T * D);
+    std::vector<bf16> keys(2 * G * C * D), values(keys.size()), queries(2 * H * P * D), y(T * H * D);
+    std::vector<int32_t> positions(2 * G * C);
+    std::vector<float> sums(2 * G * C);
+    std::vector<TailStep> steps;
+    for (int64_t first = 0, filled = 0, size = 0; first < T; first += size, filled += size) {
+        const bool evicts = filled == C;
+        const Boundary boundary{filled, filled - size, size, evicts};
+        if (evicts) filled = kept;
+        steps.push_back({std::min({P, C - filled, T - first}), first > 0, boundary});
+        size = steps.back().T;
+    }
+    const int64_t bytes = D * int64_t(sizeof(bf16)), n_steps = int64_t(steps.size()), counts[] = {1, T, n_steps};
+    const int64_t strides[] = {0, T * D, D, 0, T * D, D, 0, T * D, D};
+    std::vector<int32_t> log(n_steps * G * C);
+    const ScoredCache cache{H, G, D, C, n_sink, recent, kept, 1, P, scale, cap, nullptr, queries.data(), positions.data(), sums.data(),
+                            {{(char*)keys.data(), bytes}, {(char*)values.data(), bytes}}, {}};
+    run_tails(&cache, counts, q.data(), k.data(), v.data(), strides, &row_of_cache, &none, &none, steps.data(), y.data(), log.data());
+
+    Numbers64 outputs(T * H * D);
+    const auto weights = [&](int64_t h, int64_t t, const std::vector<int64_t>& at) {
+        Numbers64 found;
+        double total = 0;
+        for (int64_t p : at) {
+            double s = 0;
+            for (int64_t d = 0; d < D; d++) s += double(widen(q[(h * T + t) * D + d])) * widen(k[(h / heads * T + p) * D + d]);
+            s *= scale;
+            found.push_back(p <= t ? std::exp(cap > 0 ? cap * std::tanh(s / cap) : s) : 0), total += found.back();
+        }
+        for (double& x : found) x /= total;
+        return found;
+    };
+    for (int64_t g = 0; g < G; g++) {
+        std::vector<int64_t> at;
+        std::map<int64_t, double> seen;  // sums, by position
+        for (int64_t s = 0, first = 0; s < n_steps; first += steps[s++].T) {
+            for (int64_t t = first - steps[s].boundary.n_queries; steps[s].looks && t < first; t++)
+                for (int64_t h = g * heads; h < (g + 1) * heads; h++) {
+                    const auto own = weights(h, t, at);
+                    for (size_t j = 0; j < at.size(); j++) seen[at[j]] += own[j];
+                }
+            const bool evicts = steps[s].boundary.evicts;
+            const int32_t* found = log.data() + (s * G + g) * C;
+            const std::vector<int64_t> stay(found, found + (evicts ? kept : int64_t(at.size())));
+            double least = 1e9, most = -1e9;  // of those that stay, and of those that leave
+            for (size_t j = 0; j < at.size(); j++) {
+                const bool stays = std::binary_search(stay.begin(), stay.end(), at[j]);
+                const bool must = int64_t(j) < n_sink || int64_t(j) >= int64_t(at.size()) - recent;
+                if (stays && !must) least = std::min(least, seen[at[j]]);
+                if (!stays) most = std::max(most, must ? 1e9 : seen[at[j]]);
+            }
+            expect("run_tails: a better token leaves", !evicts || most <= least + 1e-4);
+            expect("run_tails: others stay", std::includes(at.begin(), at.end(), stay.begin(), stay.end()));
+            at = stay;
+            for (int64_t t = first; t < first + steps[s].T; t++) at.push_back(t);
+            for (int64_t t = first; t < first + steps[s].T; t++)
+                for (int64_t h = g * heads; h < (g + 1) * heads; h++) {
+                    const auto own = weights(h, t, at);
+                    for (size_t j = 0; j < at.size(); j++)
+                        for (int64_t d = 0; d < D; d++)
+                            outputs[(t * H + h) * D + d] += own[j] * widen(v[(g * T + at[j]) * D + d]);
+                }
+        }
+    }
+    compare("run_tails", y, outputs, 8e-3);
+}
+
+// A look at keys that are encoded is that at them as decoded.
+static void check_looks() {
+    const int64_t G = draw(1, 2), H = G * draw(1, 3), D = 16 * draw(1, 6), C = draw(4, 90), kept = draw(2, C - 1), n = draw(1, 20);
+    const int64_t kind = std::array<int64_t, 3>{INT8, INT4, INT5}[draw(0, 2)], size = code_bytes(kind, D), scales = scale_count(kind, D);
+    const int64_t zeros[] = {0, 0};
+    std::vector<bf16> all = numbers(2 * G * C * D), decoded = all, scale(2 * G * C * scales), queries = numbers(2 * H * n * D);
+    std::vector<char> codes(2 * G * C * size);
+    std::vector<int32_t> positions[2];
+    std::vector<float> sums[2];
+    const Vectors encoded{codes.data(), scale.data(), kind, 0, {G * C * size, C * size, size}, {G * C * scales, C * scales, scales}};
+    for (int64_t slot = 0; slot < 2 * G * C; slot++) {
+        encode(encoded.at(0, 0, slot), all.data() + slot * D, D);
+        decode(encoded.at(0, 0, slot), D, decoded.data() + slot * D);
+    }
+    const int64_t pool = draw(0, 1) ? 1 : 3;
+    std::vector<Look> looks;
+    for (int i : {0, 1}) {
+        positions[i].resize(2 * G * C), sums[i].resize(2 * G * C);
+        ScoredCache cache{H, G, D, C, 1, 1, kept, pool, n, 0.2f, 0, nullptr, queries.data(), positions[i].data(), pool > 1 ? nullptr : sums[i].data()};
+        cache.slots[0] = {(char*)decoded.data(), 0};  // not moved: the other look is at them too
+        if (i) cache.slots[0] = {codes.data(), 0}, cache.encoded = encoded;
+        looks.push_back({cache, 2, nullptr, zeros, zeros, {C, C - std::min(n, C), std::min(n, C), 1}});
+    }
+    run_looks(looks.data(), 2);
+    expect("run_looks: codes", positions[0] == positions[1] && sums[0] == sums[1]);
+}
+
 static void check_rows() {
     const int64_t G = draw(1, 2), H = G * draw(1, 3), D = 16 * draw(1, 5), a = draw(1, 40), N = a + draw(1, 40);
     const int64_t ends[] = {a, N}, strides[] = {H * D, D, G * D, D, G * D, D};
@@ -332,7 +440,7 @@ int main(int count, char** arguments) {
     source.seed(count > 1 ? unsigned(std::atoi(arguments[1])) : 0);
     use_encoded_split(attend_encoded_split);
     for (int i = 0; i < (count > 2 ? std::atoi(arguments[2]) : 10); i++)
-        check_products(), check_attention(), check_two_bits(), check_rows(), check_narrow_rows(), check_matrices(), check_norm();
+        check_products(), check_attention(), check_two_bits(), check_tails(), check_looks(), check_rows(), check_narrow_rows(), check_matrices(), check_norm();
     std::printf("%d differences\n", failures);
     return failures != 0;
 }

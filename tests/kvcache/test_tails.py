@@ -1,5 +1,7 @@
 """Many tokens at once in caches that score them by attention weights: one kernel does what single calls do, bit for bit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import VOCABULARY, tiny_gpt
@@ -7,6 +9,7 @@ from tiny import VOCABULARY, tiny_gpt
 from litgpt.kernels import ops
 from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.policies.h2o import H2OPolicy
+from litgpt.kvcache.score import prepare_all
 
 HEADS = {"n_head": 6, "n_query_groups": 2, "head_size": 16, "n_embd": 96}
 needs_kernel = pytest.mark.skipif(not ops.available(), reason="no kernels on this machine")
@@ -35,8 +38,14 @@ def call(cache, own, sinks=None):
 
 def without_kernel(monkeypatch, cache, own, sinks=None):
     with monkeypatch.context() as patch:
-        patch.setattr(ops, "can_run_tails", lambda *_: False)
+        by_torch(patch)
         return call(cache, own, sinks)
+
+
+def by_torch(patch):
+    """Without the kernels that look and choose."""
+    for name in ("can_run_tails", "can_look", "can_choose_slots"):
+        patch.setattr(ops, name, lambda *_: False)
 
 
 def assert_equal_states(first, second):
@@ -73,6 +82,67 @@ def test_outputs_scores_and_evictions_are_those_of_single_steps(monkeypatch, nam
 
 
 @needs_kernel
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [
+        ("h2o", {"cache_length": 32, "tail": 4}),
+        ("h2o-int8", {"cache_length": 32, "tail": 4}),
+        ("h2o-int4", {"cache_length": 40, "tail": 9, "n_sink": 0}),
+        ("snapkv-k8v4", {"cache_length": 32, "tail": 4, "window": 7}),
+        ("snapkv", {"cache_length": 40, "tail": 1}),
+    ],
+)
+def test_looks_while_decoding(monkeypatch, name, args):
+    """Those of all caches by one call of a kernel."""
+    torch.manual_seed(0)
+    pair = caches(name, 3, cap=20.0, count=3, **args)
+    sinks, looks, run = torch.randn(HEADS["n_head"]).bfloat16(), [], ops.run_looks
+    monkeypatch.setattr(ops, "run_looks", lambda own: looks.append(len(own)) or run(own))
+    for cache in pair:
+        cache.start(3)
+    own, sizes = heads(1, 57), [20, 17, 20]
+    for cache in pair:
+        with torch.no_grad():
+            plan = cache.plan(0, 3, sizes, [0, 1, 2])
+            cache.run(plan, *own, None, sinks)
+        cache.commit(plan)
+    for _ in range(30):
+        own = heads(3, 1)
+        with torch.no_grad():
+            ready = prepare_all(pair[:2], [c.plan(c.next_token_pos, 3, 1) for c in pair[:2]], [sinks] * 2)
+            outputs = [c.run(plan, *own, None, sinks) for c, plan in zip(pair, ready, strict=False)]
+        for cache, plan in zip(pair, ready, strict=False):
+            cache.commit(plan)
+        expected = without_kernel(monkeypatch, pair[2], own, sinks)
+        for output, cache in zip(outputs, pair, strict=False):
+            assert torch.equal(output, expected)
+            assert_equal_states(cache, pair[2])
+    assert max(looks) >= 2  # of both caches
+
+
+@needs_kernel
+def test_gradients_keep_looks_by_torch():
+    (cache,) = caches("h2o", count=1, cache_length=32)
+    assert not cache.can_look_by_kernels(None)
+    with torch.no_grad():
+        assert cache.can_look_by_kernels(None)
+        assert not cache.can_look_by_kernels(torch.zeros(HEADS["n_head"]))  # sinks in float32
+
+
+@needs_kernel
+@pytest.mark.parametrize("kept", [1, 20, 60])
+def test_the_best_slots_by_a_kernel(monkeypatch, kept):
+    torch.manual_seed(0)
+    scores = torch.randn(2, 3, 64).round(decimals=1)  # with equal ones
+    scores[0, 0, 5:40] = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0]).repeat(7)
+    policy = H2OPolicy(64, tail=64 - kept, n_sink=kept // 3, recent=max(1, kept // 4))
+    tokens = SimpleNamespace(shape=scores.shape, slot_state=scores[None])
+    found = policy.best(tokens)
+    by_torch(monkeypatch)
+    assert torch.equal(found, policy.best(tokens))
+
+
+@needs_kernel
 @pytest.mark.parametrize("name", ["h2o", "snapkv"])
 def test_rows_of_their_own_lengths(monkeypatch, name):
     torch.manual_seed(0)
@@ -81,9 +151,10 @@ def test_rows_of_their_own_lengths(monkeypatch, name):
         cache.start(3)
     for sizes in ([40, 7, 21], [25, 30, 25], [9, 50, 8]):
         own, outputs = heads(1, sum(sizes)), []
-        for cache, usable in zip(pair, (ops.can_run_tails, lambda *_: False), strict=True):
+        for cache, usable in zip(pair, (True, False), strict=True):
             with monkeypatch.context() as patch, torch.no_grad():
-                patch.setattr(ops, "can_run_tails", usable)
+                if not usable:
+                    by_torch(patch)
                 plan = cache.plan(cache.next_token_pos, 3, sizes, [0, 1, 2])
                 outputs.append(cache.run(plan, *own))
                 cache.commit(plan)

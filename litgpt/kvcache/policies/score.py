@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from litgpt.kernels import ops
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.policies.base import Policy
 from litgpt.kvcache.tokens import CachedTokens
@@ -130,7 +131,10 @@ class ScorePolicy(Policy):
     def best(self, tokens: CachedTokens) -> torch.Tensor:
         """Slots of the tokens that stay, (B, G, `kept`), ascending. Of equal scores the newer token's is better."""
         B, G, N = tokens.shape
-        scores = self.scores(tokens).float().nan_to_num(nan=-torch.inf).expand(B, G, N)
+        scores = self.scores(tokens).float().expand(B, G, N)
+        if self.run == 1 and ops.can_choose_slots(scores):
+            return ops.choose_slots(scores, self.n_sink, self.recent, self.kept)
+        scores = scores.nan_to_num(nan=-torch.inf)
         if self.run > 1:
             scores = _mean_of_runs(scores, tokens.positions.expand(B, G, N) // self.run)
         slots = torch.arange(N, device=scores.device)
