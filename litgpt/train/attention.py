@@ -42,7 +42,7 @@ class _Attention(torch.autograd.Function):
         if rope is not None:
             rotated = _heads(layer, qkv)[:, : q.shape[1] + k.shape[1]]
             training.rotate_to(rotated, rotated, *rope, False)
-        y, logs = attention_of_rows(q, k, v, sizes, layer.mha.scale, y_place)
+        y, logs = attention_of_rows(q, k, v, sizes, layer.mha.scale, y=y_place)
         ctx.layer, ctx.adds, ctx.rope, ctx.sizes, ctx.of, ctx.room, ctx.memory = (
             layer,
             adds,
