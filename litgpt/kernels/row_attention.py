@@ -33,6 +33,11 @@ class Seen(NamedTuple):
     window: int = 1 << 40
     n_sink: int = 0
 
+    @classmethod
+    def within(cls, window: int | None) -> "Seen":
+        """The last `window` (None: all)."""
+        return cls() if window is None else cls(window)
+
 
 ALL = Seen()
 

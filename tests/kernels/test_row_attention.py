@@ -114,7 +114,7 @@ def test_other_calls_are_left_to_torch():
 
 @pytest.mark.parametrize(
     ("options", "used"),
-    [({}, True), ({"sliding_window_size": 4}, False), ({"attention_logit_softcapping": 20.0}, False)],
+    [({}, True), ({"sliding_window_size": 4}, True), ({"attention_logit_softcapping": 20.0}, False)],
 )
 def test_a_models_losses_and_gradients_stay(monkeypatch, options, used):
     found, calls = [], []
