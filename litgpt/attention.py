@@ -347,7 +347,7 @@ class MultiHeadSelfAttention:
             output, weights = self.attend(own, part, tile.bias, tile.is_causal, return_weights, sink_logits)
             outputs.append(output)
             if return_weights:
-                summed = torch.zeros(B, H, N, device=query.device) if summed is None else summed
+                summed = weights.new_zeros(B, H, N) if summed is None else summed
                 summed[:, :, tile.k0 : tile.k1] += weights
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), summed
 

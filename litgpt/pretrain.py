@@ -100,7 +100,7 @@ def _train(
     resume_path: Path | None,
 ) -> dict[str, float]:
     """What every process does. Returns metrics: see `Run.run`."""
-    fabric.seed_everything(options.seed, verbose=False)
+    fabric.seed_everything(options.seed)
     loaders = connect(fabric, options.data, tokenizer, options.train, config)
     began = time.perf_counter()
     if start is None:

@@ -195,7 +195,7 @@ def build_rope_cache(
         scale = attention_factor(extra_config)
     if rope_local_base_freq is not None:
         theta = torch.stack((theta, 1.0 / rope_local_base_freq**exponents), dim=-1)
-        scale = torch.tensor([scale, 1.0], device=device)  # the layers with a window have no scaling
+        scale = torch.tensor([scale, 1.0], dtype=theta.dtype, device=device)  # the layers with a window have no scaling
     positions = torch.arange(seq_len, device=device).float() / condense_ratio
     angles = positions.view(-1, *[1] * theta.ndim) * theta
     angles = torch.cat((angles, angles), dim=1)
@@ -208,7 +208,7 @@ def layer_frequencies(config: Config, block_idx: int, device: torch.device) -> t
     """The angles by which a layer rotates the pairs of a head from one position to the next, (n,) float32; empty where it has no
     RoPE. With LongRoPE, by the short factors."""
     if config.nope_indices is not None and config.nope_indices[block_idx]:
-        return torch.empty(0, device=device)
+        return torch.empty(0, dtype=torch.float32, device=device)
     local = config.rope_local_base_freq is not None and config.rope_indices[block_idx]
     exponents = torch.arange(0, config.rope_n_elem, 2, device=device).float() / max(config.rope_n_elem, 1)
     theta = 1.0 / (config.rope_local_base_freq if local else config.rope_base) ** exponents

@@ -121,7 +121,12 @@ def _sft_collate_fn(
     return batch
 
 
-@dataclass(kw_only=True)
+def of_the_run(default: Any = None) -> Any:
+    """A field that is set by `connect` or `setup`: no option."""
+    return field(default=default, init=False, repr=False, compare=False)
+
+
+@dataclass
 class SFTModule(DataModule):
     """A data module of instructions and responses, or conversations. Subclasses say where `samples` are.
 
@@ -140,6 +145,11 @@ class SFTModule(DataModule):
     ignore_index: int = IGNORE_INDEX
     seed: int = 42
     num_workers: int = 4
+    tokenizer: Tokenizer | None = of_the_run()
+    batch_size: int = of_the_run(1)
+    max_seq_length: int = of_the_run(-1)
+    train_dataset: SFTDataset | None = of_the_run()
+    test_dataset: SFTDataset | None = of_the_run()
 
     pack = False  # fill rows with several samples: `train.pack`
 

@@ -30,7 +30,7 @@ _FLAN_TASKS = """
 FLAN_SUBSETS = frozenset(f"{task}_10templates" for task in _FLAN_TASKS.split())
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Alpaca(SFTModule):
     """52,000 instructions written by a language model, cleaned: a JSON file; `file_url` and `file_name` say which."""
 
@@ -46,7 +46,7 @@ class Alpaca(SFTModule):
         return self.split(read_samples(Path(self.download_dir) / self.file_name))
 
 
-@dataclass(kw_only=True)
+@dataclass
 class AlpacaGPT4(Alpaca):
     """Alpaca's instructions with answers of GPT-4."""
 
@@ -56,7 +56,7 @@ class AlpacaGPT4(Alpaca):
     file_name: str = field(repr=False, default="alpacagpt4_data_cleaned_archive.json")
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Alpaca2k(Alpaca):
     """Two thousand samples of Alpaca, from the hub."""
 
@@ -74,7 +74,7 @@ class Alpaca2k(Alpaca):
         return parts["train"], parts["test"]
 
 
-@dataclass(kw_only=True)
+@dataclass
 class _DividedFiles(SFTModule):
     """JSON files for training, and others for validation."""
 
@@ -104,7 +104,7 @@ class _DividedFiles(SFTModule):
         return [{"instruction": row[asked], "output": row[answer]} for row in rows]
 
 
-@dataclass(kw_only=True)
+@dataclass
 class LongForm(_DividedFiles):
     """Long texts, with instructions that a model found for them (arXiv:2304.08460)."""
 
@@ -117,7 +117,7 @@ class LongForm(_DividedFiles):
         return [f"{_LONGFORM}/train.json"], [f"{_LONGFORM}/val.json"]
 
 
-@dataclass(kw_only=True)
+@dataclass
 class FLAN(_DividedFiles):
     """Many tasks, written as instructions (arXiv:2109.01652): two files for each. `subsets` names tasks, separated by commas
     (None: all of them, which are many gigabytes)."""
@@ -142,7 +142,7 @@ class FLAN(_DividedFiles):
         return train, val
 
 
-@dataclass(kw_only=True)
+@dataclass
 class LIMA(SFTModule):
     """1,000 careful answers (arXiv:2305.11206), from the hub, which asks for an access token."""
 
@@ -162,7 +162,7 @@ class LIMA(SFTModule):
         return self.split(samples_of_turns(talks, self.include_multiturn_conversations))
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Deita(SFTModule):
     """10,000 conversations chosen for their quality (arXiv:2312.15685), from the hub. Each turn is a sample, or only the first."""
 

@@ -1,20 +1,22 @@
 """Samples of one's own: JSON or JSONL files, or lists."""
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from litgpt.data.base import SFTModule
+from litgpt.data.base import SFTDataset, SFTModule
 from litgpt.data.encoding import Sample, Splits, sample_problem
 from litgpt.prompt_style import PromptStyle
+from litgpt.train.loss import IGNORE_INDEX
 
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
 DEFAULT_FRACTION = 0.05
 
 
-@dataclass
+@dataclass(init=False)
 class JSON(SFTModule):
     """Samples from a JSON file (a list), a JSONL file (one a line), or a folder with `train` and `val` files of these kinds.
 
@@ -25,9 +27,21 @@ class JSON(SFTModule):
 
     json_path: Path
 
+    def __init__(
+        self,
+        json_path: Path,
+        mask_prompt: bool = False,
+        val_split_fraction: float | None = None,
+        prompt_style: str | PromptStyle = "alpaca",
+        ignore_index: int = IGNORE_INDEX,
+        seed: int = 42,
+        num_workers: int = 4,
+    ) -> None:
+        self.json_path = Path(json_path)
+        super().__init__(mask_prompt, val_split_fraction, prompt_style, ignore_index, seed, num_workers)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.json_path = Path(self.json_path)
         if not self.json_path.exists():
             raise FileNotFoundError(f"The `json_path` must be a file or a directory: {self.json_path} does not exist")
         is_folder = self.json_path.is_dir()
@@ -37,6 +51,12 @@ class JSON(SFTModule):
             )
         if not is_folder and self.val_split_fraction is None:
             self.val_split_fraction = DEFAULT_FRACTION
+            warnings.warn(f"val_split_fraction is not given: {DEFAULT_FRACTION} of the samples validate", stacklevel=4)
+
+    @property
+    def val_dataset(self) -> SFTDataset | None:
+        """`test_dataset`, by the name that it has in LitGPT here."""
+        return self.test_dataset
 
     def samples(self) -> Splits:
         train, val = self.get_splits()
@@ -67,9 +87,9 @@ class JSON(SFTModule):
 class Samples(SFTModule):
     """Samples `given` as a list of mappings, as `JSON` reads them from a file. The prompt style is by default the model's own."""
 
-    given: Sequence[Sample] = field(repr=False)
-    mask_prompt: bool = field(default=True, kw_only=True)
-    prompt_style: str | PromptStyle | None = field(default=None, kw_only=True)
+    mask_prompt: bool = True
+    prompt_style: str | PromptStyle | None = None
+    given: Sequence[Sample] = field(default=(), repr=False)
 
     def samples(self) -> Splits:
         for i, sample in enumerate(self.given):

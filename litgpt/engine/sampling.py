@@ -178,7 +178,7 @@ def pick(probs: torch.Tensor, uniforms: torch.Tensor | None = None) -> torch.Ten
     `uniforms` (B,) are random numbers in [0, 1) (None: from torch's generator); equal ones give equal tokens.
     """
     if uniforms is None:
-        uniforms = torch.rand(len(probs), device=probs.device)
+        uniforms = torch.rand(len(probs), dtype=torch.float32, device=probs.device)
     sums = probs.double().cumsum(dim=-1)
     total = sums[:, -1:]
     picked = torch.searchsorted(sums, uniforms.double()[:, None] * total, right=True)
@@ -238,10 +238,10 @@ def probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     where logits are not finite."""
     if sampling.is_greedy:
         tokens = likeliest(logits)[:, None]
-        certain = torch.where(tokens < 0, torch.nan, 1.0)
-        return torch.zeros(logits.shape, device=logits.device).scatter_(-1, tokens.clamp(min=0), certain)
+        certain = torch.where(tokens < 0, torch.nan, 1.0).float()
+        return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, tokens.clamp(min=0), certain)
     probs, tokens = _candidates(logits, sampling)
-    return probs if tokens is None else torch.zeros(logits.shape, device=logits.device).scatter_(-1, tokens, probs)
+    return probs if tokens is None else torch.zeros_like(logits, dtype=probs.dtype).scatter_(-1, tokens, probs)
 
 
 def multinomial_num_samples_1(probs: torch.Tensor) -> torch.Tensor:

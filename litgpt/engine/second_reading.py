@@ -102,7 +102,7 @@ def read_twice(model: GPT, prompt: torch.Tensor, first_reading: Callable[[], tor
         watches = {}
         for small, cache in zip(own.caches, model.kv_caches(), strict=True):
             if small in watched:
-                nothing = torch.zeros(1, cache.n_query_groups, T, device=cache.device)
+                nothing = torch.zeros(1, cache.n_query_groups, T, dtype=torch.float32, device=cache.device)
                 watches[small] = cache.watch = _Watch(cache, T, torch.empty(0), nothing)
         model.layer_runner = None  # which would not tell the queries
         for start in range(0, T, size):

@@ -124,7 +124,9 @@ class Sequence:
     def uniform(self) -> float:
         """The next random number, in [0, 1)."""
         # 32 bits: as a float64 it stays below 1 when it is multiplied with a sum near 1
-        return torch.rand(()).item() if self._random is None else self._random.getrandbits(32) / 2**32
+        return (
+            torch.rand((), dtype=torch.float32).item() if self._random is None else self._random.getrandbits(32) / 2**32
+        )
 
     def adjust(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits (V,) of the next token after penalties, bias and processors, float32."""

@@ -8,6 +8,22 @@ from litgpt.finetune.base import *  # noqa: F403
 setup, main, _fit, save_adapter_v2_checkpoint = base.functions_of("adapter_v2")
 
 
-def fit(fabric: Any, model: Any, optimizer: Any, scheduler: Any, *args: Any) -> dict[str, Any]:
+def fit(
+    fabric: Any,
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    train_dataloader: Any,
+    val_dataloader: Any,
+    devices: int,
+    resume: Any,
+    checkpoint_dir: Any,
+    out_dir: Any,
+    train: Any,
+    eval: Any,
+    data: Any,
+    num_nodes: int = 1,
+) -> dict[str, Any]:
     """As those of the other methods, with an argument `resume` after `devices`. `setup` resumes runs."""
-    return _fit(fabric, model, optimizer, scheduler, *args[:3], *args[4:])
+    loaders, folders = (train_dataloader, val_dataloader), (checkpoint_dir, out_dir)
+    return _fit(fabric, model, optimizer, scheduler, *loaders, devices, *folders, train, eval, data, num_nodes)

@@ -123,11 +123,23 @@ def fit(
 
 
 def fit_state(
-    fabric: Fabric, state: dict, train_loader: DataLoader, val_loader: DataLoader, devices: int, resume: Any, *args: Any
+    fabric: Fabric,
+    state: dict,
+    train_dataloader: DataLoader,
+    val_dataloader: DataLoader | None,
+    devices: int,
+    resume: Any,
+    checkpoint_dir: Path,
+    out_dir: Path,
+    train: TrainArgs,
+    eval: EvalArgs,
+    data: DataModule,
+    num_nodes: int = 1,
 ) -> dict[str, torch.Tensor]:
     """`fit` of the full method, which has model, optimizer and scheduler in one mapping. `setup` resumes runs."""
     parts = (state[name] for name in ("model", "optimizer", "scheduler"))
-    return fit("full", fabric, *parts, train_loader, val_loader, devices, *args)
+    rest = (checkpoint_dir, out_dir, train, eval, data, num_nodes)
+    return fit("full", fabric, *parts, train_dataloader, val_dataloader, devices, *rest)
 
 
 def unwrapped(model: nn.Module) -> GPT:

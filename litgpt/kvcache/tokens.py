@@ -68,7 +68,7 @@ class CachedTokens:
     def quantization_errors(self) -> torch.Tensor:
         """The norms of what keys and values have lost in the storage, summed, (B, G, N): zeros where they lose nothing."""
         if not isinstance(self.keys_values, EncodedKeysAndValues):
-            return torch.zeros(self.shape, device=self.slot_state.device)
+            return torch.zeros(self.shape, dtype=torch.float32, device=self.slot_state.device)
         return sum(self.keys_values.expected_errors())
 
     def over_group(self, x: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ class CachedTokens:
         """The rotation of a query by RoPE, averaged over the `future` next positions of each row, (B, D, D)."""
         D = self.rotated_queries.shape[-1]
         positions = self.positions[:, 0, -1:] + 1 + torch.arange(future, device=self.positions.device)
-        one = torch.eye(D, device=positions.device).expand(len(positions), D, D)
+        one = torch.eye(D, dtype=torch.float32, device=positions.device).expand(len(positions), D, D)
         cos, sin = (f(positions[..., None] * self._frequencies).mean(1, keepdim=True) for f in (torch.cos, torch.sin))
         return rotate_by(one, cos, sin).mT
 
@@ -107,7 +107,7 @@ class CachedTokens:
         """The weights of all queries (of the `last` ones) and of all heads that share keys, summed: (B, G, N)."""
         if (found := self._seen_by_kernel(last, largest=False)) is not None:
             return found
-        summed = torch.zeros(self.shape, device=self.slot_state.device)
+        summed = torch.zeros(self.shape, dtype=torch.float32, device=self.slot_state.device)
         for _, weights in self._weights_up_to_them(last):
             summed[..., : weights.shape[-1]] += self.over_group(weights.sum(2)).sum(2)
         return summed
@@ -116,7 +116,7 @@ class CachedTokens:
         """The largest weight on every token, of all queries and all heads that share keys: (1, B, G, N)."""
         if (found := self._seen_by_kernel(None, largest=True)) is not None:
             return found[None]
-        largest = torch.zeros(self.shape, device=self.slot_state.device)
+        largest = torch.zeros(self.shape, dtype=torch.float32, device=self.slot_state.device)
         for _, weights in self._weights_up_to_them(None):
             part = largest[..., : weights.shape[-1]]
             torch.maximum(part, self.over_group(weights.amax(2)).amax(2), out=part)

@@ -155,6 +155,22 @@ def test_what_a_policy_sums_up_is_float32_whatever_the_model_becomes(name):
     feed(cache, draw(60, torch.bfloat16), (30, 30))
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [*(f"{name}-default" for name in NAMES), "dense-int4"])
+def test_numbers_do_not_depend_on_torchs_default_dtype(name, default):
+    size = 48  # of heads, as in no other test: constants are made once
+    params = KVCacheParams(2, 2, 40 if "dense" in name else 24, size, 4, None, torch.float32)
+    tokens, found = [torch.randn(2, heads, 40, size) for heads in (4, 2, 2)], []
+    for dtype in (default, torch.float32):
+        torch.set_default_dtype(dtype)
+        try:
+            cache = create_kv_cache(name, params, **({"tail": 6} if name != "dense-int4" else {}))
+            found.append((feed(cache, tokens, (20, 13, 7)), cache.token_positions()))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_policy_is_a_short_file(name):
     lines = len(inspect.getsource(sys.modules[POLICIES[name].__module__]).splitlines())

@@ -6,7 +6,7 @@ import pytest
 from tiny import tiny_tokenizer
 
 from litgpt.chat_template import ChatTemplate
-from litgpt.data import JSON
+from litgpt.data import JSON, Alpaca
 from litgpt.data.json_data import read_samples
 
 GOOD = {"instruction": "Say hi.", "output": "hi"}
@@ -24,12 +24,12 @@ def connected(path, batch_size=2, **options):
     return data
 
 
-def test_a_file_too_small_to_be_divided_is_learned_whole_without_a_warning(tmp_path, recwarn):
+def test_a_file_too_small_to_be_divided_is_learned_whole(tmp_path, recwarn):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([GOOD]))
     data = connected(path, val_split_fraction=None)
     assert (len(data.train_dataset), data.val_dataloader()) == (1, None)
-    assert not recwarn
+    assert [str(w.message) for w in recwarn] == ["val_split_fraction is not given: 0.05 of the samples validate"]
 
 
 BAD = [
@@ -146,3 +146,22 @@ def test_calls_of_tools_are_read(tmp_path):
     sample["messages"][1]["tool_calls"] = [{"function": {"name": "clock", "arguments": {}}}]
     (tmp_path / "a.json").write_text(json.dumps([sample]))
     assert read_samples(tmp_path / "a.json") == [sample]
+
+
+def test_arguments_may_come_in_litgpts_order_and_the_data_are_there_after_setup(tmp_path):
+    path = tmp_path / "samples.json"
+    path.write_text(json.dumps([{"instruction": str(i), "output": "x"} for i in range(10)]))
+    data = JSON(path, True, 0.2, "alpaca", -1, 7, 0)
+    assert (data.mask_prompt, data.ignore_index, data.seed, data.num_workers) == (True, -1, 7, 0)
+    assert (data.tokenizer, data.batch_size, data.max_seq_length, data.train_dataset, data.val_dataset) == (
+        None,
+        1,
+        -1,
+        None,
+        None,
+    )
+    data.connect(tiny_tokenizer())
+    data.setup()
+    assert (len(data.train_dataset), len(data.val_dataset)) == (8, 2)
+    alpaca = Alpaca(True, 0.1, "alpaca", -100, 3, 0, tmp_path)
+    assert (alpaca.val_split_fraction, alpaca.seed, alpaca.download_dir) == (0.1, 3, tmp_path)

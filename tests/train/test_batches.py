@@ -16,7 +16,7 @@ LENGTHS = random.Random(1).choices(range(1, 61), k=200)
 
 
 def connected(samples, pack, batch_size=2, limit=160, shuffle=True):
-    data = Samples(samples)
+    data = Samples(given=samples)
     data.pack = pack
     data.connect(tiny_tokenizer(), batch_size=batch_size, max_seq_length=limit)
     data.setup()

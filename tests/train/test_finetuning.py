@@ -93,7 +93,7 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(method, checkp
 
 
 @pytest.mark.parametrize("method", SETUPS)
-def test_what_a_run_writes_and_says(method, checkpoint_dir, tmp_path, json_path, capsys):
+def test_what_a_run_writes_and_says(method, checkpoint_dir, tmp_path, json_path, capsys, caplog):
     out = tmp_path / "out"
     run(method, checkpoint_dir, out, json_path)
     weights = f"lit_model.pth{SUFFIXES[method]}"
@@ -117,6 +117,7 @@ def test_what_a_run_writes_and_says(method, checkpoint_dir, tmp_path, json_path,
     assert text.count("Validating ...") == 3 + 1
     assert "Number of epochs" not in text
     assert text.count(f"Saving {'adapter weights' if 'adapter' in method else 'checkpoint'} to '{out}/step-") == 3
+    assert "Seed set to 1337" in caplog.text
     longest = r"longest sequence length in the train data is (\d+), the model's maximum sequence length is \1 and context length is 512"
     assert re.search(longest, text)
     values = yaml.safe_load((out / "final" / "hyperparameters.yaml").read_text())
@@ -502,6 +503,9 @@ def test_weights_keep_their_data_type(checkpoint_dir):
         ({"method": "prompt"}, "method 'prompt' is not one of full, lora"),
         ({"lora_r": 4, "method": "full"}, "option 'lora_r' is not known to fine-tuning by full"),
         ({"speed": 3}, "option 'speed' is not known"),
+        ({"max_step": 3}, "option 'max_step' is not known .*did you mean max_steps"),
+        ({"data": ANSWER[0]}, "data must be a list of samples, the path of a file, or a data module, got {"),
+        ({"data": None}, "data must be a list of samples"),
         ({"data": []}, "no samples"),
         ({"data": [{"instruction": "a"}]}, "sample 0: "),
         ({"lora_r": 0}, "trains nothing"),

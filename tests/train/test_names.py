@@ -18,6 +18,7 @@ from litgpt.checkpoint.load import load_finetuned, load_model
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.data import JSON
 from litgpt.finetune import adapter as finetune_adapter
+from litgpt.finetune import adapter_v2 as finetune_adapter_v2
 from litgpt.finetune import full as finetune_full
 from litgpt.finetune import lora as finetune_lora
 from litgpt.utils import estimate_flops, load_checkpoint
@@ -81,6 +82,35 @@ def test_main_of_a_method(module, suffix, config, fabric, data, checkpoint_dir, 
         load_finetuned(
             Finetuned(tmp_path / "final", "lora"), open_checkpoint(checkpoint_dir), torch.float32, torch.device("cpu")
         )
+
+
+_PARTS = "model optimizer scheduler train_dataloader val_dataloader devices"
+_FOLDERS = "checkpoint_dir out_dir train eval data num_nodes"
+FITS = {  # the parameters of LitGPT 0.5.13
+    finetune_lora: f"fabric {_PARTS} {_FOLDERS}",
+    finetune_adapter: f"fabric {_PARTS} {_FOLDERS}",
+    finetune_adapter_v2: f"fabric {_PARTS} resume {_FOLDERS}",
+    finetune_full: f"fabric state train_dataloader val_dataloader devices resume {_FOLDERS}",
+    pretrain: "fabric devices state train_dataloader val_dataloader out_dir tokenizer_dir train eval num_nodes",
+}
+
+
+@pytest.mark.parametrize("module", FITS)
+def test_fit_has_litgpts_parameters(module):
+    assert " ".join(inspect.signature(module.fit).parameters) == FITS[module]
+
+
+def test_a_script_that_calls_fit_of_the_whole_model(fabric, data, checkpoint_dir, tmp_path):
+    tokenizer = open_checkpoint(checkpoint_dir).tokenizer()
+    both = finetune_full.get_dataloaders(fabric, data, tokenizer, TRAIN)
+    loaders = {"train_dataloader": both[0], "val_dataloader": both[1]}
+    model = fabric.setup_module(load_model(checkpoint_dir).requires_grad_(True))
+    state = {"model": model, "optimizer": fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=0.01))}
+    state["scheduler"] = finetune_full.get_lr_scheduler(state["optimizer"], 1, 4)
+    before = finetune_full.validate(fabric, model, loaders["val_dataloader"], EVAL)
+    rest = {"checkpoint_dir": checkpoint_dir, "out_dir": tmp_path, "train": TRAIN, "eval": EVAL, "data": data}
+    finetune_full.fit(fabric=fabric, state=state, **loaders, devices=1, resume=False, **rest)
+    assert finetune_full.validate(fabric, model, loaders["val_dataloader"], EVAL) < before
 
 
 def test_a_script_that_calls_the_parts_of_pretraining(fabric, tmp_path):

@@ -42,7 +42,7 @@ class CompactorPolicy(ScorePolicy):
         may_go = slice(self.n_sink, tokens.shape[2] - self.recent)  # the others stay, and are not what is usual
         keys = tokens.unrotated_keys[:, :, may_go]
         keys = (keys - keys.mean(-2, keepdim=True)) @ _directions(tokens.block_idx, *keys.shape[1::2], keys.device)
-        products = keys.mT @ keys * (1 + 1e-4 * torch.eye(keys.shape[-1], device=keys.device))
+        products = keys.mT @ keys * (1 + 1e-4 * torch.eye(keys.shape[-1], dtype=keys.dtype, device=keys.device))
         leverage = (keys.mT * torch.cholesky_solve(keys.mT, torch.linalg.cholesky_ex(products).L)).sum(-2)
         seen = tokens.slot_state[0, :, :, may_go] * tokens.values.norm(dim=-1)[:, :, may_go]
         weight = 1.5 - 1.5 * self.kept / (tokens.positions[..., -1:] + 1) if self.leverage is None else self.leverage
@@ -51,7 +51,8 @@ class CompactorPolicy(ScorePolicy):
 
 @functools.lru_cache(256)
 def _directions(block_idx: int, heads: int, size: int, device: torch.device) -> torch.Tensor:
-    return torch.randn(heads, size, DIRECTIONS, generator=torch.Generator().manual_seed(block_idx)).to(device)
+    generator = torch.Generator().manual_seed(block_idx)
+    return torch.randn(heads, size, DIRECTIONS, generator=generator, dtype=torch.float32).to(device)
 
 
 def _standard(x: torch.Tensor) -> torch.Tensor:

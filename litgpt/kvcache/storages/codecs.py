@@ -189,7 +189,7 @@ def _placed_hadamard(size: int, dtype: torch.dtype, device: torch.device) -> tor
 
 
 def _hadamard(size: int) -> torch.Tensor:
-    block = torch.ones(1, 1)
+    block = torch.ones(1, 1, dtype=torch.float32)
     while size % (2 * len(block)) == 0:
         block = torch.cat((torch.cat((block, block), 1), torch.cat((block, -block), 1)))
     return torch.block_diag(*[block / len(block) ** 0.5] * (size // len(block)))
