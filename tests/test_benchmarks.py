@@ -697,7 +697,9 @@ def test_worker_of_policies_decodes_through_caches_in_turn(
     monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
 ) -> None:
     policies, environments = (module(name, monkeypatch) for name in ("policies", "environments"))
-    args = argparse.Namespace(tokens=60, slots=32, chunk=16, rounds=1, decode=2, base="lastrec", caches="h2o,dense-int8")
+    args = argparse.Namespace(
+        tokens=60, slots=32, chunk=16, rounds=1, decode=2, base="lastrec", caches="h2o,dense-int8"
+    )
     result = policies.measure(environments.Launcher(tmp_path, 1), str(tiny_folder / "litgpt"), args)
     assert list(result["decode"]) == ["lastrec", "h2o", "dense-int8"]
     assert all(len(speeds) == 2 and min(speeds) > 0 for speeds in result["decode"].values())
