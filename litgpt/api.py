@@ -3,7 +3,9 @@
 from collections import abc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,6 +88,8 @@ class LLM(nn.Module):
         fixed_kv_cache_size: int | Literal["max_model_supported"] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(model, torch.nn.Module):
+            raise TypeError(f"LLM() takes a GPT, got {model!r}: LLM.load() takes a folder, a file or a name")
         self.model = model
         self.preprocessor = preprocessor
         self.prompt_style = PromptStyle.from_config(model.config) if prompt_style is None else prompt_style
@@ -482,7 +486,10 @@ class LLM(nn.Module):
         """The chosen cache, or the one that the model was trained with."""
         if kv_cache is None and cache_length is None and not kv_cache_args and self.checkpoint_dir is not None:
             kv_cache = trained_spec(Path(self.checkpoint_dir))
-        return CacheSpec.parse(kv_cache or "dense", cache_length, **kv_cache_args)
+        for name in kv_cache_args:  # where a misspelt argument of `generate` ends up
+            if near := get_close_matches(name, signature(self.generate).parameters, n=1, cutoff=0.85):
+                raise ValueError(f"there is no argument {name!r}: did you mean {near[0]}?")
+        return CacheSpec.parse("dense" if kv_cache is None else kv_cache, cache_length, **kv_cache_args)
 
     def _text_to_token_ids(self, prompt: str | abc.Sequence[Message], sys_prompt: str | None = None) -> torch.Tensor:
         """The formatted prompt as tokens (T,)."""

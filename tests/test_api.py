@@ -102,6 +102,17 @@ def test_cache_policy_and_length_are_arguments_and_leave_no_trace(llm):
     assert llm.generate(["Hello"] * 3, **args)[2].equal(dense)
 
 
+def test_misspelt_arguments_are_not_taken_for_those_of_a_cache(llm):
+    with pytest.raises(ValueError, match="no argument 'max_new_token': did you mean max_new_tokens"):
+        llm.generate("Hello", max_new_token=5)
+    with pytest.raises(ValueError, match="'dense' has no argument 'n_sink'"):
+        llm.generate("Hello", n_sink=5)
+    with pytest.raises(ValueError, match="no key-value cache is called ''"):
+        llm.generate("Hello", kv_cache="")
+    with pytest.raises(TypeError, match=r"LLM.load\(\) takes a folder"):
+        LLM("a/folder")
+
+
 def test_system_prompt_is_rendered(llm):
     assert llm.tokenizer.decode(llm._text_to_token_ids("Hi", "Be kind.")) == "Be kind.Hi"
 

@@ -112,8 +112,10 @@ class Finetuned:
             for name, tensor in self.weights.items()
             if (match := re.search(r"\.h\.(\d+)\.attn\.adapter_wte\.", name))
         }
+        if not lengths:  # a model of so few layers that none has a prefix
+            return adapter.Config.extending(base_config)
         settings = {"adapter_prompt_length": max(lengths.values()), "adapter_start_layer": min(lengths)}
-        return adapter.Config.extending(base_config, **(settings if lengths else {}))
+        return adapter.Config.extending(base_config, **settings)
 
     def _lora_settings(self) -> dict[str, Any]:
         """The LoRA options in the hyperparameters; missing ones are inferred from the weights, or are the defaults."""

@@ -3,6 +3,8 @@
 import gc
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,6 +160,8 @@ def _data_module(data: Any, llm: "LLM", options: dict[str, Any]) -> DataModule:
     if isinstance(data, DataModule):
         return data
     settings: dict[str, Any] = {"prompt_style": llm.prompt_style, "mask_prompt": options.pop("mask_prompt", True)}
+    if isinstance(data, Mapping) or not (isinstance(data, Path) or hasattr(data, "__len__")):
+        raise ValueError(f"data must be a list of samples, the path of a file, or a data module, got {data!r}")
     if not isinstance(data, str | Path):
         return Samples(given=data, val_split_fraction=options.pop("val_split_fraction", 0.0), **settings)
     fraction = options.pop("val_split_fraction", None if Path(data).is_dir() else 0.0)
@@ -180,7 +184,10 @@ def _options(
         elif name in way.fields:
             further[name] = value
         else:
-            raise ValueError(f"option {name!r} is not known to fine-tuning by {way.name}")
+            known = [f.name for group in (chosen, chosen.train, chosen.eval) for f in fields(group)]
+            near = get_close_matches(name, ["learning_rate", *known, *way.fields], n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise ValueError(f"option {name!r} is not known to fine-tuning by {way.name}{hint}")
     chosen.train.__post_init__()
     chosen.eval.__post_init__()
     return chosen, way.extend(llm.model.config, chosen, **further)

@@ -101,6 +101,12 @@ def test_the_checkpoint_that_was_fine_tuned_is_known(method, base, tmp_path, cap
     assert capsys.readouterr().out == expected_answer(model, base)
 
 
+def test_an_adapter_v2_of_a_model_of_too_few_layers_for_prefixes_is_read(tmp_path):
+    torch.save({"model": {"lm_head.adapter_scale": torch.ones(261)}}, tmp_path / "lit_model.pth.adapter_v2")
+    config = tiny_gpt(n_layer=2, **VOCABULARY).config
+    assert Finetuned(tmp_path, "adapter_v2").config(config) == adapter.Config.extending(config)
+
+
 def test_an_input_goes_where_the_trained_style_has_it(base, tmp_path, capsys):
     model = write_tuned("adapter", base, tmp_path / "tuned")
     save_prompt_style("alpaca", tmp_path / "tuned")
