@@ -8,7 +8,7 @@ import torch
 
 from litgpt.checkpoint.base import Checkpoint
 from litgpt.checkpoint.files import write_json, write_safetensors
-from litgpt.checkpoint.load import ModelCheckpoint, copy_tokenizer, layout_to_write, reporting
+from litgpt.checkpoint.load import ModelCheckpoint, layout_to_write, reporting
 from litgpt.checkpoint.weights import WeightMap
 from litgpt.config import Config
 from litgpt.families import hf_from_config, same_architecture
@@ -23,7 +23,6 @@ def save_huggingface(
     source: Checkpoint | GPT,
     out_dir: str | Path,
     *,
-    tokenizer_dir: str | Path | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[str, int], None] | None = None,
@@ -33,7 +32,7 @@ def save_huggingface(
     Args:
         source: A checkpoint or a model.
         out_dir: Made if it does not exist; must hold no weights yet, except for an interrupted export's.
-        tokenizer_dir, dtype, progress: As of `save_litgpt`.
+        dtype, progress: As of `save_litgpt`.
         shard_bytes: Most bytes of tensors in a file.
 
     Nothing is written where it raises: `ValueError` if no architecture of `transformers` computes the model, or its weights
@@ -53,7 +52,7 @@ def save_huggingface(
     layout = {name: weight_map.build(name, sources, template.__getitem__) for name, sources in made_of.items()}
     shards = _shards(layout, shard_bytes)
 
-    hf = _original_config(Path(tokenizer_dir or source.path), config) or hf
+    hf = _original_config(Path(source.path), config) or hf
     hf |= {"tie_word_embeddings": source.tied}
     hf |= {"torch_dtype": str(next(iter(layout.values())).dtype).removeprefix("torch.")}
     hf.pop("dtype", None)
@@ -61,7 +60,7 @@ def save_huggingface(
     for file in present:
         file.unlink()
     write_json(unfinished, dict.fromkeys(shards, True))
-    copy_tokenizer(source, out_dir, tokenizer_dir)
+    source.copy_side_files(out_dir)
     ids = _token_ids(out_dir)
     if ids and not (out_dir / "generation_config.json").is_file():
         write_json(out_dir / "generation_config.json", ids)

@@ -214,7 +214,10 @@ def save_litgpt(
     shards = (shard for shard in source.row_shards() if not (source.tied and shard[0] == HEAD))
     out_dir.mkdir(parents=True, exist_ok=True)
     save_config(source.config, out_dir)
-    copy_tokenizer(source, out_dir, tokenizer_dir)
+    if tokenizer_dir is None:
+        source.copy_side_files(out_dir)
+    else:
+        copy_side_files(Path(tokenizer_dir), out_dir)
     write_state_dict(out_dir / WEIGHTS_NAME, layout, reporting(shards, progress))  # last: they make it a checkpoint
 
 
@@ -223,7 +226,6 @@ def save_quantized(
     out_dir: str | Path,
     how: Scheme | None = None,
     *,
-    tokenizer_dir: str | Path | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> None:
     """Writes `lit_model_quantized.safetensors`, `model_config.yaml` and the tokenizer's files.
@@ -232,7 +234,7 @@ def save_quantized(
         source: A checkpoint, quantised with one of its tensors in memory, or a model that is quantised.
         out_dir: Made if it does not exist; files of these names in it are replaced.
         how: For a checkpoint: int8 or int4.
-        tokenizer_dir, progress: As of `save_litgpt`.
+        progress: As of `save_litgpt`.
 
     Nothing is written where it raises: `ValueError` for weights that are quantised already, or with bitsandbytes;
     `FileExistsError` if `out_dir` holds weights of another kind.
@@ -263,7 +265,7 @@ def save_quantized(
     about["dtype"] = str(source.dtype).removeprefix("torch.")
     out_dir.mkdir(parents=True, exist_ok=True)
     save_config(source.config, out_dir)
-    copy_tokenizer(source, out_dir, tokenizer_dir)
+    source.copy_side_files(out_dir)
     write_safetensors(out_dir, {QUANTIZED_NAME: layout}, tensors, about)  # last: they make it a checkpoint
 
 
@@ -286,14 +288,6 @@ def save_config(config: Config, checkpoint_dir: str | Path) -> None:
     """Writes `model_config.yaml` into a folder."""
     with replacing(Path(checkpoint_dir) / CONFIG_NAME) as temporary:
         temporary.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
-
-
-def copy_tokenizer(source: Checkpoint, out_dir: Path, tokenizer_dir: str | Path | None) -> None:
-    """Copies the side files of a folder or, by default, of a checkpoint."""
-    if tokenizer_dir is None:
-        source.copy_side_files(out_dir)
-    else:
-        copy_side_files(Path(tokenizer_dir), out_dir)
 
 
 _Named = TypeVar("_Named", bound=tuple)

@@ -287,26 +287,36 @@ def test_new_tokens_replace_others_that_they_still_see(name, family, slots, sink
         torch.testing.assert_close(cache.state()[side].float(), state[side].float(), atol=0.2, rtol=0.1)
 
 
-@needs_fast_products
-@pytest.mark.parametrize(
-    "prompts", [[36], [70], [30, 70]], ids=str
-)  # fewer tokens than slots, more, and both beside each other
-@pytest.mark.parametrize("name", ["h2o", "lazy", "expected", "compactor", "snapkv", "h2o-int8", "h2o-int4"])
-def test_policies_look_at_prompts_between_layers(name, prompts):
+def without_and_with_fused_layers(name, rows, calls):
+    """Outputs of calls, each with some more tokens of every row, and the positions that the caches then have, twice; and whether
+    the fused layers ran the calls."""
     model, kept = bf16_gpt(sliding_window_size=None), []
-    idx = [torch.randint(0, 90, (T,), generator=torch.Generator().manual_seed(T)) for T in prompts]
+    idx = [torch.randint(0, 90, (T,), generator=torch.Generator().manual_seed(T)) for T in rows]
     for fuse in (False, True):
         if fuse:
             speed_up_decode(model)
         done = count(model) if fuse else []
         model.clear_kv_caches(assigned=True)
         model.assign_kv_caches(create_kv_caches(name, model.config, 2, 40, torch.bfloat16, tail=8))
+        outputs, start = [], 0
         with torch.inference_mode():
-            model.caches.start(len(prompts))
-            output = model(torch.cat(idx)[None], 0, rows=list(range(len(prompts))), row_sizes=prompts)
-        kept.append((output.float(), [cache.token_positions() for cache in model.kv_caches()]))
-    (expected, positions), (found, fused_positions) = kept
-    assert_same(found, expected, tolerance=3.0 if "4" in name else 1.0)
+            model.caches.start(len(rows))
+            for sizes in calls:
+                tokens = torch.cat([own[start : start + size] for own, size in zip(idx, sizes, strict=True)])
+                outputs.append(model(tokens[None], start, rows=list(range(len(rows))), row_sizes=sizes).float())
+                start += sizes[0]
+        kept.append((outputs, [cache.token_positions() for cache in model.kv_caches()]))
+    return *kept, done
+
+
+@needs_fast_products
+@pytest.mark.parametrize(
+    "prompts", [[36], [70], [30, 70]], ids=str
+)  # fewer tokens than slots, more, and both beside each other
+@pytest.mark.parametrize("name", ["h2o", "lazy", "expected", "compactor", "snapkv", "h2o-int8", "h2o-int4"])
+def test_policies_look_at_prompts_between_layers(name, prompts):
+    (expected, positions), (found, fused_positions), done = without_and_with_fused_layers(name, prompts, [prompts])
+    assert_same(found[0], expected[0], tolerance=3.0 if "4" in name else 1.0)
     for one, other in zip(positions, fused_positions, strict=True):
         assert (one == other).float().mean() > (
             0.5 if "int" in name else 0.8
@@ -691,22 +701,8 @@ def test_an_interrupt_while_layers_are_pointed_to_new_caches_leaves_none_at_the_
 @pytest.mark.parametrize("name", ["h2o", "snapkv"])
 def test_calls_within_which_tokens_are_evicted(name, rows):
     """Tails of several rows, of which the second call evicts from all, are attended to in the layers' kernel."""
-    model, kept = bf16_gpt(sliding_window_size=None), []
-    idx = [torch.randint(0, 90, (T,), generator=torch.Generator().manual_seed(T)) for T in rows]
-    for fuse in (False, True):
-        if fuse:
-            speed_up_decode(model)
-        done = count(model) if fuse else []
-        model.clear_kv_caches(assigned=True)
-        model.assign_kv_caches(create_kv_caches(name, model.config, 2, 40, torch.bfloat16, tail=8))
-        with torch.inference_mode():
-            model.caches.start(len(rows))
-            outputs = []
-            for start, sizes in ((0, [30] * len(rows)), (30, [T - 30 for T in rows])):
-                tokens = torch.cat([own[start : start + size] for own, size in zip(idx, sizes, strict=True)])
-                outputs.append(model(tokens[None], start, rows=list(range(len(rows))), row_sizes=sizes).float())
-        kept.append((outputs, [cache.token_positions() for cache in model.kv_caches()]))
-    (expected, positions), (found, fused_positions) = kept
+    calls = [[30] * len(rows), [T - 30 for T in rows]]
+    (expected, positions), (found, fused_positions), done = without_and_with_fused_layers(name, rows, calls)
     assert_same(found[0], expected[0])
     assert_same(found[1][:, :8], expected[1][:, :8])  # later, roundings may decide which of two tokens is evicted
     assert done == [True] * 2
