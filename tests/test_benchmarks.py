@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic on made-up samples, and our own workers on a tiny model."""
 
+import argparse
 import importlib
 import json
 import subprocess
@@ -454,13 +455,13 @@ def test_worker_of_sessions_prefills_saves_and_restores(
     environments = module("environments", monkeypatch)
     launcher = environments.Launcher(tmp_path, 1)
     job = {"checkpoint": str(tiny_folder / "litgpt"), "tokens": str(tiny_folder / "tokens.json")}
-    job |= {"session": str(tmp_path / "s"), "document": 70, "question": 3}
+    job |= {"session": str(tmp_path / "s"), "document": 70, "question": 3, "kv_cache": "dense", "cache_length": None}
     fresh, saved, restored = (
         launcher.work(Path(sys.executable), "long_document.py", job | {"kind": kind})
         for kind in ("fresh", "save", "restore")
     )
     assert [found["reused"] for found in (fresh, saved, restored)] == [0, 69, 69]
-    assert restored["tokens"] == saved["tokens"]
+    assert [restored[key] for key in ("tokens", "logits")] == [saved[key] for key in ("tokens", "logits")]
     assert len(restored["tokens"]) == 8
     assert 0 < restored["load"] < restored["first"]
     assert saved["save"] > 0
@@ -471,6 +472,7 @@ def test_sessions_are_compared_round_by_round_and_must_say_the_same(
 ) -> None:
     sessions, environments, layouts = (module(name, monkeypatch) for name in ("sessions", "environments", "layouts"))
     asked, answers = [], {"save": [1, 2], "restore": [1, 2], "fresh": [1, 3]}
+    logits = dict.fromkeys(answers, "equal")
 
     class Scripted(environments.Launcher):
         """Answers instead of running workers."""
@@ -480,19 +482,28 @@ def test_sessions_are_compared_round_by_round_and_must_say_the_same(
             asked.append(kind)
             Path(job["session"]).write_bytes(b"x" * 2_000_000)
             seconds = len(asked) * (10.0 if kind == "fresh" else 1.0)
-            return {"first": seconds, "load": seconds / 2, "save": 0.25, "tokens": answers[kind]}
+            found = {"first": seconds, "load": seconds / 2, "save": 0.25, "tokens": answers[kind]}
+            return found | {"logits": logits[kind], "cache_bytes": 1_900_000}
 
     where = layouts.Layouts(tmp_path, tmp_path, tmp_path)
-    result = sessions.measure(Scripted(tmp_path, 1), where, 2, 500)
+    args = argparse.Namespace(rounds=2, document=500, kv_cache="dense", cache_length=None)
+    result = sessions.measure(Scripted(tmp_path, 1), where, args)
     assert asked == ["save", "fresh", "restore", "restore", "fresh"]
     assert result["samples"] == {"fresh": [20.0, 50.0], "restore": [3.0, 4.0], "load": [1.5, 2.0]}
     table = sessions.markdown(result)
     assert "| prefilled | 35.0 |\n| restored from a file | 3.500 |" in table
-    assert "9.6x sooner. The file has 2.0 MB; reading it took 1.750 s of that, writing it 0.25 s." in table
+    assert (
+        "9.6x sooner. The file has 2.00 MB, the caches 1.90 MB; reading it took 1.750 s of that, writing it 0.25 s."
+        in table
+    )
     assert not (tmp_path / "document.session").exists()
-    answers["restore"] = [1, 4]
-    with pytest.raises(RuntimeError, match=r"restored: \[1, 4\], but the saved session: \[1, 2\]"):
-        sessions.measure(Scripted(tmp_path, 1), where, 1, 500)
+    for changed in (answers, logits):
+        before, changed["restore"] = changed["restore"], [1, 4]
+        with pytest.raises(
+            RuntimeError, match=r"restored: \[1, \d\], but the saved session: \[1, 2\], or other logits"
+        ):
+            sessions.measure(Scripted(tmp_path, 1), where, args)
+        changed["restore"] = before
 
 
 def test_worker_of_batches_answers_each_prompt_as_alone(
@@ -680,3 +691,17 @@ def test_what_is_won_back_is_a_share_of_what_the_cache_costs_with_an_interval_ov
     assert "| h2o: perplexity | 2.72 | 2.72 ± 0.00 | 2.72 ± 0.00 |  |  |  |" in text
     assert table.plot(runs).count("<rect") == 4 + 2 * 3
     assert "-2.00" in table.plot(runs)
+
+
+def test_worker_of_policies_decodes_through_caches_in_turn(
+    monkeypatch: pytest.MonkeyPatch, tiny_folder: Path, tmp_path: Path
+) -> None:
+    policies, environments = (module(name, monkeypatch) for name in ("policies", "environments"))
+    args = argparse.Namespace(
+        tokens=60, slots=32, chunk=16, rounds=1, decode=2, base="lastrec", caches="h2o,dense-int8"
+    )
+    result = policies.measure(environments.Launcher(tmp_path, 1), str(tiny_folder / "litgpt"), args)
+    assert list(result["decode"]) == ["lastrec", "h2o", "dense-int8"]
+    assert all(len(speeds) == 2 and min(speeds) > 0 for speeds in result["decode"].values())
+    result["decode"] = {"lastrec": [10.0, 20.0, 30.0], "h2o": [5.0, 30.0, 30.0]}
+    assert "| lastrec | 20.0 | 1.00x |\n| h2o | 30.0 | 1.00x |" in policies.markdown(result)

@@ -58,8 +58,7 @@ def measure(launcher: Launcher, checkpoint: str, args: argparse.Namespace) -> di
     tokens, chunk, rounds = args.tokens, args.chunk, args.decode or DECODE_ROUNDS
     others = args.caches.split(",")
     names = list(dict.fromkeys([args.base, *others] if args.decode else ["dense", args.base, *others]))
-    longest = tokens + (rounds + 1) * DECODED
-    slots = {name: longest if name.partition("-")[0] == "dense" else args.slots for name in names}
+    slots = {name: tokens + DECODED if name.partition("-")[0] == "dense" else args.slots for name in names}
     job = {"checkpoint": checkpoint, "tokens": tokens, "chunk": chunk or None, "decoded": DECODED}
     print("decoding in turn", file=sys.stderr)
     decode = launcher.work(Path(sys.executable), "policy_turns.py", job | {"caches": slots, "rounds": rounds})

@@ -1,5 +1,6 @@
 """Questions about a long document: prefilled anew, or from a session that holds it already."""
 
+import hashlib
 import time
 from pathlib import Path
 
@@ -17,20 +18,29 @@ def main() -> None:
     job = read_job()
     model = make_ready(job["checkpoint"], "bf16-true", device=torch.device("cpu")).model
     text = read_tokens(job, job["document"] + job["question"])
-    report(measure(model, text[: job["document"]], text[job["document"] :], job["session"], job["kind"]))
+    cache = job["kv_cache"], job["cache_length"]
+    report(measure(model, text[: job["document"]], text[job["document"] :], job["session"], job["kind"], cache))
 
 
-def measure(model: GPT, document: list[int], question: list[int], path: str, kind: str) -> dict:
-    """Seconds until the answer's first token is there, and its first tokens.
+def measure(
+    model: GPT,
+    document: list[int],
+    question: list[int],
+    path: str,
+    kind: str,
+    cache: tuple[str, int | None] = ("dense", None),
+) -> dict:
+    """Seconds until the answer's first token is there, its first tokens, and a digest of the logits for the question after it.
 
     Args:
         model: loaded; its first calls are not counted.
         document, question: tokens, the question follows.
         path: file of the session.
         kind: "fresh" prefills everything, "save" the document, and saves it before the question comes, "restore" loads it.
+        cache: the sessions' cache and its slots.
     """
-    list(Session(model).generate(document[:64], 2, temperature=0))
-    session = Session(model)
+    list(Session(model, *cache).generate(document[:64], 2, temperature=0))
+    session = Session(model, *cache)
     result = {}
     if kind == "save":
         session.extend(document)
@@ -46,7 +56,9 @@ def measure(model: GPT, document: list[int], question: list[int], path: str, kin
     answer = session.generate(document + question, NEW_TOKENS, temperature=0)
     first = next(answer)
     result["first"] = time.perf_counter() - started
-    return result | {"tokens": [first, *answer], "reused": session.reused}
+    result |= {"tokens": [first, *answer], "reused": session.reused, "cache_bytes": session.cache_bytes}
+    logits = session.predict(question).float().numpy().tobytes()  # after all that
+    return result | {"logits": hashlib.sha256(logits).hexdigest()}
 
 
 if __name__ == "__main__":
