@@ -183,10 +183,8 @@ class LLM(nn.Module):
                 "the model has additional weights from fine-tuning, which are saved separately: "
                 "`litgpt.train.finetune(..., out_dir=...)` writes them"
             )
-        if self.model.quantization is None:
-            save_litgpt(self.model, out_dir)
-        else:
-            save_quantized(self.model, out_dir)
+        write = save_litgpt if self.model.quantization is None else save_quantized
+        write(self.model, out_dir)
         if self.preprocessor is not None:
             self.preprocessor.tokenizer.save(out_dir)
         style = self.prompt_style if prompt_style is None else prompt_style
