@@ -1,6 +1,7 @@
 """The options of training commands, in groups: `--train.x`, `--eval.x`, `--log.x`."""
 
 import math
+import warnings
 from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -77,6 +78,12 @@ class TrainArgs:
         for name, value in (("lr_warmup_steps", warmup_steps), ("min_lr", self.min_lr)):
             if not value >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
+        if self.max_steps and warmup_steps >= self.max_steps:
+            warnings.warn(
+                f"lr_warmup_steps ({warmup_steps}) is not less than max_steps ({self.max_steps}): the run warms up for a tenth of "
+                "its steps instead",
+                stacklevel=3,
+            )
 
     def _require_positive(self, name: str) -> None:
         value = getattr(self, name)

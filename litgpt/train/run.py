@@ -1,5 +1,6 @@
 """A training run: a model, data and options go in, a trained model in a folder that every other command takes comes out."""
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -132,7 +133,8 @@ class Run:
         if train.lr_warmup_fraction:
             warmup = round(train.lr_warmup_fraction * max_steps)
         if warmup >= max_steps:
-            fabric.print(f"The run has {max_steps} steps: warming up for {max_steps // 10} instead of {warmup}")
+            if warmup < (train.max_steps or math.inf):  # else there was a warning
+                fabric.print(f"The run has {max_steps} steps: warming up for {max_steps // 10} instead of {warmup}")
             warmup = max_steps // 10
         scheduler = cosine_schedule(optimizer, warmup, max_steps, train.min_lr)
         show = self.show_example if options.eval.max_new_tokens and self.tokenizer is not None else None

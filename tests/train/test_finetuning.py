@@ -320,6 +320,11 @@ def test_both_warm_ups_are_refused():
         TrainArgs(lr_warmup_steps=3, lr_warmup_fraction=0.1)
 
 
+def test_a_warm_up_as_long_as_the_run_is_a_warning():
+    with pytest.warns(UserWarning, match=r"lr_warmup_steps \(100\) is not less than max_steps \(100\)"):
+        TrainArgs(max_steps=100)
+
+
 def test_samples_and_answers_of_a_conversation_are_what_is_learned():
     from litgpt.data.encoding import encode_sample
     from litgpt.prompts import ChatTemplate
