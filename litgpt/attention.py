@@ -122,9 +122,9 @@ class MultiHeadSelfAttention:
         """Whether any kernel may be used."""
         return self.sdpa_kernels is None and not self.use_eager_sdpa_always
 
-    def has_plain_scores(self, block_idx: int) -> bool:
-        """Whether any kernel may be used in that layer, also one that knows neither softcap nor window."""
-        return self.is_plain() and self.softcapping is None and self.config.window(block_idx) is None
+    def has_plain_scores(self) -> bool:
+        """Whether any kernel may be used, also one that knows no softcap."""
+        return self.is_plain() and self.softcapping is None
 
     def attend(
         self,

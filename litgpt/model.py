@@ -21,7 +21,7 @@ from litgpt.device_tensor import device_tensor
 from litgpt.indexing import batched_index_copy_ as batched_index_copy_
 from litgpt.indexing import batched_index_select as batched_index_select
 from litgpt.kernels import ops
-from litgpt.kernels.row_attention import attend_rows, can_attend_rows
+from litgpt.kernels.row_attention import Seen, attend_rows, can_attend_rows
 from litgpt.keys_and_values import DefaultKeysAndValues
 from litgpt.kvcache import KVCache, KVCacheParams
 from litgpt.kvcache.layers import LayerCaches
@@ -55,11 +55,9 @@ def attend_without_cache(
     """Causal attention (B, T, H * D) of queries (B, H, T, D) over the keys and values (B, G, T, D) of the same tokens; with
     `Rows`, within each row."""
     sizes = [query.shape[2]] if plan is None else plan.sizes
-    plain = type(mha) is MultiHeadSelfAttention and mha.has_plain_scores(
-        block_idx
-    )  # not what a script put in its place
+    plain = type(mha) is MultiHeadSelfAttention and mha.has_plain_scores()  # not what a script put in its place
     if plain and sink_logits is None and can_attend_rows(query, key, value):
-        return attend_rows(query, key, value, sizes, mha.scale)
+        return attend_rows(query, key, value, sizes, mha.scale, Seen.within(mha.config.window(block_idx)))
     rows = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     outputs = [mha(q, DefaultKeysAndValues(k, v), block_idx, sink_logits=sink_logits)[0] for q, k, v in rows]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)

@@ -33,8 +33,8 @@ _SIGNATURES = {  # by the names of libraries in build.py
     "ENCODED": {"attend_encoded_split": [_POINTER] * 4},
     "FLOAT32": {"run_layers": _RUN_LAYERS},
     "TRAINING": {
-        "attend_rows": [_POINTER] * 5 + [_COUNT] * 4 + [_POINTER] * 2 + [_FLOAT, ctypes.c_int],
-        "attend_rows_backward": [_POINTER] * 10 + [_COUNT] * 4 + [_POINTER] * 2 + [_FLOAT, ctypes.c_int],
+        "attend_rows": [_POINTER] * 5 + [_COUNT] * 4 + [_POINTER] * 3 + [_FLOAT, ctypes.c_int],
+        "attend_rows_backward": [_POINTER] * 10 + [_COUNT] * 4 + [_POINTER] * 3 + [_FLOAT, ctypes.c_int],
         "multiply_matrices": [_POINTER] * 4 + [_COUNT] * 7 + [ctypes.c_int],
         "gate_values": [_POINTER] * 3 + [_COUNT] + [ctypes.c_int] * 2,
         "gate_values_backward": [_POINTER] * 5 + [_COUNT] + [ctypes.c_int] * 2,

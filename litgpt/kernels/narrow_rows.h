@@ -5,7 +5,21 @@
 
 #include "panels.h"
 
-// One head of one row: T tokens; D a multiple of 16.
+// Which of the keys a query sees: those up to its own, which comes after `before` others, fewer than `window` before it, and the
+// first `n_sink`.
+struct Seen {
+    int64_t before, window, n_sink;
+
+    int64_t first(int64_t t) const { return std::max<int64_t>(0, before + t + 1 - window); }  // of the window
+
+    // Minus infinity for the scores s (n,) of what query t does not see
+    void hide(float* s, int64_t t, int64_t n) const {
+        std::fill(s + before + t + 1, s + n, -INFINITY);
+        if (first(t) > n_sink) std::fill(s + n_sink, s + first(t), -INFINITY);
+    }
+};
+
+// One head of one row: T tokens, and N keys, the last T of which are theirs; D a multiple of 16.
 struct NarrowRowHead {
     using Number = bf16;
     static constexpr int64_t WIDTH = BLOCK_TILE;
@@ -13,6 +27,7 @@ struct NarrowRowHead {
     static constexpr int64_t KEYS = 32 * STEP;  // whose part in the gradients of queries is summed at a time
 
     int64_t T, D;
+    Seen seen;
     float scale;
     const bf16 *q, *k, *v;
     int64_t q_stride, k_stride, v_stride;  // from token to token
@@ -22,25 +37,25 @@ struct NarrowRowHead {
     static int64_t width(int64_t D) { return padded(D, WIDTH); }
 
     // Most of what the two functions take from their scratch, in floats
-    static int64_t scratch_size(int64_t T, int64_t D) {
-        const int64_t n = padded(T, WIDTH), in_float = sizeof(Input) / 2;
-        const int64_t panels = n * (size(D) + width(D)) + n * KEYS / 2;
-        return panels + in_float * n * (D + 2 * size(D) + 4 * STEP) / 2 + n * (2 + D) + STEP * n + 16 * 16;
+    static int64_t scratch_size(int64_t T, int64_t N, int64_t D) {
+        const int64_t n = padded(T, WIDTH), n_keys = padded(N, WIDTH), in_float = sizeof(Input) / 2;
+        const int64_t panels = n_keys * (size(D) + width(D)) + n * KEYS / 2;
+        return panels + in_float * n_keys * (D + 2 * size(D) + 4 * STEP) / 2 + n * (2 + D) + STEP * n_keys + 16 * 16;
     }
 
     // y and the logarithms of the sums of exponentials (T,)
     void forward(float* scratch, bf16* y, int64_t y_stride, float* logs) const {
         Room room{scratch};
-        const int64_t S = size(D), n = padded(T, WIDTH);
+        const int64_t S = size(D), N = T + seen.before, n = padded(N, WIDTH);
         uint32_t *keys = room.pairs(n * S / 2), *values = room.pairs(n * width(D) / 2);
-        const Rows queries = as_rows(q, q_stride, room);
+        const Rows queries = as_rows(q, q_stride, T, room);
         Input* weights = room.inputs(STEP * n);
         float* scores = room.floats(STEP * n);
-        by_columns(keys, k, k_stride);
-        by_rows(values, v, v_stride);
+        by_columns(keys, k, k_stride, N);
+        by_rows(values, v, v_stride, N);
         for (int64_t t = 0; t < T; t += STEP) {
             const int rows = int(std::min<int64_t>(STEP, T - t));
-            const int64_t end = padded(t + rows, WIDTH);
+            const int64_t end = padded(seen.before + t + rows, WIDTH);
             float totals[STEP], part[ROWS * WIDTH];
             for (int64_t j = 0; j < end; j += WIDTH) {
                 compute_block(keys + j * S / 2, S, from(queries, t), rows, part);
@@ -49,7 +64,7 @@ struct NarrowRowHead {
             }
             for (int m = 0; m < rows; m++) {
                 float* s = scores + m * n;
-                std::fill(s + t + m + 1, s + end, -INFINITY);
+                seen.hide(s, t + m, end);
                 const float most = largest(s, end);
                 totals[m] = exponentiate_to(weights + m * n, s, most, end);
                 logs[t + m] = most + std::log(totals[m]);
@@ -68,17 +83,17 @@ struct NarrowRowHead {
     void backward(float* scratch, const bf16* y, const bf16* dy, int64_t y_stride, const float* logs, bf16* dq, int64_t dq_stride,
                   Out* dk, Out* dv, int64_t d_stride) const {
         Room room{scratch};
-        const int64_t S = size(D), n = padded(T, WIDTH);
+        const int64_t S = size(D), n = padded(T, WIDTH), N = T + seen.before, n_all = padded(N, WIDTH);
         uint32_t *queries = room.pairs(n * S / 2), *outputs = room.pairs(n * S / 2);  // by columns, of y their gradients
         uint32_t *query_rows = room.pairs(n * width(D) / 2), *output_rows = room.pairs(n * width(D) / 2);
         uint32_t* changes = room.pairs(n * KEYS / 2);  // of scores, by rows for each pair of keys
-        Input* turned = room.inputs(n * D);            // keys (D, n)
+        Input* turned = room.inputs(n_all * D);        // keys (D, n_all)
         Input *weights = room.inputs(STEP * n), *own_changes = room.inputs(STEP * n);
         float *offsets = room.floats(n), *means = room.floats(n), *sums = room.floats(n * D);  // sums: gradients of queries (D, n)
-        const Rows keys = as_rows(k, k_stride, room), values = as_rows(v, v_stride, room);
-        by_columns(queries, q, q_stride), by_columns(outputs, dy, y_stride);
-        by_rows(query_rows, q, q_stride), by_rows(output_rows, dy, y_stride);
-        for (int64_t d = 0; d < D; d += LANES) lay_out_transposed(turned + d * n, n, k + d, k_stride, LANES, T, n);
+        const Rows keys = as_rows(k, k_stride, N, room), values = as_rows(v, v_stride, N, room);
+        by_columns(queries, q, q_stride, T), by_columns(outputs, dy, y_stride, T);
+        by_rows(query_rows, q, q_stride, T), by_rows(output_rows, dy, y_stride, T);
+        for (int64_t d = 0; d < D; d += LANES) lay_out_transposed(turned + d * n_all, n_all, k + d, k_stride, LANES, N, n_all);
         std::fill_n(sums, n * D, 0.0f);
         for (int64_t t = 0; t < n; t++) {
             offsets[t] = t < T ? logs[t] : INFINITY;  // no weights after the last
@@ -87,13 +102,14 @@ struct NarrowRowHead {
                 products = multiply_add(load(y + t * y_stride + d), load(dy + t * y_stride + d), products);
             means[t] = sum(products);
         }
-        for (int64_t k0 = 0; k0 < T; k0 += KEYS) {
-            const int64_t n_keys = std::min(KEYS, T - k0);
+        for (int64_t k0 = 0; k0 < N; k0 += KEYS) {
+            const int64_t n_keys = std::min(KEYS, N - k0);
             for (int64_t i = 0; i < padded(n_keys, 32); i += STEP) {
-                const int64_t j = k0 + i, first = j / WIDTH * WIDTH;  // keys from j on, which queries from `first` on may see
-                const int rows = int(std::max<int64_t>(0, std::min<int64_t>(STEP, T - j)));
+                // keys from j on, which queries from `first` on may see, or a product of whole pairs reads
+                const int64_t j = k0 + i, first = std::max<int64_t>(0, j / 32 * 32 - seen.before) / WIDTH * WIDTH;
+                const int rows = int(std::max<int64_t>(0, std::min<int64_t>(STEP, N - j)));
                 for (int64_t t = first; t < n && rows; t += WIDTH)
-                    weigh(queries + t * S / 2, outputs + t * S / 2, from(keys, j), from(values, j), rows, j - t, offsets + t, means + t,
+                    weigh(queries + t * S / 2, outputs + t * S / 2, from(keys, j), from(values, j), rows, j, t, offsets + t, means + t,
                           weights + t - first, own_changes + t - first, n);
                 for (int m = 0; m < STEP && i + m < padded(n_keys, 32); m += 2)
                     for (int64_t t = first; t < n; t += WIDTH)
@@ -102,12 +118,12 @@ struct NarrowRowHead {
                 multiply_rows(weights, output_rows, first, rows, dv + j * d_stride, d_stride);
                 multiply_rows(own_changes, query_rows, first, rows, dk + j * d_stride, d_stride);
             }
-            for (int64_t t = k0; t < n; t += WIDTH)
+            for (int64_t t = std::max<int64_t>(0, k0 - seen.before) / WIDTH * WIDTH; t < n; t += WIDTH)
                 for (int64_t d = 0; d < D; d += STEP) {
                     const int rows = int(std::min<int64_t>(STEP, D - d));
                     float part[ROWS * WIDTH];
-                    compute_block(changes + t * KEYS / 2, std::min(padded(n_keys, 32), t + WIDTH - k0), rows_at(turned + d * n + k0, n), rows,
-                                  part);
+                    const int64_t some = std::min(padded(n_keys, 32), padded(seen.before + t + WIDTH - k0, 32));
+                    compute_block(changes + t * KEYS / 2, some, rows_at(turned + d * n_all + k0, n_all), rows, part);
                     for (int m = 0; m < rows; m++)
                         for (int64_t i = 0; i < WIDTH; i += LANES) {
                             float* own = sums + (d + m) * n + t + i;
@@ -144,30 +160,31 @@ private:
     static Rows rows_at(const Input* x, int64_t stride) { return {(const char*)x, stride * int64_t(sizeof(Input))}; }
     static Rows from(const Rows& x, int64_t t) { return {x.start + t * x.stride, x.stride}; }
 
-    // T rows of D numbers as they are multiplied
-    Rows as_rows(const bf16* x, int64_t stride, Room& room) const {
+    // `count` rows of D numbers as they are multiplied
+    Rows as_rows(const bf16* x, int64_t stride, int64_t count, Room& room) const {
         const int64_t S = size(D);
         if (std::is_same_v<Input, bf16> && S == D) return {(const char*)x, stride * int64_t(sizeof(bf16))};
-        Input* rows = room.inputs(padded(T, 2) * S);
-        for (int64_t t = 0; t < T; t++) prepare_inputs(x + t * stride, D, (char*)(rows + t * S), S * sizeof(Input));
+        Input* rows = room.inputs(padded(count, 2) * S);
+        for (int64_t t = 0; t < count; t++) prepare_inputs(x + t * stride, D, (char*)(rows + t * S), S * sizeof(Input));
         return rows_at(rows, S);
     }
 
     // Panels whose columns are the tokens
-    void by_columns(uint32_t* target, const bf16* x, int64_t stride) const {
-        for (int64_t t = 0; t < padded(T, WIDTH); t += LANES)
-            lay_out_columns(target + t / WIDTH * WIDTH * size(D) / 2 + t % WIDTH, x + std::min(t, T - 1) * stride, stride, T - t, D, size(D));
+    void by_columns(uint32_t* target, const bf16* x, int64_t stride, int64_t count) const {
+        for (int64_t t = 0; t < padded(count, WIDTH); t += LANES)
+            lay_out_columns(target + t / WIDTH * WIDTH * size(D) / 2 + t % WIDTH, x + std::min(t, count - 1) * stride, stride, count - t, D,
+                            size(D));
     }
 
     // Panels whose rows are the tokens
-    void by_rows(uint32_t* target, const bf16* x, int64_t stride) const {
-        const int64_t n = padded(T, WIDTH);
-        for (int64_t d = 0; d < D; d += WIDTH) lay_out_rows(target + d * n / 2, x + d, stride, std::min(WIDTH, D - d), T, n);
+    void by_rows(uint32_t* target, const bf16* x, int64_t stride, int64_t count) const {
+        const int64_t n = padded(count, WIDTH);
+        for (int64_t d = 0; d < D; d += WIDTH) lay_out_rows(target + d * n / 2, x + d, stride, std::min(WIDTH, D - d), count, n);
     }
 
-    // Weights, and gradients of scores, of a few keys and 64 queries: query i sees keys up to i - from.
-    void weigh(const uint32_t* queries, const uint32_t* outputs, Rows keys, Rows values, int rows, int64_t from, const float* offsets,
-               const float* means, Input* weights, Input* changes, int64_t stride) const {
+    // Weights, and gradients of scores, of a few keys from key j on and 64 queries from t on
+    void weigh(const uint32_t* queries, const uint32_t* outputs, Rows keys, Rows values, int rows, int64_t j, int64_t t,
+               const float* offsets, const float* means, Input* weights, Input* changes, int64_t stride) const {
         float scores[ROWS * WIDTH], products[ROWS * WIDTH];
         compute_block(queries, size(D), keys, rows, scores);
         compute_block(outputs, size(D), values, rows, products);
@@ -178,8 +195,9 @@ private:
                 store(weights + m * stride + i, weight);
                 store(changes + m * stride + i, weight * (load(products + at) - load(means + i)) * all(scale));
             }
-            const int64_t hidden = std::min<int64_t>(WIDTH, from + m);
-            for (int64_t i = 0; i < hidden; i++) weights[m * stride + i] = changes[m * stride + i] = Input(0);
+            const int64_t own = j + m - seen.before - t, last = j + m < seen.n_sink ? WIDTH : own + seen.window;  // of the queries that see it
+            for (int64_t i = 0; i < std::min(WIDTH, own); i++) weights[m * stride + i] = changes[m * stride + i] = Input(0);
+            for (int64_t i = std::max<int64_t>(0, last); i < WIDTH; i++) weights[m * stride + i] = changes[m * stride + i] = Input(0);
         }
     }
 

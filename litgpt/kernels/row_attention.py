@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -26,23 +27,49 @@ def can_attend_rows(query: torch.Tensor, keys: torch.Tensor, values: torch.Tenso
     )
 
 
+class Seen(NamedTuple):
+    """Which keys a query sees: of those up to its own the last `window`, and the first `n_sink`."""
+
+    window: int = 1 << 40
+    n_sink: int = 0
+
+    @classmethod
+    def within(cls, window: int | None) -> "Seen":
+        """The last `window` (None: all)."""
+        return cls() if window is None else cls(window)
+
+
+ALL = Seen()
+
+
 def attend_rows(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sizes: Sequence[int], scale: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    sizes: Sequence[int],
+    scale: float,
+    seen: Seen = ALL,
 ) -> torch.Tensor:
-    """Attention (1, N, H * D) of queries (1, H, N, D) over keys and values (1, G, N, D) of the same N tokens: rows of these
-    sizes, in each of which a token sees those up to itself."""
-    return _RowAttention.apply(query, keys, values, tuple(sizes), scale)
+    """Attention (1, T, H * D) of queries (1, H, T, D) over keys and values (1, G, N, D): rows of these sizes, in each of which a
+    token sees those up to itself. A single row may have more keys: those of tokens before it."""
+    return _RowAttention.apply(query, keys, values, tuple(sizes), scale, seen)
 
 
 class _RowAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sizes: tuple[int, ...], scale: float
+        ctx,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sizes: tuple[int, ...],
+        scale: float,
+        seen: Seen,
     ) -> torch.Tensor:
         values = values.contiguous()  # a view would keep queries and keys without RoPE for the backward pass
-        y, logs = attention_of_rows(query, keys, values, sizes, scale)
+        y, logs = attention_of_rows(query, keys, values, sizes, scale, seen)
         ctx.save_for_backward(query, keys, values, y, logs)
-        ctx.sizes, ctx.scale = sizes, scale
+        ctx.sizes, ctx.scale, ctx.seen = sizes, scale, seen
         return y
 
     @staticmethod
@@ -53,8 +80,8 @@ class _RowAttention(torch.autograd.Function):
             torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (query, keys, values)
         ]
         found = [x.transpose(1, 2) for x in found]
-        gradients_of_rows(query, keys, values, y, d_y.contiguous(), logs, ctx.sizes, ctx.scale, found)
-        return *found, None, None
+        gradients_of_rows(query, keys, values, y, d_y.contiguous(), logs, ctx.sizes, ctx.scale, found, ctx.seen)
+        return *found, None, None, None
 
 
 def attention_of_rows(
@@ -63,14 +90,14 @@ def attention_of_rows(
     values: torch.Tensor,
     sizes: Sequence[int],
     scale: float,
+    seen: Seen = ALL,
     y: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend_rows` without autograd, perhaps in the memory of `y`, and what its gradients need (H, N)."""
-    _, H, N, D = query.shape
-    y, logs = query.new_empty(1, N, H * D) if y is None else y, query.new_empty(H, N, dtype=torch.float32)
-    training_library().attend_rows(
-        *_addresses(query, keys, values, y, logs), *_sizes(query, keys, values, sizes, scale)
-    )
+    """`attend_rows` without autograd, perhaps in the memory of `y`, and what its gradients need (H, T)."""
+    _, H, T, D = query.shape
+    y, logs = query.new_empty(1, T, H * D) if y is None else y, query.new_empty(H, T, dtype=torch.float32)
+    numbers = _sizes(query, keys, values, sizes, scale, seen)
+    training_library().attend_rows(*_addresses(query, keys, values, y, logs), *numbers)
     return y, logs
 
 
@@ -84,14 +111,15 @@ def gradients_of_rows(
     sizes: Sequence[int],
     scale: float,
     to: Sequence[torch.Tensor],
+    seen: Seen = ALL,
 ) -> None:
     """The gradients of queries, keys and values, which are put into `to`; heads of a token lie there one after the other, and
     those of keys as those of values."""
-    _, H, N, D = query.shape
-    parts = query.new_empty(2, N, H, D, dtype=torch.float32) if keys.shape[1] < H else None
+    H, G, N, D = query.shape[1], *keys.shape[1:]
+    parts = query.new_empty(2, N, H, D, dtype=torch.float32) if G < H else None
     training_library().attend_rows_backward(
         *_addresses(query, keys, values, y, d_y, logs, to[0], parts, to[1], to[2]),
-        *_sizes(query, keys, values, sizes, scale, to),
+        *_sizes(query, keys, values, sizes, scale, seen, to),
     )
 
 
@@ -105,10 +133,13 @@ def _sizes(
     values: torch.Tensor,
     sizes: Sequence[int],
     scale: float,
+    seen: Seen,
     to: Sequence[torch.Tensor] = (),
 ) -> tuple:
-    """H, G, D, the number of rows, their ends, strides over tokens and heads, the scale, and whether numbers are bfloat16."""
+    """H, G, D, the number of rows, their ends, strides over tokens and heads, what queries see, the scale, and whether numbers are
+    bfloat16."""
     strides = [x.stride(dim) for x in (query, keys, values) for dim in (2, 1)] + [x.stride(2) for x in to[:2]]
     ends = struct.pack(f"{len(sizes)}q", *accumulate(sizes))
     shape = query.shape[1], keys.shape[1], query.shape[3], len(sizes)
-    return *shape, ends, struct.pack(f"{len(strides)}q", *strides), scale, query.dtype == torch.bfloat16
+    what = struct.pack("3q", keys.shape[2] - query.shape[2], *seen)
+    return *shape, ends, struct.pack(f"{len(strides)}q", *strides), what, scale, query.dtype == torch.bfloat16

@@ -5,32 +5,44 @@
 #include "row_attention.h"
 #include "training.h"
 
-template <class F>
-void with_rows(bool narrow, F f) {
-    if (narrow)
-        f(NarrowRowHead());
-    else
-        f(RowHead());
-}
+// Attention of rows in float, or bfloat16 where `narrow` is not 0. The three numbers at `seen` are those of a `Seen`.
+struct RowCall {
+    const void *q, *k, *v;
+    int64_t H, G, D, n_rows;
+    const int64_t *ends, *strides, *seen;
+    float scale;
+    int narrow;
+
+    // Calls f(attention, a number of its type)
+    template <class F>
+    void run(F f) const {
+        if (narrow)
+            f(of<NarrowRowHead>(), bf16());
+        else
+            f(of<RowHead>(), float());
+    }
+
+    template <class Head, class T = typename Head::Number>
+    RowAttention<Head> of() const {
+        return {(const T*)q, (const T*)k, (const T*)v, strides, H, G, D, n_rows, ends, {seen[0], seen[1], seen[2]}, scale};
+    }
+};
 
 extern "C" {
 
-// Attention of rows in float, or bfloat16 where `narrow` is not 0, and its gradients: see `RowAttention`.
 void attend_rows(const void* q, const void* k, const void* v, void* y, float* logs, int64_t H, int64_t G, int64_t D,
-                 int64_t n_rows, const int64_t* ends, const int64_t* strides, float scale, int narrow) {
-    with_rows(narrow, [&](auto head) {
-        using T = typename decltype(head)::Number;
-        RowAttention<decltype(head)>{(const T*)q, (const T*)k, (const T*)v, strides, H, G, D, n_rows, ends, scale}.forward((T*)y, logs);
+                 int64_t n_rows, const int64_t* ends, const int64_t* strides, const int64_t* seen, float scale, int narrow) {
+    RowCall{q, k, v, H, G, D, n_rows, ends, strides, seen, scale, narrow}.run([&](const auto& attention, auto number) {
+        attention.forward((decltype(number)*)y, logs);
     });
 }
 
 void attend_rows_backward(const void* q, const void* k, const void* v, const void* y, const void* dy, const float* logs, void* dq,
                           float* parts, void* dk, void* dv, int64_t H, int64_t G, int64_t D, int64_t n_rows, const int64_t* ends,
-                          const int64_t* strides, float scale, int narrow) {
-    with_rows(narrow, [&](auto head) {
-        using T = typename decltype(head)::Number;
-        RowAttention<decltype(head)>{(const T*)q, (const T*)k, (const T*)v, strides, H, G, D, n_rows, ends, scale}.backward(
-            (const T*)y, (const T*)dy, logs, (T*)dq, parts, (T*)dk, (T*)dv);
+                          const int64_t* strides, const int64_t* seen, float scale, int narrow) {
+    RowCall{q, k, v, H, G, D, n_rows, ends, strides, seen, scale, narrow}.run([&](const auto& attention, auto number) {
+        using T = decltype(number);
+        attention.backward((const T*)y, (const T*)dy, logs, (T*)dq, parts, (T*)dk, (T*)dv);
     });
 }
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from litgpt.config import Config
+from litgpt.kernels.row_attention import Seen
 from litgpt.keys_and_values import KeysAndValues
 from litgpt.kvcache.plan import Plan
 from litgpt.kvcache.planned import PlannedKVCache, RowState
@@ -49,6 +50,15 @@ class PositionalKVCache(PlannedKVCache):
         return positions.masked_fill(gone, -1)[:, None, :].expand(-1, self.n_query_groups, -1)
 
     # -- one call
+
+    def seen(self, start: int) -> Seen | None:
+        """What new tokens see of `start` others and themselves, where it is as simple."""
+        policy, window = self.policy, self.window
+        if start == 0 or not policy.evicts:
+            return Seen.within(window)
+        if window is None:
+            return Seen(policy.reach, policy.n_sink)
+        return None if policy.n_sink else Seen(min(window, policy.reach))
 
     def plan(
         self,

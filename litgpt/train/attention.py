@@ -12,7 +12,7 @@ from litgpt.attention import MultiHeadSelfAttention
 from litgpt.kernels import training
 from litgpt.kernels.library import training_library
 from litgpt.kernels.matrices import product
-from litgpt.kernels.row_attention import attention_of_rows, gradients_of_rows
+from litgpt.kernels.row_attention import Seen, attention_of_rows, gradients_of_rows
 from litgpt.model import CausalSelfAttention, Rows
 from litgpt.rope import Rope, layer_rope
 from litgpt.train.linear import Adds, Recomputable, are_alike, as_rows, shaped
@@ -42,7 +42,7 @@ class _Attention(torch.autograd.Function):
         if rope is not None:
             rotated = _heads(layer, qkv)[:, : q.shape[1] + k.shape[1]]
             training.rotate_to(rotated, rotated, *rope, False)
-        y, logs = attention_of_rows(q, k, v, sizes, layer.mha.scale, y_place)
+        y, logs = attention_of_rows(q, k, v, sizes, layer.mha.scale, _seen(layer), y_place)
         ctx.layer, ctx.adds, ctx.rope, ctx.sizes, ctx.of, ctx.room, ctx.memory = (
             layer,
             adds,
@@ -62,7 +62,7 @@ class _Attention(torch.autograd.Function):
         ctx.adds[1](rows.T, as_rows(y))
         d_heads, d_qkv = product(rows, proj), torch.empty_like(qkv)
         parts = _parts(layer, d_qkv)
-        gradients_of_rows(*_parts(layer, qkv), y, d_heads, logs, ctx.sizes, layer.mha.scale, parts)
+        gradients_of_rows(*_parts(layer, qkv), y, d_heads, logs, ctx.sizes, layer.mha.scale, parts, _seen(layer))
         ctx.room.give(ctx.memory)
         if ctx.rope is not None:
             rotated = _heads(layer, d_qkv)[:, : parts[0].shape[1] + parts[1].shape[1]]
@@ -106,12 +106,16 @@ def _has_kernels(layer: CausalSelfAttention, x: torch.Tensor, rope: Rope | None)
         and size % 16 == 0
         and layer.qkv.bias is layer.proj.bias is layer.norm_q is layer.sinks is None
         and type(mha) is MultiHeadSelfAttention
-        and mha.has_plain_scores(layer.block_idx)
+        and mha.has_plain_scores()
         and are_alike(x, layer.qkv.weight, layer.proj.weight)
         and training_library() is not None
         and not (rope and layer.config.rope_interleave)
         and (rope is None or training.can_rotate_heads(size, x.dtype, *rope))
     )
+
+
+def _seen(layer: CausalSelfAttention) -> Seen:
+    return Seen.within(layer.config.window(layer.block_idx))
 
 
 def _heads(layer: CausalSelfAttention, qkv: torch.Tensor) -> torch.Tensor:

@@ -23,9 +23,9 @@ void attend(const bf16*, const bf16*, const bf16*, const Vectors*, const int64_t
 void attend_causally(const bf16*, const bf16*, const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t, int64_t, int64_t,
                      int64_t, int64_t, const int64_t*, float, float);
 void attend_rows(const void*, const void*, const void*, void*, float*, int64_t, int64_t, int64_t, int64_t, const int64_t*,
-                 const int64_t*, float, int);
+                 const int64_t*, const int64_t*, float, int);
 void attend_rows_backward(const void*, const void*, const void*, const void*, const void*, const float*, void*, float*, void*, void*,
-                          int64_t, int64_t, int64_t, int64_t, const int64_t*, const int64_t*, float, int);
+                          int64_t, int64_t, int64_t, int64_t, const int64_t*, const int64_t*, const int64_t*, float, int);
 void run_tails(const ScoredCache*, const int64_t*, const bf16*, const bf16*, const bf16*, const int64_t*, const int64_t*,
                const int64_t*, const int64_t*, const TailStep*, bf16*, int32_t*);
 void run_looks(const Look*, int64_t);
@@ -352,13 +352,15 @@ static void check_looks() {
     expect("run_looks: codes", positions[0] == positions[1] && sums[0] == sums[1]);
 }
 
+static const int64_t seen[] = {0, int64_t(1) << 40, 0};  // all keys of a row up to a query's own
+
 static void check_rows() {
     const int64_t G = draw(1, 2), H = G * draw(1, 3), D = 16 * draw(1, 5), a = draw(1, 40), N = a + draw(1, 40);
     const int64_t ends[] = {a, N}, strides[] = {H * D, D, G * D, D, G * D, D};
     std::vector<float> q(N * H * D), k(N * G * D), v(N * G * D), y(N * H * D), logs(H * N);
     for (auto* x : {&q, &k, &v})
         for (auto& value : *x) value = normal();
-    attend_rows(q.data(), k.data(), v.data(), y.data(), logs.data(), H, G, D, 2, ends, strides, 0.2f, 0);
+    attend_rows(q.data(), k.data(), v.data(), y.data(), logs.data(), H, G, D, 2, ends, strides, seen, 0.2f, 0);
     double worst = 0;
     for (int64_t h = 0; h < H; h++)
         for (int64_t t = 0; t < N; t++) {
@@ -392,12 +394,12 @@ static void check_narrow_rows() {
     const auto q2 = wide(q), k2 = wide(k), v2 = wide(v), dy2 = wide(dy);
     std::vector<bf16> y(N * H * D), dq(N * H * D), dk(N * G * D), dv(N * G * D);
     std::vector<float> y2(N * H * D), dq2(N * H * D), dk2(N * G * D), dv2(N * G * D), logs(H * N), logs2(H * N), parts(2 * N * H * D);
-    attend_rows(q.data(), k.data(), v.data(), y.data(), logs.data(), H, G, D, 2, ends, strides, 0.2f, 1);
-    attend_rows(q2.data(), k2.data(), v2.data(), y2.data(), logs2.data(), H, G, D, 2, ends, strides, 0.2f, 0);
+    attend_rows(q.data(), k.data(), v.data(), y.data(), logs.data(), H, G, D, 2, ends, strides, seen, 0.2f, 1);
+    attend_rows(q2.data(), k2.data(), v2.data(), y2.data(), logs2.data(), H, G, D, 2, ends, strides, seen, 0.2f, 0);
     attend_rows_backward(q.data(), k.data(), v.data(), y.data(), dy.data(), logs.data(), dq.data(), parts.data(), dk.data(), dv.data(), H,
-                         G, D, 2, ends, strides, 0.2f, 1);
+                         G, D, 2, ends, strides, seen, 0.2f, 1);
     attend_rows_backward(q2.data(), k2.data(), v2.data(), y2.data(), dy2.data(), logs2.data(), dq2.data(), parts.data(), dk2.data(),
-                         dv2.data(), H, G, D, 2, ends, strides, 0.2f, 0);
+                         dv2.data(), H, G, D, 2, ends, strides, seen, 0.2f, 0);
     compare("attend_rows in bfloat16", y, {y2.begin(), y2.end()}, 1e-2);
     compare("gradients of queries", dq, {dq2.begin(), dq2.end()}, 1e-2);
     compare("gradients of keys", dk, {dk2.begin(), dk2.end()}, 1e-2);

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_gpt
 
 from litgpt.kernels.library import library
-from litgpt.kernels.row_attention import attend_rows, can_attend_rows
+from litgpt.kernels.row_attention import Seen, attend_rows, can_attend_rows
 from litgpt.train.model import TrainingModel
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no compiled kernels")
@@ -61,6 +61,28 @@ def test_in_bfloat16_errors_are_those_of_rounding(H, G, D, sizes):
             assert (ours.double() - its).norm() <= 8e-3 * its.norm() + 1e-5
 
 
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize(("T", "before"), [(1, 40), (70, 1), (100, 333), (45, 0), (200, 100)])
+@pytest.mark.parametrize("seen", [Seen(), Seen(window=50), Seen(window=90, n_sink=4), Seen(window=3, n_sink=150)])
+def test_tokens_see_what_is_before_them(dtype, error, T, before, seen):
+    torch.manual_seed(0)
+    H, G, D, N = 4, 2, 32, before + T
+    q, k, v = (2 * torch.randn(1, n, heads * D) for n, heads in ((T, H), (N, G), (N, G)))
+    exact = [x.to(dtype).double().view(1, -1, x.shape[2] // D, D).transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    inputs = [x.detach().to(dtype).requires_grad_() for x in exact]
+    d_y = torch.randn(1, T, H * D).to(dtype)
+    position, keys = before + torch.arange(T)[:, None], torch.arange(N)
+    visible = (keys <= position) & ((keys > position - seen.window) | (keys < seen.n_sink))
+    query, *others = exact
+    key, value = (x.repeat_interleave(H // G, dim=1) for x in others)
+    weights = (query @ key.mT * 0.2).masked_fill(~visible, -math.inf).softmax(-1)
+    expected = (weights @ value).transpose(1, 2).flatten(2)
+    y = attend_rows(*inputs, [T], 0.2, seen)
+    found = [y, *torch.autograd.grad(y, inputs, d_y)]
+    for own, right in zip(found, [expected, *torch.autograd.grad(expected, exact, d_y.double())], strict=True):
+        assert (own.double() - right).norm() <= error * right.norm() + 1e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_scores_stay_finite(dtype):
     torch.manual_seed(0)
@@ -92,7 +114,7 @@ def test_other_calls_are_left_to_torch():
 
 @pytest.mark.parametrize(
     ("options", "used"),
-    [({}, True), ({"sliding_window_size": 4}, False), ({"attention_logit_softcapping": 20.0}, False)],
+    [({}, True), ({"sliding_window_size": 4}, True), ({"attention_logit_softcapping": 20.0}, False)],
 )
 def test_a_models_losses_and_gradients_stay(monkeypatch, options, used):
     found, calls = [], []

@@ -6,10 +6,13 @@ import pytest
 import torch
 from tiny import VOCABULARY, tiny_gpt
 
+from litgpt.kernels.library import training_library
+from litgpt.kernels.row_attention import attend_rows
 from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.testing import KV_CACHE_NAMES
 from litgpt.lora import Config as LoRAConfig
 from litgpt.lora import add_lora
+from litgpt.train import cache_calls
 from litgpt.train.cached_layers import CachedLayers
 
 MODELS = {
@@ -253,3 +256,33 @@ def test_an_unknown_place_for_inputs_is_refused(place):
 def test_a_policy_that_reads_texts_twice_is_refused():
     with pytest.raises(ValueError, match="kvzip cannot be trained through: it reads a text a second time"):
         CachedLayers(make(), CacheSpec("kvzip", cache_length=8), 4)
+
+
+@pytest.mark.skipif(training_library() is None, reason="no compiled kernels")
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+@pytest.mark.parametrize(
+    ("name", "options", "used"),
+    [
+        ("dense", {}, 10),
+        ("lastrec", {}, 10),
+        ("lastrec", {"n_sink": 3}, 10),
+        ("lastrec", {"sliding_window_size": 6}, 10),
+        ("lastrec", {"n_sink": 3, "sliding_window_size": 6}, 2),
+        ("lastrec-int8", {}, 0),
+    ],
+)
+def test_attention_by_kernels_has_the_gradients_of_float64(name, options, used, dtype, error, monkeypatch):
+    calls = []
+    monkeypatch.setattr(cache_calls, "attend_rows", lambda *args: calls.append(args) or attend_rows(*args))
+    sinks = {key: value for key, value in options.items() if key == "n_sink"}
+    options = {key: value for key, value in options.items() if key not in sinks}
+    spec, found = CacheSpec.parse(name, cache_length=40 if name == "dense" else 17, **sinks), []
+    for kind in (torch.float64, dtype):
+        torch.manual_seed(0)
+        model = tiny_gpt(block_size=64, **options, **VOCABULARY).requires_grad_(True).to(dtype).to(kind)
+        idx, weight = torch.randint(0, 100, (1, 37)), torch.randn(1, 37, 64)
+        outputs = CachedLayers(model, spec, 9)(idx)
+        found.append([outputs, *gradients(model, outputs, weight.to(kind))])
+    assert len(calls) == used
+    for exact, own in zip(*found, strict=True):
+        assert own is exact is None or (own.double() - exact).norm() <= error * exact.norm()

@@ -49,7 +49,7 @@ def test_gradients_are_autograds(config, tied, monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02)])
-@pytest.mark.parametrize("options", [{}, {"nope_indices": [1, 0]}])
+@pytest.mark.parametrize("options", [{}, {"nope_indices": [1, 0], "sliding_window_size": 7}])
 def test_gradients_by_kernels_are_autograds(dtype, error, options):
     config = {"n_embd": 128, "intermediate_size": 96, "n_query_groups": 2, "n_layer": 2} | options
     plain, ours = (gradients(config, True, kept, dtype, [13, 27]) for kept in (False, True))
@@ -62,7 +62,7 @@ def test_attention_is_one_function_for_plain_heads_alone():
     def nodes(of):
         return {of.name()}.union(*(nodes(of) for of, _ in of.next_functions if of is not None))
 
-    for options, used in [({}, True), ({"bias": True}, False), ({"sliding_window_size": 4}, False)]:
+    for options, used in [({}, True), ({"bias": True}, False), ({"attention_logit_softcapping": 20.0}, False)]:
         gpt = tiny_gpt(n_embd=128, **options).requires_grad_(True)
         model, ids = TrainingModel(gpt), torch.randint(0, 100, (1, 20))
         model.keep_gradients()
