@@ -12,6 +12,7 @@ import torch
 from lightning.fabric import Fabric
 
 from litgpt.args import TrainArgs
+from litgpt.scale import Scale
 from litgpt.train.position import Position
 
 
@@ -110,28 +111,25 @@ def curve_svg(curves: dict[str, list[tuple[int, float]]], width: int = 720, heig
     """A picture of curves, each a list of points (step, loss)."""
     points = [point for curve in curves.values() for point in curve if math.isfinite(point[1])] or [(0, 0.0)]
     (low_x, high_x), (low_y, high_y) = ((min(values), max(values)) for values in zip(*points, strict=True))
-    size_x, size_y = max(high_x - low_x, 1), max(high_y - low_y, 1e-3)
     left, top, right, bottom = 60, 20, width - 20, height - 45
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return left + (x - low_x) / size_x * (right - left), bottom - (y - low_y) / size_y * (bottom - top)
-
+    across = Scale(low_x, max(high_x, low_x + 1), left, right)
+    up = Scale(low_y, max(high_y, low_y + 1e-3), bottom, top)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
-    for i in range(5):
-        x, y = low_x + size_x * i / 4, low_y + size_y * i / 4
-        at_x, at_y = place(x, y)
-        lines.append(f'<line x1="{left}" x2="{right}" y1="{at_y:.1f}" y2="{at_y:.1f}" stroke="#ddd"/>')
-        lines.append(f'<text x="{left - 6}" y="{at_y + 4:.1f}" text-anchor="end">{y:.3g}</text>')
-        lines.append(f'<text x="{at_x:.1f}" y="{bottom + 18}" text-anchor="middle">{x:.0f}</text>')
+    for y in up.ticks():
+        lines.append(f'<line x1="{left}" x2="{right}" y1="{up(y):.1f}" y2="{up(y):.1f}" stroke="#ddd"/>')
+        lines.append(f'<text x="{left - 6}" y="{up(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
+    for x in across.ticks():
+        if x == round(x):  # a step
+            lines.append(f'<text x="{across(x):.1f}" y="{bottom + 18}" text-anchor="middle">{x:.0f}</text>')
     lines.append(f'<text x="{(left + right) / 2}" y="{height - 8}" text-anchor="middle">optimizer step</text>')
     for i, ((name, curve), color) in enumerate(zip(curves.items(), ("#1f77b4", "#d62728"), strict=False)):
-        path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y in curve if math.isfinite(y))
+        places = [(across(x), up(y)) for x, y in curve if math.isfinite(y)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         lines.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"/>')
         if len(curve) < 60:
-            places = (place(*point) for point in curve)
             lines += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{color}"/>' for x, y in places]
         lines.append(f'<text x="{right - 90}" y="{top + 16 * (i + 1)}" fill="{color}">{name} loss</text>')
     return "\n".join([*lines, "</svg>", ""])
