@@ -262,22 +262,22 @@ class KVCache(nn.Module, ABC):
         empty.clear()
         return empty
 
-    def state(self, copy: bool = True) -> dict[str, Any]:
-        """What a later `load_state` needs to go on from here: tensors, and what JSON can hold.
+    def state(self, row: int | None = None, copy: bool = True) -> dict[str, Any]:
+        """What a later `load_state` needs to go on from here: tensors, and what JSON can hold; of all rows, or of one.
 
         Without `copy`, tensors are views of the buffers, good until the next call.
         """
         raise ValueError(f"{type(self).__name__} cannot give its state, so it cannot be saved or enlarged")
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from where `state` was taken."""
+    def load_state(self, state: Mapping[str, Any], row: int | None = None) -> None:
+        """Go on from where `state` was taken; with all rows, or with one that is empty."""
         raise ValueError(f"{type(self).__name__} cannot take over a state, so it cannot be loaded")
 
     def state_of_row(self, row: int, copy: bool = True) -> dict[str, Any]:
         """`state` of one row, as a batch of one would give it."""
         if row or len(self.row_lengths) > 1:
             raise ValueError(self._refusal("give the state of one"))
-        return self.state(copy)
+        return self.state(copy=copy)
 
     def load_state_of_row(self, row: int, state: Mapping[str, Any]) -> None:
         """Let a row, which is empty, go on from where `state` was taken; the other rows stay as they are.

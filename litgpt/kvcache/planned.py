@@ -435,12 +435,17 @@ class PlannedKVCache(DefaultKVCache):
         emptied = [tuple(x if length else 0 for x, length in zip(field, lengths, strict=True)) for field in fields]
         self._rows = RowState(*emptied)
 
-    def crop(self, n: int) -> None:
-        """Go back to when `next_token_pos` was n: the last tokens of every row are forgotten.
+    def crop(self, n: int, row: int | None = None) -> None:
+        """Go back to when `next_token_pos` was n: the last tokens of every row are forgotten. With `row`, only that one goes back, to
+        n tokens of its own.
 
         Raises:
             ValueError: if n is not in 0..next_token_pos, or what a later token would see was evicted (`crop_limit`).
         """
+        if row is not None:
+            if not 0 <= row < len(self._rows.lengths):
+                raise ValueError(f"row {row} is not in use: there are {len(self._rows.lengths)}")
+            return self.rewind([length - n if b == row else 0 for b, length in enumerate(self._rows.lengths)])
         end = self.next_token_pos
         if not 0 <= n <= end:
             raise ValueError(f"cannot crop to {n}: must be in 0..{end}, the tokens so far")
@@ -479,7 +484,9 @@ class PlannedKVCache(DefaultKVCache):
         other.clear()
         return other
 
-    def state(self, copy: bool = True) -> dict[str, Any]:
+    def state(self, row: int | None = None, copy: bool = True) -> dict[str, Any]:
+        if row is not None:
+            return self.state_of_row(row, copy)
         state: dict[str, Any] = {"policy": repr(self.policy)}
         state |= {name: list(field) for name, field in zip(self.ROW_FIELDS, self._rows.fields, strict=True)}
         if self.current_length:
@@ -517,12 +524,14 @@ class PlannedKVCache(DefaultKVCache):
         """Slots that a row has filled."""
         return min(self._rows.lengths[row], self.cache_length)
 
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from where `state` was taken.
+    def load_state(self, state: Mapping[str, Any], row: int | None = None) -> None:
+        """Go on from where `state` was taken, with all rows, or with one: see `load_state_of_row`.
 
         Raises:
             ValueError: if it was taken from a cache of another shape or dtype, or tokens were evicted by another policy.
         """
+        if row is not None:
+            return self.load_state_of_row(row, state)
         rows = RowState(*(tuple(int(number) for number in state.get(name, ())) for name in self.ROW_FIELDS))
         if len(rows.lengths) > self.batch_size:
             raise ValueError(f"the state has {len(rows.lengths)} rows, the cache batch_size={self.batch_size}")

@@ -179,11 +179,11 @@ def test_G7_one_row_goes_on_in_another_row_of_another_batch(case):
     cache, other, before = worn(case), case.cache(3), case.cache(3)
     tokens = case.tokens(8, 1)
     for row in range(3):
-        state = cache.state_of_row(row)
+        state = cache.state(row)
         other.start(3)
         others = case.tokens(5, 1)
         call(other, *others, rows=[0])
-        other.load_state_of_row(2, state)
+        other.load_state(state, row=2)
         assert other.row_lengths == (5, 0, cache.row_lengths[row])
         assert other.rewind_limit(2) == cache.rewind_limit(row)
         before.start(3)
@@ -201,6 +201,16 @@ def test_G7_the_state_of_a_row_is_that_of_a_batch_of_one(case):
     one.load_state(cache.state_of_row(1))
     chunk = case.tokens(3, 1)
     assert torch.equal(call(one, *chunk), call(cache, *chunk, rows=[1]))
+
+
+@every_kind
+def test_G7_one_row_goes_back_alone(case):
+    cache = worn(case)
+    shorter, lengths = cache.fork(), cache.row_lengths
+    shorter.crop(limit := shorter.rewind_limit(1), row=1)
+    assert shorter.row_lengths == (lengths[0], limit, *lengths[2:])
+    with pytest.raises(ValueError, match="row 3 is not in use"):
+        shorter.crop(0, row=3)
 
 
 def test_G7_a_row_takes_no_state_of_another_shape():
