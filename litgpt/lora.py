@@ -68,9 +68,19 @@ class Config(BaseConfig):
         self._require("lora_alpha", fits(self.lora_alpha, float), "a finite number")
         proper = isinstance(self.lora_dropout, int | float) and 0 <= self.lora_dropout < 1
         self._require("lora_dropout", proper, "a number, at least 0 and below 1")
-        if self.latent_attention is not None:
-            for key in ("lora_query", "lora_key", "lora_value"):
-                self._require(key, not getattr(self, key), "false with latent attention, which has no such matrix")
+
+    def require_matrices(self) -> None:
+        """
+        Raises:
+            ValueError: if no layer gets LoRA matrices. With latent attention, which has no such layers, those of query, key and
+                value are ignored.
+        """
+        parts = ("projection", "mlp", "head")
+        if self.latent_attention is None:
+            parts = ("query", "key", "value", *parts)
+        if not self.lora_r or not any(getattr(self, f"lora_{part}") for part in parts):
+            names = ", ".join(f"lora_{part}" for part in parts)
+            raise ValueError(f"LoRA would train nothing: give it a rank (lora_r) and one of {names}, or lora_all")
 
 
 class WrappedLinear(nn.Module):

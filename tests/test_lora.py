@@ -286,12 +286,31 @@ def test_packed_layers_inside_give_the_same_logits():
         ({"lora_r": -1}, "lora_r = -1"),
         ({"lora_dropout": 1.0}, "lora_dropout = 1.0"),
         ({"lora_rank": 4}, "lora_rank"),
-        ({**LATENT, "lora_query": True}, "lora_query = True must be false with latent attention"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Config(**{**LLAMA, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "trains"),
+    [
+        ({"lora_query": True}, True),
+        ({"lora_query": True, "lora_r": 0}, False),
+        ({}, False),
+        ({**LATENT, "lora_query": True, "lora_value": True}, False),  # as there are no such layers
+        ({**LATENT, "lora_query": True, "lora_mlp": True}, True),
+    ],
+)
+def test_whether_anything_would_be_trained(fields, trains):
+    model = lora_gpt(**fields)
+    assert any(lora_filter(name, value) for name, value in model.named_parameters()) is trains
+    if trains:
+        model.config.require_matrices()
+    else:
+        with pytest.raises(ValueError, match="LoRA would train nothing"):
+            model.config.require_matrices()
 
 
 def test_other_layers_of_latent_attention_are_adapted():
