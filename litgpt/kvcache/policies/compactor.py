@@ -35,8 +35,7 @@ class CompactorPolicy(ScorePolicy):
         for start in range(max(first, self.n_sink), tokens.shape[2], CHUNK):  # the first would take all weight
             own, chunk = slice(start - first, start - first + CHUNK), slice(start, start + CHUNK)
             scores = queries[..., own, :] @ tokens.keys[:, :, None, chunk].mT * tokens.mha.scale
-            seen = do_softcapping(scores, tokens.mha.softcapping).softmax(-1).sum((2, 3))
-            tokens.slot_state[0, :, :, chunk] = seen
+            tokens.slot_state[0, :, :, chunk] = do_softcapping(scores, tokens.mha.softcapping).softmax(-1).sum((2, 3))
 
     def scores(self, tokens: CachedTokens) -> torch.Tensor:
         may_go = slice(self.n_sink, tokens.shape[2] - self.recent)  # the others stay, and are not what is usual
