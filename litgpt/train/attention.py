@@ -43,15 +43,8 @@ class _Attention(torch.autograd.Function):
             rotated = _heads(layer, qkv)[:, : q.shape[1] + k.shape[1]]
             training.rotate_to(rotated, rotated, *rope, False)
         y, logs = attention_of_rows(q, k, v, sizes, layer.mha.scale, _seen(layer), y_place)
-        ctx.layer, ctx.adds, ctx.rope, ctx.sizes, ctx.of, ctx.room, ctx.memory = (
-            layer,
-            adds,
-            rope,
-            sizes,
-            of,
-            room,
-            memory,
-        )
+        ctx.layer, ctx.adds, ctx.rope, ctx.sizes = layer, adds, rope, sizes
+        ctx.of, ctx.room, ctx.memory = of, room, memory
         ctx.save_for_backward(*weights, qkv, y, logs, *([x] if of is None else inputs[:n]))
         return shaped(product(as_rows(y), proj.T), x)
 

@@ -22,10 +22,8 @@ class Room:
         memory, self._free, N = self._free, None, len(x)
         if memory is None or memory.numel() < N * sum(sizes):
             memory = zeros((N * sum(sizes),), x.dtype)
-        storage, begins = (
-            memory.untyped_storage(),
-            [0, *accumulate(sizes)],
-        )  # no views: what autograd knows may change in place
+        # tensors of their own, not views: autograd follows changes of views in place
+        storage, begins = memory.untyped_storage(), [0, *accumulate(sizes)]
         return memory, [x.new_empty(0).set_(storage, N * at, (N, n)) for at, n in zip(begins, sizes, strict=False)]
 
     def give(self, memory: torch.Tensor | None) -> None:
