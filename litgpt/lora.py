@@ -69,19 +69,6 @@ class Config(BaseConfig):
         proper = isinstance(self.lora_dropout, int | float) and 0 <= self.lora_dropout < 1
         self._require("lora_dropout", proper, "a number, at least 0 and below 1")
 
-    def require_matrices(self) -> None:
-        """
-        Raises:
-            ValueError: if no layer gets LoRA matrices. With latent attention, which has no such layers, those of query, key and
-                value are ignored.
-        """
-        parts = ("projection", "mlp", "head")
-        if self.latent_attention is None:
-            parts = ("query", "key", "value", *parts)
-        if not self.lora_r or not any(getattr(self, f"lora_{part}") for part in parts):
-            names = ", ".join(f"lora_{part}" for part in parts)
-            raise ValueError(f"LoRA would train nothing: give it a rank (lora_r) and one of {names}, or lora_all")
-
 
 class WrappedLinear(nn.Module):
     """A linear layer, named `linear`, with parameters added by fine-tuning. Also loads the plain layer's state dict."""

@@ -303,14 +303,9 @@ def test_settings_that_make_no_sense_are_refused(fields, message):
         ({**LATENT, "lora_query": True, "lora_mlp": True}, True),
     ],
 )
-def test_whether_anything_would_be_trained(fields, trains):
+def test_what_has_matrices(fields, trains):
     model = lora_gpt(**fields)
     assert any(lora_filter(name, value) for name, value in model.named_parameters()) is trains
-    if trains:
-        model.config.require_matrices()
-    else:
-        with pytest.raises(ValueError, match="LoRA would train nothing"):
-            model.config.require_matrices()
 
 
 def test_other_layers_of_latent_attention_are_adapted():

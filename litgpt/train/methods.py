@@ -41,10 +41,7 @@ class Method:
     def extend(self, config: Config, options: Any, **more: Any) -> Config:
         """`config` with these fields as `options` and `more` say."""
         own = {name: getattr(options, name) for name in self.fields if hasattr(options, name)}
-        extended = self.config.extending(config, **own, **more)
-        if isinstance(extended, lora.Config):
-            extended.require_matrices()
-        return extended
+        return self.config.extending(config, **own, **more)
 
     def prepare(self, model: GPT, config: Config) -> None:
         """Add what is trained to `model`, in place, and freeze the rest."""

@@ -597,7 +597,6 @@ def test_what_an_option_or_a_data_module_says_is_the_error(options, message, che
         ("--num_nodes 0", "--num_nodes must be at least 1, got 0"),
         ("--out_dir {}/out", "is a file, and a folder is needed"),
         ("--precision abc", "precision 'abc' is not one of"),
-        ("--lora_query false --lora_value false", "LoRA would train nothing"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_data_are_read(options, message, checkpoint_dir, json_path, capsys):
