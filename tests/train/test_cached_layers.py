@@ -283,6 +283,6 @@ def test_attention_by_kernels_has_the_gradients_of_float64(name, options, used, 
         idx, weight = torch.randint(0, 100, (1, 37)), torch.randn(1, 37, 64)
         outputs = CachedLayers(model, spec, 9)(idx)
         found.append([outputs, *gradients(model, outputs, weight.to(kind))])
-    assert len(calls) == used
+    assert len(calls) == (0 if name == "dense" and dtype == torch.float32 else used)
     for exact, own in zip(*found, strict=True):
         assert own is exact is None or (own.double() - exact).norm() <= error * exact.norm()
