@@ -25,6 +25,15 @@ settings.register_profile("same", deadline=None, derandomize=True, suppress_heal
 settings.load_profile("same")
 
 
+def pytest_collectstart() -> None:
+    torch.manual_seed(1234)  # for models that a file makes when it is imported
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    torch.manual_seed(1234)  # for models that fixtures of a file or of the whole run make
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(1234)
