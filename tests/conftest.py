@@ -29,11 +29,6 @@ def pytest_collectstart() -> None:
     torch.manual_seed(1234)  # for models that a file makes when it is imported
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup() -> None:
-    torch.manual_seed(1234)  # for models that fixtures of a file or of the whole run make
-
-
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(1234)
@@ -68,7 +63,9 @@ def own_cache(cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return cache_home / "litgpt" / "samples"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    torch.manual_seed(1234)  # for models that fixtures of a file or of the whole run make
     dry_run = os.environ.get("LITGPT_TEST_DEVICE") == "cpu" and item.path.parent.name == "gpu"
     if item.get_closest_marker("gpu") and not torch.cuda.is_available() and not dry_run:
         pytest.skip("needs a CUDA device")

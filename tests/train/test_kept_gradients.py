@@ -7,6 +7,7 @@ from tiny import tiny_gpt
 from litgpt.kernels.library import library
 from litgpt.kernels.matrices import are_faster
 from litgpt.train.model import TrainingModel, restore_forward
+from litgpt.train.room import Room
 
 CONFIGS = [
     {},
@@ -70,27 +71,41 @@ def test_attention_is_one_function_for_plain_heads_alone():
 
 
 @pytest.mark.skipif(not are_faster(), reason="no kernel writes to memory of one's own")
-def test_what_is_kept_lies_in_the_same_memory_and_is_not_overwritten():
+def test_what_is_kept_lies_in_the_same_memory_and_is_not_overwritten(monkeypatch):
+    take = Room.take
+
+    def noted_take(room, *args):
+        memory, parts = take(room, *args)
+        places[-1].append(memory.data_ptr())
+        return memory, parts
+
     def run(at_once):
         torch.manual_seed(0)
         gpt = tiny_gpt(n_embd=128).bfloat16().requires_grad_(True)
-        model, losses, places = TrainingModel(gpt), [], []
+        model, losses = TrainingModel(gpt), []
         model.keep_gradients()
-        hook = torch.autograd.graph.saved_tensors_hooks(lambda x: places[-1].add(x.data_ptr()) or x, lambda x: x)
         for size in (40, 50, 45, 35):
             ids = torch.randint(0, 100, (1, size))
-            places.append(set())
-            with hook:
-                losses.append(model(ids, ids, scale=1.0))
+            places.append([])
+            losses.append(model(ids, ids, scale=1.0))
             if not at_once:
                 losses.pop().backward()
         for loss in losses:
             loss.backward()
-        return [p.grad for p in gpt.parameters()], places[2] & places[3]
+        return [p.grad for p in gpt.parameters()]
 
-    (one_by_one, same), (at_once, shared) = run(False), run(True)
-    weights = len(same) - len(shared)  # those of layers are kept by all passes
-    assert weights >= 2 * 2, "two layers, each with memory for its attention and for its MLP"
+    monkeypatch.setattr(Room, "take", noted_take)
+    places = []
+    one_by_one = run(at_once=False)
+    _, largest, *later = places
+    assert len(set(largest)) == 2 * 2 + 1, (
+        "two layers, each with memory for its attention and for its MLP, and the logits"
+    )
+    assert later == [largest, largest]
+    places = []
+    at_once = run(at_once=True)
+    of_layers = [place for taken in places for place in taken[: 2 * 2]]
+    assert len(set(of_layers)) == 4 * 2 * 2, "memory that a backward pass still needs was given away"
     for a, b in zip(one_by_one, at_once, strict=True):
         assert torch.equal(a, b)
 
