@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from litgpt.args import EvalArgs, TrainArgs
-from litgpt.checkpoint.base import WEIGHTS_NAME, Checkpoint
+from litgpt.checkpoint.base import WEIGHTS_NAME
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model, save_config
 from litgpt.checkpoint.open import open_checkpoint
@@ -27,7 +27,7 @@ from litgpt.train.finetuning import tie
 from litgpt.train.loop import Loop
 from litgpt.train.methods import METHODS
 from litgpt.train.model import TrainingModel
-from litgpt.train.options import PretrainOptions, command
+from litgpt.train.options import PretrainOptions, command, taking
 from litgpt.train.run import Run, connect
 from litgpt.train.schedule import cosine_schedule, learning_rate_factor
 from litgpt.train.setting import make_fabric, precision_of, weights_dtype
@@ -41,14 +41,12 @@ def _pretrain(options: PretrainOptions) -> None:
         return
     if (config := options.model_config) is None:
         config = open_checkpoint(Path(name)).config if Path(name).is_dir() else Config.from_name(name)
-    validate_args(options.train, options.eval, options.initial_checkpoint_dir, options.resume)
     if options.data is None:
         options.data = TinyLlama()
     options.check()
-    tokenizer = start = None
+    tokenizer = None
     if options.initial_checkpoint_dir is not None:
         options.initial_checkpoint_dir = find_checkpoint(options.initial_checkpoint_dir)
-        start = open_checkpoint(options.initial_checkpoint_dir)
         options.tokenizer_dir = options.tokenizer_dir or options.initial_checkpoint_dir
     if options.tokenizer_dir is not None:
         options.tokenizer_dir = find_checkpoint(options.tokenizer_dir)
@@ -56,7 +54,7 @@ def _pretrain(options: PretrainOptions) -> None:
     resume = options.resume_path("")
     fabric = make_fabric(options, f"pretrain-{config.name}", config, resume is not None)
     options.describe(precision_of(fabric), config)
-    fabric.launch(_train, config, tokenizer, options, start, resume)
+    fabric.launch(_train, config, tokenizer, options, resume)
 
 
 def _open_tokenizer(path: Path) -> Tokenizer:
@@ -92,15 +90,12 @@ setup = command(
 
 
 def _train(
-    fabric: Fabric,
-    config: Config,
-    tokenizer: Tokenizer | None,
-    options: PretrainOptions,
-    start: Checkpoint | None,
-    resume_path: Path | None,
+    fabric: Fabric, config: Config, tokenizer: Tokenizer | None, options: PretrainOptions, resume_path: Path | None
 ) -> dict[str, float]:
     """What every process does. Returns metrics: see `Run.run`."""
     fabric.seed_everything(options.seed)
+    folder = options.initial_checkpoint_dir
+    start = None if folder is None else open_checkpoint(find_checkpoint(folder))
     loaders = connect(fabric, options.data, tokenizer, options.train, config)
     began = time.perf_counter()
     if start is None:
@@ -149,21 +144,20 @@ def get_lr(learning_rate: float, it: int, warmup_iters: int, max_iters: int, min
 # -- what scripts that were written for LitGPT import
 
 
-_MAIN = """devices seed initial_checkpoint_dir resume config data out_dir tokenizer_dir tokenizer train eval optimizer
-    num_nodes"""
-
-
-def main(fabric: Fabric, *args: Any, **kwargs: Any) -> None:
-    """Train in a process that `fabric` launched; the arguments are options, a `config`, and a `tokenizer` or None."""
-    given = dict(zip(_MAIN.split(), args, strict=False)) | kwargs
-    config, tokenizer = given.pop("config"), given.pop("tokenizer")
+def _main(fabric: Fabric, config: Config, tokenizer: Tokenizer | None, **given: Any) -> None:
+    """Train in a process that `fabric` launched, by options."""
     options = PretrainOptions(model_name=config.name, **given)
-    validate_args(options.train, options.eval, options.initial_checkpoint_dir, options.resume)
     options.check()
     options.describe(precision_of(fabric), config)
-    folder = options.initial_checkpoint_dir
-    start = None if folder is None else open_checkpoint(find_checkpoint(folder))
-    _train(fabric, config, tokenizer, options, start, options.resume_path(""))
+    _train(fabric, config, tokenizer, options, options.resume_path(""))
+
+
+main = taking(
+    "fabric devices seed initial_checkpoint_dir resume config data out_dir tokenizer_dir tokenizer train eval optimizer "
+    "num_nodes",
+    _main,
+    {"num_nodes": 1},
+)
 
 
 def fit(
@@ -218,5 +212,4 @@ def get_dataloaders(
 
 def validate_args(train: TrainArgs, eval: EvalArgs, initial_checkpoint_dir: Path | None, resume: Any) -> None:
     """Raise `ValueError` for what does not go together."""
-    if initial_checkpoint_dir is not None and resume:
-        raise ValueError("initial_checkpoint_dir starts a new run, resume continues one: give one of the two")
+    PretrainOptions(model_name="", train=train, initial_checkpoint_dir=initial_checkpoint_dir, resume=resume).check()

@@ -25,7 +25,7 @@ from litgpt.train.checkpointing import full_tensors
 from litgpt.train.finetuning import finetune_command, tune
 from litgpt.train.methods import METHODS
 from litgpt.train.model import TrainingModel
-from litgpt.train.options import FinetuneOptions, LoRAOptions, command, require_end
+from litgpt.train.options import FinetuneOptions, LoRAOptions, command, require_end, taking
 from litgpt.train.run import connect, show_answer
 from litgpt.train.schedule import cosine_schedule, steps_of_run
 from litgpt.train.setting import divide_parameters, precision_of
@@ -60,6 +60,14 @@ _NAMES = {
 }
 
 
+_MAIN = "fabric devices seed config data checkpoint_dir out_dir train eval optimizer num_nodes precision"
+_PARTS = "model optimizer scheduler"
+_FIT = f"fabric {_PARTS} train_dataloader val_dataloader devices checkpoint_dir out_dir train eval data num_nodes"
+_MAINS = {"full": _MAIN.replace("seed", "resume seed"), "adapter_v2": _MAIN.replace("data", "data resume")}
+_FITS = {"full": _FIT.replace(_PARTS, "state"), "adapter_v2": _FIT}
+_FITS = {method: names.replace("devices", "devices resume") for method, names in _FITS.items()}
+
+
 def functions_of(method: str) -> tuple[Callable[..., Any], ...]:
     """What the script of a method offers: `setup`, `main`, `fit`, and how it saves."""
     defaults: dict[str, Any] = {"out_dir": Path("out/finetune") / method.replace("_", "-")}
@@ -67,17 +75,13 @@ def functions_of(method: str) -> tuple[Callable[..., Any], ...]:
         defaults["eval"] = EvalArgs(interval=600, max_new_tokens=100)
     kind = LoRAOptions if method == "lora" else FinetuneOptions
     setup = command(kind, partial(finetune_command, method), _SUMMARIES[method], _NAMES[method], defaults)
-    return setup, *(partial(function, method) for function in (main, fit, save_trained))
+    rest = {"num_nodes": 1, "precision": None}
+    by_names = ((_MAINS.get(method, _MAIN), main), (_FITS.get(method, _FIT), fit))
+    return setup, *(taking(names, partial(f, method), rest) for names, f in by_names), partial(save_trained, method)
 
 
-_MAIN = "devices seed config data checkpoint_dir out_dir train eval optimizer num_nodes precision"
-_MAINS = {"full": _MAIN.replace("seed", "resume seed"), "adapter_v2": _MAIN.replace("data", "data resume")}
-
-
-def main(method: str, fabric: Fabric, *args: Any, **kwargs: Any) -> None:
-    """Fine-tune in a process that `fabric` launched; the arguments are options, and `config` with the fields of the method."""
-    given = dict(zip(_MAINS.get(method, _MAIN).split(), args, strict=False)) | kwargs
-    config = given.pop("config")
+def main(method: str, fabric: Fabric, config: Config, **given: Any) -> None:
+    """Fine-tune in a process that `fabric` launched, by options; `config` has the fields of the method."""
     options = FinetuneOptions(**given)
     options.check()
     options.describe(precision_of(fabric), config)
@@ -88,9 +92,6 @@ def main(method: str, fabric: Fabric, *args: Any, **kwargs: Any) -> None:
 def fit(
     method: str,
     fabric: Fabric,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler,
     train_dataloader: DataLoader,
     val_dataloader: DataLoader | None,
     devices: int,
@@ -99,9 +100,17 @@ def fit(
     train: TrainArgs,
     eval: EvalArgs,
     data: DataModule,
-    num_nodes: int = 1,
+    num_nodes: int,
+    resume: Any = None,
+    **parts: Any,
 ) -> dict[str, torch.Tensor]:
-    """Train a model that is set up, with checkpoints of what the method trains. Returns counts of tokens by LitGPT's names."""
+    """Train a model that is set up, with checkpoints of what the method trains. Returns counts of tokens by LitGPT's names.
+
+    Args:
+        resume: not used: `setup` resumes runs.
+        parts: `model`, `optimizer` and `scheduler`, or a mapping `state` of them.
+    """
+    model, optimizer, scheduler = map(parts.get("state", parts).get, _PARTS.split())
     gpt, way = unwrapped(model), METHODS[method]
 
     def save(step: int) -> None:
@@ -120,26 +129,6 @@ def fit(
     counted, tokens = (torch.tensor([n], device=fabric.device) for n in (position.counted, position.tokens))
     names = ("raw_tokens_plus_prompt_template", "raw_tokens_plus_prompt_template_and_padding")
     return {"raw_tokens": counted, **dict.fromkeys(names, tokens)}
-
-
-def fit_state(
-    fabric: Fabric,
-    state: dict,
-    train_dataloader: DataLoader,
-    val_dataloader: DataLoader | None,
-    devices: int,
-    resume: Any,
-    checkpoint_dir: Path,
-    out_dir: Path,
-    train: TrainArgs,
-    eval: EvalArgs,
-    data: DataModule,
-    num_nodes: int = 1,
-) -> dict[str, torch.Tensor]:
-    """`fit` of the full method, which has model, optimizer and scheduler in one mapping. `setup` resumes runs."""
-    parts = (state[name] for name in ("model", "optimizer", "scheduler"))
-    rest = (checkpoint_dir, out_dir, train, eval, data, num_nodes)
-    return fit("full", fabric, *parts, train_dataloader, val_dataloader, devices, *rest)
 
 
 def unwrapped(model: nn.Module) -> GPT:

@@ -3,5 +3,4 @@
 from litgpt.finetune import base
 from litgpt.finetune.base import *  # noqa: F403
 
-setup, main, *_ = base.functions_of("full")
-fit = base.fit_state
+setup, main, fit, _ = base.functions_of("full")

@@ -219,15 +219,37 @@ class PretrainOptions(Options):
         "Checkpoint or folder with the tokenizer, for data that is text (default: that of `initial_checkpoint_dir`); its "
         "files go into every checkpoint.",
     )
-    precision: Literal["bf16-true", "bf16-mixed", "32-true", "16-mixed"] | None = option(
-        None, "32-true, bf16-true, bf16-mixed or 16-mixed. Default: what is fast on the device."
-    )
+
+    def check(self) -> None:
+        if self.initial_checkpoint_dir is not None and self.resume:
+            raise ValueError("initial_checkpoint_dir starts a new run, resume continues one: give one of the two")
+        super().check()
 
 
 def require_end(train: TrainArgs) -> None:
     """Raise `ValueError` if options leave open how long to train."""
     if train.epochs is None and train.max_steps is None and train.max_tokens is None:
         raise ValueError("nothing says how long to train: give train.epochs, train.max_steps or train.max_tokens")
+
+
+def taking(
+    names: str, function: Callable[..., Any], defaults: Mapping[str, Any], types: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """`function`, which takes its arguments by name, as a function that has the parameters `names` in this order."""
+    types, kind, empty = types or {}, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    parameters = [
+        inspect.Parameter(name, kind, default=defaults.get(name, empty), annotation=types.get(name, empty))
+        for name in names.split()
+    ]
+    signature = inspect.Signature(parameters)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(*args, **kwargs)
+        arguments.apply_defaults()
+        return function(**arguments.arguments)
+
+    call.__signature__ = signature
+    return call
 
 
 def command(
@@ -241,22 +263,11 @@ def command(
         defaults: those default values that are not the class's.
     """
     options = {item.name: item for item in fields(kind)}
-    parameters = []
-    for name in names.split():
-        item = options[name]
-        default = item.default if item.default_factory is MISSING else item.default_factory()
-        default = defaults.get(name, inspect.Parameter.empty if default is MISSING else default)
-        parameters.append(
-            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=item.type)
-        )
-    signature = inspect.Signature(parameters, return_annotation=None)
-
-    def setup(*args: Any, **kwargs: Any) -> None:
-        arguments = signature.bind(*args, **kwargs)
-        arguments.apply_defaults()
-        run(kind(**arguments.arguments))
-
-    explained = "\n".join(f"    {name}: {options[name].metadata['help']}" for name in signature.parameters)
+    own = {name: item.default for name, item in options.items() if item.default is not MISSING}
+    own |= {name: item.default_factory() for name, item in options.items() if item.default_factory is not MISSING}
+    types = {name: item.type for name, item in options.items()}
+    setup = taking(names, lambda **arguments: run(kind(**arguments)), own | dict(defaults), types)
+    explained = "\n".join(f"    {name}: {options[name].metadata['help']}" for name in names.split())
     setup.__doc__ = f"{summary}\n\nArgs:\n{explained}\n"
-    setup.__signature__, setup.__qualname__ = signature, "setup"
+    setup.__name__ = setup.__qualname__ = "setup"
     return setup
