@@ -74,6 +74,7 @@ class CachedLayers:
         check_trainable(spec)
         self.gpt, self.spec, self.chunk, self.keep_inputs = gpt, spec, chunk, keep_inputs
         self.cache_length = spec.length_for(gpt.config)
+        spec.layer_lengths(gpt.config, self.cache_length)  # refuses impossible budgets before any work
 
     def __call__(self, idx: torch.Tensor, row_sizes: Sequence[int] | None = None) -> torch.Tensor:
         """Final-norm outputs (B, T, E), or (1, N, E) with `row_sizes`, of tokens of the same shape."""
@@ -119,6 +120,7 @@ class _Sweep:
         self.cache_length = layers.cache_length
         if not layers.spec.evicts and layers.spec.cache_length is None:
             self.cache_length = longest
+        self.slots = layers.spec.layer_lengths(self.gpt.config, self.cache_length)
         self.chunks = chunks_of(row_sizes, layers.chunk, idx.device, layers.first_chunk)
         self.begins = torch.tensor([0, *accumulate(row_sizes)][:-1], device=idx.device)
         self.packed = len(row_sizes) > 1
@@ -161,7 +163,7 @@ class _Sweep:
             gpt.config,
             len(self.row_sizes),
             block_idx,
-            self.cache_length,
+            self.slots[block_idx],
             gpt.layer_device(block_idx),
             gpt.dtype,
             mha=gpt.mha,

@@ -155,6 +155,17 @@ def test_G12_rows_of_their_own_lengths(name, chunk):
     compare(make(), CacheSpec(name, cache_length=30 if name == "dense" else 8, **args), [21, 3, 13, 8], chunk)
 
 
+@pytest.mark.parametrize("budget", [[1, 2], [3, 1]])
+@pytest.mark.parametrize("name", ["tova-int4", "lastrec"])
+def test_G12_layers_have_the_slots_of_their_budgets(name, budget):
+    compare(make(), CacheSpec.parse(name, cache_length=20, budget=budget), [26, 9], 5)
+
+
+def test_an_impossible_budget_is_refused():
+    with pytest.raises(ValueError, match="budget"):
+        CachedLayers(make(), CacheSpec("h2o", cache_length=8, budget=[1, 2, 3]), 4)
+
+
 def test_without_evictions_it_is_plain_training():
     model = make()
     idx = torch.randint(0, 100, (1, 23))
