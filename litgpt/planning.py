@@ -89,7 +89,7 @@ class MemoryPlan:
 
     def most_rows(self, length: int, memory: int) -> int:
         """Most sequences of `length` tokens at a time."""
-        return largest(lambda rows: self.total(rows, length) <= memory, 1 << 20)
+        return largest(lambda rows: self.total(rows, length) <= memory, 1 if self.spec.by_head else 1 << 20)
 
     def tokens_per_second(self, rows: int, length: int, bandwidth: float) -> float:
         """Decoded tokens of all rows a second if all time goes to reading weights and full caches once a step, at

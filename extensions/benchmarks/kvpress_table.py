@@ -36,6 +36,7 @@ PAIRS = {  # by the names of the table: our cache with its arguments, and the pr
     "kvzip": (["kvzip", {}], "kvzip alike"),
     "kvzip, kvpress by head": (["kvzip", {}], "kvzip layerwise"),
     "kvzip, kvpress by head and layer": (["kvzip", {}], "kvzip"),
+    "kvzip, both by head and layer": (["kvzip", {"budget": "scores"}], "kvzip"),
 }
 KINDS = {"facts": "log-probability of answers", "text": "log-probability of the text that follows"}
 SIDES = {"this": "press_ours.py", "kvpress": "kvpress_peer.py"}

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from litgpt.kvcache import CacheSpec, KVCache, KVCacheParams
+from litgpt.kvcache.by_head import ByHeadKVCache, share_slots
 from litgpt.kvcache.layers import LayerCaches
 from litgpt.kvcache.memory import check_fits
 from litgpt.kvcache.planned import PlannedKVCache
@@ -119,11 +120,15 @@ def read_twice(model: GPT, prompt: torch.Tensor, first_reading: Callable[[], tor
         model.exchange_kv_caches(own)
     own.long_rope = long_rope
     own.start(1)
-    for small, cache in zip(own.caches, filled, strict=True):
-        if small in watches:
-            small.take_over(cache.storage.get(1, slice(0, T)), watches[small].largest[None], T)
+    stored = {small: cache.storage.get(1, slice(0, T)) for small, cache in zip(own.caches, filled, strict=True)}
+    tokens = {small: small.tokens_read(stored[small], watch.largest[None]) for small, watch in watches.items()}
+    if sharing := [small for small in tokens if isinstance(small, ByHeadKVCache)]:
+        share_slots(sharing, [tokens[small] for small in sharing])
+    for small, of_layer in stored.items():
+        if small in tokens:
+            small.take_over(tokens[small])
         else:
-            small.take_over(cache.storage.get(1, slice(0, T)), T)
+            small.take_over(of_layer, T)
     return output
 
 

@@ -48,6 +48,8 @@ class PlannedKVCache(DefaultKVCache):
     ROW_FIELDS: ClassVar[tuple[str, ...]] = ("lengths",)
     STORAGE: ClassVar[type[Storage]] = DefaultStorage  # with the next one in the class for such a cache, see `made_of`
     STORAGE_ARGS: ClassVar[Mapping[str, Any]] = {}
+    memory_version = 0  # of the buffers, in caches that may get others
+    heads: Sequence[Any] = ()  # in caches whose heads may have numbers of slots of their own: where these are
 
     def __init__(
         self,
@@ -67,7 +69,8 @@ class PlannedKVCache(DefaultKVCache):
         self._policy_key = policy.key  # compiled code cannot enter the lock of a cached property
         device = torch.device("cpu") if device is None else torch.device(device)
         params = KVCacheParams.from_config(config, batch_size, policy.cache_length, device, self._dtype, self.head_size)
-        self.storage = storage(params, **(storage_args or {}))
+        self._storage_args = dict(storage_args or {})
+        self.storage = storage(params, **self._storage_args)
         self.watch: Callable[[torch.Tensor, torch.Tensor | None], None] | None = (
             None  # told the queries and sinks of every call
         )

@@ -61,8 +61,12 @@ class ScoreKVCache(PlannedKVCache):
                 f"{policy.cache_length}"
             )
         self._has_row_state = policy.row_state(self.get_params()) > 0
+        self._make_own_buffers(self.get_params())
+
+    def _make_own_buffers(self, params: KVCacheParams) -> None:
+        """Those next to the storage's."""
         with torch.inference_mode(False):  # buffers outlive the call that makes them
-            for name, (shape, dtype) in _own_buffers(policy, self.get_params()).items():
+            for name, (shape, dtype) in _own_buffers(self.policy, params).items():
                 self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=self.device), persistent=False)
 
     @classmethod
@@ -376,27 +380,21 @@ class ScoreKVCache(PlannedKVCache):
             chosen = [x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (key, value)]
             self.storage.set(*chosen, torch.arange(index.shape[-1], device=key.device), rows)
 
-    def take_over(self, keys_values: KeysAndValues, slot_state: torch.Tensor, length: int) -> None:
-        """Hold the best of the `length` tokens (more than `cache_length`) of the only row, which was empty, by the policy's own
-        numbers for them (S, 1, G, length)."""
-        positions = torch.arange(length, device=self.device).view(1, 1, length)
-        nothing = keys_values.keys()[:, :, :0]
+    def tokens_read(self, keys_values: KeysAndValues, slot_state: torch.Tensor) -> CachedTokens:
+        """Tokens that the only row, which is empty, may keep, by the policy's own numbers for them (S, 1, G, N)."""
+        positions = torch.arange(slot_state.shape[-1], device=self.device).view(1, 1, -1)
+        no_queries = keys_values.keys()[:, :, :0], positions[0, :, :0]
+        return CachedTokens(keys_values, positions, *no_queries, slot_state, slot_state[:0], self.block_idx, self.mha)
+
+    def take_over(self, tokens: CachedTokens) -> None:
+        """Hold the best of such tokens, which are more than `cache_length`."""
+        length = tokens.shape[2]
         with torch.no_grad():
-            tokens = CachedTokens(
-                keys_values,
-                positions,
-                nothing,
-                positions[0, :, :0],
-                slot_state,
-                slot_state[:0],
-                self.block_idx,
-                self.mha,
-            )
             index = self.policy.best(tokens)
             self._note(tokens, index, None, 1)
             chosen = [
                 x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
-                for x in (keys_values.keys(), keys_values.values())
+                for x in (tokens.keys_values.keys(), tokens.keys_values.values())
             ]
             self.storage.set(*chosen, torch.arange(index.shape[-1], device=self.device), None)
         self._rows = RowState((length,), (self.policy.kept,), (length,), (length,))

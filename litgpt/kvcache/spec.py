@@ -15,6 +15,7 @@ from litgpt.config import Config
 from litgpt.kvcache.base import KVCache
 from litgpt.kvcache.baselines import DenseKVCache, LastRecentlyInsertedKVCache
 from litgpt.kvcache.blocks import BlockKVCache
+from litgpt.kvcache.by_head import ByHeadKVCache
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.kvcache.policies import POLICIES, Policy, PositionalPolicy
@@ -74,7 +75,8 @@ class CacheSpec:
         cache_length: all slots of a row and head (None: the policy's default).
         args: arguments of the policy or the storage, such as `n_sink`; and for policies that evict `budget`, how the
             slots are distributed over the layers without a sliding window, `cache_length` being the mean: "uniform",
-            "pyramid" (more for lower layers, arXiv:2406.02069), or a list of their shares.
+            "pyramid" (more for lower layers, arXiv:2406.02069), or a list of their shares; or "scores", for policies that read a
+            prompt twice: over the heads of all these layers, to those whose tokens score best.
 
     Raises:
         ValueError: if there is no such policy, storage or argument; it names those that there are.
@@ -102,6 +104,11 @@ class CacheSpec:
             if name not in known:
                 has = f"its arguments are {', '.join(known)}" if known else "it has no arguments"
                 raise ValueError(f"the key-value cache {str(self)!r} has no argument {name!r}: {has}")
+        if self.by_head and not getattr(self.policy_class, "reads_twice", False):
+            raise ValueError(
+                f"budget='scores' is for policies that read a prompt twice, such as kvzip, and {self.policy} does not: use "
+                "another budget or policy"
+            )
 
     @classmethod
     def parse(cls, text: "str | CacheSpec", cache_length: int | None = None, **args: Any) -> "CacheSpec":
@@ -142,6 +149,11 @@ class CacheSpec:
     def evicts(self) -> bool:
         """Whether a full cache drops tokens to take others."""
         return self.policy_class.evicts
+
+    @property
+    def by_head(self) -> bool:
+        """Whether heads get numbers of slots of their own. Such caches hold one row."""
+        return dict(self.arguments).get("budget") == "scores"
 
     def length_for(self, config: Config) -> int:
         """Slots of a row and head for a model; `ValueError` if they are not in 1..its context."""
@@ -202,7 +214,8 @@ class CacheSpec:
         storage, storage_args = self.storage_class, self.storage_args
         if storage.blocks and policy.evicts:  # a layer with a window
             storage, storage_args = STORAGES["default"], {}
-        return make_kv_cache(config, params, policy, block_idx, storage, storage_args, **kwargs)
+        by_head = self.by_head and isinstance(policy, ScorePolicy)
+        return make_kv_cache(config, params, policy, block_idx, storage, storage_args, by_head, **kwargs)
 
     def layer_lengths(self, config: Config, cache_length: int) -> list[int]:
         """Slots of every layer, by the budget.
@@ -212,7 +225,7 @@ class CacheSpec:
         """
         budget = dict(self.arguments).get("budget", "uniform")
         layers = [i for i in range(config.n_layer) if config.window(i) is None]
-        if budget == "uniform":
+        if budget in ("uniform", "scores"):
             shares = [1.0] * len(layers)
         elif budget == "pyramid":
             step = 2 * (1 - 1 / PYRAMID) / max(1, len(layers) - 1)
@@ -220,8 +233,8 @@ class CacheSpec:
         else:
             if not isinstance(budget, tuple) or len(budget) != len(layers) or not all(_is_positive(x) for x in budget):
                 raise ValueError(
-                    f"budget must be 'uniform', 'pyramid', or {len(layers)} positive numbers, one for each layer without a "
-                    f"sliding window, got {budget!r}"
+                    f"budget must be 'uniform', 'pyramid', 'scores', or {len(layers)} positive numbers, one for each layer "
+                    f"without a sliding window, got {budget!r}"
                 )
             shares = [x * len(layers) / sum(budget) for x in budget]
         lengths = [cache_length] * config.n_layer
@@ -272,9 +285,11 @@ def make_kv_cache(
     block_idx: int,
     storage: type[Storage] | None = None,
     storage_args: Mapping[str, Any] | None = None,
+    by_head: bool = False,
     **kwargs: Any,
 ) -> KVCache:
-    """The cache of a policy and a storage for layer `block_idx`; `kwargs` as for its class."""
+    """The cache of a policy and a storage for layer `block_idx`, perhaps one whose heads get slots of their own; `kwargs` as for its
+    class."""
     kind = NAMED_KV_CACHES.get(type(policy)) or next(
         (cache for kind, cache in KV_CACHES_OF_KINDS.items() if isinstance(policy, kind)), None
     )
@@ -285,6 +300,8 @@ def make_kv_cache(
     if storage.blocks:
         _check_pair(type(policy), next((name for name, one in STORAGES.items() if one is storage), ""), storage)
         kind = BlockKVCache
+    if by_head:
+        kind = ByHeadKVCache
     kind = kind.made_of(policy, storage, storage_args)
     return kind.from_policy(config, params, policy, block_idx, storage=storage, storage_args=storage_args, **kwargs)
 

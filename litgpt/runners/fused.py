@@ -120,7 +120,7 @@ class FusedLayers:
         self.plans = (StepPlan * len(layers))()
         self.scratch: torch.Tensor | None = None
         self.caches: list[weakref.ref[KVCache]] = []  # `layers` point to their buffers
-        self.places: list[tuple[int, int, int | None]] = []
+        self.places: list[tuple[int, int, int | None, int]] = []
         modules = [module for block in self.blocks for module in block.modules()] + [model.transformer.ln_f]
         self.watch = ModuleWatch(modules, apart=model.kv_caches())
 
@@ -238,7 +238,7 @@ class FusedLayers:
         self.caches = []  # until all layers point to theirs: an interrupt can come in between
         self.places = list(map(_place, caches))
         for layer, cache, place in zip(self.layers, caches, self.places, strict=True):
-            layer.keys, layer.values, layer.queries = place
+            layer.keys, layer.values, layer.queries, _ = place
             layer.row_stride, layer.head_stride, _, _ = cache.storage.kernel_view()[0].stride()
             layer.encoded = (Vectors * 2)(*(cache.storage.kernel_codes() or ()))
             if cache.kept_queries() is not None:
@@ -249,9 +249,9 @@ class FusedLayers:
         return True
 
 
-def _place(cache: PlannedKVCache) -> tuple[int, int, int | None]:
+def _place(cache: PlannedKVCache) -> tuple[int, int, int | None, int]:
     keys, values = cache._modules["storage"].kernel_view()  # `cache.storage` takes several times as long
-    return keys.data_ptr(), values.data_ptr(), address(cache.kept_queries())
+    return keys.data_ptr(), values.data_ptr(), address(cache.kept_queries()), cache.memory_version
 
 
 def _set_decode_plan(target: StepPlan, plan: Plan, B: int, T: int, dtype: torch.dtype) -> bool:
@@ -360,6 +360,7 @@ def _is_supported_cache(cache: KVCache | None, dtype: torch.dtype) -> bool:
         and cache.storage.kernel_view() is not None
         and (cache.storage.kernel_codes() is None or (dtype == torch.bfloat16 and ops.reads_codes()))
         and cache.mha.is_plain()
+        and not cache.heads
     )
 
 

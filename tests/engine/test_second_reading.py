@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import VOCABULARY, tiny_gpt, tiny_tokenizer
+from tiny import LATENT, VOCABULARY, tiny_gpt, tiny_tokenizer
 
 from litgpt.api import LLM, Preprocessor
 from litgpt.engine import Session
@@ -65,6 +65,51 @@ def test_what_stays_is_what_the_repetition_attends_to(flags, piece):
     torch.testing.assert_close(held[0, 0], keys[0, 0, expected[0]], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("flags", [{}, WINDOW, LATENT], ids=["", "window", "latent"])
+def test_with_the_budget_scores_what_stays_is_the_best_of_all_heads_and_layers(flags):
+    model = tiny_gpt(**flags, n_layer=2)
+    session, dense = Session(model, budget="scores", **KIND), Session(model, cache_length=64, kv_cache="dense")
+    session.extend([*PROMPT, 5])
+    dense.extend([*PROMPT, 5])
+    layers = [1] if flags is WINDOW else [0, 1]
+    scores = torch.stack([weights_of_repetition(model, layer, 0, 40, 2) for layer in layers])
+    scores = scores.unflatten(1, (model.config.cache_groups, -1)).amax(
+        2
+    )  # latent attention has one head of keys for all
+    scores[..., :2] = scores[..., 37:] = torch.inf
+    stays = torch.zeros(scores.numel(), dtype=torch.bool)
+    stays[scores.flatten().topk(12 * scores.shape[:2].numel()).indices] = True
+    for layer, expected in zip(layers, stays.view(scores.shape), strict=True):
+        cache, whole = session.kv_caches[layer], dense.kv_caches[layer].get_keys_values()
+        positions, held = cache.token_positions()[0], cache.get_keys_values()
+        for g, own in enumerate(expected):
+            kept = positions[g][positions[g] >= 0]
+            assert kept.tolist() == own.nonzero().flatten().tolist()
+            torch.testing.assert_close(held.keys()[0, g, : len(kept)], whole.keys()[0, g, kept], atol=1e-5, rtol=1e-5)
+
+
+def test_with_the_budget_scores_sessions_are_saved_forked_cropped_and_begun_anew(tmp_path):
+    model = tiny_gpt()
+    session, other = (Session(model, budget="scores", **KIND) for _ in range(2))
+    drawn = list(session.generate(PROMPT, 30, temperature=0.0))
+    assert drawn[0] == next(Session(model).generate(PROMPT, 1, temperature=0.0))
+    assert session.cache_bytes == Session(model, **KIND).cache_bytes == other.cache_bytes
+    assert any(cache.kept_by_head for cache in session.kv_caches)
+    session.save(tmp_path / "session")
+    other.load(tmp_path / "session")
+    fork = session.fork()
+    expected = list(session.generate(max_new_tokens=9, temperature=0.0))
+    assert list(fork.generate(max_new_tokens=9, temperature=0.0)) == expected
+    assert list(other.generate(max_new_tokens=9, temperature=0.0)) == expected
+    assert list(session.generate(PROMPT, 30, temperature=0.0)) == drawn
+    session.reset()
+    assert list(session.generate(PROMPT[:9], 20, temperature=0.0)) == list(
+        Session(model, **KIND).generate(PROMPT[:9], 20, temperature=0.0)
+    )
+    with pytest.raises(ValueError, match="use the same, or begin a new session"):
+        Session(model, **KIND).load(tmp_path / "session")
+
+
 def test_the_first_token_is_that_of_the_whole_prompt_and_the_rest_goes_on_from_what_is_kept():
     model = tiny_gpt()
     session, dense = Session(model, **KIND), Session(model)
@@ -100,6 +145,9 @@ def test_what_is_impossible_is_refused_in_one_line():
         llm.generate(["x" * 30, "y"], **kind)
     assert len(llm.generate(["x" * 30, "y"], batch_size=1, **kind)) == 2
     assert len(llm.generate(["x" * 9, "y"], **kind)) == 2
+    with pytest.raises(ValueError, match="for one sequence at a time, not for 2: use batch_size=1"):
+        llm.generate(["x" * 30, "y"], budget="scores", **kind)
+    assert len(llm.generate(["x" * 30, "y"], batch_size=1, budget="scores", **kind)) == 2
     with pytest.raises(ValueError, match="of 120 tokens, it leaves only 8 of the model's context of 128"):
         llm.generate("x" * 120, **kind)
 

@@ -131,22 +131,33 @@ class ScorePolicy(Policy):
     def best(self, tokens: CachedTokens) -> torch.Tensor:
         """Slots of the tokens that stay, (B, G, `kept`), ascending. Of equal scores the newer token's is better."""
         B, G, N = tokens.shape
-        scores = self.scores(tokens).float().expand(B, G, N)
+        scores = self._own_scores(tokens)
         if self.run == 1 and ops.can_choose_slots(scores):
             return ops.choose_slots(scores, self.n_sink, self.recent, self.kept)
-        scores = scores.nan_to_num(nan=-torch.inf)
-        if self.run > 1:
-            scores = _mean_of_runs(scores, tokens.positions.expand(B, G, N) // self.run)
         slots = torch.arange(N, device=scores.device)
-        scores = scores.masked_fill((slots < self.n_sink) | (slots >= N - self.recent), torch.inf)
-        bits = (scores + 0.0).view(torch.int32)  # + 0.0: of two zeros none is less
-        order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() << 32 | slots  # as integers, all different
+        order = self._ranked(scores, tokens).long() << 32 | slots  # all different
         fewer = min(self.kept, N - self.kept)
         found = order.topk(fewer, dim=-1, largest=fewer == self.kept, sorted=False).indices
         stays = torch.full_like(order, fewer != self.kept, dtype=torch.bool).scatter_(-1, found, fewer == self.kept)
         place = torch.where(stays, stays.cumsum(-1) - 1, self.kept)
         index = torch.empty_like(order[..., : self.kept + 1]).scatter_(-1, place, slots.expand(B, G, N))
         return index[..., : self.kept]
+
+    def ranks(self, tokens: CachedTokens) -> torch.Tensor:
+        """Whole numbers (B, G, N), int32, in the order of the scores; the largest one for tokens that always stay."""
+        return self._ranked(self._own_scores(tokens), tokens)
+
+    def _own_scores(self, tokens: CachedTokens) -> torch.Tensor:
+        return self.scores(tokens).float().expand(tokens.shape)
+
+    def _ranked(self, scores: torch.Tensor, tokens: CachedTokens) -> torch.Tensor:
+        scores = scores.nan_to_num(nan=-torch.inf)
+        if self.run > 1:
+            scores = _mean_of_runs(scores, tokens.positions.expand(tokens.shape) // self.run)
+        bits = (scores + 0.0).view(torch.int32)  # + 0.0: of two zeros none is less
+        slots = torch.arange(scores.shape[-1], device=scores.device)
+        stays = (slots < self.n_sink) | (slots >= scores.shape[-1] - self.recent)
+        return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).masked_fill(stays, 0x7FFFFFFF)
 
 
 def _mean_of_runs(scores: torch.Tensor, runs: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,318 @@
+"""Caches of score policies whose heads keep different numbers of tokens, in memory for as many."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from litgpt.keys_and_values import DefaultKeysAndValues, KeysAndValues
+from litgpt.kvcache.plan import Boundary, Plan, Step
+from litgpt.kvcache.planned import RowState
+from litgpt.kvcache.policies.score import ScorePolicy
+from litgpt.kvcache.score import ScoreKVCache
+from litgpt.kvcache.storages.base import write_slots
+from litgpt.kvcache.tokens import CachedTokens
+from litgpt.masks import Consecutive
+
+
+@dataclass(frozen=True)
+class Head:
+    """One of a cache's heads of keys and values.
+
+    Attributes:
+        g: its number.
+        queries: the heads of queries that attend to it.
+        policy: with its number of slots.
+        first: its first slot, of those of all heads.
+        extra: how many tokens more than the mean stay in it.
+    """
+
+    g: int
+    queries: slice
+    policy: ScorePolicy
+    first: int
+    extra: int
+
+    @property
+    def kept(self) -> slice:
+        """Slots of the tokens that stay."""
+        return slice(self.first, self.first + self.policy.kept)
+
+
+class ByHeadKVCache(ScoreKVCache):
+    """A cache of one row that is like others of its policy until `hold` gives each head a number of slots of its own. A second
+    reading of a prompt does (`litgpt.engine.second_reading`), by `share_slots`; an empty cache is like others again.
+
+    The heads then lie one after the other, as one head of a storage for all of their slots. All tails are equally long, so they
+    fill up and are emptied together, and plans are those of a cache with as many slots in every head: what is slot j there is
+    slot j + `extra` of a head.
+    """
+
+    def __init__(self, config: Any, batch_size: int, *args: Any, **kwargs: Any) -> None:
+        if batch_size > 1:
+            raise ValueError(
+                f"caches with budget='scores' are for one sequence at a time, not for {batch_size}: use batch_size=1, or "
+                "another budget"
+            )
+        super().__init__(config, batch_size, *args, **kwargs)
+        self.heads: tuple[Head, ...] = ()  # empty: all have as many slots
+        self.memory_version = 0
+
+    @property
+    def kept_by_head(self) -> tuple[int, ...]:
+        """How many tokens stay in each head; empty where there are as many in all of them."""
+        return tuple(head.policy.kept for head in self.heads)
+
+    def hold(self, kept: Sequence[int]) -> None:
+        """Have slots for so many tokens that stay in each head, and the tail; or, if there are none, as many in every head. What
+        is stored is lost."""
+        kept = tuple(kept)
+        if kept == self.kept_by_head:
+            return
+        least, tail = self.policy.n_sink + self.policy.recent, self.policy.tail
+        if kept and (len(kept) != self.n_query_groups or min(kept) < least):
+            raise ValueError(f"{self.n_query_groups} heads keep at least {least} tokens each, got {list(kept)}")
+        heads, first, group = [], 0, self.n_head // self.n_query_groups
+        for g, n in enumerate(kept):
+            policy = replace(self.policy, cache_length=n + tail)
+            heads.append(Head(g, slice(g * group, (g + 1) * group), policy, first, n - self.policy.kept))
+            first += n + tail
+        params = self.get_params()
+        if kept:
+            params = replace(params, n_query_groups=1, cache_length=first)
+        self.storage = type(self.storage)(params, **self._storage_args)
+        self._make_own_buffers(params)
+        self.heads = tuple(heads)
+        self.memory_version += 1
+
+    # -- what is in it
+
+    @property
+    def n_slots(self) -> int:
+        """Of all heads together."""
+        return sum(head.policy.cache_length for head in self.heads) or self.n_query_groups * self.cache_length
+
+    @property
+    def current_length(self) -> int:
+        return super().current_length + max((head.extra for head in self.heads if self._rows.lengths), default=0)
+
+    def token_positions(self) -> torch.Tensor:
+        if not self.heads:
+            return super().token_positions()
+        (length,), (filled,), *_ = self._rows.fields
+        positions = torch.full((1, self.n_query_groups, self.current_length), -1, device=self.device)
+        for head in self.heads:
+            own, tail = positions[0, head.g], filled - self.policy.kept
+            own[: head.policy.kept] = self.positions[0, 0, head.kept]
+            own[head.policy.kept :][:tail] = torch.arange(length - tail, length, device=self.device)
+        return positions
+
+    def get_keys_values(self) -> KeysAndValues | None:
+        if not self.heads:
+            return super().get_keys_values()
+        G, N, filled = self.n_query_groups, self.current_length, super().current_length
+        stored = [self._stored_in(head, filled + head.extra) for head in self.heads]
+        keys, values = (
+            torch.zeros(1, G, N, x.shape[-1], dtype=x.dtype, device=x.device)
+            for x in (stored[0].keys(), stored[0].values())
+        )
+        for g, of_head in enumerate(stored):
+            own = of_head.keys()
+            keys[0, g, : own.shape[2]], values[0, g, : own.shape[2]] = own[0, 0], of_head.values()[0, 0]
+        return DefaultKeysAndValues(keys, values)
+
+    def _stored_in(self, head: Head, used: int) -> KeysAndValues:
+        """What is in the first `used` slots of a head."""
+        return self.storage.get(1, slice(head.first, head.first + used))
+
+    # -- one call
+
+    def plan(self, *args: Any, static: bool = False) -> Plan:
+        if static:
+            raise ValueError(
+                "caches with budget='scores' do not run in compiled code: leave out --compile, or the budget"
+            )
+        return super().plan(*args)
+
+    def prepare(self, plan: Plan, sink_logits: torch.Tensor | None = None) -> Plan:
+        if not any(plan.before):
+            self.hold(())
+        return super().prepare(plan, sink_logits)
+
+    def _looks_in_kernels(self) -> bool:
+        return not self.heads and super()._looks_in_kernels()
+
+    def _run_step(
+        self,
+        step: Step,
+        rows: torch.Tensor | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sink_logits: torch.Tensor | None,
+        recording: bool,
+    ) -> torch.Tensor:
+        if not self.heads:
+            return super()._run_step(step, rows, query, key, value, sink_logits, recording)
+        if step.boundary is not None:
+            self._look(step.boundary, sink_logits)
+        if recording:
+            self.storage.detach_writes()
+        slots = torch.cat([step.slots + (head.first + head.extra) for head in self.heads])
+        self.storage.set(*(x[:, :, step.write].flatten(1, 2)[:, None] for x in (key, value)), slots, None)
+        outputs = []
+        for head in self.heads:
+            seen = step.read.stop + head.extra
+            consecutive = Consecutive(step.consecutive.T, seen, None, self.dtype, self.device)
+            own, sinks = (
+                query[:, head.queries, step.queries],
+                None if sink_logits is None else sink_logits[head.queries],
+            )
+            outputs.append(
+                self.mha.attend_consecutive(own, self._stored_in(head, seen), consecutive, sink_logits=sinks)[0]
+            )
+        if step.kept_queries is not None:
+            write_slots(self.queries, query[:, :, step.kept_queries].detach(), step.query_slots, rows)
+        return torch.cat(outputs, dim=1)
+
+    def _look(self, boundary: Boundary, sink_logits: torch.Tensor | None) -> None:
+        if not self.heads:
+            return super()._look(boundary, sink_logits)
+        index = torch.arange(self.n_slots, device=self.device)
+        with torch.no_grad():
+            for head in self.heads:
+                tokens = self._tokens_in(head, boundary, sink_logits)
+                if head.policy.observes:
+                    head.policy.observe(tokens)
+                chosen = head.policy.best(tokens)[0, 0]
+                self._note_in(head, tokens, chosen)
+                index[head.kept] = head.first + chosen
+        self.storage.compact(index[None, None])
+
+    def _tokens_in(self, head: Head, boundary: Boundary, sink_logits: torch.Tensor | None) -> CachedTokens:
+        """What a boundary's policy is shown of a head, all of whose slots are in use."""
+        used, seen = head.policy.cache_length, boundary.observed + head.extra
+        positions = torch.arange(used, device=self.device) + boundary.shift.view(1) - head.extra
+        positions[: head.policy.kept] = self.positions[0, 0, head.kept]
+        slot_state = self.positions.new_zeros((self.policy.slot_state, 1, 1, used), dtype=torch.float32)
+        if self.policy.slot_state:
+            slot_state[:, 0, 0, :seen] = self.slot_state[0, :, 0, head.first : head.first + seen]
+        stored, queries = self._stored_in(head, used), None
+        if self.policy.n_queries:
+            queries = self.queries[:1, head.queries, boundary.query_slots[0]]
+        return CachedTokens(
+            stored,
+            positions[None, None],
+            stored.keys()[:, :, :0] if queries is None else queries,
+            boundary.query_positions,
+            slot_state,
+            self.row_state[:1, head.queries] if self._has_row_state else slot_state[:0],
+            self.block_idx,
+            self.mha,
+            None if sink_logits is None else sink_logits[head.queries],
+        )
+
+    def _note_in(self, head: Head, tokens: CachedTokens, chosen: torch.Tensor) -> None:
+        """Keep the policy's numbers of a head, and the positions of the tokens that stay in it."""
+        self.positions[0, 0, head.kept] = tokens.positions[0, 0, chosen].int()
+        if self.policy.slot_state:
+            self.slot_state[0, :, 0, head.kept] = tokens.slot_state[:, 0, 0, chosen]
+        if self._has_row_state and tokens.row_state.numel():
+            self.row_state[:1, head.queries] = tokens.row_state
+
+    def take_over(self, tokens: CachedTokens) -> None:
+        if not self.heads:
+            return super().take_over(tokens)
+        length = tokens.shape[2]
+        with torch.no_grad():
+            for head in self.heads:
+                own = replace(
+                    tokens,
+                    keys_values=DefaultKeysAndValues(
+                        *(x[:, head.g, None] for x in (tokens.keys_values.keys(), tokens.keys_values.values()))
+                    ),
+                    slot_state=tokens.slot_state[:, :, head.g, None],
+                )
+                chosen = head.policy.best(own)[0, 0]
+                self._note_in(head, own, chosen)
+                slots = torch.arange(head.first, head.kept.stop, device=self.device)
+                stored = own.keys_values
+                self.storage.set(stored.keys()[:, :, chosen], stored.values()[:, :, chosen], slots, None)
+        self._rows = RowState((length,), (self.policy.kept,), (length,), (length,))
+
+    # -- state between calls
+
+    def clear(self) -> None:
+        super().clear()
+        self.hold(())
+
+    def start(self, batch_size: int) -> None:
+        super().start(batch_size)
+        self.hold(())
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        super().rewind(counts)
+        if not any(self.row_lengths):
+            self.hold(())
+
+    def fork(self) -> "ByHeadKVCache":
+        other = self.empty_copy()
+        other.load_state(self.state(copy=False))
+        return other
+
+    def state(self, row: int | None = None, copy: bool = True) -> dict[str, Any]:
+        return super().state(row, copy) | self._own_state_of_heads()
+
+    def state_of_row(self, row: int, copy: bool = True) -> dict[str, Any]:
+        return super().state_of_row(row, copy) | self._own_state_of_heads()
+
+    def _own_state_of_heads(self) -> dict[str, Any]:
+        return {"kept_by_head": list(self.kept_by_head)} if self.heads else {}
+
+    def load_state(self, state: Mapping[str, Any], row: int | None = None) -> None:
+        with self._held_as_in(state):
+            super().load_state(state, row)
+
+    def load_state_of_row(self, row: int, state: Mapping[str, Any]) -> None:
+        with self._held_as_in(state):
+            super().load_state_of_row(row, state)
+
+    @contextmanager
+    def _held_as_in(self, state: Mapping[str, Any]) -> Iterator[None]:
+        """Slots as a state needs them; if it cannot be loaded, those that there were, with what they hold."""
+        before = self._modules["storage"], dict(self._buffers), self.heads
+        self.hold(state.get("kept_by_head", ()))
+        try:
+            yield
+        except ValueError:
+            self.storage, buffers, self.heads = before
+            self._buffers.update(buffers)
+            self.memory_version += 1
+            raise
+
+    def _stored(self, batch: int, used: int) -> dict[str, torch.Tensor]:
+        return super()._stored(batch, self.n_slots if self.heads else used)
+
+    def _load_stored(self, state: Mapping[str, Any], batch: int, used: int) -> None:
+        super()._load_stored(state, batch, self.n_slots if self.heads else used)
+
+
+def share_slots(caches: Sequence[ByHeadKVCache], tokens: Sequence[CachedTokens]) -> None:
+    """Let the heads of all caches have the slots of all of them by their scores: those tokens stay, all heads together, that score
+    best, next to the first and the newest ones of every head.
+
+    Args:
+        caches: of one policy, and empty.
+        tokens: what each may keep of one text.
+    """
+    ranks = [cache.policy.ranks(of_cache)[0] for cache, of_cache in zip(caches, tokens, strict=True)]
+    flat = torch.cat([of_cache.flatten().to(ranks[0].device) for of_cache in ranks]).long()
+    n_heads, length = sum(map(len, ranks)), ranks[0].shape[1]
+    order = flat << 32 | torch.arange(len(flat), device=flat.device)  # all different
+    best = order.topk(n_heads * caches[0].policy.kept, sorted=False).indices
+    kept = torch.bincount(best // length, minlength=n_heads).tolist()
+    for cache in caches:
+        own, kept = kept[: cache.n_query_groups], kept[cache.n_query_groups :]
+        cache.hold(own)
