@@ -351,14 +351,12 @@ def create_finetuning_performance_report(
     training_time: float, token_counts: Mapping[str, Any], device_type: str
 ) -> str:
     """The counts and speed of a fine-tuning as a table; `token_counts` are tensors by name, as LoRA's `fit` gives them."""
-    counts = {name: int(torch.as_tensor(value).sum()) for name, value in token_counts.items()}
-    total = counts.get("raw_tokens_plus_prompt_template_and_padding", 0)
-    rows = [f"{name.replace('_', ' ').capitalize()}: {count}" for name, count in counts.items()]
-    rows += [f"Training Time: {training_time:.2f} s", f"Tok/sec: {total / max(training_time, 1e-9):.2f} tok/s"]
-    if device_type == "cuda":
-        rows.append(f"Memory Used: {torch.cuda.max_memory_allocated() / 1e9:.02f} GB")
-    line = "| " + "-" * 53
-    return "\n".join([line, *(f"| - {row}" for row in rows), line])
+    from litgpt.train.report import performance_table
+
+    names = ("raw_tokens", "raw_tokens_plus_prompt_template", "raw_tokens_plus_prompt_template_and_padding")
+    counts = [int(torch.as_tensor(token_counts.get(name, 0)).sum()) for name in names]
+    memory = torch.cuda.max_memory_allocated() / 1e9 if device_type == "cuda" else None
+    return performance_table(counts, training_time, memory)
 
 
 def flops_per_param(max_seq_length: int, n_layer: int, n_embd: int, n_params: int) -> int:

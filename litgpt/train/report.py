@@ -4,6 +4,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -42,37 +43,30 @@ class Reporter:
     ) -> None:
         """After an iteration: `loss` is summed over the `counted` tokens of the window so far, of this process, which has gone
         through this `part` of the window."""
-        is_step = part == 1
-        mean = loss / counted if counted else 0.0
+        is_step, mean = part == 1, loss / counted if counted else 0.0
         if is_step:
             self.curve.append((position.step_count, mean))
         if position.iter_num % self.train.log_interval:
             return
-        elapsed = time.perf_counter() - self._began
+        start, elapsed = self._start, time.perf_counter() - self._began
         steps = position.step_count + (0 if is_step else part)
-        left = (self.max_steps - steps) * elapsed / (steps - self._start.step_count)
+        left = (self.max_steps - steps) * elapsed / (steps - start.step_count)
         if self.train.max_time is not None:
-            left = min(left, max(0.0, self.train.max_time - self._start.seconds - elapsed))
-        speed = (position.tokens - self._start.tokens) / elapsed
+            left = min(left, max(0.0, self.train.max_time - start.seconds - elapsed))
         self.fabric.print(
             f"Epoch {position.epoch + 1} | iter {position.iter_num} step {position.step_count} | loss train: {mean:.3f},"
             f" val: {'n/a' if self.val_loss is None else f'{self.val_loss:.3f}'} | iter time: {seconds * 1000:.2f} ms"
-            f"{' (step)' if is_step else ''} | {speed:.0f} tok/s, {peak_memory(self.fabric.device):.2f} GB"
-            f" remaining time: {timedelta(seconds=int(left))}"
+            f"{' (step)' if is_step else ''} | {(position.tokens - start.tokens) / elapsed:.0f} tok/s,"
+            f" {peak_memory(self.fabric.device):.2f} GB remaining time: {timedelta(seconds=int(left))}"
         )
-        numbers = {"iter": position.iter_num, "step": position.step_count, "epoch": position.epoch}
-        numbers |= {"tokens": position.tokens, "total_tokens": position.tokens, "iter_time": seconds}
-        numbers |= {"loss": mean, "learning_rate": learning_rate}
-        numbers |= {
-            "time": elapsed,
-            "batches": position.iter_num,
-            "samples": position.samples,
-            "lengths": position.tokens,
-        }
-        for name, total in (("batches", "iter_num"), ("samples", "samples"), ("items", "tokens")):
-            own = self.fabric.world_size if name != "batches" else 1  # processes that a total is over
-            rate = (getattr(position, total) - getattr(self._start, total)) / elapsed / own
-            numbers[f"device/{name}_per_sec"] = rate
+        numbers = {"iter": position.iter_num, "step": position.step_count, "epoch": position.epoch, "time": elapsed}
+        numbers |= {"loss": mean, "learning_rate": learning_rate, "iter_time": seconds}
+        numbers |= {"batches": position.iter_num, "samples": position.samples}
+        numbers |= dict.fromkeys(("tokens", "total_tokens", "lengths"), position.tokens)
+        done = {"batches": position.iter_num - start.iter_num}  # the other two are over all processes
+        done["samples"] = (position.samples - start.samples) / self.fabric.world_size
+        done["items"] = (position.tokens - start.tokens) / self.fabric.world_size
+        numbers |= {f"device/{name}_per_sec": number / elapsed for name, number in done.items()}
         self.fabric.log_dict(numbers, step=position.iter_num)
 
     def validation(self, position: Position, loss: float, seconds: float | None) -> None:
@@ -85,26 +79,38 @@ class Reporter:
             self.fabric.print(f"iter {position.iter_num}: val loss {loss:.4f}, val time: {seconds * 1000:.2f} ms")
         self.fabric.log_dict({"val_loss": loss, "val_ppl": perplexity}, step=position.iter_num)
 
-    def summary(self, metrics: dict[str, float]) -> None:
-        """Print the counts and speed of a run."""
-        rows = [
-            ("Token Counts", None),
-            ("- Input Tokens", f"{metrics['counted_tokens']:>8,}"),
-            ("- Tokens w/ Prompt", f"{metrics['tokens']:>8,}"),
-            ("- Total Tokens (w/ Padding)", f"{metrics['tokens']:>8,}"),  # padding is left out
-            ("Performance", None),
-            ("- Training Time", f"{metrics['seconds']:.2f} s"),
-            ("- Tok/sec", f"{metrics['tokens_per_second']:.2f} tok/s"),
-            ("Memory Usage", None),
-            ("- Memory Used", f"{peak_memory(self.fabric.device):.2f} GB"),
-        ]
-        line = "| " + "-" * 53
-        text = [f"{line}\n| {name}" if value is None else f"| {name:<27} : {value:>12}" for name, value in rows]
-        self.fabric.print("\n" + "\n".join([*text, line]) + "\n")
+    def summary(self, position: Position) -> dict[str, float]:
+        """Print the counts and speed of a run. Returns its metrics."""
+        metrics = {
+            "steps": position.step_count,
+            "tokens": position.tokens,
+            "counted_tokens": position.counted,
+            "seconds": position.seconds,
+            "tokens_per_second": position.tokens / max(position.seconds, 1e-9),
+        }
+        counts = (position.counted, position.tokens, position.tokens)  # padding is left out
+        memory = peak_memory(self.fabric.device)
+        self.fabric.print(f"\n{performance_table(counts, position.seconds, memory)}\n")
+        metrics |= {"train_loss": self.curve[-1][1]} if self.curve else {}
+        return metrics | ({} if self.val_loss is None else {"val_loss": self.val_loss})
 
     def write_curve(self, path: Path) -> None:
         """Draw the losses over the steps, as SVG."""
         path.write_text(curve_svg({"train": self.curve, "validation": self.val_curve}), encoding="utf-8")
+
+
+def performance_table(counts: Sequence[int], seconds: float, memory: float | None) -> str:
+    """Tokens, without and with prompts and with padding, the speed of a run, and the most memory in GB, as LitGPT shows them."""
+    names = ("Input Tokens", "Tokens w/ Prompt", "Total Tokens (w/ Padding)")
+    rows = {"Token Counts": {name: f"{count:>8,}" for name, count in zip(names, counts, strict=True)}}
+    speed = counts[-1] / max(seconds, 1e-9)
+    rows["Performance"] = {"Training Time": f"{seconds:.2f} s", "Tok/sec": f"{speed:.2f} tok/s"}
+    rows |= {} if memory is None else {"Memory Usage": {"Memory Used": f"{memory:.2f} GB"}}
+    text = line = "| " + "-" * 53
+    for title, values in rows.items():
+        lines = [f"| {title}", *(f"| - {name:<25} : {value:>12}" for name, value in values.items()), line]
+        text += "".join(f"\n{one}" for one in lines)
+    return text
 
 
 def curve_svg(curves: dict[str, list[tuple[int, float]]], width: int = 720, height: int = 400) -> str:

@@ -1,6 +1,5 @@
 """A training run: a model, data and options go in, a trained model in a folder that every other command takes comes out."""
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -12,17 +11,15 @@ import torch.distributed
 import yaml
 from lightning import Fabric
 from lightning.fabric.loggers import CSVLogger
+from torch.utils.data import IterableDataset
 
 from litgpt.args import TrainArgs
 from litgpt.atomic_file import only_writer, replacing_folder
 from litgpt.checkpoint.base import WEIGHTS_NAME
 from litgpt.checkpoint.load import save_config
 from litgpt.config import Config
-from litgpt.data.lit_data import StreamModule
-from litgpt.data.tokens import TextModule
 from litgpt.engine import Engine, Sampling, Sequence, decode, prepare_caches
 from litgpt.errors import is_out_of_memory
-from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.memory import as_text, available_bytes
 from litgpt.model import GPT
 from litgpt.pages import release_freed_memory
@@ -30,18 +27,8 @@ from litgpt.prompts import save_prompt_style
 from litgpt.runners.huge_pages import use_huge_pages
 from litgpt.runners.quantized_weights import num_parameters
 from litgpt.tokenizer import Tokenizer
+from litgpt.train import checkpointing
 from litgpt.train.cached_layers import CachedLayers
-from litgpt.train.checkpointing import (
-    full_tensors,
-    is_divided,
-    load_optimizer_state,
-    load_parameters,
-    optimizer_state,
-    random_state,
-    remove_old,
-    set_random_state,
-    step_folders,
-)
 from litgpt.train.loop import Loop
 from litgpt.train.methods import Method
 from litgpt.train.model import TrainingModel
@@ -97,7 +84,7 @@ class Run:
                 metrics = self._run(resume)
             status = "success"
         except KeyboardInterrupt:
-            if out_dir is not None and (steps := step_folders(out_dir)):
+            if out_dir is not None and (steps := checkpointing.step_folders(out_dir)):
                 self.fabric.print(f"Interrupted: the same command with --resume auto goes on from {steps[-1]}")
             raise
         finally:
@@ -106,15 +93,51 @@ class Run:
         return metrics
 
     def _run(self, resume: Path | None) -> dict[str, float]:
+        fabric, evaluation = self.fabric, self.options.eval
+        self._set_up(resume is None)
+        loop = self.loop
+        if resume is not None:
+            fabric.print(f"Resuming training from {resume}")
+            self.load(resume)
+            if loop.position.batches:
+                fabric.print(f"Resuming dataset: {loop.position.batches} / {len(loop.train_loader)}")
+        validates = loop.val_loader is not None
+        if validates and evaluation.initial_validation:
+            fabric.print("Validating ...")
+            fabric.print(f"Initial evaluation | val loss: {loop.validate():.3f}")
+        elif validates:
+            fabric.print("Verifying settings ...")
+            loop.validate(VERIFIED_BATCHES)
+        for logger in fabric.loggers:
+            if not isinstance(logger, CSVLogger):  # which has no place for settings
+                logger.log_hyperparams(self.options.hyperparameters)
+        try:
+            loop.run()
+        except (RuntimeError, MemoryError) as error:
+            if self.options.kv_cache is not None and is_out_of_memory(error):
+                raise RuntimeError(self._does_not_fit(None)) from error
+            raise
+        if validates and evaluation.final_validation:
+            fabric.print("Validating ...")
+            loop.note_validation(loop.validate())
+        metrics = loop.report.summary(loop.position)
+        self.save_final()
+        return metrics
+
+    def _set_up(self, from_start: bool) -> None:
+        """The model with its loss, the optimizer and the loop, on their devices."""
         fabric, options, train = self.fabric, self.options, self.options.train
         fabric.print(f"Number of trainable parameters: {num_parameters(self.gpt, True):,}")
         if not self.method.trains_all:
             fabric.print(f"Number of non-trainable parameters: {num_parameters(self.gpt, False):,}")
-        spec, left = options.cache_spec(), available_bytes(fabric.device)
-        cached = None if spec is None else CachedLayers(self.gpt, spec, options.prompt_chunksize, train.keep_inputs)
-        if spec is not None and left is not None and (problem := self._does_not_fit(spec, left)):
-            raise ValueError(problem)
-        teacher = None if train.teacher is None else Teacher(self.gpt, options.prompt_chunksize)
+        cached = teacher = None
+        if (spec := options.cache_spec()) is not None:
+            left = available_bytes(fabric.device)
+            if left is not None and (problem := self._does_not_fit(left)):
+                raise ValueError(problem)
+            cached = CachedLayers(self.gpt, spec, options.prompt_chunksize, train.keep_inputs)
+        if train.teacher is not None:
+            teacher = Teacher(self.gpt, options.prompt_chunksize)
         self.model = TrainingModel(self.gpt, train.activation_checkpointing, cached, teacher)
         model = fabric.setup_module(self.model)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -124,55 +147,22 @@ class Run:
         if fabric.world_size == 1 and fabric.device.type == "cpu":
             self.model.keep_gradients()
             use_huge_pages(self.gpt)
-            if resume is None:
+            if from_start:
                 reserve_state(self.optimizer)
-        optimizer = fabric.setup_optimizers(self.optimizer)
-        train_loader, val_loader = self.loaders
-        max_steps = self._max_steps()
-        warmup = train.lr_warmup_steps or 0
-        if train.lr_warmup_fraction:
-            warmup = round(train.lr_warmup_fraction * max_steps)
-        if warmup >= max_steps:
-            if warmup < (train.max_steps or math.inf):  # else there was a warning
-                fabric.print(f"The run has {max_steps} steps: warming up for {max_steps // 10} instead of {warmup}")
+        optimizer, max_steps = fabric.setup_optimizers(self.optimizer), self._max_steps()
+        warmup = asked = round((train.lr_warmup_fraction or 0) * max_steps) or train.lr_warmup_steps or 0
+        if asked >= max_steps:
             warmup = max_steps // 10
+            fabric.print(f"The run has {max_steps} steps: warming up for {warmup} instead of {asked}")
         scheduler = cosine_schedule(optimizer, warmup, max_steps, train.min_lr)
         show = self.show_example if options.eval.max_new_tokens and self.tokenizer is not None else None
-        parts = (model, optimizer, scheduler, train_loader, val_loader, train, options.eval, max_steps)
-        self.loop = loop = Loop(fabric, *parts, self.save_step, show)
+        parts = (model, optimizer, scheduler, *self.loaders, train, options.eval, max_steps)
+        self.loop = Loop(fabric, *parts, self.save_step, show)
         if self._lengths:
             fabric.print(
                 f"The longest sequence length in the train data is {max(self._lengths)}, the model's maximum sequence length is "
                 f"{min(max(self._lengths), self._longest)} and context length is {self.config.block_size}"
             )
-        if resume is not None:
-            fabric.print(f"Resuming training from {resume}")
-            self.load(resume)
-            if loop.position.batches:
-                fabric.print(f"Resuming dataset: {loop.position.batches} / {len(train_loader)}")
-        if val_loader is not None:
-            if options.eval.initial_validation:
-                fabric.print("Validating ...")
-                fabric.print(f"Initial evaluation | val loss: {loop.validate():.3f}")
-            else:
-                fabric.print("Verifying settings ...")
-                loop.validate(VERIFIED_BATCHES)
-        for logger in fabric.loggers:
-            if not isinstance(logger, CSVLogger):  # which has no place for settings
-                logger.log_hyperparams(options.hyperparameters)
-        try:
-            loop.run()
-        except (RuntimeError, MemoryError) as error:
-            if cached is not None and is_out_of_memory(error):
-                raise RuntimeError(self._does_not_fit(spec)) from error
-            raise
-        if val_loader is not None and options.eval.final_validation:
-            fabric.print("Validating ...")
-            loop.note_validation(loop.validate())
-        metrics = self._metrics()
-        loop.report.summary(metrics)
-        self.save_final()
-        return metrics
 
     @property
     def _longest(self) -> int:
@@ -188,52 +178,33 @@ class Run:
         """Optimizer steps of the run."""
         loader, train, n_processes = self.loaders[0], self.options.train, self.fabric.world_size
         accumulation = train.gradient_accumulation_iters(n_processes) * n_processes
-        per_epoch = tokens = None
+        per_epoch = None
         with suppress(TypeError):  # a stream has no length
             per_epoch = -(-len(loader) // accumulation)
+        tokens = accumulation * train.micro_batch_size * self._longest
         if self._lengths:
             tokens = round(sum(self._lengths) / len(loader) * accumulation)
-        elif isinstance(self.options.data, TextModule | StreamModule):  # all rows have as many tokens
-            tokens = accumulation * loader.batch_size * self._longest
-        elif train.max_tokens is not None:  # a module made elsewhere: rows are all like the first, or as long as can be
-            with suppress(TypeError, LookupError, NotImplementedError):
-                if isinstance(row := loader.dataset[0], torch.Tensor):
-                    tokens = accumulation * train.micro_batch_size * (len(row) - 1)
-            tokens = tokens or accumulation * train.micro_batch_size * self._longest
+        elif not isinstance(loader.dataset, IterableDataset) and isinstance(row := loader.dataset[0], torch.Tensor):
+            tokens = accumulation * train.micro_batch_size * (len(row) - 1)
         return steps_of_run(per_epoch, tokens, train.epochs, train.max_steps, train.max_tokens)
 
-    def _does_not_fit(self, spec: CacheSpec, left: int | None = None) -> str | None:
-        """That the largest batch does not fit, and the options that help (None: it fits into the memory that is `left`)."""
+    def _does_not_fit(self, left: int | None) -> str | None:
+        """That the largest batch does not fit, and the options that help. None: it fits into the memory that is `left`, if that
+        is known."""
         gpt, train, length = self.gpt, self.options.train, self._longest
         if self._lengths and not train.pack:
             length = min(length, max(self._lengths))
         trained_head = any(p.requires_grad for p in gpt.lm_head.parameters())
         numbers = (train.micro_batch_size, length, self.options.prompt_chunksize)
-        step = StepMemory(gpt.config, spec, *numbers, gpt.dtype, trained_head)
-        needed = step.total(train.keep_inputs)
+        step = StepMemory(gpt.config, self.options.cache_spec(), *numbers, gpt.dtype, trained_head)
+        needed, known = step.total(train.keep_inputs), "" if left is None else f", and {as_text(left)} are left"
         if left is not None and needed <= left:
             return None
-        room = needed * 9 // 10 if left is None else left
-        known = "" if left is None else f", and {as_text(left)} are left"
+        remedy = step.remedy(needed * 9 // 10 if left is None else left, self.fabric.device.type == "cpu")
         return (
             f"a batch of {step.rows} x {step.length:,} tokens does not fit: it needs about {as_text(needed)} beside the model"
-            f"{known}; what helps is {step.remedy(room, self.fabric.device.type == 'cpu')}"
+            f"{known}; what helps is {remedy}"
         )
-
-    def _metrics(self) -> dict[str, float]:
-        position, report = self.loop.position, self.loop.report
-        metrics = {
-            "steps": position.step_count,
-            "tokens": position.tokens,
-            "counted_tokens": position.counted,
-            "seconds": position.seconds,
-            "tokens_per_second": position.tokens / max(position.seconds, 1e-9),
-        }
-        if report.curve:
-            metrics["train_loss"] = report.curve[-1][1]
-        if report.val_loss is not None:
-            metrics["val_loss"] = report.val_loss
-        return metrics
 
     # -- checkpoints
 
@@ -242,12 +213,12 @@ class Run:
         out_dir, loop = self.options.out_dir, self.loop
         if out_dir is None:
             return
-        random = [random_state()]
+        random = own = [checkpointing.random_state()]
         if self.fabric.world_size > 1:
-            random = [None] * self.fabric.world_size
-            torch.distributed.all_gather_object(random, random_state())
+            random = own * self.fabric.world_size
+            torch.distributed.all_gather_object(random, own[0])
         state = {
-            "optimizer": optimizer_state(self.model, self.optimizer),
+            "optimizer": checkpointing.optimizer_state(self.model, self.optimizer),
             "scheduler": loop.scheduler.state_dict(),
             "iter_num": loop.position.iter_num,
             "step_count": step,
@@ -259,7 +230,7 @@ class Run:
         digits = self.options.step_digits
         self._write(out_dir / f"step-{step:0{digits}d}", state)
         if self.fabric.is_global_zero:
-            remove_old(out_dir, self.options.train.keep_last, loop.position.best_step)
+            checkpointing.remove_old(out_dir, self.options.train.keep_last, loop.position.best_step)
 
     def save_final(self) -> None:
         """Write the trained weights, and a picture of the losses."""
@@ -275,7 +246,7 @@ class Run:
     def _write(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Write the trained weights, `state`, and all that belongs to a checkpoint. All processes call it."""
         release_freed_memory()  # of activations: saving takes some, too
-        weights = full_tensors(self.gpt, self.method.is_trained)
+        weights = checkpointing.full_tensors(self.gpt, self.method.is_trained)
         if self.fabric.is_global_zero:
             self.fabric.print(self.method.saving(folder / f"{WEIGHTS_NAME}{self.method.suffix}"))
             try:
@@ -289,7 +260,7 @@ class Run:
                     if (style := getattr(self.options.data, "prompt_style", None)) is not None:
                         save_prompt_style(style, temporary)
             except OSError as error:
-                last = step_folders(folder.parent)
+                last = checkpointing.step_folders(folder.parent)
                 kept = f"; the last complete checkpoint is {last[-1]}" if last else ""
                 reason = f"{folder} could not be written: {error.strerror}" if error.strerror else error
                 raise OSError(f"{reason}{kept}") from None
@@ -304,28 +275,27 @@ class Run:
             if state[name] != own:
                 raise ValueError(f"--resume: {path} is of {name}={state[name]!r}, this run of {own!r}")
         try:
-            load_parameters(self.gpt, state["model"])
-            load_optimizer_state(self.model, self.optimizer, state["optimizer"])
+            checkpointing.load_parameters(self.gpt, state["model"])
+            checkpointing.load_optimizer_state(self.model, self.optimizer, state["optimizer"])
         except ValueError as error:
             raise ValueError(f"--resume: {path}: {error}") from None
         self.loop.scheduler.load_state_dict(state["scheduler"])
-        random = state["random"]
-        own = random[self.fabric.global_rank if len(random) == self.fabric.world_size else 0]
         self.loop.load_state(state["loop"])
-        set_random_state(own)
+        random = state["random"]
+        checkpointing.set_random_state(random[self.fabric.global_rank if len(random) == self.fabric.world_size else 0])
 
     # -- examples
 
     def show_example(self) -> None:
         """Show what the model says to a validation sample."""
         dataset = getattr(self.loop.val_loader, "dataset", None)
-        if is_divided(self.gpt) or not hasattr(dataset, "example"):
+        if checkpointing.is_divided(self.gpt) or not hasattr(dataset, "example"):
             return
-        which, before = self.options.eval.evaluate_example, random_state()
+        which, before = self.options.eval.evaluate_example, checkpointing.random_state()
         index = 0 if which == "first" else torch.randint(len(dataset), ()).item() if which == "random" else int(which)
         prompt, ids = dataset.example(index % len(dataset))
         show_answer(self.fabric, self.gpt, self.tokenizer, prompt, ids, self.options.eval.max_new_tokens)
-        set_random_state(before)
+        checkpointing.set_random_state(before)
 
 
 def show_answer(
