@@ -36,6 +36,15 @@ struct KvSplits {
     std::vector<Split> all;
     std::vector<int64_t> first;  // index of the first split of each row's group; and the end
 
+    // Of one row whose heads have so many keys more than N, all seen by all queries
+    void find(int64_t G, int64_t N, const int64_t* extra) {
+        all.clear(), first.assign(1, 0);
+        for (int64_t g = 0; g < G; g++) {
+            for (int64_t n0 = 0; n0 < N + extra[g]; n0 += SPLIT_KEYS) all.push_back({0, g, n0});
+            first.push_back(int64_t(all.size()));
+        }
+    }
+
     void find(int64_t B, int64_t G, int64_t T, int64_t N, const Real* bias, const int64_t* bias_strides) {
         all.clear(), first.assign(1, 0);
         for (int64_t b = 0; b < B; b++) {
@@ -73,6 +82,7 @@ struct Attention {
     const Vectors* encoded;       // keys and values in fewer bits, in place of k and v; null: none
     const int64_t* sealed;        // only so many of the first keys of each row are encoded (B,); null: all
     int64_t newest;               // where not all are: the others are in k and v, that at p in slot p % newest
+    const int64_t *first_slots, *extra_slots;  // of heads of keys, as in `Layer`
     float *sums, *tops, *totals;  // of each split, by the queries that share it
     Real* queries;                // (B, H, T, D)
     QueryFactors* factors;        // of queries to encoded keys, if GROUP divides D
@@ -104,23 +114,26 @@ struct Attention {
         for (int64_t i = 0; i < int64_t(splits->all.size()); i++) attend_split(i);
     }
 
+    int64_t first_slot(const KvSplits::Split& p) const { return first_slots ? first_slots[p.g] + p.n0 : p.n0; }
+
     bool is_encoded(const KvSplits::Split& p) const { return encoded && (!sealed || p.n0 < sealed[p.b]); }
 
     // The first key or value of a split
     const Real* start(const KvSplits::Split& p, const Real* x, const int64_t* strides) const {
-        const int64_t slot = sealed ? p.n0 % newest : p.n0;
+        const int64_t slot = sealed ? p.n0 % newest : first_slot(p);
         return x + (rows ? rows[p.b] : p.b) * strides[0] + p.g * strides[1] + slot * strides[2];
     }
 
     Vectors start(const KvSplits::Split& p, const Vectors& x) const {
-        return x.at(rows ? rows[p.b] : p.b, p.g, p.n0);
+        return x.at(rows ? rows[p.b] : p.b, p.g, first_slot(p));
     }
 
     // Attention of all queries of a group over one split
     void attend_split(int64_t i) const {
         const KvSplits::Split& p = splits->all[i];
         const KvSplits::Split& next = splits->all[std::min<int64_t>(i + 1, splits->all.size() - 1)];
-        const int64_t n = std::min<int64_t>(SPLIT_KEYS, N - p.n0), group = p.b * G + p.g;
+        const int64_t keys = extra_slots ? N + extra_slots[p.g] : N;
+        const int64_t n = std::min<int64_t>(SPLIT_KEYS, keys - p.n0), group = p.b * G + p.g;
         for (int64_t r = 0; r < shared(); r += 4) {
             const int64_t at = i * shared() + r;
             const int64_t first = group * shared() + r;

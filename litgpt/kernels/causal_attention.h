@@ -23,6 +23,7 @@ struct CausalAttention {
     int64_t pinned = 0;                                // first keys, which all queries see that follow them
     const bf16* new_keys[2] = {};  // of caches in 2 bits: keys and values of the tokens, by the strides of queries; others in k and v
     int64_t sealed = 0, begin = 0, newest = 0;  // and as in `Segment`
+    const int64_t *first_slots = nullptr, *extra_slots = nullptr;  // of heads of keys, as in `Layer`; then there is no window
 
     int64_t tile_tokens() const {
         const int64_t tokens = ((encoded[0].kind ? 2 * QUERY_TILE_ROWS : QUERY_TILE_ROWS) * G / H + ROWS - 1) / ROWS * ROWS;
@@ -34,8 +35,19 @@ struct CausalAttention {
     int64_t last_key(int64_t t) const { return N - T + t + 1; }  // exclusive
     int64_t first_key(int64_t t) const { return std::max<int64_t>(0, last_key(t) - window); }
 
+    // The same with the keys of one head, which has slots of its own
+    CausalAttention of_head(int64_t g) const {
+        CausalAttention own = *this;
+        own.N += extra_slots[g], own.window = own.N;
+        own.k += first_slots[g] * k_strides[1], own.v += first_slots[g] * v_strides[1];
+        for (int i = 0; i < 2 && encoded[0].kind; i++) own.encoded[i] = encoded[i].at(0, 0, first_slots[g]);
+        own.first_slots = nullptr;
+        return own;
+    }
+
     // One of `tasks()`. Any thread may take any of them; the longest come first.
     void run(int64_t task) const {
+        if (first_slots) return of_head(task % G).run(task);
         static thread_local Scratch<float> scratch;
         const int64_t g = task % G, tile = tiles() - 1 - task / G, heads = H / G;
         const int64_t t0 = tile * tile_tokens(), count = std::min(tile_tokens(), T - t0), rows = heads * count;

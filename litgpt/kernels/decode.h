@@ -40,10 +40,12 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
          *out = attended + M * H * D, *inner = out + M * E;
     int64_t n_plans = 0;
     for (int64_t l = 0; l < n_layers; l++) n_plans = std::max(n_plans, layers[l].plan + 1);
-    static thread_local std::vector<KvSplits> all_splits;
-    if (int64_t(all_splits.size()) < n_plans) all_splits.resize(n_plans);
+    static thread_local std::vector<KvSplits> all_splits;  // of plans, then of layers whose heads have slots of their own
+    if (int64_t(all_splits.size()) < n_plans + n_layers) all_splits.resize(n_plans + n_layers);
     for (int64_t p = 0; p < n_plans; p++)
         all_splits[p].find(B, G, T, plans[p].N, plans[p].bias, plans[p].bias_strides);
+    for (int64_t l = 0; l < n_layers; l++)
+        if (layers[l].extra_slots) all_splits[n_plans + l].find(G, plans[layers[l].plan].N, layers[l].extra_slots);
     KvSplits* splits = all_splits.data();
     static thread_local std::vector<Vectors> shifted;  // encoded keys and values from the first slot that is read
     shifted.resize(2 * n_layers);
@@ -68,11 +70,13 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
                          plan.bias,
                          {plan.bias_strides[0], plan.bias_strides[1]},
                          layer.sinks,
-                         splits + layer.plan,
+                         splits + (layer.extra_slots ? n_plans + (&layer - layers) : layer.plan),
                          plan.rows,
                          layer.encoded[0].kind ? encoded + 2 * (&layer - layers) : nullptr,
                          plan.sealed,
-                         plan.newest};
+                         plan.newest,
+                         layer.first_slots,
+                         layer.extra_slots};
     };
     int64_t most = 0;
     for (int64_t l = 0; l < n_layers; l++) most = std::max(most, attention_of(layers[l]).scratch_size());
@@ -117,7 +121,7 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
                         keep_query(layer, head, row, h, plan.query_slots[plan.query_slots_by_row ? b * n + j : j], D);
                     attention.set_query((b * H + h) * T + t, head);
                 } else {
-                    const int64_t g = (h - H) % G, slot = plan.slots[plan.slots_by_row ? m : t];
+                    const int64_t g = (h - H) % G, slot = slot_in_head(layer, g, plan.slots[plan.slots_by_row ? m : t]);
                     Real* buffer = h < H + G ? layer.keys : layer.values;
                     if (own[0].by_vector())
                         encode(own[h >= H + G].at(row, g, slot), head, D);

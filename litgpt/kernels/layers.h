@@ -19,6 +19,9 @@ struct Layer {
     int64_t query_row_stride, query_head_stride;
     int32_t* positions;               // noted by the cache's policy (row, G, slot); null: none
     float* sums;                      // and its sums (row, G, slot); null: none
+    // Of a cache whose heads have slots of their own, one after the other (head_stride is 0): the first slot of each, and how many
+    // slots more than plans say it uses. Null: all have as many.
+    const int64_t *first_slots, *extra_slots;
     int64_t rope, plan;               // indices of RoPE tables and plans of the call; rope -1: none
     Weight qkv, proj, gate, up, down;
     Vectors encoded[2];  // keys and values, in caches of fewer bits; else their kind is PLAIN
@@ -70,6 +73,11 @@ struct Rope {
     const Real *cos, *sin;  // (T, n) with a stride between rows of the batch, sines with their signs
     int64_t row_stride;
 };
+
+// Where a head of keys has what is slot `slot` of a plan
+inline int64_t slot_in_head(const Layer& layer, int64_t g, int64_t slot) {
+    return layer.first_slots ? layer.first_slots[g] + layer.extra_slots[g] + slot : slot;
+}
 
 // Keeps the query of head h in a slot of a row of the cache.
 inline void keep_query(const Layer& layer, const Real* query, int64_t row, int64_t h, int64_t slot, int64_t D) {

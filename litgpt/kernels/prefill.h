@@ -221,9 +221,11 @@ private:
         for (int64_t i = 0; i < segment.n_kept; i++) {
             const bf16* token = qkv + (segment.first + (segment.kept ? segment.kept[i] : i)) * heads * D;
             for (int64_t g = 0; g < 2 * G && layer.encoded[0].by_vector(); g++)
-                encode(layer.encoded[g / G].at(segment.row, g % G, segment.slots[i]), token + (H + g) * D, D);
+                encode(layer.encoded[g / G].at(segment.row, g % G, slot_in_head(layer, g % G, segment.slots[i])),
+                       token + (H + g) * D, D);
             for (int64_t g = 0; g < G && !layer.encoded[0].by_vector(); g++) {
-                const int64_t at = segment.row * layer.row_stride + g * layer.head_stride + segment.slots[i] * D;
+                const int64_t slot = slot_in_head(layer, g, segment.slots[i]);
+                const int64_t at = segment.row * layer.row_stride + g * layer.head_stride + slot * D;
                 std::memcpy(layer.keys + at, token + (H + g) * D, D * sizeof(bf16));
                 std::memcpy(layer.values + at, token + (H + G + g) * D, D * sizeof(bf16));
             }
@@ -282,6 +284,7 @@ private:
             a.N = segment.T, a.k = coded ? rounded + segment.first * 2 * G * D : tokens + H * D, a.v = a.k + G * D;
             for (auto strides : {a.k_strides, a.v_strides}) strides[0] = D, strides[1] = coded ? 2 * G * D : width;
         }
+        if (segment.N) a.first_slots = layer.first_slots, a.extra_slots = layer.extra_slots;
         return a;
     }
 };

@@ -57,7 +57,7 @@ class Layer(ctypes.Structure):
         *((name, _COUNT) for name in ("row_stride", "head_stride")),
         ("queries", _POINTER),
         *((name, _COUNT) for name in ("query_row_stride", "query_head_stride")),
-        *((name, _POINTER) for name in ("positions", "sums")),
+        *((name, _POINTER) for name in ("positions", "sums", "first_slots", "extra_slots")),
         *((name, _COUNT) for name in ("rope", "plan")),
         *((name, Weight) for name in ("qkv", "proj", "gate", "up", "down")),
         ("encoded", Vectors * 2),

@@ -58,7 +58,6 @@ class ByHeadKVCache(ScoreKVCache):
             )
         super().__init__(config, batch_size, *args, **kwargs)
         self.heads: tuple[Head, ...] = ()  # empty: all have as many slots
-        self.memory_version = 0
 
     @property
     def kept_by_head(self) -> tuple[int, ...]:
@@ -84,7 +83,13 @@ class ByHeadKVCache(ScoreKVCache):
             params = replace(params, n_query_groups=1, cache_length=first)
         self.storage = type(self.storage)(params, **self._storage_args)
         self._make_own_buffers(params)
-        self.heads = tuple(heads)
+        self._set_heads(tuple(heads))
+
+    def _set_heads(self, heads: tuple[Head, ...]) -> None:
+        self.heads = heads
+        self.head_slots = torch.tensor([[getattr(head, name) for head in heads] for name in ("first", "extra")])
+        if not heads:
+            self.head_slots = None
         self.memory_version += 1
 
     # -- what is in it
@@ -287,9 +292,9 @@ class ByHeadKVCache(ScoreKVCache):
         try:
             yield
         except ValueError:
-            self.storage, buffers, self.heads = before
+            self.storage, buffers, heads = before
             self._buffers.update(buffers)
-            self.memory_version += 1
+            self._set_heads(heads)
             raise
 
     def _stored(self, batch: int, used: int) -> dict[str, torch.Tensor]:

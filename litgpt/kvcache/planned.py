@@ -49,7 +49,8 @@ class PlannedKVCache(DefaultKVCache):
     STORAGE: ClassVar[type[Storage]] = DefaultStorage  # with the next one in the class for such a cache, see `made_of`
     STORAGE_ARGS: ClassVar[Mapping[str, Any]] = {}
     memory_version = 0  # of the buffers, in caches that may get others
-    heads: Sequence[Any] = ()  # in caches whose heads may have numbers of slots of their own: where these are
+    # in caches whose heads have numbers of slots of their own: the first slot of each, and how many it has more than plans say
+    head_slots: torch.Tensor | None = None
 
     def __init__(
         self,

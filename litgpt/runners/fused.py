@@ -137,8 +137,13 @@ class FusedLayers:
         if self.watch.has_hooks() or not self.watch.is_unchanged() or not self._has_caches(model.kv_caches()):
             return None
         different = list({id(plan): plan for plan in plans}.values())
-        if B * T <= ops.MAX_ROWS and all(
-            _set_decode_plan(*pair, B, T, self.dtype) for pair in zip(self.plans, different, strict=False)
+        masked = T > 1 and any(
+            cache.head_slots is not None for cache in model.kv_caches()
+        )  # one mask is not for all heads
+        if (
+            B * T <= ops.MAX_ROWS
+            and not masked
+            and all(_set_decode_plan(*pair, B, T, self.dtype) for pair in zip(self.plans, different, strict=False))
         ):
             pass
         elif self._has_prefill():
@@ -241,6 +246,12 @@ class FusedLayers:
             layer.keys, layer.values, layer.queries, _ = place
             layer.row_stride, layer.head_stride, _, _ = cache.storage.kernel_view()[0].stride()
             layer.encoded = (Vectors * 2)(*(cache.storage.kernel_codes() or ()))
+            slots = cache.head_slots
+            layer.first_slots, layer.extra_slots = (None, None) if slots is None else map(address, slots)
+            if slots is not None:  # the first slots of heads say where they are
+                layer.head_stride = 0
+                for vectors in layer.encoded:
+                    vectors.strides[1] = vectors.scale_strides[1] = 0
             if cache.kept_queries() is not None:
                 layer.query_row_stride, layer.query_head_stride, _, _ = cache.kept_queries().stride()
             if isinstance(cache, ScoreKVCache):
@@ -360,7 +371,6 @@ def _is_supported_cache(cache: KVCache | None, dtype: torch.dtype) -> bool:
         and cache.storage.kernel_view() is not None
         and (cache.storage.kernel_codes() is None or (dtype == torch.bfloat16 and ops.reads_codes()))
         and cache.mha.is_plain()
-        and not cache.heads
     )
 
 

@@ -17,7 +17,8 @@ from litgpt.config import Config
 from litgpt.engine.loading import slow_down_decode, speed_up_decode
 from litgpt.kernels import ops
 from litgpt.keys_and_values import DefaultKeysAndValues
-from litgpt.kvcache import KVCacheParams
+from litgpt.kvcache import CacheSpec, KVCacheParams
+from litgpt.kvcache.by_head import ByHeadKVCache, share_slots
 from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.kvcache.storages import STORAGES
 from litgpt.runners import fused
@@ -560,6 +561,64 @@ def test_caches_of_fewer_bits_are_read_and_written_as_they_are(family, name):
         for side in ("key", "value"):
             before, after = state[f"{side}_scales"].float(), cache.state()[f"{side}_scales"].float()
             torch.testing.assert_close(after, before, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize("family", ["llama", "multi-query", "sizes and factors", "soft-capping", "sinks"])
+@pytest.mark.parametrize("storage", ["default", "int8", "k8v4", "int4"])
+def test_heads_with_slots_of_their_own(family, storage):
+    model = bf16_gpt(**FAMILIES[family] | {"block_size": 512})
+    spec = CacheSpec("kvzip", storage, 200, tail=40, budget="scores")
+    outputs, states = zip(*(from_scores(model, spec, [1, 1, 20, 1, 4, 1]) for _ in range(2)), strict=True)
+    assert torch.equal(*outputs)
+    speed_up_decode(model)
+    done = count(model)
+    found, state = from_scores(model, spec, [1, 1, 20, 1, 4, 1])
+    assert_same(found, outputs[0], tolerance=3.0 if "4" in storage else 1.0)
+    assert done == [True, True, ops.multiplies_fast(), True, False, True]
+    for own, other in zip(state, states[0], strict=True):
+        names = [name for name, x in own.items() if isinstance(x, torch.Tensor) and x.dtype.is_floating_point]
+        for name in names:
+            assert (own[name].float() - other[name].float()).abs().mean() < 0.02 * other[
+                name
+            ].float().abs().mean() + 1e-6
+
+
+def test_heads_with_slots_of_their_own_in_float32():
+    model = tiny_gpt(**LLAMA | {"block_size": 512}).eval().requires_grad_(False)
+    spec = CacheSpec("kvzip", cache_length=200, tail=40, budget="scores")
+    expected, _ = from_scores(model, spec, [1, 1, 1])
+    if not fuse_layers(model):
+        pytest.skip("no kernels for float32")
+    done = count(model)
+    torch.testing.assert_close(from_scores(model, spec, [1, 1, 1])[0], expected, atol=1e-4, rtol=1e-4)
+    assert done == [True] * 3
+
+
+def from_scores(model, spec, calls):
+    """Outputs of calls after 400 tokens of which heads have kept different numbers, and the states of the caches."""
+    model.clear_kv_caches(assigned=True)
+    caches, random = spec.create(model, 1), torch.Generator().manual_seed(2)
+    sharing = [cache for cache in caches if isinstance(cache, ByHeadKVCache)]
+    tokens = []
+    for cache in caches:
+        shape = 1, cache.n_query_groups, 400
+        stored = (torch.randn(*shape, cache.head_size, generator=random).to(cache.dtype) for _ in range(2))
+        if cache in sharing:
+            scores = torch.rand(1, *shape, generator=random) * torch.arange(1, shape[1] + 1)[:, None]
+            tokens.append(cache.tokens_read(DefaultKeysAndValues(*stored), scores))
+        else:
+            cache.take_over(DefaultKeysAndValues(*stored), 400)
+    share_slots(sharing, tokens)
+    for cache, own in zip(sharing, tokens, strict=True):
+        cache.take_over(own)
+    model.assign_kv_caches(caches)
+    outputs, position = [], 400
+    with torch.inference_mode():
+        for T in calls:
+            idx = torch.randint(0, 90, (1, T), generator=random)
+            outputs.append(model(idx, position).float())
+            position += T
+    return torch.cat(outputs, 1), [cache.state() for cache in sharing]
 
 
 @pytest.mark.parametrize("family", ["llama", "sizes and factors", "soft-capping"])
