@@ -14,6 +14,7 @@ from litgpt.kernels import processor
 from litgpt.kernels.library import library, training_library
 
 LEAST_ROWS = 32  # for fewer, rearranging the other matrix takes too long
+PART_BYTES = 4 << 20  # of a product that is added by torch: it stays in the cache
 
 
 @functools.cache
@@ -79,13 +80,24 @@ def product(
     """a b + bias of matrices, by what is fastest for them; where that is `multiply`, it may be put into the memory of `to`."""
     if can_multiply(a, b):
         return multiply(a, b, bias, to)
-    if a.dtype == b.dtype == torch.float32 and onednn_is_faster() and a.is_cpu and a.numel():
-        return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
-    return F.linear(a, b.T, bias)
+    return _by_onednn(a, b, bias) if _is_for_onednn(a, b) else F.linear(a, b.T, bias)
 
 
 def add_product(to: torch.Tensor, a: torch.Tensor, b: torch.Tensor, adds: bool = True) -> torch.Tensor:
     """a b, in the memory of a matrix, and added to what is there if it `adds`."""
     if can_multiply(a, b):
         return multiply(a, b, to=to, adds=adds)
-    return to.addmm_(a, b, beta=int(adds))
+    if not _is_for_onednn(a, b):
+        return to.addmm_(a, b, beta=int(adds))
+    rows = max(1, PART_BYTES // to[:1].nbytes)
+    for own, part in zip(to.split(rows), a.split(rows), strict=True):
+        own.add_(_by_onednn(part, b)) if adds else own.copy_(_by_onednn(part, b))
+    return to
+
+
+def _is_for_onednn(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype == torch.float32 and onednn_is_faster() and a.is_cpu and a.numel() > 0
+
+
+def _by_onednn(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")

@@ -39,6 +39,20 @@ def test_rows_may_lie_apart():
     torch.testing.assert_close(matrices.multiply(a, b).double(), expected, rtol=2**-8, atol=1e-3)
 
 
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("adds", [False, True])
+def test_float32_products_are_added_in_parts(monkeypatch, onednn, adds):
+    if onednn and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("torch without oneDNN")
+    monkeypatch.setattr(matrices, "onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr(matrices, "PART_BYTES", 3 * 4 * 20)  # three rows
+    d, x, before = torch.randn(40, 50), torch.randn(40, 20), torch.randn(50, 20)
+    place = before.clone()
+    assert matrices.add_product(place, d.T, x, adds=adds) is place
+    expected = d.T.double() @ x.double() + adds * before.double()
+    torch.testing.assert_close(place.double(), expected, rtol=1e-5, atol=1e-4)
+
+
 def test_what_is_left_to_torch(monkeypatch):
     monkeypatch.setattr(matrices, "are_faster", lambda: True)
     a, b = torch.randn(40, 32).bfloat16(), torch.randn(32, 48).bfloat16()
