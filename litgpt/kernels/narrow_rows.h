@@ -12,10 +12,11 @@ struct Seen {
 
     int64_t first(int64_t t) const { return std::max<int64_t>(0, before + t + 1 - window); }  // of the window
 
-    // Minus infinity for the scores s (n,) of what query t does not see
-    void hide(float* s, int64_t t, int64_t n) const {
-        std::fill(s + before + t + 1, s + n, -INFINITY);
-        if (first(t) > n_sink) std::fill(s + n_sink, s + first(t), -INFINITY);
+    // Minus infinity for the scores s (n,) of keys from `begin` on, where query t does not see them
+    void hide(float* s, int64_t t, int64_t begin, int64_t n) const {
+        const auto at = [&](int64_t key) { return s + std::clamp<int64_t>(key - begin, 0, n); };
+        std::fill(at(before + t + 1), s + n, -INFINITY);
+        if (first(t) > n_sink) std::fill(at(n_sink), at(first(t)), -INFINITY);
     }
 };
 
@@ -64,7 +65,7 @@ struct NarrowRowHead {
             }
             for (int m = 0; m < rows; m++) {
                 float* s = scores + m * n;
-                seen.hide(s, t + m, end);
+                seen.hide(s, t + m, 0, end);
                 const float most = largest(s, end);
                 totals[m] = exponentiate_to(weights + m * n, s, most, end);
                 logs[t + m] = most + std::log(totals[m]);

@@ -42,6 +42,18 @@ inline void product_columns(Strided a, const float* b, int64_t ldb, float* c, in
     for (; m < M; m++) product_tile<1, V>(rest(), b, ldb, c + m * ldc, ldc, K, add);
 }
 
+constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+// Where the next row of n numbers begins: rows at multiples of 4,096 bytes would share a few places of a cache
+constexpr int64_t row_length(int64_t n) { return padded(n) | 16; }
+
+struct Span {
+    int64_t begin, end;
+
+    int64_t size() const { return end - begin; }
+};
+
+using Spans = std::vector<Span>;
+
 // N is a multiple of 16
 inline void multiply(Strided a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t M, int64_t N, int64_t K, bool add) {
     int64_t n = 0;
@@ -53,7 +65,9 @@ inline void multiply(Strided a, const float* b, int64_t ldb, float* c, int64_t l
 // One head of one row: T tokens, and N keys, the last T of which are theirs; D a multiple of 16.
 struct RowHead {
     using Number = float;
-    static constexpr int64_t QUERIES = 24;  // of a block
+    static constexpr int64_t QUERIES = 24;                      // of a block in the forward pass
+    static constexpr int64_t MORE_QUERIES = 48, KEYS = 256;     // of a block in the backward pass
+    static constexpr int64_t BLOCK = row_length(KEYS);
 
     int64_t T, D;
     Seen seen;
@@ -61,16 +75,22 @@ struct RowHead {
     const float *q, *k, *v;
     int64_t q_stride, k_stride, v_stride;  // from token to token
 
-    static int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
+    static int64_t scratch_size(int64_t T, int64_t N, int64_t D) {
+        return std::max((D + QUERIES) * row_length(N), 2 * (D + MORE_QUERIES) * BLOCK + padded(T));
+    }
 
-    // Scratch: transposed keys and values (D, padded N), scores and their gradients (QUERIES, padded N).
-    static int64_t scratch_size(int64_t, int64_t N, int64_t D) { return 2 * (D + QUERIES) * padded(N); }
+    // The keys before `end` that queries from t on see: not always one span
+    Spans seen_by(int64_t t, int64_t end) const {
+        const int64_t sinks = padded(seen.n_sink), start = seen.first(t) / 16 * 16;
+        if (start <= sinks) return {{0, end}};
+        return sinks ? Spans{{0, sinks}, {start, end}} : Spans{{start, end}};
+    }
 
-    void transpose(const float* x, int64_t stride, float* y) const {
-        const int64_t N = T + seen.before, ld = padded(N);
-        for (int64_t t0 = 0; t0 < ld; t0 += 16)
+    // y (D, n tokens), zeros after them, of x (n, D)
+    void transpose(const float* x, int64_t stride, int64_t n, float* y, int64_t ld) const {
+        for (int64_t t0 = 0; t0 < padded(n); t0 += 16)
             for (int64_t d = 0; d < D; d++)
-                for (int64_t t = t0; t < t0 + 16; t++) y[d * ld + t] = t < N ? x[t * stride + d] : 0.0f;
+                for (int64_t t = t0; t < t0 + 16; t++) y[d * ld + t] = t < n ? x[t * stride + d] : 0.0f;
     }
 
     // Replaces scores s (n,) by exp(scale s - offset), at most 80 each; returns their sum. n is a multiple of 16.
@@ -86,52 +106,66 @@ struct RowHead {
 
     // y and the logarithms of the sums of exponentials (T,)
     void forward(float* scratch, float* y, int64_t y_stride, float* logs) const {
-        const int64_t ld = padded(T + seen.before);
-        float *keys = scratch, *scores = keys + 2 * D * ld;
-        transpose(k, k_stride, keys);
+        const int64_t N = T + seen.before, ld = row_length(N);
+        float *keys = scratch, *scores = keys + D * ld;
+        transpose(k, k_stride, N, keys, ld);
         for (int64_t t0 = 0; t0 < T; t0 += QUERIES) {
             const int64_t t1 = std::min(t0 + QUERIES, T), M = t1 - t0, end = seen.before + t1;
-            multiply({q + t0 * q_stride, q_stride, 1}, keys, ld, scores, ld, M, padded(end), D, false);
+            const Spans spans = seen_by(t0, end);
+            for (const Span& of : spans)
+                multiply({q + t0 * q_stride, q_stride, 1}, keys + of.begin, ld, scores + of.begin, ld, M, padded(of.size()), D, false);
             for (int64_t t = t0; t < t1; t++) {
-                float* s = scores + (t - t0) * ld;
-                const int64_t n = padded(seen.before + t + 1);
-                seen.hide(s, t, padded(end));
-                const float most = largest(s, n) * scale, total = exponentiate_all(s, padded(end), scale, most);
-                for (int64_t i = 0; i < n; i++) s[i] *= 1.0f / total;
+                float *s = scores + (t - t0) * ld, most = -INFINITY, total = 0.0f;
+                for (const Span& of : spans) {
+                    seen.hide(s + of.begin, t, of.begin, padded(of.size()));
+                    most = std::max(most, largest(s + of.begin, padded(of.size())) * scale);
+                }
+                for (const Span& of : spans) total += exponentiate_all(s + of.begin, padded(of.size()), scale, most);
+                for (const Span& of : spans)
+                    for (int64_t i = of.begin; i < of.end; i++) s[i] *= 1.0f / total;
                 logs[t] = most + std::log(total);
             }
-            multiply({scores, ld, 1}, v, v_stride, y + t0 * y_stride, y_stride, M, D, end, false);
+            for (const Span& of : spans)
+                multiply({scores + of.begin, ld, 1}, v + of.begin * v_stride, v_stride, y + t0 * y_stride, y_stride, M, D, of.size(),
+                         of.begin > spans.begin()->begin);
         }
     }
 
     // Gradients of queries (at dq_stride), and of keys and values (at d_stride), from those of y
     void backward(float* scratch, const float* y, const float* dy, int64_t y_stride, const float* logs, float* dq,
                   int64_t dq_stride, float* dk, float* dv, int64_t d_stride) const {
-        const int64_t N = T + seen.before, ld = padded(N);
-        float *keys = scratch, *values = keys + D * ld, *scores = values + D * ld, *changes = scores + QUERIES * ld;
-        transpose(k, k_stride, keys);
-        transpose(v, v_stride, values);
-        for (int64_t t = 0; t < N; t++) {
-            std::fill_n(dk + t * d_stride, D, 0.0f);
-            std::fill_n(dv + t * d_stride, D, 0.0f);
+        const int64_t N = T + seen.before;
+        float *keys = scratch, *values = keys + D * BLOCK, *scores = values + D * BLOCK, *changes = scores + MORE_QUERIES * BLOCK;
+        float* means = changes + MORE_QUERIES * BLOCK;
+        for (int64_t t = 0; t < T; t++) {
+            means[t] = 0.0f;
+            for (int64_t d = 0; d < D; d++) means[t] += y[t * y_stride + d] * dy[t * y_stride + d];
+            std::fill_n(dq + t * dq_stride, D, 0.0f);
         }
-        for (int64_t t0 = 0; t0 < T; t0 += QUERIES) {
-            const int64_t t1 = std::min(t0 + QUERIES, T), M = t1 - t0, end = seen.before + t1;
-            const float *queries = q + t0 * q_stride, *outputs = dy + t0 * y_stride;
-            multiply({queries, q_stride, 1}, keys, ld, scores, ld, M, padded(end), D, false);
-            multiply({outputs, y_stride, 1}, values, ld, changes, ld, M, padded(end), D, false);
-            for (int64_t t = t0; t < t1; t++) {
-                float *s = scores + (t - t0) * ld, *c = changes + (t - t0) * ld;
-                const float *own = y + t * y_stride, *d_own = dy + t * y_stride;
-                float mean = 0.0f;
-                for (int64_t d = 0; d < D; d++) mean += own[d] * d_own[d];
-                seen.hide(s, t, padded(end));
-                exponentiate_all(s, padded(end), scale, logs[t]);
-                for (int64_t i = 0; i < end; i++) c[i] = s[i] * (c[i] - mean) * scale;
+        for (int64_t k0 = 0; k0 < N; k0 += KEYS) {
+            const int64_t k1 = std::min(k0 + KEYS, N), first = std::max<int64_t>(0, k0 - seen.before);
+            const int64_t last = k0 < seen.n_sink ? T : std::min(T, k1 - 1 - seen.before + seen.window);  // of queries that see some
+            transpose(k + k0 * k_stride, k_stride, k1 - k0, keys, BLOCK);
+            transpose(v + k0 * v_stride, v_stride, k1 - k0, values, BLOCK);
+            for (int64_t i = k0; i < k1; i++) {
+                std::fill_n(dk + i * d_stride, D, 0.0f);
+                std::fill_n(dv + i * d_stride, D, 0.0f);
             }
-            multiply({changes, ld, 1}, k, k_stride, dq + t0 * dq_stride, dq_stride, M, D, end, false);
-            multiply({changes, 1, ld}, queries, q_stride, dk, d_stride, end, D, M, true);
-            multiply({scores, 1, ld}, outputs, y_stride, dv, d_stride, end, D, M, true);
+            for (int64_t t0 = first; t0 < last; t0 += MORE_QUERIES) {
+                const int64_t t1 = std::min(t0 + MORE_QUERIES, last), M = t1 - t0, n = std::min(k1, seen.before + t1) - k0;
+                const float *queries = q + t0 * q_stride, *outputs = dy + t0 * y_stride;
+                multiply({queries, q_stride, 1}, keys, BLOCK, scores, BLOCK, M, padded(n), D, false);
+                multiply({outputs, y_stride, 1}, values, BLOCK, changes, BLOCK, M, padded(n), D, false);
+                for (int64_t t = t0; t < t1; t++) {
+                    float *s = scores + (t - t0) * BLOCK, *c = changes + (t - t0) * BLOCK;
+                    seen.hide(s, t, k0, padded(n));
+                    exponentiate_all(s, padded(n), scale, logs[t]);
+                    for (int64_t i = 0; i < padded(n); i++) c[i] = s[i] * (c[i] - means[t]) * scale;
+                }
+                multiply({changes, BLOCK, 1}, k + k0 * k_stride, k_stride, dq + t0 * dq_stride, dq_stride, M, D, n, true);
+                multiply({changes, 1, BLOCK}, queries, q_stride, dk + k0 * d_stride, d_stride, n, D, M, true);
+                multiply({scores, 1, BLOCK}, outputs, y_stride, dv + k0 * d_stride, d_stride, n, D, M, true);
+            }
         }
     }
 };
