@@ -11,14 +11,14 @@ from torch.autograd.function import once_differentiable
 from litgpt.kernels.library import training_library
 
 
-def can_attend_rows(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
-    """Whether `attend_rows` is there for these: one batch row, float32 or bfloat16 on CPU, gradients wanted."""
+def can_attend_rows(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, differentiated: bool = True) -> bool:
+    """Whether `attend_rows` is there for these: one batch row, float32 or bfloat16 on CPU, and gradients are wanted if they have to
+    be `differentiated`."""
     inputs = (query, keys, values)
     return (
-        torch.is_grad_enabled()
+        (not differentiated or (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)))
         and query.dtype in (torch.float32, torch.bfloat16)
         and all(x.dtype == query.dtype and x.device.type == "cpu" and x.stride(-1) == 1 for x in inputs)
-        and any(x.requires_grad for x in inputs)
         and query.shape[0] == 1
         and query.shape[-1] == values.shape[-1]
         and query.shape[-1] % 16 == 0

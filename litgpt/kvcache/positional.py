@@ -51,15 +51,6 @@ class PositionalKVCache(PlannedKVCache):
 
     # -- one call
 
-    def seen(self, start: int) -> Seen | None:
-        """What new tokens see of `start` others and themselves, where it is as simple."""
-        policy, window = self.policy, self.window
-        if start == 0 or not policy.evicts:
-            return Seen.within(window)
-        if window is None:
-            return Seen(policy.reach, policy.n_sink)
-        return None if policy.n_sink else Seen(min(window, policy.reach))
-
     def plan(
         self,
         input_pos: int,
@@ -113,3 +104,12 @@ class PositionalKVCache(PlannedKVCache):
         room = self.cache_length - self.next_token_pos
         evicted = any(oldest > self.policy.n_sink for oldest in self._rows.fields[1])
         return max(0, min(self.cache_length, late if evicted else max(room, late)) - 1)
+
+
+def seen_by_position(policy: PositionalPolicy, window: int | None) -> Seen | None:
+    """What tokens after the first call see in a layer with a `window`, where it is as simple."""
+    if not policy.evicts:
+        return Seen.within(window)
+    if window is None:
+        return Seen(policy.reach, policy.n_sink)
+    return None if policy.n_sink else Seen(min(window, policy.reach))

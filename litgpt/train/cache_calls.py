@@ -13,11 +13,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from litgpt.kernels.row_attention import attend_rows, can_attend_rows
 from litgpt.keys_and_values import DefaultKeysAndValues
 from litgpt.kvcache.plan import Plan
 from litgpt.kvcache.planned import PlannedKVCache
-from litgpt.kvcache.positional import PositionalKVCache
 from litgpt.kvcache.score import Found, ScoreKVCache
 from litgpt.kvcache.storages.default import DefaultStorage
 from litgpt.train.chunks import Chunk
@@ -179,11 +177,8 @@ class Again(StandIn):
         sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         one_row = len(self.chunk.rows) == len(self.calls[0].places) == 1
-        if not one_row or type(self.cache.storage) is not DefaultStorage:
+        if not one_row or len(self.calls) == 1 or type(self.cache.storage) is not DefaultStorage:
             return super().run(plan, query, key, value, token_idx, sink_logits)
-        if len(self.calls) == 1:
-            output = None if sink_logits is not None else self._by_position(query, key, value)
-            return super().run(plan, query, key, value, token_idx, sink_logits) if output is None else output
         self.key, self.value = key, value
         own = [torch.cat((old.to(new.dtype), new), dim=2) for old, new in zip(self.stored, (key, value), strict=True)]
         query, *own = (x.to(self.cache.dtype) for x in (query, *own))
@@ -197,25 +192,6 @@ class Again(StandIn):
             bias = bias.repeat_interleave(query.shape[1] // bias.shape[1], dim=1)
             output, _ = self.cache.mha.attend(query, DefaultKeysAndValues(*own), bias, False, sink_logits=sink_logits)
         return output.transpose(1, 2).flatten(2).to(key.dtype)
-
-    def _by_position(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
-        """Outputs of a call whose tokens see others by their positions alone (None: there is no kernel for it)."""
-        (call,), cache = self.calls, self.cache
-        seen = cache.seen(call.starts[0]) if isinstance(cache, PositionalKVCache) else None
-        if seen is None or not cache.mha.has_plain_scores():
-            return None
-        if cache.dtype == torch.float32 and not cache.policy.evicts:  # torch is faster where all tokens are seen
-            return None
-        order = call.places[0, 0].argsort()
-        pairs = zip(self.stored, (key, value), strict=True)
-        inputs = [
-            x.to(cache.dtype)
-            for x in (query, *(torch.cat((old[:, :, order].to(new.dtype), new), 2) for old, new in pairs))
-        ]
-        if call.places.shape[1] > 1 or not can_attend_rows(*inputs):
-            return None
-        self.key, self.value = key, value
-        return attend_rows(*inputs, call.sizes, cache.mha.scale, seen).to(key.dtype)
 
     def _bias(self, T: int, dtype: torch.dtype) -> torch.Tensor:
         """The mask (1, G or 1, T, n + T) of the chunk's tokens, for what the first call found and, after it, themselves."""

@@ -19,21 +19,25 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.checkpoint import checkpoint
 
+from litgpt.kernels.row_attention import Seen
 from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.plan import Plan
 from litgpt.kvcache.planned import PlannedKVCache
-from litgpt.model import GPT, Block, GptNeoxMLP, LLaMAMLP, Multiply, Rows
+from litgpt.kvcache.policies import PositionalPolicy
+from litgpt.kvcache.positional import seen_by_position
+from litgpt.model import GPT, Block, GptNeoxMLP, LLaMAMLP, Multiply
 from litgpt.rope import Rope
+from litgpt.train.by_position import ByPosition, spans_before
 from litgpt.train.cache_calls import Again, FoundError, KeysAndValuesOnly, Log, Serving
 from litgpt.train.chunks import chunks_of
 from litgpt.train.kept_inputs import PLACES, Kept, keep
 from litgpt.train.linear import gradients_only
 from litgpt.train.replaced_forward import replaced_forward
+from litgpt.train.stored_tokens import StoredTokens
 
 PLANNED_NUMBERS = 4 << 20  # in the masks of plans that layers share; other plans are made for every layer
-CHUNKS_AT_ONCE = 4  # of rows that dense caches keep, in a graph of one layer
+CHUNKS_AT_ONCE = 4  # in a graph of one layer, where no layer has a cache
 
 
 def check_trainable(spec: CacheSpec) -> None:
@@ -84,8 +88,6 @@ class CachedLayers:
         """Outputs of the last layer, which the final norm comes after."""
         B, T = idx.shape
         sizes = [T] * B if row_sizes is None else list(row_sizes)
-        if self._nothing_to_cut(sizes):
-            return self._whole(idx.reshape(1, -1), sizes).view(B, T, -1)
         sweep = _Sweep(self, idx.reshape(1, -1), sizes)
         x, n = self.gpt.embed(sweep.idx), len(self.gpt.transformer.h)
         if self.every > 1 and any(isinstance(block, FSDPModule) for block in self.gpt.transformer.h):
@@ -93,22 +95,6 @@ class CachedLayers:
         for first in range(0, n, self.every):
             x = sweep.run_group(range(first, min(first + self.every, n)), x)
         return x.view(B, T, -1)
-
-    def _nothing_to_cut(self, sizes: list[int]) -> bool:
-        """Whether caches keep all tokens of rows as they are, and a layer's graph of all of them is small."""
-        keeps_all = not self.spec.evicts and self.spec.storage == "default"
-        room = self.cache_length if self.spec.cache_length is not None else max(sizes)
-        small = sum(sizes) <= CHUNKS_AT_ONCE * self.chunk and self.keep_inputs == "device"
-        return keeps_all and small and max(sizes) <= room
-
-    def _whole(self, idx: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-        """Outputs (1, N, E) of layers that see all tokens of rows."""
-        gpt, longest = self.gpt, max(sizes)
-        rope = gpt.rope_rows([0] * len(sizes), sizes, gpt.needs_long_rope(longest))
-        rows, x = Rows(tuple(sizes)), gpt.embed(idx)
-        for block in gpt.transformer.h:
-            x = checkpoint(block, x, rope, rows, idx, use_reentrant=False)
-        return x
 
 
 class _Sweep:
@@ -121,13 +107,29 @@ class _Sweep:
         if not layers.spec.evicts and layers.spec.cache_length is None:
             self.cache_length = longest
         self.slots = layers.spec.layer_lengths(self.gpt.config, self.cache_length)
-        self.chunks = chunks_of(row_sizes, layers.chunk, idx.device, layers.first_chunk)
+        self.seen = [self._seen(i, longest) for i in range(len(self.gpt.transformer.h))]
+        chunk, first = layers.chunk, layers.first_chunk
+        if None not in self.seen and sum(row_sizes) <= CHUNKS_AT_ONCE * chunk and layers.keep_inputs == "device":
+            chunk, first = longest, longest
+        self.chunks = chunks_of(row_sizes, chunk, idx.device, first)
         self.begins = torch.tensor([0, *accumulate(row_sizes)][:-1], device=idx.device)
         self.packed = len(row_sizes) > 1
         self._long = self.gpt.needs_long_rope(longest)
         self.differentiated = torch.is_grad_enabled()
         self._plans: dict[tuple, Plan] = {}
         self._numbers = 0
+
+    def _seen(self, block_idx: int, longest: int) -> Seen | None:
+        """What tokens of rows of at most `longest` see in a layer, if their positions alone say it and they see it as it is."""
+        spec, config = self.layers.spec, self.gpt.config
+        policy, window = spec.layer_policy(config, block_idx, self.slots[block_idx]), config.window(block_idx)
+        if spec.storage != "default" or not isinstance(policy, PositionalPolicy):
+            return None
+        first = Seen.within(window)  # a first chunk sees all of itself, whatever stays of it
+        if longest <= policy.cache_length:
+            return first
+        later = seen_by_position(policy, window) if policy.evicts else None  # None: the cache will refuse so many
+        return later if later == first or self.layers.first_chunk <= policy.cache_length else None
 
     @cached_property
     def ropes(self) -> list[list[Rope]]:
@@ -238,89 +240,82 @@ class _LayerGroup(torch.autograd.Function):
 def _forward(
     sweep: _Sweep, block_idx: int, inputs: Kept, seed: int | None, like: torch.Tensor, log_place: str | None
 ) -> tuple[torch.Tensor, Log | None]:
-    """Outputs of a layer, as a tensor `like` another, and the calls of its cache, if they are to be put into a place."""
-    block, cache = sweep.gpt.transformer.h[block_idx], sweep.make_cache(block_idx)
-    output, calls = torch.empty_like(like), []
+    """Outputs of a layer, as a tensor `like` another, and the calls of its cache, if it has one, to be put into a place."""
+    block, seen, output = sweep.gpt.transformer.h[block_idx], sweep.seen[block_idx], torch.empty_like(like)
+    cache = sweep.make_cache(block_idx) if seen is None else None
+    tokens, calls = StoredTokens(output.shape[1]), []
     for index, chunk in enumerate(sweep.chunks):
-        serving = Serving(cache, chunk, sweep)
-        output[:, chunk.tokens] = sweep.run(block, index, inputs.rows(chunk.spans)[None], serving, seed)
-        if log_place is not None:
-            calls.append(serving.calls)
-    return output, Log(calls, log_place) if log_place is not None else None
+        if cache is not None:
+            stand_in: nn.Module = Serving(cache, chunk, sweep)
+        else:
+            stand_in = ByPosition(block.attn.mha, chunk, seen, tokens.at(spans_before(chunk, seen)))
+        output[:, chunk.tokens] = sweep.run(block, index, inputs.rows(chunk.spans)[None], stand_in, seed)
+        if cache is not None:
+            calls.append(stand_in.calls)
+        elif index + 1 < len(sweep.chunks):
+            tokens.put(chunk.tokens, stand_in.key, stand_in.value)
+    return output, None if cache is None or log_place is None else Log(calls, log_place)
 
 
 def _backward(
     sweep: _Sweep,
     block_idx: int,
     inputs: Kept,
-    log: Log,
+    log: Log | None,
     seed: int | None,
     params: Sequence[torch.Tensor],
     d: torch.Tensor,
     autocast: dict[str, Any],
 ) -> list[torch.Tensor | None]:
     """Gradients of the parameters of a layer. Those of its outputs, `d` (1, N, E), become those of its inputs."""
-    block, cache = sweep.gpt.transformer.h[block_idx], sweep.make_cache(block_idx)
+    block, seen = sweep.gpt.transformer.h[block_idx], sweep.seen[block_idx]
+    cache = sweep.make_cache(block_idx) if seen is None else None
     with torch.autocast(**autocast):
-        keys, values = _keys_and_values(sweep, block, inputs, seed)
-    d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
+        n_chunks = len(sweep.chunks) - 1  # whose tokens later ones may see
+        tokens = _keys_and_values(sweep, block, inputs, seed, n_chunks if cache is None else max(1, n_chunks))
     divided = isinstance(block, FSDPModule)  # every process has to have gradients of the same parameters
     d_params: list[torch.Tensor | None] = [torch.zeros_like(p) if divided else None for p in params]
     for index in reversed(range(len(sweep.chunks))):
-        chunk, calls = sweep.chunks[index], log.calls(index)
-        stored = [_gathered(of_all, calls[0].places).requires_grad_() for of_all in (keys, values)]
+        chunk = sweep.chunks[index]
+        calls = [] if log is None else log.calls(index)
+        places = calls[0].places if calls else spans_before(chunk, seen)
+        stored = [x.requires_grad_() for x in tokens.at(places)]
         own = inputs.rows(chunk.spans)[None].detach().requires_grad_()
-        again = Again(cache, chunk, sweep, calls=calls, stored=stored, n_tokens=d.shape[1])
+        if cache is not None:
+            stand_in: nn.Module = Again(cache, chunk, sweep, calls=calls, stored=stored, n_tokens=d.shape[1])
+        else:
+            stand_in = ByPosition(block.attn.mha, chunk, seen, stored)
         with torch.enable_grad(), torch.autocast(**autocast), _without_outputs(block):
-            y = sweep.run(block, index, own, again, seed)
+            y = sweep.run(block, index, own, stand_in, seed)
         outputs, gradients = [y], [d[:, chunk.tokens]]
-        for new, d_all in ((again.key, d_keys), (again.value, d_values)):
+        for new, d_new in zip((stand_in.key, stand_in.value), tokens.gradients(chunk.tokens), strict=False):
             if new.requires_grad:
                 outputs.append(new)
-                gradients.append(d_all[:, :, chunk.tokens])
-        found = torch.autograd.grad(outputs, [own, *stored, *params], gradients, allow_unused=True)
-        d[:, chunk.tokens] = found[0]
-        for d_all, d_stored in ((d_keys, found[1]), (d_values, found[2])):
-            if d_stored is not None:
-                _add_gathered(d_all, calls[0].places, d_stored)
-        for i, d_param in enumerate(found[3:]):
+                gradients.append(d_new)
+        d_own, *found = torch.autograd.grad(outputs, [own, *stored, *params], gradients, allow_unused=True)
+        d[:, chunk.tokens] = d_own
+        tokens.add_gradients(places, found[: len(stored)])
+        for i, d_param in enumerate(found[len(stored) :]):
             if d_param is not None:
                 d_params[i] = d_param if d_params[i] is None else d_params[i].add_(d_param)
-    cache.storage.detach_graph()
+    if cache is not None:
+        cache.storage.detach_graph()
     return d_params
 
 
 @torch.no_grad()
-def _keys_and_values(
-    sweep: _Sweep, block: nn.Module, inputs: Kept, seed: int | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values (1, G, N, D) of all tokens in a layer."""
-    keys = values = None
-    for index, chunk in enumerate(sweep.chunks):
+def _keys_and_values(sweep: _Sweep, block: nn.Module, inputs: Kept, seed: int | None, n_chunks: int) -> StoredTokens:
+    """Keys and values in a layer of the tokens of the first chunks."""
+    tokens = StoredTokens(sweep.idx.shape[1])
+    for index, chunk in enumerate(sweep.chunks[:n_chunks]):
         only, x = KeysAndValuesOnly(), inputs.rows(chunk.spans)[None]
         with _cache_of(block, only), _seeded(seed, index), suppress(FoundError):
             block.attn(block.norm_1(x), sweep.ropes[index], _NO_PLAN, sweep.idx[:, chunk.tokens])
-        if keys is None:
-            N = sweep.idx.shape[1]
-            keys, values = (of.new_empty(1, of.shape[1], N, of.shape[3]) for of in (only.key, only.value))
-        keys[:, :, chunk.tokens], values[:, :, chunk.tokens] = only.key, only.value
-    return keys, values
+        tokens.put(chunk.tokens, only.key, only.value)
+    return tokens
 
 
 _NO_PLAN = Plan([], (), ())
-
-
-def _gathered(of_all: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """(B, G, n, D) of (1, G, N, D) at `places` (B, G, n) or (B, 1, n)."""
-    index = places.unsqueeze(-1).expand(-1, of_all.shape[1], -1, of_all.shape[-1])
-    return of_all.expand(len(places), -1, -1, -1).gather(2, index)
-
-
-def _add_gathered(of_all: torch.Tensor, places: torch.Tensor, added: torch.Tensor) -> None:
-    """Add (B, G, n, D) to (1, G, N, D) at `places` (B, G, n) or (B, 1, n), which may repeat."""
-    places = places.expand(-1, of_all.shape[1], -1)
-    flat = places.transpose(0, 1).flatten(1).unsqueeze(-1).expand(-1, -1, of_all.shape[-1])
-    of_all[0].scatter_add_(1, flat, added.transpose(0, 1).flatten(1, 2).to(of_all.dtype))
 
 
 def _autocast_of(device: str) -> dict[str, Any]:
