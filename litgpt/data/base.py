@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from litgpt.chat_template import ChatTemplate
-from litgpt.data.encoding import Encoded, EncodedSamples, Sample, Splits, encode_sample, example_of
+from litgpt.data.encoding import Encoded, EncodedSamples, Sample, Splits, bos_of, encode_sample, render_prompt
 from litgpt.prompt_style import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.batches import PackedBatchSampler
@@ -25,6 +25,9 @@ class DataModule(LightningDataModule):
     tokenizer = None
     batch_size = 1
     max_seq_length = -1
+
+    def __post_init__(self) -> None:  # of those that are dataclasses
+        super().__init__()
 
     def connect(
         self, tokenizer: Tokenizer | None = None, batch_size: int = 1, max_seq_length: int | None = None
@@ -95,9 +98,10 @@ class SFTDataset(Dataset):
         }
 
     def example(self, index: int) -> tuple[str, Tensor]:
-        """What a sample asks, and the tokens of its prompt."""
+        """What a sample asks, and the tokens (T,) of its prompt."""
         source = getattr(self.encodings, "source", range(len(self)))
-        return example_of(self.sample(source[index]), self.tokenizer, self.prompt_style)
+        asked, text = render_prompt(self.sample(source[index]), self.prompt_style)
+        return asked, self.tokenizer.encode(text, bos=bos_of(text, self.tokenizer, self.prompt_style))
 
 
 def get_sft_collate_fn(
@@ -154,7 +158,7 @@ class SFTModule(DataModule):
     pack = False  # fill rows with several samples: `train.pack`
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__post_init__()
         if isinstance(self.prompt_style, str):
             self.prompt_style = PromptStyle.from_name(self.prompt_style)
         if self.val_split_fraction is not None and not 0 <= self.val_split_fraction < 1:

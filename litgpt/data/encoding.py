@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -88,12 +87,6 @@ def bos_of(text: str, tokenizer: Tokenizer, style: PromptStyle) -> bool | None:
     """Whether a BOS token goes before a rendered text: not (False) if it is written there, else as the tokenizer has it."""
     bos_token = getattr(tokenizer, "bos_token", None)
     return False if isinstance(style, ChatTemplate) or (bos_token and text.startswith(bos_token)) else None
-
-
-def example_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> tuple[str, torch.Tensor]:
-    """What a sample asks, and the tokens (T,) of its prompt."""
-    asked, text = render_prompt(sample, style)
-    return asked, tokenizer.encode(text, bos=bos_of(text, tokenizer, style))
 
 
 def encode_sample(

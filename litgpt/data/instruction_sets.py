@@ -4,7 +4,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -86,21 +86,20 @@ class _DividedFiles(SFTModule):
     def addresses(self) -> tuple[list[str], list[str]]:
         """Where the files for training are fetched, and those for validation."""
 
-    def _files(self, addresses: Iterable[str]) -> list[Path]:
-        return [Path(self.download_dir) / address.rpartition("/")[2] for address in addresses]
+    def _file(self, address: str) -> Path:
+        return Path(self.download_dir) / address.rpartition("/")[2]
 
     def prepare_data(self) -> None:
-        for addresses in self.addresses():
-            for file, address in zip(self._files(addresses), addresses, strict=True):
-                download_if_missing(file, address)
+        for address in chain(*self.addresses()):
+            download_if_missing(self._file(address), address)
 
     def samples(self) -> Splits:
-        train, val = (self._rows(self._files(addresses)) for addresses in self.addresses())
+        train, val = ([sample for address in part for sample in self._samples(address)] for part in self.addresses())
         return train, val
 
-    def _rows(self, files: Iterable[Path]) -> list[Sample]:
+    def _samples(self, address: str) -> list[Sample]:
         asked, answer = self.names
-        rows = (row for file in files for row in read_values(file).values())
+        rows = read_values(self._file(address)).values()
         return [{"instruction": row[asked], "output": row[answer]} for row in rows]
 
 
@@ -136,10 +135,8 @@ class FLAN(_DividedFiles):
             raise ValueError(f"subsets: {', '.join(unknown)} not known; there are {', '.join(sorted(FLAN_SUBSETS))}")
 
     def addresses(self) -> tuple[list[str], list[str]]:
-        train, val = (
-            [f"{self.url}/{split}/{task}_{split}.jsonl" for task in self._tasks] for split in ("train", "test")
-        )
-        return train, val
+        both = ([f"{self.url}/{split}/{task}_{split}.jsonl" for task in self._tasks] for split in ("train", "test"))
+        return tuple(both)
 
 
 @dataclass

@@ -31,21 +31,24 @@ class StreamModule(DataModule):
 
     def rows(self, input_dir: str, shuffle: bool) -> Any:
         """Rows of `seq_length` tokens of a folder, or of a stream (s3://...)."""
-        if "://" not in input_dir and not Path(input_dir).is_dir():
-            raise FileNotFoundError(f"the data folder {input_dir} does not exist")
+        check_data_folder(input_dir)
         loader = litdata().TokensLoader(block_size=self.seq_length)
-        rows = litdata().StreamingDataset(
-            input_dir=input_dir, item_loader=loader, shuffle=shuffle, seed=self.seed, drop_last=True
-        )
+        settings = {"shuffle": shuffle, "seed": self.seed, "drop_last": True}
+        rows = litdata().StreamingDataset(input_dir=input_dir, item_loader=loader, **settings)
         # litdata would give each process its own rows, of which the loop takes this process's share: every process reads all
         rows.distributed_env = type(rows.distributed_env)(world_size=1, global_rank=0, num_nodes=1)
         return rows
 
     def loader(self, rows: Any) -> DataLoader:
         """Batches of rows."""
-        return litdata().StreamingDataLoader(
-            rows, batch_size=self.batch_size, num_workers=self.num_workers, drop_last=True
-        )
+        settings = {"batch_size": self.batch_size, "num_workers": self.num_workers}
+        return litdata().StreamingDataLoader(rows, **settings, drop_last=True)
+
+
+def check_data_folder(path: str) -> None:
+    """Raise `FileNotFoundError` if there is no such folder, and it is no address."""
+    if "://" not in path and not Path(path).is_dir():
+        raise FileNotFoundError(f"the data folder {path} does not exist")
 
 
 @dataclass
@@ -65,7 +68,7 @@ class LitData(StreamModule):
     num_workers: int = 8
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__post_init__()
         if self.split_names is not None and len(self.split_names) != 2:
             raise ValueError(
                 f"If provided `split_names` must be a tuple of two strings, for training and validation: {self.split_names}"
@@ -99,29 +102,22 @@ class TinyLlama(StreamModule):
     use_starcoder: bool = True
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__post_init__()
         root = str(self.data_path).rstrip("/")
         self.slimpajama_train, self.slimpajama_val = f"{root}/slimpajama/train", f"{root}/slimpajama/val"
         self.starcoder_train = f"{root}/starcoder"
-        self.required_paths = [self.slimpajama_train, self.slimpajama_val]
-        if self.use_starcoder:
-            self.required_paths.append(self.starcoder_train)
+        self.required_paths = [self.slimpajama_train, self.slimpajama_val] + self.use_starcoder * [self.starcoder_train]
 
     def prepare_data(self) -> None:
         for path in self.required_paths:
-            if "://" not in path and not Path(path).is_dir():
-                raise FileNotFoundError(
-                    f"The directory {path} does not exist: --data.data_path must hold "
-                    + ", ".join(str(Path(p).relative_to(str(self.data_path))) for p in self.required_paths)
-                )
+            check_data_folder(path)
 
     def train_dataloader(self) -> DataLoader:
         rows = self.rows(self.slimpajama_train, shuffle=True)
         if self.use_starcoder:
             code = self.rows(self.starcoder_train, shuffle=True)
-            rows = litdata().CombinedStreamingDataset(
-                datasets=[rows, code], seed=self.seed, weights=WEIGHTS, iterate_over_all=False
-            )
+            mixture = {"datasets": [rows, code], "weights": WEIGHTS, "iterate_over_all": False}
+            rows = litdata().CombinedStreamingDataset(**mixture, seed=self.seed)
         return self.loader(rows)
 
     def val_dataloader(self) -> DataLoader:

@@ -27,7 +27,7 @@ class OpenWebText(TextModule):
     num_workers: int = 8
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__post_init__()
         self.data_path_train, self.data_path_val = Path(self.data_path) / "train", Path(self.data_path) / "val"
 
     def tokens(self) -> tuple[np.ndarray, np.ndarray]:

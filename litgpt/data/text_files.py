@@ -29,7 +29,7 @@ class TextFiles(TextModule):
     num_workers: int = 4
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__post_init__()
         self.train_data_path = Path(self.train_data_path)
         self.val_data_path = None if self.val_data_path is None else Path(self.val_data_path)
         root = self.train_data_path if self.train_data_path.is_dir() else self.train_data_path.parent

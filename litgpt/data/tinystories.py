@@ -30,7 +30,7 @@ class TinyStories(TextModule):
     num_workers: int = 8
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__post_init__()
         self.data_path = Path(self.data_path)
         self.data_path_train, self.data_path_val = self.data_path / "train", self.data_path / "val"
 

@@ -3,8 +3,7 @@
 import inspect
 import logging
 import warnings
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -41,8 +40,7 @@ def make_logger(
     name: str, out_dir: Path, run_name: str, log_interval: int, log: LogArgs | None = None, resume: bool = False
 ) -> Any:
     """A logger of Lightning; `ValueError` if there is none of that name, or its package is missing (without tensorboard: csv)."""
-    if name not in get_args(LoggerName):
-        raise ValueError(f"logger_name {name!r} is not one of {', '.join(get_args(LoggerName))}")
+    _check("logger_name", name, get_args(LoggerName))
     log = log or LogArgs()
     project = log.project or run_name
     try:
@@ -79,28 +77,29 @@ def make_fabric(options: Any, run_name: str, config: Config, resumed: bool) -> F
     if options.out_dir is not None:
         interval = options.train.log_interval
         loggers = [make_logger(options.logger_name, options.out_dir, run_name, interval, options.log, resumed)]
-    devices, num_nodes, strategy = parse_devices(options.devices), options.num_nodes, options.strategy
-    precision = options.precision
-    if precision is None and torch.cuda.is_available():
-        precision = "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-    elif precision is None:
-        precision = "32-true"
+    devices, precision = parse_devices(options.devices), options.precision
+    if precision is None:
+        half = "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+        precision = half if torch.cuda.is_available() else "32-true"
     precision = f"{precision}-true" if precision in ("32", "16", "bf16") else precision
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-    if strategy not in get_args(Strategy):
-        raise ValueError(f"strategy {strategy!r} is not one of {', '.join(get_args(Strategy))}")
+    _check("precision", precision, PRECISIONS)
+    _check("strategy", options.strategy, get_args(Strategy))
+    strategy = "auto"
     if options.divides_weights:
         sizes = {"data_parallel_size": options.processes, "tensor_parallel_size": 1}
-        chosen = ModelParallelStrategy(divide_parameters, **sizes, save_distributed_checkpoint=False)
+        strategy = ModelParallelStrategy(divide_parameters, **sizes, save_distributed_checkpoint=False)
     elif options.processes > 1:
-        chosen = DDPStrategy(find_unused_parameters=bool(config.n_expert), broadcast_buffers=False)
-    else:
-        chosen = "auto"
+        strategy = DDPStrategy(find_unused_parameters=bool(config.n_expert), broadcast_buffers=False)
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # the new option syncs them once
     warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")  # where no token is counted first
     warnings.filterwarnings("ignore", message="The .*dataloader.* does not have many workers")
-    return Fabric(devices=devices, num_nodes=num_nodes, strategy=chosen, precision=precision, loggers=loggers)
+    nodes = options.num_nodes
+    return Fabric(devices=devices, num_nodes=nodes, strategy=strategy, precision=precision, loggers=loggers)
+
+
+def _check(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is not one of {', '.join(choices)}")
 
 
 def precision_of(fabric: Fabric) -> str:
@@ -115,41 +114,33 @@ def weights_dtype(fabric: Fabric) -> torch.dtype:
 
 def plain(value: Any) -> Any:
     """An option as YAML has it, such that `--config` gives it again: groups as mappings, objects by class and arguments."""
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, Config):
         return value.to_dict()
-    if isinstance(value, PromptStyle):
-        named = next((name for name, kind in PromptStyle.styles.items() if kind is type(value)), None)
-        arguments = value.init_args()
-        path = f"{type(value).__module__}.{type(value).__qualname__}"
-        if named and not arguments:
-            return named
-        known = inspect.signature(type(value).__init__).parameters
-        content = {"class_path": path, "init_args": {k: plain(x) for k, x in arguments.items() if k in known}}
-        further = {k: plain(x) for k, x in arguments.items() if k not in known}  # of `**kwargs`
-        return content | ({"dict_kwargs": further} if further else {})
-    if is_dataclass(value) and not isinstance(value, type):
-        content = {f.name: plain(getattr(value, f.name)) for f in fields(value) if f.init}
-        content = {name: x for name, x in content.items() if x is not None}
-        if type(value).__module__ == "litgpt.args":
-            return content
-        package = "litgpt.data" if type(value).__module__.startswith("litgpt.data.") else type(value).__module__
-        return {"class_path": f"{package}.{type(value).__qualname__}", "init_args": content}
     if isinstance(value, Mapping):
         return {str(key): plain(x) for key, x in value.items()}
     if isinstance(value, list | tuple):
         return [plain(x) for x in value]
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    kind = value if isinstance(value, type) else type(value)  # of a class made elsewhere, such as a data module
-    path = f"{kind.__module__}.{kind.__qualname__}"
+    kind = value if isinstance(value, type) else type(value)
+    package = "litgpt.data" if kind.__module__.startswith("litgpt.data.") else kind.__module__
+    path = f"{package}.{kind.__qualname__}"
     if value is kind:
         return path
-    named = [
-        p.name for p in inspect.signature(kind).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    return {
-        "class_path": path,
-        "init_args": {name: plain(getattr(value, name)) for name in named if hasattr(value, name)},
-    }
+    known = {p.name: p.default for p in inspect.signature(kind).parameters.values() if p.kind is not p.VAR_KEYWORD}
+    if isinstance(value, PromptStyle):
+        arguments = value.init_args()
+        names = [name for name, style in PromptStyle.styles.items() if style is kind]
+        if names and not arguments:
+            return names[0]
+    else:  # without those that are None by default
+        found = {name: getattr(value, name) for name in known if hasattr(value, name)}
+        arguments = {name: x for name, x in found.items() if not (x is None is known[name])}
+    arguments = {name: plain(x) for name, x in arguments.items()}
+    if package == "litgpt.args":
+        return arguments
+    further = {name: x for name, x in arguments.items() if name not in known}  # of `**kwargs`
+    content = {"class_path": path, "init_args": {name: x for name, x in arguments.items() if name in known}}
+    return content | ({"dict_kwargs": further} if further else {})
