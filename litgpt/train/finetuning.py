@@ -2,7 +2,8 @@
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -131,41 +132,47 @@ def finetune(
     fabric.seed_everything(chosen.seed, verbose=False)
     _describe(chosen, llm, config, precision_of(fabric))
     loaders = connect(fabric, chosen.data, tokenizer, chosen.train, base)
-    gpt = llm.prepare_for_training()
-    dtype = gpt.dtype
-    try:
-        gpt.to(weights_dtype(fabric))
-        way.prepare(gpt, config)
+    with _tuning(llm.prepare_for_training(), way, config, weights_dtype(fabric)) as gpt:
         run = Run(fabric, gpt, base, way, chosen, loaders, tokenizer.save, tokenizer)
-        if fabric.is_global_zero and chosen.out_dir is not None and isinstance(chosen.data, Samples):
+        if fabric.is_global_zero and out_dir is not None and isinstance(chosen.data, Samples):
             chosen.out_dir.mkdir(parents=True, exist_ok=True)
             text = json.dumps(list(chosen.data.given), ensure_ascii=False, indent=1)
             (chosen.out_dir / SAMPLES_NAME).write_text(text, encoding="utf-8")
         metrics = run.run(resume)
+    llm.prompt_style = getattr(chosen.data, "prompt_style", None) or llm.prompt_style
+    return metrics
+
+
+@contextmanager
+def _tuning(gpt: GPT, way: Method, config: Config, dtype: torch.dtype) -> Iterator[GPT]:
+    """The model with what a method trains; in the end ready to generate, with what it has learned until then."""
+    base, own_dtype = gpt.config, gpt.dtype
+    try:
+        gpt.to(dtype)
+        way.prepare(gpt, config)
+        yield gpt
     finally:
         restore_forward(gpt)
-        if method == "lora" and gpt.quantization is None:
+        if way.name == "lora" and gpt.quantization is None:
             merge_lora_weights(gpt)
             unwrap_lora(gpt)
             gpt.config = base
-        elif method == "lora":
+        elif way.name == "lora":
             finish_lora(gpt)
-        gpt.to(dtype).requires_grad_(gpt.quantization is None).eval()
-    llm.prompt_style = getattr(chosen.data, "prompt_style", None) or llm.prompt_style
-    return metrics
+        gpt.to(own_dtype).requires_grad_(gpt.quantization is None).eval()
 
 
 def _data_module(data: Any, llm: "LLM", options: dict[str, Any]) -> DataModule:
     """The data that `finetune` was given, as `options` say, which lose these settings."""
     if isinstance(data, DataModule):
         return data
-    settings: dict[str, Any] = {"prompt_style": llm.prompt_style, "mask_prompt": options.pop("mask_prompt", True)}
-    if isinstance(data, Mapping) or not (isinstance(data, Path) or hasattr(data, "__len__")):
+    is_path = isinstance(data, str | Path)
+    if isinstance(data, Mapping) or not (is_path or hasattr(data, "__len__")):
         raise ValueError(f"data must be a list of samples, the path of a file, or a data module, got {data!r}")
-    if not isinstance(data, str | Path):
-        return Samples(given=data, val_split_fraction=options.pop("val_split_fraction", 0.0), **settings)
-    fraction = options.pop("val_split_fraction", None if Path(data).is_dir() else 0.0)
-    return JSON(Path(data), val_split_fraction=fraction, **settings)
+    settings = {"prompt_style": llm.prompt_style, "mask_prompt": options.pop("mask_prompt", True)}
+    none_validate = None if is_path and Path(data).is_dir() else 0.0  # a folder has a file that does
+    settings["val_split_fraction"] = options.pop("val_split_fraction", none_validate)
+    return JSON(Path(data), **settings) if is_path else Samples(given=data, **settings)
 
 
 def _options(
@@ -174,20 +181,17 @@ def _options(
     """Options, and the configuration with what the method adds, from keywords."""
     kind = LoRAOptions if way.name == "lora" else FinetuneOptions
     chosen = kind(checkpoint_dir=llm.checkpoint_dir, out_dir=out_dir, data=_data_module(data, llm, keywords))
-    further = {}
+    if (rate := keywords.pop("learning_rate", None)) is not None:
+        chosen.optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": rate}}
+    further = {name: keywords.pop(name) for name in way.fields & keywords.keys() if not hasattr(chosen, name)}
+    groups = (chosen, chosen.train, chosen.eval)
+    known = {f.name: group for group in reversed(groups) for f in fields(group)}
     for name, value in keywords.items():
-        group = next((group for group in (chosen, chosen.train, chosen.eval) if hasattr(group, name)), None)
-        if name == "learning_rate":
-            chosen.optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": value}}
-        elif group is not None:
-            setattr(group, name, value)
-        elif name in way.fields:
-            further[name] = value
-        else:
-            known = [f.name for group in (chosen, chosen.train, chosen.eval) for f in fields(group)]
+        if name not in known:
             near = get_close_matches(name, ["learning_rate", *known, *way.fields], n=1)
             hint = f": did you mean {near[0]}?" if near else ""
             raise ValueError(f"option {name!r} is not known to fine-tuning by {way.name}{hint}")
+        setattr(known[name], name, value)
     chosen.train.__post_init__()
     chosen.eval.__post_init__()
     return chosen, way.extend(llm.model.config, chosen, **further)

@@ -90,36 +90,32 @@ class Options:
         """Refuse what cannot work before anything is read, fetched or written."""
         train, spec = self.train, self.cache_spec()
         require_end(train)
-        if self.num_nodes < 1:
-            raise ValueError(f"--num_nodes must be at least 1, got {self.num_nodes}")
+        for name in ("num_nodes", "prompt_chunksize"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"--{name} must be at least 1, got {value}")
         train.gradient_accumulation_iters(self.processes)
         resolve_optimizer(self.optimizer)
-        if self.prompt_chunksize < 1:
-            raise ValueError(f"--prompt_chunksize must be at least 1, got {self.prompt_chunksize}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"--seed must be in 0..{2**32 - 1}, got {self.seed}")
-        if spec is None:
-            for name, default in (("teacher", None), ("keep_inputs", "device")):
-                if getattr(train, name) != default:
-                    raise ValueError(
-                        f"--train.{name} is for training through a key-value cache: name it with --kv_cache"
-                    )
-            return
+        if spec is not None:
+            self._check_cache(spec)
+        elif unused := [name for name in ("teacher", "keep_inputs") if getattr(train, name) not in (None, "device")]:
+            raise ValueError(f"--train.{unused[0]} is for training through a key-value cache: name it with --kv_cache")
+
+    def _check_cache(self, spec: CacheSpec) -> None:
         try:
             check_trainable(spec)
             if spec.cache_length is not None:
                 spec.make_policy(spec.cache_length)
         except ValueError as error:
             raise UsageError(f"--kv_cache: {error}") from None
-        if self.divides_weights and train.teacher is not None:
+        teacher, kept = self.train.teacher, self.train.keep_inputs
+        if self.divides_weights and teacher is not None:
             raise ValueError(
-                "--train.teacher needs a copy of what is trained, which fsdp divides among devices: use --strategy ddp"
+                "--train.teacher copies what is trained, which fsdp divides among devices: use --strategy ddp"
             )
-        if self.divides_weights and isinstance(train.keep_inputs, int) and train.keep_inputs > 1:
-            raise ValueError(
-                f"--train.keep_inputs {train.keep_inputs}: with --strategy fsdp inputs of all layers are kept: "
-                "device, cpu or disk"
-            )
+        if self.divides_weights and kept not in (1, "device", "cpu", "disk"):
+            raise ValueError(f"--train.keep_inputs {kept}: with --strategy fsdp it must be device, cpu or disk")
 
     def cache_spec(self) -> CacheSpec | None:
         """The cache to train through, if any; `ValueError` if it does not exist, or there are arguments for it and no cache."""
@@ -138,8 +134,6 @@ class Options:
         out_dir, resume, name = self.out_dir, self.resume, WEIGHTS_NAME + suffix
         if out_dir is None:
             return None
-        if out_dir.exists() and not out_dir.is_dir():
-            raise ValueError(f"out_dir {out_dir} is a file: give a folder")
         check_folder(out_dir)
         if resume and resume not in (True, "auto"):
             path = Path(resume) / name if Path(resume).is_dir() else Path(resume)
@@ -153,9 +147,10 @@ class Options:
         if resume is True:
             raise FileNotFoundError(f"--resume: {out_dir} holds no checkpoint (step-*/{name}) to resume from")
         if found := [*steps, *out_dir.glob("final")]:
-            how = "" if resume else ", or --resume auto to continue it"
-            known = ", and no checkpoint of this method to resume from" if resume else " of a run already"
-            raise ValueError(f"{out_dir} holds {found[-1].name}{known}: give another --out_dir{how}")
+            known = " of a run already: give another --out_dir, or --resume auto to continue it"
+            if resume:
+                known = ", and no checkpoint of this method to resume from: give another --out_dir"
+            raise ValueError(f"{out_dir} holds {found[-1].name}{known}")
         return None
 
     def describe(self, precision: str, config: Config, **changed: Any) -> None:
