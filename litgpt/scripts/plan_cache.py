@@ -79,7 +79,6 @@ def _training(plan: MemoryPlan, name: Path, method: str, rows: int, length: int,
     step = StepMemory(plan.config, plan.spec, rows, length, plan.chunk, plan.dtype, trained_head=full)
     added, state = state_bytes(plan.config, method)
     fixed = plan.weights + added + state
-    places = ["device", *([] if on_cpu else ["cpu"]), step.best_number, "disk"]
     kind = str(plan.dtype).removeprefix("torch.") if plan.scheme is None else plan.scheme.mode
     lines = {
         "weights": f"{as_text(plan.weights + added)} in {kind}" + (", with what is added" if added else ""),
@@ -88,7 +87,7 @@ def _training(plan: MemoryPlan, name: Path, method: str, rows: int, length: int,
         "one chunk": f"about {as_text(step.one_chunk)}, of {min(plan.chunk, length):,} tokens a sequence",
         "loss": f"about {as_text(step.logits)} of logits at a time",
     }
-    for place in places:
+    for place in step.places(on_cpu):
         total = fixed + step.total(place)
         fits = "fits into" if total <= memory else f"{as_text(total - memory)} more than"
         lines[f"keep_inputs {place}"] = (

@@ -85,9 +85,8 @@ class Loop:
     def _epochs_done(self) -> bool:
         """Whether the run has been through all its epochs."""
         position, whole = self.position, False
-        if position.batches:
-            with suppress(TypeError):  # a stream has no length
-                whole = position.batches >= len(self.train_loader)
+        with suppress(TypeError):  # a stream has no length
+            whole = bool(position.batches) and position.batches >= len(self.train_loader)
         return self.train.epochs is not None and position.epoch + whole >= self.train.epochs
 
     @property
@@ -131,7 +130,12 @@ class Loop:
                 loss = self.model(fabric.to_device(ids), fabric.to_device(labels), row_sizes=sizes, scale=scale)
                 fabric.backward(loss * scale)
             position.iter_num += 1
-            window_loss += self._checked(loss.item())
+            window_loss += loss.item()
+            if not math.isfinite(window_loss):
+                raise ValueError(
+                    f"the loss is {loss.item()} in step {position.step_count + 1}: lower the learning rate, clip gradients "
+                    "(train.max_norm), or use a precision with a wider range; earlier checkpoints are as they were"
+                )
             seen += _counted(labels)
             done = rows[i * fabric.world_size : (i + 1) * fabric.world_size]
             position.tokens += sum(ids.shape[1] for ids, _, _ in done)
@@ -142,14 +146,6 @@ class Loop:
             rate, part = self.scheduler.get_last_lr()[0], (i + 1) / len(own)
             self.report.iteration(position, window_loss, seen, time.perf_counter() - began, part, rate)
         position.counted += total
-
-    def _checked(self, loss: float) -> float:
-        if not math.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss} in step {self.position.step_count + 1}: lower the learning rate, clip gradients "
-                "(train.max_norm), or use a precision with a wider range; checkpoints of earlier steps are as they were"
-            )
-        return loss
 
     def _update(self, counted: int) -> None:
         if counted:

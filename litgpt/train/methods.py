@@ -17,9 +17,7 @@ class Method:
     name: str
     suffix: str = ""  # of the file that holds the trained weights, after `lit_model.pth`
     config: type[Config] = Config  # of the model
-    add: Callable[[GPT, Any], None] = lambda model, config: (
-        None
-    )  # gives a model, in place, the modules that are trained
+    add: Callable[[GPT, Any], None] = lambda *_: None  # gives a model, in place, the modules that are trained
     is_trained: Callable[[str, Any], bool] = lambda name, value: True  # and saved
 
     @property
@@ -29,9 +27,8 @@ class Method:
 
     def saving(self, file: Path) -> str:
         """What is said when it is saved."""
-        if self.name.startswith("adapter"):
-            return f"Saving adapter weights to {str(file)!r}"
-        return f"Saving checkpoint to {str(file.parent)!r}"
+        is_adapter = self.name.startswith("adapter")
+        return f"Saving adapter weights to '{file}'" if is_adapter else f"Saving checkpoint to '{file.parent}'"
 
     @property
     def fields(self) -> set[str]:

@@ -15,12 +15,11 @@ def resolve_optimizer(optimizer: str | Mapping[str, Any]) -> tuple[type[torch.op
         optimizer: a class of `torch.optim` ("AdamW"), an import path ("bitsandbytes.optim.AdamW8bit"), or a mapping with
             `class_path` and perhaps `init_args`. `ValueError` if there is no such class, or it does not take these arguments.
     """
+    path, arguments = optimizer, {}
     if isinstance(optimizer, Mapping):
         path, arguments = optimizer.get("class_path"), dict(optimizer.get("init_args") or {})
         if extra := sorted(set(optimizer) - {"class_path", "init_args"}):
             raise ValueError(f"optimizer: {extra} not known; expected class_path and init_args")
-    else:
-        path, arguments = optimizer, {}
     if not isinstance(path, str) or not path:
         raise ValueError(f"optimizer must be a name or a mapping with class_path, got {optimizer!r}")
     module, _, name = (path if "." in path else f"torch.optim.{path}").rpartition(".")
@@ -58,11 +57,6 @@ def reserve_state(optimizer: torch.optim.Optimizer) -> None:
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return
     for group in optimizer.param_groups:
-        if not group["fused"] or group["amsgrad"]:
-            continue
-        for p in group["params"]:
-            optimizer.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+        for p in group["params"] if group["fused"] and not group["amsgrad"] else ():
+            averages = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **averages}

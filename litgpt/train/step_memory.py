@@ -102,27 +102,27 @@ class StepMemory:
         layers = self.config.n_layer
         return min(range(1, layers + 1), key=lambda k: (-(-layers // k) + k, k))
 
+    def places(self, on_cpu: bool) -> list[str | int]:
+        """Values of `keep_inputs`, the fastest first."""
+        return ["device", *([] if on_cpu else ["cpu"]), self.best_number, "disk"]
+
     def what_fits(self, memory: int, on_cpu: bool) -> str | int | None:
         """The fastest `keep_inputs` with which the step fits into a memory (None: with none)."""
-        places = ["device", self.best_number, "disk"] if on_cpu else ["device", "cpu", self.best_number, "disk"]
-        return next((place for place in places if self.total(place) <= memory), None)
+        return next((place for place in self.places(on_cpu) if self.total(place) <= memory), None)
 
     def remedy(self, memory: int, on_cpu: bool) -> str:
         """The options with which it fits."""
-        fitting = self.what_fits(memory, on_cpu)
-        if fitting is not None:
-            return f"--train.keep_inputs {fitting}"
-        if self.rows > 1 and (fitting := replace(self, rows=1).what_fits(memory, on_cpu)) is not None:
-            kept = "" if fitting == "device" else f" --train.keep_inputs {fitting}"
-            return f"--train.micro_batch_size 1{kept}"
+        for rows, option in ((self.rows, ""), (1, "--train.micro_batch_size 1")):
+            if (fitting := replace(self, rows=rows).what_fits(memory, on_cpu)) is not None:
+                kept = f"--train.keep_inputs {fitting}" if not option or fitting != "device" else ""
+                return f"{option} {kept}".strip()
         return "a shorter --train.max_seq_length with --train.keep_inputs disk, a smaller --prompt_chunksize or --cache_length"
 
 
 def trained_numbers(config: Config, method: str) -> int:
     """Numbers that a method trains in a model, with its default settings."""
-    way = METHODS[method]
+    way, model = METHODS[method], meta_model(config)
     settings = {"lora_query": True, "lora_value": True, "lora_r": 8} if method == "lora" else {}
-    model = meta_model(config)
     with torch.device("meta"):
         way.prepare(model, way.config.extending(config, **settings))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
