@@ -13,6 +13,7 @@ from lightning import Fabric
 from lightning.fabric.loggers import CSVLogger
 from torch.utils.data import IterableDataset
 
+import litgpt.train.checkpointing as checkpointing
 from litgpt.args import TrainArgs
 from litgpt.atomic_file import only_writer, replacing_folder
 from litgpt.checkpoint.base import WEIGHTS_NAME
@@ -27,7 +28,6 @@ from litgpt.prompts import save_prompt_style
 from litgpt.runners.huge_pages import use_huge_pages
 from litgpt.runners.quantized_weights import num_parameters
 from litgpt.tokenizer import Tokenizer
-from litgpt.train import checkpointing
 from litgpt.train.cached_layers import CachedLayers
 from litgpt.train.loop import Loop
 from litgpt.train.methods import Method
