@@ -142,7 +142,7 @@ class CacheOptions(Options):
     kv_cache_args: dict[str, Any] | None = option(
         None,
         "Further arguments of the key-value cache, such as --kv_cache_args.n_sink 4, or as a mapping {n_sink: 4}: the first "
-        "4 tokens are never dropped.",
+        "4 tokens are never dropped. With kvzip, --kv_cache_args.budget scores gives each head slots by its tokens' scores.",
     )
     prompt_chunksize: int | None = option(None, "Most tokens of a prefill call. Default: the whole prompt.", least=1)
 

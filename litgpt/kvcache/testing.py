@@ -36,7 +36,7 @@ def create_kv_cache(
         )
     spec = CacheSpec.parse(name, **args)
     policy = spec.make_policy(params.cache_length)
-    return make_kv_cache(config, params, policy, block_idx, spec.storage_class, spec.storage_args)
+    return make_kv_cache(config, params, policy, block_idx, spec.storage_class, spec.storage_args, spec.by_head)
 
 
 def random_tensor(params: KVCacheParams, num: int, is_query: bool = False) -> torch.Tensor:

@@ -12,6 +12,7 @@ from litgpt.kvcache.by_head import ByHeadKVCache, share_slots
 from litgpt.kvcache.storages import STORAGES
 
 from .cases import call, go_on, snapshot, unchanged
+from .test_contract import Sizes
 
 D, T, SLOTS, TAIL, SINKS, RECENT = 8, 40, 16, 4, 2, 3
 STORED = [name for name, storage in STORAGES.items() if not storage.blocks]
@@ -280,6 +281,29 @@ def test_a_cache_that_was_emptied_is_as_a_new_one(kind):
         assert torch.equal(
             go_on(cache.fork(), [x[:, :, :8] for x in tokens]), go_on(fresh.fork(), [x[:, :, :8] for x in tokens])
         )
+
+
+@every_kind
+def test_nothing_is_read_back_from_the_device_between_two_readings(kind):
+    """On the meta device there is nothing to read: `item`, `tolist`, `nonzero` or `if tensor` would fail."""
+    cache = kind.spec.create(kind.config, 1, "meta", torch.float32)[0]
+    H, G = kind.heads
+    cache.hold([SLOTS + 3 * g for g in range(G)])
+    keys, values = (x.to("meta") for x in kind.tokens(T)[1:])
+    cache.take_over(cache.tokens_read(DefaultKeysAndValues(keys, values), torch.empty(1, 1, G, T, device="meta")))
+    for count in (1, 9, 1, 14):
+        assert call(cache, *(x.to("meta") for x in kind.tokens(count))).shape == (1, count, H * D)
+    assert cache.kept_by_head == tuple(SLOTS + 3 * g for g in range(G))
+
+
+def test_a_decode_step_reads_keys_where_they_are():
+    kind = Kind((8, 2))
+    (cache, _), *_ = kind.filled()
+    tokens = kind.tokens(1)
+    plan = cache.plan(T, 1, 1)
+    with Sizes() as sizes:
+        cache.run(plan, *tokens)
+    assert sizes.made < 8 * 8 * D
 
 
 def test_what_is_impossible_is_refused_in_one_line():
