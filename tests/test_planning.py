@@ -111,6 +111,13 @@ def test_the_command_says_what_fits(checkpoint, capsys):
     assert said.splitlines()[-1] == f"litgpt generate {checkpoint} --prompt_chunksize 512"
     assert main([*arguments, "--memory", "1GB", "--kv_cache", "dense-int8"]) == 0
     assert "--kv_cache dense-int8 --cache_length 200 " in capsys.readouterr().out.splitlines()[-1]
+    by_head = ["--kv_cache", "kvzip", "--kv_cache_args.budget", "scores", "--cache_length", "100"]
+    assert main([*arguments, "--memory", "1GB", *by_head]) == 0
+    said = capsys.readouterr().out
+    assert "1 sequence of 200 tokens at a time" in said
+    assert f"generate {checkpoint} {' '.join(by_head)} " in said.splitlines()[-1]
+    assert main([*arguments, "--memory", "1GB", *by_head, "--batch", "2"]) == 1
+    assert "for one sequence at a time, not for 2" in capsys.readouterr().err
     plan = plan_for(checkpoint, CacheSpec(), torch.float32)
     room = plan.total(1, 100)
     assert main([*arguments, "--precision", "32-true", "--memory", str(room)]) == 0

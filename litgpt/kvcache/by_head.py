@@ -100,6 +100,10 @@ class ByHeadKVCache(ScoreKVCache):
         return sum(head.policy.cache_length for head in self.heads) or self.n_query_groups * self.cache_length
 
     @property
+    def takes_rows_apart(self) -> bool:
+        return False  # there is one
+
+    @property
     def current_length(self) -> int:
         return super().current_length + max((head.extra for head in self.heads if self._rows.lengths), default=0)
 

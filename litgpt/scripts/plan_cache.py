@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from litgpt.engine.loading import default_device, parse_precision
 from litgpt.kvcache import CacheSpec
@@ -21,6 +21,7 @@ def plan_cache(
     batch: int = 1,
     kv_cache: str = "dense",
     cache_length: int | None = None,
+    kv_cache_args: dict[str, Any] | None = None,
     quantize: str | None = None,
     precision: str | None = None,
     prompt_chunksize: int = 512,
@@ -39,6 +40,7 @@ def plan_cache(
         batch: Sequences at a time.
         kv_cache: The caches: a policy, perhaps with a storage, as in dense-int8.
         cache_length: Slots of caches that evict.
+        kv_cache_args: Further arguments of the caches, such as --kv_cache_args.budget scores.
         quantize: Quantise the weights: int8 or int4.
         precision: bf16-true, 16-true or 32-true. Default: the fastest on the device.
         prompt_chunksize: Tokens of a prefill call.
@@ -51,7 +53,7 @@ def plan_cache(
     if bandwidth is not None and not 0 < bandwidth < 1e9:
         raise ValueError(f"--bandwidth must be a number above 0 and below 1e9, got {bandwidth}")
     device = default_device()
-    spec = CacheSpec.parse(kv_cache, cache_length)
+    spec = CacheSpec.parse(kv_cache, cache_length, **(kv_cache_args or {}))
     plan = plan_for(checkpoint_dir, spec, parse_precision(precision, device), quantize, prompt_chunksize)
     most = plan.config.block_size
     length = most if context is None else context
@@ -100,7 +102,7 @@ def _training(plan: MemoryPlan, name: Path, method: str, rows: int, length: int,
     place = step.what_fits(memory - fixed, on_cpu)
     if place is None:
         return f"{table}\n\nNothing fits: try {step.remedy(memory - fixed, on_cpu)}."
-    words = ["litgpt", f"finetune_{method}", str(name), "--kv_cache", str(plan.spec)]
+    words = ["litgpt", f"finetune_{method}", str(name), "--kv_cache", str(plan.spec), *_arguments(plan.spec)]
     words += [] if plan.spec.cache_length is None else ["--cache_length", str(plan.spec.cache_length)]
     words += ["--prompt_chunksize", str(plan.chunk), "--train.max_seq_length", str(length)]
     words += ["--train.micro_batch_size", str(rows), "--train.keep_inputs", str(place)]
@@ -134,12 +136,18 @@ def _sequences(rows: int) -> str:
     return f"{rows:,} sequence{'s' * (rows != 1)}"
 
 
+def _arguments(spec: CacheSpec) -> list[str]:
+    """A cache's further arguments, as options."""
+    pairs = ((name, list(value) if isinstance(value, tuple) else value) for name, value in spec.arguments)
+    return [word for name, value in pairs for word in (f"--kv_cache_args.{name}", str(value))]
+
+
 def _command(
     plan: MemoryPlan, name: Path, quantize: str | None, precision: str | None, rows: int, length: int, memory: int
 ) -> str:
     """The command to paste, or what would fit."""
     spec, left = plan.spec, memory - plan.weights - plan.workspace(rows)
-    cache = [] if spec == CacheSpec() else ["--kv_cache", str(spec)]
+    cache = [] if spec == CacheSpec() else ["--kv_cache", str(spec), *_arguments(spec)]
     slots = spec.cache_length
     if slots is None and not spec.evicts and spec != CacheSpec() and length < plan.config.block_size:
         slots = length  # else it is made for the model's whole context

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from litgpt.serve.served import ServedModel
 
 CELLS = 128  # most cells of a row
@@ -19,13 +21,12 @@ def cache_view(served: ServedModel) -> dict[str, Any]:
     for cache in caches.caches:
         rows = []
         for row, length in enumerate(cache.row_lengths):
-            kept = cache.state_of_row(row, copy=False) if length else {}
-            stored = kept["keys"].shape[2] if "keys" in kept else min(length, cache.cache_length)
-            positions = cache.token_positions()[row, 0] if length else None
+            positions = cache.token_positions()[row] if length else torch.empty(1, 0)
+            stored = round((positions >= 0).sum().item() / len(positions))  # a head
             cells = [0] * min(CELLS, length)
             if length:
                 per_cell = length / len(cells)
-                for position in positions[positions >= 0].tolist():
+                for position in positions[0][positions[0] >= 0].tolist():
                     cells[min(len(cells) - 1, int(position / per_cell))] += 1
                 cells = [round(min(1.0, count / per_cell), 3) for count in cells]
             rows.append({"tokens": length, "kept": stored, "cells": cells})
