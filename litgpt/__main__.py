@@ -257,7 +257,8 @@ def _by_name(args: list[str], parameters: Mapping[str, inspect.Parameter], posit
     """Rewrites a command line so that every value is given as `--name=value`.
 
     Raises:
-        UsageError: there are more values than parameters for them, or one that is not text.
+        UsageError: there are more values than parameters for them, one that is not text, or an empty path, which would mean the
+            current folder.
     """
     named, values = [], []
     rest = iter(range(len(args)))
@@ -292,8 +293,11 @@ def _by_name(args: list[str], parameters: Mapping[str, inspect.Parameter], posit
         raise UsageError(f"unexpected argument {values[len(free)]!r}; other values need the name of their option")
     named += [f"--{key}={value}" for key, value in zip(free, values, strict=False)]
     for arg in named:
+        option, equals, value = arg.partition("=")
+        parameter = parameters.get(option[2:])
+        if equals and not value and parameter is not None and "Path" in str(parameter.annotation):
+            raise UsageError(f"{option} is empty: give the path of a file or folder, or a name")
         if not is_text(arg):
-            option, _, value = arg.partition("=")
             raise UsageError(f"{ascii(option)[1:-1]} is not text in UTF-8: {os.fsencode(value)!r}")
     # Options of the command line override a configuration file, and are printed by --print_config.
     return sorted(named, key=lambda arg: (arg == "--print_config") - arg.startswith("--config="))

@@ -57,8 +57,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     The previous content stays until then. Temporary folders of killed runs beside it are removed first.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for abandoned in folder.parent.glob(f".{folder.name}.*.tmp"):
-        shutil.rmtree(abandoned, ignore_errors=True)
+    remove_abandoned_folders(folder.parent, folder.name)
     temporary, old = (folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{kind}.tmp") for kind in ("new", "old"))
     temporary.mkdir()
     try:
@@ -75,6 +74,17 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     finally:
         for rest in (temporary, old):
             shutil.rmtree(rest, ignore_errors=True)
+
+
+def remove_abandoned_folders(parent: Path, name: str) -> None:
+    """Remove what runs that were killed have left of `replacing_folder` for folders called `name`, which may be a pattern. One that was
+    put aside, and whose successor did not take its name, gets it again."""
+    for folder in parent.glob(f".{name}.*.old.tmp"):
+        own = folder.with_name(folder.name[1:].rsplit(".", 3)[0])
+        if not own.exists():
+            folder.rename(own)
+    for folder in parent.glob(f".{name}.*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _of_disk(error: RuntimeError, path: Path) -> RuntimeError | OSError:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from litgpt.atomic_file import check_folder, only_writer, replacing, replacing_folder
+from litgpt.atomic_file import check_folder, only_writer, remove_abandoned_folders, replacing, replacing_folder
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links, modes and locks of POSIX")
 
@@ -177,3 +177,19 @@ def test_a_process_that_is_killed_while_it_writes_a_folder_leaves_the_last_compl
         (temporary / "file").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
     assert (folder / "file").read_text() == "new"
+
+
+def test_what_killed_writers_of_folders_have_left_is_removed_and_what_they_had_put_aside_is_back(tmp_path):
+    for name in (
+        ".a-1.01234567.new.tmp",
+        ".a-1.01234567.old.tmp",
+        ".a-2.01234567.old.tmp",
+        "a-2",
+        ".b.01234567.new.tmp",
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    remove_abandoned_folders(tmp_path, "a-*")
+    assert sorted(os.listdir(tmp_path)) == [".b.01234567.new.tmp", "a-1", "a-2"]
+    assert (tmp_path / "a-1" / "file").read_text() == ".a-1.01234567.old.tmp"
+    assert (tmp_path / "a-2" / "file").read_text() == "a-2"

@@ -257,6 +257,8 @@ def test_help_of_a_command_explains_every_option(litgpt):
         (["talk", "--max_new_tokens", ""], "--max_new_tokens cannot be '', it takes int"),
         (["talk", "--max_new_tokens"], "argument --max_new_tokens: expected one argument"),
         (["talk", "--quantize", "int2"], "--quantize cannot be 'int2', it takes one of 'int8', 'int4' | None"),
+        (["turn", ""], "--checkpoint_dir is empty: give the path of a file or folder, or a name"),
+        (["turn", "A", "--output_dir="], "--output_dir is empty"),
         (["turn"], "checkpoint_dir is missing"),
         (["turn", "A"], "output_dir is missing"),
         (["talk", "--config", "nowhere.yaml"], "--config: File does not exist"),

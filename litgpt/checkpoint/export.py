@@ -42,7 +42,7 @@ def save_huggingface(
     out_dir, config = Path(out_dir), source.config
     unfinished = out_dir / _UNFINISHED
     leftovers = read_json(unfinished) if unfinished.is_file() else {}  # of an export that was killed
-    present = [file for kind in ("*.safetensors", "pytorch_model*.bin") for file in out_dir.glob(kind)]
+    present = [file for kind in ("*.safetensors", "pytorch_model*.bin", "lit_model*") for file in out_dir.glob(kind)]
     if others := [file.name for file in present if file.name not in leftovers]:
         raise FileExistsError(f"{out_dir} holds weights already ({others[0]}): give another folder")
     family, hf = hf_from_config(config)

@@ -4,6 +4,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Parsed here b
 seconds for the vocabularies in the metadata; quantised blocks are decoded by that package, but for the kinds of gguf_blocks.py.
 """
 
+import io
 import math
 import mmap
 import re
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,13 @@ PIECE = 2**22  # numbers that are dequantised at a time, where rows may come in 
 _SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 
 
+class _OpenFile(io.FileIO):
+    """A file that is closed when the last tensor of it is gone."""
+
+    def __del__(self) -> None:
+        self.close()
+
+
 @dataclass(frozen=True)
 class GGUFTensor:
     """The place of a tensor: `shape` in torch's order, `offset` in bytes from the start of the file."""
@@ -39,7 +47,7 @@ class GGUFTensor:
     kind: str
     offset: int
     nbytes: int
-    file: BinaryIO = field(repr=False, compare=False)
+    file: io.FileIO = field(repr=False, compare=False)
 
     def rows(self, first: int, count: int) -> "GGUFTensor":
         """Some of its rows."""
@@ -158,7 +166,7 @@ class _Shard:
             raise FileNotFoundError(f"{str(self.path)!r} is not a file")
         refuse_lfs_pointer(self.path)
         size = self.path.stat().st_size
-        self._file = open(self.path, "rb")  # noqa: SIM115 - for as long as there are tensors
+        self._file = _OpenFile(self.path)
         magic = self._file.read(4)
         if magic != b"GGUF":
             raise self._error(f"is not a GGUF file: it begins with {magic!r}")

@@ -1,5 +1,6 @@
 """The command `validate`."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -38,7 +39,7 @@ def validate_setup(
     """Check a checkpoint before it is used, and show how much memory it needs.
 
     Checks the files, the config, names and shapes of the weights, the tokenizer, the prompt style, and the logits of one
-    forward pass. Fails if any check fails.
+    forward pass. Exits with 1 if any check fails.
 
     Args:
         checkpoint_dir: Folder of a checkpoint (Hugging Face or LitGPT), a .gguf file, or a model's name.
@@ -71,7 +72,8 @@ def validate_setup(
         if config:
             print(_memory(checkpoint, torch_dtype, training, bool(fits and checkpoint.tied)))
     if failed:
-        raise ValueError(f"{checkpoint_dir} is not usable, failed: {', '.join(failed)}")
+        print(f"litgpt: error: {checkpoint_dir} is not usable, failed: {', '.join(failed)}", file=sys.stderr)
+        raise SystemExit(1)
 
 
 def validate_checkpoint(checkpoint_path: Path, model: nn.Module, verbose: bool = True) -> CheckpointValidationResult:

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 
 import litgpt.train.checkpointing as checkpointing
 from litgpt.args import TrainArgs
-from litgpt.atomic_file import only_writer, replacing_folder
+from litgpt.atomic_file import only_writer, remove_abandoned_folders, replacing_folder
 from litgpt.checkpoint.base import WEIGHTS_NAME
 from litgpt.checkpoint.load import save_config
 from litgpt.config import Config
@@ -81,6 +81,8 @@ class Run:
         writes = out_dir is not None and self.fabric.is_global_zero
         try:
             with only_writer(out_dir) if writes else nullcontext():
+                if writes:
+                    remove_abandoned_folders(out_dir, "step-*")
                 metrics = self._run(resume)
             status = "success"
         except KeyboardInterrupt:

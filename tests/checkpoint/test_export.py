@@ -111,6 +111,9 @@ def test_nothing_is_written_where_it_cannot_end_well(tmp_path):
     with pytest.raises(ValueError, match="No architecture of transformers expresses the model config 'odd'"):
         save_huggingface(odd, tmp_path / "out")
     save_litgpt(open_checkpoint(tmp_path / "hf"), tmp_path / "lit")
+    with pytest.raises(FileExistsError, match=r"holds weights already \(lit_model.pth\): give another folder"):
+        save_huggingface(open_checkpoint(tmp_path / "lit"), tmp_path / "lit")
+    assert not list((tmp_path / "lit").glob("*.safetensors"))
     weights = torch.load(tmp_path / "lit" / "lit_model.pth")
     del weights["transformer.ln_f.weight"]
     torch.save(weights, tmp_path / "lit" / "lit_model.pth")

@@ -1,5 +1,6 @@
 """GGUF files written here from small random models of `transformers`, and the real ones."""
 
+import gc
 from pathlib import Path
 
 import gguf
@@ -169,6 +170,19 @@ def test_tensors_are_whole_and_complete(case, tmp_path):
     expected = {name: tensor.shape for name, tensor in load_model(checkpoint).state_dict().items()}
     assert {name: tensor.shape for name, tensor in checkpoint.tensors()} == expected
     assert all(piece.is_meta for _, _, piece in checkpoint.row_shards(meta=True))
+
+
+def test_a_file_is_closed_with_its_last_tensor(tmp_path, recwarn):
+    path = write_gguf(tmp_path / "tiny.gguf", "llama", random_model("llama"))
+    file = GGUFFile(path)
+    tensor = file.tensors["output.weight"]
+    held = tensor.file
+    del file
+    gc.collect()
+    assert not held.closed
+    del tensor, held
+    gc.collect()
+    assert not [warning for warning in recwarn if warning.category is ResourceWarning]
 
 
 def test_gemma_sliding_window_is_read(tmp_path):

@@ -23,7 +23,10 @@ def validate(capsys):
     """Runs the command: exit code, what was said of each check, the other lines of stdout, stderr."""
 
     def run(*args):
-        code = main(["validate", *map(str, args)])
+        try:
+            code = main(["validate", *map(str, args)])
+        except SystemExit as end:
+            code = end.code
         captured = capsys.readouterr()
         checks, rest = {}, []
         for line in captured.out.splitlines():

@@ -84,8 +84,10 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(method, checkp
     half = shutil.copytree(tmp_path / "whole", tmp_path / "half")
     for folder in ("final", "step-000006", "step-000004"):  # as a run killed after step 2 or 3 leaves it
         shutil.rmtree(half / folder)
+    (half / ".step-000003.01234567.new.tmp").mkdir()
     capsys.readouterr()
     resumed = run(method, checkpoint_dir, half, json_path, resume="auto")
+    assert not list(half.glob(".*"))
     assert resumed.keys() == expected.keys()
     for name in expected:
         assert torch.equal(resumed[name], expected[name]), name
