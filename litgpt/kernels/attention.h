@@ -36,7 +36,7 @@ struct KvSplits {
     std::vector<Split> all;
     std::vector<int64_t> first;  // index of the first split of each row's group; and the end
 
-    // Of one row whose heads have so many keys more than N, all seen by all queries
+    // Of one row whose heads have so many keys more than N
     void find(int64_t G, int64_t N, const int64_t* extra) {
         all.clear(), first.assign(1, 0);
         for (int64_t g = 0; g < G; g++) {
@@ -128,6 +128,14 @@ struct Attention {
         return x.at(rows ? rows[p.b] : p.b, p.g, first_slot(p));
     }
 
+    // A query's mask for a split of n keys of a head, in which all but the T new tokens are seen
+    const Real* mask_in_head(const Real* of_query, const KvSplits::Split& p, int64_t n, Real* mask) const {
+        const int64_t extra = extra_slots[p.g], old = std::max<int64_t>(0, std::min(n, N - T + extra - p.n0));
+        std::fill_n(mask, old, Real{});
+        for (int64_t i = old; i < n; i++) mask[i] = of_query[p.n0 + i - extra];
+        return mask;
+    }
+
     // Attention of all queries of a group over one split
     void attend_split(int64_t i) const {
         const KvSplits::Split& p = splits->all[i];
@@ -139,8 +147,11 @@ struct Attention {
             const int64_t first = group * shared() + r;
             SplitQueries own{int(std::min<int64_t>(4, shared() - r)), queries + first * D, factors + first * n_factors(), {}, n,
                              D, scale, cap, tops + at, totals + at, sums + at * D};
-            for (int c = 0; bias && c < own.count; c++)
-                own.bias[c] = bias + p.b * bias_strides[0] + (r + c) % T * bias_strides[1] + p.n0;
+            Real masks[4 * SPLIT_KEYS];
+            for (int c = 0; bias && c < own.count; c++) {
+                const Real* of_query = bias + p.b * bias_strides[0] + (r + c) % T * bias_strides[1];
+                own.bias[c] = extra_slots ? mask_in_head(of_query, p, n, masks + c * SPLIT_KEYS) : of_query + p.n0;
+            }
             const bool coded = is_encoded(p);
             const KvSplits::Split& ahead = is_encoded(next) == coded ? next : p;
             if constexpr (std::is_same_v<Real, bf16>)  // caches of models in float have no codes

@@ -137,13 +137,8 @@ class FusedLayers:
         if self.watch.has_hooks() or not self.watch.is_unchanged() or not self._has_caches(model.kv_caches()):
             return None
         different = list({id(plan): plan for plan in plans}.values())
-        masked = T > 1 and any(
-            cache.head_slots is not None for cache in model.kv_caches()
-        )  # one mask is not for all heads
-        if (
-            B * T <= ops.MAX_ROWS
-            and not masked
-            and all(_set_decode_plan(*pair, B, T, self.dtype) for pair in zip(self.plans, different, strict=False))
+        if B * T <= ops.MAX_ROWS and all(
+            _set_decode_plan(*pair, B, T, self.dtype) for pair in zip(self.plans, different, strict=False)
         ):
             pass
         elif self._has_prefill():

@@ -5,7 +5,7 @@ import torch
 from tiny import LATENT, VOCABULARY, tiny_gpt, tiny_tokenizer
 
 from litgpt.api import LLM, Preprocessor
-from litgpt.engine import Session
+from litgpt.engine import PromptLookup, Session
 
 PROMPT = torch.arange(40).mul(7).remainder(90).tolist()
 KIND = {"kv_cache": "kvzip", "cache_length": 16, "tail": 4, "n_sink": 2, "recent": 3}
@@ -95,6 +95,8 @@ def test_with_the_budget_scores_sessions_are_saved_forked_cropped_and_begun_anew
     assert drawn[0] == next(Session(model).generate(PROMPT, 1, temperature=0.0))
     assert session.cache_bytes == Session(model, **KIND).cache_bytes == other.cache_bytes
     assert any(cache.kept_by_head for cache in session.kv_caches)
+    drafting = Session(model, budget="scores", **KIND)
+    assert list(drafting.generate(PROMPT, 30, temperature=0.0, drafter=PromptLookup(3))) == drawn
     session.save(tmp_path / "session")
     other.load(tmp_path / "session")
     fork = session.fork()
