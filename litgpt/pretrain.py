@@ -3,6 +3,7 @@
 import math
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,27 +66,16 @@ def _open_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
+_TRAIN = TrainArgs(global_batch_size=512, max_tokens=int(3e12), max_norm=1.0, min_lr=4e-5, lr_warmup_steps=2000)
+_DEFAULTS = {"out_dir": Path("out/pretrain"), "train": replace(_TRAIN, tie_embeddings=False), "seed": 42}
+_DEFAULTS |= {"eval": EvalArgs(interval=1000), "devices": "auto", "logger_name": "tensorboard"}
 setup = command(
     PretrainOptions,
     _pretrain,
     "Train a model from random weights, or continue from a checkpoint's with text.",
     "model_name model_config out_dir precision initial_checkpoint_dir resume data train eval log optimizer devices "
     "num_nodes tokenizer_dir logger_name seed strategy kv_cache cache_length kv_cache_args prompt_chunksize",
-    {
-        "out_dir": Path("out/pretrain"),
-        "train": TrainArgs(
-            global_batch_size=512,
-            max_tokens=int(3e12),
-            max_norm=1.0,
-            min_lr=4e-5,
-            lr_warmup_steps=2000,
-            tie_embeddings=False,
-        ),
-        "eval": EvalArgs(interval=1000),
-        "devices": "auto",
-        "logger_name": "tensorboard",
-        "seed": 42,
-    },
+    _DEFAULTS,
 )
 
 

@@ -59,6 +59,7 @@ class SFTDataset(Dataset):
         if isinstance(self.prompt_style, str):
             self.prompt_style = PromptStyle.from_name(self.prompt_style)
         self.encodings: EncodedSamples | dict[int, Encoded] = {}
+        self._settings = (self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt)
 
     def __len__(self) -> int:
         """After `encode_all` a conversation may count as several: see `EncodedSamples`."""
@@ -70,9 +71,7 @@ class SFTDataset(Dataset):
     def encode_all(self, name: str) -> None:
         """Encode all samples, or take them from the cache on disk: see `EncodedSamples.of`."""
         samples = [self.sample(index) for index in range(len(self.data))]
-        self.encodings = EncodedSamples.of(
-            samples, self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt, name
-        )
+        self.encodings = EncodedSamples.of(samples, *self._settings, name)
 
     @property
     def lengths(self) -> list[int]:
@@ -81,9 +80,7 @@ class SFTDataset(Dataset):
 
     def encoded(self, index: int) -> Encoded:
         if isinstance(self.encodings, dict) and index not in self.encodings:
-            self.encodings[index] = encode_sample(
-                self.sample(index), self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt
-            )
+            self.encodings[index] = encode_sample(self.sample(index), *self._settings)
         return self.encodings[index]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -91,11 +88,8 @@ class SFTDataset(Dataset):
         ids, counted, raw = self.encoded(index)
         ids = torch.from_numpy(ids.astype("int64"))
         labels = ids.masked_fill(~torch.from_numpy(counted), self.ignore_index)
-        return {
-            "input_ids": ids,
-            "labels": labels,
-            "token_counts": {"raw": raw, "raw_plus_prompt_template": len(ids)},
-        }
+        counts = {"raw": raw, "raw_plus_prompt_template": len(ids)}
+        return {"input_ids": ids, "labels": labels, "token_counts": counts}
 
     def example(self, index: int) -> tuple[str, Tensor]:
         """What a sample asks, and the tokens (T,) of its prompt."""
@@ -112,9 +106,7 @@ def get_sft_collate_fn(
     return partial(_sft_collate_fn, max_seq_length=max_seq_length, pad_id=pad_id, ignore_index=ignore_index)
 
 
-def _sft_collate_fn(
-    samples: list[dict[str, Any]], max_seq_length: int, pad_id: int, ignore_index: int
-) -> dict[str, Any]:
+def _sft_collate_fn(samples: list, max_seq_length: int, pad_id: int, ignore_index: int) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     for key, filler in (("input_ids", pad_id), ("labels", ignore_index)):
         rows = torch.nn.utils.rnn.pad_sequence([s[key] for s in samples], batch_first=True, padding_value=filler)

@@ -47,7 +47,7 @@ class JSON(SFTModule):
         is_folder = self.json_path.is_dir()
         if is_folder and self.val_split_fraction is not None:
             raise ValueError(
-                f"`val_split_fraction` should not be set for the folder {self.json_path}: its 'val' file validates"
+                f"val_split_fraction should not be set for the folder {self.json_path}, which has a val file"
             )
         if not is_folder and self.val_split_fraction is None:
             self.val_split_fraction = DEFAULT_FRACTION
@@ -78,9 +78,8 @@ class JSON(SFTModule):
         for suffix in (".json", ".jsonl"):
             if (file := self.json_path / f"{split_name}{suffix}").is_file():
                 return file
-        raise FileNotFoundError(
-            f"json_path must be a file or a directory containing {split_name}.json or {split_name}.jsonl: {self.json_path}"
-        )
+        names = f"{split_name}.json or {split_name}.jsonl"
+        raise FileNotFoundError(f"json_path must be a file or a directory containing {names}: {self.json_path}")
 
 
 @dataclass

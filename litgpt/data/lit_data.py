@@ -70,9 +70,7 @@ class LitData(StreamModule):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.split_names is not None and len(self.split_names) != 2:
-            raise ValueError(
-                f"If provided `split_names` must be a tuple of two strings, for training and validation: {self.split_names}"
-            )
+            raise ValueError(f"If provided `split_names` must be a tuple of two strings, got {self.split_names}")
 
     def _folder(self, which: int) -> str:
         path = str(self.data_path).rstrip("/")

@@ -60,9 +60,7 @@ class Retrieval(SFTModule):
         if length < 0:
             raise ValueError("nothing says how long the samples are: give length")
         if 0 < self.max_seq_length < length:
-            raise ValueError(
-                f"length {length:,} is more than the {self.max_seq_length:,} tokens that samples are cut to"
-            )
+            raise ValueError(f"length {length:,} is more than the {self.max_seq_length:,} tokens of a row")
         prose = lines_of(read_document(self.text))
         frame = PromptFrame(self.tokenizer, self.prompt_style)
         with waiting("Making samples"):

@@ -123,9 +123,7 @@ def finetune(
     chosen, config = _options(way, llm, data, out_dir, options)
     chosen.check()
     if chosen.divides_weights:
-        raise ValueError(
-            "strategy='fsdp' leaves the weights divided, and no LLM to generate with: use 'ddp', or a command"
-        )
+        raise ValueError("strategy='fsdp' leaves the weights divided, and no LLM to generate with: use 'ddp'")
     resume = chosen.resume_path(way.suffix)
     fabric = make_fabric(chosen, f"finetune-{base.name}", base, resume is not None)
     fabric.launch()

@@ -38,14 +38,10 @@ class Options:
     step_digits = 6  # of the step number in the names of checkpoints
 
     out_dir: Path = option(None, "Where checkpoints and logs go.")  # None, from Python only: nowhere
-    precision: str | None = option(
-        None, "32-true, bf16-true, bf16-mixed or 16-mixed. Default: what is fast on the device."
-    )
+    precision: str | None = option(None, "32-true, bf16-true, bf16-mixed or 16-mixed. Default: what is fast here.")
     devices: int | str = option(1, "How many GPUs, or processes on a CPU.")
     num_nodes: int = option(1, "How many machines.")
-    strategy: Strategy = option(
-        "auto", "How several devices share the work: ddp (each has all weights) or fsdp (each has a part of them)."
-    )
+    strategy: Strategy = option("auto", "With several devices, ddp: each has all weights, or fsdp: each has a part.")
     resume: bool | Literal["auto"] | Path = option(
         False, "Resume from the last checkpoint in `out_dir` (true; or auto: if there is one), or from a file."
     )
@@ -57,15 +53,12 @@ class Options:
     train: TrainArgs = option(FINETUNING, "How to train.")
     eval: EvalArgs = option(EvalArgs(interval=100, max_new_tokens=100), "How to validate.")
     log: LogArgs = option(LogArgs(), "Settings of loggers that need an account.")
-    optimizer: str | dict = option(
-        "AdamW", "A class of `torch.optim` or an import path; `--optimizer.init_args.lr 1e-4` sets its arguments."
-    )
+    optimizer: str | dict = option("AdamW", "A class of `torch.optim` or an import path; with `--optimizer.lr 1e-4`.")
     logger_name: LoggerName = option("csv", "csv, tensorboard, wandb or mlflow.")
     seed: int = option(1337, "Seed of all random numbers.")
     kv_cache: str | None = option(
         None,
-        "Train through this key-value cache, POLICY or POLICY-STORAGE as for `litgpt generate`: tokens see what the cache keeps. "
-        "Default: none, tokens see all earlier ones.",
+        "Train through this key-value cache, POLICY or POLICY-STORAGE as for `litgpt generate`: tokens see what it keeps.",
     )
     cache_length: int | None = option(None, "Tokens that it holds. Default: as in `litgpt generate`.")
     kv_cache_args: dict[str, Any] | None = option(None, "Its further arguments, such as --kv_cache_args.n_sink 4.")
@@ -111,9 +104,7 @@ class Options:
             raise UsageError(f"--kv_cache: {error}") from None
         teacher, kept = self.train.teacher, self.train.keep_inputs
         if self.divides_weights and teacher is not None:
-            raise ValueError(
-                "--train.teacher copies what is trained, which fsdp divides among devices: use --strategy ddp"
-            )
+            raise ValueError("--train.teacher copies weights that fsdp divides among devices: use --strategy ddp")
         if self.divides_weights and kept not in (1, "device", "cpu", "disk"):
             raise ValueError(f"--train.keep_inputs {kept}: with --strategy fsdp it must be device, cpu or disk")
 
@@ -167,9 +158,7 @@ class FinetuneOptions(Options):
     """Options of the commands that fine-tune."""
 
     checkpoint_dir: Path = option(MISSING, "The model: a folder (Hugging Face or LitGPT), a .gguf file, or a name.")
-    quantize: Quantization | None = option(
-        None, "Keep the frozen weights in fewer bits: int8 or int4, or on a GPU one of bitsandbytes' ways."
-    )
+    quantize: Quantization | None = option(None, "Keep frozen weights in fewer bits: int8, int4, on a GPU also bnb.*.")
     access_token: str | None = option(None, "Of the Hugging Face hub, for models that ask for one.")
 
 
@@ -187,12 +176,8 @@ class LoRAOptions(FinetuneOptions):
     lora_mlp: bool = option(False, "All linear layers of MLPs have them.")
     lora_head: bool = option(False, "The head has them.")
     lora_all: bool = option(False, "All linear layers but the head have them.")
-    lora_rslora: bool = option(
-        False, "Scale their product by lora_alpha / sqrt(lora_r) (rsLoRA), which suits large ranks."
-    )
-    lora_dora: bool = option(
-        False, "Train the norms of the weights' rows too (DoRA): often better at small ranks, and slower."
-    )
+    lora_rslora: bool = option(False, "Scale their product by lora_alpha / sqrt(lora_r) (rsLoRA): for large ranks.")
+    lora_dora: bool = option(False, "Train the norms of the weights' rows too (DoRA): for small ranks, and slower.")
 
 
 @dataclass(kw_only=True)
@@ -201,18 +186,11 @@ class PretrainOptions(Options):
 
     step_digits = 8
 
-    model_name: str = option(
-        MISSING,
-        "The architecture: the name of a model, or a folder with a `model_config.yaml`. `list` shows the names.",
-    )
+    model_name: str = option(MISSING, "A model's name, or a folder with `model_config.yaml`; `list` shows the names.")
     model_config: Config | None = option(None, "The architecture, field by field, in place of that of `model_name`.")
-    initial_checkpoint_dir: Path | None = option(
-        None, "Begin with the weights of this checkpoint instead of random ones."
-    )
+    initial_checkpoint_dir: Path | None = option(None, "Begin with this checkpoint's weights instead of random ones.")
     tokenizer_dir: Path | None = option(
-        None,
-        "Checkpoint or folder with the tokenizer, for data that is text (default: that of `initial_checkpoint_dir`); its "
-        "files go into every checkpoint.",
+        None, "Folder of the tokenizer, for text; saved with each checkpoint. Default: `initial_checkpoint_dir`."
     )
 
     def check(self) -> None:

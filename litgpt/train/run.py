@@ -46,15 +46,13 @@ def connect(
 ) -> tuple[Any, Any]:
     """Loaders of training and validation batches; the first process prepares files for all. `ValueError` if the samples would be
     longer than the model's context, or the data cannot be packed."""
-    if train.max_seq_length is not None and train.max_seq_length > config.block_size:
-        raise ValueError(
-            f"train.max_seq_length={train.max_seq_length} is more than the model's context of {config.block_size} tokens"
-        )
+    limit = train.max_seq_length or config.block_size
+    if limit > config.block_size:
+        raise ValueError(f"train.max_seq_length={limit} is more than the model's context of {config.block_size} tokens")
     if hasattr(data, "pack"):
         data.pack = train.pack
     elif train.pack:
         raise ValueError(f"train.pack: {type(data).__name__} gives batches of its own, which cannot be packed")
-    limit = train.max_seq_length or config.block_size
     data.connect(tokenizer=tokenizer, batch_size=train.micro_batch_size, max_seq_length=limit)
     with fabric.rank_zero_first():
         data.prepare_data()
