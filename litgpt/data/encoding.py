@@ -47,10 +47,9 @@ class Part(NamedTuple):
 
 
 class RewrittenAnswerError(ValueError):
-    def __init__(self) -> None:
-        super().__init__(
-            "the prompt style renders an answer differently when more messages follow: split the conversation into samples "
-            "that end with the answer to be learned"
+    def __str__(self) -> str:
+        return (
+            "the prompt style rewrites answers that more messages follow: split the conversation into samples, one each"
         )
 
 
@@ -71,12 +70,9 @@ def render_prompt(sample: Sample, style: PromptStyle) -> tuple[str, str]:
         before = messages[: answers[-1]]
         return before[-1]["content"], style.render(before, **more)
     asked, about = sample["instruction"], sample.get("input") or ""
-    names = (
-        ("input", "sys_prompt")
-        if isinstance(style, ChatTemplate)
-        else sample.keys() - {"instruction", "output", "prompt"}
-    )
-    more = {name: sample[name] for name in names if sample.get(name) is not None}
+    own = {"input", "sys_prompt"} if isinstance(style, ChatTemplate) else sample.keys()
+    names = own & sample.keys() - {"instruction", "output", "prompt"}
+    more = {name: sample[name] for name in names if sample[name] is not None}
     text = style.render(asked, **more)
     if about.strip() and about.strip() not in text:
         text = style.render(f"{asked}\n\n{about}", **more)
@@ -98,8 +94,7 @@ def encode_sample(
     as the checkpoint's chat template renders it; the loss counts the assistant's messages, each with its end token.
     `ValueError` if the style cannot render the sample, or renders answers differently when more messages follow.
     """
-    parts = parts_of(sample, tokenizer, style)
-    return _assemble(parts, _encode_parts(parts, tokenizer), max_seq_length, mask_prompt)
+    return _encode_together([parts_of(sample, tokenizer, style)], tokenizer, max_seq_length, mask_prompt)[0]
 
 
 def parts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[Part]:
@@ -193,14 +188,19 @@ def _encode_by_prefixes(part: Part, tokenizer: Tokenizer) -> tuple[Sequence[int]
     return ids, ends
 
 
-def _assemble(
-    parts: Sequence[Part], encoded: Sequence[tuple[Sequence[int], np.ndarray]], max_seq_length: int, mask_prompt: bool
-) -> Encoded:
-    ids = np.concatenate([np.asarray(tokens, dtype=np.int32) for tokens, _ in encoded])
-    counted = np.concatenate([counted for _, counted in encoded])
-    raw = sum(len(tokens) for part, (tokens, _) in zip(parts, encoded, strict=True) if part.counted is not False)
-    end = len(ids) if max_seq_length < 0 else max_seq_length
-    return Encoded(ids[:end], counted[:end] | (not mask_prompt), raw)
+def _encode_together(
+    groups: Sequence[Sequence[Part]], tokenizer: Tokenizer, max_seq_length: int, mask_prompt: bool
+) -> list[Encoded]:
+    """Samples, each of a group of parts."""
+    found = iter(_encode_parts([part for parts in groups for part in parts], tokenizer))
+    samples = []
+    for parts in groups:
+        tokens, counted = zip(*(next(found) for _ in parts), strict=True)
+        ids = np.concatenate([np.asarray(own, dtype=np.int32) for own in tokens])
+        raw = sum(len(own) for part, own in zip(parts, tokens, strict=True) if part.counted is not False)
+        end = len(ids) if max_seq_length < 0 else max_seq_length
+        samples.append(Encoded(ids[:end], np.concatenate(counted)[:end] | (not mask_prompt), raw))
+    return samples
 
 
 def sample_problem(sample: Any) -> str | None:
@@ -220,12 +220,9 @@ def sample_problem(sample: Any) -> str | None:
         if all(message["role"] != "assistant" for message in messages):
             return "'messages' has no message of the assistant"
         return None
-    for name in ("instruction", "output"):
-        if not isinstance(sample.get(name), str):
-            return f"'{name}' is missing" if name not in sample else f"'{name}' must be a text"
-    for name in ("input", "sys_prompt"):
-        if not isinstance(sample.get(name), str | None):
-            return f"'{name}' must be a text"
+    for name, kind in {"instruction": str, "output": str, "input": str | None, "sys_prompt": str | None}.items():
+        if not isinstance(sample.get(name), kind):
+            return f"'{name}' must be a text" if name in sample else f"'{name}' is missing"
     return None
 
 
@@ -314,8 +311,7 @@ def _encode(
                 raise ValueError(f"{getattr(sample, 'place', f'sample {i}')}: {error}") from None
             group += made
             source += [i] * len(made)
-        found = iter(_encode_parts([part for parts in group for part in parts], tokenizer))
-        encoded += [_assemble(parts, [next(found) for _ in parts], max_seq_length, mask_prompt) for parts in group]
+        encoded += _encode_together(group, tokenizer, max_seq_length, mask_prompt)
         report_progress(begin + GROUP, len(samples))
     return {
         "ids": np.concatenate([sample.ids for sample in encoded]),
