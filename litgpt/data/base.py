@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from litgpt.chat_template import ChatTemplate
-from litgpt.data.encoding import Encoded, EncodedSamples, Sample, Splits, bos_of, encode_sample, render_prompt
+from litgpt.data.encoding import EncodedSamples, Sample, Splits, bos_of, render_prompt
 from litgpt.prompt_style import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.batches import PackedBatchSampler
@@ -45,7 +45,7 @@ class DataModule(LightningDataModule):
 
 @dataclass(eq=False, repr=False)
 class SFTDataset(Dataset):
-    """Samples of instructions and responses as tokens. Each is encoded on its first use, or by `encode_all`."""
+    """Samples of instructions and responses as tokens. All are encoded when the first one is used: see `EncodedSamples.of`."""
 
     data: Sequence[Mapping[str, Any]]  # `instruction`, `output` and perhaps `input`; or `messages`, a conversation
     tokenizer: Tokenizer
@@ -55,37 +55,33 @@ class SFTDataset(Dataset):
     ignore_index: int = IGNORE_INDEX  # label of tokens that are not counted
     transform: Callable[[Any], Any] | None = None  # applied to every sample first
 
+    name = "samples"  # in messages
+
     def __post_init__(self) -> None:
         if isinstance(self.prompt_style, str):
             self.prompt_style = PromptStyle.from_name(self.prompt_style)
-        self.encodings: EncodedSamples | dict[int, Encoded] = {}
-        self._settings = (self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt)
-
-    def __len__(self) -> int:
-        """After `encode_all` a conversation may count as several: see `EncodedSamples`."""
-        return len(self.encodings or self.data)
 
     def sample(self, index: int) -> Sample:
         return self.data[index] if self.transform is None else self.transform(self.data[index])
 
-    def encode_all(self, name: str) -> None:
-        """Encode all samples, or take them from the cache on disk: see `EncodedSamples.of`."""
+    @cached_property
+    def encodings(self) -> EncodedSamples:
         samples = [self.sample(index) for index in range(len(self.data))]
-        self.encodings = EncodedSamples.of(samples, *self._settings, name)
+        settings = (self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt)
+        return EncodedSamples.of(samples, *settings, self.name)
+
+    def __len__(self) -> int:
+        """A conversation may count as several samples: see `EncodedSamples`."""
+        return len(self.encodings) if len(self.data) else 0
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of every sample; after `encode_all`."""
+        """Tokens of every sample."""
         return self.encodings.lengths
-
-    def encoded(self, index: int) -> Encoded:
-        if isinstance(self.encodings, dict) and index not in self.encodings:
-            self.encodings[index] = encode_sample(self.sample(index), *self._settings)
-        return self.encodings[index]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`input_ids` (T,), `labels` (T,) the same with `ignore_index` where no loss is counted, and `token_counts`."""
-        ids, counted, raw = self.encoded(index)
+        ids, counted, raw = self.encodings[index]
         ids = torch.from_numpy(ids.astype("int64"))
         labels = ids.masked_fill(~torch.from_numpy(counted), self.ignore_index)
         counts = {"raw": raw, "raw_plus_prompt_template": len(ids)}
@@ -93,8 +89,7 @@ class SFTDataset(Dataset):
 
     def example(self, index: int) -> tuple[str, Tensor]:
         """What a sample asks, and the tokens (T,) of its prompt."""
-        source = getattr(self.encodings, "source", range(len(self)))
-        asked, text = render_prompt(self.sample(source[index]), self.prompt_style)
+        asked, text = render_prompt(self.sample(self.encodings.source[index]), self.prompt_style)
         return asked, self.tokenizer.encode(text, bos=bos_of(text, self.tokenizer, self.prompt_style))
 
 
@@ -183,7 +178,8 @@ class SFTModule(DataModule):
 
     def loader(self, dataset: SFTDataset, shuffle: bool) -> DataLoader:
         """Batches of a dataset, in an order that `seed` decides if they are shuffled."""
-        dataset.encode_all(f"{type(self).__name__} ({'training' if shuffle else 'validation'})")
+        dataset.name = f"{type(self).__name__} ({'training' if shuffle else 'validation'})"
+        dataset.encodings.check_learned(dataset.name)
         collate = get_sft_collate_fn(self.max_seq_length, ignore_index=self.ignore_index)
         generator = torch.Generator().manual_seed(self.seed)
         if self.pack:

@@ -47,10 +47,7 @@ class Part(NamedTuple):
 
 
 class RewrittenAnswerError(ValueError):
-    def __str__(self) -> str:
-        return (
-            "the prompt style rewrites answers that more messages follow: split the conversation into samples, one each"
-        )
+    """A prompt style renders an answer differently when more messages follow."""
 
 
 def _conversation(sample: Sample) -> tuple[list[dict[str, Any]], list[int], dict[str, Any]]:
@@ -85,20 +82,10 @@ def bos_of(text: str, tokenizer: Tokenizer, style: PromptStyle) -> bool | None:
     return False if isinstance(style, ChatTemplate) or (bos_token and text.startswith(bos_token)) else None
 
 
-def encode_sample(
-    sample: Sample, tokenizer: Tokenizer, style: PromptStyle, max_seq_length: int = -1, mask_prompt: bool = True
-) -> Encoded:
-    """A sample as tokens, cut to `max_seq_length` (-1: not). With `mask_prompt` only responses are counted.
-
-    An instruction and its response are encoded apart, and the response ends with the end token. A conversation is encoded
-    as the checkpoint's chat template renders it; the loss counts the assistant's messages, each with its end token.
-    `ValueError` if the style cannot render the sample, or renders answers differently when more messages follow.
-    """
-    return _encode_together([parts_of(sample, tokenizer, style)], tokenizer, max_seq_length, mask_prompt)[0]
-
-
 def parts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[Part]:
-    """The texts of a sample."""
+    """The texts of a sample. An instruction and its response are encoded apart, and the response ends with the end token. A
+    conversation is encoded as the checkpoint's chat template renders it; the loss counts the assistant's messages, each with
+    its end token."""
     if "messages" not in sample:
         _, prompt = render_prompt(sample, style)
         return [Part(prompt, bos_of(prompt, tokenizer, style)), Part(sample["output"], eos=True, counted=True)]
@@ -256,10 +243,11 @@ class EncodedSamples(Sequence[Encoded]):
         mask_prompt: bool,
         name: str,
     ) -> "EncodedSamples":
-        """Encode samples, or take them from the cache, whose files are named by all that decides what is in them. What a tokenizer
-        without a `fingerprint` encodes, or a style that is not of this package and may change at any time, is not cached.
+        """Encode samples, each cut to `max_seq_length` (-1: not); or take them from the cache, whose files are named by all that
+        decides what is in them. What a tokenizer without a `fingerprint` encodes, or a style that is not of this package and may
+        change at any time, is not cached. With `mask_prompt` the loss counts responses only.
 
-        `ValueError` if there is no sample, one cannot be rendered, or the loss counts no token of any.
+        `ValueError` if there is no sample, or one cannot be rendered.
         """
         if not samples:
             raise ValueError(f"{name}: there are no samples")
@@ -281,15 +269,18 @@ class EncodedSamples(Sequence[Encoded]):
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with replacing(path) as temporary:
                         save_file(arrays, temporary)
-        found = cls(arrays)
-        empty = sum(not sample.counted[1:].any() for sample in found)
-        if empty == len(found):
+        return cls(arrays)
+
+    def check_learned(self, name: str) -> None:
+        """`ValueError` if the loss counts no token of any sample; a warning if it counts none of some."""
+        empty = sum(not sample.counted[1:].any() for sample in self)
+        if empty == len(self):
             raise ValueError(f"{name}: no sample has a token to be learned")
         if empty:
+            longest = max(self.lengths)
             _logger.warning(
-                f"{name}: {empty} of {len(found)} samples have no token to be learned within {max_seq_length} tokens"
+                f"{name}: {empty} of {len(self)} samples have no token to be learned within {longest} tokens"
             )
-        return found
 
 
 def cache_dir() -> Path:

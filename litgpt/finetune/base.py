@@ -25,7 +25,7 @@ from litgpt.train.checkpointing import full_tensors
 from litgpt.train.finetuning import finetune_command, tune
 from litgpt.train.methods import METHODS
 from litgpt.train.model import TrainingModel
-from litgpt.train.options import FinetuneOptions, LoRAOptions, command, require_end, taking
+from litgpt.train.options import FinetuneOptions, LoRAOptions, command, taking
 from litgpt.train.run import connect, show_answer
 from litgpt.train.schedule import cosine_schedule, steps_of_run
 from litgpt.train.setting import divide_parameters, precision_of
@@ -186,5 +186,5 @@ def parallelize_fn(model: nn.Module, device_mesh: Any, activation_checkpointing:
 
 
 def validate_args(train: TrainArgs, eval: EvalArgs) -> None:
-    """Raise `ValueError` if options leave open how long to train."""
-    require_end(train)
+    """Raise `ValueError` for what does not go together."""
+    FinetuneOptions(checkpoint_dir=Path(), train=train, eval=eval).check()

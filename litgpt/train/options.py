@@ -82,7 +82,8 @@ class Options:
     def check(self) -> None:
         """Refuse what cannot work before anything is read, fetched or written."""
         train, spec = self.train, self.cache_spec()
-        require_end(train)
+        if train.epochs is None and train.max_steps is None and train.max_tokens is None:
+            raise ValueError("nothing says how long to train: give train.epochs, train.max_steps or train.max_tokens")
         for name in ("num_nodes", "prompt_chunksize"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"--{name} must be at least 1, got {value}")
@@ -197,12 +198,6 @@ class PretrainOptions(Options):
         if self.initial_checkpoint_dir is not None and self.resume:
             raise ValueError("initial_checkpoint_dir starts a new run, resume continues one: give one of the two")
         super().check()
-
-
-def require_end(train: TrainArgs) -> None:
-    """Raise `ValueError` if options leave open how long to train."""
-    if train.epochs is None and train.max_steps is None and train.max_tokens is None:
-        raise ValueError("nothing says how long to train: give train.epochs, train.max_steps or train.max_tokens")
 
 
 def taking(

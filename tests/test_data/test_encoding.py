@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from litgpt.chat_template import ChatTemplate
 from litgpt.data import encoding
 from litgpt.data.base import SFTDataset
-from litgpt.data.encoding import EncodedSamples, encode_sample
+from litgpt.data.encoding import EncodedSamples
 from litgpt.prompts import PromptStyle
 from litgpt.tokenizer import Tokenizer
 
@@ -88,6 +88,10 @@ def tokenizer_of(template: str, bos: str | None, ends: list[str], merge: bool = 
     )
 
 
+def encode_sample(sample, tokenizer, style, limit=-1):
+    return EncodedSamples.of([sample], tokenizer, style, limit, True, "test")[0]
+
+
 def text_of(tokenizer: Tokenizer, ids: np.ndarray) -> str:
     return tokenizer.processor.decode(ids.tolist(), skip_special_tokens=False)
 
@@ -120,12 +124,9 @@ def test_a_template_that_rewrites_answers_gives_a_sample_for_each():
     style = ChatTemplate.from_tokenizer(tokenizer)
     talk = [dict(message) for message in TALK]
     talk[1]["content"] = "<think>Who is it?</think>\nFine."
-    with pytest.raises(ValueError, match="split the conversation"):
-        encode_sample({"messages": talk}, tokenizer, style)
     dataset = SFTDataset([{"messages": TALK}, {"messages": talk}], tokenizer, style)
-    dataset.encode_all("test")
     assert len(dataset) == 3
-    rows = [dataset.encoded(i) for i in range(3)]
+    rows = list(dataset.encodings)
     learned = [[text_of(tokenizer, row.ids[span]) for span in spans(row.counted)] for row in rows]
     assert learned[1:] == [["<think>Who is it?</think>\nFine.<|im_end|>"], ["I said: fine.<|im_end|>"]]
     assert "Who is it?" not in text_of(tokenizer, rows[2].ids)
@@ -260,12 +261,12 @@ def test_a_sample_that_the_template_rejects_is_named():
 def test_samples_without_a_token_to_learn_are_reported(caplog):
     samples = [*SAMPLES, {"instruction": "x" * 300, "output": "y"}]
     with caplog.at_level(logging.WARNING, "litgpt"):
-        encoded(samples, limit=200)
+        encoded(samples, limit=200).check_learned("test")
     assert "1 of 11 samples have no token to be learned within 200 tokens" in caplog.text
     with pytest.raises(ValueError, match="no sample has a token to be learned"):
-        encoded(limit=4)
+        encoded(limit=4).check_learned("test")
     with pytest.raises(ValueError, match="no sample has a token to be learned"):
-        encoded(limit=1, mask=False)  # there is nothing before the first token to learn it from
+        encoded(limit=1, mask=False).check_learned("test")  # there is nothing before the first token to learn it from
     with pytest.raises(ValueError, match="there are no samples"):
         encoded([])
 

@@ -328,7 +328,7 @@ def test_a_warm_up_as_long_as_the_run_is_a_warning():
 
 
 def test_samples_and_answers_of_a_conversation_are_what_is_learned():
-    from litgpt.data.encoding import encode_sample
+    from litgpt.data.encoding import EncodedSamples
     from litgpt.prompts import ChatTemplate
 
     tokenizer = tiny_tokenizer()
@@ -339,7 +339,7 @@ def test_samples_and_answers_of_a_conversation_are_what_is_learned():
         {"role": "user", "content": "And?"},
         {"role": "assistant", "content": "No more."},
     ]
-    ids, counted, _ = encode_sample({"messages": messages}, tokenizer, style)
+    ids, counted, _ = EncodedSamples.of([{"messages": messages}], tokenizer, style, -1, True, "test")[0]
     assert tokenizer.decode(ids.tolist()) == "HiHello.And?No more."
     text = "".join(tokenizer.id_to_token(i) or "" for i in ids.tolist())
     assert text == style.render(messages, add_generation_prompt=False).replace(" ", "Ġ")
