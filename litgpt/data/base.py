@@ -112,8 +112,8 @@ def _sft_collate_fn(samples: list, max_seq_length: int, pad_id: int, ignore_inde
     return batch
 
 
-def of_the_run(default: Any = None) -> Any:
-    """A field that is set by `connect` or `setup`: no option."""
+def no_option(default: Any = None) -> Any:
+    """A field that people do not set: `connect` and `setup` do, or it is always the same."""
     return field(default=default, init=False, repr=False, compare=False)
 
 
@@ -136,11 +136,11 @@ class SFTModule(DataModule):
     ignore_index: int = IGNORE_INDEX
     seed: int = 42
     num_workers: int = 4
-    tokenizer: Tokenizer | None = of_the_run()
-    batch_size: int = of_the_run(1)
-    max_seq_length: int = of_the_run(-1)
-    train_dataset: SFTDataset | None = of_the_run()
-    test_dataset: SFTDataset | None = of_the_run()
+    tokenizer: Tokenizer | None = no_option()
+    batch_size: int = no_option(1)
+    max_seq_length: int = no_option(-1)
+    train_dataset: SFTDataset | None = no_option()
+    test_dataset: SFTDataset | None = no_option()
 
     pack = False  # fill rows with several samples: `train.pack`
 
@@ -192,9 +192,4 @@ class SFTModule(DataModule):
         return self.loader(self.train_dataset, shuffle=True)
 
     def val_dataloader(self) -> DataLoader | None:
-        return self.loader(self.test_dataset, shuffle=False) if len(self.test_dataset) else None
-
-
-def has_own_split() -> Any:
-    """The field `val_split_fraction` of a data set that comes divided: no option."""
-    return field(default=None, init=False, repr=False)
+        return self.loader(self.test_dataset, shuffle=False) if len(self.test_dataset.data) else None

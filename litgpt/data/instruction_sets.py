@@ -8,7 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from litgpt.data.base import SFTModule, has_own_split
+from litgpt.data.base import SFTModule, no_option
 from litgpt.data.download import download_if_missing, load_hub_dataset
 from litgpt.data.encoding import Sample, Splits
 from litgpt.data.json_data import read_samples, read_values
@@ -80,7 +80,7 @@ class _DividedFiles(SFTModule):
 
     names = ("instruction", "output")  # fields that they have in the files
 
-    val_split_fraction: None = has_own_split()
+    val_split_fraction: None = no_option()
 
     @abstractmethod
     def addresses(self) -> tuple[list[str], list[str]]:
@@ -163,7 +163,7 @@ class LIMA(SFTModule):
 class Deita(SFTModule):
     """10,000 conversations chosen for their quality (arXiv:2312.15685), from the hub. Each turn is a sample, or only the first."""
 
-    val_split_fraction: None = has_own_split()
+    val_split_fraction: None = no_option()
     include_multiturn_conversations: bool = False
     download_dir: Path = Path("./data/deita")
     repo_id: str = "HuggingFaceH4/deita-10k-v0-sft"

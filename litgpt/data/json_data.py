@@ -100,7 +100,9 @@ class Samples(SFTModule):
 class FileSample(dict):
     """A sample with its place in a file, for error messages."""
 
-    place = ""
+    def __init__(self, sample: Sample, place: str) -> None:
+        super().__init__(sample)
+        self.place = place
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -110,8 +112,7 @@ def read_samples(path: Path) -> list[Sample]:
         sample = _as_messages(value)
         if problem := sample_problem(sample):
             raise ValueError(f"{path}, {place}: {problem}")
-        found.append(FileSample(sample))
-        found[-1].place = f"{path}, {place}"
+        found.append(FileSample(sample, f"{path}, {place}"))
     if not found:
         raise ValueError(f"{path} holds no samples")
     return found

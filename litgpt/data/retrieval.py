@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
-from litgpt.data.base import SFTModule, has_own_split
+from litgpt.data.base import SFTModule, no_option
 from litgpt.data.encoding import Sample, Splits
 from litgpt.prompt_frame import PromptFrame
 from litgpt.prompt_style import PromptStyle
@@ -42,7 +42,7 @@ class Retrieval(SFTModule):
     text: Path | None = None
     mask_prompt: bool = True
     prompt_style: str | PromptStyle | None = None
-    val_split_fraction: None = has_own_split()
+    val_split_fraction: None = no_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -71,6 +71,29 @@ class _HeadLoss(torch.autograd.Function):
         return d_hidden, *[None] * 6, *d_params
 
 
+def _differentiated(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    form: torch.dtype,
+    factor: float,
+    own_loss: Loss | None,
+    taught: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The summed loss of logits (n, V) in precision `form`, and its gradients times `factor`, perhaps in place of the logits.
+    `taught` are a teacher's logits."""
+    if own_loss is not None:
+        with torch.enable_grad():
+            loss = own_loss(scores := logits.to(form).requires_grad_(), labels)
+        d_scores = torch.autograd.grad(loss, scores)[0]
+    elif taught is not None:
+        loss, d_scores = _loss_of(logits.to(form), taught, True)
+    elif (losses := next_token_losses(logits, labels, factor)) is not None:
+        return losses.sum(), logits
+    else:
+        loss, d_scores = _loss_of(logits.to(form), labels[:, None], False)
+    return loss.detach(), d_scores.mul_(factor)
+
+
 def _loss_of(scores: torch.Tensor, targets: torch.Tensor, soft: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed loss of logits (n, V), and its gradients in their place.
 
@@ -156,19 +179,10 @@ def loss_sum(
         loss_of = own_loss or partial(F.cross_entropy, reduction="sum")
         return sum(loss_of(head(hidden[part]).to(form), y) for part, y in parts)
 
-    def differentiated(logits: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """The summed loss of a chunk's logits, and their gradients, perhaps in their place."""
-        if own_loss is not None:
-            with torch.enable_grad():
-                loss = own_loss(scores := logits.to(form).requires_grad_(), labels[part])
-            d_scores = torch.autograd.grad(loss, scores)[0]
-        elif teacher is not None:
-            loss, d_scores = _loss_of(logits.to(form), teacher[1](outputs[places[part]]), True)
-        elif (losses := next_token_losses(logits, labels[part], factor)) is not None:
-            return losses.sum(), logits
-        else:
-            loss, d_scores = _loss_of(logits.to(form), labels[part, None], False)
-        return loss.detach(), d_scores.mul_(factor)
-
     outputs = None if teacher is None else teacher[0].flatten(0, -2)
+
+    def differentiated(logits: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        taught = None if teacher is None else teacher[1](outputs[places[part]])
+        return _differentiated(logits, labels[part], form, factor, own_loss, taught)
+
     return _HeadLoss.apply(hidden, places, head, chunk, tied, differentiated, scale, *params)
