@@ -9,6 +9,8 @@
 // first `n_sink`.
 struct Seen {
     int64_t before, window, n_sink;
+    const uint8_t* mask = nullptr;  // (1 or groups, T, N), in float: 0 where a query does not see a key for other reasons
+    int64_t mask_stride = 0;        // from group to group
 
     int64_t first(int64_t t) const { return std::max<int64_t>(0, before + t + 1 - window); }  // of the window
 
@@ -17,6 +19,12 @@ struct Seen {
         const auto at = [&](int64_t key) { return s + std::clamp<int64_t>(key - begin, 0, n); };
         std::fill(at(before + t + 1), s + n, -INFINITY);
         if (first(t) > n_sink) std::fill(at(n_sink), at(first(t)), -INFINITY);
+    }
+
+    // The same by the mask, whose rows have N keys
+    void hide_masked(float* s, int64_t t, int64_t begin, int64_t n, int64_t N) const {
+        const uint8_t* own = mask + t * N + begin;
+        for (int64_t i = 0; mask && i < std::min(n, N - begin); i++) s[i] = own[i] ? s[i] : -INFINITY;
     }
 };
 

@@ -118,6 +118,7 @@ struct RowHead {
                 float *s = scores + (t - t0) * ld, most = -INFINITY, total = 0.0f;
                 for (const Span& of : spans) {
                     seen.hide(s + of.begin, t, of.begin, padded(of.size()));
+                    seen.hide_masked(s + of.begin, t, of.begin, of.size(), N);
                     most = std::max(most, largest(s + of.begin, padded(of.size())) * scale);
                 }
                 for (const Span& of : spans) total += exponentiate_all(s + of.begin, padded(of.size()), scale, most);
@@ -159,6 +160,7 @@ struct RowHead {
                 for (int64_t t = t0; t < t1; t++) {
                     float *s = scores + (t - t0) * BLOCK, *c = changes + (t - t0) * BLOCK;
                     seen.hide(s, t, k0, padded(n));
+                    seen.hide_masked(s, t, k0, n, N);
                     exponentiate_all(s, padded(n), scale, logs[t]);
                     for (int64_t i = 0; i < padded(n); i++) c[i] = s[i] * (c[i] - means[t]) * scale;
                 }
@@ -189,7 +191,9 @@ struct RowAttention {
 
     Head head(int64_t row, int64_t h) const {
         const int64_t t = begin(row), g = h / (H / G);
-        return {ends[row] - t, D, seen, scale, q + t * strides[0] + h * strides[1], k + t * strides[2] + g * strides[3],
+        Seen own = seen;
+        if (own.mask) own.mask += g * own.mask_stride;
+        return {ends[row] - t, D, own, scale, q + t * strides[0] + h * strides[1], k + t * strides[2] + g * strides[3],
                 v + t * strides[4] + g * strides[5], strides[0], strides[2], strides[4]};
     }
 

@@ -49,10 +49,14 @@ def attend_rows(
     sizes: Sequence[int],
     scale: float,
     seen: Seen = ALL,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention (1, T, H * D) of queries (1, H, T, D) over keys and values (1, G, N, D): rows of these sizes, in each of which a
-    token sees those up to itself. A single row may have more keys: those of tokens before it."""
-    return _RowAttention.apply(query, keys, values, tuple(sizes), scale, seen)
+    token sees those up to itself. A single row may have more keys: those of tokens before it; and in float32 a `mask`
+    (1 or G, T, N), False where a token does not see a key."""
+    if mask is not None and query.dtype != torch.float32:
+        raise ValueError(f"attention of rows has masks in float32 only, not in {query.dtype}")
+    return _RowAttention.apply(query, keys, values, tuple(sizes), scale, seen, mask)
 
 
 class _RowAttention(torch.autograd.Function):
@@ -65,23 +69,25 @@ class _RowAttention(torch.autograd.Function):
         sizes: tuple[int, ...],
         scale: float,
         seen: Seen,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         values = values.contiguous()  # a view would keep queries and keys without RoPE for the backward pass
-        y, logs = attention_of_rows(query, keys, values, sizes, scale, seen)
-        ctx.save_for_backward(query, keys, values, y, logs)
+        mask = None if mask is None else mask.contiguous()
+        y, logs = attention_of_rows(query, keys, values, sizes, scale, seen, mask=mask)
+        ctx.save_for_backward(query, keys, values, y, logs, mask)
         ctx.sizes, ctx.scale, ctx.seen = sizes, scale, seen
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, keys, values, y, logs = ctx.saved_tensors
+        query, keys, values, y, logs, mask = ctx.saved_tensors
         found = [
             torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format) for x in (query, keys, values)
         ]
         found = [x.transpose(1, 2) for x in found]
-        gradients_of_rows(query, keys, values, y, d_y.contiguous(), logs, ctx.sizes, ctx.scale, found, ctx.seen)
-        return *found, None, None, None
+        gradients_of_rows(query, keys, values, y, d_y.contiguous(), logs, ctx.sizes, ctx.scale, found, ctx.seen, mask)
+        return *found, None, None, None, None
 
 
 def attention_of_rows(
@@ -92,11 +98,12 @@ def attention_of_rows(
     scale: float,
     seen: Seen = ALL,
     y: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attend_rows` without autograd, perhaps in the memory of `y`, and what its gradients need (H, T)."""
     _, H, T, D = query.shape
     y, logs = query.new_empty(1, T, H * D) if y is None else y, query.new_empty(H, T, dtype=torch.float32)
-    numbers = _sizes(query, keys, values, sizes, scale, seen)
+    numbers = _sizes(query, keys, values, sizes, scale, seen, mask)
     training_library().attend_rows(*_addresses(query, keys, values, y, logs), *numbers)
     return y, logs
 
@@ -112,6 +119,7 @@ def gradients_of_rows(
     scale: float,
     to: Sequence[torch.Tensor],
     seen: Seen = ALL,
+    mask: torch.Tensor | None = None,
 ) -> None:
     """The gradients of queries, keys and values, which are put into `to`; heads of a token lie there one after the other, and
     those of keys as those of values."""
@@ -119,7 +127,7 @@ def gradients_of_rows(
     parts = query.new_empty(2, N, H, D, dtype=torch.float32) if G < H else None
     training_library().attend_rows_backward(
         *_addresses(query, keys, values, y, d_y, logs, to[0], parts, to[1], to[2]),
-        *_sizes(query, keys, values, sizes, scale, seen, to),
+        *_sizes(query, keys, values, sizes, scale, seen, mask, to),
     )
 
 
@@ -134,6 +142,7 @@ def _sizes(
     sizes: Sequence[int],
     scale: float,
     seen: Seen,
+    mask: torch.Tensor | None,
     to: Sequence[torch.Tensor] = (),
 ) -> tuple:
     """H, G, D, the number of rows, their ends, strides over tokens and heads, what queries see, the scale, and whether numbers are
@@ -141,5 +150,6 @@ def _sizes(
     strides = [x.stride(dim) for x in (query, keys, values) for dim in (2, 1)] + [x.stride(2) for x in to[:2]]
     ends = struct.pack(f"{len(sizes)}q", *accumulate(sizes))
     shape = query.shape[1], keys.shape[1], query.shape[3], len(sizes)
-    what = struct.pack("3q", keys.shape[2] - query.shape[2], *seen)
+    address, stride = (0, 0) if mask is None else (mask.data_ptr(), mask.stride(0) if len(mask) > 1 else 0)
+    what = struct.pack("5q", keys.shape[2] - query.shape[2], *seen, address, stride)
     return *shape, ends, struct.pack(f"{len(strides)}q", *strides), what, scale, query.dtype == torch.bfloat16

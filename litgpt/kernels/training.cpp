@@ -5,7 +5,7 @@
 #include "row_attention.h"
 #include "training.h"
 
-// Attention of rows in float, or bfloat16 where `narrow` is not 0. The three numbers at `seen` are those of a `Seen`.
+// Attention of rows in float, or bfloat16 where `narrow` is not 0. The five numbers at `seen` are those of a `Seen`.
 struct RowCall {
     const void *q, *k, *v;
     int64_t H, G, D, n_rows;
@@ -24,7 +24,8 @@ struct RowCall {
 
     template <class Head, class T = typename Head::Number>
     RowAttention<Head> of() const {
-        return {(const T*)q, (const T*)k, (const T*)v, strides, H, G, D, n_rows, ends, {seen[0], seen[1], seen[2]}, scale};
+        const Seen own{seen[0], seen[1], seen[2], (const uint8_t*)seen[3], seen[4]};
+        return {(const T*)q, (const T*)k, (const T*)v, strides, H, G, D, n_rows, ends, own, scale};
     }
 };
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from litgpt.kernels.row_attention import attend_rows, can_attend_rows
 from litgpt.keys_and_values import DefaultKeysAndValues
 from litgpt.kvcache.plan import Plan
 from litgpt.kvcache.planned import PlannedKVCache
@@ -182,19 +183,24 @@ class Again(StandIn):
         self.key, self.value = key, value
         own = [torch.cat((old.to(new.dtype), new), dim=2) for old, new in zip(self.stored, (key, value), strict=True)]
         query, *own = (x.to(self.cache.dtype) for x in (query, *own))
-        G, bias = key.shape[1], self._bias(query.shape[2], query.dtype)
+        G, T, mha = key.shape[1], query.shape[2], self.cache.mha
+        sees = self._sees(T)
+        plain = sink_logits is None and mha.has_plain_scores() and query.dtype == torch.float32
+        if plain and can_attend_rows(query, *own):
+            return attend_rows(query, *own, [T], mha.scale, mask=sees[0]).to(key.dtype)
+        bias = torch.zeros(sees.shape, dtype=query.dtype, device=query.device).masked_fill_(~sees, -torch.inf)
         if sink_logits is None:  # heads that share keys share a mask, as those of a row do
             by_group = DefaultKeysAndValues(*(x.transpose(0, 1) for x in own))
             bias = bias.transpose(0, 1)
-            output, _ = self.cache.mha.attend(query.unflatten(1, (G, -1))[0], by_group, bias, False)
+            output, _ = mha.attend(query.unflatten(1, (G, -1))[0], by_group, bias, False)
             output = output.flatten(0, 1)[None]
         else:
             bias = bias.repeat_interleave(query.shape[1] // bias.shape[1], dim=1)
-            output, _ = self.cache.mha.attend(query, DefaultKeysAndValues(*own), bias, False, sink_logits=sink_logits)
+            output, _ = mha.attend(query, DefaultKeysAndValues(*own), bias, False, sink_logits=sink_logits)
         return output.transpose(1, 2).flatten(2).to(key.dtype)
 
-    def _bias(self, T: int, dtype: torch.dtype) -> torch.Tensor:
-        """The mask (1, G or 1, T, n + T) of the chunk's tokens, for what the first call found and, after it, themselves."""
+    def _sees(self, T: int) -> torch.Tensor:
+        """Whether the chunk's tokens see what the first call found and, after it, themselves: (1, G or 1, T, n + T)."""
         device = self.calls[0].places.device
         S, (_, G, n) = len(self.calls), self.calls[0].places.shape
         by_token = torch.repeat_interleave(torch.tensor([call.sizes[0] for call in self.calls])).to(device)
@@ -203,7 +209,7 @@ class Again(StandIn):
         sees = torch.zeros(1, G, S * (n + T), dtype=torch.bool, device=device).scatter_(2, found, True)
         sees = sees.view(1, G, S, n + T)[:, :, by_token]
         sees[..., n:] |= (by_token[:, None] == by_token).tril()
-        return torch.zeros(sees.shape, dtype=dtype, device=device).masked_fill_(~sees, -torch.inf)
+        return sees
 
     def _prepared(
         self, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None

@@ -83,6 +83,32 @@ def test_tokens_see_what_is_before_them(dtype, error, T, before, seen):
         assert (own.double() - right).norm() <= error * right.norm() + 1e-5
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("T", "before"), [(40, 0), (70, 300)])
+def test_in_float32_a_mask_hides_keys(groups, T, before):
+    torch.manual_seed(0)
+    H, G, D, N = 4, 2, 32, before + T
+    query, keys, values = (torch.randn(1, heads, n, D).requires_grad_() for heads, n in ((H, T), (G, N), (G, N)))
+    mask = torch.rand(groups, T, N) < 0.3
+    mask[:, torch.arange(T), before + torch.arange(T)] = True
+    visible = (mask & (torch.arange(N) <= before + torch.arange(T)[:, None])).expand(G, -1, -1).repeat_interleave(2, 0)
+    key, value = (x.double().repeat_interleave(2, dim=1) for x in (keys, values))
+    weights = (query.double() @ key.mT * 0.2).masked_fill(~visible, -math.inf).softmax(-1)
+    expected, d_y = (weights @ value).transpose(1, 2).flatten(2), torch.randn(1, T, H * D)
+    y = attend_rows(query, keys, values, [T], 0.2, mask=mask)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
+    inputs = [query, keys, values]
+    found, right = torch.autograd.grad(y, inputs, d_y), torch.autograd.grad(expected, inputs, d_y.double())
+    for own, exact in zip(found, right, strict=True):
+        torch.testing.assert_close(own, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_in_bfloat16_there_are_no_masks():
+    x = torch.randn(1, 1, 4, 16).bfloat16().requires_grad_()
+    with pytest.raises(ValueError, match="masks in float32 only"):
+        attend_rows(x, x, x, [4], 0.2, mask=torch.ones(1, 4, 4, dtype=torch.bool))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_large_scores_stay_finite(dtype):
     torch.manual_seed(0)

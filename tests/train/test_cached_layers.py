@@ -12,7 +12,7 @@ from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.testing import KV_CACHE_NAMES
 from litgpt.lora import Config as LoRAConfig
 from litgpt.lora import add_lora
-from litgpt.train import by_position
+from litgpt.train import by_position, cache_calls
 from litgpt.train.cached_layers import CachedLayers
 
 MODELS = {
@@ -300,3 +300,20 @@ def test_attention_by_kernels_has_the_gradients_of_float64(name, options, used, 
     assert len(calls) == used
     for exact, own in zip(*found, strict=True):
         assert own is exact is None or (own.double() - exact).norm() <= error * exact.norm()
+
+
+@pytest.mark.skipif(training_library() is None, reason="no compiled kernels")
+@pytest.mark.parametrize("name", ["h2o", "snapkv"])
+def test_in_float32_a_kernel_attends_to_what_each_token_of_a_chunk_found(name, monkeypatch):
+    torch.manual_seed(0)
+    model, calls, found = tiny_gpt(block_size=64, **VOCABULARY).requires_grad_(True), [], []
+    idx, weight = torch.randint(0, 100, (1, 37)), torch.randn(1, 37, 64)
+    monkeypatch.setattr(cache_calls, "attend_rows", lambda *args, **kw: calls.append(kw) or attend_rows(*args, **kw))
+    for _ in range(2):
+        outputs = CachedLayers(model, CacheSpec(name, cache_length=17), 9)(idx)
+        found.append(gradients(model, outputs, weight))
+        monkeypatch.setattr(cache_calls, "can_attend_rows", lambda *args: False)
+    assert len(calls) > 0
+    assert all(not call["mask"].all() for call in calls)
+    for own, torchs in zip(*found, strict=True):
+        assert own is torchs is None or (own - torchs).norm() <= 1e-4 * torchs.norm()
