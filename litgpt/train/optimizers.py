@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from importlib import import_module
+from pkgutil import resolve_name
 from typing import Any
 
 import torch
@@ -22,13 +22,10 @@ def resolve_optimizer(optimizer: str | Mapping[str, Any]) -> tuple[type[torch.op
             raise ValueError(f"optimizer: {extra} not known; expected class_path and init_args")
     if not isinstance(path, str) or not path:
         raise ValueError(f"optimizer must be a name or a mapping with class_path, got {optimizer!r}")
-    module, _, name = (path if "." in path else f"torch.optim.{path}").rpartition(".")
     try:
-        kind = getattr(import_module(module), name)
-    except ImportError as error:
-        raise ValueError(f"optimizer {path!r} cannot be imported: {error}") from None
-    except AttributeError:
-        raise ValueError(f"optimizer {path!r} does not exist: {module} has no {name!r}") from None
+        kind = resolve_name(path if "." in path else f"torch.optim.{path}")
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"optimizer {path!r} does not exist: {error}") from None
     if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
         raise ValueError(f"{path!r} is not an optimizer class")
     parameters = inspect.signature(kind).parameters

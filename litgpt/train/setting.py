@@ -79,8 +79,8 @@ def make_fabric(options: Any, run_name: str, config: Config, resumed: bool) -> F
         loggers = [make_logger(options.logger_name, options.out_dir, run_name, interval, options.log, resumed)]
     devices, precision = parse_devices(options.devices), options.precision
     if precision is None:
-        half = "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-        precision = half if torch.cuda.is_available() else "32-true"
+        bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        precision = "bf16-mixed" if bf16 else "16-mixed" if torch.cuda.is_available() else "32-true"
     precision = f"{precision}-true" if precision in ("32", "16", "bf16") else precision
     _check("precision", precision, PRECISIONS)
     _check("strategy", options.strategy, get_args(Strategy))
