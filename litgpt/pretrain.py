@@ -19,7 +19,7 @@ from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.load import load_model, save_config
 from litgpt.checkpoint.open import open_checkpoint
 from litgpt.config import Config, name_to_config
-from litgpt.data import DataModule, TinyLlama
+from litgpt.data import TinyLlama
 from litgpt.finetune import base
 from litgpt.model import GPT, CausalSelfAttention, GptNeoxMLP, LLaMAMLP
 from litgpt.moe import GroupedTopkRouter
@@ -177,6 +177,9 @@ def fit(
     Loop(fabric, *parts, train, eval, steps, save, None).run()
 
 
+get_dataloaders = base.get_dataloaders  # with a `block_size`
+
+
 def validate(
     fabric: Fabric, model: nn.Module, val_dataloader: DataLoader, max_iters: int, verbose: bool = True
 ) -> torch.Tensor:
@@ -191,13 +194,6 @@ def save_checkpoint(fabric: Fabric, state: dict[str, Any], tokenizer_dir: Path |
         save_config(base.unwrapped(state["model"]).config, Path(checkpoint_file).parent)
         if tokenizer_dir is not None:
             copy_config_files(tokenizer_dir, Path(checkpoint_file).parent)
-
-
-def get_dataloaders(
-    fabric: Fabric, data: DataModule, tokenizer: Tokenizer | None, train: TrainArgs, block_size: int
-) -> tuple[DataLoader, DataLoader]:
-    """Loaders of training and validation batches."""
-    return connect(fabric, data, tokenizer, train, Config(block_size=block_size))
 
 
 def validate_args(train: TrainArgs, eval: EvalArgs, initial_checkpoint_dir: Path | None, resume: Any) -> None:

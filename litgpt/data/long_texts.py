@@ -8,6 +8,7 @@ from typing import Any
 from litgpt.data.base import SFTModule
 from litgpt.data.encoding import Sample, Splits
 from litgpt.data.json_data import read_values
+from litgpt.data.text_files import files_in
 from litgpt.prompt_frame import PromptFrame
 from litgpt.prompt_style import PromptStyle
 
@@ -48,21 +49,13 @@ class LongTexts(SFTModule):
         frame = PromptFrame(self.tokenizer, self.prompt_style)
         length = self.max_seq_length if self.length is None else self.length
         found = []
-        for file in self._files():
+        for file in files_in(self.path, ".json", ".jsonl", deep=True):
             for place, record in read_values(file).items():
                 try:
                     found.append(_fitting(*parts_of_record(record), frame, length))
                 except ValueError as error:
                     raise ValueError(f"{file}, {place}: {error}") from None
         return self.split(found)
-
-    def _files(self) -> list[Path]:
-        if self.path.is_file():
-            return [self.path]
-        files = sorted(file for file in self.path.rglob("*") if file.suffix in (".json", ".jsonl"))
-        if not files:
-            raise ValueError(f"{self.path} holds no .json or .jsonl files")
-        return files
 
 
 def parts_of_record(record: Any) -> tuple[str, str, str]:

@@ -37,8 +37,8 @@ class TextFiles(TextModule):
         self.out_path_val = (self.val_data_path or root) / "val"
 
     def tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        train = _files(self.train_data_path)
-        val = [] if self.val_data_path is None else _files(self.val_data_path)
+        train = files_in(self.train_data_path, ".txt")
+        val = [] if self.val_data_path is None else files_in(self.val_data_path, ".txt")
         if not val and len(train) > 1:
             val, train = train[:1], train[1:]
         tokens = encode_files(train, self.out_path_train, self.tokenizer, _document)
@@ -48,14 +48,15 @@ class TextFiles(TextModule):
         return tokens[:-held_back], tokens[-held_back:]
 
 
-def _files(path: Path) -> list[Path]:
+def files_in(path: Path, *suffixes: str, deep: bool = False) -> list[Path]:
+    """A file, or those of a folder (`deep`: and of folders in it) with these suffixes; `FileNotFoundError` if there are none."""
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise FileNotFoundError(f"the text folder {path} does not exist")
-    files = sorted(path.glob("*.txt"))
+        raise FileNotFoundError(f"the folder {path} does not exist")
+    files = sorted(file for file in path.glob("**/*" if deep else "*") if file.suffix in suffixes)
     if not files:
-        raise FileNotFoundError(f"{path} holds no .txt files")
+        raise FileNotFoundError(f"{path} holds no {' or '.join(suffixes)} files")
     return files
 
 

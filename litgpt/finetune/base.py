@@ -165,10 +165,10 @@ def generate_example(fabric: Fabric, model: nn.Module, tokenizer: Tokenizer, eva
 
 
 def get_dataloaders(
-    fabric: Fabric, data: DataModule, tokenizer: Tokenizer, train: TrainArgs
+    fabric: Fabric, data: DataModule, tokenizer: Tokenizer | None, train: TrainArgs, block_size: int | None = None
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of training and validation batches; `fit` moves batches to their device."""
-    return connect(fabric, data, tokenizer, train, Config(block_size=train.max_seq_length or 2**31 - 1))
+    return connect(fabric, data, tokenizer, train, Config(block_size=block_size or train.max_seq_length or 2**31 - 1))
 
 
 def get_longest_seq_length(data: Sequence[dict[str, Any]]) -> tuple[int, int]:
