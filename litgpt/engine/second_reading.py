@@ -1,7 +1,8 @@
 """Prompts that are read twice, for cache policies that keep what the model needs to repeat them.
 
 The prompt is read into dense caches; then piece by piece once more, each after the whole prompt, while the weights are noted that
-its tokens give to those of the first reading. The best of these move into the model's own caches.
+its tokens give to those of the first reading. The best of these move into the model's own caches. The first `n_sink` tokens stay
+anyway and are not read again: they would draw the weights to themselves that tell which others are needed.
 """
 
 from collections.abc import Callable
@@ -106,9 +107,9 @@ def read_twice(model: GPT, prompt: torch.Tensor, first_reading: Callable[[], tor
                 nothing = torch.zeros(1, cache.n_query_groups, T, dtype=torch.float32, device=cache.device)
                 watches[small] = cache.watch = _Watch(cache, T, torch.empty(0), nothing)
         model.layer_runner = None  # which would not tell the queries
-        for start in range(0, T, size):
+        sinks = torch.arange(policy.n_sink, device=prompt.device)
+        for start in range(policy.n_sink, T, size):
             piece = prompt[start : start + size]
-            sinks = torch.arange(min(policy.n_sink, start), device=prompt.device)
             read = torch.arange(start, start + len(piece), device=prompt.device)
             for watch in watches.values():
                 watch.slots = torch.cat((sinks, read)).to(watch.cache.device)
