@@ -7,68 +7,62 @@
 
 #include "attention.h"
 
-// Numbers [d, d + 32) of LANES vectors of D, `stride` bytes apart: quads of a vector in each lane
+// Scales of numbers [d, d + 64) of LANES vectors of D, the first of which is vector j, and what the code 0 stands for
 template <int KIND>
-INLINED void load_columns(const char* codes, int64_t stride, int64_t D, int64_t d, Quads* quads) {
+inline void load_scales(const bf16* scales, int64_t D, int64_t d, int64_t j, Floats& scale, Floats& least) {
     if constexpr (KIND == INT8) {
-        load_words(codes + d, stride, quads), load_words(codes + d + 16, stride, quads + 4);
-        UNROLLED for (int i = 0; i < 8; i++) quads[i] = without_signs(quads[i]);
+        scale = load(scales + j), least = scale * all(-128.0f);
     } else {
-        load_words(codes + d / 2, stride, quads);
-        UNROLLED for (int i = 0; i < 4; i++) quads[i + 4] = high_nibbles(quads[i]), quads[i] = low_nibbles(quads[i]);
-    }
-    if constexpr (KIND == INT5) {
-        Quads bits[4];  // those of these numbers are the last
-        load_words(codes + D / 2 + d / 8 - 12, stride, bits);
-        UNROLLED for (int i = 0; i < 8; i++) quads[i] = add_fifth_bits(quads[i], bits[3], i);
-    }
-}
-
-// Scales of numbers [d, d + 64) of SPLIT_KEYS vectors of D, and what the code 0 stands for
-template <int KIND>
-inline void load_scales(const bf16* scales, int64_t D, int64_t d, float* scale, float* least) {
-    const int64_t stride = scale_count(KIND, D);
-    for (int64_t j = 0; j < SPLIT_KEYS; j += LANES) {
-        if constexpr (KIND == INT8) {
-            store(scale + j, load(scales + j)), store(least + j, load(scales + j) * all(-128.0f));
-        } else {
-            const bf16* own = scales + j * stride + d / GROUP * 2;
-            const Pairs both = stride == 2 ? load_pairs((const uint32_t*)own) : load_pairs(own, stride, LANES);
-            store(scale + j, firsts(both)), store(least + j, seconds(both));
-        }
+        const int64_t stride = scale_count(KIND, D);
+        const bf16* own = scales + j * stride + d / GROUP * 2;
+        const Pairs both = stride == 2 ? load_pairs((const uint32_t*)own) : load_pairs(own, stride, LANES);
+        scale = firsts(both), least = seconds(both);
     }
 }
 
 // Products of R queries with SPLIT_KEYS encoded keys: scores. As many codes `ahead` are prefetched.
+//
+// A vector has 16 numbers of each of LANES / 4 keys, so 4 vectors of sums are of LANES keys.
 template <int R, int KIND, int D0>
 void multiply_encoded(const QueryFactors* queries, const Vectors& k, const Vectors& ahead, int64_t any_D,
                       float (*scores)[SPLIT_KEYS]) {
+    constexpr int PARTS = LANES / 4, VECTORS = GROUP / (4 * LANES);
+    constexpr int SHARED = LANES == 16 ? 4 : 1;  // vectors that factors are loaded for once: as many as there are registers for
     const int64_t D = D0 ? D0 : any_D, stride = code_bytes(KIND, D), ahead_bytes = LANES * GROUP * ahead.strides[2] / D;
-    for (int64_t d = 0; d < D; d += GROUP) {
-        const QueryFactors* factors[R];
-        for (int r = 0; r < R; r++) factors[r] = queries + (r * D + d) / GROUP;
-        float scale[SPLIT_KEYS], least[SPLIT_KEYS];
-        load_scales<KIND>(k.scales, D, d, scale, least);
+    for (int64_t d = 0; d < D; d += GROUP)
         for (int64_t j = 0; j < SPLIT_KEYS; j += LANES) {
             prefetch(ahead.codes_of(j) + d / GROUP * ahead_bytes, ahead_bytes);
-            QuadSums sums[R];
-            UNROLLED for (int r = 0; r < R; r++) sums[r].clear();
-            UNROLLED for (int i = 0; i < GROUP; i += UNIT) {
-                Quads quads[UNIT / 4];
-                load_columns<KIND>(k.codes + j * stride, stride, D, d + i, quads);
-                UNROLLED for (int c = 0; c < UNIT / 4; c++) {
-                    const Multiplied codes = multiplied(quads[c]);
-                    UNROLLED for (int r = 0; r < R; r++) add_quad_products(sums[r], codes, *factors[r], i / 4 + c);
+            Integers sums[R][4];
+            UNROLLED for (int i0 = 0; i0 < 4; i0 += SHARED) {
+                Multiplied codes[VECTORS * PARTS][SHARED];
+                UNROLLED for (int i = 0; i < SHARED; i++) UNROLLED for (int v = 0; v < VECTORS; v++) {
+                    Quads own[PARTS];
+                    UNROLLED for (int p = 0; p < PARTS; p++)
+                        own[p] = load_codes<KIND>(k.codes + (j + 4 * p + i0 + i) * stride, D, d + v * 4 * LANES);
+                    transpose_parts(own);
+                    UNROLLED for (int p = 0; p < PARTS; p++) codes[v * PARTS + p][i] = multiplied(own[p]);
+                }
+                UNROLLED for (int r = 0; r < R; r++) {
+                    const QueryFactors& factors = queries[(r * D + d) / GROUP];
+                    QuadSums own[SHARED];
+                    UNROLLED for (int i = 0; i < SHARED; i++) own[i].clear();
+                    UNROLLED for (int p = 0; p < VECTORS * PARTS; p++) {
+                        const Shorts first = four_pairs(factors.first + 4 * p), second = four_pairs(factors.second + 4 * p);
+                        UNROLLED for (int i = 0; i < SHARED; i++) add_products_of(own[i], codes[p][i], first, second);
+                    }
+                    UNROLLED for (int i = 0; i < SHARED; i++) sums[r][i0 + i] = own[i].integers();
                 }
             }
+            Floats scale, least;
+            load_scales<KIND>(k.scales, D, d, j, scale, least);
             UNROLLED for (int r = 0; r < R; r++) {
-                const Floats products = sums[r].floats() * all(factors[r]->unit);
+                const QueryFactors& factors = queries[(r * D + d) / GROUP];
+                const Floats products = to_floats(sums_of_parts(sums[r][0], sums[r][1], sums[r][2], sums[r][3])) * all(factors.unit);
                 const Floats before = d ? load(scores[r] + j) : zeros();
-                const Floats base = multiply_add(load(least + j), all(factors[r]->total), before);
-                store(scores[r] + j, multiply_add(products, load(scale + j), base));
+                const Floats base = multiply_add(least, all(factors.total), before);
+                store(scores[r] + j, multiply_add(products, scale, base));
             }
         }
-    }
 }
 
 // Sums of numbers [d, d + 4 LANES) of SPLIT_KEYS values times factors, out of order; vectors from FIRST
@@ -97,7 +91,11 @@ template <int R, int KIND>
 void add_encoded(const float (*weights)[SPLIT_KEYS], const Vectors& v, const Vectors& ahead, int64_t D, float* out) {
     for (int64_t d = 0; d < D; d += GROUP) {
         float scale[SPLIT_KEYS], least[SPLIT_KEYS];
-        load_scales<KIND>(v.scales, D, d, scale, least);
+        for (int64_t j = 0; j < SPLIT_KEYS; j += LANES) {
+            Floats own, base;
+            load_scales<KIND>(v.scales, D, d, j, own, base);
+            store(scale + j, own), store(least + j, base);
+        }
         Factors<SPLIT_KEYS> factors[R];
         float bases[R];
         for (int r = 0; r < R; r++) {
@@ -114,7 +112,7 @@ void add_encoded(const float (*weights)[SPLIT_KEYS], const Vectors& v, const Vec
                 add_part<R, KIND, 0, 2>(factors, v, own_ahead, ahead_bytes, D, d + i, sums);
                 add_part<R, KIND, 2, 2>(factors, v, own_ahead, 0, D, d + i, sums);
             }
-            for (int r = 0; r < R; r++) {
+            UNROLLED for (int r = 0; r < R; r++) {
                 UNROLLED for (int p = 0; p < 4; p++)
                     sums[r][p] = multiply_add(sums[r][p], all(factors[r].unit), all(bases[r]));
                 store_in_order(out + r * D + d + i, sums[r][0], sums[r][1], sums[r][2], sums[r][3]);

@@ -61,29 +61,30 @@ inline void set_factors(const Real* query, int64_t D, QueryFactors* factors) {
     }
 }
 
-#ifdef LITGPT_BYTE_PRODUCTS
 // Sums of products of quads with factors
+#ifdef LITGPT_BYTE_PRODUCTS
 struct QuadSums {
     Integers high, low;
 
     void clear() { high = low = no_products(); }
-    Floats floats() const { return to_floats(sum_of(shifted_left(high, 7), low)); }
+    Integers integers() const { return sum_of(shifted_left(high, 7), low); }
+    Floats floats() const { return to_floats(integers()); }
 };
 
 using Multiplied = Quads;
 
 inline Multiplied multiplied(Quads x) { return x; }
 
-template <int N>
-inline void add_quad_products(QuadSums& sums, Multiplied x, const Factors<N>& factors, int i) {
-    sums.high = add_byte_products(sums.high, x, factors.first[i]);
-    sums.low = add_byte_products(sums.low, x, factors.second[i]);
+inline void add_products_of(QuadSums& sums, Multiplied x, Shorts first, Shorts second) {
+    sums.high = add_byte_products(sums.high, x, first);
+    sums.low = add_byte_products(sums.low, x, second);
 }
 #else
 struct QuadSums {
     Integers all;
 
     void clear() { all = no_products(); }
+    Integers integers() const { return all; }
     Floats floats() const { return to_floats(all); }
 };
 
@@ -93,9 +94,14 @@ struct Multiplied {
 
 inline Multiplied multiplied(Quads x) { return {even_numbers(x), odd_numbers(x)}; }
 
-template <int N>
-inline void add_quad_products(QuadSums& sums, const Multiplied& x, const Factors<N>& factors, int i) {
-    sums.all = add_integer_products(sums.all, x.even, all_pairs(factors.first[i]));
-    sums.all = add_integer_products(sums.all, x.odd, all_pairs(factors.second[i]));
+inline void add_products_of(QuadSums& sums, const Multiplied& x, Shorts first, Shorts second) {
+    sums.all = add_integer_products(sums.all, x.even, first);
+    sums.all = add_integer_products(sums.all, x.odd, second);
 }
 #endif
+
+// With factors [4 i, 4 i + 4) in all lanes
+template <int N>
+inline void add_quad_products(QuadSums& sums, const Multiplied& x, const Factors<N>& factors, int i) {
+    add_products_of(sums, x, all_pairs(factors.first[i]), all_pairs(factors.second[i]));
+}

@@ -17,12 +17,27 @@ inline float softcap(float score, float cap) {
 }
 
 // Replaces products s of a query with n <= SPLIT_KEYS keys by exp(score - top), and by 0 after the last.
-inline void weigh(float* s, const Real* bias, int64_t n, float scale, float cap, float* top, float* total) {
-    for (int64_t j = 0; j < SPLIT_KEYS; j += LANES) store(s + j, load(s + j) * all(scale));
-    if (cap > 0)
-        for (int64_t j = 0; j < n; j++) s[j] = softcap(s[j], cap);
-    if (bias)
-        for (int64_t j = 0; j < n; j++) s[j] += widen(bias[j]);
-    for (int64_t j = n; j < SPLIT_KEYS; j++) s[j] = -INFINITY;
-    *total = exponentiate(s, top, SPLIT_KEYS);
+NOT_INLINED inline void weigh(float* s, const Real* bias, int64_t n, float scale, float cap, float* top, float* total) {
+    constexpr int COUNT = SPLIT_KEYS / LANES;
+    if (cap > 0 || bias || n < SPLIT_KEYS) {
+        for (int64_t j = 0; j < n; j++) s[j] *= scale;
+        if (cap > 0)
+            for (int64_t j = 0; j < n; j++) s[j] = softcap(s[j], cap);
+        if (bias)
+            for (int64_t j = 0; j < n; j++) s[j] += widen(bias[j]);
+        for (int64_t j = n; j < SPLIT_KEYS; j++) s[j] = -INFINITY;
+        scale = 1.0f;
+    }
+    Floats x[COUNT], most[COUNT], sums[COUNT];
+    UNROLLED for (int i = 0; i < COUNT; i++) x[i] = most[i] = load(s + i * LANES) * all(scale);
+    UNROLLED for (int half = COUNT / 2; half > 0; half /= 2)
+        UNROLLED for (int i = 0; i < half; i++) most[i] = greater(most[i], most[i + half]);
+    const float largest_one = largest(most[0]);
+    *top = largest_one;
+    const Floats base = all(largest_one == -INFINITY ? 0.0f : largest_one);
+    for (int i = 0; i < COUNT; i += 8)
+        UNROLLED for (int j = i; j < i + 8; j++) store(s + j * LANES, sums[j] = exponential(x[j] - base));
+    UNROLLED for (int half = COUNT / 2; half > 0; half /= 2)
+        UNROLLED for (int i = 0; i < half; i++) sums[i] += sums[i + half];
+    *total = sum(sums[0]);
 }

@@ -137,6 +137,7 @@ constexpr int SHORTS = 16;
 inline Integers no_products() { return _mm256_setzero_si256(); }
 inline Shorts load_shorts(const int16_t* x) { return _mm256_loadu_si256((const __m256i*)x); }
 inline Shorts all_pairs(int32_t pair) { return _mm256_set1_epi32(pair); }
+inline Shorts four_pairs(const int32_t* x) { return _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)x)); }
 inline Floats to_floats(Integers x) { return _mm256_cvtepi32_ps(x); }
 
 // sum + a b: each of the sums gets two products
@@ -179,29 +180,15 @@ inline Quads add_fifth_bits(Quads x, const void* bits) {
     return _mm256_or_si256(x, _mm256_and_si256(there, _mm256_set1_epi8(16)));
 }
 
-// The same for quad i of each lane, where its bits begin with bit 4 i
-inline Quads add_fifth_bits(Quads x, Quads bits, int i) {
-    const __m256i first = _mm256_broadcastsi128_si256(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
-    const __m256i bytes = _mm256_shuffle_epi8(bits, _mm256_add_epi8(first, _mm256_set1_epi8(char(i / 2))));
-    const __m256i bit = _mm256_set1_epi32(i % 2 ? int(0x80402010) : 0x08040201);
-    const __m256i there = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit);
-    return _mm256_or_si256(x, _mm256_and_si256(there, _mm256_set1_epi8(16)));
+// Exchanges rows and columns of LANES / 4 vectors of parts of 128 bits.
+INLINED void transpose_parts(Quads* x) {
+    const __m256i first = _mm256_permute2x128_si256(x[0], x[1], 0x20);
+    x[1] = _mm256_permute2x128_si256(x[0], x[1], 0x31), x[0] = first;
 }
 
-inline Quads low_nibbles(Quads x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
-inline Quads high_nibbles(Quads x) { return low_nibbles(_mm256_srli_epi32(x, 4)); }
-
-// Four quads of LANES rows, `stride` bytes apart: y[i] has quad i of each row
-INLINED void load_words(const char* x, int64_t stride, Quads* y) {
-    __m256i a[4];
-    UNROLLED for (int i = 0; i < 4; i++) {
-        const auto row = [&](int j) { return _mm_loadu_si128((const __m128i*)(x + j * stride)); };
-        a[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(row(i)), row(4 + i), 1);
-    }
-    const __m256i low = _mm256_unpacklo_epi32(a[0], a[1]), low_2 = _mm256_unpacklo_epi32(a[2], a[3]);
-    const __m256i high = _mm256_unpackhi_epi32(a[0], a[1]), high_2 = _mm256_unpackhi_epi32(a[2], a[3]);
-    y[0] = _mm256_unpacklo_epi64(low, low_2), y[1] = _mm256_unpackhi_epi64(low, low_2);
-    y[2] = _mm256_unpacklo_epi64(high, high_2), y[3] = _mm256_unpackhi_epi64(high, high_2);
+// The sums of the lanes of parts of 128 bits: lane 4 p + i has that of part p of vector i.
+inline Integers sums_of_parts(Integers a, Integers b, Integers c, Integers d) {
+    return _mm256_hadd_epi32(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
 }
 
 inline Shorts even_numbers(Quads x) { return _mm256_and_si256(x, _mm256_set1_epi16(255)); }
@@ -210,8 +197,8 @@ inline Shorts odd_numbers(Quads x) { return _mm256_srli_epi16(x, 8); }
 #ifdef __AVXVNNI__
 #define LITGPT_BYTE_PRODUCTS
 // sum + a b, where b has signs: each of the sums gets four products
-inline Integers add_byte_products(Integers sum, Quads a, int32_t b) {
-    return _mm256_dpbusd_avx_epi32(sum, a, _mm256_set1_epi32(b));
+inline Integers add_byte_products(Integers sum, Quads a, Shorts b) {
+    return _mm256_dpbusd_avx_epi32(sum, a, b);
 }
 inline Integers rounded_integers(Floats x) { return _mm256_cvtps_epi32(x); }
 inline Integers shifted_left(Integers x, int bits) { return _mm256_slli_epi32(x, bits); }

@@ -180,6 +180,7 @@ using Integers = __m512i;
 
 inline Integers no_products() { return _mm512_setzero_si512(); }
 inline Shorts all_pairs(int32_t pair) { return _mm512_set1_epi32(pair); }
+inline Shorts four_pairs(const int32_t* x) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)x)); }
 inline Floats to_floats(Integers x) { return _mm512_cvtepi32_ps(x); }
 
 // sum + a b: each of the sums gets two products
@@ -211,32 +212,22 @@ inline Quads two_bits(Pairs x, int s) {
 inline Quads add_fifth_bits(Quads x, const void* bits) {
     uint64_t there;
     std::memcpy(&there, bits, 8);
-    return _mm512_or_si512(x, _mm512_maskz_set1_epi8(there, 16));
-}
-
-// The same for quad i of each lane, where its bits begin with bit 4 i
-inline Quads add_fifth_bits(Quads x, Quads bits, int i) {
-    const __m512i first = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
-    const __m512i bytes = _mm512_shuffle_epi8(bits, _mm512_add_epi8(first, _mm512_set1_epi8(char(i / 2))));
-    const __mmask64 there = _mm512_test_epi8_mask(bytes, _mm512_set1_epi32(i % 2 ? int(0x80402010) : 0x08040201));
     return _mm512_mask_add_epi8(x, there, x, _mm512_set1_epi8(16));
 }
 
-inline Quads low_nibbles(Quads x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
-inline Quads high_nibbles(Quads x) { return low_nibbles(_mm512_srli_epi32(x, 4)); }
+// Exchanges rows and columns of LANES / 4 vectors of parts of 128 bits.
+INLINED void transpose_parts(Quads* x) {
+    const __m512i low = _mm512_shuffle_i32x4(x[0], x[1], 0x44), high = _mm512_shuffle_i32x4(x[0], x[1], 0xee);
+    const __m512i low_2 = _mm512_shuffle_i32x4(x[2], x[3], 0x44), high_2 = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
+    x[0] = _mm512_shuffle_i32x4(low, low_2, 0x88), x[1] = _mm512_shuffle_i32x4(low, low_2, 0xdd);
+    x[2] = _mm512_shuffle_i32x4(high, high_2, 0x88), x[3] = _mm512_shuffle_i32x4(high, high_2, 0xdd);
+}
 
-// Four quads of LANES rows, `stride` bytes apart: y[i] has quad i of each row
-INLINED void load_words(const char* x, int64_t stride, Quads* y) {
-    __m512i a[4];
-    UNROLLED for (int i = 0; i < 4; i++) {
-        const auto row = [&](int j) { return _mm_loadu_si128((const __m128i*)(x + j * stride)); };
-        a[i] = _mm512_inserti32x4(_mm512_castsi128_si512(row(i)), row(4 + i), 1);
-        a[i] = _mm512_inserti32x4(_mm512_inserti32x4(a[i], row(8 + i), 2), row(12 + i), 3);
-    }
-    const __m512i low = _mm512_unpacklo_epi32(a[0], a[1]), low_2 = _mm512_unpacklo_epi32(a[2], a[3]);
-    const __m512i high = _mm512_unpackhi_epi32(a[0], a[1]), high_2 = _mm512_unpackhi_epi32(a[2], a[3]);
-    y[0] = _mm512_unpacklo_epi64(low, low_2), y[1] = _mm512_unpackhi_epi64(low, low_2);
-    y[2] = _mm512_unpacklo_epi64(high, high_2), y[3] = _mm512_unpackhi_epi64(high, high_2);
+// The sums of the lanes of parts of 128 bits: lane 4 p + i has that of part p of vector i.
+inline Integers sums_of_parts(Integers a, Integers b, Integers c, Integers d) {
+    const __m512i first = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const __m512i last = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(first, last), _mm512_unpackhi_epi64(first, last));
 }
 
 inline Shorts even_numbers(Quads x) { return _mm512_and_si512(x, _mm512_set1_epi16(255)); }
@@ -245,8 +236,8 @@ inline Shorts odd_numbers(Quads x) { return _mm512_srli_epi16(x, 8); }
 #ifdef __AVX512VNNI__
 #define LITGPT_BYTE_PRODUCTS
 // sum + a b, where b has signs: each of the sums gets four products
-inline Integers add_byte_products(Integers sum, Quads a, int32_t b) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(_mm512_set1_epi32(b)));  // no intrinsic: GCC 12 copies its sums
+inline Integers add_byte_products(Integers sum, Quads a, Shorts b) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));  // no intrinsic: GCC 12 copies its sums
     return sum;
 }
 inline Integers rounded_integers(Floats x) { return _mm512_cvtps_epi32(x); }

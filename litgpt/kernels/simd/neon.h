@@ -136,6 +136,10 @@ constexpr int SHORTS = 8;
 inline Integers no_products() { return vdupq_n_s32(0); }
 inline Shorts load_shorts(const int16_t* x) { return vld1q_s16(x); }
 inline Shorts all_pairs(int32_t pair) { return vcombine_s16(vdup_n_s16(int16_t(pair)), vdup_n_s16(int16_t(pair >> 16))); }
+inline Shorts four_pairs(const int32_t* x) {
+    const int16x8_t pairs = vld1q_s16((const int16_t*)x);
+    return vcombine_s16(vget_low_s16(vuzp1q_s16(pairs, pairs)), vget_low_s16(vuzp2q_s16(pairs, pairs)));
+}
 inline Floats to_floats(Integers x) { return vcvtq_f32_s32(x); }
 
 // sum + a b: each of the sums gets two products
@@ -176,21 +180,12 @@ inline Quads add_fifth_bits(Quads x, const void* bits) {
     return vorrq_u32(x, vreinterpretq_u32_u8(vandq_u8(there, vdupq_n_u8(16))));
 }
 
-// The same for quad i of each lane, where its bits begin with bit 4 i
-inline Quads add_fifth_bits(Quads x, Quads bits, int i) {
-    const uint8x16_t first = {0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12};
-    const uint8x16_t bytes = vqtbl1q_u8(vreinterpretq_u8_u32(bits), vaddq_u8(first, vdupq_n_u8(uint8_t(i / 2))));
-    const uint8x16_t bit = vreinterpretq_u8_u32(vdupq_n_u32(i % 2 ? 0x80402010u : 0x08040201u));
-    return vorrq_u32(x, vreinterpretq_u32_u8(vandq_u8(vtstq_u8(bytes, bit), vdupq_n_u8(16))));
-}
+// Exchanges rows and columns of LANES / 4 vectors of parts of 128 bits.
+inline void transpose_parts(Quads*) {}
 
-inline Quads low_nibbles(Quads x) { return vandq_u32(x, vdupq_n_u32(0x0f0f0f0fu)); }
-inline Quads high_nibbles(Quads x) { return low_nibbles(vshrq_n_u32(x, 4)); }
-
-// Four quads of LANES rows, `stride` bytes apart: y[i] has quad i of each row
-INLINED void load_words(const char* x, int64_t stride, Quads* y) {
-    UNROLLED for (int i = 0; i < 4; i++) y[i] = vreinterpretq_u32_u8(vld1q_u8((const uint8_t*)x + i * stride));
-    transpose(y);
+// The sums of the lanes of parts of 128 bits: lane 4 p + i has that of part p of vector i.
+inline Integers sums_of_parts(Integers a, Integers b, Integers c, Integers d) {
+    return vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d));
 }
 
 inline Shorts four_apart(uint16x8_t x) { return vreinterpretq_s16_u16(vuzp1q_u16(x, vextq_u16(x, x, 1))); }

@@ -91,6 +91,7 @@ constexpr int SHORTS = 8;
 inline Integers no_products() { return Integers{}; }
 inline Shorts load_shorts(const int16_t* x) { return vector_at<Shorts>(x); }
 inline Shorts all_pairs(int32_t pair) { return vector_at<Shorts>(std::array<int32_t, 4>{pair, pair, pair, pair}.data()); }
+inline Shorts four_pairs(const int32_t* x) { return vector_at<Shorts>(x); }
 inline Floats to_floats(Integers x) { return __builtin_convertvector(x, Floats); }
 
 // sum + a b: each of the sums gets two products
@@ -122,24 +123,19 @@ inline Quads two_bits(Pairs x, int s) { return x >> 2 * s & 0x03030303u; }
 
 // x, and 16 more where there is a bit
 inline Quads add_fifth_bits(Quads x, const void* bits) {
-    Bytes y = (Bytes)x;
-    for (int i = 0; i < 4 * LANES; i++) y[i] = uint8_t(y[i] | (((const uint8_t*)bits)[i / 8] >> i % 8 & 1) << 4);
-    return (Quads)y;
-}
-
-// The same for quad i of each lane, where its bits begin with bit 4 i
-inline Quads add_fifth_bits(Quads x, Quads bits, int i) {
-    const Quads own = bits >> 4 * i;
+    uint16_t all;
+    std::memcpy(&all, bits, 2);
+    const Quads own{uint32_t(all), uint32_t(all >> 4), uint32_t(all >> 8), uint32_t(all >> 12)};
     return x | (own & 1u) << 4 | (own & 2u) << 11 | (own & 4u) << 18 | (own & 8u) << 25;
 }
 
-inline Quads low_nibbles(Quads x) { return x & 0x0f0f0f0fu; }
-inline Quads high_nibbles(Quads x) { return low_nibbles(x >> 4); }
+// Exchanges rows and columns of LANES / 4 vectors of parts of 128 bits.
+inline void transpose_parts(Quads*) {}
 
-// Four quads of LANES rows, `stride` bytes apart: y[i] has quad i of each row
-INLINED void load_words(const char* x, int64_t stride, Quads* y) {
-    for (int i = 0; i < 4; i++) y[i] = vector_at<Quads>(x + i * stride);
-    transpose(y);
+// The sums of the lanes of parts of 128 bits: lane 4 p + i has that of part p of vector i.
+inline Integers sums_of_parts(Integers a, Integers b, Integers c, Integers d) {
+    const auto sum = [](Integers x) { return x[0] + x[1] + x[2] + x[3]; };
+    return Integers{sum(a), sum(b), sum(c), sum(d)};
 }
 
 inline Shorts even_numbers(Quads x) { return (Shorts)(x & 0x00ff00ffu); }
