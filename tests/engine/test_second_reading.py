@@ -31,14 +31,15 @@ def weights_of_repetition(model, layer, start, stop, n_sink):
         module.attend_without_cache = plain
     query, key = seen[layer]
     n, H, G = len(PROMPT), query.shape[1], key.shape[1]
-    shown = [*range(n_sink), *range(start, stop), *range(n, text.shape[1])]
+    shown = [*range(min(n_sink, start)), *range(start, stop), *range(n, text.shape[1])]
     largest = torch.zeros(G, stop - start)
     for h in range(H):
         g = h // (H // G)
         for t in range(n, text.shape[1]):
             keys = key[0, g, [p for p in shown if p <= t]]
             weights = (keys @ query[0, h, t] * model.mha.scale).softmax(-1)
-            largest[g] = torch.maximum(largest[g], weights[n_sink : n_sink + stop - start])
+            first = min(n_sink, start)
+            largest[g] = torch.maximum(largest[g], weights[first : first + stop - start])
     return largest
 
 
@@ -50,9 +51,10 @@ def test_what_stays_is_what_the_repetition_attends_to(flags, piece):
     session.extend([*PROMPT, 5])
     layer = 1
     cache = session.kv_caches[layer]
-    pieces = [weights_of_repetition(model, layer, i, min(i + piece, 40), 2) for i in range(2, 40, piece)]
-    scores = pad(torch.cat(pieces, dim=1), (2, 0), value=torch.inf)
-    scores[:, 37:] = torch.inf
+    scores = torch.cat(
+        [weights_of_repetition(model, layer, i, min(i + piece, 40), 2) for i in range(0, 40, piece)], dim=1
+    )
+    scores[:, :2] = scores[:, 37:] = torch.inf
     expected = scores.topk(12).indices.sort().values
     assert cache.token_positions()[0].tolist() == expected.tolist()
     if flags:
@@ -135,7 +137,10 @@ def test_short_prompts_are_read_once_and_calls_by_hand_are_as_before():
     assert sum(sizes) == 16
     sizes.clear()
     list(Session(model, **KIND).generate(PROMPT, 1, temperature=0.0))
-    assert sum(sizes) == 40 + 38  # the first two stay anyway
+    assert sum(sizes) == 80
+    sizes.clear()
+    list(Session(model, budget="scores", **KIND).generate(PROMPT, 1, temperature=0.0))
+    assert sum(sizes) == 78  # all but the first two again
 
 
 def test_what_is_impossible_is_refused_in_one_line():
