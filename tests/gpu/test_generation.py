@@ -82,10 +82,11 @@ def test_a_ragged_batch_with_every_policy(policy, device):
     assert found[0] == found[1]
 
 
-def test_a_prompt_that_is_read_twice(device):
+@pytest.mark.parametrize("budget", ["uniform", "scores"])
+def test_a_prompt_that_is_read_twice(budget, device):
     prompt, found = torch.randint(0, 100, (50,)), []
     for model in on_both(device):
-        model.assign_kv_caches(CacheSpec.parse("kvzip", cache_length=32, piece=16).create(model, 1))
+        model.assign_kv_caches(CacheSpec.parse("kvzip", cache_length=32, piece=16, budget=budget).create(model, 1))
         found.append(steps(model, [prompt], 80))
     assert found[0] == found[1]
 
