@@ -32,6 +32,7 @@ PAIRS = {  # by the names of the table: our cache with its arguments, and the pr
         name: ([name, {}], name)
         for name in ("random", "knorm", "keydiff", "tova", "snapkv", "h2o", "expected", "compactor")
     },
+    "keydiff, n_sink=0, recent=4": (["keydiff", {"n_sink": 0, "recent": 4}], "keydiff"),
     "snapkv, pyramid": (["snapkv", {"budget": "pyramid"}], "snapkv pyramid"),
     "kvzip": (["kvzip", {}], "kvzip alike"),
     "kvzip, kvpress by head": (["kvzip", {}], "kvzip layerwise"),
