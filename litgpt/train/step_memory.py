@@ -12,8 +12,9 @@ from litgpt.checkpoint.meta_model import meta_model
 from litgpt.config import Config
 from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.memory import size_in_bytes
+from litgpt.kvcache.policies import PositionalPolicy
 from litgpt.kvcache.policies.score import ScorePolicy
-from litgpt.train.cached_layers import PLANNED_NUMBERS
+from litgpt.train.cached_layers import CHUNKS_AT_ONCE, PLANNED_NUMBERS
 from litgpt.train.loss import LEAN_LOGITS_BYTES, TRAINED_LOGITS_BYTES
 from litgpt.train.methods import METHODS
 
@@ -53,10 +54,17 @@ class StepMemory:
     @property
     def _positions(self) -> int:
         """Of a layer's int32 positions of the tokens in the cache, for every call of it."""
+        if self._by_position:
+            return 0
         heads, tokens, slots = 1, self.chunk, self._slots
         if issubclass(self.spec.policy_class, ScorePolicy):
             heads, tokens = self.config.n_query_groups, min(self.chunk, self.spec.make_policy(slots).tail)
         return 4 * heads * slots * max(self.tokens // tokens - self.rows, 0)
+
+    @property
+    def _by_position(self) -> bool:
+        """Whether the position of a token says what it sees, and layers have no cache."""
+        return issubclass(self.spec.policy_class, PositionalPolicy) and self.spec.storage == "default"
 
     @property
     def _slots(self) -> int:
@@ -74,7 +82,10 @@ class StepMemory:
     @property
     def one_chunk(self) -> int:
         """About that of the graph of a chunk in a layer, of the layer's cache, and of masks."""
-        config, T = self.config, min(self.chunk, self.length) * self.rows
+        return self._graph(min(self.chunk, self.length) * self.rows)
+
+    def _graph(self, T: int) -> int:
+        config = self.config
         qkv = (config.n_head + 2 * config.n_query_groups) * config.head_size
         experts = (config.moe_intermediate_size or 0) * max(config.n_expert_per_token, 1)
         seen = self._slots + min(self.chunk, self.length)
@@ -94,7 +105,9 @@ class StepMemory:
 
     def total(self, keep_inputs: str | int = "device") -> int:
         """The most at a time: in the loss, or in the backward pass of the last layer."""
-        return self.kept(keep_inputs) + max(self.one_layer + self.one_chunk, 2 * self.inputs + self.logits)
+        whole = self._by_position and keep_inputs == "device" and self.tokens <= CHUNKS_AT_ONCE * self.chunk
+        graph = self._graph(self.tokens) if whole else self.one_chunk
+        return self.kept(keep_inputs) + max(self.one_layer + graph, 2 * self.inputs + self.logits)
 
     @cached_property
     def best_number(self) -> int:
