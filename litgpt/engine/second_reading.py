@@ -2,7 +2,7 @@
 
 The prompt is read into dense caches; then piece by piece once more, each after the whole prompt, while the weights are noted that
 its tokens give to those of the first reading. The best of these move into the model's own caches. Where scores of different heads are
-compared, the first `n_sink` tokens, which stay anyway, are not read again: answers are measurably better so, and without it elsewhere.
+compared, the first `n_sink` tokens, which stay anyway, are not read again: answers were better so there, and worse elsewhere.
 """
 
 from collections.abc import Callable
