@@ -23,8 +23,9 @@ struct Seen {
 
     // The same by the mask, whose rows have N keys
     void hide_masked(float* s, int64_t t, int64_t begin, int64_t n, int64_t N) const {
+        if (!mask) return;
         const uint8_t* own = mask + t * N + begin;
-        for (int64_t i = 0; mask && i < std::min(n, N - begin); i++) s[i] = own[i] ? s[i] : -INFINITY;
+        for (int64_t i = 0; i < std::min(n, N - begin); i++) s[i] = own[i] ? s[i] : -INFINITY;
     }
 };
 

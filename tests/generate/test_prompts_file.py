@@ -289,7 +289,7 @@ def test_a_full_device_is_one_line(folder, two_prompts, capsys):
     assert not os.path.isfile("/dev/full")
 
 
-@pytest.mark.parametrize("out", ["", ".", "no/such/folder/x", "x" * 300, "p.txt", "loop"])
+@pytest.mark.parametrize("out", [".", "no/such/folder/x", "x" * 300, "p.txt", "loop"])
 def test_where_nothing_can_be_written_is_said_before_the_model_is_looked_for(
     out, two_prompts, tmp_path, capsys, monkeypatch
 ):
@@ -299,6 +299,13 @@ def test_where_nothing_can_be_written_is_said_before_the_model_is_looked_for(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "no/such/model" not in err
+
+
+def test_an_empty_path_is_refused(two_prompts, capsys):
+    assert main(["generate", "no/such/model", "--prompts", str(two_prompts), "--out="]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "--out" in err
 
 
 def test_one_answer_is_one(folder, tmp_path, capsys):

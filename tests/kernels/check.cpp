@@ -352,7 +352,7 @@ static void check_looks() {
     expect("run_looks: codes", positions[0] == positions[1] && sums[0] == sums[1]);
 }
 
-static const int64_t seen[] = {0, int64_t(1) << 40, 0};  // all keys of a row up to a query's own
+static const int64_t seen[] = {0, int64_t(1) << 40, 0, 0, 0};  // all keys of a row up to a query's own
 
 static void check_rows() {
     const int64_t G = draw(1, 2), H = G * draw(1, 3), D = 16 * draw(1, 5), a = draw(1, 40), N = a + draw(1, 40);
@@ -360,25 +360,30 @@ static void check_rows() {
     std::vector<float> q(N * H * D), k(N * G * D), v(N * G * D), y(N * H * D), logs(H * N);
     for (auto* x : {&q, &k, &v})
         for (auto& value : *x) value = normal();
-    attend_rows(q.data(), k.data(), v.data(), y.data(), logs.data(), H, G, D, 2, ends, strides, seen, 0.2f, 0);
-    double worst = 0;
-    for (int64_t h = 0; h < H; h++)
-        for (int64_t t = 0; t < N; t++) {
-            const int64_t begin = t < a ? 0 : a, g = h / (H / G);
-            Numbers64 weights;
-            double total = 0;
-            for (int64_t n = begin; n <= t; n++) {
-                double s = 0;
-                for (int64_t d = 0; d < D; d++) s += double(q[(t * H + h) * D + d]) * k[(n * G + g) * D + d];
-                weights.push_back(std::exp(0.2f * s)), total += weights.back();
+    std::vector<uint8_t> mask(G * N * N);
+    for (int64_t i = 0; i < G * N * N; i++) mask[i] = i % N == i / N % N || draw(0, 2) == 0;  // a token sees itself
+    for (bool masked : {false, true}) {  // two rows, or all tokens as one row with masks
+        const int64_t given[] = {0, seen[1], 0, masked ? (int64_t)mask.data() : 0, N * N};
+        attend_rows(q.data(), k.data(), v.data(), y.data(), logs.data(), H, G, D, masked ? 1 : 2, ends + masked, strides, given, 0.2f, 0);
+        double worst = 0;
+        for (int64_t h = 0; h < H; h++)
+            for (int64_t t = 0; t < N; t++) {
+                const int64_t begin = masked || t < a ? 0 : a, g = h / (H / G);
+                Numbers64 weights;
+                double total = 0;
+                for (int64_t n = begin; n <= t; n++) {
+                    double s = 0;
+                    for (int64_t d = 0; d < D; d++) s += double(q[(t * H + h) * D + d]) * k[(n * G + g) * D + d];
+                    weights.push_back(masked && !mask[(g * N + t) * N + n] ? 0 : std::exp(0.2f * s)), total += weights.back();
+                }
+                for (int64_t d = 0; d < D; d++) {
+                    double sum = 0;
+                    for (int64_t n = begin; n <= t; n++) sum += weights[n - begin] / total * v[(n * G + g) * D + d];
+                    worst = std::max(worst, std::fabs(sum - y[(t * H + h) * D + d]));
+                }
             }
-            for (int64_t d = 0; d < D; d++) {
-                double sum = 0;
-                for (int64_t n = begin; n <= t; n++) sum += weights[n - begin] / total * v[(n * G + g) * D + d];
-                worst = std::max(worst, std::fabs(sum - y[(t * H + h) * D + d]));
-            }
-        }
-    if (!(worst < 1e-5)) failures++, std::printf("attend_rows: differs by %g\n", worst);
+        if (!(worst < 1e-5)) failures++, std::printf("attend_rows%s: differs by %g\n", masked ? ", masks" : "", worst);
+    }
 }
 
 // In bfloat16; gradients are compared with those in float

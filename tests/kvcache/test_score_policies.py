@@ -248,7 +248,7 @@ def test_a_budget_distributes_slots_over_the_layers_without_a_window():
     assert lengths(budget="pyramid") == [234, 72, 158, 82, 6]
     assert lengths(budget=[3, 1, 1, 1]) == [240, 72, 80, 80, 80]
     for budget in ("funnel", [1, 2], [1, 1, 1, 0], 3):
-        with pytest.raises(ValueError, match="budget.*'pyramid', or 4 positive numbers.*got"):
+        with pytest.raises(ValueError, match="budget.*'pyramid', 'scores', or 4 positive numbers.*got"):
             lengths(budget=budget)
     with pytest.raises(ValueError, match="layer 0 680 slots.* 2..500"):
         CacheSpec("h2o", cache_length=340, budget=(2, 1, 1, 0.00001)).create(config, 1)
