@@ -20,11 +20,12 @@ def main() -> None:
     speeds: dict[str, list[float]] = {name: [] for name in sessions}
     for round_idx in range(job["rounds"] + 1):  # the first one to warm up
         for name in list(sessions) if round_idx % 2 else list(sessions)[::-1]:
-            started = perf_counter()
-            n = sum(1 for _ in sessions[name].generate(max_new_tokens=job["decoded"], temperature=0.0))
+            session, started = sessions[name], perf_counter()
+            n = sum(1 for _ in session.generate(max_new_tokens=job["decoded"], temperature=0.0))
             speeds[name].append(n / (perf_counter() - started))
-            if sessions[name].limit is not None:  # it does not evict: from the same length in every round
-                sessions[name].crop(len(tokens))
+            if session.limit is not None and len(session.tokens) + job["decoded"] > session.limit:
+                session.crop(len(tokens) - 1)
+                session.extend(tokens[-1:])  # computes again, unmeasured, what was evicted
     report({name: found[1:] for name, found in speeds.items()})
 
 
