@@ -95,6 +95,14 @@ class PlannedKVCache(DefaultKVCache):
             _CLASSES[key] = type(name, (cls,), {**attributes, "__doc__": cls.__doc__, "__module__": cls.__module__})
         return _CLASSES[key]
 
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        """As of every object; a class that `made_of` made is no module's, and made again where it is read."""
+        reduced, kind = super().__reduce_ex__(protocol), type(self)
+        if kind not in _CLASSES.values():
+            return reduced
+        parts = kind.__base__, self.policy, kind.STORAGE, kind.STORAGE_ARGS
+        return _new, parts, *reduced[2:]
+
     @classmethod
     def from_policy(
         cls,
@@ -565,6 +573,14 @@ def _take(x: torch.Tensor, tokens: slice | torch.Tensor) -> torch.Tensor:
     if isinstance(tokens, slice) and tokens.start == 0 and tokens.stop == x.shape[2]:
         return x
     return x[:, :, tokens]
+
+
+def _new(
+    kind: type[PlannedKVCache], policy: Policy, storage: type[Storage], storage_args: Mapping[str, Any]
+) -> PlannedKVCache:
+    """A cache of these parts without its state, for `pickle`."""
+    made = kind.made_of(policy, storage, storage_args)
+    return made.__new__(made)
 
 
 _CLASSES: dict[tuple, type[PlannedKVCache]] = {}

@@ -1,6 +1,7 @@
 """Guarantee G7 of a key-value cache: crop, fork, reorder, state and load_state go on bit-identically."""
 
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -118,6 +119,14 @@ def test_G7_forks_and_their_origin_go_their_own_ways(case):
     go_on(cache, case.tokens(8, 3))
     cache.clear()
     assert torch.equal(first, go_on(sibling, tokens))
+
+
+@every_kind
+def test_a_pickled_cache_goes_on_bit_identically(case):
+    cache, tokens = worn(case), case.tokens(8, 3)
+    copy = pickle.loads(pickle.dumps(cache))
+    assert type(copy) is type(cache)
+    assert torch.equal(go_on(copy, tokens), go_on(cache, tokens))
 
 
 @every_kind
