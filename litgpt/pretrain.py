@@ -30,7 +30,7 @@ from litgpt.train.methods import METHODS
 from litgpt.train.model import TrainingModel
 from litgpt.train.options import PretrainOptions, command, taking
 from litgpt.train.run import Run, connect
-from litgpt.train.schedule import cosine_schedule, learning_rate_factor
+from litgpt.train.schedule import cosine_schedule, learning_rate_factor, steps_of_run
 from litgpt.train.setting import make_fabric, precision_of, weights_dtype
 from litgpt.utils import copy_config_files, estimate_flops
 
@@ -163,10 +163,8 @@ def fit(
     num_nodes: int = 1,
 ) -> None:
     """Train `state["model"]` with `state["optimizer"]`, both set up, on batches of tokens (B, T + 1)."""
-    steps = train.max_steps
-    if steps is None:
-        rows = next(iter(train_dataloader))
-        steps = max(1, (train.max_tokens or 0) // (train.global_batch_size * (rows.shape[1] - 1)))
+    tokens = train.global_batch_size * (next(iter(train_dataloader)).shape[1] - 1)
+    steps = steps_of_run(None, tokens, None, train.max_steps, train.max_tokens)
     schedule = cosine_schedule(state["optimizer"], min(train.lr_warmup_steps or 0, steps // 10), steps, train.min_lr)
 
     def save(step: int) -> None:

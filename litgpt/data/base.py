@@ -1,11 +1,14 @@
 """What data modules are: they give batches of samples for training and validation."""
 
+import logging
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from lightning import LightningDataModule
 from torch import Tensor
@@ -17,6 +20,8 @@ from litgpt.prompt_style import PromptStyle
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.batches import PackedBatchSampler
 from litgpt.train.loss import IGNORE_INDEX
+
+_logger = logging.getLogger("litgpt")
 
 
 class DataModule(LightningDataModule):
@@ -67,8 +72,7 @@ class SFTDataset(Dataset):
     @cached_property
     def encodings(self) -> EncodedSamples:
         samples = [self.sample(index) for index in range(len(self.data))]
-        settings = (self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt)
-        return EncodedSamples.of(samples, *settings, self.name)
+        return EncodedSamples.of(samples, self.tokenizer, self.prompt_style, self.name)
 
     def __len__(self) -> int:
         """A conversation may count as several samples: see `EncodedSamples`."""
@@ -77,15 +81,33 @@ class SFTDataset(Dataset):
     @property
     def lengths(self) -> list[int]:
         """Tokens of every sample."""
-        return self.encodings.lengths
+        return [min(n, self._limit) for n in self.encodings.lengths]
+
+    @property
+    def _limit(self) -> int:
+        return sys.maxsize if self.max_seq_length < 0 else self.max_seq_length
+
+    def _tokens(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens (T,) of a sample, and whether the loss counts them (T,)."""
+        ids, counted, _ = self.encodings[index]
+        return ids[: self._limit], counted[: self._limit] | (not self.mask_prompt)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`input_ids` (T,), `labels` (T,) the same with `ignore_index` where no loss is counted, and `token_counts`."""
-        ids, counted, raw = self.encodings[index]
-        ids = torch.from_numpy(ids.astype("int64"))
-        labels = ids.masked_fill(~torch.from_numpy(counted), self.ignore_index)
-        counts = {"raw": raw, "raw_plus_prompt_template": len(ids)}
-        return {"input_ids": ids, "labels": labels, "token_counts": counts}
+        ids, counted = map(torch.from_numpy, self._tokens(index))
+        ids = ids.long()
+        counts = {"raw": self.encodings[index].raw, "raw_plus_prompt_template": len(ids)}
+        return {"input_ids": ids, "labels": ids.masked_fill(~counted, self.ignore_index), "token_counts": counts}
+
+    def check_learned(self) -> None:
+        """`ValueError` if the loss counts no token of any sample; a warning if it counts none of some."""
+        empty = sum(not self._tokens(index)[1][1:].any() for index in range(len(self)))
+        if empty == len(self):
+            raise ValueError(f"{self.name}: no sample has a token to be learned")
+        if empty:
+            _logger.warning(
+                f"{self.name}: {empty} of {len(self)} samples have no token to be learned within {max(self.lengths)} tokens"
+            )
 
     def example(self, index: int) -> tuple[str, Tensor]:
         """What a sample asks, and the tokens (T,) of its prompt."""
@@ -112,9 +134,9 @@ def _sft_collate_fn(samples: list, max_seq_length: int, pad_id: int, ignore_inde
     return batch
 
 
-def no_option(default: Any = None) -> Any:
-    """A field that people do not set: `connect` and `setup` do, or it is always the same."""
-    return field(default=default, init=False, repr=False, compare=False)
+def no_option() -> Any:
+    """A field of the base class that has no meaning here: it is always None."""
+    return field(default=None, init=False, repr=False)
 
 
 @dataclass
@@ -136,12 +158,8 @@ class SFTModule(DataModule):
     ignore_index: int = IGNORE_INDEX
     seed: int = 42
     num_workers: int = 4
-    tokenizer: Tokenizer | None = no_option()
-    batch_size: int = no_option(1)
-    max_seq_length: int = no_option(-1)
-    train_dataset: SFTDataset | None = no_option()
-    test_dataset: SFTDataset | None = no_option()
 
+    train_dataset = test_dataset = None  # an `SFTDataset` each, after `setup`
     pack = False  # fill rows with several samples: `train.pack`
 
     def __post_init__(self) -> None:
@@ -179,7 +197,7 @@ class SFTModule(DataModule):
     def loader(self, dataset: SFTDataset, shuffle: bool) -> DataLoader:
         """Batches of a dataset, in an order that `seed` decides if they are shuffled."""
         dataset.name = f"{type(self).__name__} ({'training' if shuffle else 'validation'})"
-        dataset.encodings.check_learned(dataset.name)
+        dataset.check_learned()
         collate = get_sft_collate_fn(self.max_seq_length, ignore_index=self.ignore_index)
         generator = torch.Generator().manual_seed(self.seed)
         if self.pack:

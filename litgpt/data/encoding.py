@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +21,8 @@ from litgpt.waiting import report_progress, waiting
 
 Sample = Mapping[str, Any]
 Splits = tuple[Sequence[Sample], Sequence[Sample]]  # for training, and for validation
-ROLES = ("system", "developer", "user", "assistant", "tool")
-VERSION = 3  # of the cache's files
+VERSION = 4  # of the cache's files
 GROUP = 512  # samples that are encoded at a time, by all cores
-
-_logger = logging.getLogger("litgpt")
 
 
 class Encoded(NamedTuple):
@@ -51,11 +48,11 @@ class RewrittenAnswerError(ValueError):
 
 
 def _conversation(sample: Sample) -> tuple[list[dict[str, Any]], list[int], dict[str, Any]]:
-    """Messages, which of them are answers, and further arguments of the prompt style."""
+    """Messages, which of them are answers (the first one is none), and further arguments of the prompt style."""
     messages = [dict(message) for message in sample["messages"]]
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
     if not answers:
-        raise ValueError("no message is the assistant's: there is nothing to learn")
+        raise ValueError("'messages' has no answer of the assistant: there is nothing to learn")
     return messages, answers, {"tools": sample["tools"]} if sample.get("tools") else {}
 
 
@@ -65,7 +62,7 @@ def render_prompt(sample: Sample, style: PromptStyle) -> tuple[str, str]:
     if "messages" in sample:
         messages, answers, more = _conversation(sample)
         before = messages[: answers[-1]]
-        return before[-1]["content"], style.render(before, **more)
+        return before[-1]["content"] or "", style.render(before, **more)
     asked, about = sample["instruction"], sample.get("input") or ""
     own = {"input", "sys_prompt"} if isinstance(style, ChatTemplate) else sample.keys()
     names = own & sample.keys() - {"instruction", "output", "prompt"}
@@ -117,12 +114,6 @@ def _rendered(
     cuts: list[int] = []
     for i in learned:
         answer, before = (messages[i].get("content") or "").strip(), style.render(messages[:i], **more)
-        rest = text[len(before) :].lstrip()
-        after_answer = rest.removeprefix(answer).lstrip()
-        end_text = next(filter(after_answer.startswith, end_texts), None)
-        if text.startswith(before) and rest.startswith(answer) and end_text:  # what most templates write
-            cuts += [len(before), len(text) - len(after_answer) + len(end_text)]
-            continue
         through = text
         if i < len(messages) - 1:
             through = style.render(messages[: i + 1], add_generation_prompt=False, **more)
@@ -175,44 +166,6 @@ def _encode_by_prefixes(part: Part, tokenizer: Tokenizer) -> tuple[Sequence[int]
     return ids, ends
 
 
-def _encode_together(
-    groups: Sequence[Sequence[Part]], tokenizer: Tokenizer, max_seq_length: int, mask_prompt: bool
-) -> list[Encoded]:
-    """Samples, each of a group of parts."""
-    found = iter(_encode_parts([part for parts in groups for part in parts], tokenizer))
-    samples = []
-    for parts in groups:
-        tokens, counted = zip(*(next(found) for _ in parts), strict=True)
-        ids = np.concatenate([np.asarray(own, dtype=np.int32) for own in tokens])
-        raw = sum(len(own) for part, own in zip(parts, tokens, strict=True) if part.counted is not False)
-        end = len(ids) if max_seq_length < 0 else max_seq_length
-        samples.append(Encoded(ids[:end], np.concatenate(counted)[:end] | (not mask_prompt), raw))
-    return samples
-
-
-def sample_problem(sample: Any) -> str | None:
-    """What is wrong with a sample, in words (None: nothing)."""
-    if not isinstance(sample, Mapping):
-        return f"expected a mapping with 'instruction' and 'output', or 'messages', got {type(sample).__name__}"
-    if "messages" in sample:
-        messages = sample["messages"]
-        if not isinstance(messages, list) or not messages:
-            return "'messages' must be a list of messages"
-        for i, message in enumerate(messages):
-            if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-                return f"'messages[{i}].role' must be one of {', '.join(ROLES)}"
-            calls = message["role"] == "assistant" and message.get("tool_calls")
-            if not isinstance(message.get("content"), str) and not (calls and message.get("content") is None):
-                return f"'messages[{i}].content' must be a text"
-        if all(message["role"] != "assistant" for message in messages):
-            return "'messages' has no message of the assistant"
-        return None
-    for name, kind in {"instruction": str, "output": str, "input": str | None, "sys_prompt": str | None}.items():
-        if not isinstance(sample.get(name), kind):
-            return f"'{name}' must be a text" if name in sample else f"'{name}' is missing"
-    return None
-
-
 class EncodedSamples(Sequence[Encoded]):
     """Samples as tokens, in a few arrays; made by `of`. `source[i]` is the sample that number i was made of: a conversation
     becomes several where the template rewrites answers that more messages follow, one for each answer."""
@@ -234,18 +187,9 @@ class EncodedSamples(Sequence[Encoded]):
         return np.diff(self._ends, prepend=0).tolist()
 
     @classmethod
-    def of(
-        cls,
-        samples: Sequence[Sample],
-        tokenizer: Tokenizer,
-        style: PromptStyle,
-        max_seq_length: int,
-        mask_prompt: bool,
-        name: str,
-    ) -> "EncodedSamples":
-        """Encode samples, each cut to `max_seq_length` (-1: not); or take them from the cache, whose files are named by all that
-        decides what is in them. What a tokenizer without a `fingerprint` encodes, or a style that is not of this package and may
-        change at any time, is not cached. With `mask_prompt` the loss counts responses only.
+    def of(cls, samples: Sequence[Sample], tokenizer: Tokenizer, style: PromptStyle, name: str) -> "EncodedSamples":
+        """Encode samples; or take them from the cache, whose files are named by all that decides what is in them. What a tokenizer
+        without a `fingerprint` encodes, or a style that is not of this package and may change at any time, is not cached.
 
         `ValueError` if there is no sample, or one cannot be rendered.
         """
@@ -254,7 +198,7 @@ class EncodedSamples(Sequence[Encoded]):
         path = None
         if hasattr(tokenizer, "fingerprint") and type(style).__module__.partition(".")[0] == "litgpt":
             about = [VERSION, type(style).__qualname__, style.init_args(), tokenizer.fingerprint]
-            digest = hashlib.sha256(json.dumps([*about, max_seq_length, mask_prompt], sort_keys=True).encode())
+            digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
             for sample in samples:
                 digest.update(json.dumps(sample, sort_keys=True, default=str).encode())
             path = cache_dir() / f"{digest.hexdigest()[:32]}.safetensors"
@@ -263,7 +207,7 @@ class EncodedSamples(Sequence[Encoded]):
             arrays = path and load_file(path)
         if arrays is None:
             with waiting(f"Encoding {name}", log=True):
-                arrays = _encode(samples, tokenizer, style, max_seq_length, mask_prompt)
+                arrays = _encode(samples, tokenizer, style)
             with suppress(OSError):  # a cache that cannot be written is none
                 if path is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -271,26 +215,13 @@ class EncodedSamples(Sequence[Encoded]):
                         save_file(arrays, temporary)
         return cls(arrays)
 
-    def check_learned(self, name: str) -> None:
-        """`ValueError` if the loss counts no token of any sample; a warning if it counts none of some."""
-        empty = sum(not sample.counted[1:].any() for sample in self)
-        if empty == len(self):
-            raise ValueError(f"{name}: no sample has a token to be learned")
-        if empty:
-            longest = max(self.lengths)
-            _logger.warning(
-                f"{name}: {empty} of {len(self)} samples have no token to be learned within {longest} tokens"
-            )
-
 
 def cache_dir() -> Path:
     """Where encoded samples are kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "litgpt" / "samples"
 
 
-def _encode(
-    samples: Sequence[Sample], tokenizer: Tokenizer, style: PromptStyle, max_seq_length: int, mask_prompt: bool
-) -> dict[str, np.ndarray]:
+def _encode(samples: Sequence[Sample], tokenizer: Tokenizer, style: PromptStyle) -> dict[str, np.ndarray]:
     encoded: list[Encoded] = []
     source: list[int] = []
     for begin in range(0, len(samples), GROUP):
@@ -302,7 +233,12 @@ def _encode(
                 raise ValueError(f"{getattr(sample, 'place', f'sample {i}')}: {error}") from None
             group += made
             source += [i] * len(made)
-        encoded += _encode_together(group, tokenizer, max_seq_length, mask_prompt)
+        found = iter(_encode_parts([part for parts in group for part in parts], tokenizer))
+        for parts in group:
+            ids, counted = zip(*islice(found, len(parts)), strict=True)
+            raw = sum(len(own) for part, own in zip(parts, ids, strict=True) if part.counted is not False)
+            ids = np.concatenate([np.asarray(own, dtype=np.int32) for own in ids])
+            encoded.append(Encoded(ids, np.concatenate(counted), raw))
         report_progress(begin + GROUP, len(samples))
     return {
         "ids": np.concatenate([sample.ids for sample in encoded]),

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from litgpt.data.base import SFTDataset, SFTModule
-from litgpt.data.encoding import Sample, Splits, sample_problem
+from litgpt.data.encoding import Sample, Splits
 from litgpt.prompt_style import PromptStyle
 from litgpt.train.loss import IGNORE_INDEX
 
-ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+OTHER_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"}
 DEFAULT_FRACTION = 0.05
 
 
@@ -91,14 +92,11 @@ class Samples(SFTModule):
     given: Sequence[Sample] = field(default=(), repr=False)
 
     def samples(self) -> Splits:
-        for i, sample in enumerate(self.given):
-            if problem := sample_problem(sample):
-                raise ValueError(f"sample {i}: {problem}")
-        return self.split(self.given)
+        return self.split(checked({f"sample {i}": sample for i, sample in enumerate(self.given)}))
 
 
-class FileSample(dict):
-    """A sample with its place in a file, for error messages."""
+class PlacedSample(dict):
+    """A sample that knows where it comes from, for error messages."""
 
     def __init__(self, sample: Sample, place: str) -> None:
         super().__init__(sample)
@@ -107,14 +105,20 @@ class FileSample(dict):
 
 def read_samples(path: Path) -> list[Sample]:
     """The samples of a file, conversations as `messages`; `ValueError` with the place and field of what is no sample."""
-    found = []
-    for place, value in read_values(path).items():
-        sample = _as_messages(value)
-        if problem := sample_problem(sample):
-            raise ValueError(f"{path}, {place}: {problem}")
-        found.append(FileSample(sample, f"{path}, {place}"))
+    found = checked({f"{path}, {place}": value for place, value in read_values(path).items()})
     if not found:
         raise ValueError(f"{path} holds no samples")
+    return found
+
+
+def checked(values: Mapping[str, Any]) -> list[Sample]:
+    """Values, by their places, as samples."""
+    found = []
+    for place, value in values.items():
+        sample = _as_messages(value)
+        if problem := _problem(sample):
+            raise ValueError(f"{place}: {problem}")
+        found.append(PlacedSample(sample, place))
     return found
 
 
@@ -154,10 +158,31 @@ def _as_messages(sample: Any) -> Any:
     if not isinstance(sample, Mapping) or not isinstance(sample.get("conversations"), list):
         return sample
     messages = [
-        {"role": ROLES.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
+        {"role": OTHER_ROLES.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
         if isinstance(turn, Mapping)
         else turn
         for turn in sample["conversations"]
     ]
     rest = {name: value for name, value in sample.items() if name != "conversations"}
     return {**rest, "messages": messages}
+
+
+def _problem(sample: Any) -> str | None:
+    """What is wrong with a sample, in words (None: nothing)."""
+    if not isinstance(sample, Mapping):
+        return f"expected a mapping with 'instruction' and 'output', or 'messages', got {type(sample).__name__}"
+    if "messages" in sample:
+        messages = sample["messages"]
+        if not isinstance(messages, list) or not messages:
+            return "'messages' must be a list of messages"
+        for i, message in enumerate(messages):
+            if not isinstance(message, Mapping) or message.get("role") not in ROLES:
+                return f"'messages[{i}].role' must be one of {', '.join(ROLES)}"
+            calls = message["role"] == "assistant" and message.get("tool_calls")
+            if not isinstance(message.get("content"), str) and not (calls and message.get("content") is None):
+                return f"'messages[{i}].content' must be a text"
+        return None
+    for name, kind in {"instruction": str, "output": str, "input": str | None, "sys_prompt": str | None}.items():
+        if not isinstance(sample.get(name), kind):
+            return f"'{name}' must be a text" if name in sample else f"'{name}' is missing"
+    return None

@@ -4,7 +4,7 @@ import gc
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,20 +178,21 @@ def _options(
 ) -> tuple[FinetuneOptions, Config]:
     """Options, and the configuration with what the method adds, from keywords."""
     kind = LoRAOptions if way.name == "lora" else FinetuneOptions
-    chosen = kind(checkpoint_dir=llm.checkpoint_dir, out_dir=out_dir, data=_data_module(data, llm, keywords))
     if (rate := keywords.pop("learning_rate", None)) is not None:
-        chosen.optimizer = {"class_path": "torch.optim.AdamW", "init_args": {"lr": rate}}
-    further = {name: keywords.pop(name) for name in way.fields & keywords.keys() if not hasattr(chosen, name)}
-    groups = (chosen, chosen.train, chosen.eval)
-    known = {f.name: group for group in reversed(groups) for f in fields(group)}
-    for name, value in keywords.items():
-        if name not in known:
-            near = get_close_matches(name, ["learning_rate", *known, *way.fields], n=1)
-            hint = f": did you mean {near[0]}?" if near else ""
-            raise ValueError(f"option {name!r} is not known to fine-tuning by {way.name}{hint}")
-        setattr(known[name], name, value)
-    chosen.train.__post_init__()
-    chosen.eval.__post_init__()
+        keywords["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": rate}}
+    given = {"checkpoint_dir": llm.checkpoint_dir, "out_dir": out_dir, "data": _data_module(data, llm, keywords)}
+    given |= {f.name: keywords.pop(f.name) for f in fields(kind) if f.name in keywords}
+    further = {name: keywords.pop(name) for name in way.fields & keywords.keys()}
+    chosen = kind(**given)
+    for name in ("train", "eval"):
+        group = getattr(chosen, name)
+        changes = {f.name: keywords.pop(f.name) for f in fields(group) if f.name in keywords}
+        setattr(chosen, name, replace(group, **changes))
+    for name in keywords:
+        known = [f.name for group in (chosen, chosen.train, chosen.eval) for f in fields(group)]
+        near = get_close_matches(name, ["learning_rate", *known, *way.fields], n=1)
+        hint = f": did you mean {near[0]}?" if near else ""
+        raise ValueError(f"option {name!r} is not known to fine-tuning by {way.name}{hint}")
     return chosen, way.extend(llm.model.config, chosen, **further)
 
 

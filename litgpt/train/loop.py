@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -23,8 +23,7 @@ from litgpt.pages import release_freed_memory
 from litgpt.train.batches import FlatBatch, as_rows, windows
 from litgpt.train.checkpointing import random_state, set_random_state
 from litgpt.train.loss import IGNORE_INDEX
-from litgpt.train.position import Position
-from litgpt.train.report import Reporter
+from litgpt.train.report import Position, Reporter
 
 
 @dataclass
@@ -52,7 +51,7 @@ class Loop:
 
     def state(self) -> dict[str, Any]:
         """What a later `load_state` needs to resume exactly from here, next to weights, optimizer, schedule and random states."""
-        return {"position": asdict(self.position), "order": self._order}
+        return {"position": vars(self.position), "order": self._order}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Resume from where `state` was taken, with the same data and options."""

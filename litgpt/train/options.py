@@ -147,11 +147,11 @@ class Options:
 
     def describe(self, precision: str, config: Config, **changed: Any) -> None:
         """Set `hyperparameters`: these options, those of LoRA as `config` has them, and some `changed` (None: left out)."""
-        hidden = {"access_token", "hyperparameters", "lora_all", "lora_rslora", "lora_dora"}
+        hidden = {"hyperparameters", "lora_all", "lora_rslora", "lora_dora"}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         lora = config.lora_options() if hasattr(config, "lora_options") else {}
         values |= {"precision": precision, **lora, **changed}
-        self.hyperparameters = {name: plain(value) for name, value in values.items() if value is not None}
+        self.hyperparameters = plain({name: value for name, value in values.items() if value is not None})
 
 
 @dataclass(kw_only=True)

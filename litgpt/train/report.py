@@ -1,20 +1,18 @@
-"""What a run says while it goes: progress lines, logged numbers, and in the end a table and a curve."""
+"""How far a run is, and what it says of that: progress lines, logged numbers, and in the end a table and a curve."""
 
 import math
 import resource
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
 
 from litgpt.args import TrainArgs
 from litgpt.scale import Scale
-from litgpt.train.position import Position
 
 
 def peak_memory(device: torch.device) -> float:
@@ -25,14 +23,30 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+@dataclass
+class Position:
+    """How far a run is."""
+
+    epoch: int = 0
+    batches: int = 0  # micro-batches of the epoch, over all processes
+    iter_num: int = 0  # iterations of a process
+    step_count: int = 0  # optimizer steps
+    tokens: int = 0  # over all processes
+    samples: int = 0  # over all processes
+    counted: int = 0  # tokens that the loss has counted
+    seconds: float = 0.0  # of training
+    best_loss: float = math.inf  # of a validation
+    best_step: int = 0
+    worse: int = 0  # consecutive validations without a lower loss
+    losses: list[tuple[int, float]] = field(default_factory=list)  # of steps
+    val_losses: list[tuple[int, float]] = field(default_factory=list)  # after steps
+
+
 class Reporter:
     """Prints and logs how a run goes, on the first process only."""
 
     def __init__(self, fabric: Fabric, train: TrainArgs, max_steps: int) -> None:
         self.fabric, self.train, self.max_steps = fabric, train, max_steps
-        self.val_loss: float | None = None
-        self.curve: list[tuple[int, float]] = []  # step and training loss
-        self.val_curve: list[tuple[int, float]] = []
 
     def begin(self, position: Position) -> None:
         """Before the first iteration: speed and time left count from here, also of a run that resumes."""
@@ -45,7 +59,7 @@ class Reporter:
         through this `part` of the window."""
         is_step, mean = part == 1, loss / counted if counted else 0.0
         if is_step:
-            self.curve.append((position.step_count, mean))
+            position.losses.append((position.step_count, mean))
         if position.iter_num % self.train.log_interval:
             return
         start, elapsed = self._start, time.perf_counter() - self._began
@@ -55,7 +69,7 @@ class Reporter:
             left = min(left, max(0.0, self.train.max_time - start.seconds - elapsed))
         self.fabric.print(
             f"Epoch {position.epoch + 1} | iter {position.iter_num} step {position.step_count} | loss train: {mean:.3f},"
-            f" val: {'n/a' if self.val_loss is None else f'{self.val_loss:.3f}'} | iter time: {seconds * 1000:.2f} ms"
+            f" val: {f'{position.val_losses[-1][1]:.3f}' if position.val_losses else 'n/a'} | iter time: {seconds * 1000:.2f} ms"
             f"{' (step)' if is_step else ''} | {(position.tokens - start.tokens) / elapsed:.0f} tok/s,"
             f" {peak_memory(self.fabric.device):.2f} GB remaining time: {timedelta(seconds=int(left))}"
         )
@@ -71,8 +85,8 @@ class Reporter:
 
     def validation(self, position: Position, loss: float, seconds: float | None) -> None:
         """After a validation: see `Loop.note_validation`."""
-        self.val_loss, perplexity = loss, math.exp(min(loss, 700.0))
-        self.val_curve.append((position.step_count, loss))
+        perplexity = math.exp(min(loss, 700.0))
+        position.val_losses.append((position.step_count, loss))
         if seconds is None:
             self.fabric.print(f"Final evaluation | val loss: {loss:.3f} | val ppl: {perplexity:.3f}")
         else:
@@ -91,12 +105,8 @@ class Reporter:
         counts = (position.counted, position.tokens, position.tokens)  # padding is left out
         memory = peak_memory(self.fabric.device)
         self.fabric.print(f"\n{performance_table(counts, position.seconds, memory)}\n")
-        metrics |= {"train_loss": self.curve[-1][1]} if self.curve else {}
-        return metrics | ({} if self.val_loss is None else {"val_loss": self.val_loss})
-
-    def write_curve(self, path: Path) -> None:
-        """Draw the losses over the steps, as SVG."""
-        path.write_text(curve_svg({"train": self.curve, "validation": self.val_curve}), encoding="utf-8")
+        last = {"train_loss": position.losses[-1:], "val_loss": position.val_losses[-1:]}
+        return metrics | {name: loss for name, points in last.items() for _, loss in points}
 
 
 def performance_table(counts: Sequence[int], seconds: float, memory: float | None) -> str:

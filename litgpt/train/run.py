@@ -34,6 +34,7 @@ from litgpt.train.methods import Method
 from litgpt.train.model import TrainingModel
 from litgpt.train.optimizers import make_optimizer, reserve_state
 from litgpt.train.options import Options
+from litgpt.train.report import curve_svg
 from litgpt.train.schedule import cosine_schedule, steps_of_run
 from litgpt.train.step_memory import StepMemory
 from litgpt.train.teacher import Teacher
@@ -240,8 +241,10 @@ class Run:
         self._write(out_dir / "final", {})
         if self.fabric.is_global_zero:
             (out_dir / "logs").mkdir(exist_ok=True)
-            self.loop.report.write_curve(out_dir / "logs" / "loss.svg")
-            self.fabric.print(f"The losses as a picture: {out_dir / 'logs' / 'loss.svg'}")
+            picture, position = out_dir / "logs" / "loss.svg", self.loop.position
+            curves = {"train": position.losses, "validation": position.val_losses}
+            picture.write_text(curve_svg(curves), encoding="utf-8")
+            self.fabric.print(f"The losses as a picture: {picture}")
 
     def _write(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Write the trained weights, `state`, and all that belongs to a checkpoint. All processes call it."""

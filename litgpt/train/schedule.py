@@ -40,6 +40,8 @@ def steps_of_run(
         steps_per_epoch: optimizer steps that the data makes (None: unknown, a stream).
         tokens_per_step: tokens of a step on average, over all devices (None: unknown).
     """
+    if steps_per_epoch == 0:
+        raise ValueError("the training data gives no batches")
     limits = [max_steps] if max_steps is not None else []
     if epochs is not None and steps_per_epoch is not None:
         limits.append(epochs * steps_per_epoch)

@@ -113,7 +113,8 @@ def weights_dtype(fabric: Fabric) -> torch.dtype:
 
 
 def plain(value: Any) -> Any:
-    """An option as YAML has it, such that `--config` gives it again: groups as mappings, objects by class and arguments."""
+    """An option as YAML has it, such that `--config` gives it again: groups as mappings, objects by class and arguments. Secrets
+    are left out."""
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Path):
@@ -121,7 +122,7 @@ def plain(value: Any) -> Any:
     if isinstance(value, Config):
         return value.to_dict()
     if isinstance(value, Mapping):
-        return {str(key): plain(x) for key, x in value.items()}
+        return {str(key): plain(x) for key, x in value.items() if key != "access_token"}
     if isinstance(value, list | tuple):
         return [plain(x) for x in value]
     kind = value if isinstance(value, type) else type(value)
@@ -138,7 +139,7 @@ def plain(value: Any) -> Any:
     else:  # without those that are None by default
         found = {name: getattr(value, name) for name in known if hasattr(value, name)}
         arguments = {name: x for name, x in found.items() if not (x is None is known[name])}
-    arguments = {name: plain(x) for name, x in arguments.items()}
+    arguments = plain(arguments)
     if package == "litgpt.args":
         return arguments
     further = {name: x for name, x in arguments.items() if name not in known}  # of `**kwargs`

@@ -88,8 +88,8 @@ def tokenizer_of(template: str, bos: str | None, ends: list[str], merge: bool = 
     )
 
 
-def encode_sample(sample, tokenizer, style, limit=-1):
-    return EncodedSamples.of([sample], tokenizer, style, limit, True, "test")[0]
+def encode_sample(sample, tokenizer, style):
+    return EncodedSamples.of([sample], tokenizer, style, "test")[0]
 
 
 def text_of(tokenizer: Tokenizer, ids: np.ndarray) -> str:
@@ -141,6 +141,18 @@ def test_an_opening_of_answers_that_the_template_leaves_out_afterwards_is_not_le
     assert [text_of(tokenizer, found.ids[span]) for span in spans(found.counted)] == ["Fine.\n\nAnd you?<|im_end|>"]
 
 
+@pytest.mark.parametrize("style", ["template", "alpaca"])
+def test_a_greeting_is_read_and_not_learned(style):
+    tokenizer = tokenizer_of(*TEMPLATES["chatml"][:3])
+    style = ChatTemplate.from_tokenizer(tokenizer) if style == "template" else PromptStyle.from_name(style)
+    talk = [{"role": "assistant", "content": "Welcome."}, *TALK[:2]]
+    found = encode_sample({"messages": talk}, tokenizer, style)
+    assert [text_of(tokenizer, found.ids[span]) for span in spans(found.counted)] == ["Fine.\n\nAnd you?<|im_end|>"]
+    assert "Welcome." in text_of(tokenizer, found.ids)
+    with pytest.raises(ValueError, match="no answer of the assistant"):
+        encode_sample({"messages": talk[:1]}, tokenizer, style)
+
+
 def test_the_prompt_is_what_the_model_sees_when_it_answers():
     for name, (template, bos, ends, _) in TEMPLATES.items():
         tokenizer = tokenizer_of(template, bos, ends)
@@ -177,9 +189,9 @@ def test_an_input_that_the_style_has_no_place_for_is_not_lost():
 SAMPLES = [{"instruction": f"Say {i}.", "output": str(i)} for i in range(10)]
 
 
-def encoded(samples=SAMPLES, tokenizer=None, style="alpaca", limit=-1, mask=True):
+def encoded(samples=SAMPLES, tokenizer=None, style="alpaca"):
     style = PromptStyle.from_name(style) if isinstance(style, str) else style
-    return EncodedSamples.of(samples, tokenizer or tiny_tokenizer(), style, limit, mask, "test")
+    return EncodedSamples.of(samples, tokenizer or tiny_tokenizer(), style, "test")
 
 
 def test_samples_are_encoded_once(own_cache, monkeypatch):
@@ -204,8 +216,6 @@ class Style(PromptStyle):
         {"samples": [*SAMPLES[:-1], {"instruction": "Say 9.", "output": "10"}]},
         {"tokenizer": tokenizer_of(CHATML, None, ["<|im_end|>"])},
         {"style": "default"},
-        {"limit": 200},
-        {"mask": False},
     ],
 )
 def test_what_changes_the_tokens_makes_the_cache_stale(change, own_cache):
@@ -258,15 +268,31 @@ def test_a_sample_that_the_template_rejects_is_named():
         encoded([{"messages": TALK}, *bad], tokenizer, ChatTemplate.from_tokenizer(tokenizer))
 
 
+@pytest.mark.parametrize("mask_prompt", [True, False])
+def test_a_limit_cuts_samples_and_a_mask_hides_prompts_whatever_is_in_the_cache(mask_prompt, own_cache):
+    tokenizer = tiny_tokenizer()
+    whole = SFTDataset(SAMPLES, tokenizer, "alpaca", mask_prompt=mask_prompt)
+    cut = SFTDataset(SAMPLES, tokenizer, "alpaca", max_seq_length=whole.lengths[0] - 1, mask_prompt=mask_prompt)
+    assert cut.lengths == [len(item["input_ids"]) for item in cut] == [whole.lengths[0] - 1] * 10
+    for ours, full in zip(cut, whole, strict=True):
+        assert torch.equal(ours["input_ids"], full["input_ids"][:-1])
+        assert torch.equal(ours["labels"], full["labels"][:-1])
+        assert (full["labels"] == -100).any() == mask_prompt
+    assert len(list(own_cache.glob("*.safetensors"))) == 1
+
+
 def test_samples_without_a_token_to_learn_are_reported(caplog):
+    def check(samples, limit, mask_prompt=True):
+        SFTDataset(samples, tiny_tokenizer(), "alpaca", limit, mask_prompt).check_learned()
+
     samples = [*SAMPLES, {"instruction": "x" * 300, "output": "y"}]
     with caplog.at_level(logging.WARNING, "litgpt"):
-        encoded(samples, limit=200).check_learned("test")
+        check(samples, 200)
     assert "1 of 11 samples have no token to be learned within 200 tokens" in caplog.text
     with pytest.raises(ValueError, match="no sample has a token to be learned"):
-        encoded(limit=4).check_learned("test")
+        check(SAMPLES, 4)
     with pytest.raises(ValueError, match="no sample has a token to be learned"):
-        encoded(limit=1, mask=False).check_learned("test")  # there is nothing before the first token to learn it from
+        check(SAMPLES, 1, mask_prompt=False)  # there is nothing before the first token to learn it from
     with pytest.raises(ValueError, match="there are no samples"):
         encoded([])
 
@@ -285,9 +311,9 @@ def test_one_by_one_equals_all_at_once():
     tokenizer = tokenizer_of(*TEMPLATES["llama3"][:3])
     style = ChatTemplate.from_tokenizer(tokenizer)
     samples = [*SAMPLES, {"messages": TALK}]
-    together = EncodedSamples.of(samples, tokenizer, style, 90, True, "test")
+    together = EncodedSamples.of(samples, tokenizer, style, "test")
     for sample, found in zip(samples, together, strict=True):
-        alone = encode_sample(sample, tokenizer, style, 90)
+        alone = encode_sample(sample, tokenizer, style)
         assert np.array_equal(alone.ids, found.ids)
         assert np.array_equal(alone.counted, found.counted)
         assert alone.raw == found.raw

@@ -7,7 +7,7 @@ from tiny import tiny_tokenizer
 
 from litgpt.chat_template import ChatTemplate
 from litgpt.data import JSON, Alpaca
-from litgpt.data.json_data import read_samples
+from litgpt.data.json_data import Samples, read_samples
 
 GOOD = {"instruction": "Say hi.", "output": "hi"}
 
@@ -53,8 +53,8 @@ BAD = [
     ("a.json", [{"messages": ["hi"]}], r"'messages\[0\]\.role' must be one of system"),
     ("a.json", [talk(("human", "a"), ("assistant", "b"))], r"'messages\[0\]\.role' must be one of system"),
     ("a.json", [talk(("user", "a"), ("assistant", None))], r"'messages\[1\]\.content' must be a text"),
-    ("a.json", [talk(("user", "a"))], r"'messages' has no message of the assistant"),
-    ("a.json", [{"conversations": [{"from": "human", "value": "a"}]}], r"has no message of the assistant"),
+    ("a.json", [talk(("user", "a"))], r"'messages' has no answer of the assistant"),
+    ("a.json", [{"conversations": [{"from": "human", "value": "a"}]}], r"has no answer of the assistant"),
     ("a.json", [{"conversations": [{"from": ["x"], "value": "a"}]}], r"'messages\[0\]\.role' must be one of"),
 ]
 
@@ -68,7 +68,7 @@ def test_a_broken_file_is_refused_with_line_and_field(name, content, message, tm
         else (content if isinstance(content, str) else json.dumps(content)).encode()
     )
     with pytest.raises(ValueError, match=message):
-        connected(path)
+        connected(path).train_dataloader()
 
 
 def test_what_is_no_file_of_samples_is_refused(tmp_path):
@@ -139,6 +139,20 @@ def test_a_sample_that_the_template_rejects_is_named_by_its_line(tmp_path):
     data.train_dataset.prompt_style = ChatTemplate(template)
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: .*stop"):
         data.train_dataloader()
+
+
+@pytest.mark.parametrize("bad", [{"instruction": "b"}, talk(("user", "a"))])
+@pytest.mark.parametrize("place", [0, 10, 19])
+def test_a_wrong_sample_of_a_list_is_named_by_its_place_in_the_list(place, bad):
+    def loaders():
+        data.setup()
+        return data.train_dataloader(), data.val_dataloader()
+
+    good = [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}] * 19
+    data = Samples(given=[*good[:place], bad, *good[place:]], val_split_fraction=0.5)  # half of them, shuffled
+    data.connect(tiny_tokenizer())
+    with pytest.raises(ValueError, match=rf"^sample {place}: '(output|messages)' "):
+        loaders()
 
 
 def test_calls_of_tools_are_read(tmp_path):

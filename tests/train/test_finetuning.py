@@ -92,6 +92,8 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(method, checkp
     for name in expected:
         assert torch.equal(resumed[name], expected[name]), name
     assert capsys.readouterr().out.count("(step)") == 4
+    pictures = [(tmp_path / name / "logs" / "loss.svg").read_text() for name in ("whole", "half")]
+    assert pictures[0] == pictures[1]  # with the losses from before
 
 
 @pytest.mark.parametrize("method", SETUPS)
@@ -339,7 +341,7 @@ def test_samples_and_answers_of_a_conversation_are_what_is_learned():
         {"role": "user", "content": "And?"},
         {"role": "assistant", "content": "No more."},
     ]
-    ids, counted, _ = EncodedSamples.of([{"messages": messages}], tokenizer, style, -1, True, "test")[0]
+    ids, counted, _ = EncodedSamples.of([{"messages": messages}], tokenizer, style, "test")[0]
     assert tokenizer.decode(ids.tolist()) == "HiHello.And?No more."
     text = "".join(tokenizer.id_to_token(i) or "" for i in ids.tolist())
     assert text == style.render(messages, add_generation_prompt=False).replace(" ", "Ġ")
@@ -496,6 +498,12 @@ def test_a_run_that_is_interrupted_leaves_the_llm_usable_and_says_how_to_go_on(l
     assert changed == {"qkv.weight"}  # what three steps learned is kept
     assert isinstance(llm.generate("Who?", max_new_tokens=3), str)
     assert not any("forward" in vars(block) for block in llm.model.transformer.h)
+
+
+def test_a_group_of_options_and_single_ones_of_it_go_together(llm):
+    train = TrainArgs(global_batch_size=1, micro_batch_size=1, max_steps=9, lr_warmup_steps=0)
+    metrics = finetune(llm, ANSWER * 3, "full", max_steps=2, train=train, seed=3, epochs=5)
+    assert (metrics["steps"], train.max_steps, train.epochs) == (2, 9, None)
 
 
 def test_weights_keep_their_data_type(checkpoint_dir):

@@ -52,5 +52,7 @@ def test_the_least_limit_counts(limits, steps):
 def test_a_run_without_an_end_or_without_a_step_is_refused():
     with pytest.raises(ValueError, match="how long to train"):
         steps_of_run(None, None, epochs=2)
+    with pytest.raises(ValueError, match="gives no batches"):
+        steps_of_run(0, 100, epochs=2)
     with pytest.raises(ValueError, match="max_tokens=99 is less than the 100 tokens"):
         steps_of_run(10, 100, max_tokens=99)

@@ -10,9 +10,15 @@ import pytest
 from lightning.fabric.loggers import CSVLogger
 
 from litgpt.args import TrainArgs
-from litgpt.train.position import Position
-from litgpt.train.report import Reporter
-from litgpt.train.setting import make_logger
+from litgpt.data import LIMA
+from litgpt.train.report import Position, Reporter
+from litgpt.train.setting import make_logger, plain
+
+
+def test_secrets_are_not_written_to_files():
+    data = plain({"data": LIMA(access_token="secret", seed=3), "access_token": "secret"})["data"]
+    assert (data["class_path"], data["init_args"]["seed"]) == ("litgpt.data.LIMA", 3)
+    assert "access_token" not in data["init_args"]
 
 
 def test_without_tensorboard_pretraining_logs_to_csv(tmp_path, monkeypatch, caplog):
