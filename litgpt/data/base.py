@@ -101,7 +101,7 @@ class SFTDataset(Dataset):
 
     def check_learned(self) -> None:
         """`ValueError` if the loss counts no token of any sample; a warning if it counts none of some."""
-        empty = sum(not self._tokens(index)[1][1:].any() for index in range(len(self)))
+        empty = sum(not self._tokens(index)[1][1:].any() for index in range(len(self.encodings)))
         if empty == len(self):
             raise ValueError(f"{self.name}: no sample has a token to be learned")
         if empty:

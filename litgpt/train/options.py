@@ -150,6 +150,9 @@ class Options:
         hidden = {"hyperparameters", "lora_all", "lora_rslora", "lora_dora"}
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in hidden}
         lora = config.lora_options() if hasattr(config, "lora_options") else {}
+        if (spec := self.cache_spec()) is not None:
+            cache = {"kv_cache": str(spec), "cache_length": spec.cache_length}
+            values |= cache | {"kv_cache_args": dict(spec.arguments) or None}
         values |= {"precision": precision, **lora, **changed}
         self.hyperparameters = plain({name: value for name, value in values.items() if value is not None})
 

@@ -647,10 +647,14 @@ def test_a_cache_that_keeps_all_changes_no_training(checkpoint_dir, tmp_path, js
     assert any((evicting[name] - weight).abs().max() > 1e-4 for name, weight in plain.items())
 
 
-def test_what_is_trained_through_a_cache_is_served_with_it(checkpoint_dir, tmp_path, json_path, capsys):
-    run("lora", checkpoint_dir, tmp_path, json_path, kv_cache="lastrec", cache_length=8, kv_cache_args={"n_sink": 2})
-    final = tmp_path / "final"
+@pytest.mark.parametrize("form", ["text", "value"])
+def test_what_is_trained_through_a_cache_is_served_with_it(form, checkpoint_dir, tmp_path, json_path, capsys):
     spec = CacheSpec("lastrec", cache_length=8, n_sink=2)
+    text = {"kv_cache": "lastrec", "cache_length": 8, "kv_cache_args": {"n_sink": 2}}
+    run("lora", checkpoint_dir, tmp_path, json_path, **(text if form == "text" else {"kv_cache": spec}))
+    final = tmp_path / "final"
+    values = yaml.safe_load((final / "hyperparameters.yaml").read_text())
+    assert {name: values[name] for name in text} == text
     assert LLM.load(final).session().kv_caches[0].policy == spec.make_policy(8)
     assert LLM.load(final).session(kv_cache="dense").kv_caches == []
     capsys.readouterr()
