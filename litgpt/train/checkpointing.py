@@ -29,12 +29,14 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def remove_old(out_dir: Path, keep_last: int | None, best_step: int) -> None:
-    """Remove all but the last `keep_last` step checkpoints (None: keep all) and that of the best step."""
-    if keep_last is not None:
-        for folder in step_folders(out_dir)[:-keep_last]:
-            if step_of(folder) != best_step:
-                shutil.rmtree(folder, ignore_errors=True)
+def remove_old(out_dir: Path, keep_last: int | None, losses: Mapping[int, float]) -> None:
+    """Remove all but the last `keep_last` step checkpoints (None: keep all) and the one with the lowest of the validation `losses`,
+    which are by steps."""
+    folders = step_folders(out_dir)
+    best = min((f for f in folders if step_of(f) in losses), key=lambda f: losses[step_of(f)], default=None)
+    for folder in folders[:-keep_last] if keep_last is not None else []:
+        if folder != best:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def full_tensors(model: nn.Module, keep: Callable[[str, torch.Tensor], bool]) -> dict[str, torch.Tensor]:

@@ -162,21 +162,12 @@ class Loop:
             began = time.perf_counter()
             self.fabric.print("Validating ...")
             loss = self.validate()
-            self.note_validation(loss, time.perf_counter() - began)
+            self.report.validation(position, loss, time.perf_counter() - began)
             if self.show_example is not None:
                 self.show_example()
             self.fabric.barrier()
         if train.save_interval is not None and position.step_count % train.save_interval == 0:
             self.save(position.step_count)
-
-    def note_validation(self, loss: float, seconds: float | None = None) -> None:
-        """Report the loss of a validation that took `seconds` (None: that of the end), and note whether it is the best."""
-        position = self.position
-        self.report.validation(position, loss, seconds)
-        if loss < position.best_loss:
-            position.best_loss, position.best_step, position.worse = loss, position.step_count, 0
-        else:
-            position.worse += 1
 
     def validate(self, max_iters: int | None = None) -> float:
         """Mean loss of the counted tokens of the validation batches, `max_iters` (default: as the options say) at most."""

@@ -35,11 +35,14 @@ class Position:
     samples: int = 0  # over all processes
     counted: int = 0  # tokens that the loss has counted
     seconds: float = 0.0  # of training
-    best_loss: float = math.inf  # of a validation
-    best_step: int = 0
-    worse: int = 0  # consecutive validations without a lower loss
     losses: list[tuple[int, float]] = field(default_factory=list)  # of steps
     val_losses: list[tuple[int, float]] = field(default_factory=list)  # after steps
+
+    @property
+    def worse(self) -> int:
+        """Validations since the one with the lowest loss."""
+        losses = [math.inf if math.isnan(loss) else loss for _, loss in self.val_losses]
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
 
 
 class Reporter:
@@ -84,7 +87,7 @@ class Reporter:
         self.fabric.log_dict(numbers, step=position.iter_num)
 
     def validation(self, position: Position, loss: float, seconds: float | None) -> None:
-        """After a validation: see `Loop.note_validation`."""
+        """After a validation that took `seconds` (None: that of the end)."""
         perplexity = math.exp(min(loss, 700.0))
         position.val_losses.append((position.step_count, loss))
         if seconds is None:

@@ -120,7 +120,7 @@ class Run:
             raise
         if validates and evaluation.final_validation:
             fabric.print("Validating ...")
-            loop.note_validation(loop.validate())
+            loop.report.validation(loop.position, loop.validate(), None)
         metrics = loop.report.summary(loop.position)
         self.save_final()
         return metrics
@@ -231,7 +231,7 @@ class Run:
         digits = self.options.step_digits
         self._write(out_dir / f"step-{step:0{digits}d}", state)
         if self.fabric.is_global_zero:
-            checkpointing.remove_old(out_dir, self.options.train.keep_last, loop.position.best_step)
+            checkpointing.remove_old(out_dir, self.options.train.keep_last, dict(loop.position.val_losses))
 
     def save_final(self) -> None:
         """Write the trained weights, and a picture of the losses."""

@@ -241,12 +241,27 @@ def test_the_merged_model_is_the_tuned_one(checkpoint_dir, tmp_path, json_path):
     torch.testing.assert_close(merged[f"{name}.weight"], base[f"{name}.weight"] + product)
 
 
-def test_old_checkpoints_go_and_the_best_one_stays(checkpoint_dir, tmp_path, json_path):
-    out = tmp_path / "out"
-    run("lora", checkpoint_dir, out, json_path, replace(TRAIN, keep_last=1, save_interval=1))
-    steps = sorted(folder.name for folder in out.glob("step-*"))
-    assert steps[-1] == "step-000006"
-    assert len(steps) <= 2
+@pytest.mark.parametrize(
+    ("save_interval", "losses", "kept"),
+    [
+        (
+            1,
+            [9.0, 3.0, 1.0, 2.0, 2.0],
+            ["000004", "000006"],
+        ),  # the first is of the check before training, the last of the end
+        (3, [9.0, 3.0, 1.0, 2.0, 4.0, 4.0], ["000006", "000009"]),  # step 4 was better, and not saved
+        (5, [9.0, 3.0, 1.0, 2.0, 2.0, 2.0, 2.0], ["000010"]),
+    ],
+)
+def test_old_checkpoints_go_and_the_best_one_stays(
+    save_interval, losses, kept, checkpoint_dir, tmp_path, json_path, monkeypatch
+):
+    left = iter(losses)
+    monkeypatch.setattr(loop, "validate", lambda *args: next(left))
+    train = replace(TRAIN, keep_last=1, save_interval=save_interval, max_steps={1: 6, 3: 9, 5: 10}[save_interval])
+    run("lora", checkpoint_dir, tmp_path / "out", json_path, train)
+    assert sorted(folder.name.removeprefix("step-") for folder in (tmp_path / "out").glob("step-*")) == kept
+    assert list(left) == []
 
 
 def test_a_run_stops_when_validation_no_longer_gets_better(checkpoint_dir, tmp_path, json_path, capsys, monkeypatch):
