@@ -4,7 +4,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from litgpt.prompt_style import PromptStyle
-from litgpt.prompts import ChatTemplate
+from litgpt.prompts import bos_of
 
 if TYPE_CHECKING:
     from litgpt.tokenizer import Tokenizer
@@ -27,9 +27,7 @@ class PromptFrame:
         self.before, _, rest = text.partition(_CONTEXT)
         self.to_answer, _, rest = rest.partition(_ANSWER)
         self.to_next, _, _ = rest.partition(_NEXT)
-        bos = tokenizer.bos_token
-        complete = isinstance(style, ChatTemplate) or bool(bos and self.before.startswith(bos))
-        self._bos = False if complete else None
+        self._bos = bos_of(self.before, tokenizer, style)
         self.line = lru_cache(maxsize=None)(self._line)
 
     def _line(self, text: str) -> tuple[int, ...]:

@@ -308,14 +308,16 @@ def encode_prompt(
     sys_prompt: str | None = None,
     **kwargs: Any,
 ) -> "torch.Tensor":
-    """Returns the token ids (T,) of a prompt or conversation in a style.
-
-    The tokenizer adds no BOS token to the text of a chat template, which has the model's, nor to one that begins with it.
-    """
+    """Returns the token ids (T,) of a prompt or conversation in a style."""
     text = style.render(prompt, sys_prompt=sys_prompt, **kwargs)
+    return tokenizer.encode(text, bos=bos_of(text, tokenizer, style))
+
+
+def bos_of(text: str, tokenizer: "Tokenizer", style: PromptStyle) -> bool | None:
+    """Whether the tokenizer adds a BOS token to a text that a style rendered: not (False) to that of a chat template, which has
+    the model's, nor to one that begins with it; else as it does by default (None)."""
     bos_token = getattr(tokenizer, "bos_token", None)
-    complete = isinstance(style, ChatTemplate) or (bos_token and text.startswith(bos_token))
-    return tokenizer.encode(text, bos=False if complete else None)
+    return False if isinstance(style, ChatTemplate) or (bos_token and text.startswith(bos_token)) else None
 
 
 def save_prompt_style(style: str | PromptStyle, checkpoint_dir: Path) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from litgpt.chat_template import ChatTemplate
-from litgpt.data.encoding import EncodedSamples, Sample, Splits, bos_of, render_prompt
+from litgpt.data.encoding import EncodedSamples, Sample, Splits, render_prompt
 from litgpt.prompt_style import PromptStyle
+from litgpt.prompts import bos_of
 from litgpt.tokenizer import Tokenizer
 from litgpt.train.batches import PackedBatchSampler
 from litgpt.train.loss import IGNORE_INDEX

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from litgpt.atomic_file import replacing
 from litgpt.chat_template import ChatTemplate
 from litgpt.prompt_style import PromptStyle
+from litgpt.prompts import bos_of
 from litgpt.tokenizer import Tokenizer
 from litgpt.waiting import report_progress, waiting
 
@@ -71,12 +72,6 @@ def render_prompt(sample: Sample, style: PromptStyle) -> tuple[str, str]:
     if about.strip() and about.strip() not in text:
         text = style.render(f"{asked}\n\n{about}", **more)
     return asked, text
-
-
-def bos_of(text: str, tokenizer: Tokenizer, style: PromptStyle) -> bool | None:
-    """Whether a BOS token goes before a rendered text: not (False) if it is written there, else as the tokenizer has it."""
-    bos_token = getattr(tokenizer, "bos_token", None)
-    return False if isinstance(style, ChatTemplate) or (bos_token and text.startswith(bos_token)) else None
 
 
 def parts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[Part]:
