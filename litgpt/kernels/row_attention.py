@@ -50,13 +50,14 @@ def attend_rows(
     scale: float,
     seen: Seen = ALL,
     mask: torch.Tensor | None = None,
+    attended: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Attention (1, T, H * D) of queries (1, H, T, D) over keys and values (1, G, N, D): rows of these sizes, in each of which a
     token sees those up to itself. A single row may have more keys: those of tokens before it; and in float32 a `mask`
-    (1 or G, T, N), False where a token does not see a key."""
+    (1 or G, T, N), False where a token does not see a key. What `attention_of_rows` has given for the same is taken from `attended`."""
     if mask is not None and query.dtype != torch.float32:
         raise ValueError(f"attention of rows has masks in float32 only, not in {query.dtype}")
-    return _RowAttention.apply(query, keys, values, tuple(sizes), scale, seen, mask)
+    return _RowAttention.apply(query, keys, values, tuple(sizes), scale, seen, mask, attended)
 
 
 class _RowAttention(torch.autograd.Function):
@@ -70,10 +71,11 @@ class _RowAttention(torch.autograd.Function):
         scale: float,
         seen: Seen,
         mask: torch.Tensor | None,
+        attended: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         values = values.contiguous()  # a view would keep queries and keys without RoPE for the backward pass
         mask = None if mask is None else mask.contiguous()
-        y, logs = attention_of_rows(query, keys, values, sizes, scale, seen, mask=mask)
+        y, logs = attended or attention_of_rows(query, keys, values, sizes, scale, seen, mask=mask)
         ctx.save_for_backward(query, keys, values, y, logs, mask)
         ctx.sizes, ctx.scale, ctx.seen = sizes, scale, seen
         return y
@@ -87,7 +89,7 @@ class _RowAttention(torch.autograd.Function):
         ]
         found = [x.transpose(1, 2) for x in found]
         gradients_of_rows(query, keys, values, y, d_y.contiguous(), logs, ctx.sizes, ctx.scale, found, ctx.seen, mask)
-        return *found, None, None, None, None
+        return *found, *[None] * 5
 
 
 def attention_of_rows(

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from litgpt.attention import MultiHeadSelfAttention
-from litgpt.kernels.row_attention import Seen, attend_rows, can_attend_rows
+from litgpt.kernels.row_attention import Seen, attend_rows, attention_of_rows, can_attend_rows
 from litgpt.keys_and_values import DefaultKeysAndValues
 from litgpt.kvcache.plan import Plan
 from litgpt.masks import Consecutive, position_bias
 from litgpt.train.chunks import Chunk
+
+Attended = tuple[torch.Tensor, torch.Tensor]  # outputs, and what their gradients need
 
 
 def spans_before(chunk: Chunk, seen: Seen) -> list[list[tuple[int, int]]]:
@@ -29,13 +31,18 @@ def spans_before(chunk: Chunk, seen: Seen) -> list[list[tuple[int, int]]]:
 
 class ByPosition(nn.Module):
     """Stands for a layer's cache during a chunk. `stored` are keys and values (1, G, n, D) at `spans_before`, those of the rows in
-    turn; none where there are no earlier tokens."""
+    turn; none where there are no earlier tokens. `attended` is what such a chunk's attention came to, once it has run by a kernel."""
 
     def __init__(
-        self, mha: MultiHeadSelfAttention, chunk: Chunk, seen: Seen, stored: Sequence[torch.Tensor] = ()
+        self,
+        mha: MultiHeadSelfAttention,
+        chunk: Chunk,
+        seen: Seen,
+        stored: Sequence[torch.Tensor] = (),
+        attended: Attended | None = None,
     ) -> None:
         super().__init__()
-        self.mha, self.chunk, self.seen, self.stored = mha, chunk, seen, stored
+        self.mha, self.chunk, self.seen, self.stored, self.attended = mha, chunk, seen, stored, attended
 
     def run(
         self,
@@ -51,7 +58,9 @@ class ByPosition(nn.Module):
         sizes = self.chunk.sizes
         plain = sink_logits is None and self.mha.has_plain_scores() and can_attend_rows(query, key, value, False)
         if plain and not self.stored:
-            return attend_rows(query, key, value, sizes, self.mha.scale, self.seen)
+            numbers = sizes, self.mha.scale, self.seen
+            self.attended = self.attended or attention_of_rows(*(x.detach() for x in (query, key, value)), *numbers)
+            return attend_rows(query, key, value, *numbers, attended=self.attended)
         outputs = []
         for i, (q, *own) in enumerate(zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)):
             if self.stored:

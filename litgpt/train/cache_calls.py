@@ -235,7 +235,7 @@ class Again(StandIn):
         B, G, n = places.shape
         index = places.new_zeros(B, G, self.n_tokens)
         index.scatter_(2, places, torch.arange(n, device=places.device).expand(B, G, n))
-        index[:, :, tokens] = n + torch.arange(len(tokens), device=places.device)
+        index[:, :, tokens] = n + torch.arange(sum(self.chunk.sizes), device=places.device)
         return index
 
 

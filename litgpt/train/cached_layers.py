@@ -11,7 +11,7 @@ Letters: B rows, N tokens of all rows one after the other, E embedding size, G k
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any
@@ -26,13 +26,13 @@ from litgpt.kvcache.plan import Plan
 from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.kvcache.policies import PositionalPolicy
 from litgpt.kvcache.positional import seen_by_position
-from litgpt.model import GPT, Block, GptNeoxMLP, LLaMAMLP, Multiply
+from litgpt.model import GPT, Block
 from litgpt.rope import Rope
-from litgpt.train.by_position import ByPosition, spans_before
+from litgpt.train.by_position import Attended, ByPosition, spans_before
 from litgpt.train.cache_calls import Again, FoundError, KeysAndValuesOnly, Log, Serving
 from litgpt.train.chunks import chunks_of
+from litgpt.train.gradients_only import gradients_only
 from litgpt.train.kept_inputs import PLACES, Kept, keep
-from litgpt.train.linear import gradients_only
 from litgpt.train.replaced_forward import replaced_forward
 from litgpt.train.stored_tokens import StoredTokens
 
@@ -80,6 +80,10 @@ class CachedLayers:
         self.cache_length = spec.length_for(gpt.config)
         spec.layer_lengths(gpt.config, self.cache_length)  # refuses impossible budgets before any work
 
+    def are_few(self, n_tokens: int) -> bool:
+        """Whether memory for them is no matter: all of them run together where no layer has a cache."""
+        return n_tokens <= CHUNKS_AT_ONCE * self.chunk
+
     def __call__(self, idx: torch.Tensor, row_sizes: Sequence[int] | None = None) -> torch.Tensor:
         """Final-norm outputs (B, T, E), or (1, N, E) with `row_sizes`, of tokens of the same shape."""
         return self.gpt.transformer.ln_f(self.last_outputs(idx, row_sizes))
@@ -109,7 +113,8 @@ class _Sweep:
         self.slots = layers.spec.layer_lengths(self.gpt.config, self.cache_length)
         self.seen = [self._seen(i, longest) for i in range(len(self.gpt.transformer.h))]
         chunk, first = layers.chunk, layers.first_chunk
-        if None not in self.seen and sum(row_sizes) <= CHUNKS_AT_ONCE * chunk and layers.keep_inputs == "device":
+        self.whole = None not in self.seen and layers.are_few(sum(row_sizes)) and layers.keep_inputs == "device"
+        if self.whole:
             chunk, first = longest, longest
         self.chunks = chunks_of(row_sizes, chunk, idx.device, first)
         self.begins = torch.tensor([0, *accumulate(row_sizes)][:-1], device=idx.device)
@@ -239,8 +244,9 @@ class _LayerGroup(torch.autograd.Function):
 
 def _forward(
     sweep: _Sweep, block_idx: int, inputs: Kept, seed: int | None, like: torch.Tensor, log_place: str | None
-) -> tuple[torch.Tensor, Log | None]:
-    """Outputs of a layer, as a tensor `like` another, and the calls of its cache, if it has one, to be put into a place."""
+) -> tuple[torch.Tensor, Log | Attended | None]:
+    """Outputs of a layer, as a tensor `like` another, and the calls of its cache, if it has one, to be put into a place; or of rows
+    that run whole, what their attention came to."""
     block, seen, output = sweep.gpt.transformer.h[block_idx], sweep.seen[block_idx], torch.empty_like(like)
     cache = sweep.make_cache(block_idx) if seen is None else None
     tokens, calls = StoredTokens(output.shape[1]), []
@@ -254,14 +260,16 @@ def _forward(
             calls.append(stand_in.calls)
         elif index + 1 < len(sweep.chunks):
             tokens.put(chunk.tokens, stand_in.key, stand_in.value)
-    return output, None if cache is None or log_place is None else Log(calls, log_place)
+    if cache is None or log_place is None:
+        return output, stand_in.attended if sweep.whole and log_place is not None else None
+    return output, Log(calls, log_place)
 
 
 def _backward(
     sweep: _Sweep,
     block_idx: int,
     inputs: Kept,
-    log: Log | None,
+    log: Log | Attended | None,
     seed: int | None,
     params: Sequence[torch.Tensor],
     d: torch.Tensor,
@@ -277,15 +285,16 @@ def _backward(
     d_params: list[torch.Tensor | None] = [torch.zeros_like(p) if divided else None for p in params]
     for index in reversed(range(len(sweep.chunks))):
         chunk = sweep.chunks[index]
-        calls = [] if log is None else log.calls(index)
+        calls = [] if cache is None else log.calls(index)
         places = calls[0].places if calls else spans_before(chunk, seen)
         stored = [x.requires_grad_() for x in tokens.at(places)]
         own = inputs.rows(chunk.spans)[None].detach().requires_grad_()
         if cache is not None:
             stand_in: nn.Module = Again(cache, chunk, sweep, calls=calls, stored=stored, n_tokens=d.shape[1])
         else:
-            stand_in = ByPosition(block.attn.mha, chunk, seen, stored)
-        with torch.enable_grad(), torch.autocast(**autocast), _without_outputs(block):
+            stand_in = ByPosition(block.attn.mha, chunk, seen, stored, log)
+        spared = nullcontext() if autocast["enabled"] else gradients_only(block)
+        with torch.enable_grad(), torch.autocast(**autocast), spared:
             y = sweep.run(block, index, own, stand_in, seed)
         outputs, gradients = [y], [d[:, chunk.tokens]]
         for new, d_new in zip((stand_in.key, stand_in.value), tokens.gradients(chunk.tokens), strict=False):
@@ -322,15 +331,6 @@ def _autocast_of(device: str) -> dict[str, Any]:
     """Arguments of the `torch.autocast` that is in force."""
     enabled = torch.is_autocast_enabled(device)
     return {"device_type": device, "enabled": enabled, "dtype": torch.get_autocast_dtype(device) if enabled else None}
-
-
-def _without_outputs(block: Block) -> AbstractContextManager[None]:
-    """Spare the last product of a layer, whose outputs a backward pass does not need, if nothing but a factor follows it."""
-    last = getattr(block.mlp, "proj", None)
-    spared = isinstance(block.mlp, GptNeoxMLP | LLaMAMLP) and type(last) is nn.Linear
-    spared = spared and isinstance(block.post_mlp_norm, nn.Identity | Multiply)
-    spared = spared and not torch.is_autocast_enabled(last.weight.device.type)
-    return gradients_only(last) if spared else nullcontext()
 
 
 @contextmanager

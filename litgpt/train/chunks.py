@@ -11,14 +11,14 @@ import torch
 class Chunk:
     """Tokens that enter the caches together: `sizes[i]` of row `rows[i]`, whose earlier ones are `starts[i]`.
 
-    Among those of all rows, their places are `tokens` (T,), which are those from each begin of `spans` to its end.
+    Among those of all rows, their places are `tokens`, which are those from each begin of `spans` to its end.
     """
 
     rows: list[int]
     starts: list[int]
     sizes: list[int]
     spans: list[tuple[int, int]]
-    tokens: torch.Tensor
+    tokens: torch.Tensor | slice  # a tensor (T,) for several spans
 
 
 def chunks_of(row_sizes: Sequence[int], size: int, device: torch.device, first: int | None = None) -> list[Chunk]:
@@ -30,6 +30,7 @@ def chunks_of(row_sizes: Sequence[int], size: int, device: torch.device, first: 
         rows = [row for row, total in enumerate(row_sizes) if total > start]
         sizes = [min(stop, row_sizes[row]) - start for row in rows]
         spans = [(begins[row] + start, begins[row] + start + n) for row, n in zip(rows, sizes, strict=True)]
-        tokens = torch.cat([torch.arange(*span) for span in spans]).to(device)
+        one, parts = slice(spans[0][0], spans[-1][1]), [torch.arange(*span) for span in spans]
+        tokens = one if one.stop - one.start == sum(sizes) else torch.cat(parts).to(device)
         chunks.append(Chunk(rows, [start] * len(rows), sizes, spans, tokens))
     return chunks

@@ -4,7 +4,6 @@ is as large as what it is computed from.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,6 @@ from litgpt.kernels import training
 from litgpt.kernels.matrices import add_product, product
 from litgpt.lora import LoRALinear
 from litgpt.model import LLaMAMLP
-from litgpt.train.replaced_forward import replaced_forward
 from litgpt.train.room import Room
 
 Adds = Callable[[torch.Tensor, torch.Tensor], None]  # adds the product of two matrices to a gradient
@@ -62,7 +60,7 @@ def recomputed(of: Recomputable, *inputs: torch.Tensor) -> torch.Tensor:
     return y
 
 
-class _Linear(torch.autograd.Function):
+class Linear(torch.autograd.Function):
     """A linear layer of x (..., E), with its gradients by `product`: see `linear`. What `of` has made of `n` inputs is not kept:
     they are, and get the gradients."""
 
@@ -111,8 +109,8 @@ def linear(layer: nn.Linear, x: torch.Tensor, add: Adds | None = None, room: Roo
         return F.linear(x, weight, bias)
     if hasattr(x, "made_by") and weight.requires_grad:
         of, inputs = x.made_by
-        return _Linear.apply(x.detach(), weight, bias, add, room, of, len(inputs), *inputs, *of.params)
-    return _Linear.apply(x, weight, bias, add, room)
+        return Linear.apply(x.detach(), weight, bias, add, room, of, len(inputs), *inputs, *of.params)
+    return Linear.apply(x, weight, bias, add, room)
 
 
 class _GatedMLP(torch.autograd.Function):
@@ -228,26 +226,3 @@ def are_alike(x: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether all are of one precision, on a CPU, and there are rows."""
     alike = all(of.dtype == x.dtype and of.device.type == x.device.type == "cpu" for of in others)
     return alike and bool(x.numel()) and not torch.is_autocast_enabled("cpu")
-
-
-class _GradientsOnly(_Linear):
-    """A linear layer whose outputs are not needed any more, only its gradients: it gives zeros."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(weight, x if weight.requires_grad else None)
-        ctx.add = ctx.of = ctx.room = None
-        return x.new_zeros(1).expand(*x.shape[:-1], len(weight))
-
-    @staticmethod
-    def backward(ctx, d_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _Linear.backward(ctx, d_y)[:3]
-
-
-def gradients_only(layer: nn.Linear) -> AbstractContextManager[None]:
-    """Let `layer` give zeros in place of its outputs, with their gradients, for graphs that only a backward pass reads."""
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return _GradientsOnly.apply(x, layer.weight, layer.bias)
-
-    return replaced_forward({layer: forward})

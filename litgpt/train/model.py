@@ -130,7 +130,8 @@ class TrainingModel(nn.Module):
                 heads, logits = [head, norm], lambda x: gpt.logits(norm(x))  # for a few tokens at a time
             params = [p for module in heads if module not in own for p in module.parameters() if p.requires_grad]
             scale = scale if head in own else None
-            vocabulary, lean = gpt.config.padded_vocab_size, self.cached_layers is not None
+            vocabulary = gpt.config.padded_vocab_size
+            lean = self.cached_layers is not None and not self.cached_layers.are_few(input_ids.numel())
             return loss_sum(hidden, labels, logits, params, vocabulary, tied, teacher, scale, self.loss, lean)
 
 

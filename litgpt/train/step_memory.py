@@ -12,10 +12,11 @@ from litgpt.checkpoint.meta_model import meta_model
 from litgpt.config import Config
 from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.memory import size_in_bytes
-from litgpt.kvcache.policies import PositionalPolicy
+from litgpt.kvcache.policies import Policy, PositionalPolicy
 from litgpt.kvcache.policies.score import ScorePolicy
 from litgpt.train.cached_layers import CHUNKS_AT_ONCE, PLANNED_NUMBERS
-from litgpt.train.loss import LEAN_LOGITS_BYTES, TRAINED_LOGITS_BYTES
+from litgpt.train.gradients_only import ROWS
+from litgpt.train.loss import LEAN_LOGITS_BYTES, LOGITS_BYTES, TRAINED_LOGITS_BYTES
 from litgpt.train.methods import METHODS
 
 COPIES_OF_LOGITS = 4  # logits, their float32 scores, the gradients of both
@@ -44,32 +45,52 @@ class StepMemory:
         return self.tokens * self.config.n_embd * self.dtype.itemsize
 
     def kept(self, keep_inputs: str | int) -> int:
-        """Of the inputs of layers, and of where tokens were in caches, in the memory of the device."""
+        """Of the inputs of layers, and of where tokens were in caches or, of rows that run whole, what their attention came to, in
+        the memory of the device."""
         if keep_inputs in ("cpu", "disk"):
             return 0
-        layers = self.config.n_layer
+        layers, each = self.config.n_layer, list(map(self._positions, self._policies))
+        if self._whole(keep_inputs):
+            heads = self.config.n_head
+            each = [self.tokens * heads * (self.config.head_size * self.dtype.itemsize + 4)] * layers
         every = 1 if keep_inputs == "device" else min(keep_inputs, layers)
-        return (-(-layers // every) + every - 1) * (self.inputs + self._positions)
+        groups = [
+            each[i : i + every] for i in range(0, layers, every)
+        ]  # of the last layer in each, and of all in one of them
+        inputs = (len(groups) + every - 1) * self.inputs
+        return inputs + sum(group[-1] for group in groups) + max(sum(group[:-1]) for group in groups)
 
-    @property
-    def _positions(self) -> int:
+    @cached_property
+    def _policies(self) -> list[Policy]:
+        """Those of the layers."""
+        spec, config = self.spec, self.config
+        slots = spec.length_for(config) if spec.evicts or spec.cache_length else self.length
+        return [spec.layer_policy(config, i, own) for i, own in enumerate(spec.layer_lengths(config, slots))]
+
+    def _slots(self, policy: Policy) -> int:
+        """That a sequence takes in a layer."""
+        return min(policy.cache_length, self.length)
+
+    def _by_position(self, policy: Policy) -> bool:
+        """Whether the position of a token says what it sees, and the layer has no cache."""
+        return isinstance(policy, PositionalPolicy) and self.spec.storage == "default"
+
+    def _positions(self, policy: Policy) -> int:
         """Of a layer's int32 positions of the tokens in the cache, for every call of it."""
-        if self._by_position:
+        if self._by_position(policy):
             return 0
-        heads, tokens, slots = 1, self.chunk, self._slots
-        if issubclass(self.spec.policy_class, ScorePolicy):
-            heads, tokens = self.config.n_query_groups, min(self.chunk, self.spec.make_policy(slots).tail)
-        return 4 * heads * slots * max(self.tokens // tokens - self.rows, 0)
+        heads, tokens = 1, self.chunk
+        if isinstance(policy, ScorePolicy):
+            heads, tokens = self.config.n_query_groups, min(self.chunk, policy.tail)
+        return 4 * heads * self._slots(policy) * max(self.tokens // tokens - self.rows, 0)
 
     @property
-    def _by_position(self) -> bool:
-        """Whether the position of a token says what it sees, and layers have no cache."""
-        return issubclass(self.spec.policy_class, PositionalPolicy) and self.spec.storage == "default"
+    def _few(self) -> bool:
+        return self.tokens <= CHUNKS_AT_ONCE * self.chunk
 
-    @property
-    def _slots(self) -> int:
-        slots = self.spec.length_for(self.config) if self.spec.evicts or self.spec.cache_length else self.length
-        return min(slots, self.length)
+    def _whole(self, keep_inputs: str | int) -> bool:
+        """Whether all rows run through a layer together."""
+        return keep_inputs == "device" and self._few and all(map(self._by_position, self._policies))
 
     @property
     def one_layer(self) -> int:
@@ -88,25 +109,26 @@ class StepMemory:
         config = self.config
         qkv = (config.n_head + 2 * config.n_query_groups) * config.head_size
         experts = (config.moe_intermediate_size or 0) * max(config.n_expert_per_token, 1)
-        seen = self._slots + min(self.chunk, self.length)
+        slots = list(map(self._slots, self._policies))
+        seen = max(slots) + min(self.chunk, self.length)
         stored = 6 * self.rows * seen * config.n_query_groups * config.head_size  # keys and values, and gradients
-        numbers = T * (6 * config.n_embd + 3 * qkv + 4 * max(config.intermediate_size or 0, experts)) + stored
+        mlp = 4 * max(min(T, ROWS) * (config.intermediate_size or 0), T * experts)
+        numbers = T * (6 * config.n_embd + 3 * qkv) + mlp + stored
         mask = 4 * min(PLANNED_NUMBERS, self.length * seen)
-        cache = size_in_bytes(self.spec, config, self.rows, self.length, self.dtype) // config.n_layer
+        cache = size_in_bytes(self.spec, config, self.rows, self.length, self.dtype) * max(slots) // sum(slots)
         return numbers * self.dtype.itemsize + mask + cache
 
     @property
     def logits(self) -> int:
         """Of the logits that exist at a time."""
         config = self.config
-        most = TRAINED_LOGITS_BYTES if self.trained_head else LEAN_LOGITS_BYTES
+        most = TRAINED_LOGITS_BYTES if self.trained_head else LOGITS_BYTES if self._few else LEAN_LOGITS_BYTES
         most = max(most, 16 * 4 * config.padded_vocab_size)
         return COPIES_OF_LOGITS * min(most, 4 * self.tokens * config.padded_vocab_size)
 
     def total(self, keep_inputs: str | int = "device") -> int:
         """The most at a time: in the loss, or in the backward pass of the last layer."""
-        whole = self._by_position and keep_inputs == "device" and self.tokens <= CHUNKS_AT_ONCE * self.chunk
-        graph = self._graph(self.tokens) if whole else self.one_chunk
+        graph = self._graph(self.tokens) if self._whole(keep_inputs) else self.one_chunk
         return self.kept(keep_inputs) + max(self.one_layer + graph, 2 * self.inputs + self.logits)
 
     @cached_property

@@ -19,8 +19,8 @@ class StoredTokens:
         self._of_all: list[torch.Tensor] = []  # keys and values (1, G, N, D)
         self._gradients: list[torch.Tensor] = []
 
-    def put(self, tokens: torch.Tensor, *keys_values: torch.Tensor) -> None:
-        """Store keys and values (1, G, T, D) of `tokens` (T,)."""
+    def put(self, tokens: torch.Tensor | slice, *keys_values: torch.Tensor) -> None:
+        """Store keys and values (1, G, T, D) of `tokens`."""
         if not self._of_all:
             self._of_all = [x.new_empty(1, x.shape[1], self.n_tokens, x.shape[3]) for x in keys_values]
         for of_all, x in zip(self._of_all, keys_values, strict=True):
@@ -33,8 +33,8 @@ class StoredTokens:
         rows = ([of_all[:, :, a:b] for a, b in spans] for spans in places if spans for of_all in self._of_all)
         return [parts[0].detach() if len(parts) == 1 else torch.cat(parts, dim=2) for parts in rows]
 
-    def gradients(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        """Those of keys and values of `tokens` (T,), (1, G, T, D), as far as they were added."""
+    def gradients(self, tokens: torch.Tensor | slice) -> list[torch.Tensor]:
+        """Those of keys and values of `tokens`, (1, G, T, D), as far as they were added."""
         return [d_all[:, :, tokens] for d_all in self._gradients]
 
     def add_gradients(self, places: Places, added: Sequence[torch.Tensor | None]) -> None:

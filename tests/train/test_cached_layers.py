@@ -6,13 +6,14 @@ import pytest
 import torch
 from tiny import VOCABULARY, tiny_gpt
 
+from litgpt.kernels import row_attention
 from litgpt.kernels.library import training_library
-from litgpt.kernels.row_attention import attend_rows
+from litgpt.kernels.row_attention import attend_rows, attention_of_rows
 from litgpt.kvcache import CacheSpec
 from litgpt.kvcache.testing import KV_CACHE_NAMES
 from litgpt.lora import Config as LoRAConfig
-from litgpt.lora import add_lora
-from litgpt.train import by_position, cache_calls
+from litgpt.lora import add_lora, mark_only_lora_as_trainable
+from litgpt.train import by_position, cache_calls, gradients_only
 from litgpt.train.cached_layers import CachedLayers
 
 MODELS = {
@@ -166,6 +167,38 @@ def test_an_impossible_budget_is_refused():
         CachedLayers(make(), CacheSpec("h2o", cache_length=8, budget=[1, 2, 3]), 4)
 
 
+@pytest.mark.parametrize("kind", ["llama", "parallel"])
+@pytest.mark.parametrize(("name", "chunk"), [("dense", 8), ("lastrec", 4), ("h2o", 7)])
+def test_G12_with_the_MLP_of_a_layer_some_rows_at_a_time(kind, name, chunk, monkeypatch):
+    monkeypatch.setattr(gradients_only, "ROWS", 3)
+    spec = CacheSpec.parse(name)
+    compare(make(kind), CacheSpec.parse(spec, cache_length=9 if spec.evicts else 20), [17, 6], chunk)
+
+
+@pytest.mark.parametrize(("lora_mlp", "computed"), [(False, 2), (True, 4)])
+def test_the_last_product_of_a_layer_is_computed_once_where_it_is_frozen(lora_mlp, computed, monkeypatch):
+    model, calls = make(), []
+    add_lora(model, LoRAConfig.extending(model.config, lora_r=2, lora_dropout=0.3, lora_query=True, lora_mlp=lora_mlp))
+    mark_only_lora_as_trainable(model.double().train())
+    for block in model.transformer.h:
+        last = block.mlp.proj.linear
+        monkeypatch.setattr(last, "forward", lambda x, last=last: calls.append(x) or type(last).forward(last, x))
+    CachedLayers(model, CacheSpec(), 10)(torch.randint(0, 100, (1, 20))).sum().backward()
+    assert len(calls) == computed
+
+
+@pytest.mark.skipif(training_library() is None, reason="no compiled kernels")
+@pytest.mark.parametrize(("options", "times"), [({}, 2), ({"keep_inputs": 1}, 4)])
+def test_the_attention_of_rows_that_run_whole_is_computed_once(options, times, monkeypatch):
+    model, calls = make().float(), []
+    for module in (by_position, row_attention):
+        monkeypatch.setattr(
+            module, "attention_of_rows", lambda *args, **kw: calls.append(args) or attention_of_rows(*args, **kw)
+        )
+    CachedLayers(model, CacheSpec(), 20, **options)(torch.randint(0, 100, (1, 20))).sum().backward()
+    assert len(calls) == times
+
+
 def test_without_evictions_it_is_plain_training():
     model = make()
     idx = torch.randint(0, 100, (1, 23))
@@ -287,7 +320,7 @@ def test_a_policy_that_reads_texts_twice_is_refused():
 )
 def test_attention_by_kernels_has_the_gradients_of_float64(name, options, used, dtype, error, monkeypatch):
     calls = []
-    monkeypatch.setattr(by_position, "attend_rows", lambda *args: calls.append(args) or attend_rows(*args))
+    monkeypatch.setattr(by_position, "attend_rows", lambda *args, **kw: calls.append(args) or attend_rows(*args, **kw))
     sinks, chunk = {key: value for key, value in options.items() if key == "n_sink"}, options.get("chunk", 9)
     options = {key: value for key, value in options.items() if key not in ("n_sink", "chunk")}
     spec, found = CacheSpec.parse(name, cache_length=40 if name == "dense" else 17, **sinks), []

@@ -65,6 +65,19 @@ def test_a_step_takes_about_what_is_foreseen(keep_inputs, length, monkeypatch):
     assert 0.75 * foreseen < found < 1.3 * foreseen
 
 
+@pytest.mark.parametrize("every", ["device", 3])
+def test_the_positions_kept_are_those_of_every_layers_own_slots(every):
+    spec, config = (
+        CacheSpec("h2o", cache_length=64, budget=[1, 1, 1, 1, 1, 7]),
+        tiny_gpt(n_layer=6, block_size=1024).config,
+    )
+    step = StepMemory(config, spec, 1, 512, 32)
+    slots, kept = spec.layer_lengths(config, 64), [0, 1, 2, 3, 4, 5] if every == "device" else [2, 5, 3, 4]
+    calls = [512 // min(32, spec.make_policy(own).tail) - 1 for own in slots]
+    positions = sum(4 * config.n_query_groups * slots[i] * calls[i] for i in kept)
+    assert step.kept(every) == positions + len(kept) * step.inputs
+
+
 def test_with_inputs_on_the_disk_a_text_twice_as_long_takes_little_more(monkeypatch):
     monkeypatch.setattr(loss, "LEAN_LOGITS_BYTES", 1 << 12)
     spec = CacheSpec("lastrec", cache_length=64)
