@@ -305,20 +305,40 @@ def _by_name(args: list[str], parameters: Mapping[str, inspect.Parameter], posit
 
 def _with_class_arguments(named: list[str], parameters: Mapping[str, inspect.Parameter]) -> list[str]:
     """Moves arguments of a class that an option of type `str | dict` names (`--optimizer NAME --optimizer.lr 0.01`, also with
-    `.init_args`) into its value."""
+    `.init_args`) into its value. Where the class is a configuration file's, it keeps the arguments that it has there."""
     for key, parameter in parameters.items():
         if parameter.annotation != str | dict:
             continue
         pattern = re.compile(rf"--{key}\.(?:init_args\.)?(\w+)=(.*)", re.DOTALL)
         named = [re.sub(rf"--{key}\.class_path=", f"--{key}=", arg) for arg in named]
-        found = [match for arg in named if (match := pattern.fullmatch(arg))]
-        if not found:
+        found = {match[1]: _number_or_text(match[2]) for arg in named if (match := pattern.fullmatch(arg))}
+        given = [_number_or_text(arg.partition("=")[2]) for arg in named if arg.startswith(f"--{key}=")]
+        in_files = _from_config_files(named, key)
+        chosen = (given or in_files or [parameter.default])[-1]
+        if not found and not (given and isinstance(chosen, dict)):
             continue
-        names = [arg.partition("=")[2] for arg in named if arg.startswith(f"--{key}=")]
-        value = {"class_path": names[-1] if names else parameter.default}
-        value["init_args"] = {match[1]: _number_or_text(match[2]) for match in found}
-        named = [arg for arg in named if not re.match(rf"--{key}[.=]", arg)] + [f"--{key}={json.dumps(value)}"]
+        whole = chosen if isinstance(chosen, dict) else {"class_path": chosen}
+        value = {**whole, "init_args": {**(whole.get("init_args") or {}), **found}}
+        named = [arg for arg in named if not re.match(rf"--{key}[.=]", arg)]
+        if in_files and isinstance(in_files[-1], dict):  # which jsonargparse merges with another file's value only
+            path = str(value.get("class_path"))
+            value["class_path"] = path if "." in path else f"torch.optim.{path}"
+            named.append(f"--config={json.dumps({key: value})}")
+        else:
+            named.append(f"--{key}={json.dumps(value)}")
     return named
+
+
+def _from_config_files(named: list[str], key: str) -> list[Any]:
+    """The values of an option in the files of `--config`; what is wrong with these the parser says."""
+    from litgpt.settings import read_yaml
+
+    values = []
+    for arg in named:
+        if arg.startswith("--config="):
+            with suppress(OSError, ValueError):
+                values.append(read_yaml(arg.partition("=")[2]).get(key))
+    return [value for value in values if value is not None]
 
 
 def _number_or_text(text: str) -> Any:
@@ -334,7 +354,7 @@ def _is_boolean(words: list[str]) -> bool:
 
 def _config_file(named: list[str]) -> str:
     """The last file that is named by `--config`."""
-    return next((arg.partition("=")[2] for arg in reversed(named) if arg.startswith("--config=")), "")
+    return next((arg.partition("=")[2] for arg in reversed(named) if re.match(r"--config=[^{]", arg)), "")
 
 
 def _explain(message: str, parameters: Mapping[str, inspect.Parameter], config_file: str) -> str:

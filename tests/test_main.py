@@ -47,6 +47,10 @@ def turn(checkpoint_dir: Path, output_dir: Path, times: int = 3) -> None:
     print(json.dumps(locals(), default=str))
 
 
+def learn(checkpoint_dir: Path, optimizer: str | dict = "AdamW") -> None:
+    print(json.dumps(locals(), default=str))
+
+
 @dataclass
 class Arguments:
     epochs: int = 3
@@ -74,7 +78,7 @@ def fail(kind: str) -> None:
 
 @pytest.fixture(autouse=True)
 def _fake_commands(monkeypatch):
-    for function in (talk, turn, train, fail):
+    for function in (talk, turn, learn, train, fail):
         monkeypatch.setitem(COMMANDS, function.__name__, (f"{__name__}:{function.__name__}", "Does it."))
     monkeypatch.delenv("LITGPT_DEBUG", raising=False)
 
@@ -224,6 +228,26 @@ def test_config_file_gives_values_and_the_command_line_wins(litgpt, tmp_path):
     assert arguments(litgpt("turn", "--config", str(file))) == {"checkpoint_dir": "A", "output_dir": "B", "times": 4}
     given = arguments(litgpt("turn", "X", "--config", str(file), "--times", "5"))
     assert given == {"checkpoint_dir": "X", "output_dir": "B", "times": 5}
+
+
+@pytest.mark.parametrize(
+    ("given", "path", "rates"),
+    [
+        ("--optimizer.lr 0.5", "torch.optim.AdamW", {"lr": 0.5, "eps": 0.1}),
+        (
+            "--optimizer.init_args.lr 0.5 --optimizer.foreach true",
+            "torch.optim.AdamW",
+            {"lr": 0.5, "eps": 0.1, "foreach": True},
+        ),
+        ("--optimizer SGD --optimizer.lr 0.5", "torch.optim.SGD", {"lr": 0.5}),
+        ('--optimizer={"class_path":"torch.optim.SGD","init_args":{"lr":0.5}}', "torch.optim.SGD", {"lr": 0.5}),
+    ],
+)
+def test_arguments_of_the_command_line_override_those_of_a_class_in_a_file(litgpt, tmp_path, given, path, rates):
+    file = tmp_path / "learn.yaml"
+    file.write_text("optimizer:\n  class_path: torch.optim.AdamW\n  init_args:\n    lr: 0.1\n    eps: 0.1\n")
+    optimizer = arguments(litgpt("learn", "A", "--config", str(file), *given.split()))["optimizer"]
+    assert optimizer == {"class_path": path, "init_args": rates}
 
 
 def test_print_config_can_be_read_again(litgpt, tmp_path):
