@@ -49,6 +49,7 @@ INLINED void lay_out_transposed(Input* y, int64_t stride, const bf16* x, int64_t
         for (int64_t i = 0; i < LANES; i++) {
             uint32_t pairs[LANES] = {};
             const auto row = [&](int64_t k) { return k < K ? x + k * x_stride : none; };
+            for (int64_t next : {0, 1}) __builtin_prefetch(row(k + 2 * LANES + 2 * i + next));
             if (count >= LANES)
                 pair_up(row(k + 2 * i), row(k + 2 * i + 1), pairs, LANES);
             else

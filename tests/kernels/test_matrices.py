@@ -16,7 +16,7 @@ def drawn(rows, columns, turned):
 
 
 @pytest.mark.parametrize(
-    ("M", "K", "N"), [(1, 32, 64), (7, 33, 65), (100, 17, 1), (2100, 70, 66), (5, 1, 3), (50, 96, 200)]
+    ("M", "K", "N"), [(1, 32, 64), (7, 33, 65), (100, 17, 1), (2100, 70, 66), (5, 1, 3), (50, 96, 200), (40, 4133, 70)]
 )
 @pytest.mark.parametrize("turned", [(False, False), (False, True), (True, False), (True, True)])
 def test_products_are_exact(M, K, N, turned):
