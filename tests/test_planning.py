@@ -1,5 +1,7 @@
 """Memory that is foreseen against memory that is then allocated."""
 
+import json
+
 import pytest
 import torch
 from tiny import VOCABULARY, tiny_gpt
@@ -124,6 +126,39 @@ def test_the_command_says_what_fits(checkpoint, capsys):
     said = capsys.readouterr().out
     assert f"more than {memory.as_text(room)}" in said
     assert "--kv_cache" in said.splitlines()[-1]
+
+
+def test_programs_read_the_plan_as_json(checkpoint, capsys):
+    plan = plan_for(checkpoint, CacheSpec("h2o", "int8", cache_length=64), torch.float32)
+    arguments = [
+        "plan_cache",
+        str(checkpoint),
+        "--json",
+        "--kv_cache",
+        "h2o-int8",
+        "--cache_length",
+        "64",
+        "--batch",
+        "2",
+    ]
+    arguments += ["--context", "200", "--memory", "1GB", "--precision", "32-true"]
+    assert main([*arguments, "--bandwidth", "20"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {name: said[name] for name in ("kv_cache", "cache_length", "sequences", "context", "memory")} == {
+        **{"kv_cache": "h2o-int8", "cache_length": 64, "sequences": 2, "context": 200, "memory": 10**9}
+    }
+    assert (said["weights"], said["caches"]) == (plan.weights, plan.caches(2, 200))
+    assert said["together"] == plan.total(2, 200)
+    assert said["fits"] is True
+    assert said["tokens_per_second"] == plan.tokens_per_second(2, 200, 20e9)
+    assert said["advice"].startswith(f"litgpt generate {checkpoint} --kv_cache h2o-int8 --cache_length 64 ")
+    assert main([*arguments, "--train", "lora"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    kept = said["keep_inputs"]["device"]
+    assert kept["together"] > said["weights"] + said["gradients"] + kept["inputs"]
+    assert kept["inputs"] > 0
+    assert said["keep_inputs"]["disk"]["inputs"] == 0
+    assert kept["fits"] is True
 
 
 @pytest.mark.parametrize(

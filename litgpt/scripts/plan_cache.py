@@ -1,5 +1,6 @@
 """The command `plan_cache`."""
 
+import json as json_format
 import shlex
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ def plan_cache(
     prompt_chunksize: int = 512,
     bandwidth: float | None = None,
     train: Literal["lora", "full", "adapter", "adapter_v2"] | None = None,
+    json: bool = False,
 ) -> None:
     """Tell whether a model and its key-value caches fit into a memory, and what would; no weights are loaded.
 
@@ -46,6 +48,7 @@ def plan_cache(
         prompt_chunksize: Tokens of a prefill call.
         bandwidth: Of the memory, in GB a second. Default: measured on this machine.
         train: Plan a step of fine-tuning through the caches, by lora, full, adapter or adapter_v2, with its default settings.
+        json: Print a JSON object, with sizes in bytes, instead of the table.
     """
     for name, value in (("context", context), ("batch", batch), ("prompt_chunksize", prompt_chunksize)):
         if value is not None and not 1 <= value <= LARGEST:
@@ -66,15 +69,22 @@ def plan_cache(
         check_trainable(spec)
         if length > most:
             raise ValueError(f"--context {length:,} is more than the model's context of {most:,} tokens")
-        print(_training(plan, checkpoint_dir, train, batch, length, available, device.type == "cpu"))
-        return
-    speed = measured_bandwidth() if bandwidth is None else bandwidth * 1e9
-    print(_table(plan, batch, length, available, speed, "measured" if bandwidth is None else "given"))
-    print(f"\n{_command(plan, checkpoint_dir, quantize, precision, batch, length, available)}")
+        table, advice, sizes = _training(plan, checkpoint_dir, train, batch, length, available, device.type == "cpu")
+    else:
+        speed = measured_bandwidth() if bandwidth is None else bandwidth * 1e9
+        table, sizes = _table(plan, batch, length, available, speed, "measured" if bandwidth is None else "given")
+        advice = _command(plan, checkpoint_dir, quantize, precision, batch, length, available)
+    if json:
+        numbers = {"sequences": batch, "context": length, "memory": available, **sizes}
+        print(json_format.dumps({"model": plan.config.name, **spec.describe(), **numbers, "advice": advice}))
+    else:
+        print(f"{table}\n\n{advice}")
 
 
-def _training(plan: MemoryPlan, name: Path, method: str, rows: int, length: int, memory: int, on_cpu: bool) -> str:
-    """The memory of a training step, by where the inputs of layers are kept, and the command to paste."""
+def _training(
+    plan: MemoryPlan, name: Path, method: str, rows: int, length: int, memory: int, on_cpu: bool
+) -> tuple[str, str, dict[str, Any]]:
+    """The memory of a training step, by where the inputs of layers are kept; the command to paste; and the sizes in bytes."""
     if METHODS[method].trains_all and plan.scheme is not None:
         raise ValueError("--train full needs plain weights: leave out --quantize")
     full = METHODS[method].trains_all
@@ -89,8 +99,11 @@ def _training(plan: MemoryPlan, name: Path, method: str, rows: int, length: int,
         "one chunk": f"about {as_text(step.one_chunk)}, of {min(plan.chunk, length):,} tokens a sequence",
         "loss": f"about {as_text(step.logits)} of logits at a time",
     }
+    sizes: dict[str, Any] = {"weights": plan.weights + added, "gradients": state, "one_layer": step.one_layer}
+    sizes |= {"one_chunk": step.one_chunk, "loss": step.logits, "keep_inputs": {}}
     for place in step.places(on_cpu):
         total = fixed + step.total(place)
+        sizes["keep_inputs"][place] = {"inputs": step.kept(place), "together": total, "fits": total <= memory}
         fits = "fits into" if total <= memory else f"{as_text(total - memory)} more than"
         lines[f"keep_inputs {place}"] = (
             f"{as_text(step.kept(place))} of layers' inputs; together {as_text(total)}: {fits} {as_text(memory)}"
@@ -101,21 +114,27 @@ def _training(plan: MemoryPlan, name: Path, method: str, rows: int, length: int,
     table = "\n".join([title, "", *(f"{key + ':':20}{text}" for key, text in lines.items())])
     place = step.what_fits(memory - fixed, on_cpu)
     if place is None:
-        return f"{table}\n\nNothing fits: try {step.remedy(memory - fixed, on_cpu)}."
+        return table, f"Nothing fits: try {step.remedy(memory - fixed, on_cpu)}.", sizes
     words = ["litgpt", f"finetune_{method}", str(name), "--kv_cache", str(plan.spec), *_arguments(plan.spec)]
     words += [] if plan.spec.cache_length is None else ["--cache_length", str(plan.spec.cache_length)]
     words += ["--prompt_chunksize", str(plan.chunk), "--train.max_seq_length", str(length)]
     words += ["--train.micro_batch_size", str(rows), "--train.keep_inputs", str(place)]
-    return f"{table}\n\n{' '.join(map(shlex.quote, words))}"
+    return table, " ".join(map(shlex.quote, words)), sizes
 
 
-def _table(plan: MemoryPlan, rows: int, length: int, memory: int, bandwidth: float, source: str) -> str:
+def _table(
+    plan: MemoryPlan, rows: int, length: int, memory: int, bandwidth: float, source: str
+) -> tuple[str, dict[str, Any]]:
+    """What model and caches take and what fits, as text; and the sizes in bytes."""
     config, weights, caches, workspace = plan.config, plan.weights, plan.caches(rows, length), plan.workspace(rows)
     total = weights + caches + workspace
     kind = str(plan.dtype).removeprefix("torch.") if plan.scheme is None else plan.scheme.mode
     per_token, left = plan.bytes_per_token(length), memory - total
     longest, most_rows = plan.longest(rows, memory), plan.most_rows(length, memory)
     limit = " (the model's context)" if longest == config.block_size else ""
+    speed = plan.tokens_per_second(rows, length, bandwidth)
+    sizes = {"weights": weights, "caches": caches, "bytes_per_token": per_token, "workspace": workspace}
+    sizes |= {"together": total, "fits": left >= 0, "longest": longest, "most": most_rows, "tokens_per_second": speed}
     limit = f"{longest:,} tokens{limit}" if not plan.spec.evicts or not limit else "any number of tokens"
     lines = {
         "weights": f"{as_text(weights)} in {kind}",
@@ -125,11 +144,10 @@ def _table(plan: MemoryPlan, rows: int, length: int, memory: int, bandwidth: flo
         + (f"fits into {as_text(memory)}" if left >= 0 else f"{as_text(-left)} more than {as_text(memory)}"),
         "longest": f"{limit} for {_sequences(rows)}" if longest else "not one token fits",
         "most": f"{_sequences(most_rows)} of {length:,} tokens at a time",
-        "speed": f"at most {plan.tokens_per_second(rows, length, bandwidth):,.1f} tokens/s with full caches, by "
-        f"{bandwidth / 1e9:.1f} GB/s ({source})",
+        "speed": f"at most {speed:,.1f} tokens/s with full caches, by {bandwidth / 1e9:.1f} GB/s ({source})",
     }
     title = f"{config.name}, {plan.spec} caches, {_sequences(rows)} of {length:,} tokens"
-    return "\n".join([title, "", *(f"{name + ':':11}{text}" for name, text in lines.items())])
+    return "\n".join([title, "", *(f"{name + ':':11}{text}" for name, text in lines.items())]), sizes
 
 
 def _sequences(rows: int) -> str:
