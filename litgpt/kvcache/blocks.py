@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from litgpt.device_tensor import device_tensor
 from litgpt.keys_and_values import DefaultKeysAndValues, KeysAndValues
 from litgpt.kvcache.baselines import DenseKVCache
+from litgpt.kvcache.new_tokens import NewTokens
 from litgpt.kvcache.plan import Part, Plan, Sealed, Sealing, Step
 from litgpt.kvcache.positional_plan import plan_by_length
 from litgpt.kvcache.storages.kivi import KiviStorage
@@ -104,18 +104,16 @@ class BlockKVCache(DenseKVCache):
             self.storage.seal(sealing.start, sealing.rows, sealing.batch_size)
         return plan.without_boundaries
 
-    def _write(
-        self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor, recording: bool
-    ) -> None:
+    def _write(self, step: Step, rows: torch.Tensor | None, new: NewTokens) -> None:
         start = step.read.stop - step.consecutive.T
         if step.queries.start and (n := self.storage.sealed(start)) > self.storage.sealed(start - 1):
-            self.storage.seal(n - self.storage.window, rows, len(key))
-        if recording:
-            self.storage.keep_graph(key[:, :, step.write], value[:, :, step.write], start, rows)
-        super()._write(step, rows, key, value, recording)
+            self.storage.seal(n - self.storage.window, rows, len(new.key))
+        if new.recording:
+            self.storage.keep_graph(new.key[:, :, step.write], new.value[:, :, step.write], start, rows)
+        super()._write(step, rows, new)
 
-    def _keys_values(self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, *args: Any) -> KeysAndValues:
-        return self.storage.tokens(step.sealed.counts[0], step.read.stop, len(key), rows)
+    def _keys_values(self, step: Step, rows: torch.Tensor | None, new: NewTokens) -> KeysAndValues:
+        return self.storage.tokens(step.sealed.counts[0], step.read.stop, len(new.key), rows)
 
     def refill(self, row_fields: tuple[tuple[int, ...], ...], key: torch.Tensor, value: torch.Tensor) -> None:
         super().refill(row_fields, key[:, :, :0], value[:, :, :0])

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from litgpt.keys_and_values import DefaultKeysAndValues, KeysAndValues
+from litgpt.kvcache.new_tokens import NewTokens
 from litgpt.kvcache.plan import Boundary, Plan, Step
 from litgpt.kvcache.planned import RowState
 from litgpt.kvcache.policies.score import ScorePolicy
 from litgpt.kvcache.score import ScoreKVCache
-from litgpt.kvcache.storages.base import write_slots
 from litgpt.kvcache.tokens import CachedTokens
 from litgpt.masks import Consecutive
 
@@ -153,37 +153,24 @@ class ByHeadKVCache(ScoreKVCache):
     def _looks_in_kernels(self) -> bool:
         return not self.heads and super()._looks_in_kernels()
 
-    def _run_step(
-        self,
-        step: Step,
-        rows: torch.Tensor | None,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sink_logits: torch.Tensor | None,
-        recording: bool,
-    ) -> torch.Tensor:
+    def _write(self, step: Step, rows: torch.Tensor | None, new: NewTokens) -> None:
         if not self.heads:
-            return super()._run_step(step, rows, query, key, value, sink_logits, recording)
-        if step.boundary is not None:
-            self._look(step.boundary, sink_logits)
-        if recording:
+            return super()._write(step, rows, new)
+        if new.recording:
             self.storage.detach_writes()
         slots = torch.cat([step.slots + (head.first + head.extra) for head in self.heads])
-        self.storage.set(*(x[:, :, step.write].flatten(1, 2)[:, None] for x in (key, value)), slots, None)
-        outputs = []
+        self.storage.set(*(x[:, :, step.write].flatten(1, 2)[:, None] for x in (new.key, new.value)), slots, None)
+
+    def _attend(self, step: Step, rows: torch.Tensor | None, new: NewTokens) -> torch.Tensor:
+        if not self.heads:
+            return super()._attend(step, rows, new)
+        outputs, sinks = [], new.sink_logits
         for head in self.heads:
             seen = step.read.stop + head.extra
             consecutive = Consecutive(step.consecutive.T, seen, None, self.dtype, self.device)
-            own, sinks = (
-                query[:, head.queries, step.queries],
-                None if sink_logits is None else sink_logits[head.queries],
-            )
-            outputs.append(
-                self.mha.attend_consecutive(own, self._stored_in(head, seen), consecutive, sink_logits=sinks)[0]
-            )
-        if step.kept_queries is not None:
-            write_slots(self.queries, query[:, :, step.kept_queries].detach(), step.query_slots, rows)
+            own = new.query[:, head.queries, step.queries], self._stored_in(head, seen), consecutive
+            own_sinks = None if sinks is None else sinks[head.queries]
+            outputs.append(self.mha.attend_consecutive(*own, sink_logits=own_sinks)[0])
         return torch.cat(outputs, dim=1)
 
     def _look(self, boundary: Boundary, sink_logits: torch.Tensor | None) -> None:

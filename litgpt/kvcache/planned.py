@@ -10,6 +10,7 @@ import torch
 from litgpt.config import Config
 from litgpt.keys_and_values import DefaultKeysAndValues, KeysAndValues, join
 from litgpt.kvcache.default import DefaultKVCache
+from litgpt.kvcache.new_tokens import NewTokens
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.plan import Part, Plan, Step
 from litgpt.kvcache.policies import Policy
@@ -245,95 +246,69 @@ class PlannedKVCache(DefaultKVCache):
         plan = self.prepare(plan, sink_logits)
         if query.dtype != self._place[0] or key.dtype != query.dtype or value.dtype != query.dtype:
             return self._run_in_own_dtype(plan, query, key, value, token_idx, sink_logits)
-        if recording := torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if not any(plan.before):
-                self.storage.detach_graph()
-            inputs = (query, key, value, sink_logits, *self.storage.buffers())
-            recording = any(x is not None and x.requires_grad for x in inputs)
-        if plan.parts[0].spans is not None:
-            output = query.new_empty(*query.shape[:-1], value.shape[-1])
-            for part in plan.parts:
-                own = [torch.stack([x[0, :, span] for span in part.spans]) for x in (query, key, value)]
-                for span, of_row in zip(part.spans, self._run_part(part, *own, sink_logits, recording), strict=True):
-                    output[0, :, span] = of_row
-        elif len(plan.parts) == 1:
-            output = self._run_part(plan.parts[0], query, key, value, sink_logits, recording)
+        new = NewTokens(query, key, value, sink_logits, self._is_recorded(plan, query, key, value, sink_logits))
+        if len(plan.parts) == 1 and plan.parts[0].spans is None:
+            output = self._run_part(plan.parts[0], new)
         else:
             output = query.new_empty(*query.shape[:-1], value.shape[-1])
             for part in plan.parts:
-                r = part.chunk_rows
-                output[r] = self._run_part(part, query[r], key[r], value[r], sink_logits, recording)
+                if part.spans is None:
+                    output[part.chunk_rows] = self._run_part(part, new.of_rows(part.chunk_rows))
+                    continue
+                for span, of_row in zip(part.spans, self._run_part(part, new.of_spans(part.spans)), strict=True):
+                    output[0, :, span] = of_row
         if self.watch is not None:
             self.watch(query, sink_logits)
         return output.transpose(1, 2).flatten(2)
 
-    def _run_in_own_dtype(
-        self,
-        plan: Plan,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        token_idx: torch.Tensor | None,
-        sink_logits: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`run` under autocast: in the cache's dtype, with a result in that of the queries."""
-        self._check_dtype(query, key, value)
-        with torch.autocast(query.device.type, enabled=False):
-            own = [x.to(self.dtype) for x in (query, key, value)]
-            return self.run(plan, *own, token_idx, sink_logits).to(query.dtype)
+    def _run_in_own_dtype(self, plan: Plan, *tensors: torch.Tensor | None) -> torch.Tensor:
+        """`run` under autocast: in the cache's dtype, with a result in that of the queries. `tensors` as for `run`."""
+        inputs, others = tensors[:3], tensors[3:]
+        self._check_dtype(*inputs)
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            return self.run(plan, *(x.to(self.dtype) for x in inputs), *others).to(inputs[0].dtype)
 
-    def _run_part(
-        self,
-        part: Part,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sink_logits: torch.Tensor | None,
-        recording: bool,
-    ) -> torch.Tensor:
-        outputs = [self._run_step(step, part.rows, query, key, value, sink_logits, recording) for step in part.steps]
+    def _is_recorded(self, plan: Plan, *inputs: torch.Tensor | None) -> bool:
+        """Whether autograd records what is done with these inputs. A first call forgets what it recorded of earlier sequences."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if not any(plan.before):
+            self.storage.detach_graph()
+        return any(x is not None and x.requires_grad for x in (*inputs, *self.storage.buffers()))
+
+    def _run_part(self, part: Part, new: NewTokens) -> torch.Tensor:
+        outputs = [self._run_step(step, part.rows, new) for step in part.steps]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
-    def _run_step(
-        self,
-        step: Step,
-        rows: torch.Tensor | None,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sink_logits: torch.Tensor | None,
-        recording: bool,
-    ) -> torch.Tensor:
+    def _run_step(self, step: Step, rows: torch.Tensor | None, new: NewTokens) -> torch.Tensor:
+        """Output (B, H, T, D) of one step in `rows` of the cache (None: the first ones)."""
         if step.write_first and step.write is not None:
-            self._write(step, rows, key, value, recording)
-        kv = self._keys_values(step, rows, key, value)
-        own = _take(query, step.queries)
-        if step.consecutive is None:
-            bias = step.bias if step.mask is None else step.mask.bias
-            output, _ = self.mha.attend(own, kv, bias, False, sink_logits=sink_logits)
-        else:
-            output, _ = self.mha.attend_consecutive(own, kv, step.consecutive, sink_logits=sink_logits)
+            self._write(step, rows, new)
+        output = self._attend(step, rows, new)
         if not step.write_first and step.write is not None:
-            self._write(step, rows, key, value, recording)
+            self._write(step, rows, new)
         return output
 
-    def _write(
-        self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor, recording: bool
-    ) -> None:
-        if recording:
+    def _write(self, step: Step, rows: torch.Tensor | None, new: NewTokens) -> None:
+        if new.recording:
             self.storage.detach_writes()
-        self.storage.set(_take(key, step.write), _take(value, step.write), step.slots, rows)
+        self.storage.set(_take(new.key, step.write), _take(new.value, step.write), step.slots, rows)
 
-    def _keys_values(
-        self, step: Step, rows: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor
-    ) -> KeysAndValues:
+    def _attend(self, step: Step, rows: torch.Tensor | None, new: NewTokens) -> torch.Tensor:
+        kv, query = self._keys_values(step, rows, new), _take(new.query, step.queries)
+        if step.consecutive is not None:
+            return self.mha.attend_consecutive(query, kv, step.consecutive, sink_logits=new.sink_logits)[0]
+        bias = step.bias if step.mask is None else step.mask.bias
+        return self.mha.attend(query, kv, bias, False, sink_logits=new.sink_logits)[0]
+
+    def _keys_values(self, step: Step, rows: torch.Tensor | None, new: NewTokens) -> KeysAndValues:
         if step.new is not None:
-            new = self.storage.as_stored(_take(key, step.new), _take(value, step.new))
+            own = self.storage.as_stored(_take(new.key, step.new), _take(new.value, step.new))
             if step.read is None:
-                return DefaultKeysAndValues(new.keys(), new.values())
+                return DefaultKeysAndValues(own.keys(), own.values())
         slots = slice(0, step.bias.shape[-1]) if step.read is None else step.read
-        old = self.storage.get(key.shape[0], slots, rows)
-        return old if step.new is None else join(old, new)
+        old = self.storage.get(new.key.shape[0], slots, rows)
+        return old if step.new is None else join(old, own)
 
     # -- errors
 

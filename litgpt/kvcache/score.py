@@ -11,6 +11,7 @@ from litgpt.kernels import ops
 from litgpt.kernels.structs import Look, ScoredCache, SlotBuffer, Vectors, address
 from litgpt.keys_and_values import KeysAndValues
 from litgpt.kvcache.base import KVCache
+from litgpt.kvcache.new_tokens import NewTokens
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.plan import Boundary, Part, Plan, Step, Unplanned
 from litgpt.kvcache.planned import PlannedKVCache, RowState
@@ -172,18 +173,13 @@ class ScoreKVCache(PlannedKVCache):
         self._rows.fields = plan.fields_prepared
         return plan.without_boundaries
 
-    def _run_part(
-        self,
-        part: Part,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sink_logits: torch.Tensor | None,
-        recording: bool,
-    ) -> torch.Tensor:
-        if part.tails is not None and not recording and self._has_kernel(part.tails, query, key, value, sink_logits):
-            return self._run_tails(part.tails, part.rows, query, key, value, sink_logits)
-        return super()._run_part(part, query, key, value, sink_logits, recording)
+    def _run_part(self, part: Part, new: NewTokens) -> torch.Tensor:
+        if part.tails is not None and not new.recording and self._has_kernel(part.tails, new):
+            return self._run_tails(part.tails, part.rows, new)
+        output = super()._run_part(part, new)
+        if part.steps[0].prompt:
+            self.look_at_prompt(part, new, self.storage.as_stored(new.key, new.value))
+        return output
 
     def run_noted(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sink_logits: torch.Tensor | None
@@ -194,11 +190,11 @@ class ScoreKVCache(PlannedKVCache):
             return None
         row = RowNumbers(*(of_rows[0] for of_rows in self._rows.fields))
         pieces, after = cut(self.policy, row, key.shape[2])
-        tails = Tails(self.policy, pieces, [row], prepared=False)
-        if not self._has_kernel(tails, query, key, value, sink_logits):
+        tails, new = Tails(self.policy, pieces, [row], prepared=False), NewTokens(query, key, value, sink_logits)
+        if not self._has_kernel(tails, new):
             return None
         log = self.positions.new_empty(len(pieces), 1, self.n_query_groups, self.cache_length)
-        output = self._run_tails(tails, None, query, key, value, sink_logits, log)
+        output = self._run_tails(tails, None, new, log)
         found = []
         for piece, positions in zip(pieces, log.long(), strict=True):
             before = piece.bounded or piece.row
@@ -206,16 +202,9 @@ class ScoreKVCache(PlannedKVCache):
         self._rows = RowState(*after.as_fields())
         return output.transpose(1, 2).flatten(2), found
 
-    def _has_kernel(
-        self,
-        tails: Tails,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sink_logits: torch.Tensor | None,
-    ) -> bool:
+    def _has_kernel(self, tails: Tails, new: NewTokens) -> bool:
         """Whether `_run_tails` is there for these."""
-        return self.evicts_in_kernels() and ops.can_run_tails(query, key, value, sink_logits, tails.longest)
+        return self.evicts_in_kernels() and ops.can_run_tails(*new[:4], tails.longest)
 
     def evicts_in_kernels(self) -> bool:
         """Whether kernels do all that happens to its tokens: the policy's looks too, and attention between them."""
@@ -233,20 +222,11 @@ class ScoreKVCache(PlannedKVCache):
         )
 
     def _run_tails(
-        self,
-        tails: Tails,
-        rows: torch.Tensor | None,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sink_logits: torch.Tensor | None,
-        log: torch.Tensor | None = None,
+        self, tails: Tails, rows: torch.Tensor | None, new: NewTokens, log: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Output (B, H, T, D) of several steps by one kernel, with the looks between them."""
-        cache = self._for_kernels(sink_logits)
-        return ops.run_tails(query, key, value, cache, rows, (tails.held, tails.shift), tails.steps, log).transpose(
-            1, 2
-        )
+        cache = self._for_kernels(new.sink_logits)
+        return ops.run_tails(*new[:3], cache, rows, (tails.held, tails.shift), tails.steps, log).transpose(1, 2)
 
     def _for_kernels(self, sink_logits: torch.Tensor | None) -> ScoredCache:
         """This cache as kernels see it: good as long as its buffers and `sink_logits` are."""
@@ -278,24 +258,12 @@ class ScoreKVCache(PlannedKVCache):
             *(boundary.filled, boundary.observed, boundary.query_slots.shape[-1], boundary.keep is not None),
         )
 
-    def _run_step(
-        self,
-        step: Step,
-        rows: torch.Tensor | None,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sink_logits: torch.Tensor | None,
-        recording: bool,
-    ) -> torch.Tensor:
+    def _run_step(self, step: Step, rows: torch.Tensor | None, new: NewTokens) -> torch.Tensor:
         if step.boundary is not None:
-            self._look(step.boundary, sink_logits)
-        output = super()._run_step(step, rows, query, key, value, sink_logits, recording)
+            self._look(step.boundary, new.sink_logits)
+        output = super()._run_step(step, rows, new)
         if step.kept_queries is not None:
-            write_slots(self.queries, query[:, :, step.kept_queries].detach(), step.query_slots, rows)
-        if step.prompt:
-            stored = self.storage.as_stored(key, value)
-            self._look_at_prompt(step, rows, stored, query, key, value, sink_logits, recording)
+            write_slots(self.queries, new.query[:, :, step.kept_queries].detach(), step.query_slots, rows)
         return output
 
     def _look(self, boundary: Boundary, sink_logits: torch.Tensor | None) -> None:
@@ -328,57 +296,41 @@ class ScoreKVCache(PlannedKVCache):
                 self.storage.detach_writes()
             self.storage.compact(index, rows)
 
-    def look_at_prompt(
-        self,
-        part: Part,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sink_logits: torch.Tensor | None,
-    ) -> None:
-        """What `run` does once a prompt has attended, for a part of a plan that was run otherwise: it stored what the plan says."""
-        step = part.steps[0]
-        if step.write is None:
-            stored = self.storage.as_stored(key, value)
-        else:
-            stored = self.storage.get(len(key), slice(0, key.shape[2]), part.rows)
-        self._look_at_prompt(step, part.rows, stored, query, key, value, sink_logits, False)
-
-    def _look_at_prompt(
-        self,
-        step: Step,
-        rows: torch.Tensor | None,
-        stored: KeysAndValues,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sink_logits: torch.Tensor | None,
-        recording: bool,
-    ) -> None:
-        """Let the policy look at a whole prompt, whose keys and values are `stored` or would be, and store what it chooses, unless
-        all of it is stored."""
-        B, _, T, _ = key.shape
-        positions = torch.arange(T, device=key.device).view(1, 1, T)
+    def look_at_prompt(self, part: Part, new: NewTokens, stored: KeysAndValues | None = None) -> None:
+        """Let the policy look at whole prompts that have attended, and store what it chooses, unless all of them is stored already.
+        `stored` are their keys and values as a storage gives them (None: they are read back, if all of them is stored)."""
+        step, (B, _, T, _) = part.steps[0], new.key.shape
+        positions = torch.arange(T, device=new.key.device).view(1, 1, T)
         with torch.no_grad():
+            if stored is None and step.write is None:
+                stored = self.storage.as_stored(new.key, new.value)
+            elif stored is None:
+                stored = self.storage.get(B, slice(0, T), part.rows)
             tokens = CachedTokens(
                 stored,
                 positions,
-                query,
+                new.query,
                 positions[0],
-                **self._own_state(rows, B, T, 0),
+                **self._own_state(part.rows, B, T, 0),
                 block_idx=self.block_idx,
                 mha=self.mha,
-                sink_logits=sink_logits,
+                sink_logits=new.sink_logits,
             )
             if self.policy.observes:
                 self.policy.observe(tokens)
             index = self.policy.best(tokens) if step.write is None else None
-            self._note(tokens, index, rows, B)
+            self._note(tokens, index, part.rows, B)
         if index is not None:
-            if recording:
+            if new.recording:
                 self.storage.detach_writes()
-            chosen = [x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (key, value)]
-            self.storage.set(*chosen, torch.arange(index.shape[-1], device=key.device), rows)
+            self._store_chosen(new.key, new.value, index, part.rows)
+
+    def _store_chosen(
+        self, key: torch.Tensor, value: torch.Tensor, index: torch.Tensor, rows: torch.Tensor | None, first: int = 0
+    ) -> None:
+        """Store those of keys and values (B, G, T, D) that `index` (B, G, n) names, in slots from `first` on."""
+        chosen = [x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (key, value)]
+        self.storage.set(*chosen, torch.arange(first, first + index.shape[-1], device=key.device), rows)
 
     def tokens_read(self, keys_values: KeysAndValues, slot_state: torch.Tensor) -> CachedTokens:
         """Tokens that the only row, which is empty, may keep, by the policy's own numbers for them (S, 1, G, N)."""
@@ -392,11 +344,7 @@ class ScoreKVCache(PlannedKVCache):
         with torch.no_grad():
             index = self.policy.best(tokens)
             self._note(tokens, index, None, 1)
-            chosen = [
-                x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
-                for x in (tokens.keys_values.keys(), tokens.keys_values.values())
-            ]
-            self.storage.set(*chosen, torch.arange(index.shape[-1], device=self.device), None)
+            self._store_chosen(tokens.keys_values.keys(), tokens.keys_values.values(), index, None)
         self._rows = RowState((length,), (self.policy.kept,), (length,), (length,))
 
     def _own_state(self, rows: torch.Tensor | None, batch: int, used: int, observed: int) -> dict[str, torch.Tensor]:

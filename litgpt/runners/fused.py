@@ -18,6 +18,7 @@ from litgpt.kernels import ops
 from litgpt.kernels.library import float32_library, library
 from litgpt.kernels.structs import PLAIN, Layer, Rope, Segment, Shape, StepPlan, TailSegment, Vectors, Weight, address
 from litgpt.kvcache import KVCache
+from litgpt.kvcache.new_tokens import NewTokens
 from litgpt.kvcache.plan import Part, Plan
 from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.kvcache.score import ScoreKVCache
@@ -220,7 +221,7 @@ class FusedLayers:
             size = part.steps[0].queries.stop
             rows = [tokens[start : start + size] for _, start in _places(part, B, T)]
             stacked = rows[0][None] if len(rows) == 1 else torch.stack(rows)
-            cache.look_at_prompt(part, *stacked.transpose(1, 2).split((H, G, G), dim=1), sinks)
+            cache.look_at_prompt(part, NewTokens(*stacked.transpose(1, 2).split((H, G, G), dim=1), sinks))
 
     def __deepcopy__(self, memo: dict) -> None:
         """A copy of the model runs its own layers, one by one."""
