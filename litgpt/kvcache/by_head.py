@@ -10,8 +10,8 @@ import torch
 from litgpt.keys_and_values import DefaultKeysAndValues, KeysAndValues
 from litgpt.kvcache.new_tokens import NewTokens
 from litgpt.kvcache.plan import Boundary, Plan, Step
-from litgpt.kvcache.planned import RowState
 from litgpt.kvcache.policies.score import ScorePolicy
+from litgpt.kvcache.policy_state import PolicyState
 from litgpt.kvcache.score import ScoreKVCache
 from litgpt.kvcache.tokens import CachedTokens
 from litgpt.masks import Consecutive
@@ -39,6 +39,22 @@ class Head:
     def kept(self) -> slice:
         """Slots of the tokens that stay."""
         return slice(self.first, self.first + self.policy.kept)
+
+    @property
+    def slots(self) -> slice:
+        """All of its slots."""
+        return slice(self.first, self.first + self.policy.cache_length)
+
+    def boundary(self, boundary: Boundary) -> Boundary:
+        """What a boundary of the cache, which has one row, is for this head."""
+        return replace(
+            boundary,
+            rows=None,
+            filled=boundary.filled + self.extra,
+            observed=boundary.observed + self.extra,
+            held=boundary.held + self.extra,
+            shift=boundary.shift - self.extra,
+        )
 
 
 class ByHeadKVCache(ScoreKVCache):
@@ -82,7 +98,7 @@ class ByHeadKVCache(ScoreKVCache):
         if kept:
             params = replace(params, n_query_groups=1, cache_length=first)
         self.storage = type(self.storage)(params, **self._storage_args)
-        self._make_own_buffers(params)
+        self.policy_state = PolicyState(self.policy, params)
         self._set_heads(tuple(heads))
 
     def _set_heads(self, heads: tuple[Head, ...]) -> None:
@@ -114,7 +130,7 @@ class ByHeadKVCache(ScoreKVCache):
         positions = torch.full((1, self.n_query_groups, self.current_length), -1, device=self.device)
         for head in self.heads:
             own, tail = positions[0, head.g], filled - self.policy.kept
-            own[: head.policy.kept] = self.positions[0, 0, head.kept]
+            own[: head.policy.kept] = self.policy_state.positions[0, 0, head.kept]
             own[head.policy.kept :][:tail] = torch.arange(length - tail, length, device=self.device)
         return positions
 
@@ -150,9 +166,6 @@ class ByHeadKVCache(ScoreKVCache):
             self.hold(())
         return super().prepare(plan, sink_logits)
 
-    def _looks_in_kernels(self) -> bool:
-        return not self.heads and super()._looks_in_kernels()
-
     def _write(self, step: Step, rows: torch.Tensor | None, new: NewTokens) -> None:
         if not self.heads:
             return super()._write(step, rows, new)
@@ -179,64 +192,24 @@ class ByHeadKVCache(ScoreKVCache):
         index = torch.arange(self.n_slots, device=self.device)
         with torch.no_grad():
             for head in self.heads:
-                tokens = self._tokens_in(head, boundary, sink_logits)
-                if head.policy.observes:
-                    head.policy.observe(tokens)
-                chosen = head.policy.best(tokens)[0, 0]
-                self._note_in(head, tokens, chosen)
-                index[head.kept] = head.first + chosen
+                own, state = head.boundary(boundary), self.policy_state.of_head(head.slots, head.queries)
+                sinks = None if sink_logits is None else sink_logits[head.queries]
+                tokens = self._tokens_at(own, self._stored_in(head, own.filled), state, sinks)
+                index[head.kept] = head.first + self._chosen(tokens, head.policy, state, None, True)[0, 0]
         self.storage.compact(index[None, None])
 
-    def _tokens_in(self, head: Head, boundary: Boundary, sink_logits: torch.Tensor | None) -> CachedTokens:
-        """What a boundary's policy is shown of a head, all of whose slots are in use."""
-        used, seen = head.policy.cache_length, boundary.observed + head.extra
-        positions = torch.arange(used, device=self.device) + boundary.shift.view(1) - head.extra
-        positions[: head.policy.kept] = self.positions[0, 0, head.kept]
-        slot_state = self.positions.new_zeros((self.policy.slot_state, 1, 1, used), dtype=torch.float32)
-        if self.policy.slot_state:
-            slot_state[:, 0, 0, :seen] = self.slot_state[0, :, 0, head.first : head.first + seen]
-        stored, queries = self._stored_in(head, used), None
-        if self.policy.n_queries:
-            queries = self.queries[:1, head.queries, boundary.query_slots[0]]
-        return CachedTokens(
-            stored,
-            positions[None, None],
-            stored.keys()[:, :, :0] if queries is None else queries,
-            boundary.query_positions,
-            slot_state,
-            self.row_state[:1, head.queries] if self._has_row_state else slot_state[:0],
-            self.block_idx,
-            self.mha,
-            None if sink_logits is None else sink_logits[head.queries],
-        )
-
-    def _note_in(self, head: Head, tokens: CachedTokens, chosen: torch.Tensor) -> None:
-        """Keep the policy's numbers of a head, and the positions of the tokens that stay in it."""
-        self.positions[0, 0, head.kept] = tokens.positions[0, 0, chosen].int()
-        if self.policy.slot_state:
-            self.slot_state[0, :, 0, head.kept] = tokens.slot_state[:, 0, 0, chosen]
-        if self._has_row_state and tokens.row_state.numel():
-            self.row_state[:1, head.queries] = tokens.row_state
-
-    def take_over(self, tokens: CachedTokens) -> None:
+    def _store_best(self, tokens: CachedTokens, *args: Any) -> None:
         if not self.heads:
-            return super().take_over(tokens)
-        length = tokens.shape[2]
-        with torch.no_grad():
-            for head in self.heads:
-                own = replace(
-                    tokens,
-                    keys_values=DefaultKeysAndValues(
-                        *(x[:, head.g, None] for x in (tokens.keys_values.keys(), tokens.keys_values.values()))
-                    ),
-                    slot_state=tokens.slot_state[:, :, head.g, None],
-                )
-                chosen = head.policy.best(own)[0, 0]
-                self._note_in(head, own, chosen)
-                slots = torch.arange(head.first, head.kept.stop, device=self.device)
-                stored = own.keys_values
-                self.storage.set(stored.keys()[:, :, chosen], stored.values()[:, :, chosen], slots, None)
-        self._rows = RowState((length,), (self.policy.kept,), (length,), (length,))
+            return super()._store_best(tokens, *args)
+        keys, values = tokens.keys_values.keys(), tokens.keys_values.values()
+        for head in self.heads:
+            own = replace(
+                tokens,
+                keys_values=DefaultKeysAndValues(keys[:, head.g, None], values[:, head.g, None]),
+                slot_state=tokens.slot_state[:, :, head.g, None],
+            )
+            state = self.policy_state.of_head(head.slots, head.queries)
+            super()._store_best(own, head.policy, state, head.first)
 
     # -- state between calls
 
@@ -259,32 +232,22 @@ class ByHeadKVCache(ScoreKVCache):
         return other
 
     def state(self, row: int | None = None, copy: bool = True) -> dict[str, Any]:
-        return super().state(row, copy) | self._own_state_of_heads()
-
-    def state_of_row(self, row: int, copy: bool = True) -> dict[str, Any]:
-        return super().state_of_row(row, copy) | self._own_state_of_heads()
-
-    def _own_state_of_heads(self) -> dict[str, Any]:
-        return {"kept_by_head": list(self.kept_by_head)} if self.heads else {}
+        state = super().state(row, copy)
+        return state | {"kept_by_head": list(self.kept_by_head)} if self.heads else state
 
     def load_state(self, state: Mapping[str, Any], row: int | None = None) -> None:
         with self._held_as_in(state):
             super().load_state(state, row)
 
-    def load_state_of_row(self, row: int, state: Mapping[str, Any]) -> None:
-        with self._held_as_in(state):
-            super().load_state_of_row(row, state)
-
     @contextmanager
     def _held_as_in(self, state: Mapping[str, Any]) -> Iterator[None]:
         """Slots as a state needs them; if it cannot be loaded, those that there were, with what they hold."""
-        before = self._modules["storage"], dict(self._buffers), self.heads
+        before = self.storage, self.policy_state, self.heads
         self.hold(state.get("kept_by_head", ()))
         try:
             yield
         except ValueError:
-            self.storage, buffers, heads = before
-            self._buffers.update(buffers)
+            self.storage, self.policy_state, heads = before
             self._set_heads(heads)
             raise
 

@@ -9,13 +9,14 @@ from litgpt.config import Config
 from litgpt.kernels.row_attention import Seen
 from litgpt.keys_and_values import KeysAndValues
 from litgpt.kvcache.plan import Plan
-from litgpt.kvcache.planned import PlannedKVCache, RowState
+from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.kvcache.policies import PositionalPolicy
 from litgpt.kvcache.positional_plan import plan_call
+from litgpt.kvcache.row_state import RowState
 
 
 class PositionalKVCache(PlannedKVCache):
-    """Stores the tokens that a policy of positions keeps; arguments as for `PlannedKVCache`.
+    """Stores the tokens that a policy of positions keeps; arguments as for `ComposedKVCache`.
 
     Next to its length, a row has the position below which tokens are gone, those among the policy's first `n_sink` aside.
     """

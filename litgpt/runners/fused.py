@@ -22,6 +22,7 @@ from litgpt.kvcache.new_tokens import NewTokens
 from litgpt.kvcache.plan import Part, Plan
 from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.kvcache.score import ScoreKVCache
+from litgpt.kvcache.score_kernels import can_evict
 from litgpt.model import GPT, Block, CausalSelfAttention, GemmaMLP, LLaMAMLP, Multiply, RMSNorm
 from litgpt.rope import Rope as RopeRows
 from litgpt.runners.opaque_weights import LowRankLayer, OpaqueLayer
@@ -194,7 +195,7 @@ class FusedLayers:
     def runs_evictions(self, caches: Sequence[KVCache]) -> bool:
         """Whether a call may go on after an eviction by score, in all of these caches that have such."""
         kinds = (cache for cache in caches if isinstance(cache, ScoreKVCache))
-        return self._has_prefill() and all(cache.evicts_in_kernels() for cache in kinds)
+        return self._has_prefill() and all(map(can_evict, kinds))
 
     def _scratch_of_token(self) -> int:
         """Numbers that the kernels for a prefill need for each token."""
@@ -251,7 +252,7 @@ class FusedLayers:
             if cache.kept_queries() is not None:
                 layer.query_row_stride, layer.query_head_stride, _, _ = cache.kept_queries().stride()
             if isinstance(cache, ScoreKVCache):
-                layer.positions, layer.sums = map(address, cache.kept_numbers())
+                layer.positions, layer.sums = map(address, cache.policy_state.kept_numbers())
         self.caches = list(map(weakref.ref, caches))  # without keeping their memory
         return True
 

@@ -147,10 +147,10 @@ def test_of_equal_scores_the_newer_token_stays_and_none_beats_not_a_number():
 def test_what_a_policy_sums_up_is_float32_whatever_the_model_becomes(name):
     cache, _ = pair(name, 30, 6)
     feed(cache, draw(60), (30, 30))
-    before = dict(cache.named_buffers(recurse=False))
+    before = dict(cache.policy_state.named_buffers())
     cache.to(torch.bfloat16)
     assert cache.dtype == torch.bfloat16
-    for each, buffer in cache.named_buffers(recurse=False):
+    for each, buffer in cache.policy_state.named_buffers():
         assert each == "queries" or torch.equal(buffer, before[each])
     feed(cache, draw(60, torch.bfloat16), (30, 30))
 
