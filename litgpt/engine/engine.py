@@ -88,7 +88,8 @@ class Engine:
         Args:
             sequences: those with the same prompt tensor share its prefill.
             n_cached: number of first tokens of the prompts that are cached already, if these sequences are the whole batch.
-            chunked: leave the prefill to the next steps, a part to each, so that active sequences are decoded meanwhile.
+            chunked: leave the prefill to the next steps, a part to each, so that active sequences are decoded meanwhile; prompts
+                that are read twice are prefilled at once even so.
 
         Raises:
             ValueError: if a sequence does not fit, before any work; active ones are not affected.
@@ -131,19 +132,20 @@ class Engine:
             self._long_rope = self.model.needs_long_rope(longest)
             if not n_cached:
                 self.model.expect_length(longest)
-        if not chunked:
-            prompts = {id(sequence.prompt): sequence.prompt[n_cached:] for sequence in sequences}
-            prompts = [prompts[id(sequence.prompt)] for sequence in sequences]
-            logits = prefill(self.model, prompts, self.prompt_chunksize, n_cached, rows)
-        elif rows is None:
+        if chunked and rows is None:
             self.model.caches.start(len(sequences))
-        else:
+        elif chunked:
             self._rows.empty(rows)
         self._rows.place(sequences, range(len(sequences)) if rows is None else rows)
         if chunked:
-            self._chunked.add(sequences)
             self._resume(sequences)
-            return
+            begins = not sequences[0].n_prefilled
+            if not (begins and is_read_twice(self.model, sequences[0].prompt_length)):  # which takes all of a prompt
+                self._chunked.add(sequences)
+                return
+        prompts = {id(sequence.prompt): sequence.prompt[n_cached:] for sequence in sequences}
+        prompts = [prompts[id(sequence.prompt)] for sequence in sequences]
+        logits = prefill(self.model, prompts, self.prompt_chunksize, n_cached, rows)
         for sequence in sequences:
             sequence.n_prefilled = sequence.prompt_length
         self._note_states(sequences)

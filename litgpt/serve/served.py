@@ -6,6 +6,7 @@ from litgpt.engine.caches import CacheLease
 from litgpt.engine.continuous import ContinuousBatch
 from litgpt.engine.loading import Ready
 from litgpt.engine.prefixes import PrefixStore
+from litgpt.engine.second_reading import reading_twice
 from litgpt.engine.state_folder import StateFolder
 from litgpt.serve.conversations import Conversations
 from litgpt.serve.options import ServeOptions
@@ -31,6 +32,11 @@ class ServedModel:
         options = options.as_trained(ready.trained_cache)
         model = ready.model
         options.assign_caches(model, options.batch_size)
+        if options.batch_size > 1 and reading_twice(model.kv_caches()):
+            raise ValueError(
+                f"{options.kv_cache} reads a long prompt twice, which takes the model for itself: serve one answer at a time "
+                "(--batch_size 1), or use another cache"
+            )
         lease = CacheLease.take(model)
         takes_rows = model.caches.default or not model.caches.caches or model.caches.takes_rows_apart
         keeps = takes_rows and (prefix_bytes or options.state_dir is not None)

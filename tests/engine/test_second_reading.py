@@ -7,6 +7,12 @@ from torch.nn.functional import pad
 
 from litgpt.api import LLM, Preprocessor
 from litgpt.engine import PromptLookup, Session
+from litgpt.engine.continuous import ContinuousBatch
+from litgpt.engine.loading import choose_kv_caches
+from litgpt.engine.prefixes import PrefixStore
+from litgpt.engine.sampling import Sampling
+from litgpt.engine.sequence import Sequence
+from litgpt.kvcache import CacheSpec
 
 PROMPT = torch.arange(40).mul(7).remainder(90).tolist()
 KIND = {"kv_cache": "kvzip", "cache_length": 16, "tail": 4, "n_sink": 2, "recent": 3}
@@ -141,6 +147,27 @@ def test_short_prompts_are_read_once_and_calls_by_hand_are_as_before():
     sizes.clear()
     list(Session(model, budget="scores", **KIND).generate(PROMPT, 1, temperature=0.0))
     assert sum(sizes) == 78  # all but the first two again
+
+
+@pytest.mark.parametrize("budget", ["uniform", "scores"])
+def test_a_batch_with_kept_prefixes_reads_twice_what_no_prefix_begins(budget):
+    model, sizes, answers = tiny_gpt(), [], []
+    choose_kv_caches(
+        model, CacheSpec("kvzip", budget=budget, **{name: x for name, x in KIND.items() if name != "kv_cache"}), 1
+    )
+    batch = ContinuousBatch(model, 1, prefixes=PrefixStore(10**6))
+    model.set_start_of_layer_hook(lambda x, block_idx, _: sizes.append(x.shape[1]) if block_idx == 0 else None)
+    prompt, expected = PROMPT, list(Session(model, budget=budget, **KIND).generate(PROMPT, 5, temperature=0.0))
+    read = sum(sizes)
+    for _ in range(2):
+        sizes.clear()
+        sequence = Sequence(torch.tensor(prompt), 5, Sampling(temperature=0))
+        batch.submit(sequence)
+        batch.run()
+        answers.append((sequence.n_reused, sum(sizes), sequence.tokens[len(prompt) :]))
+        prompt = [*PROMPT, *expected, 7, 8]
+    assert answers[0] == (0, read, expected)
+    assert answers[1][:2] == (44, 3 + 4)  # all but the last token of the answer was kept
 
 
 def test_what_is_impossible_is_refused_in_one_line():

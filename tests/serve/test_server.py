@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -349,7 +350,8 @@ def test_streams_have_nothing_that_clients_stumble_over(server):
 
 
 def test_metrics_and_the_view_of_the_caches(server, client):
-    ask(client)
+    for text in ("Hello", "Another"):  # what is known of a row is kept when another sequence comes
+        ask(client, text)
     until(lambda: runs_nothing(server))  # neither what clients of other tests have left
     text = call(f"{server}/metrics")[2].decode()
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
@@ -369,6 +371,19 @@ def test_a_client_that_leaves_frees_its_row(server, client):
             connection.recv(200)
     until(lambda: runs_nothing(server))
     assert ask(client).choices
+
+
+def test_caches_that_read_prompts_twice_serve_one_answer_at_a_time(checkpoint):
+    settings = {"checkpoint_dir": str(checkpoint), "precision": "32-true", "kv_cache": "kvzip", "cache_length": 32}
+    servers = []
+    for batch_size in (8, 1):
+        options = ServeOptions(**settings, batch_size=batch_size)
+        servers.append(Server(App(options), options))
+        servers[-1].load()
+    refused, alone = servers
+    assert re.fullmatch(r"kvzip reads a long prompt twice.*\(--batch_size 1\).*", str(refused.failure))
+    assert alone.failure is None
+    alone.app.service.close()
 
 
 def test_nobody_waits_for_a_client_that_does_not_read(checkpoint):
