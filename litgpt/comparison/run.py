@@ -1,6 +1,6 @@
 """Runs every task with every cache at every budget, unless that was done before."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from hashlib import sha256
@@ -20,7 +20,7 @@ from litgpt.prompt_frame import PromptFrame
 from litgpt.tasks.document import lines_of
 from litgpt.tasks.retrieval import DEPTHS, retrieval
 from litgpt.tasks.ruler import RULER
-from litgpt.tasks.sample import Prompt, longest_prompt
+from litgpt.tasks.sample import Prompt, Sample, check_length, longest_prompt
 
 VERSION = 1  # of what the tasks are: runs of other versions are not comparable
 
@@ -63,7 +63,8 @@ class Comparison:
                 raise ValueError(f"length {length} is too short to measure the speed: give at least {DECODED + 2}")
             windows_of(self._text, length, 1)
             for task in self.tasks:
-                self._prompts(task, length, 1)
+                for make in self._makers(task):  # of all samples, which differ: none fails after hours
+                    check_length(make, self._frame, length, task)
         model = self.llm.model
         self._about = {
             "version": VERSION,
@@ -127,25 +128,25 @@ class Comparison:
             windows = windows_of(self._text, cell.length, self.samples)
             found = predict(self.llm, cell.spec, windows, self.prompt_chunksize)
             return {"figures": found.figures(), "n": len(found.losses)}
-        prompts = self._prompts(task, cell.length, self.samples)
+        prompts = self._prompts(task, cell.length)
         replies = [reply for one in prompts for reply in ask(self.llm, cell.spec, one, self.prompt_chunksize)]
         return {"figures": summary(replies), "n": len(prompts), "replies": [reply.as_dict() for reply in replies]}
 
-    def _make_prompts(self, task: str, length: int, samples: int) -> list[Prompt]:
+    def _make_prompts(self, task: str, length: int) -> list[Prompt]:
         """The samples of a task as prompts of at most `length` tokens, the same for the same seed."""
+        return [longest_prompt(make, self._frame, length, task) for make in self._makers(task)]
+
+    def _makers(self, task: str) -> Iterator[Callable[[int], Sample]]:
+        """For each sample of a task, what makes it with so many lines of filling."""
         if task in RULER:
-            makers = [RULER[task]]
+            kinds = [RULER[task]]
         elif task == "retrieval":
-            makers = [partial(retrieval, prose=self._prose, depth=depth) for depth in DEPTHS]
+            kinds = [partial(retrieval, prose=self._prose, depth=depth) for depth in DEPTHS]
         else:
-            return []
-        return [
-            longest_prompt(
-                lambda n, make=make, i=i: make(Random(f"{self.seed} {task} {i}"), n), self._frame, length, task
-            )
-            for i in range(samples)
-            for make in makers
-        ]
+            return
+        for i in range(self.samples):
+            for kind in kinds:
+                yield lambda n, kind=kind, i=i: kind(Random(f"{self.seed} {task} {i}"), n)
 
 
 def summary(replies: Sequence[Reply]) -> dict[str, Figure]:

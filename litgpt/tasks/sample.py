@@ -102,12 +102,14 @@ def longest_prompt(make: Callable[[int], Sample], frame: PromptFrame, length: in
     Raises:
         ValueError: if not even one line fits.
     """
-    n = largest(lambda n: Prompt(make(n), frame).length <= length, length)
-    if n == 0:
-        raise ValueError(
-            f"length {length} is too short for the task {name}: its shortest sample has {Prompt(make(1), frame).length} tokens"
-        )
-    return Prompt(make(n), frame)
+    check_length(make, frame, length, name)
+    return Prompt(make(largest(lambda n: Prompt(make(n), frame).length <= length, length)), frame)
+
+
+def check_length(make: Callable[[int], Sample], frame: PromptFrame, length: int, name: str) -> None:
+    """Raise `ValueError` if the shortest sample, `make(1)`, has more than `length` tokens."""
+    if (shortest := Prompt(make(1), frame).length) > length:
+        raise ValueError(f"length {length} is too short for the task {name}: its shortest sample has {shortest} tokens")
 
 
 def insert(lines: Sequence[str], needles: Sequence[str], places: Sequence[int]) -> tuple[list[str], list[int]]:

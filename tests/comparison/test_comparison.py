@@ -282,6 +282,22 @@ def test_wrong_input_is_refused_at_once_in_one_line(options, message, checkpoint
     assert not (tmp_path / "out").exists()
 
 
+def test_a_length_is_refused_before_the_first_run_if_any_sample_is_longer(llm, frame):
+    name, samples = "niah_multikey_2", 12
+    shortest = [Prompt(RULER[name](Random(f"7 {name} {i}"), 1), frame).length for i in range(samples)]
+    fits = max(shortest)
+    assert shortest[0] < fits
+    for length in (fits, fits - 1):
+        cells = make_grid(llm.model, "dense", [], [length])
+        if length == fits:
+            Comparison(llm, cells, [name], read_document(None), samples, seed=7)
+            continue
+        with pytest.raises(
+            ValueError, match=f"length {length} is too short for .*: its shortest sample has {fits} tokens"
+        ):
+            Comparison(llm, cells, [name], read_document(None), samples, seed=7)
+
+
 def test_caches_may_have_arguments_with_commas(llm):
     cells = make_grid(llm.model, "lastrec(n_sink=2) , dense, random(run=2, n_sink=1)", [0.5], [64])
     assert [cell.name for cell in cells] == ["lastrec(n_sink=2)", "dense", "random(run=2, n_sink=1)"]
