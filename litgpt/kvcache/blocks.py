@@ -48,7 +48,7 @@ class BlockKVCache(DenseKVCache):
         if static:
             raise ValueError("the storage kivi does not run in compiled code: leave out --compile, or use int8 or int4")
         lengths = self._check_call(input_pos, batch_size, T, rows)
-        plan = plan_by_length(lengths, rows, T, self.device, lambda start, size: (self._steps(start, size), None))
+        plan = plan_by_length(lengths, rows, T, self.device, lambda start, size: Part(self._steps(start, size)))
         found = (self._sealing(part, batch_size) for part in plan.parts)
         chosen = [lengths[row] for row in (range(batch_size) if rows is None else rows)]
         together = self._together(chosen, plan.parts, rows) if T == 1 and len(plan.parts) > 1 else None

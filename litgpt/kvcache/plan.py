@@ -5,11 +5,15 @@ outside the layers; every layer with the same policy, window and history runs th
 are made in `litgpt.kvcache.positional_plan` and `litgpt.kvcache.score_plan`.
 """
 
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 
+from litgpt.device_tensor import device_tensor
 from litgpt.kvcache.tails import Tails
 from litgpt.masks import Consecutive, PositionMask
 
@@ -173,3 +177,40 @@ class Unplanned:
     @property
     def before(self) -> tuple[int, ...]:
         return (self.input_pos,) * self.batch_size
+
+
+def plan_parts(
+    kinds: Sequence[Hashable],
+    sizes: Sequence[int],
+    rows: Sequence[int] | None,
+    packed: bool,
+    device: torch.device,
+    plan_part: Callable[[list[int]], Part],
+) -> list[Part]:
+    """The parts of a call: `plan_part(members)` plans what those of its rows do, counted from 0, that are of one kind.
+
+    Args:
+        kinds: of each of the call's rows.
+        sizes: new tokens of each.
+        rows: of the cache, that they stand for (None: the first ones).
+        packed: they lie one after the other.
+        device: of the plan's tensors.
+    """
+    groups: dict[Hashable, list[int]] = defaultdict(list)
+    for i, kind in enumerate(kinds):
+        groups[kind].append(i)
+    row_index = None if rows is None else device_tensor(list(rows), device)
+    ends, parts = list(accumulate(sizes)), []
+    for members in groups.values():
+        part = plan_part(members)
+        if packed:
+            own = device_tensor([i if rows is None else rows[i] for i in members], device)
+            part = replace(part, rows=own, spans=[slice(ends[i] - sizes[i], ends[i]) for i in members])
+        elif len(groups) == 1:
+            part = replace(part, rows=row_index)
+        else:
+            chunk_rows = device_tensor(members, device)
+            own = chunk_rows if row_index is None else row_index[chunk_rows]
+            part = replace(part, chunk_rows=chunk_rows, rows=own)
+        parts.append(part)
+    return parts

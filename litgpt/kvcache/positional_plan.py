@@ -1,13 +1,11 @@
 """Plans of calls in caches whose policy decides by positions alone."""
 
-import itertools
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import torch
 
 from litgpt.device_tensor import device_tensor
-from litgpt.kvcache.plan import Part, Plan, Ring, Step
+from litgpt.kvcache.plan import Part, Plan, Ring, Step, plan_parts
 from litgpt.kvcache.policies.base import PositionalPolicy
 from litgpt.masks import Consecutive, PositionMask, position_bias
 
@@ -49,9 +47,9 @@ def plan_call(
         rows,
         T,
         device,
-        lambda start, size: (
+        lambda start, size: Part(
             _uniform_steps(policy, window, start, size, dtype, device),
-            _ring(policy, window, start, size, device),
+            ring=_ring(policy, window, start, size, device),
         ),
     )
 
@@ -61,32 +59,17 @@ def plan_by_length(
     rows: Sequence[int] | None,
     T: int | Sequence[int],
     device: torch.device,
-    plan_part: Callable[[int, int], tuple[list[Step], Ring | None]],
+    plan_part: Callable[[int, int], Part],
 ) -> Plan:
     """Plan a call of which `plan_part(start, size)` plans what rows do that hold `start` tokens and get `size` new ones. Other
     arguments as for `plan_call`."""
     chosen = range(len(lengths)) if rows is None else rows
-    packed = not isinstance(T, int)
-    sizes = list(T) if packed else [T] * len(chosen)
-    after, groups = list(lengths), defaultdict(list)
-    for i, (row, size) in enumerate(zip(chosen, sizes, strict=True)):
+    sizes = [T] * len(chosen) if isinstance(T, int) else list(T)
+    after, kinds = list(lengths), [(lengths[row], size) for row, size in zip(chosen, sizes, strict=True)]
+    for row, size in zip(chosen, sizes, strict=True):
         after[row] += size
-        groups[lengths[row], size].append(i)
-    row_index = None if rows is None else device_tensor(list(rows), device)
-    ends = list(itertools.accumulate(sizes))
-    parts = []
-    for (length, size), members in groups.items():
-        steps, ring = plan_part(length, size)
-        if packed:
-            spans = [slice(ends[i] - size, ends[i]) for i in members]
-            own = device_tensor([chosen[i] for i in members], device)
-            parts.append(Part(steps, None, own, spans, ring))
-        elif len(groups) == 1:
-            parts.append(Part(steps, None, row_index, None, ring))
-        else:
-            chunk_rows = device_tensor(members, device)
-            own = chunk_rows if rows is None else row_index[chunk_rows]
-            parts.append(Part(steps, chunk_rows, own, None, ring))
+    packed = not isinstance(T, int)
+    parts = plan_parts(kinds, sizes, rows, packed, device, lambda members: plan_part(*kinds[members[0]]))
     return Plan(parts, tuple(lengths), tuple(after))
 
 

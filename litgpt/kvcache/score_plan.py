@@ -5,14 +5,13 @@ token that needs room, the policy looks at the tail's queries and, if all slots 
 boundaries, the slots in use are in the order of their positions, so that queries see what stands before them.
 """
 
-import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
 
 from litgpt.device_tensor import device_tensor
-from litgpt.kvcache.plan import Boundary, Part, Plan, Step
+from litgpt.kvcache.plan import Boundary, Part, Plan, Step, plan_parts
 from litgpt.kvcache.policies.score import ScorePolicy
 from litgpt.kvcache.tails import Piece, RowNumbers, Tails, cut
 from litgpt.masks import Consecutive, position_bias
@@ -30,52 +29,43 @@ def plan_score_call(
     """Plan a call, as `litgpt.kvcache.positional_plan.plan_call` does for policies of positions. `state` has every row in use."""
     planner = _Planner(policy, rows, dtype, device)
     chosen = list(range(len(state))) if rows is None else list(rows)
-    packed = not isinstance(T, int)
-    sizes = list(T) if packed else [T] * len(chosen)
-    after = list(state)
-    prepared, pieces = list(state), []
+    sizes = [T] * len(chosen) if isinstance(T, int) else list(T)
+    prepared, after, pieces = list(state), list(state), []
     for row, size in zip(chosen, sizes, strict=True):
         own, after[row] = cut(policy, state[row], size)
         prepared[row] = own[0].bounded or own[0].row
         pieces.append(own)
-    groups: dict[tuple, list[int]] = defaultdict(list)
+    boundaries: list[Boundary] = []
+
+    def plan_part(members: list[int]) -> Part:
+        steps, first = planner.steps(members, [pieces[i] for i in members], chosen)
+        boundaries.extend([] if first is None else [first])
+        if len(steps) == 1:
+            return Part(steps)
+        return Part(
+            steps, tails=Tails(policy, pieces[members[0]], [prepared[chosen[i]] for i in members], prepared=True)
+        )
+
     if T == 1 and (static or len({(own[0].row.filled, own[0].bounded is None) for own in pieces}) > 1):
+        bounded: dict[tuple, list[int]] = defaultdict(list)
         for i, own in enumerate(pieces):
             if own[0].bounded is not None:
-                groups[planner.kind(own[0])].append(i)
-        boundaries = [planner.boundary(members, [pieces[i][0] for i in members], chosen) for members in groups.values()]
-        parts = [Part([planner.decode_step([own[0] for own in pieces], static)], rows=planner.row_index)]
+                bounded[planner.kind(own[0])].append(i)
+        boundaries += [
+            planner.boundary(members, [pieces[i][0] for i in members], chosen) for members in bounded.values()
+        ]
+        row_index = None if rows is None else planner.tensor(list(rows))
+        parts = [Part([planner.decode_step([own[0] for own in pieces], static)], rows=row_index)]
     else:
-        for i, own in enumerate(pieces):
-            groups[planner.kind(own[0]), sizes[i]].append(i)
-        ends = list(itertools.accumulate(sizes))
-        parts, boundaries = [], []
-        for members in groups.values():
-            steps, first = planner.steps(members, [pieces[i] for i in members], chosen)
-            boundaries += [] if first is None else [first]
-            index = None if rows is None else planner.row_index
-            tails = None
-            if len(steps) > 1:
-                tails = Tails(policy, pieces[members[0]], [prepared[chosen[i]] for i in members], prepared=True)
-            if packed:
-                spans = [slice(ends[i] - sizes[i], ends[i]) for i in members]
-                parts.append(Part(steps, rows=planner.tensor([chosen[i] for i in members]), spans=spans, tails=tails))
-            elif len(groups) == 1:
-                parts.append(Part(steps, rows=index, tails=tails))
-            else:
-                chunk_rows = planner.tensor(members)
-                own = chunk_rows if index is None else index[chunk_rows]
-                parts.append(Part(steps, chunk_rows, own, tails=tails))
-    return Plan(
-        parts,
-        tuple(row.length for row in state),
-        tuple(row.length for row in after),
-        tuple(boundaries),
-        *(
-            tuple(zip(*((row.length, row.filled, row.evicted_at, row.observed_at) for row in rows), strict=True))
-            for rows in (prepared, after)
-        ),
-    )
+        kinds = [(planner.kind(own[0]), size) for own, size in zip(pieces, sizes, strict=True)]
+        parts = plan_parts(kinds, sizes, rows, not isinstance(T, int), device, plan_part)
+    lengths = (tuple(row.length for row in rows) for rows in (state, after))
+    return Plan(parts, *lengths, tuple(boundaries), _fields(prepared), _fields(after))
+
+
+def _fields(rows: Sequence[RowNumbers]) -> tuple[tuple[int, ...], ...]:
+    """The numbers of rows by kind, as a `RowState` has them."""
+    return tuple(zip(*((row.length, row.filled, row.evicted_at, row.observed_at) for row in rows), strict=True))
 
 
 class _Planner:
@@ -86,7 +76,6 @@ class _Planner:
     ) -> None:
         self.policy, self.dtype, self.device = policy, dtype, device
         self.all_rows = rows is None
-        self.row_index = None if rows is None else self.tensor(list(rows))
 
     def tensor(self, numbers: list) -> torch.Tensor:
         return device_tensor(numbers, self.device)
