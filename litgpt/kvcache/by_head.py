@@ -192,10 +192,10 @@ class ByHeadKVCache(ScoreKVCache):
         index = torch.arange(self.n_slots, device=self.device)
         with torch.no_grad():
             for head in self.heads:
-                own, state = head.boundary(boundary), self.policy_state.of_head(head.slots, head.queries)
+                own, state = head.boundary(boundary), self._state_of(head)
                 sinks = None if sink_logits is None else sink_logits[head.queries]
                 tokens = self._tokens_at(own, self._stored_in(head, own.filled), state, sinks)
-                index[head.kept] = head.first + self._chosen(tokens, head.policy, state, None, True)[0, 0]
+                index[head.kept] = head.first + state.choose(tokens, None, True)[0, 0]
         self.storage.compact(index[None, None])
 
     def _store_best(self, tokens: CachedTokens, *args: Any) -> None:
@@ -208,8 +208,10 @@ class ByHeadKVCache(ScoreKVCache):
                 keys_values=DefaultKeysAndValues(keys[:, head.g, None], values[:, head.g, None]),
                 slot_state=tokens.slot_state[:, :, head.g, None],
             )
-            state = self.policy_state.of_head(head.slots, head.queries)
-            super()._store_best(own, head.policy, state, head.first)
+            super()._store_best(own, self._state_of(head), head.first)
+
+    def _state_of(self, head: Head) -> PolicyState:
+        return self.policy_state.of_head(head.policy, head.slots, head.queries)
 
     # -- state between calls
 

@@ -27,6 +27,7 @@ class PolicyState(nn.Module):
 
     def __init__(self, policy: ScorePolicy, params: KVCacheParams) -> None:
         super().__init__()
+        self.policy = policy
         with torch.inference_mode(False):  # buffers outlive the call that makes them
             for name, (shape, dtype) in _buffers(policy, params).items():
                 self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=params.device), persistent=False)
@@ -45,9 +46,10 @@ class PolicyState(nn.Module):
         """Buffers of positions, and of the policy's numbers of tokens, if there are any."""
         return self._buffers["positions"], self._buffers.get("slot_state")
 
-    def of_head(self, slots: slice, heads: slice) -> "PolicyState":
+    def of_head(self, policy: ScorePolicy, slots: slice, heads: slice) -> "PolicyState":
         """The state of a head of keys and values that has these slots of the only one, for these heads of queries: views."""
         part = copy.copy(self)
+        part.policy = policy
         part._buffers = {
             name: x[..., slots] if name in BY_SLOT else x[:, heads] for name, x in self.named_buffers(recurse=False)
         }
@@ -62,14 +64,17 @@ class PolicyState(nn.Module):
         slots = torch.arange(used, device=self.positions.device)
         return torch.where(slots < held, _rows(self.positions, rows, batch)[..., :used].long(), slots + shift)
 
-    def queries_at(self, boundary: Boundary) -> torch.Tensor:
-        """(B, H, n, D)."""
-        rows = boundary.rows
-        row = torch.arange(boundary.batch_size, device=self.queries.device) if rows is None else rows
-        return self.queries[row[:, None], :, boundary.query_slots].transpose(1, 2)
+    def queries_at(self, boundary: Boundary) -> torch.Tensor | None:
+        """(B, H, n, D); None if the policy asks for none."""
+        if (queries := self.kept_queries()) is None:
+            return None
+        row = torch.arange(boundary.batch_size, device=queries.device) if boundary.rows is None else boundary.rows
+        return queries[row[:, None], :, boundary.query_slots].transpose(1, 2)
 
-    def numbers(self, rows: torch.Tensor | None, batch: int, used: int, observed: int) -> dict[str, torch.Tensor]:
-        """The policy's numbers of the first `used` slots and of rows, as `CachedTokens` has them: zeros in all that it did not see."""
+    def numbers(
+        self, rows: torch.Tensor | None, batch: int, used: int, observed: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`slot_state` and `row_state` of `CachedTokens` for the first `used` slots: zeros in all that the policy did not see."""
         positions, known = self.kept_numbers()
         slot_state = positions.new_zeros(
             (0 if known is None else known.shape[1], batch, positions.shape[1], used), dtype=torch.float32
@@ -80,7 +85,7 @@ class PolicyState(nn.Module):
         if "row_state" in self._buffers:
             row_state = _rows(self.row_state, rows, batch)
             row_state = row_state if observed else torch.zeros_like(row_state)
-        return {"slot_state": slot_state, "row_state": row_state}
+        return slot_state, row_state
 
     # -- what is noted
 
@@ -88,6 +93,14 @@ class PolicyState(nn.Module):
         """Keep those of a call's queries (B, H, T, D) that the policy may ask for after a step."""
         if step.kept_queries is not None:
             write_slots(self.queries, query[:, :, step.kept_queries].detach(), step.query_slots, rows)
+
+    def choose(self, tokens: CachedTokens, rows: torch.Tensor | None, evicts: bool) -> torch.Tensor | None:
+        """Let the policy look at tokens of `rows`, and note what it is to know later. Slots (B, G, n) of those that stay, if some go."""
+        if self.policy.observes:
+            self.policy.observe(tokens)
+        index = self.policy.best(tokens) if evicts else None
+        self.note(tokens, index, rows)
+        return index
 
     def note(self, tokens: CachedTokens, index: torch.Tensor | None, rows: torch.Tensor | None) -> None:
         """Keep the policy's numbers, and the positions of the tokens in the slots that stay, `index` (B, G, n) (None: all)."""

@@ -188,7 +188,7 @@ class ScoreKVCache(PlannedKVCache):
         with torch.no_grad():
             stored = self.storage.get(boundary.batch_size, slice(0, boundary.filled), boundary.rows)
             tokens = self._tokens_at(boundary, stored, self.policy_state, sink_logits)
-            index = self._chosen(tokens, self.policy, self.policy_state, boundary.rows, boundary.keep is not None)
+            index = self.policy_state.choose(tokens, boundary.rows, boundary.keep is not None)
         if index is not None:
             if torch.is_grad_enabled() and any(buffer.requires_grad for buffer in self.storage.buffers()):
                 self.storage.detach_writes()
@@ -199,28 +199,12 @@ class ScoreKVCache(PlannedKVCache):
     ) -> CachedTokens:
         """What a policy is shown at a boundary, of tokens that are `stored`."""
         rows, batch, filled = boundary.rows, boundary.batch_size, boundary.filled
-        queries = state.queries_at(boundary) if self.policy.n_queries else None
-        return CachedTokens(
-            stored,
-            state.positions_in(rows, batch, filled, boundary.held, boundary.shift),
-            self.storage.get(batch, slice(0, 0), rows).keys() if queries is None else queries,
-            boundary.query_positions,
-            **state.numbers(rows, batch, filled, boundary.observed),
-            block_idx=self.block_idx,
-            mha=self.mha,
-            sink_logits=sink_logits,
-        )
-
-    @staticmethod
-    def _chosen(
-        tokens: CachedTokens, policy: ScorePolicy, state: PolicyState, rows: torch.Tensor | None, evicts: bool
-    ) -> torch.Tensor | None:
-        """Let a policy look at tokens of `rows`, and note what it is to know later. Slots (B, G, n) of those that stay, if some go."""
-        if policy.observes:
-            policy.observe(tokens)
-        index = policy.best(tokens) if evicts else None
-        state.note(tokens, index, rows)
-        return index
+        positions = state.positions_in(rows, batch, filled, boundary.held, boundary.shift)
+        queries = state.queries_at(boundary)
+        if queries is None:
+            queries = self.storage.get(batch, slice(0, 0), rows).keys()
+        numbers, layer = state.numbers(rows, batch, filled, boundary.observed), (self.block_idx, self.mha)
+        return CachedTokens(stored, positions, queries, boundary.query_positions, *numbers, *layer, sink_logits)
 
     def look_at_prompt(self, part: Part, new: NewTokens, stored: KeysAndValues | None = None) -> None:
         """Let the policy look at whole prompts that have attended, and store what it chooses, unless all of them is stored already.
@@ -232,17 +216,9 @@ class ScoreKVCache(PlannedKVCache):
                 stored = self.storage.as_stored(new.key, new.value)
             elif stored is None:
                 stored = self.storage.get(B, slice(0, T), part.rows)
-            tokens = CachedTokens(
-                stored,
-                positions,
-                new.query,
-                positions[0],
-                **self.policy_state.numbers(part.rows, B, T, 0),
-                block_idx=self.block_idx,
-                mha=self.mha,
-                sink_logits=new.sink_logits,
-            )
-            index = self._chosen(tokens, self.policy, self.policy_state, part.rows, step.write is None)
+            numbers, layer = self.policy_state.numbers(part.rows, B, T, 0), (self.block_idx, self.mha)
+            tokens = CachedTokens(stored, positions, new.query, positions[0], *numbers, *layer, new.sink_logits)
+            index = self.policy_state.choose(tokens, part.rows, step.write is None)
         if index is not None:
             if new.recording:
                 self.storage.detach_writes()
@@ -264,12 +240,12 @@ class ScoreKVCache(PlannedKVCache):
     def take_over(self, tokens: CachedTokens) -> None:
         """Hold the best of such tokens, which are more than `cache_length`."""
         with torch.no_grad():
-            self._store_best(tokens, self.policy, self.policy_state)
+            self._store_best(tokens, self.policy_state)
         length = (tokens.shape[2],)
         self._rows = RowState(length, (self.policy.kept,), length, length)
 
-    def _store_best(self, tokens: CachedTokens, policy: ScorePolicy, state: PolicyState, first: int = 0) -> None:
-        index = policy.best(tokens)
+    def _store_best(self, tokens: CachedTokens, state: PolicyState, first: int = 0) -> None:
+        index = state.policy.best(tokens)
         state.note(tokens, index, None)
         self._store_chosen(tokens.keys_values.keys(), tokens.keys_values.values(), index, None, first)
 
