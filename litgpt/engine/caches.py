@@ -30,7 +30,7 @@ def prepare_caches(model: GPT, batch_size: int, max_length: int, roomy: bool = F
     caches = model.caches.caches
     if not caches or model.caches.default:
         if max_length > model.max_seq_length:
-            raise ValueError(_too_long(model, max_length))
+            raise ValueError(too_long(model.max_seq_length, max_length))
         fits = caches and all(
             cache.batch_size >= batch_size and (cache.evicts or cache.cache_length >= max_length) for cache in caches
         )
@@ -64,12 +64,13 @@ def check_caches(model: GPT, batch_size: int, max_length: int) -> None:
             "and does not evict: ask for fewer tokens, or use a longer or an evicting cache"
         )
     if max_length > model.max_seq_length and not caches.unbounded:
-        raise ValueError(_too_long(model, max_length))
+        raise ValueError(too_long(model.max_seq_length, max_length))
 
 
-def _too_long(model: GPT, max_length: int) -> str:
+def too_long(context: int, max_length: int) -> str:
+    """Why a model with a context of so many tokens refuses a sequence of `max_length`."""
     return (
-        f"prompt and new tokens come to {max_length} tokens, but the model's context is {model.max_seq_length}: "
+        f"prompt and new tokens come to {max_length} tokens, but the model's context is {context}: "
         "shorten the prompt, ask for fewer tokens, or use a cache that evicts (lastrec)"
     )
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from litgpt.checkpoint import open_checkpoint
+from litgpt.checkpoint.base import Checkpoint
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.checkpoint.finetuned import Finetuned, trained_cache
 from litgpt.checkpoint.load import load_model
@@ -103,6 +104,7 @@ def make_ready(
     load: Callable[..., GPT] = load_model,
     join: bool = True,
     huge_pages: bool = True,
+    check: Callable[[Checkpoint, Tokenizer, PromptStyle], None] | None = None,
 ) -> Ready:
     """Load the model that `checkpoint_dir` names (None: the default model) for inference.
 
@@ -118,6 +120,7 @@ def make_ready(
         load: makes the model, as `load_model`.
         join: whether layers with the same input may become one; not if `lend_weights` follows.
         huge_pages: move packed weights to huge pages, which takes as long as they save in some 150 decode steps.
+        check: is called before weights are read, and may raise.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -134,6 +137,8 @@ def make_ready(
         checkpoint = open_checkpoint(path)
         tokenizer = checkpoint.tokenizer()
         style = checkpoint.prompt_style(tokenizer)
+        if check is not None:
+            check(checkpoint, tokenizer, style)
         dtype = parse_precision(precision, device)  # after what needs no kernels, which are being compiled
         model = load(checkpoint, dtype, device).requires_grad_(False)
         if tokenizer.n_tokens > (rows := model.config.padded_vocab_size):

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from litgpt.checkpoint.base import Checkpoint
+from litgpt.checkpoint.finetuned import trained_cache
 from litgpt.engine.answer import counted
-from litgpt.engine.caches import CacheLease, prepare_caches
+from litgpt.engine.caches import CacheLease, prepare_caches, too_long
 from litgpt.engine.drafting import Drafter
 from litgpt.engine.engine import Engine, decode
 from litgpt.engine.loading import Ready, make_ready
@@ -19,7 +21,10 @@ from litgpt.engine.sequence import Sequence
 from litgpt.generate.options import AnswerOptions, CheckpointOptions, PromptLookupOptions, command
 from litgpt.generate.prompts_file import PromptLine, answer_prompts, answers_to, read_prompts, sequences_of
 from litgpt.model import GPT
+from litgpt.prompt_style import PromptStyle
+from litgpt.prompts import encode_prompt
 from litgpt.runners.huge_pages import use_huge_pages
+from litgpt.tokenizer import Tokenizer
 
 __all__ = [
     "batched_generate_fn",
@@ -190,10 +195,22 @@ def main(options: GenerateOptions) -> None:
     The answer goes to stdout, statistics to stderr.
     """
 
-    def load() -> Ready:
-        return make_ready(options.checkpoint_dir, **options.loading(), huge_pages=options.as_json)
+    lines = prompt_lines(options)
 
-    answer(options, prompt_lines(options), load)
+    def check(checkpoint: Checkpoint, tokenizer: Tokenizer, style: PromptStyle) -> None:
+        """Refuse a prompt that is too long for the model before its weights are read; files are checked by line, once they are."""
+        may_evict = options.cache_spec().evicts or (options.kv_cache is None and trained_cache(checkpoint.path))
+        if len(lines) > 1 or may_evict:
+            return
+        line, context = lines[0], checkpoint.config.block_size
+        length = len(encode_prompt(tokenizer, style, line.prompt, sys_prompt=line.sys_prompt)) + line.max_new_tokens
+        if length > context:
+            raise ValueError(too_long(context, length))
+
+    def load() -> Ready:
+        return make_ready(options.checkpoint_dir, **options.loading(), huge_pages=options.as_json, check=check)
+
+    answer(options, lines, load)
 
 
 def prompt_lines(options: AnswerOptions, input: str = "") -> list[PromptLine]:

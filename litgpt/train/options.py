@@ -54,7 +54,7 @@ class Options:
     eval: EvalArgs = option(EvalArgs(interval=100, max_new_tokens=100), "How to validate.")
     log: LogArgs = option(LogArgs(), "Settings of loggers that need an account.")
     optimizer: str | dict = option("AdamW", "A class of `torch.optim` or an import path; with `--optimizer.lr 1e-4`.")
-    logger_name: LoggerName = option("csv", "csv, tensorboard, wandb or mlflow.")
+    logger_name: LoggerName = option("csv", "csv, tensorboard (csv where it is not installed), wandb or mlflow.")
     seed: int = option(1337, "Seed of all random numbers.")
     kv_cache: str | None = option(
         None,

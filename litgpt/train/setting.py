@@ -1,7 +1,6 @@
 """Devices, precision and loggers of a run, by the names that people give them."""
 
 import inspect
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,10 +53,10 @@ def make_logger(
         if name == "tensorboard":
             return fabric_loggers.TensorBoardLogger(out_dir / "logs", name="tensorboard")
     except ModuleNotFoundError as error:
-        if name != "tensorboard":
+        if (
+            name != "tensorboard"
+        ):  # the default of `pretrain`: no reason to stop, or to say something that nobody asked for
             raise ValueError(f"logger {name!r} needs a package that is not installed: {error}") from None
-        # the default of `pretrain`: no reason to stop
-        logging.getLogger("litgpt").warning("tensorboard is not installed (pip install tensorboard): logging to csv")
     return fabric_loggers.CSVLogger(out_dir / "logs", name="csv", flush_logs_every_n_steps=log_interval)
 
 

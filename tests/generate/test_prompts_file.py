@@ -391,3 +391,12 @@ def test_out_with_a_slash_at_its_end_is_a_folder_and_refused(options, tmp_path, 
     assert main(["generate", "no/such/model", *arguments]) == 1
     assert f"--out {out!r} is a folder" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--kv_cache", "dense-int8")], ids=len)
+def test_a_prompt_that_is_too_long_is_refused_before_weights_are_read(folder, monkeypatch, capsys, options):
+    monkeypatch.setattr("litgpt.engine.loading.speed_up_decode", lambda *_: pytest.fail("weights were read"))
+    assert generate(folder, "--prompt", "x" * 300, *options) == 1
+    error = capsys.readouterr().err
+    assert "tokens, but the model's context is 256: shorten the prompt" in error
+    assert "Model loaded" not in error
