@@ -197,6 +197,58 @@ def test_outputs_and_later_evictions_are_those_of_every_head_alone(kind, cuts):
     assert [[p for p in own if p >= 0] for own in cache.token_positions()[0].tolist()] == [own.kept for own in by_hand]
 
 
+@pytest.mark.parametrize("cuts", [(1,) * 30, (30,), (11, 1, 18), (20, 9, 1)], ids=len)
+@every_kind
+def test_until_slots_are_shared_a_cache_is_bit_by_bit_one_of_its_policy(kind, cuts):
+    """So the guarantees that `test_contract` and `test_state` find there hold here, for one row."""
+    args = {"tail": TAIL, "n_sink": SINKS, "recent": RECENT, "run": kind.run}
+    plain = CacheSpec("kvzip", kind.storage, SLOTS, **args).create(kind.config, 1, dtype=torch.float32)[1]
+    own, tokens, more = kind.caches()[1], kind.tokens(30), kind.tokens(8)
+    found = []
+    for cache in (own, plain):
+        start, outputs = 0, []
+        for part in zip(*(x.split(cuts, 2) for x in tokens), strict=True):
+            plan = cache.plan(start, 1, part[0].shape[2])
+            outputs.append(cache.run(plan, *part, None, kind.sink_logits))
+            cache.commit(plan)
+            start = cache.next_token_pos
+        state, again = cache.state(), cache.empty_copy()
+        again.load_state(state)
+        one = cache.empty_copy()
+        one.start(1)
+        one.load_state(cache.state_of_row(0), row=0)
+        outputs += [go_on(copied, more) for copied in (cache.fork(), again, one)]
+        cache.crop(max(cache.crop_limit, cache.next_token_pos - 2))
+        kept = cache.get_keys_values()
+        tensors = [*outputs, go_on(cache, more), cache.token_positions(), kept.keys(), kept.values(), *cache.buffers()]
+        numbers = cache.row_lengths, cache.crop_limit, cache.max_rewindable_tokens, cache.size_estimate()
+        found.append((tensors, numbers, {name: x for name, x in state.items() if not torch.is_tensor(x)}))
+    (tensors, *others), (expected, *wanted) = found
+    assert others == wanted
+    assert all(map(torch.equal, tensors, expected))
+
+
+@every_kind
+def test_a_wrong_call_is_one_clear_error_and_changes_nothing(kind):
+    (cache, _), *_ = kind.filled()
+    call(cache, *kind.tokens(6))
+    before, (query, key, value) = snapshot(cache), kind.tokens(2)
+    for error, message, own, position in (
+        (ValueError, f"{T}.* {T + 6}", (query, key, value), T),
+        (ValueError, f"query.*{D}", (query[..., :4], key, value), T + 6),
+        (ValueError, "float32.*float64", (query, key.double(), value), T + 6),
+        (ValueError, "2 .*1", [x.expand(2, -1, -1, -1) for x in (query, key, value)], T + 6),
+    ):
+        with pytest.raises(error, match=message):
+            cache(*own, torch.zeros(len(own[1]), 2), position)
+        assert unchanged(cache, before)
+    cache.mha.attend_consecutive, kept = lambda *_, **__: 1 / 0, cache.mha.attend_consecutive
+    with pytest.raises(ZeroDivisionError):
+        cache(query, key, value, torch.zeros(1, 2), T + 6)
+    cache.mha.attend_consecutive = kept
+    assert (cache.next_token_pos, cache.kept_by_head) == (0, ())
+
+
 @every_kind
 def test_bytes_are_those_allocated_and_in_all_those_of_as_many_slots_in_every_head(kind):
     caches = kind.caches()
