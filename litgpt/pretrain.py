@@ -86,6 +86,8 @@ def _train(
     fabric.seed_everything(options.seed)
     folder = options.initial_checkpoint_dir
     start = None if folder is None else open_checkpoint(find_checkpoint(folder))
+    if start is not None:
+        METHODS["full"].check(start.quantization)
     loaders = connect(fabric, options.data, tokenizer, options.train, config)
     began = time.perf_counter()
     if start is None:
@@ -93,6 +95,7 @@ def _train(
             gpt = GPT(config)
         initialize_weights(fabric, gpt, config.n_layer, config.n_embd)
     else:
+        start.config = config  # its own may differ in what weights do not depend on
         gpt = load_model(start, weights_dtype(fabric), fabric.device)
     tie(gpt, False, options.train.tie_embeddings)
     fabric.print(f"Time to instantiate model: {time.perf_counter() - began:.02f} seconds.")

@@ -41,8 +41,7 @@ def finetune_command(method: str, options: FinetuneOptions) -> dict[str, float]:
         options.data = Alpaca()
     options.check()
     checkpoint = open_checkpoint(find_checkpoint(options.checkpoint_dir, options.access_token))
-    if checkpoint.quantization is not None and way.trains_all:
-        raise ValueError(f"{checkpoint.path} is quantised: full fine-tuning needs plain weights; use finetune_lora")
+    way.check(checkpoint.quantization)
     resume = options.resume_path(way.suffix)
     fabric = make_fabric(options, f"finetune-{checkpoint.config.name}", checkpoint.config, resume is not None)
     config = way.extend(checkpoint.config, options, **_adapter_fields(way, checkpoint))
@@ -118,8 +117,7 @@ def finetune(
     way, tokenizer, base = METHODS[method], llm.tokenizer, llm.model.config
     if type(base) is not Config:
         raise ValueError("the model carries what an earlier fine-tuning added to it: load it anew")
-    if llm.model.quantization is not None and way.trains_all:
-        raise ValueError("full fine-tuning needs plain weights: load the model without quantize, or use lora")
+    way.check(llm.model.quantization)
     chosen, config = _options(way, llm, data, out_dir, options)
     chosen.check()
     if chosen.divides_weights:
@@ -181,7 +179,8 @@ def _options(
     if (rate := keywords.pop("learning_rate", None)) is not None:
         keywords["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": rate}}
     given = {"checkpoint_dir": llm.checkpoint_dir, "out_dir": out_dir, "data": _data_module(data, llm, keywords)}
-    given |= {f.name: keywords.pop(f.name) for f in fields(kind) if f.name in keywords}
+    of_run = [f.name for f in fields(kind) if f.name not in ("checkpoint_dir", "quantize", "access_token")]
+    given |= {name: keywords.pop(name) for name in of_run if name in keywords}
     further = {name: keywords.pop(name) for name in way.fields & keywords.keys()}
     chosen = kind(**given)
     for name in ("train", "eval"):
@@ -189,8 +188,8 @@ def _options(
         changes = {f.name: keywords.pop(f.name) for f in fields(group) if f.name in keywords}
         setattr(chosen, name, replace(group, **changes))
     for name in keywords:
-        known = [f.name for group in (chosen, chosen.train, chosen.eval) for f in fields(group)]
-        near = get_close_matches(name, ["learning_rate", *known, *way.fields], n=1)
+        known = [f.name for group in (chosen.train, chosen.eval) for f in fields(group)]
+        near = get_close_matches(name, ["learning_rate", *of_run, *known, *way.fields], n=1)
         hint = f": did you mean {near[0]}?" if near else ""
         raise ValueError(f"option {name!r} is not known to fine-tuning by {way.name}{hint}")
     return chosen, way.extend(llm.model.config, chosen, **further)

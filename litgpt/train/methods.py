@@ -25,6 +25,11 @@ class Method:
         """Whether all weights of the model are trained."""
         return not self.suffix
 
+    def check(self, quantization: Any) -> None:
+        """Raise `ValueError` for weights that are quantised in some way (None: they are not) and would all be trained."""
+        if self.trains_all and quantization is not None:
+            raise ValueError("the weights are quantised, and full fine-tuning needs plain weights: use finetune_lora")
+
     def saving(self, file: Path) -> str:
         """What is said when it is saved."""
         is_adapter = self.name.startswith("adapter")

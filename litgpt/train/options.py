@@ -125,6 +125,8 @@ class Options:
         """
         out_dir, resume, name = self.out_dir, self.resume, WEIGHTS_NAME + suffix
         if out_dir is None:
+            if resume:
+                raise ValueError("resume is for runs that write checkpoints: give out_dir")
             return None
         check_folder(out_dir)
         if resume and resume not in (True, "auto"):

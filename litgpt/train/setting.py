@@ -73,7 +73,7 @@ def make_fabric(options: Any, run_name: str, config: Config, resumed: bool) -> F
     """A `Fabric` with the devices, the precision and the logger that `options` (`litgpt.train.options`) say, not launched yet;
     `ValueError` for a strategy or precision that is not known."""
     loggers = []
-    if options.out_dir is not None:
+    if options.out_dir is not None or options.logger_name not in ("csv", "tensorboard"):  # which write to it
         interval = options.train.log_interval
         loggers = [make_logger(options.logger_name, options.out_dir, run_name, interval, options.log, resumed)]
     devices, precision = parse_devices(options.devices), options.precision

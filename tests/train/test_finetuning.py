@@ -534,6 +534,9 @@ def test_weights_keep_their_data_type(checkpoint_dir):
         ({"lora_r": 4, "method": "full"}, "option 'lora_r' is not known to fine-tuning by full"),
         ({"speed": 3}, "option 'speed' is not known"),
         ({"max_step": 3}, "option 'max_step' is not known .*did you mean max_steps"),
+        ({"quantize": "int8"}, "option 'quantize' is not known"),  # an LLM is loaded with it
+        ({"resume": True}, "give out_dir"),
+        ({"logger_name": "paper"}, "logger_name 'paper' is not one of"),
         ({"data": ANSWER[0]}, "data must be a list of samples, the path of a file, or a data module, got {"),
         ({"data": None}, "data must be a list of samples"),
         ({"data": []}, "no samples"),
@@ -645,6 +648,25 @@ def test_pretraining_takes_model_and_tokenizer_by_name(checkpoint_dir, tmp_path,
         --devices 1 --precision 32-true --logger_name csv --out_dir {out}"""
     assert main(arguments.split()) == 0
     assert (out / "final" / "tokenizer.json").is_file()
+
+
+def test_pretraining_from_a_checkpoint_has_the_models_own_configuration(checkpoint_dir, tmp_path):
+    config = replace(open_checkpoint(checkpoint_dir).config, block_size=16, rope_base=500)
+    train = TrainArgs(global_batch_size=2, micro_batch_size=2, max_steps=1, lr_warmup_steps=0, save_interval=None)
+    options = {"initial_checkpoint_dir": checkpoint_dir, "train": train, "logger_name": "csv", "devices": 1}
+    options |= {"eval": EvalArgs(max_iters=1), "precision": "32-true", "optimizer": {"class_path": "torch.optim.SGD"}}
+    pretrain.setup("own", model_config=config, data=Rows(), out_dir=tmp_path / "out", **options)
+    trained, before = load_model(tmp_path / "out" / "final"), load_model(checkpoint_dir)
+    assert trained.config.rope_base == 500
+    after = trained.lm_head.weight
+    assert 0 < (after - before.lm_head.weight).abs().max() < 0.1
+    config.n_layer = 2
+    with pytest.raises(ValueError, match=r"transformer\.h\.2"):
+        pretrain.setup("own", model_config=config, data=Rows(), out_dir=tmp_path / "other", **options)
+    quantize_checkpoint(checkpoint_dir, tmp_path / "int8", quantize="int8")
+    options |= {"initial_checkpoint_dir": tmp_path / "int8"}
+    with pytest.raises(ValueError, match="needs plain weights"):
+        pretrain.setup(str(checkpoint_dir), data=Rows(), out_dir=tmp_path / "another", **options)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
