@@ -166,14 +166,14 @@ def fit(
     num_nodes: int = 1,
 ) -> None:
     """Train `state["model"]` with `state["optimizer"]`, both set up, on batches of tokens (B, T + 1)."""
-    tokens = train.global_batch_size * (next(iter(train_dataloader)).shape[1] - 1)
-    steps = steps_of_run(None, tokens, None, train.max_steps, train.max_tokens)
+    model = base.unwrapped(state["model"])
+    steps = steps_of_run(train_dataloader, train, devices * num_nodes, model.max_seq_length)
     schedule = cosine_schedule(state["optimizer"], min(train.lr_warmup_steps or 0, steps // 10), steps, train.min_lr)
 
     def save(step: int) -> None:
         save_checkpoint(fabric, state, tokenizer_dir, Path(out_dir) / f"step-{step:08d}" / WEIGHTS_NAME)
 
-    training = fabric.setup_module(TrainingModel(base.unwrapped(state["model"]), train.activation_checkpointing))
+    training = fabric.setup_module(TrainingModel(model, train.activation_checkpointing))
     parts = (training, state["optimizer"], schedule, train_dataloader, val_dataloader)
     Loop(fabric, *parts, train, eval, steps, save, None).run()
 

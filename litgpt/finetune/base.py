@@ -119,9 +119,7 @@ def fit(
         if fabric.is_global_zero:
             copy_config_files(checkpoint_dir, folder)
 
-    accumulation = train.gradient_accumulation_iters(devices, num_nodes)
-    per_epoch = -(-len(train_dataloader) // (accumulation * fabric.world_size))
-    steps = steps_of_run(per_epoch, None, train.epochs, train.max_steps, train.max_tokens)
+    steps = steps_of_run(train_dataloader, train, devices * num_nodes, gpt.max_seq_length)
     show = (lambda: generate_example(fabric, gpt, data.tokenizer, eval, data)) if eval.max_new_tokens else None
     training = fabric.setup_module(TrainingModel(gpt, train.activation_checkpointing))
     loaders = (train_dataloader, val_dataloader)

@@ -113,8 +113,10 @@ class Loop:
         for name, source in sources.items():
             source.set_state(self._order[name])
         batches = iter(loader)
+        for _ in range(self.position.batches):  # samplers draw with the first one
+            next(batches, None)
         torch.set_rng_state(now)
-        return islice(batches, self.position.batches, None)
+        return batches
 
     def _step(self, window: list[Any]) -> None:
         """One optimizer step on a window: gradients of the mean loss of its counted tokens."""

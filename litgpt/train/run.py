@@ -1,7 +1,7 @@
 """A training run: a model, data and options go in, a trained model in a folder that every other command takes comes out."""
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import torch.distributed
 import yaml
 from lightning import Fabric
 from lightning.fabric.loggers import CSVLogger
-from torch.utils.data import IterableDataset
 
 import litgpt.train.checkpointing as checkpointing
 from litgpt.args import TrainArgs
@@ -150,7 +149,8 @@ class Run:
             use_huge_pages(self.gpt)
             if from_start:
                 reserve_state(self.optimizer)
-        optimizer, max_steps = fabric.setup_optimizers(self.optimizer), self._max_steps()
+        optimizer = fabric.setup_optimizers(self.optimizer)
+        max_steps = steps_of_run(self.loaders[0], train, fabric.world_size, self._longest)
         warmup = asked = round((train.lr_warmup_fraction or 0) * max_steps) or train.lr_warmup_steps or 0
         if asked >= max_steps:
             warmup = max_steps // 10
@@ -174,20 +174,6 @@ class Run:
     def _lengths(self) -> list[int] | None:
         """Tokens of the samples, where they are known."""
         return getattr(self.loaders[0].dataset, "lengths", None)
-
-    def _max_steps(self) -> int:
-        """Optimizer steps of the run."""
-        loader, train, n_processes = self.loaders[0], self.options.train, self.fabric.world_size
-        accumulation = train.gradient_accumulation_iters(n_processes) * n_processes
-        per_epoch = None
-        with suppress(TypeError):  # a stream has no length
-            per_epoch = -(-len(loader) // accumulation)
-        tokens = accumulation * train.micro_batch_size * self._longest
-        if self._lengths:
-            tokens = round(sum(self._lengths) / len(loader) * accumulation)
-        elif not isinstance(loader.dataset, IterableDataset) and isinstance(row := loader.dataset[0], torch.Tensor):
-            tokens = accumulation * train.micro_batch_size * (len(row) - 1)
-        return steps_of_run(per_epoch, tokens, train.epochs, train.max_steps, train.max_tokens)
 
     def _does_not_fit(self, left: int | None) -> str | None:
         """That the largest batch does not fit, and the options that help. None: it fits into the memory that is `left`, if that

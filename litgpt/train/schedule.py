@@ -1,10 +1,15 @@
 """The learning rate over the steps of a run, and how many steps there are."""
 
 import math
+from contextlib import suppress
 from functools import partial
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, IterableDataset
+
+from litgpt.args import TrainArgs
 
 
 def learning_rate_factor(step: int, warmup_steps: int, max_steps: int, floor: float = 0.0) -> float:
@@ -27,28 +32,30 @@ def cosine_schedule(optimizer: Optimizer, warmup_steps: int, max_steps: int, min
     return LambdaLR(optimizer, [partial(learning_rate_factor, **limits, floor=floor) for floor in floors])
 
 
-def steps_of_run(
-    steps_per_epoch: int | None,
-    tokens_per_step: int | None,
-    epochs: int | None = None,
-    max_steps: int | None = None,
-    max_tokens: int | None = None,
-) -> int:
-    """How many optimizer steps a run has: the least that its limits allow; `ValueError` if there are none, or no step is left.
-
-    Args:
-        steps_per_epoch: optimizer steps that the data makes (None: unknown, a stream).
-        tokens_per_step: tokens of a step on average, over all devices (None: unknown).
-    """
-    if steps_per_epoch == 0:
-        raise ValueError("the training data gives no batches")
-    limits = [max_steps] if max_steps is not None else []
-    if epochs is not None and steps_per_epoch is not None:
-        limits.append(epochs * steps_per_epoch)
-    if max_tokens is not None and tokens_per_step:
-        limits.append(max_tokens // tokens_per_step)
+def steps_of_run(loader: DataLoader, train: TrainArgs, n_processes: int, longest: int) -> int:
+    """How many optimizer steps a run on the batches of `loader` has: the least that its limits allow; `ValueError` if there are
+    none, or no step is left. Rows that do not say how many tokens they have are taken to have `longest`."""
+    batches = train.gradient_accumulation_iters(n_processes) * n_processes  # of a step
+    limits = [train.max_steps] if train.max_steps is not None else []
+    if train.epochs is not None:
+        with suppress(TypeError):  # a stream has no length
+            limits.append(train.epochs * math.ceil(len(loader) / batches))
+            if not len(loader):
+                raise ValueError("the training data gives no batches")
+    if train.max_tokens is not None:
+        tokens = round(_tokens(loader, train.micro_batch_size, longest) * batches)
+        limits.append(train.max_tokens // tokens)
+        if limits[-1] < 1:
+            raise ValueError(f"max_tokens={train.max_tokens} is less than the {tokens} tokens of a single step")
     if not limits:
         raise ValueError("nothing says how long to train: give epochs, max_steps or max_tokens")
-    if min(limits) < 1:
-        raise ValueError(f"max_tokens={max_tokens} is less than the {tokens_per_step} tokens of a single step")
     return min(limits)
+
+
+def _tokens(loader: DataLoader, rows: int, longest: int) -> float:
+    """Tokens of a batch, on average."""
+    if lengths := getattr(loader.dataset, "lengths", None):
+        return sum(lengths) / len(loader)
+    if not isinstance(loader.dataset, IterableDataset) and isinstance(row := loader.dataset[0], torch.Tensor):
+        return rows * (len(row) - 1)
+    return rows * longest

@@ -176,13 +176,33 @@ def test_an_adapter_begins_where_the_checkpoints_own_config_says(checkpoint_dir,
 class Rows(DataModule):
     """Rows of two tokens, by a module that is made elsewhere."""
 
+    shuffle = False
+
     def connect(self, tokenizer=None, batch_size=1, max_seq_length=None) -> None:
         self.batch_size = batch_size
 
     def train_dataloader(self):
-        return DataLoader(torch.tensor([[0, 1, 2], [3, 4, 5], [0, 1, 2]]), self.batch_size)
+        rows = torch.tensor([[0, 1, 2], [3, 4, 5], [0, 1, 2], [5, 6, 7], [1, 1, 1], [7, 3, 0]])
+        return DataLoader(rows, self.batch_size, shuffle=self.shuffle)
 
     val_dataloader = train_dataloader
+
+
+def test_a_run_on_a_module_made_elsewhere_that_shuffles_is_resumed_exactly(tmp_path):
+    data, final = Rows(), Path("final") / "lit_model.pth"
+    data.shuffle = True
+    config = Config(block_size=4, n_layer=1, n_embd=8, n_head=4, padded_vocab_size=8)
+    train = TrainArgs(global_batch_size=1, micro_batch_size=1, max_steps=10, lr_warmup_steps=0, save_interval=2)
+    options = {"model_config": config, "train": train, "eval": EvalArgs(interval=3, max_iters=1), "logger_name": "csv"}
+    options |= {"devices": 1, "optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1}}, "precision": "32-true"}
+    pretrain.setup("pythia-14m", data=data, out_dir=tmp_path / "whole", **options)
+    expected = torch.load(tmp_path / "whole" / final)["model"]
+    for step in (2, 8):
+        half = tmp_path / f"half-{step}"
+        shutil.copytree(tmp_path / "whole" / f"step-{step:08d}", half / f"step-{step:08d}")
+        pretrain.setup("pythia-14m", data=data, out_dir=half, resume=True, **options)
+        found = torch.load(half / final)["model"]
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_pretraining_on_a_module_made_elsewhere_ends_with_its_tokens(tmp_path, capsys):

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
+from litgpt.args import TrainArgs
 from litgpt.train.schedule import cosine_schedule, learning_rate_factor, steps_of_run
 
 
@@ -35,24 +37,45 @@ def test_min_lr_is_the_floor_of_every_group():
     assert schedule.get_last_lr() == [pytest.approx(1e-4), pytest.approx(1e-5)]  # a rate below the floor stays
 
 
+ROWS = torch.zeros(38, 26, dtype=torch.long)  # 10 steps of 4 rows of 25 tokens, the last one smaller
+
+
+def steps(loader=None, longest=512, **limits):
+    loader = DataLoader(ROWS) if loader is None else loader
+    return steps_of_run(loader, TrainArgs(global_batch_size=4, micro_batch_size=1, **limits), 2, longest)
+
+
+class Stream(IterableDataset):
+    """Rows that come one by one."""
+
+    def __iter__(self):
+        return iter(())
+
+
+class Samples(list):
+    lengths = (10, 20, 30, 40)
+
+
 @pytest.mark.parametrize(
-    ("limits", "steps"),
+    ("limits", "expected"),
     [
         ({"epochs": 3}, 30),
         ({"epochs": 3, "max_steps": 7}, 7),
         ({"max_tokens": 1000}, 10),
         ({"max_tokens": 1050, "max_steps": 99}, 10),
-        ({"epochs": 2, "max_tokens": 1e12}, 20),
+        ({"epochs": 2, "max_tokens": 10**12}, 20),
+        ({"max_tokens": 4096, "loader": DataLoader(Stream())}, 2),
+        ({"max_tokens": 400, "loader": DataLoader(Samples("abcd"))}, 4),
     ],
 )
-def test_the_least_limit_counts(limits, steps):
-    assert steps_of_run(10, 100, **limits) == steps
+def test_the_least_limit_counts(limits, expected):
+    assert steps(**limits) == expected
 
 
 def test_a_run_without_an_end_or_without_a_step_is_refused():
     with pytest.raises(ValueError, match="how long to train"):
-        steps_of_run(None, None, epochs=2)
+        steps(DataLoader(Stream()), epochs=2)
     with pytest.raises(ValueError, match="gives no batches"):
-        steps_of_run(0, 100, epochs=2)
+        steps(DataLoader(ROWS[:0]), epochs=2)
     with pytest.raises(ValueError, match="max_tokens=99 is less than the 100 tokens"):
-        steps_of_run(10, 100, max_tokens=99)
+        steps(max_tokens=99)
