@@ -8,11 +8,12 @@ is a target.
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, DataLoader
 
 from litgpt.train.loss import IGNORE_INDEX
 
@@ -34,6 +35,13 @@ def as_rows(batch: Any) -> FlatBatch:
     lengths = counts.reshape(-1).clamp(max=ids.shape[1])
     used = torch.arange(ids.shape[1]) < lengths[:, None]
     return ids[used][None], following[used][None], lengths.tolist()
+
+
+def n_batches(loader: DataLoader) -> int | None:
+    """Batches of an epoch (None: a stream that has no length)."""
+    with suppress(TypeError):
+        return len(loader)
+    return None
 
 
 def windows(batches: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -8,7 +8,6 @@ a run does not depend on how many processes share it, up to rounding.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from litgpt.args import EvalArgs, TrainArgs
 from litgpt.pages import release_freed_memory
-from litgpt.train.batches import FlatBatch, as_rows, windows
+from litgpt.train.batches import FlatBatch, as_rows, n_batches, windows
 from litgpt.train.checkpointing import random_state, set_random_state
 from litgpt.train.loss import IGNORE_INDEX
 from litgpt.train.report import Position, Reporter
@@ -83,10 +82,8 @@ class Loop:
     @property
     def _epochs_done(self) -> bool:
         """Whether the run has been through all its epochs."""
-        position, whole = self.position, False
-        with suppress(TypeError):  # a stream has no length
-            whole = bool(position.batches) and position.batches >= len(self.train_loader)
-        return self.train.epochs is not None and position.epoch + whole >= self.train.epochs
+        whole = self.position.batches >= (n_batches(self.train_loader) or math.inf)
+        return self.train.epochs is not None and self.position.epoch + whole >= self.train.epochs
 
     @property
     def _finished(self) -> bool:

@@ -27,6 +27,7 @@ from litgpt.prompts import save_prompt_style
 from litgpt.runners.huge_pages import use_huge_pages
 from litgpt.runners.quantized_weights import num_parameters
 from litgpt.tokenizer import Tokenizer
+from litgpt.train.batches import n_batches
 from litgpt.train.cached_layers import CachedLayers
 from litgpt.train.loop import Loop
 from litgpt.train.methods import Method
@@ -100,7 +101,7 @@ class Run:
             fabric.print(f"Resuming training from {resume}")
             self.load(resume)
             if loop.position.batches:
-                fabric.print(f"Resuming dataset: {loop.position.batches} / {len(loop.train_loader)}")
+                fabric.print(f"Resuming dataset: {loop.position.batches} / {n_batches(loop.train_loader) or '?'}")
         validates = loop.val_loader is not None
         if validates and evaluation.initial_validation:
             fabric.print("Validating ...")

@@ -1,7 +1,6 @@
 """The learning rate over the steps of a run, and how many steps there are."""
 
 import math
-from contextlib import suppress
 from functools import partial
 
 import torch
@@ -10,6 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 
 from litgpt.args import TrainArgs
+from litgpt.train.batches import n_batches
 
 
 def learning_rate_factor(step: int, warmup_steps: int, max_steps: int, floor: float = 0.0) -> float:
@@ -37,11 +37,10 @@ def steps_of_run(loader: DataLoader, train: TrainArgs, n_processes: int, longest
     none, or no step is left. Rows that do not say how many tokens they have are taken to have `longest`."""
     batches = train.gradient_accumulation_iters(n_processes) * n_processes  # of a step
     limits = [train.max_steps] if train.max_steps is not None else []
-    if train.epochs is not None:
-        with suppress(TypeError):  # a stream has no length
-            limits.append(train.epochs * math.ceil(len(loader) / batches))
-            if not len(loader):
-                raise ValueError("the training data gives no batches")
+    if train.epochs is not None and (per_epoch := n_batches(loader)) is not None:
+        if not per_epoch:
+            raise ValueError("the training data gives no batches")
+        limits.append(train.epochs * math.ceil(per_epoch / batches))
     if train.max_tokens is not None:
         tokens = round(_tokens(loader, train.micro_batch_size, longest) * batches)
         limits.append(train.max_tokens // tokens)

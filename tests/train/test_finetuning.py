@@ -173,24 +173,36 @@ def test_an_adapter_begins_where_the_checkpoints_own_config_says(checkpoint_dir,
     assert set(prefixes.values()) == {3}
 
 
+class Stream(DataLoader):
+    """A loader that does not know how many batches there are."""
+
+    def __init__(self, loader) -> None:
+        super().__init__(loader.dataset, batch_sampler=loader.batch_sampler)
+
+    def __len__(self) -> int:
+        raise TypeError("a stream")
+
+
 class Rows(DataModule):
     """Rows of two tokens, by a module that is made elsewhere."""
 
-    shuffle = False
+    shuffle, length = False, True
 
     def connect(self, tokenizer=None, batch_size=1, max_seq_length=None) -> None:
         self.batch_size = batch_size
 
     def train_dataloader(self):
         rows = torch.tensor([[0, 1, 2], [3, 4, 5], [0, 1, 2], [5, 6, 7], [1, 1, 1], [7, 3, 0]])
-        return DataLoader(rows, self.batch_size, shuffle=self.shuffle)
+        loader = DataLoader(rows, self.batch_size, shuffle=self.shuffle)
+        return loader if self.length else Stream(loader)
 
     val_dataloader = train_dataloader
 
 
-def test_a_run_on_a_module_made_elsewhere_that_shuffles_is_resumed_exactly(tmp_path):
+@pytest.mark.parametrize(("shuffle", "length"), [(True, True), (False, False)])
+def test_a_run_on_a_module_made_elsewhere_is_resumed_exactly(shuffle, length, tmp_path):
     data, final = Rows(), Path("final") / "lit_model.pth"
-    data.shuffle = True
+    data.shuffle, data.length = shuffle, length
     config = Config(block_size=4, n_layer=1, n_embd=8, n_head=4, padded_vocab_size=8)
     train = TrainArgs(global_batch_size=1, micro_batch_size=1, max_steps=10, lr_warmup_steps=0, save_interval=2)
     options = {"model_config": config, "train": train, "eval": EvalArgs(interval=3, max_iters=1), "logger_name": "csv"}
