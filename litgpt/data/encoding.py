@@ -74,15 +74,15 @@ def render_prompt(sample: Sample, style: PromptStyle) -> tuple[str, str]:
     return asked, text
 
 
-def parts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[Part]:
+def parts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle, only_last: bool = False) -> list[Part]:
     """The texts of a sample. An instruction and its response are encoded apart, and the response ends with the end token. A
-    conversation is encoded as the checkpoint's chat template renders it; the loss counts the assistant's messages, each with
-    its end token."""
+    conversation is encoded as the checkpoint's chat template renders it; the loss counts the assistant's messages (`only_last`:
+    the last one), each with its end token."""
     if "messages" not in sample:
         _, prompt = render_prompt(sample, style)
         return [Part(prompt, bos_of(prompt, tokenizer, style)), Part(sample["output"], eos=True, counted=True)]
     messages, answers, more = _conversation(sample)
-    learned = answers[-1:] if sample.get("learn") == "last" else answers
+    learned = answers[-1:] if only_last else answers
     if isinstance(style, ChatTemplate):
         return [_rendered(messages[: answers[-1] + 1], learned, tokenizer, style, more)]
     parts, done = [], ""
@@ -250,5 +250,5 @@ def _texts_of(sample: Sample, tokenizer: Tokenizer, style: PromptStyle) -> list[
         return [parts_of(sample, tokenizer, style)]
     except RewrittenAnswerError:
         messages, answers, _ = _conversation(sample)
-        samples = ({**sample, "messages": messages[: i + 1], "learn": "last"} for i in answers)
-        return [parts_of(part, tokenizer, style) for part in samples]
+        samples = ({**sample, "messages": messages[: i + 1]} for i in answers)
+        return [parts_of(part, tokenizer, style, only_last=True) for part in samples]

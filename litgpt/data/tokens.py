@@ -42,7 +42,10 @@ class TokenRows(Dataset):
     def loader(self, batch_size: int, seed: int, shuffle: bool) -> DataLoader:
         """Batches (B, seq_length + 1), in an order that `seed` decides; `ValueError` if the text is shorter than a row."""
         if not len(self):
-            raise ValueError(f"{len(self.tokens)} tokens are less than one row of {self.seq_length + 1}: use more text")
+            raise ValueError(
+                f"the text for {'training' if shuffle else 'validation'} has {len(self.tokens)} tokens, less than one row of "
+                f"{self.seq_length + 1}: use more text, or a smaller --train.max_seq_length"
+            )
         generator = torch.Generator().manual_seed(seed)
         return DataLoader(self, batch_size=batch_size, shuffle=shuffle, generator=generator)
 

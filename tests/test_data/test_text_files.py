@@ -82,7 +82,7 @@ def test_texts_that_are_none_are_refused(folder):
         connected(folder)
     short = folder.parent / "short.txt"
     short.write_text("Hi")
-    with pytest.raises(ValueError, match="less than one row of 17: use more text"):
+    with pytest.raises(ValueError, match="for training has 0 tokens, less than one row of 17: use more text"):
         connected(short).train_dataloader()
     with pytest.raises(ValueError, match="give --tokenizer_dir"):
         TextFiles(folder).prepare_data()
