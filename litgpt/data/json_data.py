@@ -10,6 +10,7 @@ from typing import Any
 from litgpt.data.base import SFTDataset, SFTModule
 from litgpt.data.encoding import Sample, Splits
 from litgpt.prompt_style import PromptStyle
+from litgpt.settings import Settings
 from litgpt.train.loss import IGNORE_INDEX
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -115,11 +116,29 @@ def checked(values: Mapping[str, Any]) -> list[Sample]:
     """Values, by their places, as samples."""
     found = []
     for place, value in values.items():
-        sample = _as_messages(value)
-        if problem := _problem(sample):
-            raise ValueError(f"{place}: {problem}")
-        found.append(PlacedSample(sample, place))
+        if not isinstance(value, Mapping):
+            kind = type(value).__name__
+            raise ValueError(f"{place}: expected a mapping with 'instruction' and 'output', or 'messages', got {kind}")
+        found.append(PlacedSample(_as_messages(value), place))
+        _check(Settings(found[-1], place))
     return found
+
+
+def _check(sample: Settings) -> None:
+    """Raise `ValueError` for a field of the wrong type."""
+    if "messages" not in sample:
+        for name in ("instruction", "output"):
+            sample.text(name)
+        for name in ("input", "sys_prompt"):
+            sample.text(name, None, null=True)
+        return
+    for i, values in enumerate(sample.value("messages", list[dict])):
+        message = Settings(values, f"{sample.where}: messages[{i}]")
+        message.only("role", ROLES, None, "messages")
+        if message.text("role") == "assistant" and message.is_set("tool_calls"):
+            message.text("content", None, null=True)
+        else:
+            message.text("content")
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -153,9 +172,9 @@ def _parse(path: Path, text: str, place: str | None) -> Any:
         raise ValueError(f"{path}, {where}: not valid JSON: {getattr(error, 'msg', 'nested too deeply')}") from None
 
 
-def _as_messages(sample: Any) -> Any:
+def _as_messages(sample: Sample) -> Sample:
     """A conversation with `from` and `value` as one with `role` and `content`."""
-    if not isinstance(sample, Mapping) or not isinstance(sample.get("conversations"), list):
+    if not isinstance(sample.get("conversations"), list):
         return sample
     messages = [
         {"role": OTHER_ROLES.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
@@ -165,24 +184,3 @@ def _as_messages(sample: Any) -> Any:
     ]
     rest = {name: value for name, value in sample.items() if name != "conversations"}
     return {**rest, "messages": messages}
-
-
-def _problem(sample: Any) -> str | None:
-    """What is wrong with a sample, in words (None: nothing)."""
-    if not isinstance(sample, Mapping):
-        return f"expected a mapping with 'instruction' and 'output', or 'messages', got {type(sample).__name__}"
-    if "messages" in sample:
-        messages = sample["messages"]
-        if not isinstance(messages, list) or not messages:
-            return "'messages' must be a list of messages"
-        for i, message in enumerate(messages):
-            if not isinstance(message, Mapping) or message.get("role") not in ROLES:
-                return f"'messages[{i}].role' must be one of {', '.join(ROLES)}"
-            calls = message["role"] == "assistant" and message.get("tool_calls")
-            if not isinstance(message.get("content"), str) and not (calls and message.get("content") is None):
-                return f"'messages[{i}].content' must be a text"
-        return None
-    for name, kind in {"instruction": str, "output": str, "input": str | None, "sys_prompt": str | None}.items():
-        if not isinstance(sample.get(name), kind):
-            return f"'{name}' must be a text" if name in sample else f"'{name}' is missing"
-    return None

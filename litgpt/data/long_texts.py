@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from litgpt.data.base import SFTModule
 from litgpt.data.encoding import Sample, Splits
-from litgpt.data.json_data import read_values
+from litgpt.data.json_data import PlacedSample, read_values
 from litgpt.data.text_files import files_in
 from litgpt.prompt_frame import PromptFrame
 from litgpt.prompt_style import PromptStyle
+from litgpt.settings import Settings
 
 CHOICES = "ABCD"
 CUT = "\n[...]\n"  # where a part of a text is left out
@@ -51,59 +51,44 @@ class LongTexts(SFTModule):
         found = []
         for file in files_in(self.path, ".json", ".jsonl", deep=True):
             for place, record in read_values(file).items():
-                try:
-                    found.append(_fitting(*parts_of_record(record), frame, length))
-                except ValueError as error:
-                    raise ValueError(f"{file}, {place}: {error}") from None
+                where = f"{file}, {place}"
+                if not isinstance(record, Mapping):
+                    raise ValueError(f"{where}: a record is a mapping, got {type(record).__name__}")
+                found.append(_fitting(*parts_of_record(Settings(record, where)), frame, length, where))
         return self.split(found)
 
 
-def parts_of_record(record: Any) -> tuple[str, str, str]:
+def parts_of_record(record: Settings) -> tuple[str, str, str]:
     """Text, question (perhaps empty: it is in the text) and answer of a record; `ValueError` if it has another form."""
-    if not isinstance(record, Mapping):
-        raise ValueError(f"a record is a mapping, got {type(record).__name__}")
     if "outputs" in record:
-        return _text(record, "input"), "", ", ".join(_texts(record, "outputs"))
-    question = _text(record, "question", "query")
+        return record.text("input"), "", ", ".join(_texts(record, "outputs"))
+    question = record.text("question" if "question" in record else "query")
     if "choice_A" in record:
-        letter = _text(record, "answer")
-        if letter not in CHOICES:
-            raise ValueError(f"answer must be one of {', '.join(CHOICES)}, got {letter!r}")
-        choices = "\n".join(f"({c}) {_text(record, f'choice_{c}')}" for c in CHOICES)
-        return _text(record, "context"), f"{question}\n{choices}\nWhich choice is right?", f"({letter})"
+        record.only("answer", tuple(CHOICES), None, "choices")
+        choices = "\n".join(f"({c}) {record.text(f'choice_{c}')}" for c in CHOICES)
+        return record.text("context"), f"{question}\n{choices}\nWhich choice is right?", f"({record.text('answer')})"
     answer = _texts(record, "answers" if "answers" in record else "answer")[0]
     for name in ("ctxs", "docs"):
         if name in record:
-            passages = record[name]
-            if not isinstance(passages, list) or not all(isinstance(p, Mapping) for p in passages):
-                raise ValueError(f"{name} must be a list of passages with text")
-            return "\n\n".join(_passage(p) for p in passages), question, answer
-    return _text(record, "context"), question, answer
+            passages = [Settings(one, f"{record.where}: {name}") for one in record.value(name, list[dict])]
+            return "\n\n".join(map(_passage, passages)), question, answer
+    return record.text("context"), question, answer
 
 
-def _passage(passage: Mapping[str, Any]) -> str:
-    title = passage.get("title")
-    return f"{title}\n{_text(passage, 'text')}" if title else _text(passage, "text")
+def _passage(passage: Settings) -> str:
+    title = passage.text("title", None, null=True)
+    return f"{title}\n{passage.text('text')}" if title else passage.text("text")
 
 
-def _text(record: Mapping[str, Any], *names: str) -> str:
-    """The first of these fields that the record has."""
-    name = next((name for name in names if name in record), None)
-    if name is None or not isinstance(record[name], str):
-        raise ValueError(f"{' or '.join(names)} {'is missing' if name is None else 'must be a text'}")
-    return record[name]
-
-
-def _texts(record: Mapping[str, Any], name: str) -> list[str]:
+def _texts(record: Settings, name: str) -> list[str]:
     """A field that is a text or a list of texts."""
-    value = record.get(name)
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, list) or not values or not all(isinstance(one, str) for one in values):
-        raise ValueError(f"{name} must be a text or a list of some")
-    return values
+    value = record.value(name, str | list[str])
+    if not value and value != "":
+        raise record.error(name, "must hold a text")
+    return [value] if isinstance(value, str) else value
 
 
-def _fitting(text: str, question: str, answer: str, frame: PromptFrame, length: int) -> Sample:
+def _fitting(text: str, question: str, answer: str, frame: PromptFrame, length: int, where: str) -> Sample:
     """A sample of at most `length` tokens (-1: any number)."""
     tokenizer, end = frame.tokenizer, f"\n\n{question}" if question else ""
     if length >= 0:
@@ -113,6 +98,6 @@ def _fitting(text: str, question: str, answer: str, frame: PromptFrame, length: 
         if len(tokens) > room:
             half = (room - len(frame.line(CUT))) // 2
             if half < 1:
-                raise ValueError(f"question and answer leave no room for a text in {length:,} tokens")
+                raise ValueError(f"{where}: question and answer leave no room for a text in {length:,} tokens")
             text = f"{tokenizer.decode(tokens[:half])}{CUT}{tokenizer.decode(tokens[-half:])}"
-    return {"instruction": f"{text}{end}", "output": answer}
+    return PlacedSample({"instruction": f"{text}{end}", "output": answer}, where)

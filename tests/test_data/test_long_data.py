@@ -108,15 +108,18 @@ def test_a_text_that_is_too_long_loses_its_middle_and_never_its_question(tmp_pat
 @pytest.mark.parametrize(
     ("record", "words"),
     [
-        ({"context": "x", "question": "y"}, "answer must be a text or a list of some"),
-        ({"question": "y", "answer": "z"}, "context is missing"),
-        ({**LONGBENCH, "answer": "E"}, "answer must be one of A, B, C, D, got 'E'"),
-        ({"question": "y", "answers": ["z"], "ctxs": "no list"}, "ctxs must be a list of passages"),
-        ([1], "a record is a mapping, got list"),
+        ({"context": "x", "question": "y"}, " lacks 'answer'"),
+        ({"question": "y", "answer": "z"}, " lacks 'context'"),
+        ({"context": "x", "question": "y", "answers": []}, r": answers = \[\] must hold a text"),
+        ({"context": "x", "question": "y", "answers": ["z", 1]}, ": answers = .* must be a text or a list"),
+        ({**LONGBENCH, "answer": "E"}, ": answer = 'E' is not supported for choices, only 'A' or 'B' or 'C' or 'D'"),
+        ({"question": "y", "answers": ["z"], "ctxs": "no list"}, ": ctxs = 'no list' must be a list"),
+        ({"question": "y", "answers": ["z"], "ctxs": [{"title": "t"}]}, ": ctxs lacks 'text'"),
+        ([1], ": a record is a mapping, got list"),
     ],
 )
 def test_other_records_are_refused_with_their_place(tmp_path, record, words):
     path = tmp_path / "some.jsonl"
     path.write_text(f"{json.dumps(LONGBENCH)}\n{json.dumps(record)}\n")
-    with pytest.raises(ValueError, match=f"some.jsonl, line 2: {words}"):
+    with pytest.raises(ValueError, match=f"some.jsonl, line 2{words}"):
         ready(LongTexts(path=path))

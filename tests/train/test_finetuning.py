@@ -572,7 +572,7 @@ def test_weights_keep_their_data_type(checkpoint_dir):
         ({"data": ANSWER[0]}, "data must be a list of samples, the path of a file, or a data module, got {"),
         ({"data": None}, "data must be a list of samples"),
         ({"data": []}, "no samples"),
-        ({"data": [{"instruction": "a"}]}, "sample 0: "),
+        ({"data": [{"instruction": "a"}]}, "sample 0 lacks 'output'"),
         ({"lora_r": 0}, "trains nothing"),
         ({"devices": 2, "strategy": "fsdp"}, "leaves the weights divided"),
     ],
