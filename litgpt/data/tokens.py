@@ -135,7 +135,8 @@ def _encoded(texts: Iterable[str], tokenizer: Tokenizer, eos: bool, total: int) 
             if size >= GROUP:
                 yield from tokenizer.encode_batch(group)
                 done += size
-                report_progress(done, total)
+                if done <= total:  # else the text is not in the files, as that of `OpenWebText`
+                    report_progress(done, total)
                 group, size = [], 0
     yield from tokenizer.encode_batch(group)
 

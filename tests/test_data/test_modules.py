@@ -20,9 +20,11 @@ from litgpt.data import (
     LitData,
     LongForm,
     MicroLlama,
+    OpenWebText,
     TinyLlama,
     deita,
     download,
+    tokens,
 )
 from litgpt.data.instruction_sets import samples_of_turns
 from litgpt.prompts import PromptStyle
@@ -98,7 +100,11 @@ def test_flan(tmp_path):
 
 
 class Part(list):
-    def train_test_split(self, test_size, seed):
+    @property
+    def _fingerprint(self):
+        return str(hash(str(self)))
+
+    def train_test_split(self, test_size, seed, shuffle=True):
         n = round(test_size * len(self))
         return {"train": Part(self[n:]), "test": Part(self[:n])}
 
@@ -126,6 +132,23 @@ def test_alpaca2k(hub, tmp_path):
     hub["mhenrichsen/alpaca_2k_test"] = {"train": rows}
     module = ready(Alpaca2k(download_dir=tmp_path))
     assert (len(module.train_dataset), len(module.test_dataset)) == (19, 1)
+
+
+def test_openwebtext_is_encoded_once_while_the_pages_stay(hub, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(tokens, "report_progress", lambda done, total: shown.append(done / total))
+    monkeypatch.setattr(tokens, "GROUP", 100)
+    pages = [f"Page {i} has some words. " * 20 for i in range(20)]
+    hub["openwebtext"] = {"train": Part({"text": page} for page in pages)}
+    module = ready(OpenWebText(tmp_path, val_split_fraction=0.1), 16)
+    assert tiny_tokenizer().decode(module.train_rows.tokens.tolist()) == "".join(page.strip() for page in pages[2:])
+    assert max(shown, default=0) <= 1  # how many pages are left is not known
+    files = set(tmp_path.glob("*/tokens-*.bin"))
+    ready(OpenWebText(tmp_path, val_split_fraction=0.1), 16)
+    assert set(tmp_path.glob("*/tokens-*.bin")) == files
+    hub["openwebtext"]["train"].append({"text": "New."})
+    ready(OpenWebText(tmp_path, val_split_fraction=0.1), 16)
+    assert len({*files, *tmp_path.glob("*/tokens-*.bin")}) == len(files) + 1
 
 
 CONVERSATION = ["question 1", "answer 1", "question 2", "answer 2"]
