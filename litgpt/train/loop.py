@@ -90,7 +90,7 @@ class Loop:
         position, train = self.position, self.train
         return (
             position.step_count >= self.max_steps
-            or (train.epochs is not None and position.epoch >= train.epochs)
+            or self._epochs_done
             or (train.max_time is not None and position.seconds >= train.max_time)
             or (train.max_tokens is not None and position.tokens >= train.max_tokens)
             or (train.early_stopping is not None and position.worse >= train.early_stopping)
