@@ -119,7 +119,7 @@ def checked(values: Mapping[str, Any]) -> list[Sample]:
         if not isinstance(value, Mapping):
             kind = type(value).__name__
             raise ValueError(f"{place}: expected a mapping with 'instruction' and 'output', or 'messages', got {kind}")
-        found.append(PlacedSample(_as_messages(value), place))
+        found.append(PlacedSample(_as_messages(value, place), place))
         _check(Settings(found[-1], place))
     return found
 
@@ -172,15 +172,11 @@ def _parse(path: Path, text: str, place: str | None) -> Any:
         raise ValueError(f"{path}, {where}: not valid JSON: {getattr(error, 'msg', 'nested too deeply')}") from None
 
 
-def _as_messages(sample: Sample) -> Sample:
+def _as_messages(sample: Sample, place: str) -> Sample:
     """A conversation with `from` and `value` as one with `role` and `content`."""
-    if not isinstance(sample.get("conversations"), list):
+    if sample.get("conversations") is None:
         return sample
-    messages = [
-        {"role": OTHER_ROLES.get(str(turn.get("from")), turn.get("from")), "content": turn.get("value")}
-        if isinstance(turn, Mapping)
-        else turn
-        for turn in sample["conversations"]
-    ]
-    rest = {name: value for name, value in sample.items() if name != "conversations"}
-    return {**rest, "messages": messages}
+    turns = Settings(sample, place).value("conversations", list[dict])
+    roles = (OTHER_ROLES.get(str(turn.get("from")), turn.get("from")) for turn in turns)
+    messages = [{"role": role, "content": turn.get("value")} for role, turn in zip(roles, turns, strict=True)]
+    return {**{name: value for name, value in sample.items() if name != "conversations"}, "messages": messages}

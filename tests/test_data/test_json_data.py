@@ -59,6 +59,7 @@ BAD = [
     ("a.json", [talk(("user", "a"), ("assistant", None))], r"sample 0: messages\[1\]: content = None must be a text"),
     ("a.json", [talk(("user", "a"))], r"'messages' has no answer of the assistant"),
     ("a.json", [{"conversations": [{"from": "human", "value": "a"}]}], r"has no answer of the assistant"),
+    ("a.json", [{"conversations": ["hi"]}], r"sample 0: conversations = \['hi'\] must be a list, each entry names"),
     ("a.json", [{"conversations": [{"from": ["x"], "value": "a"}]}], r"messages\[0\]: role = \['x'\] is not supported"),
 ]
 
