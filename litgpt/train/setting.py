@@ -53,9 +53,8 @@ def make_logger(
         if name == "tensorboard":
             return fabric_loggers.TensorBoardLogger(out_dir / "logs", name="tensorboard")
     except ModuleNotFoundError as error:
-        if (
-            name != "tensorboard"
-        ):  # the default of `pretrain`: no reason to stop, or to say something that nobody asked for
+        # tensorboard is the default of `pretrain`: no reason to stop, or to say something that nobody asked for
+        if name != "tensorboard":
             raise ValueError(f"logger {name!r} needs a package that is not installed: {error}") from None
     return fabric_loggers.CSVLogger(out_dir / "logs", name="csv", flush_logs_every_n_steps=log_interval)
 
