@@ -1,9 +1,8 @@
 // The kernels of inference on CPUs as C functions, which ops.py calls. Letters as in attention.py; M rows, K inputs, N outputs.
 
 #include "decode.h"
-#include "looks.h"
 #include "prefill.h"
-#include "tails.h"
+#include "scoring.h"
 
 extern "C" {
 
@@ -101,15 +100,6 @@ void move_slots(char* buffer, const int64_t* rows, const int64_t* index, int64_t
                 int64_t bytes) {
     move_slots_of_rows(buffer, rows, index, B, G, C, n, bytes);
 }
-
-// See `Tails`. `counts` has its numbers; `strides` of rows, heads and tokens of q, k and v.
-void run_tails(const ScoredCache* cache, const int64_t* counts, const bf16* q, const bf16* k, const bf16* v, const int64_t* strides,
-               const int64_t* rows, const int64_t* held, const int64_t* shift, const TailStep* steps, bf16* y, int32_t* log) {
-    Tails{*cache, counts[0], counts[1], counts[2], q, k, v, strides, strides + 3, strides + 6, rows, held, shift, steps, y, log}
-        .run_all();
-}
-
-void run_looks(const Look* looks, int64_t count) { run_all_looks(looks, count); }
 
 // The best of N scores of each of `count` rows and heads: see `ScorePolicy.best`
 void choose_slots(const float* scores, int64_t* index, int64_t count, int64_t N, int64_t n_sink, int64_t recent, int64_t kept) {

@@ -1,8 +1,9 @@
-// All layers of models in float32 for a few tokens, as C functions: a library of its own, which few need. Compiled with
+// All layers of models in float32 for a few tokens, and caches that score them, as C functions: a library of its own, which few need. Compiled with
 // LITGPT_FLOAT32.
 
 #include "by_row.h"
 #include "decode.h"
+#include "scoring.h"
 #include "split.h"
 
 #include <new>

@@ -11,8 +11,10 @@ from litgpt.kernels import processor
 
 _POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _RUN_LAYERS = [_POINTER, _POINTER, _COUNT] + [_POINTER] * 4 + [_COUNT] * 2 + [_POINTER, _COUNT]
+_SCORING = {"run_tails": [_POINTER] * 12, "run_looks": [_POINTER, _COUNT]}
 _SIGNATURES = {  # by the names of libraries in build.py
-    "KERNELS": {
+    "KERNELS": _SCORING
+    | {
         "linear_blocked": [_POINTER] * 4 + [_COUNT] * 3,
         "linear_plain": [_POINTER] * 4 + [_COUNT] * 3,
         "linear_int8": [_POINTER] * 5 + [_COUNT] * 3,
@@ -24,14 +26,12 @@ _SIGNATURES = {  # by the names of libraries in build.py
         "attend_causally": [_POINTER] * 5 + [_COUNT] * 7 + [_POINTER] + [_FLOAT] * 2,
         "see_weights": [_POINTER] * 7 + [_COUNT] * 6 + [_POINTER] + [_FLOAT] * 2 + [ctypes.c_int],
         "move_slots": [_POINTER] * 3 + [_COUNT] * 5,
-        "run_tails": [_POINTER] * 12,
-        "run_looks": [_POINTER, _COUNT],
         "choose_slots": [_POINTER] * 2 + [_COUNT] * 5,
         "attend": [_POINTER] * 5 + [_COUNT] + [_POINTER] * 3 + [_COUNT] * 6 + [_POINTER] + [_FLOAT] * 2,
         "use_encoded_split": [_POINTER],
     },
     "ENCODED": {"attend_encoded_split": [_POINTER] * 4},
-    "FLOAT32": {"run_layers": _RUN_LAYERS},
+    "FLOAT32": {"run_layers": _RUN_LAYERS} | _SCORING,
     "TRAINING": {
         "attend_rows": [_POINTER] * 5 + [_COUNT] * 4 + [_POINTER] * 3 + [_FLOAT, ctypes.c_int],
         "attend_rows_backward": [_POINTER] * 10 + [_COUNT] * 4 + [_POINTER] * 3 + [_FLOAT, ctypes.c_int],
@@ -79,7 +79,7 @@ def encoded_library() -> ctypes.CDLL | None:
 
 @functools.cache
 def float32_library() -> ctypes.CDLL | None:
-    """`run_layers` for models in float32."""
+    """`run_layers`, and what scores tokens, for models in float32."""
     return library() and _library("FLOAT32")
 
 

@@ -3,7 +3,27 @@
 
 #pragma once
 
+#ifdef LITGPT_FLOAT32
+#include "attention.h"
+#include "float_products.h"
+
+using KeyWord = float;  // of keys that are laid out: one number, or two
+
+// Blocks of BLOCK_TILE keys (N, D), one number of all after the other; zeros in place of others
+inline void lay_out_keys(const float* k, int64_t stride, int64_t N, int64_t D, int64_t size, float* blocks) {
+    for (int64_t j = 0; j < (N + BLOCK_TILE - 1) / BLOCK_TILE * BLOCK_TILE; j++)
+        for (int64_t d = 0; d < size; d++)
+            blocks[(j / BLOCK_TILE * size + d) * BLOCK_TILE + j % BLOCK_TILE] = j < N && d < D ? k[j * stride + d] : 0.0f;
+}
+
+inline void compute_block(const float* w, int64_t K, const Rows& x, int rows, float* y) {
+    multiply({(const float*)x.start, x.stride / int64_t(sizeof(float)), 1}, w, BLOCK_TILE, y, BLOCK_TILE, rows, BLOCK_TILE, K, false);
+}
+#else
 #include "causal_attention.h"
+
+using KeyWord = uint32_t;
+#endif
 
 // Attention weights of n queries (B, H, n, D) on N keys (B, G, N, D), which may be encoded. Query i of row b sees the first
 // ends[b, g, i] keys.
@@ -12,7 +32,7 @@ struct SeenWeights {
 
     int64_t B, H, G, n, N, D;
     float scale, cap;
-    const bf16 *q, *k, *sinks;
+    const Real *q, *k, *sinks;
     const Vectors* encoded;                // in place of k; null: none
     const int64_t *q_strides, *k_strides;  // of rows, heads, tokens
     const int64_t* ends;
@@ -25,7 +45,7 @@ struct SeenWeights {
     void of_group(int64_t b, int64_t g, float* own) const {
         static thread_local Scratch<float> scratch;
         const int64_t heads = H / G;
-        const uint32_t* keys = laid_out_keys(b, g);
+        const KeyWord* keys = laid_out_keys(b, g);
         float* of_head = scratch.get(N);
         see(b, g * heads, keys, own);
         for (int64_t h = 1; h < heads; h++) {
@@ -49,12 +69,16 @@ struct SeenWeights {
 
 private:
     int64_t key_size() const { return (D + 31) / 32 * 32; }
+    static int64_t words(int64_t numbers) { return numbers * int64_t(sizeof(Real)) / int64_t(sizeof(KeyWord)); }
     int64_t padded_length() const { return (N + KEYS - 1) / KEYS * KEYS; }
 
     // The keys of group g in row b as `compute_block` reads them: until this thread lays out others
-    const uint32_t* laid_out_keys(int64_t b, int64_t g) const {
-        static thread_local Scratch<uint32_t> scratch;
-        uint32_t* keys = scratch.get(padded_length() * key_size() / 2);
+    const KeyWord* laid_out_keys(int64_t b, int64_t g) const {
+        static thread_local Scratch<KeyWord> scratch;
+        KeyWord* keys = scratch.get(words(padded_length() * key_size()));
+#ifdef LITGPT_FLOAT32
+        lay_out_keys(k + b * k_strides[0] + g * k_strides[1], k_strides[2], N, D, key_size(), keys);
+#else
         CausalAttention source{};
         source.D = D;
         if (encoded)
@@ -62,11 +86,12 @@ private:
         else
             source.k = k + b * k_strides[0], source.k_strides[0] = k_strides[1], source.k_strides[1] = k_strides[2];
         source.lay_out_keys(keys, g, 0, N, key_size());
+#endif
         return keys;
     }
 
     // own (N,): the weights of head h in row b on keys that are laid out
-    NOT_INLINED void see(int64_t b, int64_t h, const uint32_t* keys, float* own) const {
+    NOT_INLINED void see(int64_t b, int64_t h, const KeyWord* keys, float* own) const {
         static thread_local Scratch<float> scratch;
         const int64_t g = h / (H / G), size = key_size(), padded = padded_length();
         float* scores = scratch.get(ROWS * (padded + size));
@@ -76,15 +101,15 @@ private:
             const int count = int(std::min<int64_t>(ROWS, n - i));
             const int64_t* seen = ends + (b * G + g) * n + i;
             for (int m = 0; m < count; m++) {
-                bf16 query[MAX_D];
-                std::memcpy(query, q + b * q_strides[0] + h * q_strides[1] + (i + m) * q_strides[2], D * sizeof(bf16));
+                Real query[MAX_D];
+                std::memcpy(query, q + b * q_strides[0] + h * q_strides[1] + (i + m) * q_strides[2], D * sizeof(Real));
                 if (encoded && encoded->rotated) rotate_vector(query, D);
                 prepare_inputs(query, D, (char*)(queries + m * size), size * sizeof(Input));
             }
             const int64_t end = *std::max_element(seen, seen + count), columns = (end + KEYS - 1) / KEYS * KEYS;
             for (int64_t j = 0; j < end; j += KEYS) {
                 float part[ROWS * KEYS];
-                compute_block(keys + j / KEYS * size / 2 * KEYS, size, {(const char*)queries, size * int64_t(sizeof(Input))},
+                compute_block(keys + words(j * size), size, {(const char*)queries, size * int64_t(sizeof(Input))},
                               count, part);
                 for (int m = 0; m < count; m++) {
                     float* row = scores + m * padded + j;

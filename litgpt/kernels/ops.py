@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from litgpt.kernels import processor
-from litgpt.kernels.library import encoded_library, library
+from litgpt.kernels.library import encoded_library, float32_library, library
 from litgpt.kernels.structs import Look, ScoredCache, Vectors
 
 MAX_ROWS = 16  # for more, torch's products of a single layer are as fast or faster, where it has them in bfloat16
@@ -360,17 +360,23 @@ def move_slots(buffer: torch.Tensor, index: torch.Tensor, rows: torch.Tensor | N
     library().move_slots(buffer.data_ptr(), _address(rows), index.data_ptr(), B, G, slots, n, bytes_of_slot)
 
 
+def scoring_library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernels for policies that score tokens by attention weights, for keys and queries of that type."""
+    return {torch.bfloat16: library, torch.float32: float32_library}.get(dtype, lambda: None)()
+
+
 def can_run_tails(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sinks: torch.Tensor | None, longest: int
 ) -> bool:
     """Whether `run_tails` is there for these, with steps of at most `longest` tokens."""
     return (
-        query.dtype == key.dtype == value.dtype == torch.bfloat16
-        and value.shape[-1] == query.shape[-1]
-        and value.stride(-1) == 1
-        and can_see_weights(query, key, sinks)
+        all(x is None or x.dtype == query.dtype for x in (key, value, sinks))
+        and value.shape[-1] == query.shape[-1] <= MAX_HEAD_SIZE
+        and all(x.device.type == "cpu" and x.stride(-1) == 1 for x in (query, key, value))
+        and not torch.compiler.is_compiling()
         and not _wants_gradients(query, key, value, sinks)
-        and (longest <= MAX_QUERIES or multiplies_fast())
+        and scoring_library(query.dtype) is not None
+        and (query.dtype == torch.float32 or longest <= MAX_QUERIES or multiplies_fast())
     )
 
 
@@ -394,7 +400,7 @@ def run_tails(
     """
     B, H, T, D = query.shape
     y = query.new_empty(B, T, H, D)
-    library().run_tails(
+    scoring_library(query.dtype).run_tails(
         ctypes.byref(cache),
         struct.pack("3q", B, T, len(steps)),
         *map(_address, (query, key, value)),
@@ -415,9 +421,9 @@ def can_look(keys: torch.Tensor) -> bool:
     )
 
 
-def run_looks(looks: Sequence[Look]) -> None:
-    """Let policies look at what caches hold, all at once."""
-    library().run_looks((Look * len(looks))(*looks), len(looks))
+def run_looks(looks: Sequence[Look], dtype: torch.dtype) -> None:
+    """Let policies look at what caches of that type hold, all at once."""
+    scoring_library(dtype).run_looks((Look * len(looks))(*looks), len(looks))
 
 
 def can_choose_slots(scores: torch.Tensor) -> bool:

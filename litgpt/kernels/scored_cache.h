@@ -21,8 +21,8 @@ struct ScoredCache {
     int64_t H, G, D, C;
     int64_t n_sink, recent, kept, pool, max_queries;  // of the policy; `max_queries` is the number of slots for queries
     float scale, cap;
-    const bf16* sinks;
-    bf16* queries;        // (row, H, max_queries, D)
+    const Real* sinks;
+    Real* queries;        // (row, H, max_queries, D)
     int32_t* positions;   // (row, G, C), noted of tokens that stayed
     float* sums;          // (row, G, C), of all queries so far; null: scores are those of the last queries
     SlotBuffer slots[4];  // (row, G, C, bytes): keys and values, or their codes and scales; else null
@@ -39,10 +39,10 @@ struct ScoredCache {
     // The policy looks at a head's tokens at positions `at`, which `length` tokens of the row have left.
     void look(int64_t row, int64_t g, const Boundary& boundary, const int64_t* at, int64_t length) const {
         const int64_t N = boundary.filled, n = boundary.n_queries, group = row * G + g;
-        const bf16* own_queries = queries + (row * H + g * heads()) * max_queries * D;
+        const Real* own_queries = queries + (row * H + g * heads()) * max_queries * D;
         float* own_sums = sums ? sums + group * C : nullptr;
-        static thread_local Scratch<bf16> scratch;
-        bf16* asked = scratch.get(heads() * n * D);
+        static thread_local Scratch<Real> scratch;
+        Real* asked = scratch.get(heads() * n * D);
         std::vector<int64_t> ends(n);
         for (int64_t i = 0; i < n; i++) {
             const int64_t position = length - n + i;
@@ -52,7 +52,7 @@ struct ScoredCache {
         }
         const int64_t of_queries[] = {0, n * D, D}, of_keys[] = {0, 0, D};
         const Vectors codes = encoded.kind ? encoded.at(row, g, 0) : encoded;
-        const SeenWeights seen{1, heads(), 1, n, N, D, scale, cap, asked, (const bf16*)slots[0].start + group * C * D,
+        const SeenWeights seen{1, heads(), 1, n, N, D, scale, cap, asked, (const Real*)slots[0].start + group * C * D,
                                sinks ? sinks + g * heads() : nullptr, codes.kind ? &codes : nullptr, of_queries, of_keys, ends.data(),
                                false};
         std::vector<float> scores(N);

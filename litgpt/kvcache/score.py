@@ -183,7 +183,7 @@ class ScoreKVCache(PlannedKVCache):
     def _look(self, boundary: Boundary, sink_logits: torch.Tensor | None) -> None:
         """Let the policy look at what is stored, and keep what it chooses."""
         if can_look(self, sink_logits):
-            ops.run_looks([look_of(self, boundary, sink_logits)])
+            ops.run_looks([look_of(self, boundary, sink_logits)], self.dtype)
             return
         with torch.no_grad():
             stored = self.storage.get(boundary.batch_size, slice(0, boundary.filled), boundary.rows)
@@ -315,9 +315,10 @@ def prepare_all(
     for cache, plan, sinks in zip(caches, plans, sink_logits, strict=True):
         if isinstance(cache, ScoreKVCache) and plan.boundaries and can_look(cache, sinks):
             looks += [look_of(cache, boundary, sinks) for boundary in plan.boundaries]
+            dtype = cache.dtype
             ready.append(cache.prepared(plan))
         else:
             ready.append(cache.prepare(plan, sinks))
     if looks:
-        ops.run_looks(looks)
+        ops.run_looks(looks, dtype)
     return ready

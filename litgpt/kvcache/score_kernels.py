@@ -21,9 +21,11 @@ def can_score(cache: "ScoreKVCache") -> bool:
         cache.head_slots is None
         and cache.storage.kernel_view() is not None
         and cache.policy.pooled_by_kernels is not None
-        and cache.dtype == torch.bfloat16
+        and cache.device.type == "cpu"
+        and (cache.dtype == torch.bfloat16 or type(cache.storage) is DefaultStorage)
         and cache.mha.is_plain()
         and cache.head_size <= ops.MAX_HEAD_SIZE
+        and ops.scoring_library(cache.dtype) is not None
     )
 
 
@@ -32,7 +34,7 @@ def can_look(cache: "ScoreKVCache", sink_logits: torch.Tensor | None) -> bool:
     return (
         can_score(cache)
         and ops.can_look(cache.storage.kernel_view()[0])
-        and (sink_logits is None or sink_logits.dtype == torch.bfloat16)
+        and (sink_logits is None or sink_logits.dtype == cache.dtype)
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from litgpt.config import Config
+from litgpt.kernels import ops
 from litgpt.kvcache import KVCacheParams
 from litgpt.kvcache.policies import POLICIES
 from litgpt.kvcache.storages import STORAGES
@@ -373,7 +374,8 @@ def test_G10_wrong_rows_are_one_clear_error_and_change_nothing(case):
 def test_G10_a_call_that_fails_midway_leaves_the_cache_empty(case, monkeypatch):
     cache = case.cache()
     feed(cache, case.tokens(9), (9,))
-    monkeypatch.setattr(cache.mha, "attend", lambda *args, **kwargs: 1 / 0)
+    for owner, name in ((cache.mha, "attend"), (ops, "run_tails")):
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         feed(cache, case.tokens(4), (4,), 9)
     assert cache.next_token_pos == 0
