@@ -106,8 +106,8 @@ private:
     // Rows [m0, m0 + rows) of A, by all threads of a team
     void rearrange(int64_t m0, int64_t rows, Input* inputs, int64_t size) const {
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < rows; m += LANES) {
-            const int64_t count = std::min<int64_t>(LANES, rows - m);
+        for (int64_t m = 0; m < rows; m += BLOCK_TILE) {
+            const int64_t count = std::min<int64_t>(BLOCK_TILE, rows - m);
             Input* own = inputs + m * size;
             if (a.column == 1)
                 for (int64_t i = 0; i < count; i++)

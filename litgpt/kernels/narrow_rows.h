@@ -103,7 +103,7 @@ struct NarrowRowHead {
         const Rows keys = as_rows(k, k_stride, N, room), values = as_rows(v, v_stride, N, room);
         by_columns(queries, q, q_stride, T), by_columns(outputs, dy, y_stride, T);
         by_rows(query_rows, q, q_stride, T), by_rows(output_rows, dy, y_stride, T);
-        for (int64_t d = 0; d < D; d += LANES) lay_out_transposed(turned + d * n_all, n_all, k + d, k_stride, LANES, N, n_all);
+        for (int64_t d = 0; d < D; d += WIDTH) lay_out_transposed(turned + d * n_all, n_all, k + d, k_stride, std::min(WIDTH, D - d), N, n_all);
         std::fill_n(sums, n * D, 0.0f);
         for (int64_t t = 0; t < n; t++) {
             offsets[t] = t < T ? logs[t] : INFINITY;  // no weights after the last

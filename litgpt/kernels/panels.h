@@ -31,6 +31,8 @@ INLINED void pair_up(const bf16* a, const bf16* b, uint32_t* y, int64_t n) {
 inline void lay_out_rows(uint32_t* target, const bf16* x, int64_t stride, int64_t count, int64_t K, int64_t size) {
     const bf16 none[BLOCK_TILE] = {};
     for (int64_t k = 0; k < size; k += 2, target += BLOCK_TILE) {
+        for (int64_t ahead = k + 32; ahead < k + 34; ahead++)
+            __builtin_prefetch(x + ahead * stride), __builtin_prefetch(x + ahead * stride + BLOCK_TILE / 2);
         const bf16 *first = k < K ? x + k * stride : none, *second = k + 1 < K ? x + (k + 1) * stride : none;
         if (count == BLOCK_TILE) {
             pair_up(first, second, target, BLOCK_TILE);
@@ -41,30 +43,28 @@ inline void lay_out_rows(uint32_t* target, const bf16* x, int64_t stride, int64_
     }
 }
 
-// y (LANES, size), by `stride`, of columns of K rows at x, by `x_stride`: `count` columns at most, and zeros
+// y (BLOCK_TILE, size), by `stride`, of columns of K rows at x, by `x_stride`: `count` columns, and zeros
 INLINED void lay_out_transposed(Input* y, int64_t stride, const bf16* x, int64_t x_stride, int64_t count, int64_t K, int64_t size) {
-    const bf16 none[LANES] = {};
-    for (int64_t k = 0; k < size; k += 2 * LANES) {
-        Pairs part[LANES];
-        for (int64_t i = 0; i < LANES; i++) {
-            uint32_t pairs[LANES] = {};
-            const auto row = [&](int64_t k) { return k < K ? x + k * x_stride : none; };
-            for (int64_t next : {0, 1}) __builtin_prefetch(row(k + 2 * LANES + 2 * i + next));
-            if (count >= LANES)
-                pair_up(row(k + 2 * i), row(k + 2 * i + 1), pairs, LANES);
-            else
-                pair_up(row(k + 2 * i), row(k + 2 * i + 1), pairs, count);
-            part[i] = load_pairs(pairs);
-        }
-        transpose(part);
-        for (int64_t i = 0; i < std::min<int64_t>(count, LANES); i++) {
-            if constexpr (std::is_same_v<Input, bf16>) {
-                store_pairs((uint32_t*)(y + i * stride + k), part[i]);
-            } else {
-                bf16 row[2 * LANES];
-                store_pairs((uint32_t*)row, part[i]);
-                for (int64_t j = 0; j < 2 * LANES; j++) y[i * stride + k + j] = widen(row[j]);
+    constexpr int64_t PART = 8 * LANES;  // rows at a time: read long after they were written, or loads would wait for stores
+    uint32_t panel[PART / 2 * BLOCK_TILE];
+    for (int64_t k0 = 0; k0 < size; k0 += PART) {
+        const int64_t rows = std::min(PART, size - k0);
+        lay_out_rows(panel, x + k0 * x_stride, x_stride, count, K - k0, rows);
+        for (int64_t j = 0; j < count; j += LANES)
+            for (int64_t k = 0; k < rows; k += 2 * LANES) {
+                Pairs part[LANES];
+                for (int64_t i = 0; i < LANES; i++) part[i] = load_pairs(panel + (k / 2 + i) * BLOCK_TILE + j);
+                transpose(part);
+                for (int64_t i = 0; i < std::min<int64_t>(count - j, LANES); i++) {
+                    Input* to = y + (j + i) * stride + k0 + k;
+                    if constexpr (std::is_same_v<Input, bf16>) {
+                        store_pairs((uint32_t*)to, part[i]);
+                    } else {
+                        bf16 row[2 * LANES];
+                        store_pairs((uint32_t*)row, part[i]);
+                        for (int64_t j = 0; j < 2 * LANES; j++) to[j] = widen(row[j]);
+                    }
+                }
             }
-        }
     }
 }
