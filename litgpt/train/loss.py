@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from litgpt.kernels.training import next_token_losses, replaces_logits
 
 IGNORE_INDEX = -100
-LOGITS_BYTES = 32 << 20  # logits that exist at a time, in float32 or as they are where a kernel takes them
+LOGITS_BYTES = 64 << 20  # logits that exist at a time, in float32 or as they are where a kernel takes them
 LEAN_LOGITS_BYTES = 16 << 20  # where memory is what matters: the head's products take a quarter longer
 TRAINED_LOGITS_BYTES = 128 << 20  # with a trained head, each chunk of which has a gradient as large as its weight
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
