@@ -208,6 +208,7 @@ class Run:
         state = {
             "optimizer": checkpointing.optimizer_state(self.model, self.optimizer),
             "scheduler": loop.scheduler.state_dict(),
+            "precision": self.fabric.strategy.precision.state_dict(),  # the scale of losses in 16-mixed
             "iter_num": loop.position.iter_num,
             "step_count": step,
             "loop": loop.state(),
@@ -270,6 +271,7 @@ class Run:
         except ValueError as error:
             raise ValueError(f"--resume: {path}: {error}") from None
         self.loop.scheduler.load_state_dict(state["scheduler"])
+        self.fabric.strategy.precision.load_state_dict(state["precision"])
         self.loop.load_state(state["loop"])
         random = state["random"]
         checkpointing.set_random_state(random[self.fabric.global_rank if len(random) == self.fabric.world_size else 0])

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from lightning.fabric.loggers import Logger
+from lightning.fabric.plugins.precision import Precision
 from tiny import tiny_tokenizer
 from torch.utils.data import DataLoader
 
@@ -94,6 +95,16 @@ def test_a_run_that_is_stopped_and_resumed_equals_one_that_is_not(method, checkp
     assert capsys.readouterr().out.count("(step)") == 4
     pictures = [(tmp_path / name / "logs" / "loss.svg").read_text() for name in ("whole", "half")]
     assert pictures[0] == pictures[1]  # with the losses from before
+
+
+def test_the_scale_of_losses_is_resumed_too(checkpoint_dir, tmp_path, json_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(Precision, "state_dict", lambda self: {"scale": 512.0})  # as that of 16-mixed on a GPU
+    monkeypatch.setattr(Precision, "load_state_dict", lambda self, state: loaded.append(state))
+    run("lora", checkpoint_dir, tmp_path, json_path, replace(TRAIN, max_steps=2))
+    shutil.rmtree(tmp_path / "final")
+    run("lora", checkpoint_dir, tmp_path, json_path, replace(TRAIN, max_steps=3), resume=True)
+    assert loaded == [{"scale": 512.0}]
 
 
 @pytest.mark.parametrize("method", SETUPS)
