@@ -161,6 +161,7 @@ class SFTModule(DataModule):
     num_workers: int = 4
 
     train_dataset = test_dataset = None  # an `SFTDataset` each, after `setup`
+    follows_checkpoint = False  # the prompt style is its own
     pack = False  # fill rows with several samples: `train.pack`
 
     def __post_init__(self) -> None:
@@ -175,16 +176,17 @@ class SFTModule(DataModule):
         """Where they come from."""
 
     def setup(self, stage: str = "") -> None:
-        if self.prompt_style is None:
-            self.prompt_style = self.own_style()
+        if self.prompt_style is None or self.follows_checkpoint:
+            self.use_own_style()
         train, test = self.samples()  # which may choose style and mask
         settings = (self.tokenizer, self.prompt_style, self.max_seq_length, self.mask_prompt, self.ignore_index)
         self.train_dataset, self.test_dataset = SFTDataset(train, *settings), SFTDataset(test, *settings)
 
-    def own_style(self) -> PromptStyle:
-        """The checkpoint's chat template; Alpaca's style where it has none."""
+    def use_own_style(self) -> None:
+        """Take the checkpoint's chat template, or Alpaca's style where it has none; in a later run that checkpoint's."""
         has_template = getattr(self.tokenizer, "chat_template", None)
-        return ChatTemplate.from_tokenizer(self.tokenizer) if has_template else PromptStyle.from_name("alpaca")
+        own = ChatTemplate.from_tokenizer(self.tokenizer) if has_template else PromptStyle.from_name("alpaca")
+        self.prompt_style, self.follows_checkpoint = own, True
 
     def split(self, data: Sequence[Sample]) -> tuple[list, list]:
         """Training and validation samples, drawn by `seed`."""

@@ -65,7 +65,7 @@ class JSON(SFTModule):
         if any("messages" in sample for sample in [*train, *val]):
             self.mask_prompt = True
             if type(self.prompt_style) is PromptStyle.styles["alpaca"]:
-                self.prompt_style = self.own_style()
+                self.use_own_style()
         return train, val
 
     def get_splits(self) -> Splits:

@@ -6,8 +6,9 @@ import pytest
 from tiny import tiny_tokenizer
 
 from litgpt.chat_template import ChatTemplate
-from litgpt.data import JSON, Alpaca
+from litgpt.data import JSON, Alpaca, LongTexts
 from litgpt.data.json_data import Samples, read_samples
+from litgpt.prompt_style import PromptStyle
 
 GOOD = {"instruction": "Say hi.", "output": "hi"}
 
@@ -134,6 +135,20 @@ def test_conversations_are_written_by_the_checkpoints_template(form, tmp_path):
         data.tokenizer.processor.decode(ids[labels >= 0].tolist(), skip_special_tokens=False)
         == "Hello<|end|>Ciao<|end|>"
     )
+
+
+@pytest.mark.parametrize("make", [lambda path: JSON(path, val_split_fraction=0.0), lambda path: LongTexts(path=path)])
+def test_the_style_is_that_of_each_checkpoint(make, tmp_path):
+    record = {"context": "c", "question": "q", "answer": "b"}
+    (tmp_path / "a.json").write_text(json.dumps([talk(("user", "a"), ("assistant", "b")) | record]))
+    data = make(tmp_path / "a.json")
+    for template in ("{% for m in messages %}<{{ m.content }}>{% endfor %}", None):
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = template
+        data.connect(tokenizer)
+        data.setup()
+        kind = ChatTemplate if template else PromptStyle.styles["alpaca"]
+        assert type(data.prompt_style) is type(data.train_dataset.prompt_style) is kind
 
 
 def test_a_sample_that_the_template_rejects_is_named_by_its_line(tmp_path):
