@@ -1,6 +1,7 @@
 // The kernels of inference on CPUs as C functions, which ops.py calls. Letters as in attention.py; M rows, K inputs, N outputs.
 
 #include "decode.h"
+#include "likeliest.h"
 #include "prefill.h"
 #include "scoring.h"
 
@@ -104,6 +105,11 @@ void move_slots(char* buffer, const int64_t* rows, const int64_t* index, int64_t
 // The best of N scores of each of `count` rows and heads: see `ScorePolicy.best`
 void choose_slots(const float* scores, int64_t* index, int64_t count, int64_t N, int64_t n_sink, int64_t recent, int64_t kept) {
     for (int64_t i = 0; i < count; i++) find_best(scores + i * N, N, n_sink, recent, kept, index + i * kept);
+}
+
+// The likeliest of N tokens for each of B rows of logits, or -1: see likeliest.h
+void find_likeliest(const bf16* logits, int64_t* tokens, int64_t B, int64_t N) {
+    for (int64_t b = 0; b < B; b++) tokens[b] = likeliest(logits + b * N, N);
 }
 
 // Whether the processor multiplies bfloat16 twice as fast as float. Then products of many rows are as fast here as in

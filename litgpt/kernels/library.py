@@ -26,6 +26,7 @@ _SIGNATURES = {  # by the names of libraries in build.py
         "attend_causally": [_POINTER] * 5 + [_COUNT] * 7 + [_POINTER] + [_FLOAT] * 2,
         "see_weights": [_POINTER] * 7 + [_COUNT] * 6 + [_POINTER] + [_FLOAT] * 2 + [ctypes.c_int],
         "move_slots": [_POINTER] * 3 + [_COUNT] * 5,
+        "find_likeliest": [_POINTER] * 2 + [_COUNT] * 2,
         "choose_slots": [_POINTER] * 2 + [_COUNT] * 5,
         "attend": [_POINTER] * 5 + [_COUNT] + [_POINTER] * 3 + [_COUNT] * 6 + [_POINTER] + [_FLOAT] * 2,
         "use_encoded_split": [_POINTER],

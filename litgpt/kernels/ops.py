@@ -440,6 +440,20 @@ def choose_slots(scores: torch.Tensor, n_sink: int, recent: int, kept: int) -> t
     return index
 
 
+def can_find_likeliest(logits: torch.Tensor) -> bool:
+    """Whether `likeliest` is there for these."""
+    return logits.dtype == torch.bfloat16 and logits.device.type == "cpu" and available()
+
+
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The likeliest token of each row of logits (B, N), the first of equally likely ones, (B,) int64; -1 where logits are NaN or inf,
+    or all are -inf."""
+    logits = logits.contiguous()
+    (B, N), tokens = logits.shape, torch.empty(len(logits), dtype=torch.int64)
+    library().find_likeliest(logits.data_ptr(), tokens.data_ptr(), B, N)
+    return tokens
+
+
 # Compiled graphs call it as an operator, since they cannot look into it.
 _library = torch.library.Library("litgpt", "FRAGMENT")
 _library.define(

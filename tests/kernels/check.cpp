@@ -29,6 +29,7 @@ void attend_rows_backward(const void*, const void*, const void*, const void*, co
 void run_tails(const ScoredCache*, const int64_t*, const bf16*, const bf16*, const bf16*, const int64_t*, const int64_t*,
                const int64_t*, const int64_t*, const TailStep*, bf16*, int32_t*);
 void run_looks(const Look*, int64_t);
+void find_likeliest(const bf16*, int64_t*, int64_t, int64_t);
 void use_encoded_split(void (*)(const SplitQueries&, const Vectors&, const Vectors&, const Vectors&));
 void attend_encoded_split(const SplitQueries&, const Vectors&, const Vectors&, const Vectors&);
 void multiply_matrices(const bf16*, const bf16*, const bf16*, bf16*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
@@ -443,11 +444,34 @@ static void check_norm() {
     compare("rms_norm", y, expected, 1e-5);
 }
 
+static void check_likeliest() {
+    const int64_t B = draw(1, 3), N = draw(1, 3000);
+    const bf16 rare[] = {0x0000, 0x8000, 0xff80, 0x7f80, 0xffc1, 0x7fc0};  // zeros, infinities and NaN
+    std::vector<bf16> x(B * N);
+    const float shift = float(draw(-1, 1)) * 100.0f;
+    for (auto& value : x) value = draw(0, 9) ? narrow(std::round(normal() * 2.0f) + shift) : rare[draw(0, 2)];
+    if (draw(0, 2) == 0) x[draw(0, B * N - 1)] = rare[draw(0, 5)];
+    if (draw(0, 4) == 0) std::fill_n(x.begin(), N, rare[2]);
+    std::vector<int64_t> found(B);
+    find_likeliest(x.data(), found.data(), B, N);
+    for (int64_t b = 0; b < B; b++) {
+        int64_t best = 0;
+        bool finite = true;
+        for (int64_t i = 0; i < N; i++) {
+            const float own = widen(x[b * N + i]);
+            finite = finite && own < INFINITY;  // no NaN either
+            if (own > widen(x[b * N + best])) best = i;
+        }
+        finite = finite && widen(x[b * N + best]) > -INFINITY;
+        expect("likeliest", found[b] == (finite ? best : -1));
+    }
+}
+
 int main(int count, char** arguments) {
     source.seed(count > 1 ? unsigned(std::atoi(arguments[1])) : 0);
     use_encoded_split(attend_encoded_split);
     for (int i = 0; i < (count > 2 ? std::atoi(arguments[2]) : 10); i++)
-        check_products(), check_attention(), check_two_bits(), check_tails(), check_looks(), check_rows(), check_narrow_rows(), check_matrices(), check_norm();
+        check_products(), check_attention(), check_two_bits(), check_tails(), check_looks(), check_rows(), check_narrow_rows(), check_matrices(), check_norm(), check_likeliest();
     std::printf("%d differences\n", failures);
     return failures != 0;
 }
