@@ -572,7 +572,8 @@ class LLM(nn.Module):
         return self.model.load_state_dict(state_dict, strict=strict)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for copies and pickles, without the last call's engine, which has a lock."""
+        """The state for copies and pickles: with plain weights, and without the last call's engine, which has a lock."""
+        self._for_training()
         return {**self.__dict__, "_engine": None}
 
     def _apply(self, *args: Any, **kwargs: Any) -> "LLM":

@@ -1,5 +1,6 @@
 import copy
 import inspect
+import pickle
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -472,9 +473,12 @@ def test_a_text_that_spells_a_conversation_is_not_taken_for_it(llm):
         assert answer.tolist() == llm.generate(prompt, **settings).tolist()
 
 
-def test_a_model_that_has_answered_can_be_copied(llm):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_model_that_has_answered_can_be_copied(llm, precision):
+    llm.distribute(accelerator="cpu", precision=precision)
     answer = llm.generate("Hello", max_new_tokens=6, temperature=0)
-    assert copy.deepcopy(llm).generate("Hello", max_new_tokens=6, temperature=0) == answer
+    for other in (copy.deepcopy(llm), pickle.loads(pickle.dumps(llm)), llm):
+        assert other.generate("Hello", max_new_tokens=6, temperature=0) == answer
 
 
 @pytest.mark.parametrize(
