@@ -132,12 +132,13 @@ class Engine:
             self._long_rope = self.model.needs_long_rope(longest)
             if not n_cached:
                 self.model.expect_length(longest)
-        if chunked and rows is None:
-            self.model.caches.start(len(sequences))
-        elif chunked:
-            self._rows.empty(rows)
-        self._rows.place(sequences, range(len(sequences)) if rows is None else rows)
+        places = range(len(sequences)) if rows is None else rows
         if chunked:
+            if rows is None:
+                self.model.caches.start(len(sequences))
+            else:
+                self._rows.empty(rows)
+            self._rows.place(sequences, places)
             self._resume(sequences)
             begins = not sequences[0].n_prefilled
             if not (begins and is_read_twice(self.model, sequences[0].prompt_length)):  # which takes all of a prompt
@@ -146,6 +147,7 @@ class Engine:
         prompts = {id(sequence.prompt): sequence.prompt[n_cached:] for sequence in sequences}
         prompts = [prompts[id(sequence.prompt)] for sequence in sequences]
         logits = prefill(self.model, prompts, self.prompt_chunksize, n_cached, rows)
+        self._rows.place(sequences, places)  # once they are in the caches
         for sequence in sequences:
             sequence.n_prefilled = sequence.prompt_length
         self._note_states(sequences)
