@@ -32,6 +32,8 @@ class TrainArgs:
             k: on the device those of every k-th layer, and the layers between run again.
         teacher: dense: learn what the same model says with a cache that keeps everything and without its LoRA matrices or
             adapters, token by token, instead of the data's next tokens (self-distillation; with `--kv_cache`).
+        keep_loss: with a `--kv_cache` that keeps tokens by the attention they get: how much a loss on what it keeps weighs beside that
+            of next tokens, such as 5 (0: there is none).
         keep_last: keep only this many of the step checkpoints, the best one besides (None: all).
         early_stopping: stop after this many validations in a row without a better loss (None: never).
     """
@@ -54,6 +56,7 @@ class TrainArgs:
     activation_checkpointing: bool = False
     keep_inputs: Literal["device", "cpu", "disk"] | int = "device"
     teacher: Literal["dense"] | None = None
+    keep_loss: float = 0.0
     keep_last: int | None = None
     early_stopping: int | None = None
 
@@ -75,7 +78,7 @@ class TrainArgs:
             self._require_positive(name)
         for name in ("max_steps", "max_time", "max_seq_length", "max_norm", "keep_last", "early_stopping"):
             self._require_positive(name)
-        for name, value in (("lr_warmup_steps", warmup_steps), ("min_lr", self.min_lr)):
+        for name, value in (("lr_warmup_steps", warmup_steps), ("min_lr", self.min_lr), ("keep_loss", self.keep_loss)):
             if not value >= 0:
                 raise ValueError(f"{name} must be at least 0, got {value}")
         if self.max_steps and warmup_steps >= self.max_steps:

@@ -73,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--chunk", type=int, default=256, help="tokens that enter a cache together (default: %(default)s)")
     add("--steps", type=int, default=200, help="of one text each, prose and questions in turn (default: %(default)s)")
     add("--learning_rate", type=float, default=1e-3, help="of AdamW (default: %(default)s)")
+    add("--keep_loss", type=float, default=0.0, help="weight of a loss on what is kept (default: %(default)s)")
     add("--samples", type=int, default=32, help="texts that are measured (default: %(default)s)")
     add("--precision", default="bf16-true", help="of the model; LoRA is updated in float32 (default: %(default)s)")
     add("--seeds", default="0,1,2", help="of LoRA and of the texts, separated by commas (default: %(default)s)")
@@ -183,8 +184,11 @@ def train(args, path: Path, model, texts: "Texts", seed: int, layers, distil: bo
     take()
     saved = time.monotonic()
     for step in range(len(losses), args.steps):
-        ids, labels = texts.batch(seed, step)
-        loss = training(ids, labels) / (labels >= 0).sum()
+        if args.keep_loss and layers is not None and not distil:
+            loss = loss_with_keep_loss(args, model, layers, *texts.batch(seed, 2 * step + 1))
+        else:
+            ids, labels = texts.batch(seed, step)
+            loss = training(ids, labels) / (labels >= 0).sum()
         loss.backward()
         for p, own in zip(trained, exact, strict=True):
             own.grad, p.grad = p.grad.float(), None
@@ -204,6 +208,22 @@ def train(args, path: Path, model, texts: "Texts", seed: int, layers, distil: bo
         if late:
             raise OutOfTime
     return losses
+
+
+def loss_with_keep_loss(args, model, layers, ids, labels):
+    """The mean loss of answers, of which the loss on what is kept says what they need; and that of the text before the first one,
+    without which a model forgets how such texts go on."""
+    from torch.nn.functional import cross_entropy
+
+    from litgpt.train.keep_loss import KeepLoss
+
+    answers = labels[0] >= 0
+    keeping = KeepLoss(answers, model)
+    outputs = model.transformer.ln_f(layers.last_outputs(ids, None, keeping))[0]
+    before = slice(0, int(answers.nonzero()[0]))
+    loss = cross_entropy(model.logits(outputs[answers]).float(), labels[0, answers])
+    loss = loss + cross_entropy(model.logits(outputs[before]).float(), ids[0, before.start + 1 : before.stop + 1])
+    return loss + args.keep_loss * sum(keeping.terms)
 
 
 class Texts:

@@ -177,6 +177,7 @@ class Again(StandIn):
         token_idx: torch.Tensor | None = None,
         sink_logits: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        self.query = query
         one_row = len(self.chunk.rows) == len(self.calls[0].places) == 1
         if not one_row or len(self.calls) == 1 or type(self.cache.storage) is not DefaultStorage:
             return super().run(plan, query, key, value, token_idx, sink_logits)

@@ -26,12 +26,14 @@ from litgpt.kvcache.plan import Plan
 from litgpt.kvcache.planned import PlannedKVCache
 from litgpt.kvcache.policies import PositionalPolicy
 from litgpt.kvcache.positional import seen_by_position
+from litgpt.kvcache.score import ScoreKVCache
 from litgpt.model import GPT, Block
 from litgpt.rope import Rope
 from litgpt.train.by_position import Attended, ByPosition, spans_before
 from litgpt.train.cache_calls import Again, FoundError, KeysAndValuesOnly, Log, Serving
 from litgpt.train.chunks import chunks_of
 from litgpt.train.gradients_only import gradients_only
+from litgpt.train.keep_loss import KeepLoss, LayerKeepLoss, exact
 from litgpt.train.kept_inputs import PLACES, Kept, keep
 from litgpt.train.replaced_forward import replaced_forward
 from litgpt.train.stored_tokens import StoredTokens
@@ -88,11 +90,13 @@ class CachedLayers:
         """Final-norm outputs (B, T, E), or (1, N, E) with `row_sizes`, of tokens of the same shape."""
         return self.gpt.transformer.ln_f(self.last_outputs(idx, row_sizes))
 
-    def last_outputs(self, idx: torch.Tensor, row_sizes: Sequence[int] | None = None) -> torch.Tensor:
-        """Outputs of the last layer, which the final norm comes after."""
+    def last_outputs(
+        self, idx: torch.Tensor, row_sizes: Sequence[int] | None = None, keep_loss: KeepLoss | None = None
+    ) -> torch.Tensor:
+        """Outputs of the last layer, which the final norm comes after. `keep_loss` gets terms of all layers."""
         B, T = idx.shape
         sizes = [T] * B if row_sizes is None else list(row_sizes)
-        sweep = _Sweep(self, idx.reshape(1, -1), sizes)
+        sweep = _Sweep(self, idx.reshape(1, -1), sizes, keep_loss)
         x, n = self.gpt.embed(sweep.idx), len(self.gpt.transformer.h)
         if self.every > 1 and any(isinstance(block, FSDPModule) for block in self.gpt.transformer.h):
             raise ValueError("keep_inputs must be a place where layers are divided among processes, not a number")
@@ -104,7 +108,10 @@ class CachedLayers:
 class _Sweep:
     """What all layers of one call share: chunks, rotations, plans, seeds."""
 
-    def __init__(self, layers: CachedLayers, idx: torch.Tensor, row_sizes: list[int]) -> None:
+    def __init__(
+        self, layers: CachedLayers, idx: torch.Tensor, row_sizes: list[int], keep_loss: KeepLoss | None
+    ) -> None:
+        self.keep_loss = keep_loss
         self.layers, self.gpt, self.idx, self.row_sizes = layers, layers.gpt, idx, row_sizes
         longest = max(row_sizes)
         self.cache_length = layers.cache_length
@@ -150,7 +157,10 @@ class _Sweep:
 
         def run(x: torch.Tensor) -> torch.Tensor:
             params = [[p for p in block.parameters() if p.requires_grad] for block in blocks]
-            return _LayerGroup.apply(x, self, group, [len(of) for of in params], *sum(params, []))
+            x, kept = _LayerGroup.apply(x, self, group, [len(of) for of in params], *sum(params, []))
+            if self.keep_loss is not None:
+                self.keep_loss.terms.append(kept)
+            return x
 
         if not isinstance(blocks[0], FSDPModule):
             return run(x)
@@ -199,7 +209,8 @@ class _Sweep:
 
 
 class _LayerGroup(torch.autograd.Function):
-    """Some layers over the whole sequences, (1, N, E) to (1, N, E): only the inputs of the first one are kept.
+    """Some layers over the whole sequences, (1, N, E) to (1, N, E), and a zero with the gradients of their keep loss: only the
+    inputs of the first one are kept.
 
     Its gradients overwrite those of its outputs, which nothing else reads: a final norm comes after the last layer.
     """
@@ -207,7 +218,7 @@ class _LayerGroup(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, sweep: _Sweep, group: range, n_params: list[int], *params: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.sweep, ctx.group, ctx.n_params, ctx.params = sweep, group, n_params, params
         ctx.autocast = _autocast_of(x.device.type)
         blocks = sweep.gpt.transformer.h
@@ -217,10 +228,10 @@ class _LayerGroup(torch.autograd.Function):
         for i, seed in zip(group, ctx.seeds, strict=True):
             x, log = _forward(sweep, i, keep(x[0], "device"), seed, x, place if sweep.differentiated else None)
         ctx.last_log = log
-        return x
+        return x, torch.zeros((), dtype=exact(x.dtype), device=x.device)
 
     @staticmethod
-    def backward(ctx: Any, d_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, d_output: torch.Tensor, d_kept: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.inputs is None:
             raise RuntimeError("the gradients of this pass through caches have been taken already: compute it anew")
         sweep, inputs, logs = ctx.sweep, [ctx.inputs], []
@@ -237,7 +248,8 @@ class _LayerGroup(torch.autograd.Function):
         ends = list(accumulate(ctx.n_params))
         d_params: list[torch.Tensor | None] = []
         for i, seed, end, n in reversed(list(zip(ctx.group, ctx.seeds, ends, ctx.n_params, strict=True))):
-            found = _backward(sweep, i, inputs.pop(), logs.pop(), seed, ctx.params[end - n : end], d_x, ctx.autocast)
+            own = ctx.params[end - n : end]
+            found = _backward(sweep, i, inputs.pop(), logs.pop(), seed, own, d_x, d_kept, ctx.autocast)
             d_params = found + d_params
         return d_x, None, None, None, *d_params
 
@@ -273,14 +285,20 @@ def _backward(
     seed: int | None,
     params: Sequence[torch.Tensor],
     d: torch.Tensor,
+    d_kept: torch.Tensor,
     autocast: dict[str, Any],
 ) -> list[torch.Tensor | None]:
-    """Gradients of the parameters of a layer. Those of its outputs, `d` (1, N, E), become those of its inputs."""
+    """Gradients of the parameters of a layer. Those of its outputs, `d` (1, N, E), become those of its inputs. `d_kept`
+    is that of the keep loss, if there is one."""
     block, seen = sweep.gpt.transformer.h[block_idx], sweep.seen[block_idx]
     cache = sweep.make_cache(block_idx) if seen is None else None
     with torch.autocast(**autocast):
         n_chunks = len(sweep.chunks) - 1  # whose tokens later ones may see
         tokens = _keys_and_values(sweep, block, inputs, seed, n_chunks if cache is None else max(1, n_chunks))
+    keeping = None
+    if sweep.keep_loss is not None and isinstance(cache, ScoreKVCache):
+        keeping = LayerKeepLoss(sweep.keep_loss, tokens, sweep.begins.tolist())
+        d_kept = d_kept / (len(sweep.chunks) * sweep.keep_loss.n_layer)
     divided = isinstance(block, FSDPModule)  # every process has to have gradients of the same parameters
     d_params: list[torch.Tensor | None] = [torch.zeros_like(p) if divided else None for p in params]
     for index in reversed(range(len(sweep.chunks))):
@@ -301,10 +319,18 @@ def _backward(
             if new.requires_grad:
                 outputs.append(new)
                 gradients.append(d_new)
-        d_own, *found = torch.autograd.grad(outputs, [own, *stored, *params], gradients, allow_unused=True)
+        needed = []
+        if keeping is not None:
+            needed = keeping.chunk(chunk, stand_in.query, stand_in.key, stored[0], calls[0].fields[1])
+            outputs += [loss for loss, _, _ in needed]
+            gradients += [d_kept] * len(needed)
+        leaves = [*stored, *(leaf for _, _, leaf in needed)]
+        d_own, *found = torch.autograd.grad(outputs, [own, *leaves, *params], gradients, allow_unused=True)
         d[:, chunk.tokens] = d_own
         tokens.add_gradients(places, found[: len(stored)])
-        for i, d_param in enumerate(found[len(stored) :]):
+        for (_, of_needed, _), d_leaf in zip(needed, found[len(stored) :], strict=False):
+            tokens.add_gradients(of_needed, [d_leaf, None])
+        for i, d_param in enumerate(found[len(leaves) :]):
             if d_param is not None:
                 d_params[i] = d_param if d_params[i] is None else d_params[i].add_(d_param)
     if cache is not None:

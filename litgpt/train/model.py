@@ -13,9 +13,10 @@ from litgpt.lora import LoRALinear
 from litgpt.model import GPT, CausalSelfAttention, LLaMAMLP, RMSNorm
 from litgpt.train.attention import attention
 from litgpt.train.cached_layers import CachedLayers
+from litgpt.train.keep_loss import KeepLoss, check_keeps_by_attention
 from litgpt.train.kept_gradients import KeptGradients
 from litgpt.train.linear import Recomputable, gated_mlp, linear, low_rank, recomputed
-from litgpt.train.loss import TiedEmbedding, loss_sum
+from litgpt.train.loss import IGNORE_INDEX, TiedEmbedding, loss_sum
 from litgpt.train.replaced_forward import replaced_forward
 from litgpt.train.room import Room
 from litgpt.train.teacher import Teacher
@@ -31,6 +32,8 @@ class TrainingModel(nn.Module):
         teacher: whose next-token distributions are learned in place of the labels, where these are counted. Without
             gradients, the loss is that of the labels.
         loss: summed loss of logits (n, V) and labels (n,), of some counted tokens at a time (None: cross-entropy).
+        keep_loss: what the mean loss of what caches keep weighs beside the mean loss of counted tokens (see
+            `litgpt.train.keep_loss`). It is learned, and not in the loss that is returned.
     """
 
     def __init__(
@@ -40,9 +43,12 @@ class TrainingModel(nn.Module):
         cached_layers: CachedLayers | None = None,
         teacher: Teacher | None = None,
         loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+        keep_loss: float = 0.0,
     ) -> None:
         super().__init__()
-        self.teacher, self.loss = teacher, loss
+        if keep_loss and cached_layers is not None:
+            check_keeps_by_attention(cached_layers.spec)
+        self.teacher, self.loss, self.keep_loss = teacher, loss, keep_loss
         self.gpt, self.cached_layers = gpt, cached_layers
         self.kept_gradients: KeptGradients | None = None
         self.logits_room = Room()
@@ -112,7 +118,7 @@ class TrainingModel(nn.Module):
             row_sizes: tokens of each row.
             scale: what the loss will be multiplied by before its gradients are taken (None: whatever it is).
         """
-        teacher = None
+        teacher = keeping = None
         if self.teacher is not None and torch.is_grad_enabled():
             teacher = self.teacher(input_ids, row_sizes), self.teacher.logits
         gpt, heads, logits = self.gpt, [self.gpt.lm_head], self.gpt.logits
@@ -126,13 +132,18 @@ class TrainingModel(nn.Module):
             if self.cached_layers is None:
                 hidden = gpt(input_ids, skip_lm_head=True, row_sizes=row_sizes)
             else:
-                hidden, norm = self.cached_layers.last_outputs(input_ids, row_sizes), gpt.transformer.ln_f
+                if self.keep_loss and torch.is_grad_enabled():
+                    keeping = KeepLoss((labels != IGNORE_INDEX).flatten(), gpt)
+                hidden, norm = self.cached_layers.last_outputs(input_ids, row_sizes, keeping), gpt.transformer.ln_f
                 heads, logits = [head, norm], lambda x: gpt.logits(norm(x))  # for a few tokens at a time
             params = [p for module in heads if module not in own for p in module.parameters() if p.requires_grad]
             scale = scale if head in own else None
             vocabulary = gpt.config.padded_vocab_size
             lean = self.cached_layers is not None and not self.cached_layers.are_few(input_ids.numel())
-            return loss_sum(hidden, labels, logits, params, vocabulary, tied, teacher, scale, self.loss, lean)
+            loss = loss_sum(hidden, labels, logits, params, vocabulary, tied, teacher, scale, self.loss, lean)
+        if keeping is not None:
+            loss = loss + self.keep_loss * keeping.counted.sum() * sum(keeping.terms)
+        return loss
 
 
 def _gate_of(layer: LLaMAMLP) -> Recomputable:

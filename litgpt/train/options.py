@@ -17,6 +17,7 @@ from litgpt.errors import UsageError
 from litgpt.kvcache import CacheSpec
 from litgpt.train.cached_layers import check_trainable
 from litgpt.train.checkpointing import step_folders
+from litgpt.train.keep_loss import check_keeps_by_attention
 from litgpt.train.optimizers import resolve_optimizer
 from litgpt.train.setting import LoggerName, Strategy, parse_devices, plain
 
@@ -93,12 +94,16 @@ class Options:
             raise ValueError(f"--seed must be in 0..{2**32 - 1}, got {self.seed}")
         if spec is not None:
             self._check_cache(spec)
-        elif unused := [name for name in ("teacher", "keep_inputs") if getattr(train, name) not in (None, "device")]:
+        elif unused := [
+            name for name in ("teacher", "keep_inputs", "keep_loss") if getattr(train, name) not in (None, "device", 0)
+        ]:
             raise ValueError(f"--train.{unused[0]} is for training through a key-value cache: name it with --kv_cache")
 
     def _check_cache(self, spec: CacheSpec) -> None:
         try:
             check_trainable(spec)
+            if self.train.keep_loss:
+                check_keeps_by_attention(spec)
             if spec.cache_length is not None:
                 spec.make_policy(spec.cache_length)
         except ValueError as error:
@@ -106,6 +111,10 @@ class Options:
         teacher, kept = self.train.teacher, self.train.keep_inputs
         if self.divides_weights and teacher is not None:
             raise ValueError("--train.teacher copies weights that fsdp divides among devices: use --strategy ddp")
+        if self.divides_weights and self.train.keep_loss:
+            raise ValueError(
+                "--train.keep_loss is for whole layers, which fsdp divides among devices: use --strategy ddp"
+            )
         if self.divides_weights and kept not in (1, "device", "cpu", "disk"):
             raise ValueError(f"--train.keep_inputs {kept}: with --strategy fsdp it must be device, cpu or disk")
 

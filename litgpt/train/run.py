@@ -139,7 +139,8 @@ class Run:
             cached = CachedLayers(self.gpt, spec, options.prompt_chunksize, train.keep_inputs)
         if train.teacher is not None:
             teacher = Teacher(self.gpt, options.prompt_chunksize)
-        self.model = TrainingModel(self.gpt, train.activation_checkpointing, cached, teacher)
+        checkpoints = train.activation_checkpointing
+        self.model = TrainingModel(self.gpt, checkpoints, cached, teacher, keep_loss=train.keep_loss)
         model = fabric.setup_module(self.model)
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:

@@ -33,6 +33,7 @@ def accumulate(
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     teacher: Teacher | None = None,
     keep_inputs: str | int = "device",
+    keep_loss: float = 0.0,
 ) -> SummedLoss:
     """Add to `.grad` of a model's parameters, those that want gradients, what a batch gives when every layer sees what its
     cache would have kept.
@@ -50,6 +51,7 @@ def accumulate(
             cross-entropy).
         teacher: whose next-token distributions are learned in place of labels, where these are counted.
         keep_inputs: where inputs of layers stay: see `CachedLayers`.
+        keep_loss: how much a loss on what caches keep weighs: see `TrainingModel`.
 
     Raises:
         ValueError: for shapes or lengths that do not go together, for caches that cannot be trained through, and if no
@@ -64,7 +66,7 @@ def accumulate(
     packed = [torch.cat([row[:size] for row, size in zip(x, sizes, strict=True)])[None] for x in (input_ids, labels)]
     restore = runs_as_it_is(model)
     try:
-        training = TrainingModel(model, cached_layers=layers, teacher=teacher, loss=loss)
+        training = TrainingModel(model, cached_layers=layers, teacher=teacher, loss=loss, keep_loss=keep_loss)
         with torch.enable_grad():
             total = training(*packed, sizes)
             (total * loss_scale).backward()
