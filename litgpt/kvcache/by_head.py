@@ -106,7 +106,6 @@ class ByHeadKVCache(ScoreKVCache):
         self.head_slots = torch.tensor([[getattr(head, name) for head in heads] for name in ("first", "extra")])
         if not heads:
             self.head_slots = None
-        self.memory_version += 1
 
     # -- what is in it
 

@@ -9,6 +9,7 @@ import torch
 
 from litgpt.config import Config
 from litgpt.keys_and_values import KeysAndValues
+from litgpt.kvcache.changes import NotesChanges
 from litgpt.kvcache.default import DefaultKVCache
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.policies import Policy
@@ -18,7 +19,7 @@ from litgpt.kvcache.storages.base import check_state
 from litgpt.kvcache.storages.default import DefaultStorage
 
 
-class ComposedKVCache(DefaultKVCache):
+class ComposedKVCache(NotesChanges, DefaultKVCache):
     """What a cache of a policy and a storage is between calls.
 
     Rows are independent: each has its own length, and positions count from the first token of the row. In a ragged batch
@@ -36,7 +37,6 @@ class ComposedKVCache(DefaultKVCache):
     ROW_FIELDS: ClassVar[tuple[str, ...]] = ("lengths",)
     STORAGE: ClassVar[type[Storage]] = DefaultStorage  # with the next one in the class for such a cache, see `made_of`
     STORAGE_ARGS: ClassVar[Mapping[str, Any]] = {}
-    memory_version = 0  # of the buffers, in caches that may get others
     # in caches whose heads have numbers of slots of their own: the first slot of each, and how many it has more than plans say
     head_slots: torch.Tensor | None = None
 

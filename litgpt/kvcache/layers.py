@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from litgpt.config import Config
+from litgpt.kvcache import changes
 from litgpt.kvcache.base import KVCache
+from litgpt.kvcache.lockstep import Lockstep, group
 from litgpt.kvcache.plan import Plan, Unplanned
 from litgpt.kvcache.positional_plan import read_bucket
 from litgpt.kvcache.score import prepare_all
@@ -33,6 +35,11 @@ class LayerCaches:
     expected_length: int = 0
     long_rope: bool = False
     _inconsistent: bool = field(default=False, init=False)  # during a change of all caches, and after its interrupt
+    _groups: list[Lockstep] = field(default_factory=list, init=False)  # caches with equal plans
+    _grouped: tuple[object, Sequence[KVCache]] = field(default=(None, ()), init=False)  # when, and of which caches
+    _memory: tuple[object, Sequence[KVCache], object] = field(
+        default=(None, (), None), init=False
+    )  # as `memory` gave it
 
     @staticmethod
     def assigned(caches: Iterable[KVCache], config: Config) -> "LayerCaches":
@@ -173,15 +180,15 @@ class LayerCaches:
         if not self.caches:
             raise ValueError("there are no key-value caches: call set_kv_caches or assign_kv_caches first")
         self._recover()
-        plans, different = [], []
-        for cache in self.caches:
-            key = cache.plan_key()
-            plan = next((plan for known, plan in different if known == key), None)
-            if plan is None:
-                n_rows, T = (len(rows), list(sizes)) if packed else (len(sizes), sizes[0])
-                plan = cache.plan(input_pos, n_rows, T, rows, static)
-                different.append((key, plan))
-            plans.append(plan)
+        if not self._are_as_grouped():
+            self._groups = group(self.caches, self._groups)
+            self._grouped = changes.rows, list(self.caches)
+        n_rows, T = (len(rows), list(sizes)) if packed else (len(sizes), sizes[0])
+        plans: list[Plan | Unplanned] = [None] * len(self.caches)
+        for together in self._groups:
+            plan = together.caches[0].plan(input_pos, n_rows, T, rows, static)
+            for layer in together.layers:
+                plans[layer] = plan
         starts = list(plans[0].before if rows is None else [plans[0].before[row] for row in rows])
         if input_pos == 0 and max(sizes) > max_seq_length:  # a prefill attends to all of its tokens
             raise ValueError(
@@ -211,14 +218,39 @@ class LayerCaches:
         """
         self._inconsistent = True
         try:
-            output = layers(prepare_all(self.caches, plans, sink_logits))
-            for cache, plan in zip(self.caches, plans, strict=True):
-                cache.commit(plan)
+            output = layers(self._prepared(plans, sink_logits))
+            if self._are_as_grouped():
+                for together in self._groups:
+                    together.commit(plans[together.layers[0]])
+            else:
+                for cache, plan in zip(self.caches, plans, strict=True):
+                    cache.commit(plan)
         except BaseException:
             self.clear()
             raise
         self._inconsistent = False
         return output
+
+    def _are_as_grouped(self) -> bool:
+        """Whether the caches of each of `_groups` have equal plans as before, and share their numbers."""
+        noted, caches = self._grouped
+        return noted is changes.rows and caches == self.caches and self._groups[0].rows is not None
+
+    def _prepared(
+        self, plans: Sequence[Plan | Unplanned], sink_logits: Sequence[torch.Tensor | None]
+    ) -> Sequence[Plan | Unplanned]:
+        """What `KVCache.prepare` of each cache returns."""
+        if self._are_as_grouped() and not any(plans[one.layers[0]].needs_preparing for one in self._groups):
+            return plans
+        return prepare_all(self.caches, plans, sink_logits)
+
+    def memory(self) -> object:
+        """Another object than before if a cache may be another one, or have other parts or buffers."""
+        noted, caches, known = self._memory
+        if noted is not changes.memory or caches != self.caches or any(one.rows is None for one in self._groups):
+            known = object()
+            self._memory = changes.memory, list(self.caches), known
+        return known
 
     # -- rows, and going back
 

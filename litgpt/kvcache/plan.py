@@ -160,6 +160,11 @@ class Plan:
     fields_after: tuple[tuple[int, ...], ...] = ()
     together: Part | None = None
 
+    @property
+    def needs_preparing(self) -> bool:
+        """Whether caches may have something to do before the layers run."""
+        return bool(self.boundaries) or not any(self.before)
+
     @cached_property
     def without_boundaries(self) -> "Plan":
         """What is left after them."""

@@ -40,6 +40,14 @@ class PlannedKVCache(ComposedKVCache):
             IndexError: more tokens than there are slots, where the policy does not evict.
         """
 
+    @abstractmethod
+    def fields_after(self, plan: Plan) -> tuple[tuple[int, ...], ...]:
+        """The numbers of the rows after `plan`, as `row_fields`."""
+
+    def commit(self, plan: Plan) -> None:
+        """Note that `plan` was run."""
+        self._rows = RowState(*self.fields_after(plan))
+
     def forward(
         self,
         query: torch.Tensor,
@@ -167,6 +175,23 @@ class PlannedKVCache(ComposedKVCache):
         raise ValueError(
             f"query, key and value must be {dtype}, the cache's dtype, got {query.dtype}, {key.dtype}, {value.dtype}"
         )
+
+    # -- together with the caches of other layers
+
+    @property
+    def notes_changes(self) -> bool:
+        """Whether `litgpt.kvcache.changes` notes all that plans and kernels depend on: not that of methods made elsewhere."""
+        methods = [getattr(self, name) for name in ("plan_key", "prepare", "commit", "kept_queries")]
+        methods += [getattr(self.storage, name) for name in ("kernel_view", "kernel_codes")]
+        return all(method.__module__.startswith("litgpt.") for method in methods)
+
+    def has_rows(self, rows: RowState) -> bool:
+        """Whether these are the cache's own, not others with equal numbers."""
+        return self._rows is rows
+
+    def set_rows(self, rows: RowState) -> None:
+        """Share the numbers of rows, which have to be equal, with other caches, until this one gets others."""
+        self._rows = rows
 
     # -- calls again, in training
 

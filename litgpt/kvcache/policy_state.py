@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
+from litgpt.kvcache.changes import NotesChanges
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.kvcache.plan import Boundary, Step
 from litgpt.kvcache.policies.score import ScorePolicy
@@ -16,7 +16,7 @@ from litgpt.kvcache.tokens import CachedTokens
 BY_SLOT = ("positions", "slot_state")
 
 
-class PolicyState(nn.Module):
+class PolicyState(NotesChanges):
     """Buffers of a cache, those that its policy asks for:
 
     - `positions` (batch_size, G, C), int32: of the tokens that have stayed, in the first slots

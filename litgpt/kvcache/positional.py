@@ -66,17 +66,15 @@ class PositionalKVCache(PlannedKVCache):
     def plan_key(self) -> tuple:
         return self._policy_key, self.window, self._rows.lengths, *self._place
 
-    def commit(self, plan: Plan) -> None:
-        """Note that `plan` was run."""
-        rows = self._rows  # not attributes of the module's own, which take time to set in every layer of every step
+    def fields_after(self, plan: Plan) -> tuple[tuple[int, ...], ...]:
         oldest = (0,) * len(plan.after)
         if self.policy.evicts:
-            old = (rows.fields[1] + oldest)[: len(oldest)]
+            old = (self._rows.fields[1] + oldest)[: len(oldest)]
             oldest = tuple(
                 max(gone if before else 0, after - self.policy.reach)
                 for gone, before, after in zip(old, plan.before, plan.after, strict=True)
             )
-        rows.fields = plan.after, oldest
+        return plan.after, oldest
 
     def take_over(self, keys_values: KeysAndValues, length: int) -> None:
         """Hold what the policy keeps of the `length` tokens of the only row, which was empty."""

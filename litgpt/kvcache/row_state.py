@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 class RowState:
     """What changes with every call: for each of a cache's `ROW_FIELDS` one integer a row in use. The first ones are lengths."""
 
+    __slots__ = ("fields",)
+
     def __init__(self, *fields: tuple[int, ...]) -> None:
         self.fields = fields
 

@@ -128,9 +128,8 @@ class ScoreKVCache(PlannedKVCache):
     def plan_key(self) -> tuple:
         return self._policy_key, self._rows.fields, *self._place
 
-    def commit(self, plan: Plan) -> None:
-        """Note that `plan` was run."""
-        self._rows.fields = plan.fields_after
+    def fields_after(self, plan: Plan) -> tuple[tuple[int, ...], ...]:
+        return plan.fields_after
 
     def prepare(self, plan: Plan, sink_logits: torch.Tensor | None = None) -> Plan:
         if not plan.boundaries:
@@ -141,7 +140,7 @@ class ScoreKVCache(PlannedKVCache):
 
     def prepared(self, plan: Plan) -> Plan:
         """Note that the boundaries of `plan` are behind. Returns what is left of it."""
-        self._rows.fields = plan.fields_prepared
+        self._rows = RowState(*plan.fields_prepared)
         return plan.without_boundaries
 
     def _run_part(self, part: Part, new: NewTokens) -> torch.Tensor:

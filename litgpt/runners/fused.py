@@ -18,6 +18,7 @@ from litgpt.kernels import ops
 from litgpt.kernels.library import float32_library, library
 from litgpt.kernels.structs import PLAIN, Layer, Rope, Segment, Shape, StepPlan, TailSegment, Vectors, Weight, address
 from litgpt.kvcache import KVCache
+from litgpt.kvcache.layers import LayerCaches
 from litgpt.kvcache.new_tokens import NewTokens
 from litgpt.kvcache.plan import Part, Plan
 from litgpt.kvcache.planned import PlannedKVCache
@@ -121,8 +122,7 @@ class FusedLayers:
         self.inner_shape.final_norm = None
         self.plans = (StepPlan * len(layers))()
         self.scratch: torch.Tensor | None = None
-        self.caches: list[weakref.ref[KVCache]] = []  # `layers` point to their buffers
-        self.places: list[tuple[int, int, int | None, int]] = []
+        self.memory: object = None  # `LayerCaches.memory` when `layers` were pointed to the buffers of the caches
         modules = [module for block in self.blocks for module in block.modules()] + [model.transformer.ln_f]
         self.watch = ModuleWatch(modules, apart=model.kv_caches())
 
@@ -136,7 +136,7 @@ class FusedLayers:
     ) -> torch.Tensor | None:
         B, T = idx.shape
         model = self.model()
-        if self.watch.has_hooks() or not self.watch.is_unchanged() or not self._has_caches(model.kv_caches()):
+        if self.watch.has_hooks() or not self.watch.is_unchanged() or not self._has_caches(model.caches):
             return None
         different = list({id(plan): plan for plan in plans}.values())
         if B * T <= ops.MAX_ROWS and all(
@@ -227,21 +227,18 @@ class FusedLayers:
     def __deepcopy__(self, memo: dict) -> None:
         """A copy of the model runs its own layers, one by one."""
 
-    def _has_caches(self, caches: list[KVCache]) -> bool:
+    def _has_caches(self, caches: LayerCaches) -> bool:
         """Point `layers` to the buffers of the caches; False if a cache is not supported."""
-        if len(self.caches) == len(caches) and all(
-            ref() is cache for ref, cache in zip(self.caches, caches, strict=True)
-        ):
-            places = [_place(cache) for cache in caches]
-            if places == self.places:
-                return True
-        if not all(_is_supported_cache(cache, self.dtype) for cache in caches):
+        memory = caches.memory()
+        if self.memory is memory:
+            return True
+        if not all(_is_supported_cache(cache, self.dtype) for cache in caches.caches):
             return False
-        self.caches = []  # until all layers point to theirs: an interrupt can come in between
-        self.places = list(map(_place, caches))
-        for layer, cache, place in zip(self.layers, caches, self.places, strict=True):
-            layer.keys, layer.values, layer.queries, _ = place
-            layer.row_stride, layer.head_stride, _, _ = cache.storage.kernel_view()[0].stride()
+        self.memory = None  # until all layers point to theirs: an interrupt can come in between
+        for layer, cache in zip(self.layers, caches.caches, strict=True):
+            keys, values = cache.storage.kernel_view()
+            layer.keys, layer.values, layer.queries = map(address, (keys, values, cache.kept_queries()))
+            layer.row_stride, layer.head_stride, _, _ = keys.stride()
             layer.encoded = (Vectors * 2)(*(cache.storage.kernel_codes() or ()))
             slots = cache.head_slots
             layer.first_slots, layer.extra_slots = (None, None) if slots is None else map(address, slots)
@@ -253,13 +250,8 @@ class FusedLayers:
                 layer.query_row_stride, layer.query_head_stride, _, _ = cache.kept_queries().stride()
             if isinstance(cache, ScoreKVCache):
                 layer.positions, layer.sums = map(address, cache.policy_state.kept_numbers())
-        self.caches = list(map(weakref.ref, caches))  # without keeping their memory
+        self.memory = memory
         return True
-
-
-def _place(cache: PlannedKVCache) -> tuple[int, int, int | None, int]:
-    keys, values = cache._modules["storage"].kernel_view()  # `cache.storage` takes several times as long
-    return keys.data_ptr(), values.data_ptr(), address(cache.kept_queries()), cache.memory_version
 
 
 def _set_decode_plan(target: StepPlan, plan: Plan, B: int, T: int, dtype: torch.dtype) -> bool:

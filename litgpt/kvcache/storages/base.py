@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import nn
 
 from litgpt.kernels import ops
 from litgpt.kernels.structs import Vectors
 from litgpt.keys_and_values import DefaultKeysAndValues, KeysAndValues
+from litgpt.kvcache.changes import NotesChanges
 from litgpt.kvcache.params import KVCacheParams
 from litgpt.pages import zeros
 
 Index = slice | torch.Tensor
 
 
-class Storage(nn.Module, ABC):
+class Storage(NotesChanges, ABC):
     """Slots for keys and values: B rows x G heads x C slots. Knows nothing of positions or policies.
 
     What it holds is in buffers. Made of `KVCacheParams`, and of keyword arguments of its own.

@@ -181,7 +181,8 @@ class KiviStorage(Storage):
         """Nothing: what is read is copied, so autograd has saved none of the buffers."""
 
     def detach_graph(self) -> None:
-        self._through = None
+        if self._through is not None:
+            self._through = None
 
     def state(self, batch: int, used: int) -> dict[str, torch.Tensor]:
         n = sealed(used - 1, self.window)

@@ -59,7 +59,7 @@ class QuantizedStorage(Storage):
             self._detach_through()
             for buffer, new in zip(self._through, self._rounded(key, value, parts), strict=True):
                 write_slots(buffer, new, slots, rows)
-        else:
+        elif self._through is not None:
             self._through = None
         for buffer, new in zip(self.buffers(), parts, strict=True):
             write_slots(buffer, new, slots, rows)
@@ -121,7 +121,8 @@ class QuantizedStorage(Storage):
         """Nothing: codes are decoded into new tensors, so autograd has saved none of them; the others are new in each write."""
 
     def detach_graph(self) -> None:
-        self._through = None
+        if self._through is not None:
+            self._through = None
 
     # -- size and place
 
