@@ -5,10 +5,15 @@ from typing import Any
 import torch
 from torch import nn
 
-rows: object = object()
+
+class Change:
+    """One change; a class of its own, since compiled code cannot make an `object`."""
+
+
+rows = Change()
 """Another object after each change of the numbers of a cache's rows, but for calls of all layers, and of its memory."""
 
-memory: object = object()
+memory = Change()
 """Another object after each change that may leave a cache with other parts or other buffers."""
 
 
@@ -19,7 +24,7 @@ class NotesChanges(nn.Module):
         global rows
         if name == "_rows":
             self.__dict__[name] = value  # `nn.Module` would look for parameters, which takes longer
-            rows = object()
+            rows = Change()
         else:
             super().__setattr__(name, value)
             note()
@@ -43,4 +48,4 @@ class NotesChanges(nn.Module):
 def note() -> None:
     """Note that a cache may have other parts or other buffers."""
     global rows, memory
-    rows, memory = object(), object()
+    rows, memory = Change(), Change()
