@@ -1,7 +1,8 @@
 // Products of matrices in bfloat16 as they lie in memory, for weights that change or that two products read in two ways.
 //
-// C (M, N) = A (M, K) B (K, N), and a bias for each column. Each thread rearranges panels of B right before it multiplies many
-// rows with them: that takes a few percent of the time, and no memory.
+// C (M, N) = A (M, K) B (K, N), and a bias for each column. Each thread has rows of its own: it rearranges panels of B right before
+// it multiplies them with these, and where A lies column by column, its rows before all panels. That takes a few percent of the
+// time, little memory, and no thread waits for another's caches.
 
 #pragma once
 
@@ -15,8 +16,10 @@ struct Matrix {
 };
 
 struct MatrixProduct {
-    static constexpr int64_t ROW_BLOCK = 2048;    // rows of A that are rearranged at a time
-    static constexpr int64_t INPUT_BLOCK = 2048;  // inputs of a panel: it stays in the cache
+    static constexpr int64_t LEAST_ROWS = 96;         // of a block, for which rearranging a panel pays
+    static constexpr int64_t BLOCK_BYTES = 800 << 10;  // of a block that is rearranged, at most: it stays in the cache
+    static constexpr int64_t INPUT_BLOCK = 2048;      // inputs of a panel, at most, and of those in several
+    static constexpr int64_t SUM_BYTES = 1 << 20;     // where there are several for an output
 
     Matrix a, b;
     const bf16* bias;
@@ -25,59 +28,96 @@ struct MatrixProduct {
     bool adds;  // to what C is
 
     void run() const {
-        static thread_local Scratch<Input> a_scratch;
-        const int64_t size = padded(K);
-        const bool as_is = std::is_same_v<Input, bf16> && a.column == 1 && size == K;
-        Input* inputs = as_is ? nullptr : a_scratch.get(std::min(M, ROW_BLOCK) * size);
 #pragma omp parallel
-        for (int64_t m0 = 0; m0 < M; m0 += ROW_BLOCK) {
-            const int64_t rows = std::min(ROW_BLOCK, M - m0);
-            if (!as_is) rearrange(m0, rows, inputs, size);
-            const Rows x = as_is ? Rows{(const char*)a.at(m0, 0), a.row * int64_t(sizeof(bf16))}
-                                 : Rows{(const char*)inputs, size * int64_t(sizeof(Input))};
-            const int64_t passes = (rows + ROWS - 1) / ROWS, parts = panels() * passes, threads = omp_get_num_threads();
+        {
+            const int64_t threads = omp_get_num_threads(), n = blocks(threads), size = panels() * passes_of((M + n - 1) / n);
 #pragma omp for schedule(static)
             for (int64_t t = 0; t < threads; t++)
-                for (int64_t i = parts * t / threads, next; i < parts * (t + 1) / threads; i = next) {
-                    const int64_t u = i / passes, first = u * passes;
-                    next = std::min(parts * (t + 1) / threads, first + passes);
-                    multiply(u, x, rows * (i - first) / passes, rows * (next - first) / passes, m0);
+                for (int64_t i = n * size * t / threads, end = n * size * (t + 1) / threads, next; i < end; i = next) {
+                    const int64_t block = i / size, m0 = M * block / n;
+                    next = std::min(end, (block + 1) * size);
+                    Share{*this, m0, M * (block + 1) / n - m0, size / panels(), i - block * size, next - block * size}.multiply();
                 }
         }
     }
 
 private:
     static int64_t padded(int64_t K) { return (K + 31) / 32 * 32; }
+    static int64_t passes_of(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
     int64_t panels() const { return (N + BLOCK_TILE - 1) / BLOCK_TILE; }
     int64_t columns(int64_t u) const { return std::min<int64_t>(BLOCK_TILE, N - u * BLOCK_TILE); }
+    int64_t depth() const { return std::min(K, INPUT_BLOCK); }  // inputs at a time
+    bool is_as_multiplied() const { return std::is_same_v<Input, bf16> && a.column == 1 && (K % 32 == 0); }
 
-    // Rows [begin, end) of x, which are those from m0 on of A, by panel u of B
-    void multiply(int64_t u, const Rows& x, int64_t begin, int64_t end, int64_t m0) const {
-        static thread_local Scratch<uint32_t> panel_scratch;
-        static thread_local Scratch<float> sum_scratch;
-        uint32_t* panel = panel_scratch.get(padded(std::min(K, INPUT_BLOCK)) / 2 * BLOCK_TILE);
-        float part[ROWS * BLOCK_TILE], *sums = K > INPUT_BLOCK ? sum_scratch.get((end - begin) * BLOCK_TILE) : nullptr;
-        const int64_t first = u * BLOCK_TILE, count = columns(u), passes = (end - begin + ROWS - 1) / ROWS;
-        for (int64_t k0 = 0, k1; k0 < K; k0 = k1) {
-            k1 = std::min(K, k0 + INPUT_BLOCK);
-            lay_out(panel, u, k0, k1);
-            for (int64_t pass = 0; pass < passes; pass++) {
-                const int64_t m = begin + (end - begin) * pass / passes, n = begin + (end - begin) * (pass + 1) / passes - m;
-                bf16* y = c + (m0 + m) * N + first;
-                if (k1 < K)
-                    prefetch_panel(u, k1, std::min(K, k1 + INPUT_BLOCK), pass, passes);
-                else
-                    prefetch_panel(u + 1, 0, std::min(K, INPUT_BLOCK), pass, passes);
-                for (int64_t i = 0; i < n; i++) __builtin_prefetch(y + i * N, 1), __builtin_prefetch(y + i * N + count - 1, 1);
-                compute_block(panel, padded(k1 - k0), {x.start + m * x.stride + k0 * int64_t(sizeof(Input)), x.stride}, int(n), part);
-                for (int64_t i = 0; i < n; i++) {
-                    float *values = part + i * BLOCK_TILE, *before = sums + (m + i - begin) * BLOCK_TILE;
-                    for (int64_t j = 0; k0 && j < BLOCK_TILE; j += LANES) store(values + j, load(values + j) + load(before + j));
-                    if (k1 < K)
-                        std::copy_n(values, BLOCK_TILE, before);
-                    else
-                        store_values(values, first, count, y + i * N);
+    // Of rows
+    int64_t blocks(int64_t threads) const {
+        const int64_t bytes = is_as_multiplied() ? 0 : M * padded(depth()) * int64_t(sizeof(Input));
+        return std::max({std::min(M / LEAST_ROWS, threads), (bytes + BLOCK_BYTES - 1) / BLOCK_BYTES, int64_t(1)});
+    }
+
+    // A thread's part of the products of a block of `rows` rows from m0 on with all panels, `passes` with each
+    struct Share {
+        const MatrixProduct& of;
+        int64_t m0, rows, passes, from, to;
+
+        int64_t begin(int64_t u) const { return rows * std::max<int64_t>(0, from - u * passes) / passes; }
+        int64_t end(int64_t u) const { return rows * std::min(passes, to - u * passes) / passes; }
+
+        void multiply() const {
+            static thread_local Scratch<uint32_t> panel_scratch;
+            static thread_local Scratch<Input> input_scratch;
+            static thread_local Scratch<float> sum_scratch;
+            const int64_t K = of.K, depth = of.depth(), last = (to + passes - 1) / passes, size = padded(depth);
+            const int64_t group = depth == K ? last : std::max<int64_t>(1, SUM_BYTES / 4 / BLOCK_TILE / rows);
+            uint32_t* panel = panel_scratch.get(size / 2 * BLOCK_TILE);
+            Input* inputs = of.is_as_multiplied() ? nullptr : input_scratch.get(rows * size);
+            float* sums = depth == K ? nullptr : sum_scratch.get(std::min(group, last) * rows * BLOCK_TILE);
+            for (int64_t u0 = from / passes, u1; u0 < last; u0 = u1) {
+                u1 = std::min(last, u0 + group);
+                for (int64_t k0 = 0, k1; k0 < K; k0 = k1) {
+                    k1 = std::min(K, k0 + depth);
+                    if (inputs) of.rearrange(m0, rows, k0, k1, inputs, size);
+                    const Rows x = inputs ? Rows{(const char*)inputs, size * int64_t(sizeof(Input))}
+                                          : Rows{(const char*)of.a.at(m0, k0), of.a.row * int64_t(sizeof(bf16))};
+                    for (int64_t u = u0; u < u1; u++) {
+                        of.lay_out(panel, u, k0, k1);
+                        const Panel next = u + 1 < u1 ? Panel{u + 1, k0, k1} : k1 < K ? Panel{u0, k1, std::min(K, k1 + depth)}
+                                                                                    : Panel{u1, 0, u1 < last ? depth : 0};
+                        of.multiply(panel, {u, k0, k1}, x, m0, begin(u), end(u), sums + (u - u0) * rows * BLOCK_TILE, next);
+                    }
                 }
+            }
+        }
+    };
+
+    struct Panel {  // rows [k0, k1) of panel u
+        int64_t u, k0, k1;
+    };
+
+    // Rows [begin, end) of x, which are those from m0 on of A, by a panel; sums: of the panels before, if there are more
+    void multiply(const uint32_t* panel, const Panel& p, const Rows& x, int64_t m0, int64_t begin, int64_t end, float* sums,
+                  const Panel& next) const {
+        const int64_t first = p.u * BLOCK_TILE, count = columns(p.u), size = padded(p.k1 - p.k0), passes = passes_of(end - begin);
+        const bool is_first = p.k0 == 0, is_last = p.k1 == K, is_plain = count == BLOCK_TILE && !bias;
+        float part[ROWS * BLOCK_TILE];
+        for (int64_t pass = 0, m = begin, m1; pass < passes; pass++, m = m1) {
+            m1 = m + (end - m) / (passes - pass);
+            bf16* y = c + (m0 + m) * N + first;
+            prefetch_panel(next, pass, passes);
+            if (is_last)
+                for (int64_t i = 0; i < m1 - m; i++) __builtin_prefetch(y + i * N, 1), __builtin_prefetch(y + i * N + count - 1, 1);
+            compute_block(panel, size, {x.start + m * x.stride, x.stride}, int(m1 - m), part);
+            for (int64_t i = 0; i < m1 - m; i++, y += N) {
+                float *values = part + i * BLOCK_TILE, *before = sums + (m + i) * BLOCK_TILE;
+                if (!is_first) store_sums(values, before, values);
+                if (!is_last)
+                    std::copy_n(values, BLOCK_TILE, before);
+                else if (is_plain && adds)
+                    store_sums(values, y, y);
+                else if (is_plain)
+                    UNROLLED for (int j = 0; j < BLOCK_TILE; j += LANES) store(y + j, load(values + j));
+                else
+                    store_values(values, first, count, y);
             }
         }
     }
@@ -92,29 +132,35 @@ private:
                 lay_out_columns(panel + j, b.at(k0, u * BLOCK_TILE + std::min(j, count - 1)), b.column, count - j, n, padded(n));
     }
 
-    // Asks for one of `parts` of them, if there is such a panel. Inlined, or GCC leaves it out: it has no result.
-    INLINED void prefetch_panel(int64_t u, int64_t k0, int64_t k1, int64_t part, int64_t parts) const {
+    // Asks for one of `parts` of a panel, if there is such a panel. Inlined, or GCC leaves it out: it has no result.
+    INLINED void prefetch_panel(const Panel& p, int64_t part, int64_t parts) const {
         const bool by_row = b.column == 1;
-        const int64_t n = u == panels() ? 0 : by_row ? k1 - k0 : columns(u);
-        const int64_t bytes = (by_row ? columns(u) : k1 - k0) * int64_t(sizeof(bf16));
+        if (p.k0 == p.k1 || p.u == panels()) return;
+        const int64_t n = by_row ? p.k1 - p.k0 : columns(p.u);
+        const int64_t bytes = (by_row ? columns(p.u) : p.k1 - p.k0) * int64_t(sizeof(bf16));
         for (int64_t i = n * part / parts; i < n * (part + 1) / parts; i++) {
-            const bf16* line = by_row ? b.at(k0 + i, u * BLOCK_TILE) : b.at(k0, u * BLOCK_TILE + i);
+            const bf16* line = by_row ? b.at(p.k0 + i, p.u * BLOCK_TILE) : b.at(p.k0, p.u * BLOCK_TILE + i);
             for (int64_t j = 0; j < bytes; j += 64) __builtin_prefetch((const char*)line + j);
         }
     }
 
-    // Rows [m0, m0 + rows) of A, by all threads of a team
-    void rearrange(int64_t m0, int64_t rows, Input* inputs, int64_t size) const {
-#pragma omp for schedule(static)
+    // Inputs [k0, k1) of rows [m0, m0 + rows) of A
+    NOT_INLINED void rearrange(int64_t m0, int64_t rows, int64_t k0, int64_t k1, Input* inputs, int64_t size) const {
         for (int64_t m = 0; m < rows; m += BLOCK_TILE) {
             const int64_t count = std::min<int64_t>(BLOCK_TILE, rows - m);
             Input* own = inputs + m * size;
             if (a.column == 1)
                 for (int64_t i = 0; i < count; i++)
-                    prepare_inputs(a.at(m0 + m + i, 0), K, (char*)(own + i * size), size * sizeof(Input));
+                    prepare_inputs(a.at(m0 + m + i, k0), k1 - k0, (char*)(own + i * size), size * sizeof(Input));
             else
-                lay_out_transposed(own, size, a.at(m0 + m, 0), a.column, count, K, size);
+                lay_out_transposed(own, size, a.at(m0 + m, k0), a.column, count, k1 - k0, padded(k1 - k0));
         }
+    }
+
+    // y = a + b for a row of a panel
+    template <class T>
+    INLINED static void store_sums(const float* a, const T* b, T* y) {
+        UNROLLED for (int j = 0; j < BLOCK_TILE; j += LANES) store(y + j, load(a + j) + load(b + j));
     }
 
     void store_values(float* values, int64_t first, int64_t count, bf16* y) const {

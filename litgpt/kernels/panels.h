@@ -9,15 +9,17 @@
 INLINED void lay_out_columns(uint32_t* target, const bf16* x, int64_t stride, int64_t count, int64_t K, int64_t size) {
     for (int64_t k = 0; k < size; k += 2 * LANES) {
         Pairs part[LANES];
-        for (int64_t i = 0; i < LANES; i++) {
-            uint32_t padded[LANES] = {};
-            const bf16* own = x + i * stride + k;
-            const bool whole = i < count && k + 2 * LANES <= K;
-            if (!whole && i < count && k < K) std::memcpy(padded, own, (K - k) * sizeof(bf16));
-            part[i] = load_pairs(whole ? (const uint32_t*)own : padded);
+        if (count >= LANES && k + 2 * LANES <= K) {
+            UNROLLED for (int64_t i = 0; i < LANES; i++) part[i] = load_pairs((const uint32_t*)(x + i * stride + k));
+        } else {
+            for (int64_t i = 0; i < LANES; i++) {
+                uint32_t padded[LANES] = {};
+                if (i < count && k < K) std::memcpy(padded, x + i * stride + k, std::min<int64_t>(2 * LANES, K - k) * sizeof(bf16));
+                part[i] = load_pairs(padded);
+            }
         }
         transpose(part);
-        for (int64_t p = 0; p < LANES; p++) store_pairs(target + (k / 2 + p) * BLOCK_TILE, part[p]);
+        UNROLLED for (int64_t p = 0; p < LANES; p++) store_pairs(target + (k / 2 + p) * BLOCK_TILE, part[p]);
     }
 }
 
