@@ -37,6 +37,8 @@ _SIGNATURES = {  # by the names of libraries in build.py
         "attend_rows": [_POINTER] * 5 + [_COUNT] * 4 + [_POINTER] * 3 + [_FLOAT, ctypes.c_int],
         "attend_rows_backward": [_POINTER] * 10 + [_COUNT] * 4 + [_POINTER] * 3 + [_FLOAT, ctypes.c_int],
         "multiply_matrices": [_POINTER] * 4 + [_COUNT] * 7 + [ctypes.c_int],
+        "run_block": [_POINTER] * 2,
+        "run_block_backward": [_POINTER] * 4,
         "gate_values": [_POINTER] * 3 + [_COUNT] + [ctypes.c_int] * 2,
         "gate_values_backward": [_POINTER] * 5 + [_COUNT] + [ctypes.c_int] * 2,
         "drop_values": [_POINTER] * 2 + [_COUNT] * 2 + [ctypes.c_double, ctypes.c_int],

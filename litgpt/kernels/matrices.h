@@ -22,10 +22,9 @@ struct MatrixProduct {
     static constexpr int64_t SUM_BYTES = 1 << 20;     // where there are several for an output
 
     Matrix a, b;
-    const bf16* bias;
+    const bf16 *bias, *added;  // (N,), and (M, N), which may be C: what is added; null: nothing
     bf16* c;
     int64_t M, K, N;
-    bool adds;  // to what C is
 
     void run() const {
 #pragma omp parallel
@@ -103,21 +102,24 @@ private:
         for (int64_t pass = 0, m = begin, m1; pass < passes; pass++, m = m1) {
             m1 = m + (end - m) / (passes - pass);
             bf16* y = c + (m0 + m) * N + first;
+            const bf16* more = added ? added + (m0 + m) * N + first : nullptr;
             prefetch_panel(next, pass, passes);
-            if (is_last)
-                for (int64_t i = 0; i < m1 - m; i++) __builtin_prefetch(y + i * N, 1), __builtin_prefetch(y + i * N + count - 1, 1);
+            for (int64_t i = 0; is_last && i < m1 - m; i++) {
+                __builtin_prefetch(y + i * N, 1), __builtin_prefetch(y + i * N + count - 1, 1);
+                if (more != y && more) __builtin_prefetch(more + i * N), __builtin_prefetch(more + i * N + count - 1);
+            }
             compute_block(panel, size, {x.start + m * x.stride, x.stride}, int(m1 - m), part);
-            for (int64_t i = 0; i < m1 - m; i++, y += N) {
+            for (int64_t i = 0; i < m1 - m; i++, y += N, more += more ? N : 0) {
                 float *values = part + i * BLOCK_TILE, *before = sums + (m + i) * BLOCK_TILE;
                 if (!is_first) store_sums(values, before, values);
                 if (!is_last)
                     std::copy_n(values, BLOCK_TILE, before);
-                else if (is_plain && adds)
-                    store_sums(values, y, y);
+                else if (is_plain && more)
+                    store_sums(values, more, y);
                 else if (is_plain)
                     UNROLLED for (int j = 0; j < BLOCK_TILE; j += LANES) store(y + j, load(values + j));
                 else
-                    store_values(values, first, count, y);
+                    store_values(values, first, count, more, y);
             }
         }
     }
@@ -163,11 +165,11 @@ private:
         UNROLLED for (int j = 0; j < BLOCK_TILE; j += LANES) store(y + j, load(a + j) + load(b + j));
     }
 
-    void store_values(float* values, int64_t first, int64_t count, bf16* y) const {
+    void store_values(float* values, int64_t first, int64_t count, const bf16* more, bf16* y) const {
         if (bias)
             for (int64_t j = 0; j < count; j++) values[j] += widen(bias[first + j]);
         int64_t j = 0;
-        for (; j + LANES <= count; j += LANES) store(y + j, adds ? load(y + j) + load(values + j) : load(values + j));
-        for (; j < count; j++) y[j] = narrow(adds ? widen(y[j]) + values[j] : values[j]);
+        for (; j + LANES <= count; j += LANES) store(y + j, more ? load(more + j) + load(values + j) : load(values + j));
+        for (; j < count; j++) y[j] = narrow(more ? widen(more[j]) + values[j] : values[j]);
     }
 };

@@ -1,4 +1,4 @@
-"""The arguments of `run_layers`, `run_tails` and `run_looks`, as in layers.h and scored_cache.h."""
+"""The arguments of `run_layers`, `run_tails`, `run_looks` and `run_block`, as in layers.h, scored_cache.h and block.h."""
 
 import ctypes
 
@@ -136,6 +136,31 @@ class StepPlan(ctypes.Structure):
 
 class Rope(ctypes.Structure):
     _fields_ = [("cos", _POINTER), ("sin", _POINTER), ("row_stride", _COUNT)]
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [("eps", _FLOAT), ("offset", _FLOAT)]
+
+
+class Block(ctypes.Structure):
+    """A layer that is trained."""
+
+    _fields_ = [
+        *((name, _COUNT) for name in ("T", "E", "H", "G", "D", "I", "activation", "window", "n_rows")),
+        ("ends", ctypes.c_char_p),
+        ("numbers", Norm * 2),
+        ("scale", _FLOAT),
+        *((name, _POINTER) for name in ("cos", "sin")),
+        ("weights", _POINTER * 7),
+        ("kept", _POINTER * 7),
+    ]
+
+
+class Gradient(ctypes.Structure):
+    _fields_ = [("data", _POINTER), ("adds", _COUNT)]
+
+
+BlockGradients = Gradient * 7
 
 
 def address(x: torch.Tensor | None) -> int | None:

@@ -1,9 +1,7 @@
 // The kernels of training on CPUs as C functions: a library of its own, with products.cpp. Letters as in attention.py; M rows, K
 // inputs, N outputs.
 
-#include "matrices.h"
-#include "row_attention.h"
-#include "training.h"
+#include "block.h"
 
 // Attention of rows in float, or bfloat16 where `narrow` is not 0. The five numbers at `seen` are those of a `Seen`.
 struct RowCall {
@@ -51,8 +49,12 @@ void attend_rows_backward(const void* q, const void* k, const void* v, const voi
 // which is 1
 void multiply_matrices(const bf16* a, const bf16* b, const bf16* bias, bf16* c, int64_t M, int64_t K, int64_t N,
                        int64_t a_row, int64_t a_column, int64_t b_row, int64_t b_column, int adds) {
-    MatrixProduct{{a, a_row, a_column}, {b, b_row, b_column}, bias, c, M, K, N, adds != 0}.run();
+    MatrixProduct{{a, a_row, a_column}, {b, b_row, b_column}, bias, adds ? c : nullptr, c, M, K, N}.run();
 }
+
+void run_block(const Block* block, bf16* y) { block->forward(y); }
+
+void run_block_backward(const Block* block, const bf16* dy, bf16* dx, const BlockGradients* to) { block->backward(dy, dx, *to); }
 
 // Parts of a training step: see training.h. Numbers are float, or bfloat16 where `narrow` is not 0.
 void gate_values(const void* g, const void* x, void* y, int64_t n, int kind, int narrow) {
@@ -65,7 +67,7 @@ void gate_values(const void* g, const void* x, void* y, int64_t n, int kind, int
 void gate_values_backward(const void* g, const void* x, const void* dy, void* dg, void* dx, int64_t n, int kind, int narrow) {
     with_numbers(narrow, [&](auto number) {
         using T = decltype(number);
-        gate_backward((const T*)g, (const T*)x, (const T*)dy, (T*)dg, (T*)dx, n, kind);
+        gate_backward<T, 2>((const T*)g, (const T*)x, (const T*)dy, {(T*)dg, (T*)dx}, n, kind);
     });
 }
 
@@ -84,7 +86,7 @@ void norm_values_backward(const void* x, const void* w, const void* dy, void* dx
                           int64_t size, float eps, float offset, int narrow) {
     with_numbers(narrow, [&](auto number) {
         using T = decltype(number);
-        norm_backward((const T*)x, (const T*)w, (const T*)dy, (T*)dx, (T*)dw, factors, rows, size, eps, offset);
+        norm_backward<T>((const T*)x, (const T*)w, (const T*)dy, nullptr, (T*)dx, nullptr, (T*)dw, false, factors, rows, size, eps, offset);
     });
 }
 

@@ -65,13 +65,15 @@ void gate(const T* g, const T* x, T* y, int64_t n, int kind) {
     });
 }
 
-template <class T>
-void gate_backward(const T* g, const T* x, const T* dy, T* dg, T* dx, int64_t n, int kind) {
-    for_vectors<T, 3, 2>(n, {g, x, dy}, {dg, dx}, [kind](const Floats* in, Floats* out) {
+// Gradients of g and of x, and if there are three outputs what `gate` gives; each may take the place of an input.
+template <class T, int OUT>
+void gate_backward(const T* g, const T* x, const T* dy, T* const (&to)[OUT], int64_t n, int kind) {
+    for_vectors<T, 3, OUT>(n, {g, x, dy}, to, [kind](const Floats* in, Floats* out) {
         const Gate own(in[0], kind);
-        const Floats rest = in[0] * (all(1.0f) - own.share) * own.slope;
+        const Floats rest = in[0] * (all(1.0f) - own.share) * own.slope, gated = in[0] * own.share;
         out[0] = in[2] * in[1] * own.share * (all(1.0f) + rest);
-        out[1] = in[2] * in[0] * own.share;
+        out[1] = in[2] * gated;
+        if constexpr (OUT == 3) out[2] = gated * in[1];
     });
 }
 
@@ -144,26 +146,31 @@ void norm(const T* x, const T* w, T* y, int64_t rows, int64_t size, float eps, f
     }
 }
 
-// dw may be null; factors (rows,)
+// dx is added to `added`, dw to what is there if it `adds`; y is what `norm` gives. `added`, y and dw may be null; factors (rows,)
 template <class T>
-void norm_backward(const T* x, const T* w, const T* dy, T* dx, T* dw, float* factors, int64_t rows, int64_t size, float eps,
-                   float offset) {
+void norm_backward(const T* x, const T* w, const T* dy, const T* added, T* dx, T* y, T* dw, bool adds, float* factors, int64_t rows,
+                   int64_t size, float eps, float offset) {
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-        const T *own = x + r * size, *change = dy + r * size;
-        const float factor = factors[r] = norm_factor(own, size, eps);
+        const int64_t first = r * size;
+        const float factor = factors[r] = norm_factor(x + first, size, eps);
         Floats products = zeros();
         for (int64_t i = 0; i < size; i += LANES)
-            products = multiply_add(load(own + i) * load(change + i), load(w + i) + all(offset), products);
+            products = multiply_add(load(x + first + i) * load(dy + first + i), load(w + i) + all(offset), products);
         const Floats back = all(sum(products) * factor * factor * factor / size);
-        for (int64_t i = 0; i < size; i += LANES)
-            store(dx + r * size + i, load(change + i) * (load(w + i) + all(offset)) * all(factor) - load(own + i) * back);
+        for (int64_t i = 0; i < size; i += LANES) {
+            const int64_t at = first + i;
+            const Floats weight = (load(w + i) + all(offset)) * all(factor), own = load(x + at);
+            const Floats change = load(dy + at) * weight - own * back;
+            store(dx + at, added ? change + load(added + at) : change);
+            if (y) store(y + at, own * weight);
+        }
     }
     if (!dw) return;
 #pragma omp parallel for schedule(static)
     for (int64_t i = 0; i < size; i += 16) {
         Floats sums[16 / LANES];
-        std::fill_n(sums, 16 / LANES, zeros());
+        for (int j = 0; j < 16 / LANES; j++) sums[j] = adds ? load(dw + i + j * LANES) : zeros();
         for (int64_t r = 0; r < rows; r++)
             for (int j = 0; j < 16 / LANES; j++) {
                 const int64_t at = r * size + i + j * LANES;

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from litgpt.kernels.matrices import add_product
+from litgpt.kernels.structs import Gradient
 from litgpt.train.loss import add_rows
 
 
@@ -38,6 +39,12 @@ class KeptGradients:
 
     def _add_product(self, p: nn.Parameter, a: torch.Tensor, b: torch.Tensor) -> None:
         p.grad = add_product(self._places[p], a, b, adds=p.grad is not None)
+
+    def take(self, p: nn.Parameter) -> Gradient:
+        """Where a kernel puts or adds to the gradient of `p`."""
+        place, adds = self._places[p], p.grad is not None
+        p.grad = place
+        return Gradient(place.data_ptr(), adds)
 
     def embed(self, weight: nn.Parameter, ids: torch.Tensor) -> torch.Tensor:
         """Rows of `weight`, whose gradients are added to its own."""

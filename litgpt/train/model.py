@@ -12,6 +12,7 @@ from litgpt.kernels.matrices import replaces_torch
 from litgpt.lora import LoRALinear
 from litgpt.model import GPT, CausalSelfAttention, LLaMAMLP, RMSNorm
 from litgpt.train.attention import attention
+from litgpt.train.block import TrainedBlock
 from litgpt.train.cached_layers import CachedLayers
 from litgpt.train.keep_loss import KeepLoss, check_keeps_by_attention
 from litgpt.train.kept_gradients import KeptGradients
@@ -73,6 +74,9 @@ class TrainingModel(nn.Module):
         self.kept_gradients = kept = KeptGradients(trained)
         if self.cached_layers is not None:
             return
+        for block in self.gpt.transformer.h:
+            if TrainedBlock.fits(block, kept):
+                block.forward = TrainedBlock(block, kept)
         in_head = set(self.gpt.lm_head.modules())  # whose gradients are known before they are scaled
         for module in self.gpt.modules():
             if type(module) is RMSNorm and module.weight.requires_grad:
