@@ -380,7 +380,8 @@ class GPT(nn.Module):
 
         `attach=False`, for a moment only, leaves the layers theirs until `run_layers` needs the others.
         """
-        own, self.caches = self.caches, others
+        own = self.caches
+        object.__setattr__(self, "caches", others)  # twice in every step, and `nn.Module` looks for parameters first
         if attach:
             self.attach_kv_caches()
         return own

@@ -25,8 +25,8 @@ class RopeTable:
         self.short_context = short_context(config.rope_adjustments)
         self.cos = self.sin = torch.empty(0, config.rope_n_elem)
         self._long = False  # whether it has the long factors
-        self._rows: list[Rope] = []  # the table in the layers' format and dtype
-        self._rows_of: torch.Tensor | None = None  # the cosines that it was made of
+        self._tables: list[Rope] = []  # the table in the layers' format and dtype, (1, 1, positions, n)
+        self._tables_of: torch.Tensor | None = None  # the cosines that it was made of
 
     @property
     def length(self) -> int:
@@ -78,36 +78,37 @@ class RopeTable:
             long: use LongRoPE's long factors.
 
         Returns:
-            Pairs of (B or 1, 1, T, rope_n_elem), one for each kind of layer.
+            Contiguous pairs of (B or 1, 1, T, rope_n_elem), one for each kind of layer.
         """
         starts = [start] if isinstance(start, int) else start
         stop = max(map(sum, zip(starts, [T] * len(starts) if isinstance(T, int) else T, strict=True)))
         # twice the required length, so that a sequence that grows token by token seldom needs a larger table
         self.cover(stop, device, long, 2 * stop if stop > max_length else min(max_length, 2 * stop))
-        if self._rows_of is not self.cos or self._rows[0][0].dtype != dtype:
+        if self._tables_of is not self.cos or self._tables[0][0].dtype != dtype:
             with torch.inference_mode(False):
-                self._rows = _signed(self.cos.to(dtype), self.sin.to(dtype), self.config.rope_n_elem)
-                self._rows_of = self.cos
+                self._tables = _signed(self.cos.to(dtype), self.sin.to(dtype), self.config.rope_n_elem)
+                self._tables_of = self.cos
         if isinstance(start, int):
-            return [(cos[start:stop][None, None], sin[start:stop][None, None]) for cos, sin in self._rows]
+            return [(cos.narrow(2, start, T), sin.narrow(2, start, T)) for cos, sin in self._tables]
         if isinstance(T, int):
             positions = device_tensor(list(start), device)[:, None] + torch.arange(T, device=device)
         else:
             spans = zip(start, T, strict=True)
             positions = torch.cat([torch.arange(a, a + size, device=device) for a, size in spans])[None]
         positions = positions.unsqueeze(1)
-        return [(cos[positions], sin[positions]) for cos, sin in self._rows]
+        return [(cos[0, 0, positions], sin[0, 0, positions]) for cos, sin in self._tables]
 
 
 def _signed(cos: torch.Tensor, sin: torch.Tensor, n: int) -> list[Rope]:
-    """Cosines and sines (positions, n) in the format of `rotate`, from one table or several in the last dimension."""
+    """Cosines and sines (1, 1, positions, n) in the format of `rotate`, from one table or several in the last dimension."""
     if cos.ndim == 2:
         cos, sin = cos.unsqueeze(-1), sin.unsqueeze(-1)
     if n == 1:  # LitGPT and transformers duplicate it, so it counts twice in the product of query and key
         cos, sin = cos[:, :1] * 2**0.5, sin[:, :1] * 2**0.5
     left, right = sin.split((n - n // 2, n // 2), dim=1)
     sin = torch.cat((-left, right), dim=1)
-    return [(c.contiguous(), s.contiguous()) for c, s in zip(cos.unbind(-1), sin.unbind(-1), strict=True)]
+    tables = [[x.contiguous()[:, None, None].transpose(0, 2) for x in both.unbind(-1)] for both in (cos, sin)]
+    return list(zip(*tables, strict=True))  # the number of positions is in no stride: compiled code would notice
 
 
 def rotate(x: torch.Tensor, rope: Rope | None, interleave: bool = False) -> torch.Tensor:

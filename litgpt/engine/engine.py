@@ -289,7 +289,7 @@ class Engine:
         sequences = [rows[i] for i in decoding]
         unused = dict.fromkeys(called, T)  # tokens to rewind; idle rows stay empty
         if T == 1:
-            released = self._draw(sequences, logits[:, -1])
+            released = self._draw(sequences, logits.select(1, -1))
             unused |= dict.fromkeys(decoding, 0)
         else:
             released = []
@@ -317,7 +317,8 @@ class Engine:
     def _draw(self, sequences: abc.Sequence[Sequence], logits: torch.Tensor) -> Released:
         """Draw the next token of each sequence, from logits (B, V)."""
         tokens = check_tokens(self.model.broadcast_tokens(draw(logits, sequences).tolist()))
-        return [(one, one.append(token, x)) for one, token, x in zip(sequences, tokens, logits, strict=True)]
+        of_rows = logits if any(one.logprobs is not None for one in sequences) else [None] * len(tokens)
+        return [(one, one.append(token, x)) for one, token, x in zip(sequences, tokens, of_rows, strict=True)]
 
     # -- failures
 

@@ -132,9 +132,9 @@ class Sequence:
         """Logits (V,) of the next token after penalties, bias and processors, float32."""
         return self.sampling.adjust(logits, self.tokens, self.prompt_length)
 
-    def append(self, token: int, logits: torch.Tensor) -> list[int]:
-        """Append a token drawn from the model's `logits` (V,), which may finish the sequence. Returns the tokens that are now
-        known to be output."""
+    def append(self, token: int, logits: torch.Tensor | None) -> list[int]:
+        """Append a token, which may finish the sequence, drawn from the model's `logits` (V,), which log-probabilities need.
+        Returns the tokens that are now known to be output."""
         if self.logprobs is not None:
             drawn, top = self._logprobs(logits[None], [token])
             self.token_logprobs += drawn

@@ -449,7 +449,8 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
     """The likeliest token of each row of logits (B, N), the first of equally likely ones, (B,) int64; -1 where logits are NaN or inf,
     or all are -inf."""
     logits = logits.contiguous()
-    (B, N), tokens = logits.shape, torch.empty(len(logits), dtype=torch.int64)
+    B, N = logits.shape
+    tokens = logits.new_empty(B, dtype=torch.int64)
     library().find_likeliest(logits.data_ptr(), tokens.data_ptr(), B, N)
     return tokens
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from litgpt.device_tensor import device_tensor
+from litgpt.device_tensor import device_tensor, position_tensor
 from litgpt.kvcache.plan import Part, Plan, Ring, Step, plan_parts
 from litgpt.kvcache.policies.base import PositionalPolicy
 from litgpt.masks import Consecutive, PositionMask, position_bias
@@ -42,6 +42,9 @@ def plan_call(
         row_index = None if rows is None else device_tensor(list(rows), device)
         parts = [Part([_decode_step(policy, window, before, dtype, device, static)], rows=row_index)]
         return Plan(parts, tuple(lengths), tuple(after))
+    if T == 1 and rows is None:
+        parts = [Part(_uniform_steps(policy, window, before[0], 1, dtype, device))]
+        return Plan(parts, tuple(lengths), tuple(length + 1 for length in lengths))
     return plan_by_length(
         lengths,
         rows,
@@ -90,7 +93,7 @@ def _uniform_steps(
                 slots=policy.slots(written),
             )
         ]
-    new = torch.arange(start, stop, device=device)
+    new = position_tensor(start, device) if T == 1 else torch.arange(start, stop, device=device)
     if stop <= policy.cache_length:
         first = 0 if window is None else max(0, start + 1 - window)
         return [

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from litgpt.device_tensor import device_tensor
+from litgpt.device_tensor import device_tensor, position_tensor
 from litgpt.kvcache.plan import Boundary, Part, Plan, Step, plan_parts
 from litgpt.kvcache.policies.score import ScorePolicy
 from litgpt.kvcache.tails import Piece, RowNumbers, Tails, cut
@@ -118,6 +118,12 @@ class _Planner:
                 first, boundary = boundary, None
             stop = filled + piece.size
             evicts = piece.prompt and piece.size > self.policy.cache_length
+            slots = None
+            if not evicts:
+                single = piece.size == 1
+                slots = (
+                    position_tensor(filled, self.device) if single else torch.arange(filled, stop, device=self.device)
+                )
             steps.append(
                 Step(
                     whole,
@@ -125,7 +131,7 @@ class _Planner:
                     new=whole if filled == 0 else None,
                     consecutive=Consecutive(piece.size, stop, None, self.dtype, self.device),
                     write=None if evicts else whole,
-                    slots=None if evicts else torch.arange(filled, stop, device=self.device),
+                    slots=slots,
                     write_first=filled > 0,
                     boundary=boundary,
                     prompt=piece.prompt,

@@ -106,7 +106,8 @@ class FusedLayers:
         self.dtype = model.dtype
         self.kernels = float32_library() if self.dtype == torch.float32 else library()
         self.blocks = list(model.transformer.h)
-        self.layers = (Layer * len(layers))(*layers)
+        self.layers = list((Layer * len(layers))(*layers))  # which share the array; its items are new objects each time
+        self.plan_of_layer = [0] * len(layers)  # as `layers` have it
         self.has_low_rank = any(
             getattr(layer, name).rank for layer in layers for name in WEIGHTS
         )  # in decode steps only
@@ -120,7 +121,10 @@ class FusedLayers:
         )
         self.inner_shape = Shape.from_buffer_copy(self.shape)  # of layers that others follow
         self.inner_shape.final_norm = None
-        self.plans = (StepPlan * len(layers))()
+        self._plans = (StepPlan * len(layers))()
+        self.plans = list(self._plans)
+        self._ropes = (Rope * len(layers))()
+        self.ropes = list(self._ropes)
         self.scratch: torch.Tensor | None = None
         self.memory: object = None  # `LayerCaches.memory` when `layers` were pointed to the buffers of the caches
         modules = [module for block in self.blocks for module in block.modules()] + [model.transformer.ln_f]
@@ -138,12 +142,14 @@ class FusedLayers:
         model = self.model()
         if self.watch.has_hooks() or not self.watch.is_unchanged() or not self._has_caches(model.caches):
             return None
-        different = list({id(plan): plan for plan in plans}.values())
-        if B * T <= ops.MAX_ROWS and all(
+        ids = list(map(id, plans))
+        different = list(dict(zip(ids, plans, strict=True)).values())
+        is_prefill = B * T > ops.MAX_ROWS or not all(
             _set_decode_plan(*pair, B, T, self.dtype) for pair in zip(self.plans, different, strict=False)
-        ):
-            pass
-        elif self._has_prefill():
+        )
+        if is_prefill:
+            if not self._has_prefill():
+                return None
             evictions = any(part.tails is not None for plan in different for part in plan.parts)
             segments = [_segments(plan, B, T) for plan in different]
             if None in segments or (evictions and not self.runs_evictions(model.kv_caches())):
@@ -151,17 +157,17 @@ class FusedLayers:
             for target, (own, tails) in zip(self.plans, segments, strict=False):
                 target.segments, target.n_segments = ctypes.addressof(own), len(own)
                 target.tails, target.n_tails = ctypes.addressof(tails), len(tails)
-        else:
-            return None
-        numbers = {id(plan): number for number, plan in enumerate(different)}
-        for layer, plan in zip(self.layers, plans, strict=True):
-            layer.plan = numbers[id(plan)]
-        tables = [(cos.contiguous(), sin.contiguous()) for cos, sin in rope]
-        ropes = (Rope * len(tables))(
-            *(Rope(cos.data_ptr(), sin.data_ptr(), cos.stride(0) if len(cos) > 1 else 0) for cos, sin in tables)
-        )
+        plan_of_layer = list(map(list(map(id, different)).index, ids))
+        if plan_of_layer != self.plan_of_layer:
+            self.plan_of_layer = []  # until all layers have theirs: an interrupt can come in between
+            for layer, number in zip(self.layers, plan_of_layer, strict=True):
+                layer.plan = number
+            self.plan_of_layer = plan_of_layer
+        for target, (cos, sin) in zip(self.ropes, rope, strict=False):
+            target.cos, target.sin = cos.data_ptr(), sin.data_ptr()
+            target.row_stride = cos.stride(0) if len(cos) > 1 else 0
         x, scratch, rows = model.embed(idx).contiguous(), None, None
-        if is_prefill := bool(self.plans[0].n_segments or self.plans[0].n_tails):
+        if is_prefill:
             scratch = self._scratch(B * T * self._scratch_of_token(), x)
             rows = None if output_tokens is None else (ctypes.c_int64 * len(output_tokens))(*output_tokens)
         looks = [i for i, plan in enumerate(plans) if _is_looked_at(plan)] if is_prefill else []
@@ -173,8 +179,8 @@ class FusedLayers:
                 *(
                     ctypes.byref(self.layers[first]),
                     stop + 1 - first,
-                    self.plans,
-                    ropes,
+                    self._plans,
+                    self._ropes,
                     x.data_ptr(),
                     address(scratch),
                 ),

@@ -9,6 +9,7 @@ from operator import is_
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 class ModuleWatch:
@@ -17,6 +18,7 @@ class ModuleWatch:
     def __init__(self, modules: Iterable[nn.Module], apart: Iterable[nn.Module] = ()) -> None:
         apart = {id(part) for module in apart for part in module.modules()}
         self.hooks: list[dict] = []
+        self.handles = (-1, -1)  # of hooks that there were in the process when no module had one, the last two times
         found: list[tuple[dict, str]] = []
         for module in modules:
             if id(module) in apart:
@@ -31,8 +33,18 @@ class ModuleWatch:
         self.addresses = list(map(torch.Tensor.data_ptr, self.tensors))
 
     def has_hooks(self) -> bool:
-        """Whether a module has forward hooks now."""
-        return any(self.hooks)
+        """Whether a module has forward hooks now.
+
+        Modules are looked at if there were new hooks anywhere, and once more: another thread takes a number first, and then adds
+        its hook.
+        """
+        handle = RemovableHandle.next_id
+        if self.handles == (handle, handle):
+            return False
+        if any(self.hooks):
+            return True
+        self.handles = self.handles[1], handle
+        return False
 
     def is_unchanged(self) -> bool:
         """Whether all tensors and children are the same objects, at the same addresses."""
