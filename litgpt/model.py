@@ -111,7 +111,8 @@ class GPT(nn.Module):
     def dtype(self) -> torch.dtype:
         """The data type that the model computes in."""
         wte = self.transformer.wte
-        return wte.weight.dtype if wte.weight.is_floating_point() else wte.dtype  # of a quantised table
+        weight = wte.weight
+        return weight.dtype if weight.is_floating_point() else wte.dtype  # of a quantised table
 
     @property
     def static_shapes(self) -> bool:

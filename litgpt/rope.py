@@ -80,8 +80,10 @@ class RopeTable:
         Returns:
             Contiguous pairs of (B or 1, 1, T, rope_n_elem), one for each kind of layer.
         """
-        starts = [start] if isinstance(start, int) else start
-        stop = max(map(sum, zip(starts, [T] * len(starts) if isinstance(T, int) else T, strict=True)))
+        if isinstance(start, int):
+            stop = start + T
+        else:
+            stop = max(map(sum, zip(start, [T] * len(start) if isinstance(T, int) else T, strict=True)))
         # twice the required length, so that a sequence that grows token by token seldom needs a larger table
         self.cover(stop, device, long, 2 * stop if stop > max_length else min(max_length, 2 * stop))
         if self._tables_of is not self.cos or self._tables[0][0].dtype != dtype:

@@ -15,6 +15,8 @@ def draw(logits: torch.Tensor, sequences: abc.Sequence[Sequence]) -> torch.Tenso
     """
     if any(sequence.sampling.adjusts for sequence in sequences):
         logits = torch.stack([sequence.adjust(x) for sequence, x in zip(sequences, logits, strict=True)])
+    if len(sequences) == 1:
+        return _draw_alike(logits, sequences)
     groups: dict[tuple | None, list[int]] = defaultdict(list)
     for i, sequence in enumerate(sequences):
         s = sequence.sampling
