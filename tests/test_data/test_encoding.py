@@ -153,6 +153,14 @@ def test_a_greeting_is_read_and_not_learned(style):
         encode_sample({"messages": talk[:1]}, tokenizer, style)
 
 
+def test_fields_of_a_conversation_beside_its_messages_do_not_decide_what_is_learned():
+    tokenizer = tokenizer_of(*TEMPLATES["chatml"][:3])
+    style = ChatTemplate.from_tokenizer(tokenizer)
+    plain, more = (encode_sample({"messages": TALK, **own}, tokenizer, style) for own in ({}, {"learn": "last"}))
+    assert np.array_equal(more.ids, plain.ids)
+    assert np.array_equal(more.counted, plain.counted)
+
+
 def test_the_prompt_is_what_the_model_sees_when_it_answers():
     for name, (template, bos, ends, _) in TEMPLATES.items():
         tokenizer = tokenizer_of(template, bos, ends)
