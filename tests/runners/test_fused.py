@@ -768,3 +768,26 @@ def test_calls_within_which_tokens_are_evicted(name, rows):
     assert done == [True] * 2
     for one, other in zip(positions, fused_positions, strict=True):
         assert (one == other).float().mean() > 0.6
+
+
+@pytest.mark.parametrize("name", ["dense", "dense-int8", "snapkv"])
+def test_buffers_in_place_of_others_are_noticed(name):
+    model = bf16_gpt()
+    speed_up_decode(model)
+    expected = run(model, [9, 1, 1, 1], name=name, cache_length=40)
+    done = count(model)
+    run(model, [9, 1], name=name, cache_length=40)
+    idx = torch.randint(0, 90, (1, 12), generator=torch.Generator().manual_seed(1))
+    outputs = []
+    for position, part in ((10, "storage"), (11, "policy_state" if name == "snapkv" else "storage")):
+        for cache in model.kv_caches():
+            owner = getattr(cache, part)
+            old = dict(owner.named_buffers())
+            for key, buffer in old.items():
+                setattr(owner, key, buffer.clone())
+                buffer.fill_(7)
+        with torch.inference_mode():
+            outputs.append(model(idx[:, position : position + 1], position))
+        assert all((buffer == 7).all() for buffer in old.values()), "nothing is written to the old ones"
+    assert done[-2:] == [True, True]
+    assert torch.equal(torch.cat(outputs, dim=1).float(), expected[:, 10:])
