@@ -45,6 +45,7 @@ def _pretrain(options: PretrainOptions) -> None:
     if options.data is None:
         options.data = TinyLlama()
     options.check()
+    options.check_model(config)
     tokenizer = None
     if options.initial_checkpoint_dir is not None:
         options.initial_checkpoint_dir = find_checkpoint(options.initial_checkpoint_dir)

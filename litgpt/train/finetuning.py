@@ -42,6 +42,7 @@ def finetune_command(method: str, options: FinetuneOptions) -> dict[str, float]:
     options.check()
     checkpoint = open_checkpoint(find_checkpoint(options.checkpoint_dir, options.access_token))
     way.check(checkpoint.quantization)
+    options.check_model(checkpoint.config)
     resume = options.resume_path(way.suffix)
     fabric = make_fabric(options, f"finetune-{checkpoint.config.name}", checkpoint.config, resume is not None)
     config = way.extend(checkpoint.config, options, **_adapter_fields(way, checkpoint))
@@ -120,6 +121,7 @@ def finetune(
     way.check(llm.model.quantization)
     chosen, config = _options(way, llm, data, out_dir, options)
     chosen.check()
+    chosen.check_model(base)
     if chosen.divides_weights:
         raise ValueError("strategy='fsdp' leaves the weights divided, and no LLM to generate with: use 'ddp'")
     resume = chosen.resume_path(way.suffix)

@@ -8,6 +8,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from litgpt.args import EvalArgs, LogArgs, TrainArgs
 from litgpt.atomic_file import check_folder
 from litgpt.checkpoint.base import WEIGHTS_NAME
@@ -98,6 +100,14 @@ class Options:
             name for name in ("teacher", "keep_inputs", "keep_loss") if getattr(train, name) not in (None, "device", 0)
         ]:
             raise ValueError(f"--train.{unused[0]} is for training through a key-value cache: name it with --kv_cache")
+
+    def check_model(self, config: Config) -> None:
+        """Refuse a cache that a model cannot have, before its weights are read."""
+        if (spec := self.cache_spec()) is not None:
+            try:
+                spec.create(config, 1, torch.device("meta"))
+            except ValueError as error:
+                raise UsageError(f"--kv_cache: {error}") from None
 
     def _check_cache(self, spec: CacheSpec) -> None:
         try:
