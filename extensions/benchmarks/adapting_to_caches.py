@@ -184,8 +184,8 @@ def train(args, path: Path, model, texts: "Texts", seed: int, layers, distil: bo
     take()
     saved = time.monotonic()
     for step in range(len(losses), args.steps):
-        if args.keep_loss and layers is not None and not distil:
-            loss = loss_with_keep_loss(args, model, layers, *texts.batch(seed, 2 * step + 1))
+        if args.keep_loss and not distil:
+            loss = loss_of_question_text(args, model, layers, *texts.batch(seed, 2 * step + 1))
         else:
             ids, labels = texts.batch(seed, step)
             loss = training(ids, labels) / (labels >= 0).sum()
@@ -210,16 +210,19 @@ def train(args, path: Path, model, texts: "Texts", seed: int, layers, distil: bo
     return losses
 
 
-def loss_with_keep_loss(args, model, layers, ids, labels):
-    """The mean loss of answers, of which the loss on what is kept says what they need; and that of the text before the first one,
-    without which a model forgets how such texts go on."""
+def loss_of_question_text(args, model, layers, ids, labels):
+    """The mean loss of answers and that of the text before the first one, without which a model forgets how such texts go on; through a
+    cache also that of what is kept, of which answers alone say what they need."""
     from torch.nn.functional import cross_entropy
 
     from litgpt.train.keep_loss import KeepLoss
 
     answers = labels[0] >= 0
     keeping = KeepLoss(answers, model)
-    outputs = model.transformer.ln_f(layers.last_outputs(ids, None, keeping))[0]
+    if layers is None:
+        outputs = model(ids, skip_lm_head=True)[0]
+    else:
+        outputs = model.transformer.ln_f(layers.last_outputs(ids, None, keeping))[0]
     before = slice(0, int(answers.nonzero()[0]))
     loss = cross_entropy(model.logits(outputs[answers]).float(), labels[0, answers])
     loss = loss + cross_entropy(model.logits(outputs[before]).float(), ids[0, before.start + 1 : before.stop + 1])

@@ -1,8 +1,9 @@
 """A loss on what caches keep that score tokens by the attention they get: what decides about evictions has no gradients else.
 
-A token that is needed later stays only if it gets attention all the time until then. So the newest tokens of every chunk have
-to attend to it as much, and a margin more, as to the middle one of the stored tokens. Which tokens are needed in a layer, the
-attention of its heads says, that of those tokens which the loss of next tokens counts, to all before them, evicted or not.
+A token that a head needs later stays only if it gets attention all the time until then. So the newest tokens of every chunk have
+to attend to it as much, and a margin more, as to the middle one of the stored tokens. What a head needs, the attention of its own
+queries says, those of tokens which the loss of next tokens counts, to all before them, evicted or not: prose, which other heads
+predict, is hardly changed.
 
 Letters: G key/value heads, a query heads that share each, N tokens of all rows, n stored ones of a row, T tokens of a row in a
 chunk, K needed ones, D head size.
@@ -52,13 +53,13 @@ class LayerKeepLoss:
 
     def __init__(self, of_all: KeepLoss, tokens: StoredTokens, begins: Sequence[int]) -> None:
         self.of_all, self.tokens, self.begins = of_all, tokens, begins
-        self.needed: dict[int, torch.Tensor] = {}  # of rows: (tokens,), the attention of counted tokens to each
+        self.needed: dict[int, torch.Tensor] = {}  # of rows: (G, tokens), the attention of counted tokens to each
 
     @torch.enable_grad()  # in a backward pass
     def chunk(
         self, chunk: Chunk, query: torch.Tensor, key: torch.Tensor, stored: torch.Tensor, filled: Sequence[int]
     ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """For every row that has a loss in a chunk: the loss, the places (1, 1, K) of needed tokens, and their keys (1, G, K, D), from which
+        """For every row that has a loss in a chunk: the loss, the places (1, G, K) of needed tokens, and their keys (1, G, K, D), from which
         it has gradients, as it has from the others.
 
         Args:
@@ -77,10 +78,10 @@ class LayerKeepLoss:
     def _loss(
         self, needed: torch.Tensor, q: torch.Tensor, own: torch.Tensor, old: torch.Tensor, begin: int, start: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        past = needed[N_SINK:start]
-        weights, places = past.topk(min(NEEDED, len(past)), sorted=False)
-        weights = weights / needed.sum()
-        places, K = (places + begin + N_SINK)[None, None], len(weights)
+        past = needed[:, N_SINK:start]
+        weights, places = past.topk(min(NEEDED, past.shape[1]), sorted=False)
+        weights = weights / needed.sum(-1, keepdim=True)
+        places, K = (places + begin + N_SINK)[None], weights.shape[1]
         leaf = self.tokens.at(places)[0].requires_grad_()
         scores = _scores(q[:, :, -NEWEST:], torch.cat((old, own), dim=1), self.of_all.scale, leaf[0])
         middle = scores[:, K + N_SINK : K + old.shape[1]].detach().median(-1, keepdim=True).values
@@ -98,11 +99,11 @@ class LayerKeepLoss:
         looking = looking[:: -(-n // LOOKING)]
         keys = own if not start else torch.cat((self.tokens.at([[(begin, begin + start)]])[0][0], own), dim=1)
         seen = _logits(q[:, :, looking], keys, start + looking, self.of_all.scale).softmax(-1)
-        seen = seen.mean((0, 1)).sum(0) * (n / len(looking))
+        seen = seen.mean(1).sum(1) * (n / len(looking))
         if row not in self.needed:  # no later token is counted
             self.needed[row] = seen
         else:
-            self.needed[row][: len(seen)] += seen
+            self.needed[row][:, : seen.shape[1]] += seen
 
 
 def exact(dtype: torch.dtype) -> torch.dtype:

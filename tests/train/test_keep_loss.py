@@ -46,13 +46,13 @@ def written_out(q, k, counted, scale):
         later = [t for t in range(end, T) if counted[t]]
         if not later:
             continue
-        needed = weights[:, :, later].mean((0, 1)).sum(0).detach()
+        needed = weights[:, :, later].mean(1).sum(1).detach()
         newest = weights[:, :, max(start, end - 5) : end]  # no token is newer
         scores = newest.sum((1, 2))[:, :start].log()
         for g in range(G):
             middle = scores[g, 2:].detach().median()
-            for j in (2 + needed[2:start].argsort(descending=True)[:6]).tolist():
-                share = needed[j] / needed.sum()
+            for j in (2 + needed[g, 2:start].argsort(descending=True)[:6]).tolist():
+                share = needed[g, j] / needed[g].sum()
                 total = total + share * (middle + keep_loss.MARGIN - scores[g, j]).relu() / G
     return total
 
@@ -97,9 +97,9 @@ def test_needed_tokens_that_are_gone_are_scored_beside_those_that_are_stored(few
     old = torch.cat((k[:, :, stored], k[:, :, :1]), dim=2)
     ((found, places, leaf),) = layer.chunk(middle, q[:, :, 8:16], k[:, :, 8:16], old, [5])
     seen = [(k[0, h // a] @ q[0, h, 23] * model.mha.scale).softmax(0) for h in range(G * a)]
-    needed, expected = torch.stack(seen).mean(0), 0.0
-    assert sorted(places.flatten().tolist()) == [2, 3, 4, 5, 6, 7]
-    torch.testing.assert_close(leaf, k[:, :, places.flatten()])
+    needed, expected = torch.stack(seen).unflatten(0, (G, a)).mean(1), 0.0
+    assert [sorted(of_head) for of_head in places[0].tolist()] == [[2, 3, 4, 5, 6, 7]] * G
+    torch.testing.assert_close(leaf[0], torch.stack([k[0, g, places[0, g]] for g in range(G)]))
     for g in range(G):
         heads = range(g * a, g * a + a)
         scores = torch.zeros(8, dtype=torch.float64)
@@ -108,7 +108,7 @@ def test_needed_tokens_that_are_gone_are_scored_beside_those_that_are_stored(few
                 logits = (k[0, g] @ q[0, h, t] * model.mha.scale).exp()
                 scores += logits[:8] / logits[[*stored, *range(8, t + 1)]].sum()
         limit = scores.log()[[4, 6, 7]].median() + keep_loss.MARGIN
-        expected = expected + (needed[2:8] * (limit - scores.log()[2:]).relu()).sum() / G
+        expected = expected + (needed[g, 2:8] * (limit - scores.log()[2:]).relu()).sum() / G
     torch.testing.assert_close(found, expected)
 
 
