@@ -24,7 +24,8 @@ class JSON(SFTModule):
 
     A sample has `instruction`, `output` and perhaps `input`; or it is a conversation: `messages` with `role` and `content`,
     or `conversations` with `from` and `value`. Conversations are rendered by the checkpoint's own chat template, unless a
-    style other than Alpaca's is named, and only what the assistant says is learned. Fields: see `SFTModule`.
+    style other than Alpaca's is named, and only what the assistant says is learned, unless `mask_prompt` is false (default: of
+    conversations true, of instructions false, as in LitGPT). Fields: see `SFTModule`.
     """
 
     json_path: Path
@@ -32,7 +33,7 @@ class JSON(SFTModule):
     def __init__(
         self,
         json_path: Path,
-        mask_prompt: bool = False,
+        mask_prompt: bool | None = None,
         val_split_fraction: float | None = None,
         prompt_style: str | PromptStyle = "alpaca",
         ignore_index: int = IGNORE_INDEX,
@@ -62,10 +63,11 @@ class JSON(SFTModule):
 
     def samples(self) -> Splits:
         train, val = self.get_splits()
-        if any("messages" in sample for sample in [*train, *val]):
-            self.mask_prompt = True
-            if type(self.prompt_style) is PromptStyle.styles["alpaca"]:
-                self.use_own_style()
+        has_conversations = any("messages" in sample for sample in [*train, *val])
+        if self.mask_prompt is None:
+            self.mask_prompt = has_conversations
+        if has_conversations and type(self.prompt_style) is PromptStyle.styles["alpaca"]:
+            self.use_own_style()
         return train, val
 
     def get_splits(self) -> Splits:

@@ -9,6 +9,7 @@ from litgpt.chat_template import ChatTemplate
 from litgpt.data import JSON, Alpaca, LongTexts
 from litgpt.data.json_data import Samples, read_samples
 from litgpt.prompt_style import PromptStyle
+from litgpt.train.setting import plain
 
 GOOD = {"instruction": "Say hi.", "output": "hi"}
 
@@ -199,3 +200,15 @@ def test_arguments_may_come_in_litgpts_order_and_the_data_are_there_after_setup(
     assert (len(data.train_dataset), len(data.val_dataset)) == (8, 2)
     alpaca = Alpaca(True, 0.1, "alpaca", -100, 3, 0, tmp_path)
     assert (alpaca.val_split_fraction, alpaca.seed, alpaca.download_dir) == (0.1, 3, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["messages", "samples"])
+@pytest.mark.parametrize("mask_prompt", [None, False, True])
+def test_of_conversations_only_answers_are_learned_unless_the_mask_is_chosen(mask_prompt, form, tmp_path):
+    sample = GOOD if form == "samples" else talk(("user", "a"), ("assistant", "b"))
+    (tmp_path / "a.json").write_text(json.dumps([sample]))
+    data = connected(tmp_path / "a.json", **({} if mask_prompt is None else {"mask_prompt": mask_prompt}))
+    (batch,) = data.train_dataloader()
+    is_masked = form == "messages" if mask_prompt is None else mask_prompt
+    assert bool((batch["labels"] < 0).any()) == is_masked == data.mask_prompt
+    assert plain(data)["init_args"]["mask_prompt"] == is_masked  # as hyperparameters.yaml has it
