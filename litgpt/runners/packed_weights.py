@@ -26,6 +26,10 @@ class KernelLayout:
         self.address: int | None = self.packed.data_ptr()  # None: our kernels do not support the order
         self.range = self.address, self.address + self.packed.nbytes
 
+    def __reduce__(self) -> tuple:
+        """Copies and pickles pack the weight again: it has an address, and torch cannot copy it in oneDNN's order."""
+        return packed_layout, (self.plain(),)
+
     def plain(self) -> torch.Tensor:
         """The weight (N, K), a copy."""
         return ops.unblocked(self.packed, self.N, self.K)
@@ -54,6 +58,11 @@ class OneDnnLayout(KernelLayout):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
 
 
+def packed_layout(weight: torch.Tensor) -> KernelLayout:
+    """A weight (N, K) in the order for this machine."""
+    return (OneDnnLayout if processor.torch_multiplies_bfloat16() else KernelLayout)(weight)
+
+
 class PackedLinear(OpaqueLayer):
     """A packed `nn.Linear`, or several with the same input as one, with concatenated outputs.
 
@@ -70,7 +79,7 @@ class PackedLinear(OpaqueLayer):
         self.in_features, self.out_features = linears[0].in_features, sum(self.sizes)
         single = len(linears) == 1
         weight = linears[0].weight if single else torch.cat([linear.weight for linear in linears])
-        self.layout = (OneDnnLayout if processor.torch_multiplies_bfloat16() else KernelLayout)(weight.detach())
+        self.layout = packed_layout(weight.detach())
         if single or linears[0].bias is None:
             self.bias = linears[0].bias
         else:

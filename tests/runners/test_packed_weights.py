@@ -1,3 +1,7 @@
+import copy
+import ctypes
+import pickle
+
 import pytest
 import torch
 from tiny import tiny_gpt
@@ -67,3 +71,23 @@ def test_what_cannot_be_packed_stays():
     model = tiny_gpt()
     pack_linears(model)
     assert type(model.lm_head) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_copy_has_packed_weights_of_its_own(is_tied, copied):
+    model, idx = bf16_gpt(bias=True), torch.randint(0, 100, (1, 5))
+    if is_tied:
+        model.lm_head.weight = model.transformer.wte.weight
+    pack_linears(model)
+    expected, weights = model(idx), model.state_dict()
+    other = copied(model)
+    for start, end in (
+        part for layer in model.modules() if isinstance(layer, PackedLinear) for part in layer.packed_ranges()
+    ):
+        ctypes.memset(start, 0, end - start)  # the copy is not to read these
+    assert not torch.equal(model(idx), expected)
+    assert torch.equal(other(idx), expected)
+    unpack_linears(other)
+    assert (other.lm_head.weight is other.transformer.wte.weight) == is_tied
+    assert all(torch.equal(weight, weights[name]) for name, weight in other.state_dict().items())
