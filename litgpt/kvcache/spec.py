@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, Protocol
@@ -39,7 +40,7 @@ STORAGE_ALIASES = {
     "torch-quantized4": "int4",
     "bnb-quantized4": "int4",
 }
-PYRAMID = 20  # the pyramid's top layer has the mean divided by that
+PYRAMID = 20  # the pyramid's top layer has the mean divided by that, if this is enough for the policy
 WINDOW_SLACK = 64  # slots that a sliding-window layer's cache has beyond its window: `crop` is exact within it
 
 KV_CACHES_OF_KINDS: dict[type[Policy], type[PlannedKVCache]] = {
@@ -221,15 +222,18 @@ class CacheSpec:
         """Slots of every layer, by the budget.
 
         Raises:
-            ValueError: if it is no budget, or a layer would have fewer than 2 slots or more than the model's context.
+            ValueError: if it is no budget, or a layer would have fewer slots than the policy needs, or more than the model's
+                context.
         """
+        least = self._least_slots(cache_length)
         budget = dict(self.arguments).get("budget", "uniform")
         layers = [i for i in range(config.n_layer) if config.window(i) is None]
         if budget in ("uniform", "scores"):
             shares = [1.0] * len(layers)
         elif budget == "pyramid":
-            step = 2 * (1 - 1 / PYRAMID) / max(1, len(layers) - 1)
-            shares = [2 - 1 / PYRAMID - step * i for i in range(len(layers))] if len(layers) > 1 else [1.0]
+            top = max(1 / PYRAMID, least / cache_length)
+            step = 2 * (1 - top) / max(1, len(layers) - 1)
+            shares = [2 - top - step * i for i in range(len(layers))] if len(layers) > 1 else [1.0]
         else:
             if not isinstance(budget, tuple) or len(budget) != len(layers) or not all(_is_positive(x) for x in budget):
                 raise ValueError(
@@ -240,12 +244,19 @@ class CacheSpec:
         lengths = [cache_length] * config.n_layer
         for layer, share in zip(layers, shares, strict=True):
             lengths[layer] = round(share * cache_length)
-            if not 2 <= lengths[layer] <= config.block_size and share != 1:
+            if not least <= lengths[layer] <= config.block_size and share != 1:
                 raise ValueError(
-                    f"budget {budget!r} gives layer {layer} {lengths[layer]} slots; it takes 2..{config.block_size}: change "
+                    f"budget {budget!r} gives layer {layer} {lengths[layer]} slots; it takes {least}..{config.block_size}: change "
                     "cache_length"
                 )
         return lengths
+
+    def _least_slots(self, cache_length: int) -> int:
+        """The fewest slots, of at most `cache_length`, for which there is a policy with these arguments."""
+        for slots in range(2, cache_length):
+            with suppress(ValueError):
+                return self.make_policy(slots).cache_length
+        return cache_length
 
     def layer_policy(self, config: Config, block_idx: int, cache_length: int) -> Policy:
         """The policy of one layer: with `cache_length` slots, or that of its window."""

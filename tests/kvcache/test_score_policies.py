@@ -246,17 +246,32 @@ def test_a_budget_distributes_slots_over_the_layers_without_a_window():
 
     assert lengths() == lengths(budget="uniform") == [120, 72, 120, 120, 120]
     assert lengths(budget="pyramid") == [234, 72, 158, 82, 6]
+    least = {"n_sink": 4, "recent": 8, "tail": 4}  # 16 slots
+    assert lengths(budget="pyramid", **least) == [224, 72, 155, 85, 16]
     assert lengths(budget=[3, 1, 1, 1]) == [240, 72, 80, 80, 80]
     for budget in ("funnel", [1, 2], [1, 1, 1, 0], 3):
         with pytest.raises(ValueError, match="budget.*'pyramid', 'scores', or 4 positive numbers.*got"):
             lengths(budget=budget)
     with pytest.raises(ValueError, match="layer 0 680 slots.* 2..500"):
         CacheSpec("h2o", cache_length=340, budget=(2, 1, 1, 0.00001)).create(config, 1)
+    with pytest.raises(ValueError, match="layer 4 40 slots.* 44..500"):
+        CacheSpec("h2o", cache_length=100, budget=(3, 3, 3, 1), recent=40, n_sink=0, tail=4).create(config, 1)
     with pytest.raises(ValueError, match="no argument 'budget'"):
         CacheSpec("dense", budget="pyramid")
     spec = CacheSpec("h2o", budget=[1, 2])
     assert json.loads(json.dumps(spec.describe())) == spec.describe()  # as files of sessions have it
     assert eval(repr(spec)) == spec == CacheSpec.parse(spec.describe().pop("kv_cache"), budget=[1, 2])
+
+
+@pytest.mark.parametrize("name", ["lastrec", "h2o", "snapkv", "h2o-int8"])
+def test_a_pyramid_has_its_slots_where_its_top_would_be_too_small(name):
+    config = Config(n_layer=4, n_embd=32, n_head=4, block_size=500)
+    for cache_length in range(2, 41):
+        caches = CacheSpec.parse(name, cache_length=cache_length, budget="pyramid").create(config, 1)
+        lengths = [cache.cache_length for cache in caches]
+        assert lengths == sorted(lengths, reverse=True)
+        assert lengths[-1] == max(2, round(cache_length / 20))
+        assert abs(sum(lengths) - 4 * cache_length) <= 2  # rounded
 
 
 def test_a_model_decodes_with_layers_of_different_budgets():
