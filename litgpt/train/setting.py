@@ -1,6 +1,7 @@
 """Devices, precision and loggers of a run, by the names that people give them."""
 
 import inspect
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from litgpt.args import LogArgs
 from litgpt.config import Config
 from litgpt.model import Block
 from litgpt.prompt_style import PromptStyle
+
+_logger = logging.getLogger("litgpt")
 
 LoggerName = Literal["csv", "tensorboard", "wandb", "mlflow"]
 Strategy = Literal["auto", "ddp", "fsdp"]
@@ -53,9 +56,12 @@ def make_logger(
         if name == "tensorboard":
             return fabric_loggers.TensorBoardLogger(out_dir / "logs", name="tensorboard")
     except ModuleNotFoundError as error:
-        # tensorboard is the default of `pretrain`: no reason to stop, or to say something that nobody asked for
         if name != "tensorboard":
             raise ValueError(f"logger {name!r} needs a package that is not installed: {error}") from None
+        # the default of `pretrain`, which cannot be told from a choice: no reason to stop
+        _logger.warning(
+            "tensorboard is not installed (pip install tensorboard): losses go to logs/csv, as with --logger_name csv"
+        )
     return fabric_loggers.CSVLogger(out_dir / "logs", name="csv", flush_logs_every_n_steps=log_interval)
 
 

@@ -21,14 +21,17 @@ def test_secrets_are_not_written_to_files():
     assert "access_token" not in data["init_args"]
 
 
-def test_without_tensorboard_pretraining_logs_to_csv(tmp_path, monkeypatch, caplog):
+def test_without_tensorboard_losses_go_to_csv_and_a_line_says_so(tmp_path, monkeypatch, caplog):
     def missing(*args, **kwargs):
         raise ModuleNotFoundError("Neither `tensorboard` nor `tensorboardX` is available")
 
     monkeypatch.setattr(lightning.fabric.loggers, "TensorBoardLogger", missing)
     with caplog.at_level(logging.WARNING, "litgpt"):
+        assert isinstance(make_logger("csv", tmp_path, "run", 1), CSVLogger)
+        assert not caplog.text
         assert isinstance(make_logger("tensorboard", tmp_path, "run", 1), CSVLogger)
-    assert not caplog.text
+    (line,) = caplog.messages
+    assert line.startswith("tensorboard is not installed (pip install tensorboard): losses go to logs/csv")
 
 
 def a_report(max_steps: int, **train: Any) -> tuple[Reporter, list[str]]:
