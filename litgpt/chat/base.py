@@ -88,7 +88,7 @@ def main(options: ChatOptions) -> None:
         if options.quantize is not None:
             Scheme(options.quantize)  # raises before anything is downloaded
         path = find_checkpoint(options.checkpoint_dir, options.access_token)
-        ready = make_ready(path, **options.loading())
+        ready = make_ready(path, **options.loading(), check=lambda checkpoint, *_: options.check_caches(checkpoint))
         options = options.as_trained(ready.trained_cache)
         conversation = Conversation(
             ready,

@@ -58,13 +58,13 @@ def check_caches(model: GPT, batch_size: int, max_length: int) -> None:
         raise ValueError(
             f"{batch_size} sequences at once, but {kind} cannot drop or reorder rows: generate one sequence at a time"
         )
+    if max_length > model.max_seq_length and not caches.unbounded:
+        raise ValueError(too_long(model.max_seq_length, max_length))
     if caches.max_length is not None and caches.max_length < max_length:
         raise ValueError(
             f"prompt and new tokens come to {max_length} tokens, but the cache holds cache_length={caches.max_length} "
             "and does not evict: ask for fewer tokens, or use a longer or an evicting cache"
         )
-    if max_length > model.max_seq_length and not caches.unbounded:
-        raise ValueError(too_long(model.max_seq_length, max_length))
 
 
 def too_long(context: int, max_length: int) -> str:

@@ -4,25 +4,27 @@ import sys
 import time
 from collections import abc
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from litgpt.checkpoint.base import Checkpoint
-from litgpt.checkpoint.finetuned import trained_cache
+from litgpt.checkpoint.meta_model import meta_model
 from litgpt.engine.answer import counted
-from litgpt.engine.caches import CacheLease, prepare_caches, too_long
+from litgpt.engine.caches import CacheLease, prepare_caches
 from litgpt.engine.drafting import Drafter
 from litgpt.engine.engine import Engine, decode
 from litgpt.engine.loading import Ready, make_ready
 from litgpt.engine.sampling import Sampling, batched_sample, multinomial_num_samples_1, sample, sample_top_p
 from litgpt.engine.sequence import Sequence
 from litgpt.generate.options import AnswerOptions, CheckpointOptions, PromptLookupOptions, command
-from litgpt.generate.prompts_file import PromptLine, answer_prompts, answers_to, read_prompts, sequences_of
+from litgpt.generate.prompts_file import PromptLine, answer_prompts, answers_to, read_prompts, sequences_of, submitted
 from litgpt.model import GPT
 from litgpt.prompt_style import PromptStyle
-from litgpt.prompts import encode_prompt
 from litgpt.runners.huge_pages import use_huge_pages
 from litgpt.tokenizer import Tokenizer
 
@@ -194,20 +196,10 @@ def main(options: GenerateOptions) -> None:
 
     The answer goes to stdout, statistics to stderr.
     """
-
     lines = prompt_lines(options)
 
-    def check(checkpoint: Checkpoint, tokenizer: Tokenizer, style: PromptStyle) -> None:
-        """Refuse a prompt that is too long for the model before its weights are read; files are checked by line, once they are."""
-        may_evict = options.cache_spec().evicts or (options.kv_cache is None and trained_cache(checkpoint.path))
-        if len(lines) > 1 or may_evict:
-            return
-        line, context = lines[0], checkpoint.config.block_size
-        length = len(encode_prompt(tokenizer, style, line.prompt, sys_prompt=line.sys_prompt)) + line.max_new_tokens
-        if length > context:
-            raise ValueError(too_long(context, length))
-
     def load() -> Ready:
+        check = partial(check_request, options, lines)
         return make_ready(options.checkpoint_dir, **options.loading(), huge_pages=options.as_json, check=check)
 
     answer(options, lines, load)
@@ -219,6 +211,35 @@ def prompt_lines(options: AnswerOptions, input: str = "") -> list[PromptLine]:
     if options.prompts is not None:
         return read_prompts(options.prompts, options.max_new_tokens, sampling, options.sys_prompt, input)
     return [PromptLine(None, options.prompt, options.sys_prompt, options.max_new_tokens, sampling, input=input)]
+
+
+class Unread(Ready):
+    """A model whose weights are not read."""
+
+    device = torch.device("cpu")  # of prompts
+
+
+def check_request(
+    options: AnswerOptions,
+    lines: abc.Sequence[PromptLine],
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    style: PromptStyle,
+    trained_in: Path | None = None,
+) -> None:
+    """Raise `ValueError` for caches that a model cannot have, and for prompts that do not fit, before its weights are read.
+
+    Args:
+        trained_in: see `Ready`.
+    """
+    config = copy(checkpoint.config)
+    if config.n_expert:
+        config.first_k_dense_replace = config.n_layer  # hundreds of experts take seconds, and play no part here
+    ready = Unread(meta_model(config), tokenizer, style, checkpoint.path, trained_in)
+    options = options.as_trained(ready.trained_cache, tell=False)
+    rows = options.rows(len(lines))
+    options.assign_caches(ready.model, rows)
+    submitted(ready, lines, options, rows)
 
 
 def answer(
@@ -241,9 +262,7 @@ def answer(
         started = time.perf_counter()
         ready = load()
         options = options.as_trained(ready.trained_cache)
-        rows = options.num_samples
-        if options.as_json:
-            rows = min(options.batch_size, len(lines) * options.num_samples)
+        rows = options.rows(len(lines))
         options.assign_caches(ready.model, rows)
         drafts = options.drafter() if drafter is None else drafter(ready)
         print(f"Model loaded in {time.perf_counter() - started:.1f} s{note}", file=sys.stderr)

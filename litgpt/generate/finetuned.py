@@ -5,11 +5,14 @@ from dataclasses import dataclass, make_dataclass
 from functools import partial
 from pathlib import Path
 
+from litgpt.checkpoint.base import Checkpoint
 from litgpt.checkpoint.finetuned import Finetuned
 from litgpt.checkpoint.load import load_finetuned
 from litgpt.engine.loading import Ready, make_ready
 from litgpt.generate import base
 from litgpt.generate.options import AnswerOptions, CheckpointOptions, PromptLookupOptions, command, option
+from litgpt.prompt_style import PromptStyle
+from litgpt.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,9 +44,15 @@ def finetuned_command(method: str, description: str, path: str, default: str, he
         lines = base.prompt_lines(options, options.input)
         finetuned = Finetuned(getattr(options, path), method)
 
+        def check(checkpoint: Checkpoint, tokenizer: Tokenizer, style: PromptStyle) -> None:
+            style = finetuned.prompt_style() or style
+            base.check_request(options, lines, checkpoint, tokenizer, style, finetuned.path.parent)
+
         def load() -> Ready:
             checkpoint_dir = finetuned.base(options.checkpoint_dir)
-            ready = make_ready(checkpoint_dir, **options.loading(), load=partial(load_finetuned, finetuned))
+            ready = make_ready(
+                checkpoint_dir, **options.loading(), load=partial(load_finetuned, finetuned), check=check
+            )
             ready.prompt_style = finetuned.prompt_style() or ready.prompt_style
             ready.trained_in = finetuned.path.parent
             return ready

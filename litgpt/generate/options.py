@@ -10,6 +10,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+import torch
+
+from litgpt.checkpoint.base import Checkpoint
+from litgpt.checkpoint.finetuned import trained_cache
 from litgpt.engine.drafting import Drafter, PromptLookup
 from litgpt.engine.loading import Quantization, choose_kv_caches, default_threads
 from litgpt.engine.sampling import Sampling
@@ -161,7 +165,7 @@ class CacheOptions(Options):
             raise ValueError(f"kv_cache_args has {clash.pop()!r}: use --kv_cache and --cache_length for that")
         return CacheSpec.parse("dense" if self.kv_cache is None else self.kv_cache, self.cache_length, **args)
 
-    def as_trained(self: Kind, trained: Mapping[str, Any]) -> Kind:
+    def as_trained(self: Kind, trained: Mapping[str, Any], tell: bool = True) -> Kind:
         """These options with the `trained` ones of the cache that a model was trained through, unless they ask for another."""
         if not trained or self.kv_cache is not None or self.cache_length is not None or self.kv_cache_args:
             return self
@@ -169,12 +173,21 @@ class CacheOptions(Options):
             trained = {**trained, "prompt_chunksize": self.prompt_chunksize}
         options = replace(self, **trained)
         length = "" if options.cache_length is None else f" of {options.cache_length} tokens"
-        print(f"Using the key-value cache that the model was trained with: {options.kv_cache}{length}", file=sys.stderr)
+        if tell:
+            print(
+                f"Using the key-value cache that the model was trained with: {options.kv_cache}{length}",
+                file=sys.stderr,
+            )
         return options
 
     def assign_caches(self, model: GPT, batch_size: int = 1) -> None:
         """Give the model the chosen caches for `batch_size` rows."""
         choose_kv_caches(model, self.cache_spec(), batch_size)
+
+    def check_caches(self, checkpoint: Checkpoint, batch_size: int = 1) -> None:
+        """Raise `ValueError` if the model of a checkpoint cannot have the chosen caches; its weights are not read."""
+        chosen = self.as_trained(trained_cache(checkpoint.path), tell=False)
+        chosen.cache_spec().create(checkpoint.config, batch_size, torch.device("meta"))
 
     def session_of(self, model: GPT) -> Session:
         """A session with the chosen caches."""
@@ -217,6 +230,10 @@ class AnswerOptions(SamplingOptions, CacheOptions):
     def as_json(self) -> bool:
         """Whether answers are JSON lines; else they are plain text."""
         return self.prompts is not None or self.out is not None or self.logprobs is not None
+
+    def rows(self, n_prompts: int) -> int:
+        """Most answers that are generated together."""
+        return min(self.batch_size, n_prompts * self.num_samples) if self.as_json else self.num_samples
 
 
 def _check_file(out: Path, prompts: Path | None) -> None:

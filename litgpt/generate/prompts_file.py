@@ -21,6 +21,7 @@ from litgpt.engine.continuous import ContinuousBatch
 from litgpt.engine.drafting import Drafter
 from litgpt.engine.loading import Ready
 from litgpt.engine.sampling import Sampling
+from litgpt.engine.second_reading import check_alone
 from litgpt.engine.sequence import Sequence
 from litgpt.generate.options import SAMPLING_NAMES, AnswerOptions, SamplingOptions, checked, converted
 from litgpt.prompts import encode_prompt
@@ -168,6 +169,34 @@ def sequences_of(ready: Ready, line: PromptLine, options: AnswerOptions, seed_st
     return [Sequence(prompt, line.max_new_tokens, replace(line.sampling, seed=s), **settings) for s in seeds]
 
 
+def submitted(
+    ready: Ready,
+    lines: abc.Sequence[PromptLine],
+    options: AnswerOptions,
+    batch_size: int,
+    drafter: Drafter | None = None,
+) -> tuple[list[Sequence], ContinuousBatch]:
+    """The sequences of all answers, and a batch of at most `batch_size` that has taken them, before any work.
+
+    Raises:
+        ValueError: if a prompt does not fit, with its line.
+    """
+    sequences: list[Sequence] = []
+    sources = [line for line in lines for _ in range(options.num_samples)]
+    for line in lines:
+        with _naming(line):
+            sequences += sequences_of(ready, line, options, len(lines))
+    longest = max(range(len(sequences)), key=lambda i: sequences[i].max_length)
+    with _naming(sources[longest]):
+        rows, length = min(batch_size, len(sequences)), sequences[longest].max_length
+        batch = ContinuousBatch(ready.model, rows, length, options.prompt_chunksize, drafter)
+    for source, sequence in zip(sources, sequences, strict=True):
+        with _naming(source):
+            batch.submit(sequence)
+            check_alone(ready.model, sequence.prompt_length, min(rows, len(lines)))
+    return sequences, batch
+
+
 def answer_prompts(
     ready: Ready,
     lines: abc.Sequence[PromptLine],
@@ -185,19 +214,9 @@ def answer_prompts(
         ValueError: if a prompt does not fit, with its line, before any answer.
     """
     num_samples = options.num_samples
-    sequences: list[Sequence] = []
     sources = [line for line in lines for _ in range(num_samples)]
-    for line in lines:
-        with _naming(line):
-            sequences += sequences_of(ready, line, options, len(lines))
+    sequences, batch = submitted(ready, lines, options, batch_size, drafter)
     started = time.perf_counter()
-    longest = max(range(len(sequences)), key=lambda i: sequences[i].max_length)
-    with _naming(sources[longest]):
-        rows, length = min(batch_size, len(sequences)), sequences[longest].max_length
-        batch = ContinuousBatch(ready.model, rows, length, options.prompt_chunksize, drafter)
-    for source, sequence in zip(sources, sequences, strict=True):
-        with _naming(source):
-            batch.submit(sequence)
 
     def write_answer(i: int) -> None:
         record = {

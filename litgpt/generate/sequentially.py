@@ -1,6 +1,7 @@
 """`litgpt generate_sequentially`: the layers of a model on several devices (`litgpt.parallel.pipeline`)."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -8,7 +9,7 @@ from torch import nn
 from litgpt.checkpoint.base import Checkpoint
 from litgpt.checkpoint.load import load_model
 from litgpt.engine.loading import Ready, make_ready
-from litgpt.generate.base import GenerateOptions, answer, prompt_lines
+from litgpt.generate.base import GenerateOptions, answer, check_request, prompt_lines
 from litgpt.generate.options import command, option
 from litgpt.model import GPT
 from litgpt.parallel.pipeline import choose_devices, load_spread, spread_layers
@@ -94,7 +95,8 @@ def main(options: SequentialOptions) -> None:
         return load_spread(checkpoint, dtype, devices, quantize)
 
     def load() -> Ready:
-        return make_ready(options.checkpoint_dir, **options.loading(), device=devices[0], load=place)
+        check = partial(check_request, options, lines)
+        return make_ready(options.checkpoint_dir, **options.loading(), device=devices[0], load=place, check=check)
 
     names = ", ".join(str(device) for device in devices)
     answer(options, lines, load, note=f", its layers on {names}")

@@ -20,7 +20,7 @@ from litgpt.engine.loading import Ready, make_ready
 from litgpt.engine.sampling import Sampling, sample
 from litgpt.engine.sequence import Sequence
 from litgpt.engine.verification import verify
-from litgpt.generate.base import answer, prompt_lines
+from litgpt.generate.base import answer, check_request, prompt_lines
 from litgpt.generate.options import AnswerOptions, ModelOptions, command, option
 from litgpt.model import GPT
 from litgpt.tokenizer import Tokenizer
@@ -161,7 +161,9 @@ def main(options: SpeculativeOptions) -> None:
         nonlocal draft
         folders = options.draft_model_checkpoint_dir, options.target_model_checkpoint_dir
         opened = [open_checkpoint(find_checkpoint(folder, options.access_token)) for folder in folders]
-        check_same_vocabulary(*(checkpoint.tokenizer() for checkpoint in opened))
+        tokenizers = [checkpoint.tokenizer() for checkpoint in opened]
+        check_same_vocabulary(*tokenizers)
+        check_request(options, lines, opened[1], tokenizers[1], opened[1].prompt_style(tokenizers[1]))
         draft, target = (make_ready(folder, **options.loading()) for folder in folders)
         draft = draft.model
         return target

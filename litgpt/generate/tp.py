@@ -12,7 +12,7 @@ from torch import nn
 from litgpt.checkpoint import open_checkpoint
 from litgpt.checkpoint.find import find_checkpoint
 from litgpt.engine.loading import Ready, make_ready, parse_precision
-from litgpt.generate.base import GenerateOptions, answer, prompt_lines
+from litgpt.generate.base import GenerateOptions, answer, check_request, prompt_lines
 from litgpt.generate.options import command, option
 from litgpt.generate.prompts_file import PromptLine
 from litgpt.model import GPT
@@ -74,8 +74,11 @@ def main(options: TensorParallelOptions) -> None:
         )
     world_size = number_of_processes(options.devices)
     path = find_checkpoint(options.checkpoint_dir, options.access_token)
-    Shard(open_checkpoint(path).config, 0, world_size)
+    checkpoint = open_checkpoint(path)
+    Shard(checkpoint.config, 0, world_size)
     parse_precision(options.precision, torch.device("cpu"))
+    tokenizer = checkpoint.tokenizer()
+    check_request(options, lines, checkpoint, tokenizer, checkpoint.prompt_style(tokenizer))
     options = replace(options, checkpoint_dir=path)
     if (outside := launched_outside()) is not None:
         join_group()

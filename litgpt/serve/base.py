@@ -68,7 +68,13 @@ class Server(uvicorn.Server):
             options = self.options
             device = None if options.accelerator == "auto" else _device(options.accelerator)
             loras = {name: Finetuned(folder, "lora") for name, folder in options.loras().items()}
-            ready = make_ready(options.checkpoint_dir, **options.loading(), device=device, join=not loras)
+            ready = make_ready(
+                options.checkpoint_dir,
+                **options.loading(),
+                device=device,
+                join=not loras,
+                check=lambda checkpoint, *_: options.check_caches(checkpoint, options.batch_size),
+            )
             name = ready.checkpoint_dir.resolve().name
             if name in loras:
                 raise ValueError(

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import sys
 import threading
 
@@ -393,10 +394,76 @@ def test_out_with_a_slash_at_its_end_is_a_folder_and_refused(options, tmp_path, 
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("options", [(), ("--kv_cache", "dense-int8")], ids=len)
-def test_a_prompt_that_is_too_long_is_refused_before_weights_are_read(folder, monkeypatch, capsys, options):
+@pytest.fixture
+def unread(monkeypatch):
+    """Fails a test in which the weights of a model are read."""
     monkeypatch.setattr("litgpt.engine.loading.speed_up_decode", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("litgpt.generate.tp.run_in_processes", lambda *_: pytest.fail("processes were started"))
+
+
+@pytest.mark.parametrize("options", [(), ("--kv_cache", "dense-int8")], ids=len)
+def test_a_prompt_that_is_too_long_is_refused_before_weights_are_read(folder, unread, capsys, options):
     assert generate(folder, "--prompt", "x" * 300, *options) == 1
     error = capsys.readouterr().err
     assert "tokens, but the model's context is 256: shorten the prompt" in error
     assert "Model loaded" not in error
+
+
+LONG = ("--prompts", {"prompt": "Hi"}, {"prompt": "x" * 300})
+SHORTER = ("--prompts", {"prompt": "Hi"}, {"prompt": "x" * 100})
+UNFIT = [
+    (LONG, r"line 2: prompt and new tokens come to 315 tokens, but the model's context is 256"),
+    (("--prompts", {"prompt": "Hi", "logit_bias": {"1000": 1}}), r"line 1: logit_bias has the token 1000"),
+    (
+        ("--kv_cache", "lastrec", "--cache_length", "300"),
+        r"cache_length must be in 1..256, the model's context, got 300",
+    ),
+    (("--kv_cache", "h2o", "--kv_cache_args.budget", "[1, 2, 3]"), r"budget must be .* 2 positive numbers"),
+    ((*SHORTER, "--kv_cache", "dense", "--cache_length", "20"), r"line 2: .* holds cache_length=20 and does not evict"),
+    (
+        (*SHORTER, "--kv_cache", "kvzip", "--cache_length", "16"),
+        r"line 2: KVzipPolicy reads a prompt of 103 tokens twice",
+    ),
+    (
+        ("--kv_cache", "kvzip", "--kv_cache_args.budget", "scores", "--num_samples", "2"),
+        r"are for one sequence at a time",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), UNFIT)
+def test_prompts_and_caches_that_do_not_fit_are_refused_before_weights_are_read(
+    options, message, folder, unread, tmp_path, capsys
+):
+    lines = [json.dumps(option) for option in options if isinstance(option, dict)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    options = [option for option in options if not isinstance(option, dict)]
+    options[1:1] = [tmp_path / "prompts.jsonl"] * bool(lines)
+    assert generate(folder, *options) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "name", ["generate_sequentially", "generate_tp", "generate_speculatively", "generate_full", "chat", "serve"]
+)
+def test_every_command_refuses_caches_that_do_not_fit_before_weights_are_read(name, folder, unread, capsys):
+    models = [str(folder)] * (2 if name == "generate_speculatively" else 1)
+    more = {"generate_full": ["--finetuned_path", str(folder)], "serve": ["--port", "0"]}.get(name, [])
+    assert main([name, *models, *more, "--kv_cache", "lastrec", "--cache_length", "300"]) == 1
+    assert "cache_length must be in 1..256, the model's context, got 300" in capsys.readouterr().err
+
+
+def test_prompts_that_are_read_twice_can_be_answered_one_at_a_time(folder, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": letter * 60}) for letter in "ab"))
+    options = (
+        "--prompts",
+        tmp_path / "prompts.jsonl",
+        "--kv_cache",
+        "kvzip",
+        "--cache_length",
+        "32",
+        "--batch_size",
+        1,
+    )
+    assert generate(folder, *options) in (0, None)
+    assert len(capsys.readouterr().out.splitlines()) == 2
