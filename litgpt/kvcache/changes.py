@@ -18,7 +18,10 @@ memory = Change()
 
 
 class NotesChanges(nn.Module):
-    """A module that notes when its attributes are set and its buffers moved. `_rows` are numbers, all else is memory."""
+    """A module that notes when its attributes are set and its buffers moved. `_rows` are numbers, all else is memory.
+
+    A buffer's own memory must stay: `setattr(storage, name, other)` is noted, `buffer.data = other` or `buffer.resize_` is not.
+    """
 
     def __setattr__(self, name: str, value: Any) -> None:
         global rows
