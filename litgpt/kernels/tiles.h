@@ -33,7 +33,7 @@ struct Blocked {
 private:
     // Outputs [j, j + V * LANES) of a tile
     template <int M, int V>
-    void compute_columns(int64_t u, int j, const char* x, int64_t stride, float* y, Prefetch ahead) const {
+    INLINED void compute_columns(int64_t u, int j, const char* x, int64_t stride, float* y, Prefetch ahead) const {
         const int64_t n = pairs();
         const uint32_t* block = w + u * n * TILE + j;
         Floats sums[M][V];
