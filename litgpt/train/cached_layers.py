@@ -297,7 +297,7 @@ def _backward(
         tokens = _keys_and_values(sweep, block, inputs, seed, n_chunks if cache is None else max(1, n_chunks))
     keeping = None
     if sweep.keep_loss is not None and isinstance(cache, ScoreKVCache):
-        keeping = LayerKeepLoss(sweep.keep_loss, tokens, sweep.begins.tolist())
+        keeping = LayerKeepLoss(sweep.keep_loss, tokens, sweep.begins.tolist(), cache.policy.observes)
         d_kept = d_kept / (len(sweep.chunks) * sweep.keep_loss.n_layer)
     divided = isinstance(block, FSDPModule)  # every process has to have gradients of the same parameters
     d_params: list[torch.Tensor | None] = [torch.zeros_like(p) if divided else None for p in params]

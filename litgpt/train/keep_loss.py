@@ -19,11 +19,12 @@ from litgpt.model import GPT
 from litgpt.train.chunks import Chunk
 from litgpt.train.stored_tokens import StoredTokens
 
-NEWEST = 32  # tokens of a chunk that have to attend to the needed ones
+NEWEST = 32  # tokens of a chunk that have to attend to the needed ones; all, where all are looked at
 LOOKING = 16  # tokens of a chunk, at most, that say which ones are needed
 NEEDED = 64  # tokens, at most, that have to be attended to
 N_SINK = 4  # first tokens of a row, which get attention anyway
 MARGIN = 1.0  # of the logarithms
+MARGIN_OF_SUMS = 2.0  # where what tokens got is summed up, in which older ones are ahead
 
 
 def check_keeps_by_attention(spec: CacheSpec) -> None:
@@ -49,10 +50,12 @@ class KeepLoss:
 
 
 class LayerKeepLoss:
-    """The part of one layer, whose chunks come last to first."""
+    """The part of one layer, whose chunks come last to first. `sums_up`: its policy sums up what all tokens attend to."""
 
-    def __init__(self, of_all: KeepLoss, tokens: StoredTokens, begins: Sequence[int]) -> None:
+    def __init__(self, of_all: KeepLoss, tokens: StoredTokens, begins: Sequence[int], sums_up: bool) -> None:
         self.of_all, self.tokens, self.begins = of_all, tokens, begins
+        self.newest = slice(None) if sums_up else slice(-NEWEST, None)
+        self.margin = MARGIN_OF_SUMS if sums_up else MARGIN
         self.needed: dict[int, torch.Tensor] = {}  # of rows: (G, tokens), the attention of counted tokens to each
 
     @torch.enable_grad()  # in a backward pass
@@ -83,9 +86,9 @@ class LayerKeepLoss:
         weights = weights / needed.sum(-1, keepdim=True)
         places, K = (places + begin + N_SINK)[None], weights.shape[1]
         leaf = self.tokens.at(places)[0].requires_grad_()
-        scores = _scores(q[:, :, -NEWEST:], torch.cat((old, own), dim=1), self.of_all.scale, leaf[0])
+        scores = _scores(q[:, :, self.newest], torch.cat((old, own), dim=1), self.of_all.scale, leaf[0])
         middle = scores[:, K + N_SINK : K + old.shape[1]].detach().median(-1, keepdim=True).values
-        loss = (weights * (middle + MARGIN - scores[:, :K]).relu()).sum(-1).mean()
+        loss = (weights * (middle + self.margin - scores[:, :K]).relu()).sum(-1).mean()
         self.of_all.losses.append(loss.detach())
         return loss, places, leaf
 

@@ -36,7 +36,7 @@ def batch():
     return idx, labels
 
 
-def written_out(q, k, counted, scale):
+def written_out(q, k, counted, scale, sums_up):
     """The sum of the losses of a layer and a row's chunks that have any, all tokens being stored: q (H, T, D), k (G, T, D)."""
     T, G, total = k.shape[1], k.shape[0], 0.0
     logits = (q.unflatten(0, (G, -1)) @ k.mT[:, None] * scale).masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf)
@@ -47,22 +47,23 @@ def written_out(q, k, counted, scale):
         if not later:
             continue
         needed = weights[:, :, later].mean(1).sum(1).detach()
-        newest = weights[:, :, max(start, end - 5) : end]  # no token is newer
+        newest = weights[:, :, start if sums_up else max(start, end - 5) : end]  # no token is newer
+        margin = keep_loss.MARGIN_OF_SUMS if sums_up else keep_loss.MARGIN
         scores = newest.sum((1, 2))[:, :start].log()
         for g in range(G):
             middle = scores[g, 2:].detach().median()
             for j in (2 + needed[g, 2:start].argsort(descending=True)[:6]).tolist():
                 share = needed[g, j] / needed[g].sum()
-                total = total + share * (middle + keep_loss.MARGIN - scores[g, j]).relu() / G
+                total = total + share * (middle + margin - scores[g, j]).relu() / G
     return total
 
 
-@pytest.mark.parametrize("keep_inputs", ["device", 2])
-def test_gradients_equal_autograd_of_the_loss_written_out(keep_inputs, few):
+@pytest.mark.parametrize(("policy", "keep_inputs"), [("snapkv", "device"), ("snapkv", 2), ("h2o", "device")])
+def test_gradients_equal_autograd_of_the_loss_written_out(policy, keep_inputs, few):
     model = model_of()
     idx, labels = batch()
     params = list(model.parameters())
-    spec = CacheSpec("snapkv", cache_length=64)
+    spec = CacheSpec(policy, cache_length=64)
     training = TrainingModel(model, cached_layers=CachedLayers(model, spec, CHUNK, keep_inputs), keep_loss=WEIGHT)
     loss = training(idx, labels, row_sizes=SIZES)
     found = torch.autograd.grad(loss, params, allow_unused=True)
@@ -77,7 +78,7 @@ def test_gradients_equal_autograd_of_the_loss_written_out(keep_inputs, few):
     kept, n_chunks = 0.0, 5
     for q, k in seen:
         rows = zip(q[0].split(SIZES, 1), k[0].split(SIZES, 1), (labels[0] != -100).split(SIZES), strict=True)
-        kept = kept + sum(written_out(*row, model.mha.scale) for row in rows) / (n_chunks * len(seen))
+        kept = kept + sum(written_out(*row, model.mha.scale, policy == "h2o") for row in rows) / (n_chunks * len(seen))
     assert kept > 0
     expected = torch.autograd.grad(plain + WEIGHT * (labels != -100).sum() * kept, params, allow_unused=True)
     for a, b in zip(found, expected, strict=True):
@@ -90,7 +91,7 @@ def test_needed_tokens_that_are_gone_are_scored_beside_those_that_are_stored(few
     q, k = torch.randn(1, a * G, 24, D, dtype=torch.float64), torch.randn(1, G, 24, D, dtype=torch.float64)
     tokens = StoredTokens(24)
     tokens.put(torch.arange(T), k[:, :, :T], k[:, :, :T])
-    layer = LayerKeepLoss(KeepLoss(torch.arange(24) == 23, model), tokens, [0])
+    layer = LayerKeepLoss(KeepLoss(torch.arange(24) == 23, model), tokens, [0], False)
     _, middle, last = chunks_of([24], CHUNK, torch.device("cpu"))
     assert layer.chunk(last, q[:, :, 16:], k[:, :, 16:], k[:, :, :16], [16]) == []  # no later token is counted
     stored = [0, 1, 4, 6, 7]  # of the first 8, and an empty slot
