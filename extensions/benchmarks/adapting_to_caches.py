@@ -74,6 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--steps", type=int, default=200, help="of one text each, prose and questions in turn (default: %(default)s)")
     add("--learning_rate", type=float, default=1e-3, help="of AdamW (default: %(default)s)")
     add("--keep_loss", type=float, default=0.0, help="weight of a loss on what is kept (default: %(default)s)")
+    add("--falling", action="store_true", help="let the weight of --keep_loss fall to 0 over the steps")
     add("--samples", type=int, default=32, help="texts that are measured (default: %(default)s)")
     add("--precision", default="bf16-true", help="of the model; LoRA is updated in float32 (default: %(default)s)")
     add("--seeds", default="0,1,2", help="of LoRA and of the texts, separated by commas (default: %(default)s)")
@@ -185,7 +186,8 @@ def train(args, path: Path, model, texts: "Texts", seed: int, layers, distil: bo
     saved = time.monotonic()
     for step in range(len(losses), args.steps):
         if args.keep_loss and not distil:
-            loss = loss_of_question_text(args, model, layers, *texts.batch(seed, 2 * step + 1))
+            weight = args.keep_loss * (1 - step / args.steps if args.falling else 1)
+            loss = loss_of_question_text(model, layers, *texts.batch(seed, 2 * step + 1), weight)
         else:
             ids, labels = texts.batch(seed, step)
             loss = training(ids, labels) / (labels >= 0).sum()
@@ -210,9 +212,9 @@ def train(args, path: Path, model, texts: "Texts", seed: int, layers, distil: bo
     return losses
 
 
-def loss_of_question_text(args, model, layers, ids, labels):
+def loss_of_question_text(model, layers, ids, labels, weight):
     """The mean loss of answers and that of the text before the first one, without which a model forgets how such texts go on; through a
-    cache also that of what is kept, of which answers alone say what they need."""
+    cache also that of what is kept, with a weight, of which answers alone say what they need."""
     from torch.nn.functional import cross_entropy
 
     from litgpt.train.keep_loss import KeepLoss
@@ -226,7 +228,7 @@ def loss_of_question_text(args, model, layers, ids, labels):
     before = slice(0, int(answers.nonzero()[0]))
     loss = cross_entropy(model.logits(outputs[answers]).float(), labels[0, answers])
     loss = loss + cross_entropy(model.logits(outputs[before]).float(), ids[0, before.start + 1 : before.stop + 1])
-    return loss + args.keep_loss * sum(keeping.terms)
+    return loss + weight * sum(keeping.terms)
 
 
 class Texts:
