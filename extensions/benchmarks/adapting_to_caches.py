@@ -72,6 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tail", type=int, help="tokens between evictions of caches that score them (default: theirs)")
     add("--chunk", type=int, default=256, help="tokens that enter a cache together (default: %(default)s)")
     add("--steps", type=int, default=200, help="of one text each, prose and questions in turn (default: %(default)s)")
+    add("--numbers", type=int, default=2, help="in a learned text, each asked for, at most (default: %(default)s)")
     add("--learning_rate", type=float, default=1e-3, help="of AdamW (default: %(default)s)")
     add("--keep_loss", type=float, default=0.0, help="weight of a loss on what is kept (default: %(default)s)")
     add("--falling", action="store_true", help="let the weight of --keep_loss fall to 0 over the steps")
@@ -83,6 +84,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if unknown := [way for way in args.ways.split(",") if way not in WAYS]:
         parser.error(f"--ways has {unknown[0]!r}: there are {', '.join(WAYS)}")
+    if args.numbers < 2:
+        parser.error(f"--numbers must be at least 2, got {args.numbers}")
     args.train_length = args.train_length or args.length
     if min(args.length, args.train_length) <= args.cache_length:
         parser.error("--length and --train_length must be more than --cache_length: nothing is evicted otherwise")
@@ -245,18 +248,19 @@ class Texts:
         self.frame = PromptFrame(llm.tokenizer, llm.prompt_style)
 
     def batch(self, seed: int, step: int) -> tuple:
-        """Tokens and labels of a step's text: prose, or prose with two questions and their answers, which alone are learned."""
+        """Tokens and labels of a step's text: prose, or prose with questions and their answers, which alone are learned."""
         length = self.args.train_length
         if step % 2:
-            return encoded(self._prompt(self.learned, f"{seed} {step}", length))[:2]
+            numbers = Random(f"numbers {seed} {step}").randint(2, self.args.numbers)
+            return encoded(self._prompt(self.learned, f"{seed} {step}", length, numbers))[:2]
         start = Random(f"prose {seed} {step}").randrange(len(self.tokens) - length)
         return self.tokens[None, start : start + length], self.tokens[None, start + 1 : start + length + 1]
 
-    def _prompt(self, lines: list[str], seed: str, length: int):
+    def _prompt(self, lines: list[str], seed: str, length: int, numbers: int = 2):
         from litgpt.tasks.retrieval import DEPTHS, retrieval
         from litgpt.tasks.sample import longest_prompt
 
-        make = lambda n: retrieval((random := Random(seed)), n, lines, random.choice(DEPTHS))  # noqa: E731
+        make = lambda n: retrieval((random := Random(seed)), n, lines, random.choice(DEPTHS), numbers)  # noqa: E731
         return longest_prompt(make, self.frame, length, "retrieval")
 
     def measure(self, model, layers, deadline: float) -> dict[str, float]:

@@ -123,6 +123,14 @@ def test_needles_are_at_their_depth(depth):
     assert abs(sample.questions[0].needles[0] / (len(sample.lines) - 1) - depth) < 0.02
 
 
+def test_each_of_several_numbers_is_asked_for_where_it_stands():
+    sample = retrieval(Random(1), 100, PROSE, 0.5, numbers=5)
+    assert len(sample.lines) == 105
+    assert len({question.answers for question in sample.questions}) == 5
+    for question in sample.questions:
+        assert question.answers[0] in sample.lines[question.needles[0]]
+
+
 @pytest.mark.parametrize("style", ["default", "chatml", "llama3", "alpaca"])
 def test_questions_continue_the_conversation_of_the_prompt_style(style):
     tokenizer, style = tiny_tokenizer(), PromptStyle.from_name(style)
