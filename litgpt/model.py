@@ -187,9 +187,12 @@ class GPT(nn.Module):
         else:
             sizes = [T] * B if row_sizes is None else row_sizes
             output_tokens = [end - 1 for end in accumulate(sizes)] if last_token_only and T > 1 else None
-            x = self._run_with_caches(
-                idx, _first_position(input_pos, self.next_token_pos), rows, row_sizes, output_tokens
-            )
+            runner = self.layer_runner if self._start_of_layer_hook is None else None
+            head = not skip_lm_head and lm_head_chunk_size == 0 and runner is not None and runner.runs_head
+            position = _first_position(input_pos, self.next_token_pos)
+            x = self._run_with_caches(idx, position, rows, row_sizes, output_tokens, runner, head)
+            if head:
+                return self._capped(x)
         if skip_lm_head:
             return x
         if lm_head_chunk_size > 0:
@@ -228,7 +231,10 @@ class GPT(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Logits (..., padded_vocab_size) of final-norm outputs (..., E)."""
-        logits = self.lm_head(x)
+        return self._capped(self.lm_head(x))
+
+    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits from the head's outputs."""
         if self.config.logits_divisor != 1.0:
             logits = logits / self.config.logits_divisor
         return do_softcapping(logits, self.config.final_logit_softcapping)
@@ -240,8 +246,10 @@ class GPT(nn.Module):
         rows: Sequence[int] | None,
         row_sizes: Sequence[int] | None,
         output_tokens: Sequence[int] | None,
+        runner: "LayerRunner | None",
+        head: bool,
     ) -> torch.Tensor:
-        """`run_layers` with the caches, by the layer runner if it supports the call. `output_tokens`: see `LayerRunner`."""
+        """`run_layers` with the caches, by a runner if it supports the call. `output_tokens`, `head`: see `LayerRunner`."""
         B, T = idx.shape
         sizes, packed = ([T] * B, False) if row_sizes is None else (row_sizes, True)
         static = self.static_shapes and T == 1 and rows is None
@@ -253,15 +261,15 @@ class GPT(nn.Module):
             rope = self.rope_rows(starts[0], T, self.caches.long_rope)
         else:
             rope = self.rope_rows(starts, sizes if packed else T, self.caches.long_rope)
-        runner = self.layer_runner if self._start_of_layer_hook is None else None
 
         def layers(plans: list[Plan]) -> torch.Tensor:
-            x = None if runner is None else runner(idx, rope, plans, input_pos, output_tokens)
+            x = None if runner is None else runner(idx, rope, plans, input_pos, output_tokens, head)
             if x is not None:
                 return x
             self.attach_kv_caches()
             x = self.run_layers(idx, rope, plans, input_pos)
-            return x if output_tokens is None else x.flatten(0, 1)[device_tensor(output_tokens, x.device), None]
+            x = x if output_tokens is None else x.flatten(0, 1)[device_tensor(output_tokens, x.device), None]
+            return self.lm_head(x) if head else x
 
         sinks = (
             [block.attn.sinks for block in self.transformer.h] if self.config.attention_sinks else [None] * len(plans)

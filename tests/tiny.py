@@ -61,7 +61,7 @@ def tiny_gpt(**kwargs: Any) -> GPT:
 class StaticShapes:
     """A layer runner that leaves all calls to the model's layers, planned as compiled ones need it."""
 
-    static_shapes = True
+    static_shapes, runs_head = True, False
 
     def __call__(self, *args: Any) -> None:
         return None

@@ -67,6 +67,7 @@ class Engine:
         self._rows = Rows(model, batch_size)
         self._chunked = ChunkedPrefill(model, prompt_chunksize)
         self._first: Released = []  # first tokens, drawn after the prefill
+        self._drawn: tuple[list[int], torch.Tensor | None] = ([], None)  # the last ones, of one step
         self._long_rope = False  # whether positions are rotated by LongRoPE's long factors
         self._interrupted = False
 
@@ -274,11 +275,15 @@ class Engine:
         T = 1 + max((len(draft.tokens) for draft in drafts.values()), default=0)
         # idle rows are run too, for compiled code, but not those whose prompts are being prefilled
         called = decoding if prompts_left else list(range(len(rows)))
-        inputs = [[0] if rows[i] is None else rows[i].tokens[-1:] for i in called]
+        last = [0 if rows[i] is None else rows[i].tokens[-1] for i in called]
+        drawn, tokens = self._drawn
         if T > 1:
-            inputs = [x + (drafts[i].tokens if i in drafts else []) for i, x in zip(called, inputs, strict=True)]
-            inputs = [x + [0] * (T - len(x)) for x in inputs]
-        idx = device_tensor(inputs, self.model.device)
+            inputs = [[x, *(drafts[i].tokens if i in drafts else [])] for i, x in zip(called, last, strict=True)]
+            idx = device_tensor([x + [0] * (T - len(x)) for x in inputs], self.model.device)
+        elif last == drawn and self.model.layer_devices is None:  # where they were drawn is where they go
+            idx = tokens[:, None]
+        else:
+            idx = device_tensor([[x] for x in last], self.model.device)
         position = self.model.next_token_pos
         if prompts_left:
             lengths = self.model.caches.row_lengths
@@ -287,12 +292,11 @@ class Engine:
         if len(decoding) < len(called):
             logits = logits[decoding]
         sequences = [rows[i] for i in decoding]
-        unused = dict.fromkeys(called, T)  # tokens to rewind; idle rows stay empty
         if T == 1:
             released = self._draw(sequences, logits.select(1, -1))
-            unused |= dict.fromkeys(decoding, 0)
+            unused = dict.fromkeys(set(called).difference(decoding), 1)  # tokens to rewind: idle rows stay empty
         else:
-            released = []
+            released, unused = [], dict.fromkeys(called, T)
             for i, sequence, x in zip(decoding, sequences, logits, strict=True):
                 tokens, distributions = drafts.get(i, Draft([]))
                 before = len(sequence.tokens)
@@ -316,7 +320,9 @@ class Engine:
 
     def _draw(self, sequences: abc.Sequence[Sequence], logits: torch.Tensor) -> Released:
         """Draw the next token of each sequence, from logits (B, V)."""
-        tokens = check_tokens(self.model.broadcast_tokens(draw(logits, sequences).tolist()))
+        drawn = draw(logits, sequences)
+        own = drawn.tolist()
+        self._drawn, tokens = (own, drawn), check_tokens(self.model.broadcast_tokens(own))
         of_rows = logits if any(one.logprobs is not None for one in sequences) else [None] * len(tokens)
         return [(one, one.append(token, x)) for one, token, x in zip(sequences, tokens, of_rows, strict=True)]
 

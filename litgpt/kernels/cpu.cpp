@@ -122,14 +122,18 @@ int multiplies_fast() {
 #endif
 }
 
-// x (B, T, E) through all layers and the final norm, in place. Where plans have segments, `scratch` is needed (see `Prefill`), and
-// `output_tokens` is as in `run_prefill`.
-void run_layers(const Shape* shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes,
-                bf16* x, bf16* scratch, int64_t B, int64_t T, const int64_t* output_tokens, int64_t n_output_tokens) {
+// x (B, T, E) through all layers and the final norm, in place, or what `ends` says. Where plans have segments, `scratch` is needed
+// (see `Prefill`), and `output_tokens` is as in `run_prefill`. Returns 0 for tokens that are not in the table.
+int run_layers(const Shape* shape, const Layer* layers, int64_t n_layers, const StepPlan* plans, const Rope* ropes,
+               const Ends* ends, bf16* x, bf16* scratch, int64_t B, int64_t T, const int64_t* output_tokens,
+               int64_t n_output_tokens) {
     if (plans->n_segments || plans->n_tails)
         run_prefill(*shape, layers, n_layers, plans, ropes, x, scratch, B, T, output_tokens, n_output_tokens);
+    else if (ends->knows(B * T))
+        run_decode(*shape, layers, n_layers, plans, ropes, *ends, x, B, T);
     else
-        run_decode(*shape, layers, n_layers, plans, ropes, x, B, T);
+        return 0;
+    return 1;
 }
 
 }  // extern "C"

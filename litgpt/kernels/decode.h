@@ -29,10 +29,10 @@ inline void add_rows(Real* x, const Real* y, const Real* norm, float factor, int
     for (int64_t i = 0; i < M * E; i++) x[i] = add(x[i], widen(y[i]), factor);
 }
 
-// x (B, T, E) through all layers and the final norm, in place. Threads synchronise only where one needs the results of
-// another; norms and other small results are computed by each thread for itself.
+// x (B, T, E) through all layers and the final norm, in place, or what `ends` says. Threads synchronise only where one needs the
+// results of another; norms and other small results are computed by each thread for itself.
 inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers, const StepPlan* plans,
-                       const Rope* ropes, Real* x, int64_t B, int64_t T) {
+                       const Rope* ropes, const Ends& ends, Real* x, int64_t B, int64_t T) {
     const int64_t E = shape.E, H = shape.H, G = shape.G, D = shape.D, M = B * T, heads = H + 2 * G;
     static thread_local Scratch<Real> shared;
     static thread_local Scratch<float> attention_scratch;
@@ -91,7 +91,8 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
         static thread_local Scratch<Real> own_scratch, normed_scratch, post;
         static thread_local Scratch<float> low_scratch, low_scratch_of_up;
         Real *own = own_scratch.get(M * E), *normed = normed_scratch.get(M * E);
-        std::memcpy(own, x, M * E * sizeof(Real));
+        for (int64_t m = 0; m < M; m++)
+            std::memcpy(own + m * E, ends.ids ? ends.table + ends.ids[m] * E : x + m * E, E * sizeof(Real));
         for (int64_t l = 0; l < n_layers; l++) {
             const Layer& layer = layers[l];
             const StepPlan& plan = plans[layer.plan];
@@ -142,12 +143,17 @@ inline void run_decode(const Shape& shape, const Layer* layers, int64_t n_layers
             team_product(layer.down, inner, out, M, scratch, low_scratch);
             add_rows(own, out, layer.post_mlp_norm, shape.mlp_factor, M, shape, post);
         }
+        if (ends.logits) {
+            for (int64_t m = 0; m < M; m++) norm_row(own + m * E, shape.final_norm, normed + m * E, E, shape.eps, shape.norm_offset);
+            team_product(ends.head, normed, ends.logits, M, scratch, low_scratch);
+        } else {
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < M; m++)
-            if (shape.final_norm)
-                norm_row(own + m * E, shape.final_norm, x + m * E, E, shape.eps, shape.norm_offset);
-            else
-                std::memcpy(x + m * E, own + m * E, E * sizeof(Real));
+            for (int64_t m = 0; m < M; m++)
+                if (shape.final_norm)
+                    norm_row(own + m * E, shape.final_norm, x + m * E, E, shape.eps, shape.norm_offset);
+                else
+                    std::memcpy(x + m * E, own + m * E, E * sizeof(Real));
+        }
         used += processor_seconds() - own_begun;
     }
     Team::mine().report(clock_seconds(CLOCK_MONOTONIC) - begun, used);

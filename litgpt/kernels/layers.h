@@ -74,6 +74,20 @@ struct Rope {
     int64_t row_stride;
 };
 
+// What else a decode step computes: the embeddings of tokens `ids` (M,) from a table (V, E) (null: x has them), and logits (M, head.N)
+// (null: none)
+struct Ends {
+    const int64_t* ids;
+    const Real* table;
+    int64_t V;
+    Weight head;
+    Real* logits;
+
+    bool knows(int64_t M) const {
+        return !ids || std::all_of(ids, ids + M, [&](int64_t id) { return id >= 0 && id < V; });
+    }
+};
+
 // Where a head of keys has what is slot `slot` of a plan
 inline int64_t slot_in_head(const Layer& layer, int64_t g, int64_t slot) {
     return layer.first_slots ? layer.first_slots[g] + layer.extra_slots[g] + slot : slot;

@@ -10,8 +10,9 @@ import functools
 from litgpt.kernels import processor
 
 _POINTER, _COUNT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_RUN_LAYERS = [_POINTER, _POINTER, _COUNT] + [_POINTER] * 4 + [_COUNT] * 2 + [_POINTER, _COUNT]
+_RUN_LAYERS = [_POINTER, _POINTER, _COUNT] + [_POINTER] * 5 + [_COUNT] * 2 + [_POINTER, _COUNT]
 _SCORING = {"run_tails": [_POINTER] * 12, "run_looks": [_POINTER, _COUNT]}
+_RETURN_INTEGERS = ("multiplies_fast", "run_layers")
 _SIGNATURES = {  # by the names of libraries in build.py
     "KERNELS": _SCORING
     | {
@@ -107,5 +108,5 @@ def _load(which: str, path: str) -> ctypes.CDLL:
     loaded = ctypes.CDLL(path)
     for name, arguments in _SIGNATURES[which].items():
         function = getattr(loaded, name)
-        function.argtypes, function.restype = arguments, ctypes.c_int if name == "multiplies_fast" else None
+        function.argtypes, function.restype = arguments, ctypes.c_int if name in _RETURN_INTEGERS else None
     return loaded

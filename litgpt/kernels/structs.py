@@ -138,6 +138,12 @@ class Rope(ctypes.Structure):
     _fields_ = [("cos", _POINTER), ("sin", _POINTER), ("row_stride", _COUNT)]
 
 
+class Ends(ctypes.Structure):
+    """What a decode step computes before its first and after its last layer."""
+
+    _fields_ = [("ids", _POINTER), ("table", _POINTER), ("V", _COUNT), ("head", Weight), ("logits", _POINTER)]
+
+
 class Norm(ctypes.Structure):
     _fields_ = [("eps", _FLOAT), ("offset", _FLOAT)]
 

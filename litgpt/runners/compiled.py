@@ -17,7 +17,7 @@ class CompiledDecode:
     another one. The first step compiles for some tens of seconds, less in later processes, since torch keeps a cache on disk.
     """
 
-    static_shapes = True
+    static_shapes, runs_head = True, False
 
     def __init__(self, model: GPT) -> None:
         self.model = model
@@ -31,6 +31,7 @@ class CompiledDecode:
         plans: list[Plan],
         input_pos: int,
         output_tokens: Sequence[int] | None = None,
+        head: bool = False,
     ) -> torch.Tensor | None:
         whole = all(plan.parts and all(part.rows is None for part in plan.parts) for plan in plans)
         if idx.shape[1] > 1 or not whole:

@@ -16,7 +16,19 @@ from litgpt.attention import attention_scale
 from litgpt.config import Config
 from litgpt.kernels import ops
 from litgpt.kernels.library import float32_library, library
-from litgpt.kernels.structs import PLAIN, Layer, Rope, Segment, Shape, StepPlan, TailSegment, Vectors, Weight, address
+from litgpt.kernels.structs import (
+    PLAIN,
+    Ends,
+    Layer,
+    Rope,
+    Segment,
+    Shape,
+    StepPlan,
+    TailSegment,
+    Vectors,
+    Weight,
+    address,
+)
 from litgpt.kvcache import KVCache
 from litgpt.kvcache.layers import LayerCaches
 from litgpt.kvcache.new_tokens import NewTokens
@@ -121,6 +133,8 @@ class FusedLayers:
         )
         self.inner_shape = Shape.from_buffer_copy(self.shape)  # of layers that others follow
         self.inner_shape.final_norm = None
+        self.ends = _ends(model)
+        self.no_ends, self.runs_head = Ends(), bool(self.ends.head.w)
         self._plans = (StepPlan * len(layers))()
         self.plans = list(self._plans)
         self._ropes = (Rope * len(layers))()
@@ -128,7 +142,9 @@ class FusedLayers:
         self.scratch: torch.Tensor | None = None
         self.memory: object = None  # `LayerCaches.memory` when `layers` were pointed to the buffers of the caches
         modules = [module for block in self.blocks for module in block.modules()] + [model.transformer.ln_f]
-        self.watch = ModuleWatch(modules, apart=model.kv_caches())
+        places = [(model.transformer, "wte")] * bool(self.ends.table) + [(model, "lm_head")] * self.runs_head
+        modules += [module for owner, name in places for module in getattr(owner, name).modules()]
+        self.watch = ModuleWatch(modules, apart=model.kv_caches(), places=places)
 
     def __call__(
         self,
@@ -137,6 +153,7 @@ class FusedLayers:
         plans: list[Plan],
         input_pos: int,
         output_tokens: Sequence[int] | None = None,
+        head: bool = False,
     ) -> torch.Tensor | None:
         B, T = idx.shape
         model = self.model()
@@ -166,33 +183,75 @@ class FusedLayers:
         for target, (cos, sin) in zip(self.ropes, rope, strict=False):
             target.cos, target.sin = cos.data_ptr(), sin.data_ptr()
             target.row_stride = cos.stride(0) if len(cos) > 1 else 0
-        x, scratch, rows = model.embed(idx).contiguous(), None, None
-        if is_prefill:
-            scratch = self._scratch(B * T * self._scratch_of_token(), x)
-            rows = None if output_tokens is None else (ctypes.c_int64 * len(output_tokens))(*output_tokens)
-        looks = [i for i, plan in enumerate(plans) if _is_looked_at(plan)] if is_prefill else []
+        if not is_prefill:
+            return self._decode(idx, model, output_tokens, head)
+        x = self._prefill(idx, model, plans, output_tokens)
+        return model.lm_head(x) if head else x
+
+    def _decode(self, idx: torch.Tensor, model: GPT, output_tokens: Sequence[int] | None, head: bool) -> torch.Tensor:
+        """A step, whose plans `plans` has, with embeddings and head by the kernel where it can."""
+        (B, T), ends, x = idx.shape, self.ends, None
+        if ends.table and idx.is_cpu and idx.dtype in (torch.int64, torch.int32):  # torch refuses others
+            idx = idx.long().contiguous()
+            ends.ids = idx.data_ptr()
+        else:
+            ends.ids, x = None, model.embed(idx).contiguous()
+        if head and output_tokens is None:
+            y = torch.empty(B, T, ends.head.N, dtype=self.dtype)
+            ends.logits = y.data_ptr()
+        else:
+            y = x = torch.empty(B, T, self.shape.E, dtype=self.dtype) if x is None else x
+            ends.logits = None
+        self._run(self.shape, 0, len(self.layers), ends, x, None, B, T, None)
+        if output_tokens is None:
+            return y
+        y = y.view(-1, y.shape[-1])[output_tokens][:, None]
+        return model.lm_head(y) if head else y
+
+    def _prefill(
+        self, idx: torch.Tensor, model: GPT, plans: list[Plan], output_tokens: Sequence[int] | None
+    ) -> torch.Tensor:
+        """A call with segments."""
+        B, T = idx.shape
+        x = model.embed(idx).contiguous()
+        scratch = self._scratch(B * T * self._scratch_of_token(), x)
+        rows = None if output_tokens is None else (ctypes.c_int64 * len(output_tokens))(*output_tokens)
+        looks = [i for i, plan in enumerate(plans) if _is_looked_at(plan)]
         first, last = 0, len(self.layers) - 1
         for stop in looks if last in looks else [*looks, last]:
             final = stop == last
-            self.kernels.run_layers(
-                ctypes.byref(self.shape if final else self.inner_shape),
-                *(
-                    ctypes.byref(self.layers[first]),
-                    stop + 1 - first,
-                    self._plans,
-                    self._ropes,
-                    x.data_ptr(),
-                    address(scratch),
-                ),
-                *(B, T, rows if final else None, 0 if rows is None or not final else len(rows)),
-            )
+            shape = self.shape if final else self.inner_shape
+            self._run(shape, first, stop + 1 - first, self.no_ends, x, scratch, B, T, rows if final else None)
             if stop in looks:
                 self._look(plans[stop], model, stop, scratch, B, T)
             first = stop + 1
-        if output_tokens is None:
-            return x
-        x = x.view(-1, x.shape[-1])
-        return (x[output_tokens] if rows is None else x[: len(rows)])[:, None]
+        return x if rows is None else x.view(-1, x.shape[-1])[: len(rows), None]
+
+    def _run(
+        self,
+        shape: Shape,
+        first: int,
+        count: int,
+        ends: Ends,
+        x: torch.Tensor | None,
+        scratch: torch.Tensor | None,
+        B: int,
+        T: int,
+        rows: "ctypes.Array[ctypes.c_int64] | None",
+    ) -> None:
+        """Run `count` layers from layer `first` on."""
+        parts = (
+            ctypes.byref(shape),
+            ctypes.byref(self.layers[first]),
+            count,
+            self._plans,
+            self._ropes,
+            ctypes.byref(ends),
+        )
+        if not self.kernels.run_layers(
+            *parts, address(x), address(scratch), B, T, rows, 0 if rows is None else len(rows)
+        ):
+            raise IndexError(f"idx has tokens outside 0..{ends.V - 1}, the embeddings that there are")
 
     def _has_prefill(self) -> bool:
         """Whether calls with many tokens can be supported."""
@@ -258,6 +317,18 @@ class FusedLayers:
                 layer.positions, layer.sums = map(address, cache.policy_state.kept_numbers())
         self.memory = memory
         return True
+
+
+def _ends(model: GPT) -> Ends:
+    """The table of embeddings and the head, those of both that the kernels support."""
+    config, wte, head, ends = model.config, model.transformer.wte, _weight(model.lm_head, model.dtype), Ends()
+    is_plain = type(wte) is nn.Embedding and wte.weight.dtype == model.dtype and wte.weight.is_contiguous()
+    is_scaled = config.scale_embeddings or config.embedding_multiplier != 1.0
+    if is_plain and not is_scaled and type(model).embed is GPT.embed:
+        ends.table, ends.V = wte.weight.data_ptr(), len(wte.weight)
+    if head is not None and type(model).logits is GPT.logits:
+        ends.head = head
+    return ends
 
 
 def _set_decode_plan(target: StepPlan, plan: Plan, B: int, T: int, dtype: torch.dtype) -> bool:

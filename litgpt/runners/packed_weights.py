@@ -11,7 +11,7 @@ from torch import nn
 
 from litgpt.fingerprint import sample
 from litgpt.kernels import ops, processor
-from litgpt.kernels.structs import BLOCKED, Weight, address
+from litgpt.kernels.structs import BLOCKED, PLAIN, Weight, address
 from litgpt.runners.opaque_weights import OpaqueLayer
 
 ROWS_HINT = 128  # number of tokens that oneDNN's layout is optimised for; it is also good for one
@@ -135,6 +135,13 @@ class SharedLinear(OpaqueLayer):
 
     def weight_samples(self) -> dict[str, torch.Tensor]:
         return {"weight": sample(self.weight)}
+
+    def kernel_weight(self) -> Weight | None:
+        if not self.weight.is_contiguous():
+            return None
+        return Weight(
+            kind=PLAIN, K=self.in_features, N=self.out_features, w=address(self.weight), bias=address(self.bias)
+        )
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         if ops.is_faster(x.numel() // self.in_features):

@@ -15,9 +15,11 @@ class LayerRunner(Protocol):
 
     Attributes:
         static_shapes: whether decode steps need plans with constant shapes as sequences grow.
+        runs_head: whether calls may ask for what `lm_head` gives.
     """
 
     static_shapes: bool
+    runs_head: bool
 
     def __call__(
         self,
@@ -26,8 +28,10 @@ class LayerRunner(Protocol):
         plans: list[Plan],
         input_pos: int,
         output_tokens: Sequence[int] | None = None,
+        head: bool = False,
     ) -> torch.Tensor | None:
-        """Outputs (B, T, E) for tokens `idx` (B, T), or of `output_tokens` only, (len(output_tokens), 1, E).
+        """Outputs (B, T, E) for tokens `idx` (B, T), or of `output_tokens` only, (len(output_tokens), 1, E); with `head`, what `lm_head`
+        gives for them.
 
         Args:
             idx, rope, plans, input_pos: as for `GPT.run_layers`.

@@ -13,13 +13,19 @@ from torch.utils.hooks import RemovableHandle
 
 
 class ModuleWatch:
-    """Remembers one tensor of each module (they move together) or one child. Modules in `apart` are ignored."""
+    """Remembers one tensor of each module (they move together) or one child, and the children of that name at `places`. Modules in
+    `apart` are ignored."""
 
-    def __init__(self, modules: Iterable[nn.Module], apart: Iterable[nn.Module] = ()) -> None:
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        apart: Iterable[nn.Module] = (),
+        places: Iterable[tuple[nn.Module, str]] = (),
+    ) -> None:
         apart = {id(part) for module in apart for part in module.modules()}
         self.hooks: list[dict] = []
         self.handles = (-1, -1)  # of hooks that there were in the process when no module had one, the last two times
-        found: list[tuple[dict, str]] = []
+        found: list[tuple[dict, str]] = [(owner._modules, name) for owner, name in places]
         for module in modules:
             if id(module) in apart:
                 continue

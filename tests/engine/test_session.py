@@ -552,12 +552,12 @@ def test_an_empty_session_and_too_many_tokens_are_refused():
 class AllLayers:
     """A layer runner that notes the calls it could run, and leaves them to the model's layers."""
 
-    static_shapes = False
+    static_shapes, runs_head = False, False
 
     def __init__(self):
         self.steps = []
 
-    def __call__(self, idx, rope, plans, input_pos, output_tokens=None):
+    def __call__(self, idx, rope, plans, input_pos, output_tokens=None, head=False):
         self.steps.append(len(plans[0].parts[0].steps))
 
     def runs_evictions(self, caches):

@@ -102,7 +102,7 @@ class Counted:
     static_shapes = False
 
     def __init__(self, runner):
-        self.runner, self.done = runner, []
+        self.runner, self.runs_head, self.done = runner, runner.runs_head, []
 
     def __call__(self, *args):
         x = self.runner(*args)
@@ -150,7 +150,7 @@ def test_models_in_float32(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "qkv bias", "gemma"])
-@pytest.mark.parametrize("parts", [("query", "value"), ("key", "projection", "mlp")])
+@pytest.mark.parametrize("parts", [("query", "value"), ("key", "projection", "mlp"), ("query", "head")])
 def test_few_tokens_with_lora_matrices(family, parts):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.06)):
         model = bf16_gpt(**FAMILIES[family]).to(dtype)
@@ -538,6 +538,64 @@ def test_weights_that_were_replaced_are_noticed(of_a_layer):
     slow_down_decode(model)
     assert model.layer_runner is None
     assert type(block.attn.qkv) is nn.Linear
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("B", "T"), [(1, 1), (3, 1), (2, 4)])
+def test_logits_of_a_step_are_those_of_the_head_to_the_last_bit(tied, B, T):
+    model = bf16_gpt(lm_head_bias=not tied)
+    if tied:
+        model.lm_head.weight = model.transformer.wte.weight
+    speed_up_decode(model)
+    assert model.layer_runner.runs_head
+    model.set_kv_caches(B, max_seq_length=20)
+    idx = torch.randint(0, 90, (B, 5 + T))
+    found = []
+    for skip in (False, True):
+        model(idx[:, :5], 0)
+        x = model(idx[:, 5:].int() if skip else idx[:, 5:], 5, skip_lm_head=skip)
+        found.append(model.logits(x) if skip else x)
+    assert found[0].shape == (B, T, model.config.padded_vocab_size)
+    assert torch.equal(*found)
+
+
+def test_tokens_without_an_embedding_are_refused_as_by_torch():
+    model = bf16_gpt(padded_vocab_size=96)
+    speed_up_decode(model)
+    for token in (-1, 96, 2**40):
+        model.set_kv_caches(2, max_seq_length=20)
+        model(torch.ones(2, 3, dtype=torch.int64), 0)
+        with pytest.raises(IndexError, match="outside 0..95"):
+            model(torch.tensor([[5], [token]]), 3)
+        assert model.next_token_pos == 0
+
+
+def double(model):
+    model.lm_head.register_forward_hook(lambda module, args, y: y * 2)
+
+
+def other_head(model):
+    model.lm_head = nn.Linear(model.config.n_embd, model.config.padded_vocab_size, bias=False, dtype=torch.bfloat16)
+
+
+def other_table(model):
+    model.transformer["wte"] = nn.Embedding.from_pretrained(model.transformer.wte.weight.flip(0))
+
+
+def other_weight(model):
+    model.transformer.wte.weight.data = model.transformer.wte.weight.flip(0)
+
+
+@pytest.mark.parametrize("change", [double, other_head, other_table, other_weight])
+def test_a_table_or_head_that_is_another_is_noticed(change):
+    model = bf16_gpt()
+    speed_up_decode(model)
+    before = run(model, [2, 1])
+    change(model)
+    found = run(model, [2, 1])
+    model.layer_runner = None
+    torch.testing.assert_close(run(model, [2, 1]), found)
+    assert not torch.allclose(found, before)
 
 
 def test_nothing_is_fused_without_packed_weights():
