@@ -658,7 +658,9 @@ def test_finished_adaptations_are_not_repeated_and_stopped_training_goes_on_as_i
         ("before", "lastrec"),
         ("cached", "lastrec"),
     ]
-    kept = run("kept", "--ways", "cached", "--caches", "snapkv", "--keep_loss", "5", "--numbers", "4")
+    kept = run(
+        "kept", "--ways", "cached", "--caches", "snapkv", "--keep_loss", "5", "--numbers", "4", "--train_length", "900"
+    )
     assert kept[0]["cache"] == "snapkv"
     assert len(kept[0]["losses"]) == 3
     for i in range(3):  # each stops after a step
