@@ -30,6 +30,7 @@ class Retrieval(SFTModule):
         length: tokens of a sample (None: `train.max_seq_length`, or the model's context).
         train_samples, val_samples: how many there are.
         text: a file of prose for the task retrieval (None: Python's reference, which comes with it).
+        numbers: most numbers that such a text has, each asked for; at random, at least 2.
         seed: of the samples and of the order.
 
     Further fields: see `SFTModule`. The prompt style is by default the model's own.
@@ -40,6 +41,7 @@ class Retrieval(SFTModule):
     train_samples: int = 1000
     val_samples: int = 40
     text: Path | None = None
+    numbers: int = 2
     mask_prompt: bool = True
     prompt_style: str | PromptStyle | None = None
     val_split_fraction: None = no_option()
@@ -50,7 +52,7 @@ class Retrieval(SFTModule):
         for name in self.names or [""]:
             if name not in TASKS:
                 raise ValueError(f"no task is called {name!r}; there are {', '.join(TASKS)}")
-        for name, least in (("train_samples", 1), ("val_samples", 0), ("length", 1)):
+        for name, least in (("train_samples", 1), ("val_samples", 0), ("length", 1), ("numbers", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
@@ -67,16 +69,19 @@ class Retrieval(SFTModule):
             made, total = [], self.train_samples + self.val_samples
             for i in range(total):
                 name = self.names[i % len(self.names)]
-                make = partial(_make, name, f"{self.seed} {i}", prose)
+                numbers = Random(f"numbers {self.seed} {i}").randint(2, self.numbers)
+                make = partial(_make, name, f"{self.seed} {i}", prose, numbers)
                 made.append(as_messages(longest_prompt(make, frame, length, name).sample))
                 report_progress(i, total)
         return made[self.val_samples :], made[: self.val_samples]
 
 
-def _make(name: str, seed: str, prose: Sequence[str], n: int) -> Task:
+def _make(name: str, seed: str, prose: Sequence[str], numbers: int, n: int) -> Task:
     """A sample of n units of filling."""
     random = Random(seed)
-    return retrieval(random, n, prose, random.choice(DEPTHS)) if name == "retrieval" else RULER[name](random, n)
+    return (
+        retrieval(random, n, prose, random.choice(DEPTHS), numbers) if name == "retrieval" else RULER[name](random, n)
+    )
 
 
 def as_messages(task: Task) -> Sample:

@@ -64,9 +64,18 @@ def test_an_answer_stands_in_its_text():
     assert number in text[0]["content"]
 
 
+def test_texts_have_up_to_so_many_numbers_all_asked_for():
+    module = ready(Retrieval(tasks="retrieval", train_samples=12, val_samples=0, length=3000, numbers=4))
+    found = [module.train_dataset.sample(i)["messages"] for i in range(12)]
+    assert {len(messages) // 2 for messages in found} == {2, 3, 4}
+    for text, *rest in found:
+        assert all(message["content"].split()[-1] in text["content"] for message in rest[::2])
+
+
 @pytest.mark.parametrize(
     ("arguments", "limit", "words"),
     [
+        ({"numbers": 1}, 100, "numbers must be at least 2, got 1"),
         ({"tasks": "chess"}, 100, "no task is called 'chess'"),
         ({"tasks": ""}, 100, "no task is called ''"),
         ({"train_samples": 0}, 100, "train_samples must be at least 1, got 0"),
