@@ -691,9 +691,11 @@ def test_what_is_won_back_is_a_share_of_what_the_cache_costs_with_an_interval_ov
         runs += [run("cached", "h2o", seed, -3.0 + 2 * back)]
     text = table.markdown(runs)
     # 95 % of three values: 4.30 standard errors of 0.25 / sqrt(3)
-    assert "| h2o: log-probability | -4.00 | -3.00 ± 0.00 | -2.00 ± 1.24 |  | 50% ± 62% |  |" in text
+    assert "| h2o: log-probability | -4.00 | -3.00 ± 0.00 | -2.00 ± 1.24 | 100% ± 62% | 50% ± 62% |" in text
+    assert "won back after LoRA through the cache, of the cost as it is" in text
     assert "Means of 3 seeds" in text
-    assert "| h2o: perplexity | 2.72 | 2.72 ± 0.00 | 2.72 ± 0.00 |  |  |  |" in text
+    assert "| h2o: perplexity | 2.72 | 2.72 ± 0.00 | 2.72 ± 0.00 |  |  |" in text
+    assert "self-distillation" not in text
     assert table.plot(runs).count("<rect") == 4 + 2 * 3
     assert "-2.00" in table.plot(runs)
 

@@ -14,6 +14,7 @@ WAYS = {
     "distilled": "after self-distillation",
 }
 THROUGH = ("cached", "distilled")
+COSTS = ("before", "plain")  # ways with which it is seen what a cache costs
 FIGURES = {"loss": "perplexity", "logprob": "log-probability", "score": "answers right"}
 Found = dict[str, dict[str, dict[int, dict[str, float]]]]  # cache -> way -> seed -> figures
 COLOURS = ("#9aa4b2", "#e0a458", "#3b7dd8", "#2f9e6e")
@@ -34,12 +35,15 @@ def markdown(runs: Sequence[dict]) -> str:
     """A table of all figures: means over the seeds with their 95 % intervals, and the shares of the cost that were won back."""
     found = by_cache(runs)
     seeds = len({run["seed"] for run in runs if run["way"] != "before"})
-    back = [f"won back {WAYS[way]}" for way in THROUGH]
-    lines = [row(["cache", *WAYS.values(), *back]), "|---" * (1 + len(WAYS) + len(back)) + "|"]
+    shown_ways = [way for way in WAYS if any(way in of for of in found.values())]
+    back = [(way, base) for way in THROUGH for base in COSTS if way in shown_ways and base in shown_ways]
+    names = [f"won back {WAYS[way]}, of the cost {WAYS[base]}" for way, base in back]
+    lines = [row(["cache", *[WAYS[way] for way in shown_ways], *names])]
+    lines.append("|---" * (1 + len(shown_ways) + len(back)) + "|")
     for figure, name in FIGURES.items():
         for cache, ways in found.items():
-            cells = [shown(values_of(ways.get(way, {}), figure), form_of(figure)) for way in WAYS]
-            shares = [shown(won_back(found, cache, way, figure), "{:.0%}".format) for way in THROUGH]
+            cells = [shown(values_of(ways.get(way, {}), figure), form_of(figure)) for way in shown_ways]
+            shares = [shown(won_back(found, cache, way, figure, base), "{:.0%}".format) for way, base in back]
             lines.append(row([f"{cache}: {name}", *cells, *shares]))
     return "\n".join([f"Means of {seeds} seed{'s' * (seeds != 1)}{', 95 % intervals' * (seeds > 1)}.", "", *lines, ""])
 
@@ -60,19 +64,18 @@ def shown(values: Sequence[float], form: Callable[[float], str]) -> str:
     return form(fmean(values)) + (f" ± {form(half_width(values))}" if len(values) > 1 else "")
 
 
-def won_back(found: Found, cache: str, way: str, figure: str) -> list[float]:
-    """For every seed, the share that a way of training wins back of what the cache costs after plain LoRA: the difference to
-    the dense cache (nothing where the cache costs nothing)."""
-    plain, dense, own = (
-        found[cache].get("plain", {}),
-        found.get("dense", {}).get("plain", {}),
-        found[cache].get(way, {}),
-    )
+def won_back(found: Found, cache: str, way: str, figure: str, base: str) -> list[float]:
+    """For every seed, the share that a way of training wins back of what the cache costs with `base`: the difference to the dense
+    cache (nothing where the cache costs nothing)."""
     shares = []
-    for seed in own.keys() & plain.keys() & dense.keys():
-        cost = dense[seed][figure] - plain[seed][figure]
+    for seed, of in sorted(found[cache].get(way, {}).items()):
+        at = 0 if base == "before" else seed  # untrained, seeds are the same
+        lost, dense = (found.get(name, {}).get(base, {}).get(at) for name in (cache, "dense"))
+        if lost is None or dense is None:
+            continue
+        cost = dense[figure] - lost[figure]
         if (cost < 0 if figure == "loss" else cost > 0) and abs(cost) > 1e-9:
-            shares.append((own[seed][figure] - plain[seed][figure]) / cost)
+            shares.append((of[figure] - lost[figure]) / cost)
     return shares
 
 
