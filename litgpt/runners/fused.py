@@ -197,10 +197,10 @@ class FusedLayers:
         else:
             ends.ids, x = None, model.embed(idx).contiguous()
         if head and output_tokens is None:
-            y = torch.empty(B, T, ends.head.N, dtype=self.dtype)
+            y = torch.empty(B, T, ends.head.N, dtype=self.dtype, device="cpu")
             ends.logits = y.data_ptr()
         else:
-            y = x = torch.empty(B, T, self.shape.E, dtype=self.dtype) if x is None else x
+            y = x = torch.empty(B, T, self.shape.E, dtype=self.dtype, device="cpu") if x is None else x
             ends.logits = None
         self._run(self.shape, 0, len(self.layers), ends, x, None, B, T, None)
         if output_tokens is None:

@@ -559,6 +559,19 @@ def test_logits_of_a_step_are_those_of_the_head_to_the_last_bit(tied, B, T):
     assert torch.equal(*found)
 
 
+def test_outputs_of_steps_are_on_the_cpu_whatever_the_default_device():
+    model = bf16_gpt()
+    speed_up_decode(model)
+    model.set_kv_caches(1, max_seq_length=20)
+    idx = torch.tensor([[1, 2, 3]])
+    for skip in (False, True):
+        model(idx, 0)
+        with torch.device("meta"):
+            x = model(idx[:, :1], 3, skip_lm_head=skip)
+        assert x.is_cpu
+        assert x.isfinite().all()
+
+
 def test_tokens_without_an_embedding_are_refused_as_by_torch():
     model = bf16_gpt(padded_vocab_size=96)
     speed_up_decode(model)
